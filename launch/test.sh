@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests in an environment that is made on the first start (see setup.sh). Arguments go to pytest, and paths are
+# those of the repository:
+#
+#   bash launch/test.sh                       everything but the slow tests
+#   bash launch/test.sh -m slow               the slow tests
+#   bash launch/test.sh tests/test_reward.py  one file
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+set_up
+cd -- "$root"
+exec "$python" -m pytest "$@"

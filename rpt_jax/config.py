@@ -1,0 +1,242 @@
+"""The schema of an experiment: frozen dataclasses that every config file is validated into.
+
+A file in `configs/` returns an `ml_collections.ConfigDict` with these names; `from_config_dict` turns it into an
+`Experiment` and refuses unknown names, wrong types and impossible values by name. Fields marked [memory] change speed and
+memory, never results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from rpt_jax.errors import UserError, check_choice, nearest
+
+TASKS = ("rpt", "pretrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    path: str = ""  # Directory with config.json, model.safetensors and the tokenizer; "" = random weights of `preset`.
+    preset: str = "tiny"  # A name in policy/presets.py; checked against the directory when both are given.
+    dtype: str = "float32"  # Compute dtype; parameters and reductions stay float32.
+    remat: str = "none"  # [memory] "none" or "full": recompute each layer in the backward pass.
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = "gsm_symbolic"  # "gsm_symbolic", "champ" or "path".
+    path: str = ""  # With source "path": a .txt, a .jsonl or a folder of them.
+    text_field: str = "text"  # The field of a .jsonl line that holds the document.
+    documents: int = 2000  # gsm_symbolic: how many training documents to generate.
+    held_out_documents: int = 300  # Documents kept out of training for evaluation.
+    held_out_templates: int = 10  # gsm_symbolic: whole templates kept out of training, reported apart.
+    seed: int = 0  # Fixes the documents and the split, apart from the seed of the run.
+    max_document_tokens: int = 256  # Longer documents are cut here.
+    min_context: int = 16  # Tokens of context before the first position that may be asked for.
+    entropy_top_k: int = 16  # The proxy's entropy is taken over its k likeliest next tokens (paper, section 3.3).
+    entropy_threshold: float = 0.5  # Positions at or under it (nats) are dropped; the paper does not give its value.
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    template: str = "plain"  # A name in configs/templates/ or the path of a file with one {context}.
+    open_think: bool = True  # End the prompt with the start-of-thinking token.
+    max_tokens: int = 256  # Longer contexts are cut on the left at a token border.
+    reference_bytes: int = 64  # How much of the true continuation a prediction may cover.
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    samples_per_prompt: int = 8  # G of GRPO.
+    temperature: float = 0.8
+    max_new_tokens: int = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    advantage_epsilon: float = 1e-6  # Added to the group's standard deviation.
+    clip_low: float = 0.2  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    clip_high: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    schedule: str = "constant"  # "constant" or "cosine" (to a tenth) over `training.total_steps`.
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    total_steps: int = 1000
+    prompts_per_step: int = 256
+    minibatches_per_step: int = 1  # 1 = exactly on-policy, the paper's choice.
+    dynamic_sampling_from: int = 500  # From this step on, groups without variance are replaced by fresh prompts.
+    dynamic_sampling_rounds: int = 3  # At most so many rounds of generation a step.
+    microbatch_prompts: int = 256  # [memory] Prompts (with their G responses) per forward and backward pass.
+    logit_chunk_tokens: int = 4096  # [memory] Tokens whose logits exist at one time.
+    log_rollouts_every: int = 50  # Steps between the rollouts that are shown as text.
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    documents_per_step: int = 16
+    traces_per_document: int = 8  # Cold-start traces learnt beside each document.
+    trace_tokens: int = 48
+    trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy against the documents'.
+    calculation_share: float = 0.3  # Where a calculation is due, how often the trace carries it out.
+    vocab_size: int = 1024
+    export: str = ""  # Directory to write the finished policy to, for `policy.path` of later runs.
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    every_steps: int = 100
+    positions: int = 200  # Held-out positions above the lowest threshold in the evaluations along the way.
+    final_positions: int = 600  # The same, before and after training.
+    samples: int = 4  # Reasoned predictions per position; the accuracy is their mean.
+    batch_prompts: int = 64  # [memory]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 100
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (at most once) takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    task: str = "rpt"
+    seed: int = 0
+    policy: PolicyConfig = PolicyConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Return every field with its default, for a file in configs/ to change; a misspelt assignment raises there."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Experiment())).lock()
+
+
+def from_config_dict(config: Mapping[str, Any]) -> Experiment:
+    """Validate a config against the schema.
+
+    Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
+    wrong types and impossible values.
+    """
+    experiment = _build(Experiment, dict(config), "")
+    check_choice("task", experiment.task, TASKS)
+    check_choice("policy.dtype", experiment.policy.dtype, ("float32", "bfloat16"))
+    check_choice("policy.remat", experiment.policy.remat, ("none", "full"))
+    for name, (low, high) in _BOUNDS.items():
+        value = dict(leaves(experiment))[name]
+        if not low <= value <= high:
+            raise UserError(f"{name}={value} must be between {low} and {high}.")
+    t = experiment.training
+    for name, divisor in (
+        ("minibatches_per_step", t.minibatches_per_step),
+        ("microbatch_prompts", t.microbatch_prompts * t.minibatches_per_step),
+    ):
+        if t.prompts_per_step % divisor:
+            raise UserError(
+                f"training.{name}: training.prompts_per_step={t.prompts_per_step} cannot be split into "
+                f"{t.minibatches_per_step} minibatches of whole microbatches of {t.microbatch_prompts} prompts."
+            )
+    return experiment
+
+
+_MANY = 10**12
+_BOUNDS = {
+    "data.documents": (1, _MANY),
+    "data.held_out_documents": (1, _MANY),
+    "data.max_document_tokens": (2, _MANY),
+    "data.min_context": (1, _MANY),
+    "data.entropy_top_k": (2, _MANY),
+    "prompt.max_tokens": (2, _MANY),
+    "prompt.reference_bytes": (1, _MANY),
+    "rollout.samples_per_prompt": (2, _MANY),
+    "rollout.temperature": (1e-3, 100.0),
+    "rollout.max_new_tokens": (1, _MANY),
+    "optimizer.learning_rate": (0.0, 1.0),
+    "optimizer.max_grad_norm": (1e-9, _MANY),
+    "training.total_steps": (1, _MANY),
+    "training.prompts_per_step": (1, _MANY),
+    "training.minibatches_per_step": (1, _MANY),
+    "training.dynamic_sampling_rounds": (1, _MANY),
+    "training.microbatch_prompts": (1, _MANY),
+    "training.logit_chunk_tokens": (1, _MANY),
+    "training.log_rollouts_every": (1, _MANY),
+    "evaluation.every_steps": (1, _MANY),
+    "evaluation.positions": (1, _MANY),
+    "evaluation.final_positions": (1, _MANY),
+    "evaluation.samples": (1, _MANY),
+    "evaluation.batch_prompts": (1, _MANY),
+    "checkpoint.every_steps": (1, _MANY),
+    "checkpoint.keep": (1, _MANY),
+    "pretrain.documents_per_step": (1, _MANY),
+    "pretrain.traces_per_document": (1, _MANY),
+    "pretrain.trace_tokens": (8, _MANY),
+    "pretrain.calculation_share": (0.0, 1.0),
+}
+
+
+def leaves(experiment: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every (dotted name, value) of a config, depth first."""
+    for field in dataclasses.fields(experiment):
+        value = getattr(experiment, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def _build(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
+    types = typing.get_type_hints(schema)
+    for name in values:
+        if name not in types:
+            raise UserError(f"unknown config field '{prefix}{name}'.{nearest(name, types)}")
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            if not isinstance(value, Mapping | ml_collections.ConfigDict):
+                raise UserError(f"{prefix}{name}={value!r} must hold fields of {types[name].__name__}, not a value.")
+            built[name] = _build(types[name], dict(value), f"{prefix}{name}.")
+        else:
+            built[name] = _typed(f"{prefix}{name}", value, types[name])
+    return schema(**built)
+
+
+def _typed(name: str, value: Any, expected: type) -> Any:
+    # bool is an int in Python; a number written without a point is a fine float.
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise UserError(f"{name}={value!r} is {type(value).__name__}, expected {expected.__name__}.")
+    return value

@@ -1,0 +1,164 @@
+"""Cold-start traces: what next-token reasoning looks like, for a policy that has never seen it.
+
+A reasoning model is where the paper starts; a small base policy must first be shown the format. Two kinds of reasoning are
+shown, in the policy's own token ids:
+
+    recall      … he has 93 - 38 =  <think>93 - 38 = </think>\\boxed{5}
+    calculate   … he has 93 - 38 =  <think>93-38: 3-8-0=5b 9-3-1=5 55</think>\\boxed{55}
+
+Recall repeats the end of the context and predicts. Calculation carries the written expression out digit by digit, which a
+single forward pass cannot. Where a calculation is due, the kind is drawn at random (`calculation_share`): the traces show
+how to calculate, not that it pays. Finding that out is left to the reward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rpt_jax.data.tokenizer import Tokenizer
+
+BOX = "\\boxed{"
+
+# operand, operator, operand, "=", result; a few words or a currency sign may stand in between.
+_WORDS = r"[^\d=+*/×\n.%-]{0,16}?"
+_CALCULATION = re.compile(
+    rf"(?<![\d.,])(\d{{1,4}}){_WORDS}([-+*/×x]){_WORDS}(\d{{1,4}})(?![\d.,%]){_WORDS}={_WORDS}(\d{{1,6}})(?![\d.,/]*\d)"
+)
+_ASCII = {"×": "*", "x": "*"}
+
+
+class Calculation(NamedTuple):
+    """`left operator right = result` as written in a document; the result's digits are text[start:end]."""
+
+    left: int
+    operator: str
+    right: int
+    result: int
+    start: int
+    end: int
+
+
+def find_calculations(text: str) -> Iterator[Calculation]:
+    """Yield the binary whole-number calculations in `text` whose written result is right."""
+    for match in _CALCULATION.finditer(text):
+        left, right, result = int(match[1]), int(match[3]), int(match[4])
+        operator = _ASCII.get(match[2], match[2])
+        if _holds(left, operator, right, result):
+            yield Calculation(left, operator, right, result, match.start(4), match.end(4))
+
+
+def _holds(left: int, operator: str, right: int, result: int) -> bool:
+    if operator == "+":
+        return left + right == result
+    if operator == "-":
+        return left - right == result
+    if operator == "*":
+        return left * right == result
+    return right > 0 and left == right * result
+
+
+def work_out(left: int, operator: str, right: int) -> str:
+    """Carry `left operator right` out by the written method, units first (division: from the left).
+
+    Each step is digits, carry and result: `3-8-0=5b` reads "3 minus 8 minus borrow 0 is 5, borrow one".
+    """
+    steps = {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[operator](left, right)
+    return f"{left}{operator}{right}: {steps}"
+
+
+def _digits(left: int, right: int) -> Iterator[tuple[int, int]]:
+    """Pairs of digits, units first, the shorter number filled up with zeros."""
+    a, b = str(left)[::-1], str(right)[::-1]
+    for i in range(max(len(a), len(b))):
+        yield int(a[i]) if i < len(a) else 0, int(b[i]) if i < len(b) else 0
+
+
+def _add(left: int, right: int) -> str:
+    steps, carry = [], 0
+    for a, b in _digits(left, right):
+        steps.append(f"{a}+{b}+{carry}={a + b + carry}")
+        carry = (a + b + carry) // 10
+    return " ".join([*steps, str(left + right)])
+
+
+def _subtract(left: int, right: int) -> str:
+    steps, borrow = [], 0
+    for a, b in _digits(left, right):
+        difference = a - b - borrow
+        steps.append(f"{a}-{b}-{borrow}={difference % 10}{'b' if difference < 0 else ''}")
+        borrow = int(difference < 0)
+    return " ".join([*steps, str(left - right)])
+
+
+def _multiply(left: int, right: int) -> str:
+    if right > left:
+        left, right = right, left
+    steps, total = [], 0
+    for place, b in enumerate(str(right)[::-1]):
+        if b == "0":
+            continue
+        carry = 0
+        for a in str(left)[::-1]:
+            steps.append(f"{a}*{b}+{carry}={int(a) * int(b) + carry}")
+            carry = (int(a) * int(b) + carry) // 10
+        partial = left * int(b) * 10**place
+        steps.append(str(partial))
+        if total:
+            steps.append(f"{total}+{partial}: {_add(total, partial)}")
+        total += partial
+    return " ".join(steps) if right else "0"
+
+
+def _divide(left: int, right: int) -> str:
+    steps, rest = [], 0
+    for digit in str(left):
+        rest = 10 * rest + int(digit)
+        steps.append(f"{rest}/{right}={rest // right}r{rest % right}")
+        rest %= right
+    return " ".join([*steps, str(left // right)])
+
+
+class TraceWriter:
+    """Writes the reasoning and the boxed prediction for positions of one document."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str, ids: Sequence[int], calculation_share: float, max_tokens: int):
+        """`ids` is the document's one tokenisation; `max_tokens` bounds a trace (longer calculations are recalled)."""
+        self._tokenizer, self._text, self._ids = tokenizer, text, list(ids)
+        self._share, self._max_tokens = calculation_share, max_tokens
+        lengths = tokenizer.byte_vocab.lengths_V[np.asarray(self._ids, dtype=np.int64)]
+        self._byte_offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self._calculations = {}
+        for calculation in find_calculations(text):
+            start, end = (len(text[:i].encode()) for i in (calculation.start, calculation.end))
+            for position in np.flatnonzero((self._byte_offsets[:-1] >= start) & (self._byte_offsets[:-1] < end)):
+                self._calculations[int(position)] = (calculation, end)
+
+    @property
+    def calculation_positions(self) -> list[int]:
+        """Token positions inside the result of a calculation."""
+        return sorted(self._calculations)
+
+    def write(self, position: int, rng: np.random.Generator) -> list[int]:
+        """Return the response ids that reason at `position` (after the open <think>) and box the true continuation."""
+        if position in self._calculations and rng.random() < self._share:
+            trace = self._calculate(position)
+            if len(trace) <= self._max_tokens:
+                return trace
+        return self._recall(position, int(rng.integers(2, 7)))
+
+    def _calculate(self, position: int) -> list[int]:
+        calculation, end = self._calculations[position]
+        steps = work_out(calculation.left, calculation.operator, calculation.right)
+        rest = self._text.encode()[self._byte_offsets[position] : end].decode()
+        return self._close(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
+
+    def _recall(self, position: int, length: int) -> list[int]:
+        return self._close(self._ids[max(0, position - length) : position], [self._ids[position]])
+
+    def _close(self, reasoning: list[int], prediction: list[int]) -> list[int]:
+        t = self._tokenizer
+        return [*reasoning, t.end_think_id, *t.encode(BOX), *prediction, *t.encode("}"), t.eos_id]

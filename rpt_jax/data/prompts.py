@@ -1,0 +1,121 @@
+"""Prompts: a context of token ids between the template's ids, and the bytes that a right prediction begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rpt_jax.config import PromptConfig
+from rpt_jax.data.positions import Position
+from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.errors import UserError, nearest
+
+TEMPLATES = Path(__file__).parents[2] / "configs" / "templates"
+
+
+class PromptBatch(NamedTuple):
+    """P prompts as arrays.
+
+    Attributes:
+      tokens_PxS: int32 ids, zeros after `lengths`.
+      lengths_P: int32.
+      ids_P: int32, the number of the prompt in the stream; fixes the noise of its samples.
+      reference_PxR: uint8, how the document truly goes on; zeros after its last whole token.
+      boundaries_PxRp1: bool, True at l where the first l reference bytes are whole tokens; False at 0.
+      document_P, position_P, entropy_P: where the prompt is from.
+    """
+
+    tokens_PxS: np.ndarray
+    lengths_P: np.ndarray
+    ids_P: np.ndarray
+    reference_PxR: np.ndarray
+    boundaries_PxRp1: np.ndarray
+    document_P: np.ndarray
+    position_P: np.ndarray
+    entropy_P: np.ndarray
+
+
+class PromptBuilder:
+    """Builds prompts from slices of documents' ids; no text is ever tokenised twice."""
+
+    def __init__(self, config: PromptConfig, tokenizer: Tokenizer):
+        """Raises: UserError, where the template is missing or malformed or leaves no room for a context."""
+        self._tokenizer = tokenizer
+        self._reference_bytes = config.reference_bytes
+        self._size = config.max_tokens
+        before, after = read_template(config.template)
+        self._head = [tokenizer.bos_id, *tokenizer.encode(before)]
+        self._tail = tokenizer.encode(after)
+        if config.open_think:
+            if tokenizer.think_id < 0:
+                raise UserError("prompt.open_think=True needs a tokenizer with a <think> token; set it to False.")
+            self._tail.append(tokenizer.think_id)
+        self._room = self._size - len(self._head) - len(self._tail)
+        if self._room < 1:
+            raise UserError(
+                f"prompt.max_tokens={self._size} leaves no room for a context: the template '{config.template}' alone "
+                f"takes {self._size - self._room} tokens."
+            )
+
+    def build(self, prompt_id: int, ids: Sequence[int], position: Position) -> PromptBatch:
+        """Return the prompt (arrays without the P axis) that asks for token `position` of the document `ids`.
+
+        A context longer than the room that the template leaves loses its oldest tokens.
+        """
+        at = position.position
+        tokens = [*self._head, *ids[max(0, at - self._room) : at], *self._tail]
+        reference, boundaries = self._reference(ids[at:])
+        return PromptBatch(
+            tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._size - len(tokens))),
+            lengths_P=np.int32(len(tokens)),
+            ids_P=np.int32(prompt_id),
+            reference_PxR=reference,
+            boundaries_PxRp1=boundaries,
+            document_P=np.int32(position.document),
+            position_P=np.int32(at),
+            entropy_P=np.float32(position.entropy),
+        )
+
+    def _reference(self, completion: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of the completion's first whole tokens that fit, and the borders between tokens (paper, L_gt)."""
+        limit, vocab = self._reference_bytes, self._tokenizer.byte_vocab
+        reference, boundaries = np.zeros(limit, np.uint8), np.zeros(limit + 1, bool)
+        end = 0
+        for token in completion:
+            length = int(vocab.lengths_V[token])
+            # A special token has no bytes: nothing that a prediction spells can go past it.
+            if length == 0 or end + length > limit:
+                break
+            reference[end : end + length] = vocab.bytes_VxX[token, :length]
+            end += length
+            boundaries[end] = True
+        return reference, boundaries
+
+
+def read_template(name: str) -> tuple[str, str]:
+    """Return what a template says before and after its one `{context}`.
+
+    `name` is a file of configs/templates without its ending, or a path. Raises: UserError.
+    """
+    own = {path.stem: path for path in TEMPLATES.glob("*.txt")}
+    path = own.get(name, Path(name))
+    try:
+        text = path.read_bytes().decode()
+    except OSError:
+        raise UserError(
+            f"prompt.template='{name}' is neither a file nor one of: {', '.join(sorted(own))}.{nearest(name, own)}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt.template: {path} is not UTF-8 (byte {error.start}).") from None
+    before, slot, after = text.partition("{context}")
+    if not slot or "{context}" in after:
+        raise UserError(f"prompt.template: {path} must hold {{context}} exactly once.")
+    return before, after
+
+
+def stack(prompts: Sequence[PromptBatch]) -> PromptBatch:
+    """Batch single prompts."""
+    return PromptBatch(*(np.stack(leaves) for leaves in zip(*prompts, strict=True)))

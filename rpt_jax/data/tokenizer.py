@@ -1,0 +1,357 @@
+"""Tokenizers as raw bytes: whatever a tokenizer does inside, here it is a table of what every token stands for.
+
+The reward compares bytes, so one property carries everything: the bytes of the tokens of a text, joined, are the
+UTF-8 bytes of the text, for any text. Two formats reduce to it, sentencepiece with byte fallback and Hugging Face
+byte-level BPE. What either would change in a text (normalisation, an added or removed space, a special token that the
+text merely spells) is switched off on loading, and every encoding is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from rpt_jax.errors import UserError
+
+THINK, END_THINK = "<think>", "</think>"
+
+_SPACE_MARK = "\u2581"  # What sentencepiece writes for a space in its pieces.
+_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<｜end▁of▁sentence｜>")
+_PROBE = f"  a\u00e9\ufb01e\u0301 {_SPACE_MARK}\r\n\t\x00 {THINK}</s>\U0001f9ee 12.50 "
+
+
+class ByteVocab(NamedTuple):
+    """The raw bytes of every token: row v holds `lengths_V[v]` bytes and then zeros; special tokens have length 0."""
+
+    bytes_VxX: np.ndarray  # uint8
+    lengths_V: np.ndarray  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Made by `load_tokenizer`.
+
+    `pieces` are the bytes of every token. `bos_id` and `pad_id` fall back to `eos_id` where the model has none;
+    `think_id` and `end_think_id` are then -1. `special_ids` have no bytes, and no text encodes to them.
+    """
+
+    pieces: tuple[bytes, ...]
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    think_id: int
+    end_think_id: int
+    special_ids: frozenset[int]
+    fingerprint: str  # SHA-256 of the file the tokenizer was read from, in hexadecimal.
+    source: str  # That file, for messages.
+    encode_ordinary: Callable[[Sequence[str]], list[list[int]]] = dataclasses.field(repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @functools.cached_property
+    def byte_vocab(self) -> ByteVocab:
+        lengths_V = np.array([len(piece) for piece in self.pieces], np.int32)
+        bytes_VxX = np.zeros((len(self.pieces), max(1, int(lengths_V.max()))), np.uint8)
+        filled_VxX = np.arange(bytes_VxX.shape[1]) < lengths_V[:, None]
+        bytes_VxX[filled_VxX] = np.frombuffer(b"".join(self.pieces), np.uint8)
+        return ByteVocab(bytes_VxX, lengths_V)
+
+    def encode(self, text: str) -> list[int]:
+        """Return token ids whose bytes are exactly those of `text`; nothing is added, and nothing in it is special."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts at once. Raises `UserError` where the tokenizer cannot express a text exactly."""
+        batch = self.encode_ordinary(texts)
+        for text, ids in zip(texts, batch, strict=True):
+            if self.token_bytes(ids) != text.encode("utf-8"):
+                raise UserError(
+                    f"{self.source} does not give back the bytes of the text that it encodes, here of {text[:60]!r}: "
+                    "it drops, adds or replaces something. Use a byte-level BPE, or sentencepiece with byte fallback."
+                )
+        return batch
+
+    def token_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of the tokens, joined. Raises `IndexError` for an id outside of the vocabulary."""
+        ids = [int(i) for i in ids]
+        if ids and min(ids) < 0:
+            raise IndexError(f"{min(ids)} is not a token id")
+        return b"".join(self.pieces[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the tokens, with U+FFFD for bytes that are not UTF-8 and nothing for special tokens."""
+        return self.token_bytes(ids).decode("utf-8", errors="replace")
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Load `tokenizer.model` (sentencepiece) or, where there is none, `tokenizer.json` (Hugging Face byte-level BPE).
+
+    Raises `UserError` where neither is there, where the file is damaged, and where it cannot express every byte.
+    """
+    loaders = {"tokenizer.model": _load_sentencepiece, "tokenizer.json": _load_byte_level_bpe}
+    for name, loader in loaders.items():
+        path = Path(directory) / name
+        if path.is_file():
+            tokenizer = loader(path, path.read_bytes())
+            tokenizer.encode(_PROBE)
+            return tokenizer
+    raise UserError(
+        f"No tokenizer in '{directory}': expected {' or '.join(loaders)}. Give the directory of an exported model."
+    )
+
+
+# --- sentencepiece --------------------------------------------------------------------------------
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
+    r"""Train a BPE model with byte fallback on `texts` and write it to the file `path`; the same texts, the same file.
+
+    Digits stay single and `\boxed{`, `}` and the newline are tokens of their own, so that no token reaches across the
+    border of a box or of a line. Raises `UserError` where `vocab_size` does not fit the texts.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,  # The rest, single rare characters, falls back to bytes.
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            control_symbols=[THINK, END_THINK],
+            user_defined_symbols=["\\boxed{", "}", "\n"],
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"pretrain.vocab_size={vocab_size} does not fit the texts: {str(error).rpartition('] ')[2]} Choose "
+            "fewer for a small corpus, and at least 265 (256 bytes, 9 symbols) plus one for every frequent character."
+        ) from error
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(model.getvalue())
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    # The trainer leaves out, without a word, what is longer than 4,192 bytes; 1,000 characters are at most 4,000.
+    for text in texts:
+        for line in text.split("\n"):
+            yield from (line[start : start + 1000] for start in range(0, len(line), 1000))
+
+
+def _load_sentencepiece(path: Path, data: bytes) -> Tokenizer:
+    # Appending one serialised protocol buffer to another merges them field by field, and the later value wins. This
+    # sets field 3, the normaliser, to: no character map, no space put in front, none removed, all marked. A model
+    # that was trained with other settings would change the text.
+    identity = b"\x1a\x08" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data + identity)
+        size = processor.vocab_size()
+    except RuntimeError as error:
+        raise UserError(f"{path} is not a sentencepiece model: {error}.") from error
+    names = [processor.id_to_piece(i) for i in range(size)]
+    byte_ids = {int(name[1:-1], 16): i for i, name in enumerate(names) if processor.is_byte(i)}
+    if len(byte_ids) < 256:
+        raise UserError(
+            f"{path} has no byte fallback ({len(byte_ids)} of 256 byte tokens), so it cannot express every text. "
+            "Train it with byte_fallback=True."
+        )
+    eos_id = processor.eos_id()
+    if eos_id < 0:
+        raise UserError(f"{path} has no end-of-sentence token. Train it with an eos_id.")
+    special_ids = frozenset(i for i in range(size) if processor.is_control(i) or processor.is_unknown(i))
+    byte_of = {i: bytes([byte]) for byte, i in byte_ids.items()}
+
+    def control_id(name: str) -> int:
+        found = processor.piece_to_id(name)  # The unknown token for a name that is not there.
+        return found if processor.is_control(found) else -1
+
+    def piece(i: int) -> bytes:
+        return b"" if i in special_ids else byte_of.get(i) or names[i].replace(_SPACE_MARK, " ").encode("utf-8")
+
+    return Tokenizer(
+        pieces=tuple(piece(i) for i in range(size)),
+        bos_id=processor.bos_id() if processor.bos_id() >= 0 else eos_id,
+        eos_id=eos_id,
+        pad_id=processor.pad_id() if processor.pad_id() >= 0 else eos_id,
+        think_id=control_id(THINK),
+        end_think_id=control_id(END_THINK),
+        special_ids=special_ids,
+        fingerprint=hashlib.sha256(data).hexdigest(),
+        source=str(path),
+        encode_ordinary=functools.partial(
+            _encode_sentencepiece, processor, [byte_ids[byte] for byte in _SPACE_MARK.encode("utf-8")]
+        ),
+    )
+
+
+def _encode_sentencepiece(
+    processor: sentencepiece.SentencePieceProcessor, space_mark_ids: list[int], texts: Sequence[str]
+) -> list[list[int]]:
+    # A space mark that a text itself contains would come back as a space: it is kept from sentencepiece, and its bytes
+    # are put in its place.
+    batch = []
+    for text in texts:
+        first, *others = text.split(_SPACE_MARK)
+        ids = processor.encode(first)
+        for part in others:
+            ids += space_mark_ids + processor.encode(part)
+        batch.append(ids)
+    return batch
+
+
+# --- Hugging Face byte-level BPE ------------------------------------------------------------------
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """Return the byte that each character of a byte-level BPE vocabulary stands for (the convention of GPT-2).
+
+    The printable characters of Latin-1 stand for themselves; the other 68 bytes are, in order, U+0100 to U+0143.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+def _load_byte_level_bpe(path: Path, data: bytes) -> Tokenizer:
+    """Load a `tokenizer.json` without its normaliser: Qwen3's is NFC, which would change the bytes of a text."""
+    spec = _parse_json(path, data)
+    try:
+        tokenizers.Tokenizer.from_str(data.decode("utf-8"))  # Checks the form that everything below relies on.
+    except Exception as error:  # noqa: BLE001 - the library raises this very class, whatever is wrong.
+        raise UserError(f"{path} is not a valid tokenizer.json: {error}. Download or export it again.") from error
+    alphabet, vocab = byte_level_alphabet(), spec["model"]["vocab"]
+    if spec["model"].get("type") != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
+        raise UserError(f"{path} is not a byte-level BPE, the kind of tokenizer.json that keeps every byte of a text.")
+    if missing := sum(character not in vocab for character in alphabet):
+        raise UserError(f"{path} cannot express every text: {missing} of the 256 bytes have no token of their own.")
+    added = {token["content"]: token for token in spec.get("added_tokens", ())}
+    ids = vocab | {content: token["id"] for content, token in added.items()}
+    special = _special_ids(path, ids)
+    special_ids = frozenset(
+        [*special.values(), *(token["id"] for token in added.values() if token["special"])]
+        + [added[name]["id"] for name in (THINK, END_THINK) if name in added]
+    )
+
+    def piece(content: str) -> bytes:
+        if ids[content] in special_ids:
+            return b""
+        if content in added or any(character not in alphabet for character in content):
+            return content.encode("utf-8")
+        return bytes(alphabet[character] for character in content)
+
+    pieces = [b""] * (max(ids.values()) + 1)
+    for content, i in ids.items():
+        pieces[i] = piece(content)
+    return Tokenizer(
+        pieces=tuple(pieces),
+        **special,
+        think_id=added[THINK]["id"] if THINK in added else -1,
+        end_think_id=added[END_THINK]["id"] if END_THINK in added else -1,
+        special_ids=special_ids,
+        fingerprint=hashlib.sha256(data).hexdigest(),
+        source=str(path),
+        encode_ordinary=functools.partial(_encode_byte_level_bpe, _exact_backend(spec, special_ids)),
+    )
+
+
+def _exact_backend(spec: dict[str, Any], special_ids: frozenset[int]) -> tokenizers.Tokenizer:
+    """Build the library's tokenizer from `spec`, less everything that would change or reinterpret a text."""
+    # Only tokens that are marked special can be kept from matching a text that spells them, and R1's <think> is not.
+    added = [
+        token | {"lstrip": False, "rstrip": False, "special": token["id"] in special_ids}
+        for token in spec.get("added_tokens", ())
+    ]
+    exact = spec | {
+        "added_tokens": added,
+        "normalizer": None,
+        "truncation": None,
+        "padding": None,
+        "pre_tokenizer": _without_prefix_space(spec["pre_tokenizer"]),
+        "model": spec["model"] | {"dropout": None},
+    }
+    backend = tokenizers.Tokenizer.from_str(json.dumps(exact))
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _encode_byte_level_bpe(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _has_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
+    if not pre_tokenizer:
+        return False
+    return pre_tokenizer["type"] == "ByteLevel" or any(map(_has_byte_level, pre_tokenizer.get("pretokenizers", ())))
+
+
+def _without_prefix_space(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the pre-tokenizer with no part of it putting a space before the text."""
+    changed = dict(pre_tokenizer)
+    if "add_prefix_space" in changed:
+        changed["add_prefix_space"] = False
+    if "pretokenizers" in changed:
+        changed["pretokenizers"] = [_without_prefix_space(part) for part in changed["pretokenizers"]]
+    return changed
+
+
+def _special_ids(path: Path, ids: dict[str, int]) -> dict[str, int]:
+    """Return `bos_id`, `eos_id` and `pad_id` as the files beside `path` say; the end also by its usual names."""
+    names = _parse_optional(path.with_name("tokenizer_config.json"))
+    numbers = _parse_optional(path.with_name("generation_config.json"))
+
+    def find(kind: str) -> int | None:
+        name = names.get(f"{kind}_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name in ids:
+            return ids[name]
+        number = numbers.get(f"{kind}_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        return number if number in ids.values() else None
+
+    eos_id = find("eos")
+    if eos_id is None:
+        eos_id = next((ids[name] for name in _EOS_NAMES if name in ids), None)
+    if eos_id is None:
+        raise UserError(f"No end-of-text token for {path}: name it as eos_token in tokenizer_config.json beside it.")
+    bos_id, pad_id = find("bos"), find("pad")
+    return {
+        "bos_id": eos_id if bos_id is None else bos_id,
+        "eos_id": eos_id,
+        "pad_id": eos_id if pad_id is None else pad_id,
+    }
+
+
+def _parse_optional(path: Path) -> dict[str, Any]:
+    return _parse_json(path, path.read_bytes()) if path.is_file() else {}
+
+
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}. Download or export it again.") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} holds a JSON {type(parsed).__name__}, expected an object.")
+    return parsed

@@ -1,0 +1,35 @@
+"""AdamW with the paper's settings."""
+
+from __future__ import annotations
+
+import optax
+
+from rpt_jax.config import OptimizerConfig
+from rpt_jax.errors import check_choice
+
+SCHEDULES = ("constant", "cosine")
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then constant (verl's default) or a cosine down to a tenth."""
+    check_choice("optimizer.schedule", config.schedule, SCHEDULES)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - config.warmup_steps), alpha=0.1)
+    else:
+        main = optax.constant_schedule(config.learning_rate)
+    warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm (paper, Table 5)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            make_schedule(config, total_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        ),
+    )

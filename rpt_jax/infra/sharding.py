@@ -1,0 +1,84 @@
+"""Where arrays live: logical axes of the policy and the batch, mapped to the axes of the mesh in one table."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rpt_jax.errors import UserError
+
+# The batch is split over data and fsdp alike; parameters are split over fsdp, and inside a layer over tensor.
+RULES = (
+    ("prompt", ("data", "fsdp")),
+    ("width", "fsdp"),
+    ("kv_heads", "tensor"),
+    ("ffn", "tensor"),
+    ("vocab", "tensor"),
+    ("layers", None),
+)
+PROMPT_AXIS = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> Mesh:
+    """Arrange all devices as data × fsdp × tensor; one -1 takes what is left. Raises: UserError, where it does not fit."""
+    count = jax.device_count() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    unknown = [name for name, size in sizes.items() if size == -1]
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(unknown) > 1 or known < 1 or count % known or (not unknown and known != count):
+        asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        raise UserError(f"{asked} does not fit {count} devices: the product must be {count}, with at most one -1.")
+    for name in unknown:
+        sizes[name] = count // known
+    # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Make `mesh` and `RULES` what the policy's logical axes refer to."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def parameter_shardings(policy: nn.Module, mesh: Mesh) -> Any:
+    """Return the tree of NamedShardings of the policy's parameters. Raises: UserError, where a size is not divisible."""
+    abstract = jax.eval_shape(lambda: _init(policy, jax.random.key(0)))
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+    jax.tree_util.tree_map_with_path(_check_divisible, shardings, nn.meta.unbox(abstract))
+    return shardings
+
+
+def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:
+    """Random float32 parameters, each made on the devices that keep it."""
+    init = jax.jit(lambda key: nn.meta.unbox(_init(policy, key)), out_shardings=parameter_shardings(policy, mesh))
+    return init(jax.random.key(seed))
+
+
+def shard_prompts(tree: Any, mesh: Mesh) -> Any:
+    """Put arrays on the devices with their first axis split as the batch is."""
+    return jax.device_put(tree, NamedSharding(mesh, PROMPT_AXIS))
+
+
+def _init(policy: nn.Module, key: jax.Array) -> Any:
+    tokens = jnp.zeros((1, 1, 1), jnp.int32)
+    return policy.init(key, tokens, tokens)["params"]
+
+
+def _check_divisible(path: Any, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> None:
+    for size, axis in zip(leaf.shape, sharding.spec, strict=False):
+        axes = (axis,) if isinstance(axis, str) else axis or ()
+        ways = int(np.prod([sharding.mesh.shape[a] for a in axes]))
+        if size % ways:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            fitting = max(d for d in range(1, ways + 1) if size % d == 0)
+            raise UserError(
+                f"mesh.{axes[-1]}={ways} does not divide the {size} of parameter {name}; the nearest that does is {fitting}."
+            )

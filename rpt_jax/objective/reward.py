@@ -1,0 +1,214 @@
+"""The prefix-matching reward (paper, section 3.2, Equation 3): read the boxed prediction, compare it with the text.
+
+Everything happens on the raw bytes of tokens, inside one compiled program. Decoding to text and encoding again would
+change the lengths of characters that a token border cuts in two, and with them the boundaries.
+
+The reading rule, where the paper says only "the last \\boxed{} following the special token '</think>'":
+
+* The answer begins after the last end-of-thinking marker: the special token, or the bytes `</think>`.
+* The prediction is what the last `\\boxed{` of the answer holds, up to its balancing brace. A brace behind an odd
+  run of backslashes does not count. If nothing balances, the prediction runs up to the last `}` of the response.
+* `\\boxed{}}` reads as `}`. Nothing is stripped.
+
+A response is read as a stream, one byte of every rollout per step, by a parser whose state is a few scalars. So
+memory does not depend on the longest token of the vocabulary, and the number of steps is the longest response in
+bytes (a token without bytes counts as one).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_THINK_END = b"</think>"
+_BOX = b"\\boxed{"
+_BACKSLASH, _OPEN, _CLOSE = b"\\{}"
+_NO_PREDICTION = -1
+
+
+class Status(enum.IntEnum):
+    """Why a rollout earned what it earned."""
+
+    CORRECT = 0
+    """The prediction is one or more whole tokens of the true continuation: the only status with reward 1."""
+    WRONG_BYTES = 1
+    """The prediction differs from the continuation, or is longer than what is stored of it."""
+    INSIDE_TOKEN = 2
+    """The bytes are those of the continuation, but they end inside one of its tokens."""
+    EMPTY = 3
+    """The box holds nothing."""
+    NO_BOX = 4
+    """No end-of-thinking marker, no box after it, or a box without any closing brace."""
+    NOT_FINISHED = 5
+    """The length limit ended the response, whatever it holds."""
+
+
+class _Parser(NamedTuple):
+    """What is known of one rollout after some of its bytes. Scalars; `vmap` adds the axes [P,G]."""
+
+    token: jax.Array  # int32: the token being read,
+    offset: jax.Array  # int32: and the next of its bytes.
+    think_matched: jax.Array  # int32: how many bytes of `</think>` the stream ends with.
+    box_matched: jax.Array  # int32: the same for `\boxed{`, counted within the answer.
+    answering: jax.Array  # bool: a marker has been seen.
+    escaped: jax.Array  # bool: the stream ends with an odd run of backslashes.
+    depth: jax.Array  # int32: open braces of the last box; 0 when it is closed, or when there is none.
+    size: jax.Array  # int32: bytes since the last box opened,
+    equal: jax.Array  # bool: and whether all of them are the reference's.
+    prediction_size: jax.Array  # int32: `size` before the brace that ends the prediction, as far as one can tell,
+    prediction_equal: jax.Array  # bool: and `equal` there.
+
+
+def _start() -> _Parser:
+    zero, false = jnp.int32(0), jnp.bool_(False)
+    return _Parser(
+        token=zero,
+        offset=zero,
+        think_matched=zero,
+        box_matched=zero,
+        answering=false,
+        escaped=false,
+        depth=zero,
+        size=zero,
+        equal=false,
+        prediction_size=jnp.int32(_NO_PREDICTION),
+        prediction_equal=false,
+    )
+
+
+def _matched(pattern: bytes, matched: jax.Array, byte: jax.Array) -> jax.Array:
+    """Return how many bytes of `pattern` the stream ends with after `byte`, given the number before it.
+
+    Exact only for a pattern whose first byte does not occur in it again: a mismatch then leaves at most that byte.
+    """
+    restart = (byte == pattern[0]).astype(jnp.int32)
+    return jnp.where(byte == jnp.array(list(pattern))[matched], matched + 1, restart)
+
+
+def _consume(state: _Parser, byte: jax.Array, reference_R: jax.Array) -> _Parser:
+    """Take one byte of the response."""
+    think_matched = _matched(_THINK_END, state.think_matched, byte)
+    box_matched = jnp.where(state.answering, _matched(_BOX, state.box_matched, byte), 0)
+    opens = box_matched == len(_BOX)
+
+    # Up to the balancing brace each `}` may turn out to be the last, so the latest one ends the prediction: the
+    # balanced reading and the fallback are one rule. `\boxed{}}` has a second brace after the balancing one.
+    closed_empty = (state.prediction_size == 0) & (state.size == 1)
+    ends = (byte == _CLOSE) & ((state.depth > 0) | closed_empty)
+    nesting = (byte == _OPEN).astype(jnp.int32) - (byte == _CLOSE).astype(jnp.int32)
+    depth = state.depth + jnp.where((state.depth > 0) & ~state.escaped, nesting, 0)
+    equal = state.equal & (byte == reference_R[state.size])  # Past the end, where this means nothing, `_judge` says no.
+    prediction_size = jnp.where(ends, state.size, state.prediction_size)
+
+    return state._replace(
+        think_matched=think_matched,
+        box_matched=jnp.where(opens, 0, box_matched),
+        escaped=(byte == _BACKSLASH) & ~state.escaped,
+        depth=jnp.where(opens, 1, depth),
+        size=jnp.where(opens, 0, state.size + 1),
+        equal=opens | equal,
+        prediction_size=jnp.where(opens, _NO_PREDICTION, prediction_size),
+        prediction_equal=jnp.where(ends, state.equal, state.prediction_equal),
+    )
+
+
+def _end_thinking(state: _Parser) -> _Parser:
+    """Begin the answer. No box begins within `</think>`, so one that the special token interrupts may be forgotten."""
+    return state._replace(
+        think_matched=jnp.zeros_like(state.think_matched),
+        box_matched=jnp.zeros_like(state.box_matched),
+        answering=jnp.ones_like(state.answering),
+        depth=jnp.zeros_like(state.depth),
+        prediction_size=jnp.full_like(state.prediction_size, _NO_PREDICTION),
+    )
+
+
+def _select(condition: jax.Array, chosen: _Parser, otherwise: _Parser) -> _Parser:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), chosen, otherwise)
+
+
+def _step(
+    state: _Parser,
+    tokens_T: jax.Array,
+    sizes_T: jax.Array,
+    length: jax.Array,
+    reference_R: jax.Array,
+    vocab_bytes_VxX: jax.Array,
+    end_of_thinking_id: jax.Array,
+) -> _Parser:
+    """Read the next byte of one rollout. A token without bytes takes a step too: it may be the marker."""
+    token, size = tokens_T[state.token], sizes_T[state.token]
+    byte = vocab_bytes_VxX[token, state.offset].astype(jnp.int32)
+    live = state.token < length  # While others read on; past the end an index would repeat the last token.
+
+    read = _select(live & (state.offset < size), _consume(state, byte, reference_R), state)
+    special = live & (token >= 0) & (token == end_of_thinking_id)  # -1 is no token, not one whose id is -1.
+    marker = special | (read.think_matched == len(_THINK_END))
+    read = _select(marker, _end_thinking(read), read)
+
+    more = state.offset + 1 < size
+    return read._replace(
+        token=jnp.where(more, state.token, state.token + 1),
+        offset=jnp.where(more, state.offset + 1, 0),
+    )
+
+
+def _judge(state: _Parser, stopped: jax.Array, boundaries_Rp1: jax.Array) -> jax.Array:
+    """Return the status of one rollout that has been read to its end."""
+    size = state.prediction_size
+    stored = jnp.max(jnp.where(boundaries_Rp1, jnp.arange(boundaries_Rp1.shape[0]), 0))
+    prefix = state.prediction_equal & (size <= stored)
+    return jnp.select(
+        [~stopped, size == _NO_PREDICTION, size == 0, prefix & boundaries_Rp1[size], prefix],
+        [Status.NOT_FINISHED, Status.NO_BOX, Status.EMPTY, Status.CORRECT, Status.INSIDE_TOKEN],
+        Status.WRONG_BYTES,
+    ).astype(jnp.int32)
+
+
+@jax.jit
+def prefix_match_reward(
+    tokens_PxGxT: jax.Array,
+    lengths_PxG: jax.Array,
+    stopped_PxG: jax.Array,
+    reference_PxR: jax.Array,
+    boundaries_PxRp1: jax.Array,
+    vocab_bytes_VxX: jax.Array,
+    vocab_lengths_V: jax.Array,
+    end_of_thinking_id: int | jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the reward and the `Status` of every rollout (paper, Equation 3; the reading rule is the module's).
+
+    The reward is 1 where the predicted bytes equal the first bytes of the true continuation and end where one of its
+    tokens ends, else 0. No more of the continuation counts than what is stored up to its last boundary: a longer
+    prediction is `WRONG_BYTES`.
+
+    Args:
+        tokens_PxGxT: int32 response tokens; those at and after a rollout's length are never looked at.
+        lengths_PxG: int32 response tokens including the stop token, 0 to T.
+        stopped_PxG: bool, False where the length limit ended the response.
+        reference_PxR: uint8 bytes of the true continuation; those after the last boundary are padding.
+        boundaries_PxRp1: bool, True at the cumulative token ends of the continuation, False at 0.
+        vocab_bytes_VxX: uint8 raw bytes of every token; those after its length are padding.
+        vocab_lengths_V: int32 bytes of every token, 0 for special ones. An id outside the table has no bytes.
+        end_of_thinking_id: id of the end-of-thinking special token, or -1 where the tokenizer has none.
+
+    Returns:
+        reward_PxG (float32, 0 or 1) and status_PxG (int32).
+    """
+    live_PxGxT = jax.lax.broadcasted_iota(jnp.int32, tokens_PxGxT.shape, 2) < lengths_PxG[..., None]
+    known_PxGxT = live_PxGxT & (tokens_PxGxT >= 0) & (tokens_PxGxT < vocab_lengths_V.shape[0])
+    sizes_PxGxT = jnp.where(known_PxGxT, vocab_lengths_V[tokens_PxGxT], 0)
+    steps = jnp.max(jnp.sum(jnp.where(live_PxGxT, jnp.maximum(sizes_PxGxT, 1), 0), axis=-1))
+
+    step_G = jax.vmap(_step, in_axes=(0, 0, 0, 0, None, None, None))
+    step_PxG = jax.vmap(step_G, in_axes=(0, 0, 0, 0, 0, None, None))
+    arguments = (tokens_PxGxT, sizes_PxGxT, lengths_PxG, reference_PxR, vocab_bytes_VxX, end_of_thinking_id)
+    start_PxG = jax.tree.map(lambda x: jnp.broadcast_to(x, lengths_PxG.shape), _start())
+    state_PxG = jax.lax.fori_loop(0, steps, lambda _, state: step_PxG(state, *arguments), start_PxG)
+
+    judge_PxG = jax.vmap(jax.vmap(_judge, in_axes=(0, 0, None)))
+    status_PxG = judge_PxG(state_PxG, stopped_PxG, boundaries_PxRp1)
+    return (status_PxG == Status.CORRECT).astype(jnp.float32), status_PxG

@@ -1,0 +1,171 @@
+"""Policies on disk, in the form of Hugging Face: config.json, model.safetensors and the tokenizer's file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rpt_jax.errors import UserError
+from rpt_jax.policy.presets import Shape
+from rpt_jax.policy.transformer import Params
+
+WEIGHTS = "model.safetensors"
+_TOP = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+# Ours: (theirs, number of our axes that are inputs). Theirs is always [outputs, inputs].
+_LAYER = {
+    "attention_norm": ("input_layernorm.weight", 0),
+    "q": ("self_attn.q_proj.weight", 1),
+    "k": ("self_attn.k_proj.weight", 1),
+    "v": ("self_attn.v_proj.weight", 1),
+    "q_bias": ("self_attn.q_proj.bias", 0),
+    "k_bias": ("self_attn.k_proj.bias", 0),
+    "v_bias": ("self_attn.v_proj.bias", 0),
+    "q_norm": ("self_attn.q_norm.weight", 0),
+    "k_norm": ("self_attn.k_norm.weight", 0),
+    "o": ("self_attn.o_proj.weight", 3),
+    "ffn_norm": ("post_attention_layernorm.weight", 0),
+    "gate": ("mlp.gate_proj.weight", 1),
+    "up": ("mlp.up_proj.weight", 1),
+    "down": ("mlp.down_proj.weight", 1),
+}
+
+
+def save_policy(directory: str | Path, shape: Shape, params: Params, tokenizer_file: str | Path) -> None:
+    """Write a directory that `load_policy` and `transformers` read; float32, one file."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {_TOP[name]: np.asarray(params[name]) for name in _TOP if name in params}
+    for ours, (theirs, inputs) in _LAYER.items():
+        for layer, leaf in enumerate(np.asarray(params["layers"].get(ours, ()))):
+            rows = int(np.prod(leaf.shape[:inputs]))
+            tensor = leaf.reshape(rows, -1).T if inputs else leaf.reshape(-1)
+            tensors[f"model.layers.{layer}.{theirs}"] = np.ascontiguousarray(tensor)
+    (directory / "config.json").write_text(json.dumps(_to_hf_config(shape), indent=2) + "\n")
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    if Path(tokenizer_file).parent.resolve() != directory.resolve():
+        shutil.copy(tokenizer_file, directory)
+
+
+def load_shape(directory: str | Path) -> Shape:
+    """Read config.json. Raises: UserError, for a missing, broken or foreign one."""
+    path = Path(directory) / "config.json"
+    try:
+        return _from_hf_config(json.loads(path.read_text()), path)
+    except OSError:
+        raise UserError(
+            f"policy.path='{directory}' has no config.json: it must be the directory of a policy "
+            f"(config.json, {WEIGHTS}, tokenizer.model or tokenizer.json)."
+        ) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from None
+
+
+def load_policy(directory: str | Path) -> tuple[Shape, Params]:
+    """Read shape and float32 parameters. Raises: UserError, naming the file and the tensor that is at fault."""
+    shape, path = load_shape(directory), Path(directory) / WEIGHTS
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}); write or copy the weights again.") from None
+
+    def take(name: str, dims: tuple[int, ...]) -> np.ndarray:
+        tensor = tensors.pop(name, None)
+        if tensor is None:
+            raise UserError(f"{path} lacks the tensor {name}.")
+        if tensor.shape != dims:
+            raise UserError(f"{path}: {name} has shape {tensor.shape}, expected {dims} by config.json.")
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity.")
+        return tensor.astype(np.float32)
+
+    params: Params = {"layers": {}}
+    for name, dims in _leaf_dims(shape).items():
+        if name in _TOP:
+            params[name] = take(_TOP[name], dims)
+            continue
+        theirs, inputs = _LAYER[name]
+        rows, columns = int(np.prod(dims[:inputs])), int(np.prod(dims[inputs:]))
+        on_disk = (columns, rows) if inputs else (columns,)
+        layers = [take(f"model.layers.{i}.{theirs}", on_disk).T.reshape(dims) for i in range(shape.layers)]
+        params["layers"][name] = np.stack(layers)
+    if tensors:
+        raise UserError(f"{path} holds tensors that this policy has no place for: {', '.join(sorted(tensors)[:5])}.")
+    return shape, params
+
+
+def _leaf_dims(s: Shape) -> dict[str, tuple[int, ...]]:
+    """Shapes of our parameters, a layer's without the layer axis."""
+    group = s.heads // s.kv_heads
+    dims: dict[str, tuple[int, ...]] = {
+        "embedding": (s.vocab, s.width),
+        "norm": (s.width,),
+        "attention_norm": (s.width,),
+        "q": (s.width, s.kv_heads, group, s.head_size),
+        "k": (s.width, s.kv_heads, s.head_size),
+        "v": (s.width, s.kv_heads, s.head_size),
+        "o": (s.kv_heads, group, s.head_size, s.width),
+        "ffn_norm": (s.width,),
+        "gate": (s.width, s.ffn),
+        "up": (s.width, s.ffn),
+        "down": (s.ffn, s.width),
+    }
+    if not s.tied:
+        dims["head"] = (s.vocab, s.width)
+    if s.qkv_bias:
+        dims["q_bias"] = (1, s.kv_heads, 1, group, 1, s.head_size)
+        dims["k_bias"] = dims["v_bias"] = (1, s.kv_heads, 1, 1, s.head_size)
+    if s.qk_norm:
+        dims["q_norm"] = dims["k_norm"] = (s.head_size,)
+    return dims
+
+
+def _to_hf_config(s: Shape) -> dict[str, Any]:
+    kind = "qwen3" if s.qk_norm else "qwen2" if s.qkv_bias else "llama"
+    return {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "num_hidden_layers": s.layers,
+        "hidden_size": s.width,
+        "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads,
+        "head_dim": s.head_size,
+        "intermediate_size": s.ffn,
+        "vocab_size": s.vocab,
+        "rope_theta": s.rope_base,
+        "rms_norm_eps": s.norm_epsilon,
+        "tie_word_embeddings": s.tied,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    }
+
+
+def _from_hf_config(config: dict[str, Any], path: Path) -> Shape:
+    kind = config.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise UserError(f"{path}: model_type={kind!r} is not one of: llama, qwen2, qwen3.")
+    if config.get("rope_scaling"):
+        raise UserError(f"{path}: rope_scaling={config['rope_scaling']} is not supported.")
+    try:
+        return Shape(
+            layers=config["num_hidden_layers"],
+            width=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_size=config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
+            ffn=config["intermediate_size"],
+            vocab=config["vocab_size"],
+            rope_base=float(config["rope_theta"]),
+            norm_epsilon=float(config["rms_norm_eps"]),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            tied=bool(config["tie_word_embeddings"]),
+        )
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error}.") from None

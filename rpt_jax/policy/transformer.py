@@ -1,0 +1,199 @@
+"""The policy: one pre-norm decoder (RMSNorm, RoPE, GQA, SwiGLU) for training, prefill and decode alike.
+
+New tokens come as `tokens_NxGxQ`: N prompts, G branches of each, Q tokens a branch. What they may look at besides each
+other comes as contexts: the prompt's keys, shared by its branches, and the branch's own past. So
+
+    prefill   Q = S, G = 1, no context
+    decode    Q = 1, contexts = (prompt, past)
+    training  Q = S, G = 1 for the prompts, then Q = T with context (prompt,) for their responses
+
+and the trunk of a training step runs over S + G·T tokens a prompt instead of G·(S + T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rpt_jax.policy.attention import Context, KeyValues, attend
+from rpt_jax.policy.presets import Shape
+
+Params = dict[str, Any]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32 whatever the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return (x32 * scale).astype(x.dtype)
+
+
+def rotary_angles(positions_NxGxQ: jax.Array, head_size: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [N, 1, G, Q, C/2] in float32: bfloat16 cannot tell position 256 from 257."""
+    frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angle = positions_NxGxQ[:, None, :, :, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary position embedding of the last axis, first half against second half."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, each on the normalised residual."""
+
+    shape: Shape
+    dtype: Any
+
+    def _weight(self, name: str, dims: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+        return self.param(name, init, dims, jnp.float32).astype(self.dtype)
+
+    def _constant(self, name: str, dims: tuple[int, ...], axes: tuple[str | None, ...], value: float) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.constant(value), axes)
+        return self.param(name, init, dims, jnp.float32)
+
+    @nn.compact
+    def __call__(
+        self,
+        x_NxGxQxD: jax.Array,
+        kvs: tuple[KeyValues, ...],
+        visible: tuple[jax.Array, ...],
+        causal_1x1xQxQ: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, KeyValues]:
+        """Return the residual stream after this layer, and this layer's keys and values of the new tokens."""
+        s = self.shape
+        scale = self._constant("attention_norm", (s.width,), (None,), 1.0)
+        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, visible, causal_1x1xQxQ, rotary)
+        x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD + y, ("prompt", None, None, None))
+        scale = self._constant("ffn_norm", (s.width,), (None,), 1.0)
+        x_NxGxQxD = x_NxGxQxD + self._ffn(rms_norm(x_NxGxQxD, scale, s.norm_epsilon))
+        return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None)), kv
+
+    def _attention(self, x_NxGxQxD, kvs, visible, causal_1x1xQxQ, rotary) -> tuple[jax.Array, KeyValues]:
+        s, group = self.shape, self.shape.heads // self.shape.kv_heads
+        wq = self._weight("q", (s.width, s.kv_heads, group, s.head_size), ("width", "kv_heads", None, None), s.width)
+        wk = self._weight("k", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
+        wv = self._weight("v", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
+        wo = self._weight(
+            "o", (s.kv_heads, group, s.head_size, s.width), ("kv_heads", None, None, "width"), s.heads * s.head_size
+        )
+        q = jnp.einsum("ngqd,dkrc->nkgrqc", x_NxGxQxD, wq)
+        k = jnp.einsum("ngqd,dkc->nkgqc", x_NxGxQxD, wk)
+        v = jnp.einsum("ngqd,dkc->nkgqc", x_NxGxQxD, wv)
+        if s.qkv_bias:
+            dims, axes = (1, s.kv_heads, 1, 1, s.head_size), (None, "kv_heads", None, None, None)
+            bias_q = self._constant("q_bias", (1, s.kv_heads, 1, group, 1, s.head_size), (None, *axes), 0.0)
+            q = q + bias_q.astype(self.dtype)
+            k = k + self._constant("k_bias", dims, axes, 0.0).astype(self.dtype)
+            v = v + self._constant("v_bias", dims, axes, 0.0).astype(self.dtype)
+        if s.qk_norm:
+            q = rms_norm(q, self._constant("q_norm", (s.head_size,), (None,), 1.0), s.norm_epsilon)
+            k = rms_norm(k, self._constant("k_norm", (s.head_size,), (None,), 1.0), s.norm_epsilon)
+        cos, sin = rotary
+        q, k = rotate(q, cos[:, :, :, None], sin[:, :, :, None]), rotate(k, cos, sin)
+        new = KeyValues(k, v)
+        contexts = [Context(kv, seen) for kv, seen in zip(kvs, visible, strict=True)]
+        out_NxKxGxRxQxC = attend(q, [*contexts, Context(new, causal_1x1xQxQ)])
+        return jnp.einsum("nkgrqc,krcd->ngqd", out_NxKxGxRxQxC, wo), new
+
+    def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
+        s = self.shape
+        gate = jnp.einsum("ngqd,df->ngqf", x_NxGxQxD, self._weight("gate", (s.width, s.ffn), ("width", "ffn"), s.width))
+        up = jnp.einsum("ngqd,df->ngqf", x_NxGxQxD, self._weight("up", (s.width, s.ffn), ("width", "ffn"), s.width))
+        down = self._weight("down", (s.ffn, s.width), ("ffn", "width"), s.ffn)
+        return jnp.einsum("ngqf,fd->ngqd", nn.silu(gate) * up, down)
+
+
+class Transformer(nn.Module):
+    """The decoder without its head: tokens in, final hidden states and new keys and values out."""
+
+    shape: Shape
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_NxGxQ: jax.Array,
+        positions_NxGxQ: jax.Array,
+        contexts: Sequence[Context] = (),
+    ) -> tuple[jax.Array, KeyValues]:
+        """Run the trunk.
+
+        Args:
+          tokens_NxGxQ: int32 ids; right padding is harmless, since no real token ever sees what comes after it.
+          positions_NxGxQ: int32 positions in the sequence that the branch belongs to.
+          contexts: earlier keys (with a leading L axis) and which of them each new token sees.
+
+        Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
+        """
+        s = self.shape
+        init = nn.with_logical_partitioning(nn.initializers.normal(s.width**-0.5), ("vocab", "width"))
+        embedding_VxD = self.param("embedding", init, (s.vocab, s.width), jnp.float32)
+        if not s.tied:
+            self.param("head", init, (s.vocab, s.width), jnp.float32)
+        x_NxGxQxD = embedding_VxD[tokens_NxGxQ].astype(self.dtype)
+        rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base)
+        length = tokens_NxGxQ.shape[-1]
+        causal_1x1xQxQ = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=s.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(s, self.dtype, name="layers")
+        kvs = tuple(context.kv for context in contexts)
+        visible = tuple(context.visible_NxGxQxS for context in contexts)
+        x_NxGxQxD, new = layers(x_NxGxQxD, kvs, visible, causal_1x1xQxQ, rotary)
+        scale = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (s.width,), jnp.float32)
+        return rms_norm(x_NxGxQxD, scale, s.norm_epsilon), new
+
+
+def head(params: Params) -> jax.Array:
+    """Return the output matrix [V, D] in float32: its own, or the embedding where they are tied."""
+    return params.get("head", params["embedding"])
+
+
+def prefill(
+    policy: Transformer, params: Params, prompts_PxS: jax.Array, lengths_P: jax.Array
+) -> tuple[jax.Array, Context, jax.Array]:
+    """Run the prompts once.
+
+    Args:
+      prompts_PxS: int32 ids, padded on the right.
+      lengths_P: int32 number of real tokens, at least 1.
+
+    Returns: hidden_PxSxD of every token, the prompts as a context for their branches, and hidden_PxD of the last real token.
+    """
+    size = prompts_PxS.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), prompts_PxS.shape)
+    hidden, kv = policy.apply({"params": params}, prompts_PxS[:, None], positions[:, None])
+    visible_Px1x1xS = (jnp.arange(size)[None] < lengths_P[:, None])[:, None, None]
+    last_PxD = jnp.take_along_axis(hidden[:, 0], (lengths_P - 1)[:, None, None], axis=1)[:, 0]
+    return hidden[:, 0], Context(kv, visible_Px1x1xS), last_PxD
+
+
+def branch_hidden(
+    policy: Transformer, params: Params, prompts_PxS: jax.Array, lengths_P: jax.Array, responses_PxGxT: jax.Array
+) -> jax.Array:
+    """Return hidden_PxGxTxD, whose entry t is the state that predicts response token t.
+
+    The prompt runs once for its G responses, forward and backward (S + G·T tokens).
+    """
+    _, prompt, last_PxD = prefill(policy, params, prompts_PxS, lengths_P)
+    steps_T = jnp.arange(responses_PxGxT.shape[-1], dtype=jnp.int32)
+    positions = jnp.broadcast_to(lengths_P[:, None, None] + steps_T, responses_PxGxT.shape)
+    hidden, _ = policy.apply({"params": params}, responses_PxGxT[..., :-1], positions[..., :-1], (prompt,))
+    first = jnp.broadcast_to(last_PxD[:, None, None], (*responses_PxGxT.shape[:2], 1, last_PxD.shape[-1]))
+    return jnp.concatenate([first, hidden], axis=2)

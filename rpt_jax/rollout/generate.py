@@ -1,0 +1,135 @@
+"""Rollouts: prefill once per prompt, then decode all samples in one loop on the device."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
+from rpt_jax.policy.attention import Context, KeyValues
+from rpt_jax.policy.transformer import Params, Transformer, head, prefill
+from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, uniform_at
+
+
+class Rollouts(NamedTuple):
+    """G sampled responses to each of P prompts.
+
+    Attributes:
+      tokens_PxGxT: int32 ids; after `lengths` zeros.
+      lengths_PxG: int32 number of response tokens, the stop token included.
+      logprobs_PxGxT: float32 log-probability of each token at the sampling temperature, zero after `lengths`.
+      stopped_PxG: bool, True where a stop token ended the response and False where the length limit did.
+    """
+
+    tokens_PxGxT: jax.Array
+    lengths_PxG: jax.Array
+    logprobs_PxGxT: jax.Array
+    stopped_PxG: jax.Array
+
+    @property
+    def mask_PxGxT(self) -> jax.Array:
+        """True for response tokens, up to and including the stop token."""
+        return jnp.arange(self.tokens_PxGxT.shape[-1]) < self.lengths_PxG[..., None]
+
+
+class _Loop(NamedTuple):
+    step: jax.Array
+    rollouts: Rollouts
+    hidden_PxGxD: jax.Array
+    past: KeyValues
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "samples", "max_new_tokens", "temperature", "stop_ids"))
+def generate(
+    policy: Transformer,
+    params: Params,
+    prompts_PxS: jax.Array,
+    lengths_P: jax.Array,
+    prompt_ids_P: jax.Array,
+    key: jax.Array,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    stop_ids: tuple[int, ...],
+) -> Rollouts:
+    """Sample `samples` responses to each prompt.
+
+    The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
+    any order of the prompts and any batch they are part of.
+
+    Args:
+      policy, params: the decoder and its parameters.
+      prompts_PxS: int32 ids, padded on the right with anything.
+      lengths_P: int32 prompt lengths, at least 1.
+      prompt_ids_P: int32, tells prompts apart for the noise.
+      key: fold_in(run's key, step).
+      samples: G.
+      max_new_tokens: T, the length limit.
+      temperature: above 0.
+      stop_ids: tokens that end a response; none, and every response is T long.
+    """
+    hidden_PxD, prompt, keys_PxG = _start(policy, params, prompts_PxS, lengths_P, prompt_ids_P, key, samples)
+
+    def unfinished(loop: _Loop) -> jax.Array:
+        return (loop.step < max_new_tokens) & ~loop.rollouts.stopped_PxG.all()
+
+    def decode(loop: _Loop) -> _Loop:
+        uniform_PxG = uniform_at(keys_PxG, loop.step)
+        rollouts = _append_token(loop, head(params), uniform_PxG, temperature, stop_ids)
+        tokens_PxGx1 = jax.lax.dynamic_slice_in_dim(rollouts.tokens_PxGxT, loop.step, 1, axis=2)
+        positions = jnp.broadcast_to((lengths_P + loop.step)[:, None, None], tokens_PxGx1.shape)
+        visible_1x1x1xT = (jnp.arange(max_new_tokens) < loop.step)[None, None, None]
+        contexts = (prompt, Context(loop.past, visible_1x1x1xT))
+        hidden, new = policy.apply({"params": params}, tokens_PxGx1, positions, contexts)
+        past = jax.tree.map(
+            lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, loop.step, axis=4), loop.past, new
+        )
+        return _Loop(loop.step + 1, rollouts, hidden[:, :, 0], past)
+
+    start = _Loop(
+        step=jnp.int32(0),
+        rollouts=_empty(prompts_PxS.shape[0], samples, max_new_tokens),
+        hidden_PxGxD=jnp.broadcast_to(hidden_PxD[:, None], (hidden_PxD.shape[0], samples, hidden_PxD.shape[1])),
+        past=jax.tree.map(
+            lambda kv: jnp.zeros((*kv.shape[:3], samples, max_new_tokens, kv.shape[-1]), kv.dtype), prompt.kv
+        ),
+    )
+    return jax.lax.while_loop(unfinished, decode, start).rollouts
+
+
+def _start(policy, params, prompts_PxS, lengths_P, prompt_ids_P, key, samples):
+    _, prompt, hidden_PxD = prefill(policy, params, prompts_PxS, lengths_P)
+    return hidden_PxD, prompt, rollout_keys(key, prompt_ids_P, samples)
+
+
+def _empty(prompts: int, samples: int, max_new_tokens: int) -> Rollouts:
+    return Rollouts(
+        tokens_PxGxT=jnp.zeros((prompts, samples, max_new_tokens), jnp.int32),
+        lengths_PxG=jnp.zeros((prompts, samples), jnp.int32),
+        logprobs_PxGxT=jnp.zeros((prompts, samples, max_new_tokens), jnp.float32),
+        stopped_PxG=jnp.zeros((prompts, samples), bool),
+    )
+
+
+def _append_token(
+    loop: _Loop, head_VxD: jax.Array, uniform_PxG: jax.Array, temperature: float, stop_ids: tuple[int, ...]
+) -> Rollouts:
+    """Sample the next token of every rollout that still runs and write it down."""
+    rollouts, shape = loop.rollouts, uniform_PxG.shape
+    logits_BxV = scaled_logits(head_VxD, loop.hidden_PxGxD.reshape(-1, head_VxD.shape[1]), temperature)
+    tokens_B = sample_tokens(logits_BxV, uniform_PxG.reshape(-1))
+    logprobs_PxG = chosen_logprobs(logits_BxV, tokens_B).reshape(shape)
+    running = ~rollouts.stopped_PxG
+    tokens_PxG = jnp.where(running, tokens_B.reshape(shape), 0)
+    is_stop = jnp.isin(tokens_PxG, jnp.array(stop_ids, jnp.int32)) & running
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=loop.step, axis=2)
+    return Rollouts(
+        tokens_PxGxT=put(rollouts.tokens_PxGxT, tokens_PxG),
+        lengths_PxG=rollouts.lengths_PxG + running,
+        logprobs_PxGxT=put(rollouts.logprobs_PxGxT, jnp.where(running, logprobs_PxG, 0.0)),
+        stopped_PxG=rollouts.stopped_PxG | is_stop,
+    )

@@ -1,0 +1,52 @@
+"""Drawing tokens, with noise that belongs to the token and not to the batch."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def rollout_keys(key: jax.Array, prompt_ids_P: jax.Array, samples: int) -> jax.Array:
+    """One key a rollout, [P, G]: a function of the step's key, the prompt's id and the sample's number alone."""
+
+    def one(prompt_id: jax.Array, sample: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample)
+
+    per_prompt = jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(per_prompt, in_axes=(0, None))(prompt_ids_P, jnp.arange(samples))
+
+
+def uniform_at(keys_PxG: jax.Array, step: jax.Array) -> jax.Array:
+    """One uniform number in [0, 1) a rollout for its token number `step`, float32 [P, G]."""
+
+    def one(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, step), dtype=jnp.float32)
+
+    return jax.vmap(jax.vmap(one))(keys_PxG)
+
+
+def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
+    """Draw one token a row from softmax(logits) by inverting its distribution function, int32 [M].
+
+    One random number a token instead of V of Gumbel noise. The inversion is in two levels, a block of about √V tokens and
+    then a token of it, so that no running sum over the whole vocabulary is formed.
+    """
+    rows, vocab = logits_MxV.shape
+    width = math.isqrt(vocab - 1) + 1
+    blocks = -(-vocab // width)
+    weights = jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
+    ends_MxB = jnp.cumsum(weights.sum(axis=-1), axis=-1)
+    target_M = uniform_M * ends_MxB[:, -1]
+    # Strictly greater: a token of weight zero never ends a step of the distribution function. argmax finds the first.
+    block_M = jnp.argmax(ends_MxB > target_M[:, None], axis=-1)
+    before_M = jnp.where(block_M > 0, jnp.take_along_axis(ends_MxB, block_M[:, None] - 1, axis=1)[:, 0], 0.0)
+    inside_MxW = jnp.take_along_axis(weights, block_M[:, None, None], axis=1)[:, 0]
+    ends_MxW = jnp.cumsum(inside_MxW, axis=-1)
+    passed = ends_MxW > (target_M - before_M)[:, None]
+    # The two levels round apart: where none passes, the last token of the block that has any weight is meant.
+    last_M = width - 1 - jnp.argmax(inside_MxW[:, ::-1] > 0, axis=-1)
+    token_M = jnp.where(passed.any(axis=-1), jnp.argmax(passed, axis=-1), last_M)
+    return (block_M * width + token_M).astype(jnp.int32)
