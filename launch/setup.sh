@@ -138,7 +138,7 @@ make_environment() {
 
 install_requirements() {
     local output
-    echo "launch: installing requirements.txt into $venv (1.2 GB, about a minute where the network is fast)" >&2
+    echo "launch: installing requirements.txt into $venv (a new environment takes 1.2 GB and one to two minutes)" >&2
     "$python" -P -c "$constrain" >"$constraints" || die "cannot write to $constraints."
     output=$("$python" -P -m pip install --no-input --disable-pip-version-check --progress-bar off \
         -r "$root/requirements.txt" -c "$constraints" 2>&1) || explain "installing the packages" "$output"

@@ -101,11 +101,13 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
+    """Predictions are sampled as in training: `rollout.samples_per_prompt` of each, whose mean is the accuracy."""
+
     every_steps: int = 100
     positions: int = 200  # Held-out positions above the lowest threshold in the evaluations along the way.
-    final_positions: int = 600  # The same, before and after training.
-    samples: int = 4  # Reasoned predictions per position; the accuracy is their mean.
-    batch_prompts: int = 64  # [memory]
+    final_positions: int = 600  # The same, in the evaluations before and after training.
+    template_positions: int = 200  # Positions of templates never seen, where the corpus has templates.
+    score_documents: int = 32  # [memory] Documents per forward pass where entropies are scored.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +198,8 @@ _BOUNDS = {
     "evaluation.every_steps": (1, _MANY),
     "evaluation.positions": (1, _MANY),
     "evaluation.final_positions": (1, _MANY),
-    "evaluation.samples": (1, _MANY),
-    "evaluation.batch_prompts": (1, _MANY),
+    "evaluation.template_positions": (1, _MANY),
+    "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
     "pretrain.documents_per_step": (1, _MANY),

@@ -6,24 +6,29 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.data.cold_start import TraceWriter
-from rpt_jax.data.corpus import Document
-from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.data.corpus import Document, load_corpus
+from rpt_jax.data.pipeline import example_stream
+from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rpt_jax.errors import UserError
+from rpt_jax.infra.checkpoint import Checkpointer, abstract
+from rpt_jax.infra.metrics import MetricsWriter, Progress
+from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.objective.logprobs import token_logprobs
+from rpt_jax.objective.update import TrainState
+from rpt_jax.policy.hf import save_policy
+from rpt_jax.policy.presets import preset
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-
-
-class TrainState(NamedTuple):
-    params: Params
-    optimizer: optax.OptState
+from rpt_jax.setup import make_policy
 
 
 class ExampleMaker:
@@ -47,13 +52,11 @@ class ExampleMaker:
         """
         t, k, size = self._tokenizer, self._config.traces_per_document, self._config.trace_tokens
         tokens = np.array([t.bos_id, *self._ids[document], t.eos_id], np.int32)[: self._size + 1]
-        last = min(len(tokens), self._size) - 1
-        special = [p for p in self._writers[document].calculation_positions if self._min_context <= p <= last]
-        anywhere = rng.integers(min(self._min_context, last), last + 1, size=k)
-        places = [
-            int(rng.choice(special)) if special and i % 2 else int(p) for i, p in enumerate(anywhere)
-        ]
-        places = [min(p, len(self._ids[document]) - 1) for p in places]
+        first, last = min(self._min_context, self._last(document)), self._last(document)
+        due = [p for p in self._writers[document].calculation_positions if first <= p <= last]
+        places = [int(p) for p in rng.integers(first, last + 1, size=k)]
+        if due:
+            places[::2] = [int(p) for p in rng.choice(due, size=len(places[::2]))]
         traces = [self._writers[document].write(p, rng)[:size] for p in places]
         rows = np.zeros((k, size + 1), np.int32)
         for row, trace in zip(rows, traces, strict=True):
@@ -67,8 +70,13 @@ class ExampleMaker:
             "trace_inputs": rows[:, :-1],
             "trace_targets": rows[:, 1:],
             "trace_mask": np.arange(size) < lengths[:, None],
-            "prefix": np.array(places, np.int32) + 1,  # The beginning-of-sequence token and the tokens before the place.
+            "prefix": np.array(places, np.int32)
+            + 1,  # The beginning-of-sequence token and the tokens before the place.
         }
+
+    def _last(self, document: int) -> int:
+        """Last position of the document that may be asked for."""
+        return min(len(self._ids[document]), self._size) - 1
 
 
 def mixed_loss(
@@ -95,7 +103,9 @@ def mixed_loss(
     return document + trace_weight * trace, {"loss/document": document, "loss/trace": trace}
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "optimizer", "trace_weight", "chunk"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("policy", "optimizer", "trace_weight", "chunk"), donate_argnames=("state",)
+)
 def pretrain_step(
     policy: Transformer,
     optimizer: optax.GradientTransformation,
@@ -111,3 +121,54 @@ def pretrain_step(
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     metrics["gradient/norm"] = optax.global_norm(grads)
     return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
+
+
+def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
+    """Train a base policy from random weights; resumes from the newest checkpoint in `workdir`.
+
+    The finished policy is written to `pretrain.export`, or to `workdir/policy` where that is empty. Raises: UserError.
+    """
+    config, total = experiment.pretrain, experiment.training.total_steps
+    directory = Path(config.export or workdir / "policy")
+    documents = load_corpus(experiment.data).train
+    tokenizer = _tokenizer(workdir / "tokenizer.model", documents, config.vocab_size)
+    shape = preset(experiment.policy.preset)
+    if tokenizer.vocab_size != shape.vocab:
+        raise UserError(
+            f"pretrain.vocab_size={config.vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
+            f"{shape.vocab}."
+        )
+    policy = make_policy(experiment.policy, shape)
+    params = init_parameters(policy, mesh, experiment.seed)
+    optimizer = make_optimizer(experiment.optimizer, total)
+    state = TrainState(params, init_optimizer(optimizer, params, mesh))
+    maker = ExampleMaker(experiment, tokenizer, documents)
+    stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
+
+    checkpoints, start = Checkpointer(workdir, experiment.checkpoint.keep), 0
+    if restored := checkpoints.restore(abstract(state)):
+        start, state, run = restored
+        stream.set_state(run["stream"])
+    chunk = experiment.training.logit_chunk_tokens
+    with MetricsWriter(workdir, start) as metrics, Progress("pretrain", total, start) as progress:
+        for step in range(start + 1, total + 1):
+            began = time.monotonic()
+            batch = shard_prompts(next(stream), mesh)
+            state, scalars = pretrain_step(
+                policy, optimizer, state, batch, trace_weight=config.trace_weight, chunk=chunk
+            )
+            scalars = {name: float(value) for name, value in scalars.items()}
+            metrics.write(step, scalars | {"time/step": time.monotonic() - began})
+            progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats a token")
+            if step % experiment.checkpoint.every_steps == 0 or step == total:
+                checkpoints.save(step, state, {"stream": stream.get_state()})
+    checkpoints.close()
+    save_policy(directory, shape, jax.device_get(state.params), tokenizer.source, tokenizer.fingerprint)
+    print(f"The policy is in {directory}.")
+
+
+def _tokenizer(path: Path, documents: Sequence[Document], vocab_size: int) -> Tokenizer:
+    """Train the run's tokenizer on its documents, once."""
+    if not path.exists():
+        train_sentencepiece((d.text for d in documents), vocab_size, path)
+    return load_tokenizer(path.parent)

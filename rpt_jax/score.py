@@ -88,8 +88,6 @@ def score_documents(
             inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
             targets[i, : len(ids)] = ids
             lengths[i] = len(ids)
-        entropy, right = jax.device_get(
-            score_batch(policy, params, inputs, targets, lengths, top_k=top_k, chunk=chunk)
-        )
+        entropy, right = jax.device_get(score_batch(policy, params, inputs, targets, lengths, top_k=top_k, chunk=chunk))
         scores += [Scores(entropy[i, : len(ids)], right[i, : len(ids)]) for i, ids in enumerate(rows)]
     return scores

@@ -264,6 +264,7 @@ def test_accelerator_jax_is_used_as_it_is(clone: Clone, tmp_path: Path) -> None:
         (packages / f"{name}-0.11.2.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 0.11.2\n")
     clone.add_python("python3.13", "3, 13", packages)
     assert clone.run("launch/local.sh")[2].count("accelerator's") == 0, "JAX without a plugin is a JAX for the CPU"
+    assert (clone.venv / "requirements.stamp").read_text().startswith("python3.13 "), "the first of equals"
 
     shutil.rmtree(clone.venv)
     (packages / "jax_plugins").mkdir()

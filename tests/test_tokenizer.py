@@ -124,7 +124,7 @@ def test_trained_model_has_its_symbols(spm):
 
 
 def test_training_is_deterministic(tmp_path, spm):
-    train_sentencepiece(iter(TEXTS), 400, tmp_path / "new" / "tokenizer.model")
+    train_sentencepiece(iter(TEXTS), 350, tmp_path / "new" / "tokenizer.model")
     assert load_tokenizer(tmp_path / "new").fingerprint == spm.fingerprint
     train_sentencepiece(TEXTS, 349, tmp_path / "new" / "tokenizer.model")
     assert load_tokenizer(tmp_path / "new").fingerprint != spm.fingerprint
@@ -133,6 +133,11 @@ def test_training_is_deterministic(tmp_path, spm):
 def test_training_reads_long_lines(tmp_path):
     train_sentencepiece(["wonderful " * 2000], 290, tmp_path / "tokenizer.model")
     assert len(load_tokenizer(tmp_path).encode(" wonderful")) == 1
+
+
+def test_indentation_becomes_a_token(tmp_path):
+    train_sentencepiece(["if so:\n        do this\n"] * 20, 285, tmp_path / "tokenizer.model")
+    assert len(load_tokenizer(tmp_path).encode(" " * 8)) < 4
 
 
 @pytest.mark.parametrize("size", [200, 100_000])

@@ -68,13 +68,14 @@ def _hash(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:8], "big")
 
 
-def _split(candidates: Sequence[tuple[Document, str]], skipped: collections.Counter, config: DataConfig) -> Corpus:
+def _split(candidates: Sequence[tuple[Document, str]], config: DataConfig) -> Corpus:
     """Hold out the documents with the lowest hashes: a fifth, at most `data.held_out_documents`.
 
     Each candidate comes with the key that its side depends on. Empty documents (nothing but whitespace) and
-    repetitions are counted in `skipped`. Ranks, unlike a threshold, leave no document unused and no side empty.
+    repetitions are skipped. Ranks, unlike a threshold, leave no document unused and no side empty.
     """
     kept: dict[str, tuple[Document, int]] = {}
+    skipped: collections.Counter = collections.Counter()
     for document, key in candidates:
         if not document.text.strip():
             skipped["empty"] += 1
@@ -154,11 +155,16 @@ def _draw(
     """Draw from the templates in turn until every side has its quota; what a full side is offered is dropped."""
     drawn: dict[str, list[Document]] = {name: [] for name in quotas}
     texts: set[str] = set()
+    templates = list(generators)
     # Some templates have few different items. Without a limit a quota beyond them would never be reached.
     limit = 1000 + 20 * sum(quotas.values())
-    for template, draw in itertools.islice(((t, n) for n in itertools.count() for t in generators), limit):
+    for attempt in itertools.count():
         if all(len(drawn[name]) >= quota for name, quota in quotas.items()):
             return drawn
+        if attempt == limit:
+            break
+        draw, index = divmod(attempt, len(templates))
+        template = templates[index]
         try:
             item = generators[template](Random(f"{seed}:{template}:{draw}"), 1.0)
         except (ValueError, ArithmeticError, LookupError) as error:  # The template has no valid numbers here.
@@ -173,8 +179,6 @@ def _draw(
         elif len(drawn[name := side(problem)]) < quotas[name]:
             texts.add(text)
             drawn[name].append(Document(text, f"gsm_symbolic:{template}:{draw}", str(template)))
-    if all(len(drawn[name]) >= quota for name, quota in quotas.items()):
-        return drawn
     found = ", ".join(f"{len(drawn[name])} of {quota} for {name}" for name, quota in quotas.items())
     raise UserError(
         f"gsm_symbolic gave too few different documents in {limit} draws: {found}. "
@@ -195,7 +199,7 @@ def _load_champ(config: DataConfig) -> Corpus:
     for name, problem in problems.items():
         lines = [problem["_text"], *(step["_text"] for step in problem["solution"]["steps"])]
         candidates.append((Document("\n".join(lines), f"champ:{name}"), problem["_text"]))
-    return _split(candidates, collections.Counter(), config)
+    return _split(candidates, config)
 
 
 # --- path -----------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def _load_path(config: DataConfig) -> Corpus:
             raise UserError(f"data.path: cannot read {path}: {error.strerror}.") from error
         for line, text in readers[path.suffix](data, path, config.text_field):
             candidates.append((Document(text, f"{name}:{line}"), text))
-    return _split(candidates, collections.Counter(), config)
+    return _split(candidates, config)
 
 
 def split_text(text: str) -> list[str]:

@@ -37,7 +37,7 @@ class ByteVocab(NamedTuple):
     lengths_V: np.ndarray  # int32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Made by `load_tokenizer`.
 
@@ -45,7 +45,7 @@ class Tokenizer:
     `think_id` and `end_think_id` are then -1. `special_ids` have no bytes, and no text encodes to them.
     """
 
-    pieces: tuple[bytes, ...]
+    pieces: tuple[bytes, ...] = dataclasses.field(repr=False)
     bos_id: int
     eos_id: int
     pad_id: int
@@ -116,10 +116,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
-    r"""Train a BPE model with byte fallback on `texts` and write it to the file `path`; the same texts, the same file.
+    r"""Train a BPE model with byte fallback on `texts` and write it to the file `path`: equal texts, equal files.
 
-    Digits stay single and `\boxed{`, `}` and the newline are tokens of their own, so that no token reaches across the
-    border of a box or of a line. Raises `UserError` where `vocab_size` does not fit the texts.
+    Digits stay single, and `\boxed{`, `}` and the newline are tokens of their own, so that no token reaches across
+    the border of a box or of a line. Raises `UserError` where `vocab_size` does not fit the texts.
     """
     model = io.BytesIO()
     try:

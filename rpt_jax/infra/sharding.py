@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -50,9 +51,10 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 def parameter_shardings(policy: nn.Module, mesh: Mesh) -> Any:
     """Return the tree of NamedShardings of the policy's parameters. Raises: UserError, where a size is not divisible."""
-    abstract = jax.eval_shape(lambda: _init(policy, jax.random.key(0)))
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
-    jax.tree_util.tree_map_with_path(_check_divisible, shardings, nn.meta.unbox(abstract))
+    boxed = jax.eval_shape(lambda: _init(policy, jax.random.key(0)))
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    abstract = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
+    jax.tree_util.tree_map_with_path(_check_divisible, shardings, abstract)
     return shardings
 
 
@@ -60,6 +62,13 @@ def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:
     """Random float32 parameters, each made on the devices that keep it."""
     init = jax.jit(lambda key: nn.meta.unbox(_init(policy, key)), out_shardings=parameter_shardings(policy, mesh))
     return init(jax.random.key(seed))
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> optax.OptState:
+    """Optimiser state beside the parameters, its scalars on every device of the mesh."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = jax.jit(optimizer.init)(params)
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
 
 
 def shard_prompts(tree: Any, mesh: Mesh) -> Any:

@@ -16,6 +16,7 @@ from rpt_jax.policy.presets import Shape
 from rpt_jax.policy.transformer import Params
 
 WEIGHTS = "model.safetensors"
+_FINGERPRINT = "tokenizer_sha256"  # Our own field of config.json; other readers ignore it.
 _TOP = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 # Ours: (theirs, number of our axes that are inputs). Theirs is always [outputs, inputs].
 _LAYER = {
@@ -36,8 +37,13 @@ _LAYER = {
 }
 
 
-def save_policy(directory: str | Path, shape: Shape, params: Params, tokenizer_file: str | Path) -> None:
-    """Write a directory that `load_policy` and `transformers` read; float32, one file."""
+def save_policy(
+    directory: str | Path, shape: Shape, params: Params, tokenizer_file: str | Path, fingerprint: str
+) -> None:
+    """Write a directory that `load_policy` and `transformers` read; float32, one file.
+
+    `fingerprint` is the tokenizer's: token ids mean nothing to these weights under another one.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {_TOP[name]: np.asarray(params[name]) for name in _TOP if name in params}
@@ -46,17 +52,23 @@ def save_policy(directory: str | Path, shape: Shape, params: Params, tokenizer_f
             rows = int(np.prod(leaf.shape[:inputs]))
             tensor = leaf.reshape(rows, -1).T if inputs else leaf.reshape(-1)
             tensors[f"model.layers.{layer}.{theirs}"] = np.ascontiguousarray(tensor)
-    (directory / "config.json").write_text(json.dumps(_to_hf_config(shape), indent=2) + "\n")
+    (directory / "config.json").write_text(
+        json.dumps(_to_hf_config(shape) | {_FINGERPRINT: fingerprint}, indent=2) + "\n"
+    )
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     if Path(tokenizer_file).parent.resolve() != directory.resolve():
         shutil.copy(tokenizer_file, directory)
 
 
-def load_shape(directory: str | Path) -> Shape:
-    """Read config.json. Raises: UserError, for a missing, broken or foreign one."""
+def load_shape(directory: str | Path) -> tuple[Shape, str]:
+    """Read shape and tokenizer fingerprint ("" where it is not known) from config.json.
+
+    Raises: UserError, for a missing, broken or foreign one.
+    """
     path = Path(directory) / "config.json"
     try:
-        return _from_hf_config(json.loads(path.read_text()), path)
+        config = json.loads(path.read_text())
+        return _from_hf_config(config, path), config.get(_FINGERPRINT, "")
     except OSError:
         raise UserError(
             f"policy.path='{directory}' has no config.json: it must be the directory of a policy "
@@ -66,9 +78,12 @@ def load_shape(directory: str | Path) -> Shape:
         raise UserError(f"{path} is not valid JSON ({error}).") from None
 
 
-def load_policy(directory: str | Path) -> tuple[Shape, Params]:
-    """Read shape and float32 parameters. Raises: UserError, naming the file and the tensor that is at fault."""
-    shape, path = load_shape(directory), Path(directory) / WEIGHTS
+def load_policy(directory: str | Path) -> tuple[Shape, Params, str]:
+    """Read shape, float32 parameters and tokenizer fingerprint.
+
+    Raises: UserError, naming the file and the tensor that is at fault.
+    """
+    (shape, fingerprint), path = load_shape(directory), Path(directory) / WEIGHTS
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -97,7 +112,7 @@ def load_policy(directory: str | Path) -> tuple[Shape, Params]:
         params["layers"][name] = np.stack(layers)
     if tensors:
         raise UserError(f"{path} holds tensors that this policy has no place for: {', '.join(sorted(tensors)[:5])}.")
-    return shape, params
+    return shape, params, fingerprint
 
 
 def _leaf_dims(s: Shape) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,34 @@
+"""The base policy of configs/rpt_tiny.py: next-token pre-training mixed with cold-start traces, from random weights.
+
+Command   bash launch/local.sh --config=configs/pretrain_tiny.py
+Hardware  2 processor cores, 4 GB
+"""
+
+import ml_collections
+
+from rpt_jax.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.task = "pretrain"
+    config.policy.preset = "tiny"
+
+    config.data.source = "gsm_symbolic"
+    config.data.documents = 6000
+    config.data.max_document_tokens = 256
+
+    config.pretrain.documents_per_step = 8
+    config.pretrain.traces_per_document = 8
+    config.pretrain.trace_tokens = 56
+    config.pretrain.calculation_share = 0.35
+
+    config.training.total_steps = 2400
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.beta2 = 0.98
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.max_grad_norm = 1.0
+    config.checkpoint.every_steps = 200
+    return config

@@ -1,0 +1,316 @@
+"""What a config comes to: sizes, tokens, compute and memory, by arithmetic alone.
+
+Nothing is run and no array of the run's size is made, so a config for a pod can be described on a laptop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.config import Experiment, MeshConfig
+from rpt_jax.errors import UserError
+from rpt_jax.infra.metrics import table
+from rpt_jax.infra.optimizer import make_schedule
+from rpt_jax.policy.hf import load_shape
+from rpt_jax.policy.presets import Shape, preset
+
+_FLOAT32 = 4  # Bytes.
+_BYTES = "bytes"  # Begins the name of every row whose value is a size in memory or on disk.
+_SAMPLES = "rollout.samples_per_prompt"
+_PROMPTS = "training.prompts_per_step"
+_WEIGHTS = "policy, mesh.fsdp, mesh.tensor"
+
+
+class Row(NamedTuple):
+    """A derived quantity: what it is, its value, and the config fields (or whole sections) that it comes from."""
+
+    what: str
+    value: int | float | str
+    fields: str
+
+
+class _Mesh(NamedTuple):
+    data: int
+    fsdp: int
+    tensor: int
+
+    @property
+    def batch_ways(self) -> int:
+        """Parts that prompts are split into."""
+        return self.data * self.fsdp
+
+    @property
+    def weight_ways(self) -> int:
+        """Parts that a weight matrix is split into."""
+        return self.fsdp * self.tensor
+
+    def share(self, count: int) -> int:
+        """The part of `count` prompts or documents that falls to the fullest device."""
+        return -(-count // self.batch_ways)
+
+
+class _Tree(NamedTuple):
+    """A stem and what branches off it: a prompt and its G responses, or a document and its traces.
+
+    The stem runs once for all its branches, and before them.
+    """
+
+    stem: int
+    branches: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.stem + self.branches * self.length
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of the stem, and of all branches: tokens, and pairs of one of them with a key that it is compared with."""
+        branch_tokens = self.branches * self.length
+        return (self.stem, self.stem**2), (branch_tokens, branch_tokens * (self.stem + self.length))
+
+    @property
+    def pairs(self) -> int:
+        return sum(pairs for _, pairs in self.parts)
+
+
+def print_description(experiment: Experiment, devices: int | None = None) -> None:
+    """Print `describe` for `devices`, or for those that are here. Raises: UserError, as `describe` does."""
+    rows = describe(experiment, jax.device_count() if devices is None else devices)
+    readable = [(r.what, _size(r.value) if r.what.startswith(_BYTES) else r.value, r.fields) for r in rows]
+    table("What this config comes to", ("quantity", "value", "derived from"), readable)
+
+
+def describe(experiment: Experiment, devices: int) -> list[Row]:
+    """Derive every size of an experiment on `devices` devices.
+
+    Lengths are the limits of the config: tokens, FLOPs and caches are what a step takes where every prompt and every
+    response is as long as it may be. FLOPs are 2 a token and matmul parameter forward and 6 forward and backward, and
+    the attention's by its pairs of query and key, hidden ones included since they are computed; what rematerialisation
+    repeats, scoring and evaluation are left out. Memory is what the arrays named take; XLA's temporaries come on top.
+
+    Raises: UserError, where the mesh, the preset, the policy's config.json or the schedule is at fault.
+    """
+    shape, source = _shape(experiment)
+    mesh = _resolve(experiment.mesh, devices)
+    rows = [
+        Row("policy: layers x width, vocabulary", f"{shape.layers} x {shape.width}, {shape.vocab}", source),
+        Row("parameters", shape.parameters, source),
+        Row("parameters that a token is multiplied with (N)", shape.matmul_parameters, source),
+        Row("mesh: data x fsdp x tensor", _mesh_text(mesh, devices), "mesh"),
+    ]
+    if experiment.task == "pretrain":
+        rows += _pretrain_rows(experiment, shape, mesh)
+    else:
+        rows += _batch_rows(experiment, mesh) + _token_rows(experiment) + _compute_rows(experiment, shape)
+        rows += _rpt_memory_rows(experiment, shape, mesh)
+    return rows + _run_rows(experiment, shape)
+
+
+def attention_flops(shape: Shape, pairs: int) -> int:
+    """Forward FLOPs of the scores and weighted values of `pairs` of a query and a key, in all layers."""
+    return 4 * shape.layers * shape.heads * shape.head_size * pairs
+
+
+def cache_bytes(shape: Shape, dtype: str) -> int:
+    """Bytes of one token's keys and values, in all layers."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_size * jnp.dtype(dtype).itemsize
+
+
+def _shape(experiment: Experiment) -> tuple[Shape, str]:
+    policy = experiment.policy
+    if experiment.task == "pretrain" or not policy.path:
+        return preset(policy.preset), f"policy.preset={policy.preset}"
+    if Path(policy.path).exists():
+        return load_shape(policy.path)[0], f"policy.path={policy.path}"
+    return preset(policy.preset), f"policy.preset={policy.preset} (policy.path={policy.path} is not on this machine)"
+
+
+def _resolve(config: MeshConfig, devices: int) -> _Mesh:
+    """Fill in the -1; where `devices` are too few for the other axes, take the smallest mesh that has those."""
+    sizes = (config.data, config.fsdp, config.tensor)
+    if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
+        named = ", ".join(f"mesh.{name}={size}" for name, size in zip(_Mesh._fields, sizes, strict=True))
+        raise UserError(f"{named}: every axis must be 1 or more, but for at most one -1.")
+    known = 1
+    for size in sizes:
+        known *= abs(size)
+    return _Mesh(*(max(1, devices // known) if size == -1 else size for size in sizes))
+
+
+def _mesh_text(mesh: _Mesh, devices: int) -> str:
+    count = mesh.batch_ways * mesh.tensor
+    counted = f"{count} device{'s' if count > 1 else ''}"
+    missing = "" if count == devices else f"; here are {devices}, so this will not run here"
+    return f"{mesh.data} x {mesh.fsdp} x {mesh.tensor} = {counted}{missing}"
+
+
+def _tree(experiment: Experiment) -> _Tree:
+    rollout = experiment.rollout
+    return _Tree(experiment.prompt.max_tokens, rollout.samples_per_prompt, rollout.max_new_tokens)
+
+
+def _batch_rows(experiment: Experiment, mesh: _Mesh) -> list[Row]:
+    t, samples = experiment.training, experiment.rollout.samples_per_prompt
+    microbatches = t.prompts_per_step // t.microbatch_prompts
+    mine = mesh.share(t.prompts_per_step)
+    return [
+        Row("prompts per step", t.prompts_per_step, _PROMPTS),
+        Row("rollouts per step", t.prompts_per_step * samples, f"{_PROMPTS}, {_SAMPLES}"),
+        Row("minibatches per step", t.minibatches_per_step, "training.minibatches_per_step"),
+        Row("microbatches per step, at most", microbatches, f"{_PROMPTS}, training.microbatch_prompts"),
+        Row("prompts per device", mine, f"{_PROMPTS}, mesh.data, mesh.fsdp"),
+        Row("rollouts per device", mine * samples, f"{_PROMPTS}, {_SAMPLES}, mesh.data, mesh.fsdp"),
+        Row("prompts per device, microbatch", mesh.share(t.microbatch_prompts), "training.microbatch_prompts, mesh"),
+    ]
+
+
+def _token_rows(experiment: Experiment) -> list[Row]:
+    tree, prompts = _tree(experiment), experiment.training.prompts_per_step
+    unshared = tree.branches * (tree.stem + tree.length)
+    responses, lengths = f"{_SAMPLES}, rollout.max_new_tokens", "prompt.max_tokens, rollout"
+    return [
+        Row("prompt tokens per step, at most", prompts * tree.stem, f"{_PROMPTS}, prompt.max_tokens"),
+        Row("response tokens per step, at most", prompts * tree.branches * tree.length, f"{_PROMPTS}, {responses}"),
+        Row("trunk tokens per prompt, its samples sharing it: S + G*T", tree.tokens, lengths),
+        Row("trunk tokens per prompt, were it not shared: G*(S + T)", unshared, lengths),
+        Row("trunk tokens, shared / not shared", tree.tokens / unshared, lengths),
+    ]
+
+
+def _compute_rows(experiment: Experiment, shape: Shape) -> list[Row]:
+    t, tree = experiment.training, _tree(experiment)
+    matmuls = 2 * shape.matmul_parameters * tree.tokens * t.prompts_per_step
+    attention = attention_flops(shape, tree.pairs) * t.prompts_per_step
+    # With several minibatches, the log-probabilities of before the first take a forward pass of their own.
+    passes = 3 if t.minibatches_per_step == 1 else 4
+    sampling, update = matmuls + attention, passes * (matmuls + attention)
+    dynamic_steps = max(0, t.total_steps + 1 - max(1, t.dynamic_sampling_from))
+    repeated = dynamic_steps * (t.dynamic_sampling_rounds - 1) * sampling
+    step = f"policy, prompt, rollout, {_PROMPTS}"
+    return [
+        Row("FLOPs of sampling: 2*N a token", float(matmuls), step),
+        Row("FLOPs of sampling: attention", float(attention), step),
+        Row(f"FLOPs of the update: {2 * passes}*N a token", float(passes * matmuls), f"{step}, training.minibatches_per_step"),
+        Row("FLOPs of the update: attention", float(passes * attention), f"{step}, training.minibatches_per_step"),
+        Row("FLOPs of a step, at most", float(sampling + update), "the four above"),
+        Row("FLOPs of all steps, at most", float(t.total_steps * (sampling + update)), "training.total_steps"),
+        Row("FLOPs of dynamic sampling on top, at most", float(repeated), "training.dynamic_sampling_*"),
+    ]
+
+
+def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
+    tree, token = _tree(experiment), cache_bytes(shape, experiment.policy.dtype)
+    prompts = mesh.share(experiment.training.prompts_per_step)
+    microbatch = mesh.share(experiment.training.microbatch_prompts)
+    parameters = _FLOAT32 * shape.parameters // mesh.weight_ways
+    state = [
+        Row("bytes per device: parameters, and those of the start", 2 * parameters, _WEIGHTS),
+        Row("bytes per device: Adam's two moments", 2 * parameters, _WEIGHTS),
+    ]
+    prompt_cache, response_cache = (prompts * tokens * token // mesh.tensor for tokens, _ in tree.parts)
+    scores = _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
+    gradients = Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS)
+    backward = _backward_rows(experiment, shape, mesh, tree, microbatch, "training.microbatch_prompts")
+    resident = _sum(state)
+    sampled = f"policy, mesh, {_PROMPTS}"
+    return [
+        *state,
+        Row("bytes of a token's keys and values", token, "policy"),
+        Row("bytes per device: keys and values of prompts", prompt_cache, f"{sampled}, prompt.max_tokens"),
+        Row("bytes per device: keys and values of responses", response_cache, f"{sampled}, rollout"),
+        Row("bytes per device: a layer's attention scores, prompts", scores, f"{sampled}, prompt.max_tokens"),
+        # The prompts have run before the responses' cache is made.
+        Row(
+            "bytes per device in all while sampling, at least",
+            resident + prompt_cache + max(response_cache, scores),
+            "parameters, moments, prompts, the larger of responses and scores",
+        ),
+        gradients,
+        *backward,
+        Row(
+            "bytes per device in all in the update, at least",
+            resident + _sum([gradients, *backward]),
+            "parameters, moments, gradients and the three above",
+        ),
+    ]
+
+
+def _sum(rows: list[Row]) -> int:
+    return sum(row.value for row in rows)
+
+
+def _backward_rows(
+    experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tree, count: int, field: str
+) -> list[Row]:
+    """What the pass forward and backward over `count` trees a device keeps, beside parameters and gradients."""
+    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+    # What a layer's derivative needs. Attention: the scores, in float32 and in the compute dtype. Else: both norms, which
+    # are float32, with their inputs and outputs, and six products of the feed-forward part.
+    pair_bytes = shape.heads * (_FLOAT32 + itemsize) / mesh.tensor
+    token_bytes = shape.width * (6 * _FLOAT32 + 2 * itemsize) + 6 * shape.ffn * itemsize / mesh.tensor
+    tokens, pairs = (sum(part) for part in zip(*tree.parts, strict=True))
+    inputs, layers = 0, shape.layers
+    if experiment.policy.remat == "full":
+        # Only a layer's input outlives it, and it is run again, for stem or branches, just before its derivative.
+        inputs, layers = shape.layers * tokens * shape.width * itemsize, 1
+        tokens, pairs = max(tree.parts)
+    logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
+    fields = f"policy, mesh, {field}"
+    return [
+        Row("bytes per device: attention scores for the backward pass", int(count * layers * pairs * pair_bytes), fields),
+        Row("bytes per device: other activations for it", int(count * (inputs + layers * tokens * token_bytes)), fields),
+        Row("bytes per device: a chunk of logits", logits, "policy, mesh.tensor, training.logit_chunk_tokens"),
+    ]
+
+
+def _pretrain_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
+    p, batch = experiment.pretrain, "pretrain.documents_per_step"
+    tree = _Tree(experiment.data.max_document_tokens, p.traces_per_document, p.trace_tokens)
+    tokens = p.documents_per_step * tree.tokens
+    step = 6 * shape.matmul_parameters * tokens + 3 * attention_flops(shape, tree.pairs) * p.documents_per_step
+    sizes = f"{batch}, data.max_document_tokens, pretrain.trace*"
+    documents = mesh.share(p.documents_per_step)
+    parameters = _FLOAT32 * shape.parameters // mesh.weight_ways
+    memory = [
+        Row("bytes per device: parameters", parameters, _WEIGHTS),
+        Row("bytes per device: Adam's two moments", 2 * parameters, _WEIGHTS),
+        Row("bytes per device: gradients", parameters, _WEIGHTS),
+        *_backward_rows(experiment, shape, mesh, tree, documents, batch),
+    ]
+    return [
+        Row("documents per step", p.documents_per_step, batch),
+        Row("documents per device", documents, f"{batch}, mesh.data, mesh.fsdp"),
+        Row("traces per step", p.documents_per_step * p.traces_per_document, f"{batch}, pretrain.traces_per_document"),
+        Row("tokens per step, at most", tokens, sizes),
+        Row("FLOPs of a step, at most: 6*N a token, and attention", float(step), f"policy, {sizes}"),
+        Row("FLOPs of all steps, at most", float(step * experiment.training.total_steps), "training.total_steps"),
+        *memory,
+        Row("bytes per device in all, at least", _sum(memory), "the six above"),
+    ]
+
+
+def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:
+    steps, optimizer = experiment.training.total_steps, experiment.optimizer
+    schedule = make_schedule(optimizer, steps)
+    marks = sorted({0, min(optimizer.warmup_steps, steps - 1), steps - 1})
+    rates = ", ".join(f"{float(schedule(mark)):.3g} in step {mark + 1}" for mark in marks)
+    kept = 3 * _FLOAT32 * shape.parameters * experiment.checkpoint.keep
+    return [
+        Row("steps", steps, "training.total_steps"),
+        Row("learning rate", rates, "optimizer"),
+        Row("bytes of checkpoints on disk", kept, "policy, checkpoint.keep"),
+    ]
+
+
+def _size(count: float) -> str:
+    """Write bytes for people: 1536 is `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

@@ -1,0 +1,165 @@
+"""Next-token accuracy on held-out documents: directly, and by reasoning (paper, section 4.1 and Table 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rpt_jax.config import Experiment
+from rpt_jax.data.positions import Position, choose_positions
+from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
+from rpt_jax.errors import UserError
+from rpt_jax.objective.reward import Status
+from rpt_jax.policy.transformer import Params
+from rpt_jax.sampler import Sampler
+from rpt_jax.score import Scores, score_documents
+from rpt_jax.setup import Documents, Setup
+
+# Nested, as the paper words it: an easy position has an entropy above 0.5 nats, and a hard one is easy too.
+SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
+# Folded into the run's key in place of a step: all evaluations of a run share their noise.
+_NOISE = 2**31 - 1
+
+
+class EvaluationSet(NamedTuple):
+    """Held-out positions and their prompts, filled up to whole batches by repeating the last one."""
+
+    positions: list[Position]
+    batches: list[PromptBatch]
+
+
+def choose_evaluation_set(
+    builder: PromptBuilder,
+    documents: Sequence[Sequence[int]],
+    positions: Sequence[Position],
+    *,
+    count: int,
+    batch: int,
+    seed: int,
+) -> EvaluationSet:
+    """Draw `count` of `positions` (all, where there are fewer) and build their prompts in batches of `batch`."""
+    chosen = np.random.default_rng(seed).permutation(len(positions))[:count]
+    picked = [positions[i] for i in sorted(chosen)]
+    prompts = [builder.build(i, documents[p.document], p) for i, p in enumerate(picked)]
+    prompts += [prompts[-1]] * (-len(prompts) % batch)
+    return EvaluationSet(picked, [stack(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
+
+
+def direct_accuracy(evaluation: EvaluationSet, scores: Sequence[Scores]) -> np.ndarray:
+    """Standard next-token prediction: whether the likeliest token is the true one, float [n]."""
+    return np.array([scores[p.document].right_S[p.position] for p in evaluation.positions], float)
+
+
+def by_split(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, dict[str, Any]]:
+    """Mean of `right_N` over each split with a 95 % interval.
+
+    The interval is normal, with the variance that treats documents as the independent units: positions of one document
+    stand or fall together, and an interval over positions would be too narrow.
+    """
+    entropy_N = np.array([p.entropy for p in positions])
+    document_N = np.array([p.document for p in positions])
+    result = {}
+    for name, threshold in SPLITS.items():
+        kept = entropy_N > threshold
+        values, documents = right_N[kept], document_N[kept]
+        accuracy = float(values.mean()) if len(values) else 0.0
+        _, cluster = np.unique(documents, return_inverse=True)
+        residuals = np.bincount(cluster, weights=values - accuracy) if len(values) else np.zeros(0)
+        clusters = len(residuals)
+        correction = clusters / (clusters - 1) if clusters > 1 else 1.0
+        error = 1.96 * float(np.sqrt(correction * np.sum(residuals**2))) / max(len(values), 1)
+        result[name] = {
+            "accuracy": accuracy,
+            "low": max(0.0, accuracy - error),
+            "high": min(1.0, accuracy + error),
+            "positions": int(kept.sum()),
+        }
+    return result
+
+
+def score(experiment: Experiment, setup: Setup, params: Params, documents: Documents) -> list[Scores]:
+    """Score every position of `documents` under `params`."""
+    return score_documents(
+        setup.policy,
+        params,
+        documents,
+        bos_id=setup.tokenizer.bos_id,
+        size=experiment.data.max_document_tokens,
+        batch=experiment.evaluation.score_documents,
+        top_k=experiment.data.entropy_top_k,
+        chunk=experiment.training.logit_chunk_tokens,
+    )
+
+
+class Held(NamedTuple):
+    """A held-out part of the corpus as an evaluation sees it."""
+
+    documents: Documents
+    evaluation: EvaluationSet
+
+
+class Evaluator:
+    """Direct and reasoned accuracy on held-out positions, which the starting policy's entropy chose."""
+
+    def __init__(self, experiment: Experiment, setup: Setup, sample: Sampler, builder: PromptBuilder):
+        self._experiment, self._setup, self._sample = experiment, setup, sample
+        e = experiment.evaluation
+        self.final = self._hold(builder, setup.held_out, e.final_positions)
+        self.quick = self._hold(builder, setup.held_out, e.positions)
+        unseen = setup.unseen_templates
+        self.unseen_templates = self._hold(builder, unseen, e.template_positions) if unseen else None
+
+    def _hold(self, builder: PromptBuilder, documents: Documents, count: int) -> Held:
+        data = self._experiment.data
+        scores = score(self._experiment, self._setup, self._setup.params, documents)
+        positions = choose_positions(scores, data.entropy_threshold, data.min_context)
+        if not positions:
+            raise UserError(
+                f"no held-out position has an entropy above data.entropy_threshold={data.entropy_threshold}."
+            )
+        batch = self._experiment.training.prompts_per_step
+        kwargs = {"count": count, "batch": batch, "seed": data.seed}
+        return Held(documents, choose_evaluation_set(builder, documents, positions, **kwargs))
+
+    def direct(self, params: Params, held: Held) -> dict[str, Any]:
+        """Accuracy of the likeliest next token, by split."""
+        right = direct_accuracy(held.evaluation, score(self._experiment, self._setup, params, held.documents))
+        return by_split(right, held.evaluation.positions)
+
+    def reasoning(self, params: Params, held: Held) -> tuple[dict[str, Any], dict[str, float]]:
+        """Mean accuracy of sampled predictions by split, and their format rate and length."""
+
+        reward_NxG, status_NxG, length_NxG = self.predictions(params, held)
+        has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
+        details = {"format_rate": float(has_box.mean()), "response_length": float(length_NxG.mean())}
+        return by_split(reward_NxG.mean(axis=1), held.evaluation.positions), details
+
+    def predictions(self, params: Params, held: Held) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sample G predictions for each of the n positions; return reward, status and length in tokens, each [n, G]."""
+        parts = []
+        for prompts in held.evaluation.batches:
+            sampled = self._sample(params, prompts, _NOISE)
+            parts.append(jax.device_get((sampled.reward_PxG, sampled.status_PxG, sampled.rollouts.lengths_PxG)))
+        count = len(held.evaluation.positions)
+        reward, status, length = (np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True))
+        return reward, status, length
+
+    def full(self, params: Params) -> dict[str, Any]:
+        """Everything that is reported before and after training."""
+        reasoning, details = self.reasoning(params, self.final)
+        result = {"direct": self.direct(params, self.final), "reasoning": reasoning, "details": details}
+        if self.unseen_templates:
+            unseen = self.unseen_templates
+            result["unseen_templates"] = {
+                "direct": self.direct(params, unseen), "reasoning": self.reasoning(params, unseen)[0]
+            }  # fmt: skip
+        return result
+
+
+def evaluation_metrics(reasoning: dict[str, Any], direct: dict[str, Any] | None = None) -> dict[str, float]:
+    """Scalars for metrics.jsonl: `eval/reasoning/<split>` and, where it was measured, `eval/direct/<split>`."""
+    scalars = {f"eval/reasoning/{name}": split["accuracy"] for name, split in reasoning.items()}
+    return scalars | {f"eval/direct/{name}": split["accuracy"] for name, split in (direct or {}).items()}

@@ -1,0 +1,209 @@
+"""Reinforcement pre-training: the loop of the paper, one call a stage.
+
+Next-token positions of the corpus become prompts; the policy reasons and predicts; whole-token prefixes of the true
+continuation are rewarded; GRPO updates the policy on exactly what it sampled (paper, Equation 4).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax import report
+from rpt_jax.config import Experiment
+from rpt_jax.data.pipeline import prompt_stream
+from rpt_jax.data.positions import Position, choose_positions
+from rpt_jax.data.prompts import PromptBuilder
+from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.errors import UserError
+from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics, score
+from rpt_jax.infra.accounting import Clock, Counters
+from rpt_jax.infra.checkpoint import Checkpointer, abstract
+from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
+from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.sharding import init_optimizer
+from rpt_jax.objective.advantage import has_variance
+from rpt_jax.objective.reward import Status
+from rpt_jax.objective.update import TrainState, UpdateConfig, update_policy
+from rpt_jax.policy.hf import save_policy
+from rpt_jax.sampler import Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
+from rpt_jax.setup import Setup, set_up
+
+RESULT = "result.json"
+
+
+def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
+    """Run reinforcement pre-training in `workdir`; resumes from the newest checkpoint there.
+
+    Raises: UserError, for what the user can mend; FloatingPointError, where a number becomes NaN or infinite.
+    """
+    if (workdir / RESULT).exists():
+        print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
+        return
+    clock, t = Clock(), experiment.training
+    setup = set_up(experiment, mesh)
+    builder, sample = PromptBuilder(experiment.prompt, setup.tokenizer), Sampler(experiment, setup, mesh)
+    positions = training_positions(experiment, setup)
+    stream = prompt_stream(builder, setup.train, positions, batch=t.prompts_per_step, seed=experiment.seed)
+    evaluator = Evaluator(experiment, setup, sample, builder)
+    optimizer = make_optimizer(experiment.optimizer, t.total_steps)
+    # A copy, because the update donates its state and the starting policy's parameters are still needed.
+    params = jax.tree.map(jnp.copy, setup.params)
+    state = TrainState(params, init_optimizer(optimizer, params, mesh))
+    config = UpdateConfig(
+        minibatches=t.minibatches_per_step,
+        microbatch=t.microbatch_prompts,
+        chunk=t.logit_chunk_tokens,
+        temperature=experiment.rollout.temperature,
+        clip_low=experiment.objective.clip_low,
+        clip_high=experiment.objective.clip_high,
+    )
+    counters, checkpoints, start = (
+        Counters(setup.policy.shape.matmul_parameters),
+        Checkpointer(workdir, experiment.checkpoint.keep),
+        0,
+    )
+    if restored := checkpoints.restore(abstract(state)):
+        start, state, saved = restored
+        stream.set_state(saved["stream"])
+        counters.restore(saved["counters"])
+        clock.earlier, before = saved["seconds"], saved["before"]
+        print(f"Going on from step {start} of {workdir}.")
+    else:
+        before = evaluator.full(state.params)
+        show_evaluation("before", before)
+    clock.lap("setup")
+
+    with (
+        MetricsWriter(workdir, start if restored else -1) as metrics,
+        Progress("rpt", t.total_steps, start) as progress,
+    ):
+        if not restored:
+            metrics.write(0, evaluation_metrics(before["reasoning"], before["direct"]) | clock.scalars())
+        for step in range(start + 1, t.total_steps + 1):
+            prompts = next(stream)
+            clock.lap("data")
+            sampled = sample(state.params, prompts, step)
+            generated = counters.count_rollouts(sampled.size())
+            dynamic = step >= t.dynamic_sampling_from
+            for _ in range(1, t.dynamic_sampling_rounds if dynamic else 1):
+                if has_variance(sampled.reward_PxG).all():
+                    break
+                fresh = sample(state.params, next(stream), step)
+                generated += counters.count_rollouts(fresh.size())
+                sampled = prefer_variance(sampled, fresh)
+            scalars = jax.device_get(rollout_metrics(sampled))
+            clock.lap("rollout")
+            batch = to_update_batch(sampled, experiment.objective.advantage_epsilon, only_informative=dynamic)
+            state, losses = update_policy(setup.policy, optimizer, config, state, batch)
+            scalars |= jax.device_get(losses)
+            counters.count_update(sampled.size(), scalars["update/tokens"], generated)
+            clock.lap("update")
+            if step == t.total_steps:
+                after = evaluator.full(state.params)
+                scalars |= evaluation_metrics(after["reasoning"], after["direct"])
+            elif step % experiment.evaluation.every_steps == 0:
+                scalars |= evaluation_metrics(evaluator.reasoning(state.params, evaluator.quick)[0])
+            clock.lap("evaluation")
+            metrics.write(step, scalars | counters.scalars() | clock.scalars())
+            if step % t.log_rollouts_every == 0:
+                show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
+            if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
+                run = {"stream": stream.get_state(), "counters": counters.state(), "seconds": clock.seconds}
+                checkpoints.save(step, state, run | {"before": before})
+            clock.lap("checkpoint")
+            progress.advance(status(scalars, dynamic))
+    checkpoints.close()
+    tokenizer = setup.tokenizer
+    params = jax.device_get(state.params)
+    save_policy(workdir / "policy", setup.policy.shape, params, tokenizer.source, tokenizer.fingerprint)
+    finish(workdir, before, after, clock.seconds, experiment.seed)
+
+
+def training_positions(experiment: Experiment, setup: Setup) -> list[Position]:
+    """Positions of the training documents that the starting policy, as the proxy, finds hard enough. Raises: UserError."""
+    scores = score(experiment, setup, setup.params, setup.train)
+    positions = choose_positions(scores, experiment.data.entropy_threshold, experiment.data.min_context)
+    total = sum(len(s.entropy_S) for s in scores)
+    if len(positions) < experiment.training.prompts_per_step:
+        raise UserError(
+            f"only {len(positions)} of {total} positions have an entropy above data.entropy_threshold="
+            f"{experiment.data.entropy_threshold} and data.min_context={experiment.data.min_context} tokens before them, "
+            f"and a step takes training.prompts_per_step={experiment.training.prompts_per_step}: lower one of the three, or "
+            "give a longer corpus."
+        )
+    print(
+        f"{len(positions):,} of {total:,} training positions have an entropy above "
+        f"{experiment.data.entropy_threshold} nats over the proxy's {experiment.data.entropy_top_k} likeliest tokens."
+    )
+    return positions
+
+
+def status(scalars: dict[str, Any], dynamic: bool) -> str:
+    """A few words on a step, for the progress line."""
+    words = f"reward {scalars['reward/mean']:.3f}  length {scalars['length/mean']:.0f}"
+    if dynamic and scalars["groups/zero_variance"] > 0:
+        words += f"  {scalars['groups/zero_variance']:.0%} of groups still without variance"
+    return words
+
+
+def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
+    """The first sample of the first `count` prompts, as text."""
+    rows = jax.device_get(jax.tree.map(lambda x: x[:count], sampled))
+    texts = []
+    for i in range(count):
+        response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
+        end = response.index(tokenizer.end_think_id) if tokenizer.end_think_id in response else len(response)
+        first_token = int(np.flatnonzero(rows.prompts.boundaries_PxRp1[i])[0])
+        texts.append(
+            RolloutText(
+                prompt=tokenizer.token_bytes(rows.prompts.tokens_PxS[i, : rows.prompts.lengths_P[i]]),
+                reasoning=tokenizer.token_bytes(response[:end]),
+                prediction=tokenizer.token_bytes(response[end + 1 :]) or None,
+                truth=rows.prompts.reference_PxR[i, :first_token].tobytes(),
+                reward=float(rows.reward_PxG[i, 0]),
+                status=Status(rows.status_PxG[i, 0]).name.lower().replace("_", " "),
+            )
+        )
+    return texts
+
+
+def show_evaluation(name: str, result: dict[str, Any]) -> None:
+    """Print one evaluation: accuracy with its 95 % interval and the number of positions, by split."""
+    parts = {"": result, ", unseen templates": result.get("unseen_templates", {})}
+    rows = [
+        (f"{mode}{where}", *(_interval(part[mode][split]) for split in SPLITS))
+        for where, part in parts.items()
+        for mode in ("direct", "reasoning")
+        if mode in part
+    ]
+    table(f"Next-token accuracy, {name} (%, 95 % interval, positions)", ("predicted", *SPLITS), rows)
+    details = result["details"]
+    print(f"format rate {details['format_rate']:.1%}, response length {details['response_length']:.1f} tokens")
+
+
+def _interval(split: dict[str, Any]) -> str:
+    low, high = 100 * split["low"], 100 * split["high"]
+    return f"{100 * split['accuracy']:.1f} ({low:.1f}-{high:.1f}), {split['positions']}"
+
+
+def finish(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds: float, seed: int) -> None:
+    """Write result.json, the last thing of a complete run, then show the table and draw the plots."""
+    result: dict[str, Any] = {"wall_seconds": seconds, "seed": seed}
+    for part in ("details", "unseen_templates"):
+        result[part] = {"before": before.pop(part, None), "after": after.pop(part, None)}
+    result |= {"before": before, "after": after}
+    partial = workdir / f"{RESULT}.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.rename(workdir / RESULT)
+    for name in ("before", "after"):
+        unseen = {"unseen_templates": result["unseen_templates"][name]} if result["unseen_templates"][name] else {}
+        show_evaluation(name, result[name] | unseen | {"details": result["details"][name]})
+    print(f"Plots: {', '.join(str(path) for path in report.write_plots(workdir))}")
+    print(f"Complete in {seconds:.0f} s: {workdir / RESULT}")
