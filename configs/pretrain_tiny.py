@@ -15,15 +15,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy.preset = "tiny"
 
     config.data.source = "gsm_symbolic"
-    config.data.documents = 6000
+    config.data.documents = 12_000
     config.data.max_document_tokens = 256
 
     config.pretrain.documents_per_step = 8
-    config.pretrain.traces_per_document = 8
-    config.pretrain.trace_tokens = 56
-    config.pretrain.calculation_share = 0.35
+    config.pretrain.traces_per_document = 18
+    config.pretrain.rows_per_document = 4
+    config.pretrain.row_tokens = 64
+    config.pretrain.calculation_share = 0.4
 
-    config.training.total_steps = 2400
+    config.training.total_steps = 2800
     config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100

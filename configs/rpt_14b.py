@@ -1,12 +1,12 @@
 """The paper's run (arXiv 2506.08007): reinforcement pre-training of DeepSeek-R1-Distill-Qwen-14B on OmniMATH.
 
-Command   python -m rpt_jax.main --config=configs/rpt_14b.py --describe --config.mesh.fsdp=8   (sizes, on any machine)
-          python -m rpt_jax.main --config=configs/rpt_14b.py
+Command   python -m rpt_jax.main --config=configs/rpt_14b.py
+Sizes     python -m rpt_jax.main --config=configs/rpt_14b.py --config.mesh.fsdp=8 --describe   (on any machine)
 Needs     models/DeepSeek-R1-Distill-Qwen-14B: config.json, tokenizer.json and the weights as one model.safetensors;
           data/omnimath: .jsonl files, one document a line in the field "text";
-          at least 64 accelerators with 80 GiB each (--describe: 62 GiB sampling, 70 GiB in the update, and XLA's
-          temporaries on top), and 1 TiB of disk for checkpoints.
-Hardware  not run
+          64 accelerators of 95 GiB or more (by arithmetic 54 GiB while sampling and 70 GiB in the update, on each,
+          where every response is as long as it may be; XLA's temporaries come on top); 500 GiB of disk.
+Hardware  not run. So many devices stand in several hosts, where rpt_jax has not been run at all.
 Time      not measured
 Results   not measured. The paper's, section 4.1: next-token accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions
           with an entropy above 0.5 / 1.0 / 1.5, from 3.31 / 1.66 / 1.41 % before.
@@ -77,7 +77,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation.score_documents = 8  # ours
     config.checkpoint.every_steps = 50  # ours
 
+    # P gives no hardware.
     config.mesh.data = 1  # ours
-    config.mesh.fsdp = -1  # ours: all devices but for
-    config.mesh.tensor = 8  # ours: at most the number of kv heads
+    config.mesh.fsdp = -1  # ours: replicas of the activations, shards of the parameters
+    config.mesh.tensor = 8  # ours: every kv head on a device of its own, or attention scores would not fit
     return config

@@ -91,10 +91,11 @@ class TrainingConfig:
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     documents_per_step: int = 16
-    traces_per_document: int = 8  # Cold-start traces learnt beside each document.
-    trace_tokens: int = 48
+    traces_per_document: int = 18  # Cold-start traces learnt beside each document, a third of them at calculations.
+    rows_per_document: int = 4  # They are packed into so many rows
+    row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
     trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy against the documents'.
-    calculation_share: float = 0.3  # Where a calculation is due, how often the trace carries it out.
+    calculation_share: float = 0.4  # Where a calculation is due, how often the trace carries it out.
     vocab_size: int = 1024
     export: str = ""  # Directory to write the finished policy to, for `policy.path` of later runs.
 
@@ -204,7 +205,8 @@ _BOUNDS = {
     "checkpoint.keep": (1, _MANY),
     "pretrain.documents_per_step": (1, _MANY),
     "pretrain.traces_per_document": (1, _MANY),
-    "pretrain.trace_tokens": (8, _MANY),
+    "pretrain.rows_per_document": (1, _MANY),
+    "pretrain.row_tokens": (16, _MANY),
     "pretrain.calculation_share": (0.0, 1.0),
 }
 

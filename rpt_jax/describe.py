@@ -54,7 +54,7 @@ class _Mesh(NamedTuple):
 
 
 class _Tree(NamedTuple):
-    """A stem and what branches off it: a prompt and its G responses, or a document and its traces.
+    """A stem and what branches off it: a prompt and its G responses, or a document and its rows of traces.
 
     The stem runs once for all its branches, and before them.
     """
@@ -99,8 +99,8 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
     mesh = _resolve(experiment.mesh, devices)
     rows = [
         Row("policy: layers x width, vocabulary", f"{shape.layers} x {shape.width}, {shape.vocab}", source),
-        Row("parameters", shape.parameters, source),
-        Row("parameters that a token is multiplied with (N)", shape.matmul_parameters, source),
+        Row("parameters", shape.parameters, "policy"),
+        Row("parameters that a token is multiplied with (N)", shape.matmul_parameters, "policy"),
         Row("mesh: data x fsdp x tensor", _mesh_text(mesh, devices), "mesh"),
     ]
     if experiment.task == "pretrain":
@@ -195,7 +195,11 @@ def _compute_rows(experiment: Experiment, shape: Shape) -> list[Row]:
     return [
         Row("FLOPs of sampling: 2*N a token", float(matmuls), step),
         Row("FLOPs of sampling: attention", float(attention), step),
-        Row(f"FLOPs of the update: {2 * passes}*N a token", float(passes * matmuls), f"{step}, training.minibatches_per_step"),
+        Row(
+            f"FLOPs of the update: {2 * passes}*N a token",
+            float(passes * matmuls),
+            f"{step}, training.minibatches_per_step",
+        ),
         Row("FLOPs of the update: attention", float(passes * attention), f"{step}, training.minibatches_per_step"),
         Row("FLOPs of a step, at most", float(sampling + update), "the four above"),
         Row("FLOPs of all steps, at most", float(t.total_steps * (sampling + update)), "training.total_steps"),
@@ -244,9 +248,7 @@ def _sum(rows: list[Row]) -> int:
     return sum(row.value for row in rows)
 
 
-def _backward_rows(
-    experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tree, count: int, field: str
-) -> list[Row]:
+def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tree, count: int, field: str) -> list[Row]:
     """What the pass forward and backward over `count` trees a device keeps, beside parameters and gradients."""
     itemsize = jnp.dtype(experiment.policy.dtype).itemsize
     # What a layer's derivative needs. Attention: the scores, in float32 and in the compute dtype. Else: both norms, which
@@ -262,18 +264,22 @@ def _backward_rows(
     logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
     fields = f"policy, mesh, {field}"
     return [
-        Row("bytes per device: attention scores for the backward pass", int(count * layers * pairs * pair_bytes), fields),
-        Row("bytes per device: other activations for it", int(count * (inputs + layers * tokens * token_bytes)), fields),
+        Row(
+            "bytes per device: attention scores for the backward pass", int(count * layers * pairs * pair_bytes), fields
+        ),
+        Row(
+            "bytes per device: other activations for it", int(count * (inputs + layers * tokens * token_bytes)), fields
+        ),
         Row("bytes per device: a chunk of logits", logits, "policy, mesh.tensor, training.logit_chunk_tokens"),
     ]
 
 
 def _pretrain_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
     p, batch = experiment.pretrain, "pretrain.documents_per_step"
-    tree = _Tree(experiment.data.max_document_tokens, p.traces_per_document, p.trace_tokens)
+    tree = _Tree(experiment.data.max_document_tokens, p.rows_per_document, p.row_tokens)
     tokens = p.documents_per_step * tree.tokens
     step = 6 * shape.matmul_parameters * tokens + 3 * attention_flops(shape, tree.pairs) * p.documents_per_step
-    sizes = f"{batch}, data.max_document_tokens, pretrain.trace*"
+    sizes = f"{batch}, data.max_document_tokens, pretrain.rows_per_document, pretrain.row_tokens"
     documents = mesh.share(p.documents_per_step)
     parameters = _FLOAT32 * shape.parameters // mesh.weight_ways
     memory = [
@@ -285,7 +291,11 @@ def _pretrain_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Ro
     return [
         Row("documents per step", p.documents_per_step, batch),
         Row("documents per device", documents, f"{batch}, mesh.data, mesh.fsdp"),
-        Row("traces per step", p.documents_per_step * p.traces_per_document, f"{batch}, pretrain.traces_per_document"),
+        Row(
+            "traces per step, at most",
+            p.documents_per_step * p.traces_per_document,
+            f"{batch}, pretrain.traces_per_document",
+        ),
         Row("tokens per step, at most", tokens, sizes),
         Row("FLOPs of a step, at most: 6*N a token, and attention", float(step), f"policy, {sizes}"),
         Row("FLOPs of all steps, at most", float(step * experiment.training.total_steps), "training.total_steps"),

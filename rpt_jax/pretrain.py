@@ -32,51 +32,65 @@ from rpt_jax.setup import make_policy
 
 
 class ExampleMaker:
-    """Turns a document into arrays: its tokens, and K traces that branch off from random positions of it."""
+    """Turns a document into arrays: its tokens, and traces that branch off from positions of it, packed into rows."""
 
     def __init__(self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[Document]):
         self._config, self._size = experiment.pretrain, experiment.data.max_document_tokens
         self._min_context = experiment.data.min_context
         self._tokenizer = tokenizer
         self._ids = tokenizer.encode_batch([d.text for d in documents])
-        share, limit = self._config.calculation_share, self._config.trace_tokens
+        share, limit = self._config.calculation_share, self._config.row_tokens
         self._writers = [
             TraceWriter(tokenizer, d.text, ids, share, limit) for d, ids in zip(documents, self._ids, strict=True)
         ]
 
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Return tokens [S], target_mask [S], trace inputs and targets [K, T], trace_mask [K, T] and prefixes [K].
+        """Return one example, random in where its traces stand.
 
-        Half of the traces stand where a calculation is due, if the document has such places: they are rare, and a format
-        is learnt from examples.
+        `inputs`, `targets`, `mask`: the document, [S]. `trace_inputs`, `trace_targets`, `trace_mask`: K rows of T tokens of
+        packed traces, [K, T], and for each of their tokens `trace_segment` (which trace of its row), `trace_prefix` (how many
+        of the inputs its trace continues) and `trace_position`.
         """
-        t, k, size = self._tokenizer, self._config.traces_per_document, self._config.trace_tokens
-        tokens = np.array([t.bos_id, *self._ids[document], t.eos_id], np.int32)[: self._size + 1]
-        first, last = min(self._min_context, self._last(document)), self._last(document)
-        due = [p for p in self._writers[document].calculation_positions if first <= p <= last]
-        places = [int(p) for p in rng.integers(first, last + 1, size=k)]
-        if due:
-            places[::2] = [int(p) for p in rng.choice(due, size=len(places[::2]))]
-        traces = [self._writers[document].write(p, rng)[:size] for p in places]
-        rows = np.zeros((k, size + 1), np.int32)
-        for row, trace in zip(rows, traces, strict=True):
-            row[: len(trace) + 1] = [t.think_id, *trace]
-        lengths = np.array([len(trace) for trace in traces], np.int32)
-        padded = np.pad(tokens, (0, self._size + 1 - len(tokens)))
-        return {
-            "inputs": padded[:-1],
-            "targets": padded[1:],
-            "mask": np.arange(self._size) < len(tokens) - 1,
-            "trace_inputs": rows[:, :-1],
-            "trace_targets": rows[:, 1:],
-            "trace_mask": np.arange(size) < lengths[:, None],
-            "prefix": np.array(places, np.int32)
-            + 1,  # The beginning-of-sequence token and the tokens before the place.
-        }
+        t, size = self._tokenizer, self._size
+        tokens = np.array([t.bos_id, *self._ids[document], t.eos_id], np.int32)[: size + 1]
+        padded = np.pad(tokens, (0, size + 1 - len(tokens)))
+        example = {"inputs": padded[:-1], "targets": padded[1:], "mask": np.arange(size) < len(tokens) - 1}
+        traces = [(place, self._writers[document].write(place, rng)) for place in self._places(document, rng)]
+        return example | self._pack(traces)
 
-    def _last(self, document: int) -> int:
-        """Last position of the document that may be asked for."""
-        return min(len(self._ids[document]), self._size) - 1
+    def _places(self, document: int, rng: np.random.Generator) -> list[int]:
+        """Positions to reason at: a third, where there are such, inside the result of a calculation, the rest anywhere.
+
+        Calculations are rare, and how to carry them out is learnt from examples.
+        """
+        last = min(len(self._ids[document]), self._size) - 1
+        first, count = min(self._min_context, last), self._config.traces_per_document
+        due = [p for p in self._writers[document].calculation_positions if first <= p <= last]
+        places = rng.integers(first, last + 1, size=count)
+        if due:
+            places[: count // 3] = rng.choice(due, size=count // 3)
+        return [int(p) for p in rng.permutation(places)]
+
+    def _pack(self, traces: Sequence[tuple[int, list[int]]]) -> dict[str, np.ndarray]:
+        """Put each trace into the first row that has room for it; those that fit nowhere are left out."""
+        shape = (self._config.rows_per_document, self._config.row_tokens)
+        names = ("inputs", "targets", "mask", "segment", "prefix", "position")
+        rows = {name: np.zeros(shape, bool if name == "mask" else np.int32) for name in names}
+        used = np.zeros(shape[0], int)
+        for number, (place, trace) in enumerate(traces, start=1):
+            fitting = np.flatnonzero(used + len(trace) <= shape[1])
+            if not len(fitting):
+                continue
+            row, columns = fitting[0], slice(used[fitting[0]], used[fitting[0]] + len(trace))
+            used[row] += len(trace)
+            rows["inputs"][row, columns] = [self._tokenizer.think_id, *trace[:-1]]
+            rows["targets"][row, columns] = trace
+            rows["mask"][row, columns] = True
+            rows["segment"][row, columns] = number
+            # The beginning-of-sequence token, and the document's tokens before the place.
+            rows["prefix"][row, columns] = place + 1
+            rows["position"][row, columns] = place + 1 + np.arange(len(trace))
+        return {f"trace_{name}": array for name, array in rows.items()}
 
 
 def mixed_loss(
@@ -84,15 +98,15 @@ def mixed_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of the documents' tokens plus `trace_weight` times that of the traces' tokens (paper, Equation 1).
 
-    A document runs once, for its own loss and as the context of its K traces, each of which sees its own prefix of it.
+    A document runs once, for its own loss and as the context of its traces, each of which sees its own prefix of it.
     """
-    inputs_NxS, traces_NxKxT = batch["inputs"], batch["trace_inputs"]
+    inputs_NxS = batch["inputs"]
     lengths_N = jnp.full(inputs_NxS.shape[:1], inputs_NxS.shape[1], jnp.int32)
     hidden_NxSxD, context, _ = prefill(policy, params, inputs_NxS, lengths_N)
-    visible_NxKx1xS = (jnp.arange(inputs_NxS.shape[1]) < batch["prefix"][..., None])[:, :, None]
-    positions_NxKxT = batch["prefix"][..., None] + jnp.arange(traces_NxKxT.shape[-1], dtype=jnp.int32)
-    context = context._replace(visible_NxGxQxS=visible_NxKx1xS)
-    traced_NxKxTxD, _ = policy.apply({"params": params}, traces_NxKxT, positions_NxKxT, (context,))
+    context = context._replace(visible_NxGxQxS=jnp.arange(inputs_NxS.shape[1]) < batch["trace_prefix"][..., None])
+    traced_NxKxTxD, _ = policy.apply(
+        {"params": params}, batch["trace_inputs"], batch["trace_position"], (context,), batch["trace_segment"]
+    )
 
     def mean_nll(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         logprobs = token_logprobs(head(params), hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0, chunk)

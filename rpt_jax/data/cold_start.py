@@ -22,6 +22,7 @@ import numpy as np
 from rpt_jax.data.tokenizer import Tokenizer
 
 BOX = "\\boxed{"
+_RECALLED = 4  # Tokens of context that a recall repeats.
 
 # operand, operator, operand, "=", result; a few words or a currency sign may stand in between.
 _WORDS = r"[^\d=+*/×\n.%-]{0,16}?"
@@ -148,7 +149,7 @@ class TraceWriter:
             trace = self._calculate(position)
             if len(trace) <= self._max_tokens:
                 return trace
-        return self._recall(position, int(rng.integers(2, 7)))
+        return self._recall(position)
 
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]
@@ -156,8 +157,8 @@ class TraceWriter:
         rest = self._text.encode()[self._byte_offsets[position] : end].decode()
         return self._close(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
 
-    def _recall(self, position: int, length: int) -> list[int]:
-        return self._close(self._ids[max(0, position - length) : position], [self._ids[position]])
+    def _recall(self, position: int) -> list[int]:
+        return self._close(self._ids[max(0, position - _RECALLED) : position], [self._ids[position]])
 
     def _close(self, reasoning: list[int], prediction: list[int]) -> list[int]:
         t = self._tokenizer

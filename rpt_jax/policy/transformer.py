@@ -23,6 +23,7 @@ from rpt_jax.policy.attention import Context, KeyValues, attend
 from rpt_jax.policy.presets import Shape
 
 Params = dict[str, Any]
+_UNROLLED_LAYERS = 6
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -65,19 +66,19 @@ class Layer(nn.Module):
         x_NxGxQxD: jax.Array,
         kvs: tuple[KeyValues, ...],
         visible: tuple[jax.Array, ...],
-        causal_1x1xQxQ: jax.Array,
+        among_NxGxQxQ: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, KeyValues]:
         """Return the residual stream after this layer, and this layer's keys and values of the new tokens."""
         s = self.shape
         scale = self._constant("attention_norm", (s.width,), (None,), 1.0)
-        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, visible, causal_1x1xQxQ, rotary)
+        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, visible, among_NxGxQxQ, rotary)
         x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD + y, ("prompt", None, None, None))
         scale = self._constant("ffn_norm", (s.width,), (None,), 1.0)
         x_NxGxQxD = x_NxGxQxD + self._ffn(rms_norm(x_NxGxQxD, scale, s.norm_epsilon))
         return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None)), kv
 
-    def _attention(self, x_NxGxQxD, kvs, visible, causal_1x1xQxQ, rotary) -> tuple[jax.Array, KeyValues]:
+    def _attention(self, x_NxGxQxD, kvs, visible, among_NxGxQxQ, rotary) -> tuple[jax.Array, KeyValues]:
         s, group = self.shape, self.shape.heads // self.shape.kv_heads
         wq = self._weight("q", (s.width, s.kv_heads, group, s.head_size), ("width", "kv_heads", None, None), s.width)
         wk = self._weight("k", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
@@ -101,7 +102,7 @@ class Layer(nn.Module):
         q, k = rotate(q, cos[:, :, :, None], sin[:, :, :, None]), rotate(k, cos, sin)
         new = KeyValues(k, v)
         contexts = [Context(kv, seen) for kv, seen in zip(kvs, visible, strict=True)]
-        out_NxKxGxRxQxC = attend(q, [*contexts, Context(new, causal_1x1xQxQ)])
+        out_NxKxGxRxQxC = attend(q, [*contexts, Context(new, among_NxGxQxQ)])
         return jnp.einsum("nkgrqc,krcd->ngqd", out_NxKxGxRxQxC, wo), new
 
     def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
@@ -125,6 +126,7 @@ class Transformer(nn.Module):
         tokens_NxGxQ: jax.Array,
         positions_NxGxQ: jax.Array,
         contexts: Sequence[Context] = (),
+        segments_NxGxQ: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """Run the trunk.
 
@@ -132,6 +134,7 @@ class Transformer(nn.Module):
           tokens_NxGxQ: int32 ids; right padding is harmless, since no real token ever sees what comes after it.
           positions_NxGxQ: int32 positions in the sequence that the branch belongs to.
           contexts: earlier keys (with a leading L axis) and which of them each new token sees.
+          segments_NxGxQ: where several sequences are packed into one branch, a number for each: tokens see their own only.
 
         Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
         """
@@ -143,7 +146,9 @@ class Transformer(nn.Module):
         x_NxGxQxD = embedding_VxD[tokens_NxGxQ].astype(self.dtype)
         rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base)
         length = tokens_NxGxQ.shape[-1]
-        causal_1x1xQxQ = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        among_NxGxQxQ = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        if segments_NxGxQ is not None:
+            among_NxGxQxQ &= segments_NxGxQ[..., :, None] == segments_NxGxQ[..., None, :]
         layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
         layers = nn.scan(
             layer,
@@ -151,11 +156,13 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=s.layers,
+            # A loop keeps compile time flat in depth, but XLA's CPU backend runs a loop's body a sixth slower.
+            unroll=s.layers if s.layers <= _UNROLLED_LAYERS else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(s, self.dtype, name="layers")
         kvs = tuple(context.kv for context in contexts)
         visible = tuple(context.visible_NxGxQxS for context in contexts)
-        x_NxGxQxD, new = layers(x_NxGxQxD, kvs, visible, causal_1x1xQxQ, rotary)
+        x_NxGxQxD, new = layers(x_NxGxQxD, kvs, visible, among_NxGxQxQ, rotary)
         scale = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (s.width,), jnp.float32)
         return rms_norm(x_NxGxQxD, scale, s.norm_epsilon), new
 

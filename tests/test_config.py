@@ -1,0 +1,249 @@
+"""Configs are refused by name or meant: no typo, no wrong type, no field that nothing reads."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from rpt_jax.config import Experiment, default_config, from_config_dict, leaves
+from rpt_jax.errors import UserError
+from tests.conftest import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+DEFAULTS = dict(leaves(Experiment()))
+SECTIONS = {f.name: type(f.default) for f in dataclasses.fields(Experiment) if dataclasses.is_dataclass(f.default)}
+
+
+def load(path: Path) -> Experiment:
+    """Validate what a config file returns."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config().to_dict())
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """Return the default config as plain dicts, with the field of each dotted name (dots as two underscores) changed."""
+    config = copy.deepcopy(dataclasses.asdict(Experiment()))
+    for name, value in values.items():
+        *sections, field = name.split("__")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[field] = value
+    return config
+
+
+def refusal(**values: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        from_config_dict(changed(**values))
+    return str(caught.value)
+
+
+def test_defaults_survive_the_round_trip():
+    assert from_config_dict(default_config()) == Experiment()
+    assert from_config_dict(default_config().to_dict()) == Experiment()
+    assert from_config_dict({}) == Experiment()
+
+
+def test_misspelt_assignment_is_refused_in_the_config_file_itself():
+    with pytest.raises(AttributeError):
+        default_config().rollout.temprature = 1.0
+
+
+def test_values_arrive_where_they_belong():
+    experiment = from_config_dict(changed(seed=7, data__seed=8, rollout__temperature=0.5))
+    assert (experiment.seed, experiment.data.seed, experiment.rollout.temperature) == (7, 8, 0.5)
+    assert {n: v for n, v in leaves(experiment) if DEFAULTS[n] != v}.keys() == {
+        "seed",
+        "data.seed",
+        "rollout.temperature",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"sed": 1}, ("'sed'", "'seed'")),
+        ({"rolout": {}}, ("'rolout'", "'rollout'")),
+        ({"rollout__temprature": 1.0}, ("'rollout.temprature'", "'temperature'")),
+        ({"mesh__tensors": 2}, ("'mesh.tensors'", "'tensor'")),
+        ({"seed": True}, ("seed=True", "bool", "int")),
+        ({"seed": 1.0}, ("seed=1.0", "float", "int")),
+        ({"prompt__open_think": 1}, ("prompt.open_think=1", "int", "bool")),
+        ({"optimizer__learning_rate": "1e-6"}, ("optimizer.learning_rate='1e-6'", "str", "float")),
+        ({"optimizer__learning_rate": False}, ("optimizer.learning_rate=False", "bool", "float")),
+        ({"data__path": None}, ("data.path=None", "str")),
+        ({"training": 3}, ("training=3", "TrainingConfig")),
+        ({"task": "rtp"}, ("task='rtp'", "'rpt'")),
+        ({"policy__dtype": "float16"}, ("policy.dtype='float16'", "bfloat16")),
+        ({"policy__remat": "ful"}, ("policy.remat='ful'", "'full'")),
+        ({"rollout__samples_per_prompt": 1}, ("rollout.samples_per_prompt=1", "2")),
+        ({"rollout__temperature": 0.0}, ("rollout.temperature=0.0", "0.001")),
+        ({"rollout__temperature": float("nan")}, ("rollout.temperature=nan",)),
+        ({"training__total_steps": 0}, ("training.total_steps=0",)),
+        ({"training__minibatches_per_step": 0}, ("training.minibatches_per_step=0",)),
+        ({"pretrain__calculation_share": 1.5}, ("pretrain.calculation_share=1.5", "1.0")),
+    ],
+)
+def test_refusal_names_field_value_and_what_was_expected(values: dict[str, Any], said: tuple[str, ...]):
+    message = refusal(**values)
+    assert all(part in message for part in said), message
+
+
+def test_batch_that_cannot_be_split_is_refused():
+    sizes = {"training__prompts_per_step": 48, "training__microbatch_prompts": 8}
+    from_config_dict(changed(**sizes, training__minibatches_per_step=3))
+    message = refusal(**sizes, training__minibatches_per_step=5)
+    assert "training.minibatches_per_step" in message and "prompts_per_step=48" in message
+    message = refusal(**sizes, training__minibatches_per_step=4)
+    assert "training.microbatch_prompts" in message and "prompts_per_step=48" in message
+
+
+def test_whole_number_is_a_fine_float():
+    value = from_config_dict(changed(rollout__temperature=1)).rollout.temperature
+    assert value == 1.0 and type(value) is float
+
+
+WRONG = {
+    bool: st.integers() | st.floats() | st.text() | st.none() | st.lists(st.booleans(), max_size=2),
+    int: st.booleans() | st.floats() | st.text() | st.none() | st.lists(st.integers(), max_size=2),
+    float: st.booleans() | st.text() | st.none() | st.dictionaries(st.text(), st.floats(), max_size=2),
+    str: st.booleans() | st.integers() | st.floats() | st.none() | st.binary(max_size=3) | st.just({}),
+}
+
+
+@hypothesis.given(data=st.data(), name=st.sampled_from(sorted(DEFAULTS)))
+@hypothesis.settings(deadline=None, max_examples=200)
+def test_wrong_type_anywhere_is_refused_by_name(data: st.DataObject, name: str):
+    value = data.draw(WRONG[type(DEFAULTS[name])])
+    message = refusal(**{name.replace(".", "__"): value})
+    assert message.startswith(f"{name}={value!r}")
+
+
+@hypothesis.given(
+    value=st.none() | st.integers() | st.text() | st.lists(st.integers()), name=st.sampled_from(list(SECTIONS))
+)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_value_in_place_of_a_section_is_refused_by_name(value: Any, name: str):
+    assert refusal(**{name: value}).startswith(f"{name}={value!r}")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_file_is_valid_and_labelled(path: Path):
+    load(path)
+    label = ast.get_docstring(ast.parse(path.read_text()))
+    assert label and all(f"\n{line} " in label for line in ("Command", "Hardware"))
+    assert f"--config=configs/{path.name}" in label
+
+
+def test_14b_is_the_papers_run():
+    experiment = load(ROOT / "configs" / "rpt_14b.py")
+    stated = {
+        "data.held_out_documents": 200,
+        "data.entropy_top_k": 16,
+        "prompt.template": "v0",
+        "prompt.max_tokens": 4096,
+        "rollout.samples_per_prompt": 8,
+        "rollout.temperature": 0.8,
+        "rollout.max_new_tokens": 8192,
+        "optimizer.learning_rate": 1e-6,
+        "optimizer.beta1": 0.9,
+        "optimizer.beta2": 0.999,
+        "optimizer.weight_decay": 0.01,
+        "optimizer.max_grad_norm": 0.2,
+        "training.total_steps": 1000,
+        "training.prompts_per_step": 256,
+        "training.minibatches_per_step": 1,
+        "training.dynamic_sampling_from": 500,
+    }
+    values = dict(leaves(experiment))
+    assert {name: values[name] for name in stated} == stated
+
+
+class _Reads(ast.NodeVisitor):
+    """Finds the config fields that a module reads, as dotted names in `found`.
+
+    An expression stands for a section where it is an argument annotated with the section's class, `.section` of what
+    stands for the experiment, or a name or attribute of self that was assigned such an expression. Only `.field` of those
+    counts, so that another object's attribute of the same name does not.
+    """
+
+    def __init__(self, source: str):
+        self.found: set[str] = set()
+        self._classes = {schema.__name__: name for name, schema in SECTIONS.items()} | {"Experiment": ""}
+        self._scopes: list[dict[str, str]] = [{}]
+        self._of_self: dict[str, str] = {}
+        self.visit(ast.parse(source))
+
+    def _section(self, node: ast.expr) -> str | None:
+        if isinstance(node, ast.Attribute) and node.attr in SECTIONS and self._section(node.value) == "":
+            return node.attr
+        name = ast.unparse(node)
+        return next((scope[name] for scope in [*reversed(self._scopes), self._of_self] if name in scope), None)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        section = self._section(node.value)
+        if section is not None and isinstance(node.ctx, ast.Load):
+            self.found.add(f"{section}.{node.attr}".lstrip("."))
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=True))
+            for to, value in pairs:
+                section = self._section(value)
+                if section is not None:
+                    name = ast.unparse(to)
+                    (self._of_self if name.startswith("self.") else self._scopes[-1])[name] = section
+        self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        annotated = {a.arg: ast.unparse(a.annotation) for a in arguments if a.annotation}
+        self._scopes.append({a: self._classes[kind] for a, kind in annotated.items() if kind in self._classes})
+        self.generic_visit(node)
+        self._scopes.pop()
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self._of_self = self._of_self, {}
+        self.generic_visit(node)
+        self._of_self = outer
+
+
+def test_the_search_for_reads_is_not_fooled():
+    reads = """
+def a(experiment: Experiment, other):
+    t, (x, y) = experiment.training, other
+    return experiment.data.seed + t.total_steps + other.mesh.fsdp + other.keep
+
+class B:
+    def __init__(self, experiment: Experiment, o: OptimizerConfig):
+        self._config, self.size = experiment.rollout, 3
+        o.beta1 = 3
+
+    def go(self):
+        return self._config.temperature
+
+class C:
+    def go(self):
+        return self._config.max_new_tokens
+"""
+    assert _Reads(reads).found & DEFAULTS.keys() == {"data.seed", "training.total_steps", "rollout.temperature"}
+
+
+def test_every_leaf_is_read():
+    """A field that nothing reads is a promise that the run does not keep."""
+    modules = [path for path in (ROOT / "rpt_jax").rglob("*.py") if path.name not in ("config.py", "describe.py")]
+    read = set().union(*(_Reads(path.read_text()).found for path in modules))
+    assert not DEFAULTS.keys() - read, f"fields that no module reads: {sorted(DEFAULTS.keys() - read)}"

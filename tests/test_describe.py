@@ -1,0 +1,238 @@
+"""Derived sizes against hand arithmetic, and against what JAX keeps."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fnmatch
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import rich
+from flax import linen as nn
+from rich.console import Console
+
+from rpt_jax.config import Experiment, MeshConfig, leaves
+from rpt_jax.describe import describe, print_description
+from rpt_jax.errors import UserError
+from rpt_jax.policy.hf import _to_hf_config
+from rpt_jax.policy.presets import preset
+from rpt_jax.policy.transformer import Transformer, branch_hidden
+from tests.conftest import ROOT
+from tests.test_config import CONFIGS, load
+
+PAPER = load(ROOT / "configs" / "rpt_14b.py")
+GIB = 2**30
+
+
+def values(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
+    """Return the value of every row by its name, which must be its own."""
+    rows = describe(experiment, devices)
+    assert len({row.what for row in rows}) == len(rows)
+    return {row.what: row.value for row in rows}
+
+
+def replaced(experiment: Experiment, section: str, **fields: Any) -> Experiment:
+    return dataclasses.replace(experiment, **{section: dataclasses.replace(getattr(experiment, section), **fields)})
+
+
+def test_14b_sizes_by_hand():
+    found = values(PAPER, 64)
+    n = 48 * (5120 * 128 * (40 + 8 + 8 + 40) + 3 * 5120 * 13_824) + 152_064 * 5120
+    expected = {
+        "parameters": n + 152_064 * 5120 + 48 * (7 * 1024 + 2 * 5120) + 5120,
+        "parameters that a token is multiplied with (N)": n,
+        "mesh: data x fsdp x tensor": "1 x 8 x 8 = 64 devices",
+        "rollouts per step": 2048,
+        "microbatches per step, at most": 32,
+        "prompts per device": 32,
+        "rollouts per device": 256,
+        "prompts per device, microbatch": 1,
+        "prompt tokens per step, at most": 256 * 4096,
+        "response tokens per step, at most": 2048 * 8192,
+        "trunk tokens per prompt, its samples sharing it: S + G*T": 69_632,
+        "trunk tokens per prompt, were it not shared: G*(S + T)": 98_304,
+        "trunk tokens, shared / not shared": pytest.approx(17 / 24),
+        "bytes of a token's keys and values": 196_608,
+        "bytes per device: keys and values of prompts": 3 * GIB,
+        "bytes per device: keys and values of responses": 48 * GIB,
+        "bytes per device: a layer's attention scores, prompts": 10 * GIB,
+        "bytes per device: a chunk of logits": 4096 * 152_064 * 4 // 8,
+        "steps": 1000,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert found["parameters"] == pytest.approx(14.77e9, rel=1e-4)
+
+
+def test_14b_compute_by_hand():
+    found = values(PAPER, 64)
+    n, tokens = 13_990_625_280, 256 * 69_632
+    # Per layer and head, 2 FLOPs a dimension for the score of a pair and 2 for its value.
+    pairs = 256 * (4096**2 + 8 * 8192 * (4096 + 8192))
+    attention = 4 * 48 * 40 * 128 * pairs
+    assert found["FLOPs of sampling: 2*N a token"] == pytest.approx(2 * n * tokens)
+    assert found["FLOPs of the update: 6*N a token"] == pytest.approx(6 * n * tokens)
+    assert found["FLOPs of sampling: attention"] == pytest.approx(attention)
+    assert found["FLOPs of the update: attention"] == pytest.approx(3 * attention)
+    step = 8 * n * tokens + 4 * attention
+    assert found["FLOPs of a step, at most"] == pytest.approx(step)
+    assert found["FLOPs of all steps, at most"] == pytest.approx(1000 * step)
+    # Steps 500 to 1000 sample up to two times more.
+    assert found["FLOPs of dynamic sampling on top, at most"] == pytest.approx(501 * 2 * (2 * n * tokens + attention))
+
+
+def test_14b_memory_by_hand():
+    found = values(PAPER, 64)
+    share = 4 * 14_770_033_664 // 64
+    assert found["bytes per device: parameters, and those of the start"] == 2 * share
+    assert found["bytes per device: Adam's two moments"] == 2 * share
+    assert found["bytes per device: gradients, sum and microbatch's"] == 2 * share
+    assert found["bytes per device in all while sampling, at least"] == 4 * share + 51 * GIB
+    # One prompt a device. Of the responses: five of the forty heads in float32 and bfloat16; beside it the layers' inputs.
+    scores = 5 * (4 + 2) * 65_536 * 12_288
+    other = 48 * 69_632 * 5120 * 2 + 65_536 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
+    assert found["bytes per device: attention scores for the backward pass"] == scores
+    assert found["bytes per device: other activations for it"] == other
+    total = 6 * share + scores + other + 4096 * 152_064 * 4 // 8
+    assert found["bytes per device in all in the update, at least"] == total
+    assert found["bytes of checkpoints on disk"] == 12 * 14_770_033_664 * PAPER.checkpoint.keep
+
+
+def test_14b_label_says_what_describe_says():
+    label = " ".join(ast.get_docstring(ast.parse((ROOT / "configs" / "rpt_14b.py").read_text())).split())
+    found = values(PAPER, 64)
+    sampling = round(found["bytes per device in all while sampling, at least"] / GIB)
+    update = round(found["bytes per device in all in the update, at least"] / GIB)
+    assert f"by arithmetic {sampling} GiB while sampling and {update} GiB in the update" in label
+    disk = re.search(r"(\d+) GiB of disk", label)
+    assert found["bytes of checkpoints on disk"] < int(disk[1]) * GIB
+
+
+@pytest.mark.parametrize("devices", [1, 6, 64])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_described_on_any_machine(path: Path, devices: int):
+    names = {*dict(leaves(Experiment())), *(field.name for field in dataclasses.fields(Experiment))}
+    for row in describe(load(path), devices):
+        assert isinstance(row.value, str) or (row.value >= 0 and math.isfinite(row.value)), row
+        for name in re.findall(r"\b[a-z]+\.[a-z_0-9]+\*?", row.fields):
+            assert fnmatch.filter(names, name), f"{row.what} is derived from {name}, which is no field"
+
+
+def test_pretraining_by_hand():
+    experiment = dataclasses.replace(Experiment(), task="pretrain")
+    experiment = replaced(experiment, "data", max_document_tokens=100)
+    experiment = replaced(
+        experiment, "pretrain", documents_per_step=16, traces_per_document=9, rows_per_document=3, row_tokens=20
+    )
+    found = values(experiment, 8)
+    n = 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 384) + 1024 * 128
+    pairs = 100 * 100 + 3 * 20 * (100 + 20)
+    assert found["documents per device"] == 2
+    assert found["traces per step, at most"] == 144
+    assert found["tokens per step, at most"] == 16 * 160
+    step = 16 * (6 * n * 160 + 3 * 4 * 4 * 128 * pairs)
+    assert found["FLOPs of a step, at most: 6*N a token, and attention"] == pytest.approx(step)
+    assert found["FLOPs of all steps, at most"] == pytest.approx(1000 * step)
+    # Split over data alone, every device has all parameters, both moments and one gradient.
+    others = [v for name, v in found.items() if "backward" in name or "for it" in name or "logits" in name]
+    assert len(others) == 3
+    assert found["bytes per device in all, at least"] == 4 * 4 * preset("tiny").parameters + sum(others)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_nearly_what_the_derivative_keeps(dtype: str):
+    """Without rematerialisation JAX can say what it keeps; the formula may forget small things, never invent any."""
+    experiment = replaced(replaced(Experiment(), "policy", dtype=dtype), "training", microbatch_prompts=4)
+    found = values(experiment)
+    policy = Transformer(preset("tiny"), jnp.dtype(dtype))
+
+    def kept(params: Any, prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> Any:
+        return jax.vjp(lambda params: branch_hidden(policy, params, prompts, lengths, responses), params)[1]
+
+    one = jnp.zeros((1, 1, 1), jnp.int32)
+    params = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), one, one)["params"]))
+    inputs = (jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((4, 256), (4,), (4, 8, 49)))
+    residuals = jax.tree.leaves(jax.eval_shape(kept, params, *inputs))
+    in_layers = sum(x.size * x.dtype.itemsize for x in residuals if x.ndim > 4 and x.shape[:2] == (4, 4))
+    ours = found["bytes per device: attention scores for the backward pass"]
+    ours += found["bytes per device: other activations for it"]
+    assert 0.7 < ours / in_layers <= 1.0
+
+
+def test_rematerialisation_trades_memory_for_nothing_else():
+    without, with_it = (values(replaced(Experiment(), "policy", remat=remat)) for remat in ("none", "full"))
+    differing = {name for name in without if without[name] != with_it[name]}
+    assert differing == {
+        "bytes per device: attention scores for the backward pass",
+        "bytes per device: other activations for it",
+        "bytes per device in all in the update, at least",
+    }
+    assert all(with_it[name] < without[name] for name in differing)
+
+
+def test_several_minibatches_cost_another_forward_pass():
+    found = values(replaced(PAPER, "training", minibatches_per_step=4), 64)
+    one = values(PAPER, 64)
+    assert found["FLOPs of the update: 8*N a token"] == pytest.approx(4 * one["FLOPs of sampling: 2*N a token"])
+    assert found["FLOPs of the update: attention"] == pytest.approx(4 * one["FLOPs of sampling: attention"])
+
+
+def test_warmup_and_decay_are_shown():
+    experiment = replaced(Experiment(), "optimizer", learning_rate=1e-3, warmup_steps=100, schedule="cosine")
+    assert values(experiment)["learning rate"].startswith("0 in step 1, 0.001 in step 101, 0.0001")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "text"),
+    [
+        (MeshConfig(-1, 1, 1), 8, "8 x 1 x 1 = 8 devices"),
+        (MeshConfig(2, -1, 2), 8, "2 x 2 x 2 = 8 devices"),
+        (MeshConfig(1, 1, 1), 1, "1 x 1 x 1 = 1 device"),
+        (MeshConfig(1, -1, 8), 1, "1 x 1 x 8 = 8 devices; here are 1, so this will not run here"),
+        (MeshConfig(1, -1, 4), 6, "1 x 1 x 4 = 4 devices; here are 6, so this will not run here"),
+        (MeshConfig(1, 8, 8), 1, "1 x 8 x 8 = 64 devices; here are 1, so this will not run here"),
+    ],
+)
+def test_mesh_is_resolved(mesh: MeshConfig, devices: int, text: str):
+    assert values(dataclasses.replace(Experiment(), mesh=mesh), devices)["mesh: data x fsdp x tensor"] == text
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(-1, -1, 1), MeshConfig(0, 1, 1), MeshConfig(1, 1, -2)])
+def test_impossible_mesh_is_refused(mesh: MeshConfig):
+    with pytest.raises(UserError, match=rf"mesh\.tensor={mesh.tensor}"):
+        describe(dataclasses.replace(Experiment(), mesh=mesh), 4)
+
+
+def test_policy_on_disk_comes_before_the_preset(tmp_path: Path):
+    shape = dataclasses.replace(preset("tiny"), layers=2)
+    experiment = replaced(Experiment(), "policy", path=str(tmp_path))
+    with pytest.raises(UserError, match=r"config\.json"):
+        describe(experiment, 1)
+    (tmp_path / "config.json").write_text(__import__("json").dumps(_to_hf_config(shape)))
+    assert values(experiment)["parameters"] == shape.parameters != preset("tiny").parameters
+
+
+def test_it_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):
+    out = io.StringIO()
+    monkeypatch.setattr(rich, "get_console", lambda: Console(file=out))
+    print_description(PAPER, 64)
+    lines = {
+        cells[1].strip(): cells[2].strip() for line in out.getvalue().splitlines() if len(cells := line.split("|")) > 3
+    }
+    assert lines.keys() > values(PAPER, 64).keys()
+    assert lines["parameters"] == "14,770,033,664"
+    assert lines["bytes per device: keys and values of responses"] == "48 GiB"
+    assert lines["bytes of a token's keys and values"] == "192 KiB"
+
+
+def test_without_a_number_of_devices_it_is_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    monkeypatch.setattr(rich, "get_console", Console)
+    print_description(Experiment())
+    assert "4 x 1 x 1 = 4 devices" in capsys.readouterr().out

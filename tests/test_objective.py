@@ -1,0 +1,375 @@
+"""Advantages, log-probabilities, the loss and its gradient, each against its equation; and one update as a whole."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpt_jax.objective.advantage import grpo_advantage, has_variance
+from rpt_jax.objective.logprobs import chosen_logprobs, over_token_chunks, scaled_logits, token_logprobs
+from rpt_jax.objective.loss import clipped_policy_loss
+from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, policy_gradient, update_policy
+from rpt_jax.policy.transformer import head
+from tests import policy_reference as reference
+from tests.policy_reference import POLICY, SHAPE, random_params
+
+# --- advantages --------------------------------------------------------------------------------------
+
+
+def test_grpo_advantage():
+    rewards = np.array([[1, 0, 0, 0], [1, 1, 1, 0], [0.5, 2, -1, 0]], np.float32)
+    ours = grpo_advantage(jnp.asarray(rewards), 1e-6)
+    for reward, advantage in zip(rewards.astype(np.float64), ours, strict=True):
+        expected = [(r - reward.mean()) / (reward.std(ddof=1) + 1e-6) for r in reward]
+        np.testing.assert_allclose(advantage, expected, rtol=1e-5)
+    np.testing.assert_allclose(ours[0], [1.5, -0.5, -0.5, -0.5], rtol=1e-5)  # mean 1/4, std 1/2
+
+
+def test_grpo_advantage_of_equal_rewards_is_exactly_zero():
+    """Not nearly: what is not zero here is divided by epsilon."""
+    for samples in (2, 3, 7, 8):
+        rewards = np.array([[0.0] * samples, [1.0] * samples, [0.1] * samples], np.float32)
+        np.testing.assert_array_equal(grpo_advantage(jnp.asarray(rewards[:2]), 1e-6), 0.0)
+        assert not has_variance(jnp.asarray(rewards)).any()
+
+
+def test_has_variance():
+    rewards = jnp.array([[0.0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 0, 1]])
+    assert has_variance(rewards).tolist() == [False, False, True, True]
+
+
+# --- log-probabilities -------------------------------------------------------------------------------
+
+
+def logprob_inputs(tokens: int, vocab: int = 11, width: int = 4):
+    rng = np.random.default_rng(tokens)
+    head_VxD, hidden_MxD = rng.standard_normal((vocab, width)), rng.standard_normal((tokens, width)) * 3
+    return head_VxD.astype(np.float32), hidden_MxD.astype(np.float32), rng.integers(0, vocab, tokens).astype(np.int32)
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.sampled_from([0.5, 0.8, 1.0, 2.0]))
+@settings(deadline=None, max_examples=12)
+def test_token_logprobs_for_any_chunk(tokens, chunk, temperature):
+    head_VxD, hidden_MxD, tokens_M = logprob_inputs(tokens)
+    ours = token_logprobs(head_VxD, hidden_MxD, tokens_M, temperature, chunk)
+    logits = hidden_MxD.astype(np.float64) @ head_VxD.T.astype(np.float64) / temperature
+    np.testing.assert_allclose(ours, reference.log_softmax(logits)[np.arange(tokens), tokens_M], atol=1e-5)
+
+
+def test_the_head_is_float32_whatever_the_trunk():
+    """With logits of a bfloat16 head "on-policy" would be off by about 1e-2."""
+    head_VxD, hidden_MxD, tokens_M = logprob_inputs(5, width=64)
+    rounded = jnp.asarray(hidden_MxD, jnp.bfloat16)
+    logits = scaled_logits(head_VxD, rounded, 0.8)
+    assert logits.dtype == jnp.float32
+    expected = np.asarray(rounded, np.float64) @ head_VxD.T.astype(np.float64) / 0.8
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    ours = chosen_logprobs(logits, tokens_M)
+    np.testing.assert_allclose(ours, reference.log_softmax(expected)[np.arange(5), tokens_M], atol=1e-4)
+
+
+def test_over_token_chunks_glues_any_tree_together():
+    """Sizes that are no multiple of the chunk, outputs of several ranks and dtypes, and gradients through both."""
+    x, n = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32), np.arange(7, dtype=np.int32)
+
+    def fn(x, n):
+        return {"sum": x.sum(-1) * n, "both": (jnp.sin(x), n > 3)}
+
+    for chunk in (1, 2, 3, 7, 100):
+        ours = over_token_chunks(fn, chunk, x, n)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, fn(x, n))
+        assert ours["both"][1].dtype == bool
+    gradient = jax.grad(lambda x: over_token_chunks(fn, 3, x, n)["both"][0].sum())(x)
+    np.testing.assert_allclose(gradient, np.cos(x), rtol=1e-5)
+
+
+def largest_logits(jaxpr: jax.extend.core.Jaxpr, vocab: int) -> int:
+    """Return the largest number of tokens that any intermediate array holds logits of."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        shapes = [v.aval.shape for v in equation.outvars]
+        largest = max([largest, *(int(np.prod(s[:-1])) for s in shapes if s and s[-1] == vocab)])
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            largest = max(largest, largest_logits(inner, vocab))
+    return largest
+
+
+def test_logits_exist_for_one_chunk_at_a_time():
+    """Forward and backward: 64 tokens in chunks of 8, by the shapes of everything that the program computes."""
+    head_VxD, hidden_MxD, tokens_M = logprob_inputs(64, vocab=97)
+
+    def loss(head, hidden, chunk):
+        return token_logprobs(head, hidden, tokens_M, 0.8, chunk).sum()
+
+    for chunk in (8, 64):
+        program = jax.make_jaxpr(jax.grad(functools.partial(loss, chunk=chunk), argnums=(0, 1)))(head_VxD, hidden_MxD)
+        assert largest_logits(program.jaxpr, 97) == chunk
+
+
+# --- the loss ----------------------------------------------------------------------------------------
+
+LOW, HIGH = 0.2, 0.3
+
+
+def loss_inputs():
+    """Ratios on both sides of both bounds with advantages of either sign, and a mask with holes."""
+    ratio = np.array([0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0])
+    old = np.random.default_rng(0).standard_normal(7) - 2
+    logprobs, old = (np.tile(x, (2, 1)) for x in (old + np.log(ratio), old))
+    mask = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0]], bool)
+    return logprobs.astype(np.float32), old.astype(np.float32), np.array([[1.5], [-0.7]], np.float32), mask
+
+
+def test_clipped_policy_loss():
+    logprobs, old, advantages, mask = loss_inputs()
+    loss = ratios = clipped = 0.0
+    for p, t in zip(*np.nonzero(mask), strict=True):
+        ratio = np.exp(float(logprobs[p, t]) - float(old[p, t]))
+        advantage = float(advantages[p, 0])
+        free, bounded = ratio * advantage, min(max(ratio, 1 - LOW), 1 + HIGH) * advantage
+        loss, ratios, clipped = loss - min(free, bounded), ratios + ratio, clipped + (bounded < free)
+    ours = clipped_policy_loss(logprobs, old, advantages, mask, LOW, HIGH)
+    np.testing.assert_allclose(ours, [loss, ratios, clipped], rtol=1e-5)
+    assert ours.clipped == 2 + 2  # Upwards with a positive advantage, downwards with a negative one.
+
+
+def test_gradient_of_the_clipped_policy_loss():
+    """-ratio · A where the clip does not bound the objective, and 0 where it does; the same by finite differences."""
+    logprobs, old, advantages, mask = loss_inputs()
+
+    def loss(logprobs):
+        return clipped_policy_loss(logprobs, old, advantages, mask, LOW, HIGH).loss
+
+    ratio = np.exp(logprobs - old)
+    stopped = np.where(advantages > 0, ratio > 1 + HIGH, ratio < 1 - LOW)
+    gradient = np.asarray(jax.grad(loss)(logprobs))
+    np.testing.assert_allclose(gradient, np.where(mask & ~stopped, -ratio * advantages, 0), rtol=1e-5)
+    for p, t in np.ndindex(logprobs.shape):
+        nudge = np.zeros_like(logprobs)
+        nudge[p, t] = 4e-3
+        slope = (loss(logprobs + nudge) - loss(logprobs - nudge)) / 8e-3
+        np.testing.assert_allclose(gradient[p, t], slope, atol=2e-3)
+
+
+@pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan, 1e30])
+def test_padding_may_hold_anything(poison):
+    logprobs, old, advantages, mask = loss_inputs()
+
+    def loss(logprobs, old):
+        return clipped_policy_loss(logprobs, old, advantages, mask, LOW, HIGH)
+
+    def spoil(x, value):
+        return jnp.where(mask, x, value)
+
+    clean = loss(logprobs, old)
+    for arguments in ((spoil(logprobs, poison), old), (logprobs, spoil(old, poison)), (spoil(logprobs, poison),) * 2):
+        arguments = arguments if arguments[0] is not arguments[1] else (arguments[0], spoil(old, poison))
+        np.testing.assert_array_equal(loss(*arguments), clean)
+        gradient = jax.grad(lambda *xs: loss(*xs).loss)(*arguments)
+        np.testing.assert_array_equal(gradient, jax.grad(lambda *xs: loss(*xs).loss)(logprobs, old))
+
+
+# --- the gradient of a batch -------------------------------------------------------------------------
+
+P, G, S, T = 8, 3, 6, 5
+ZERO_VARIANCE, UNCOUNTED = (1, 5), (2, 6)
+CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=16, temperature=0.8, clip_low=LOW, clip_high=HIGH)
+gradient = jax.jit(policy_gradient, static_argnums=(0, 4))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(POLICY, 0)
+
+
+@pytest.fixture(scope="module")
+def batch() -> UpdateBatch:
+    """Every group counts, two have no variance, and all that is not real is poison."""
+    rng = np.random.default_rng(0)
+    advantages = rng.standard_normal((P, G)).astype(np.float32)
+    advantages[list(ZERO_VARIANCE)] = 0
+    mask = np.arange(T) < rng.integers(1, T + 1, (P, G))[..., None]
+    return UpdateBatch(
+        prompts_PxS=rng.integers(0, SHAPE.vocab, (P, S)).astype(np.int32),
+        lengths_P=np.array([1, 6, 3, 4, 6, 2, 5, 1], np.int32),
+        tokens_PxGxT=rng.integers(0, SHAPE.vocab, (P, G, T)).astype(np.int32),
+        mask_PxGxT=mask,
+        sampler_logprobs_PxGxT=np.where(mask, rng.standard_normal((P, G, T)) - 3, -np.inf).astype(np.float32),
+        advantages_PxG=advantages,
+        counted_P=np.ones(P, bool),
+    )
+
+
+@pytest.fixture(scope="module")
+def dense(params, batch):
+    """Return a function of (old, counted_P): gradients by the equation, over every full sequence on its own.
+
+    No prompt is shared, nothing is chunked, skipped or clipped away early, and the token mean is one division.
+    """
+    sequences = np.zeros((P * G, 1, S + T), np.int32)
+    for row, (p, g) in enumerate(np.ndindex(P, G)):
+        sequence = [*batch.prompts_PxS[p, : batch.lengths_P[p]], *batch.tokens_PxGxT[p, g]]
+        sequences[row, 0, : len(sequence)] = sequence
+    places = np.repeat(batch.lengths_P, G)[:, None] + np.arange(T) - 1
+    tokens, mask = batch.tokens_PxGxT.reshape(-1, T), batch.mask_PxGxT.reshape(-1, T)
+
+    def logprobs(params):
+        positions = jnp.broadcast_to(jnp.arange(S + T, dtype=jnp.int32), sequences.shape)
+        hidden, _ = POLICY.apply({"params": params}, sequences, positions)
+        logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(params)) / CONFIG.temperature
+        predicting = jnp.take_along_axis(logits, places[..., None], axis=1)
+        return jnp.take_along_axis(jax.nn.log_softmax(predicting), tokens[..., None], axis=2)[..., 0]
+
+    @jax.jit
+    def both(params, old, counted_P):
+        counted = mask & jnp.repeat(counted_P, G)[:, None]
+        advantages = jnp.asarray(batch.advantages_PxG).reshape(-1, 1)
+
+        def clipped(params):
+            ratio = jnp.exp(logprobs(params) - old.reshape(-1, T))
+            objective = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
+            return -jnp.sum(objective * counted) / counted.sum()
+
+        def reinforce(params):
+            return -jnp.sum(logprobs(params) * advantages * counted) / counted.sum()
+
+        return jax.value_and_grad(clipped)(params), jax.grad(reinforce)(params)
+
+    current = np.asarray(jax.jit(logprobs)(params)).reshape(P, G, T)
+    return current, functools.partial(both, params)
+
+
+@pytest.fixture(scope="module")
+def old(dense) -> np.ndarray:
+    """Return log-probabilities of an older policy: the current ones, moved by enough to be clipped both ways."""
+    return (dense[0] + 0.4 * np.random.default_rng(1).standard_normal((P, G, T))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(dense, batch, old):
+    """Return the gradient of the clipped loss, its value, and REINFORCE's, by the dense equation."""
+    (value, clipped), reinforce = dense[1](old, batch.counted_P)
+    return value, clipped, reinforce
+
+
+def assert_close(ours, theirs, tolerance=1e-6):
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * max(1, scale)), ours, theirs)
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 4, 8])
+def test_gradient_is_that_of_the_dense_equation(params, batch, old, expected, microbatch):
+    """For any microbatch, groups without variance skipped or not."""
+    grads, metrics = gradient(POLICY, params, batch, old, CONFIG._replace(microbatch=microbatch))
+    assert_close(grads, expected[1])
+    np.testing.assert_allclose(metrics["loss/policy"], expected[0], rtol=1e-5)
+    assert metrics["ratio/clipped"] > 0.05, "the fixture tests too little"
+
+
+def test_group_order_changes_nothing(params, batch, old, expected):
+    order = np.random.default_rng(2).permutation(P)
+    shuffled = jax.tree.map(lambda x: x[order], batch)
+    grads, metrics = gradient(POLICY, params, shuffled, old[order], CONFIG._replace(microbatch=2))
+    assert_close(grads, expected[1])
+    np.testing.assert_allclose(metrics["loss/policy"], expected[0], rtol=1e-5)
+
+
+def test_padding_changes_nothing(params, batch, old, expected):
+    """Longer prompts and responses, filled up with other tokens and with log-probabilities that are no numbers."""
+    rng = np.random.default_rng(3)
+    real_PxS = np.arange(S + 3) < batch.lengths_P[:, None]
+    mask = np.pad(batch.mask_PxGxT, ((0, 0), (0, 0), (0, 2)))
+
+    def widen(x, more, real):
+        x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+        poison = rng.integers(0, SHAPE.vocab, x.shape) if x.dtype == np.int32 else np.nan
+        return np.where(real, x, poison).astype(x.dtype)
+
+    wider = batch._replace(
+        prompts_PxS=widen(batch.prompts_PxS, 3, real_PxS),
+        tokens_PxGxT=widen(batch.tokens_PxGxT, 2, mask),
+        mask_PxGxT=mask,
+        sampler_logprobs_PxGxT=widen(batch.sampler_logprobs_PxGxT, 2, mask),
+    )
+    grads, metrics = gradient(POLICY, params, wider, widen(old, 2, mask), CONFIG)
+    assert_close(grads, expected[1])
+    np.testing.assert_allclose(metrics["loss/policy"], expected[0], rtol=1e-5)
+    assert np.isfinite(metrics["mismatch/max"])
+
+
+def test_groups_that_do_not_count_leave_numerator_and_denominator(params, batch, old, dense):
+    counted = ~np.isin(np.arange(P), UNCOUNTED)
+    (value, theirs), _ = dense[1](old, counted)
+    for microbatch in (2, 8):
+        part = batch._replace(counted_P=counted)
+        grads, metrics = gradient(POLICY, params, part, old, CONFIG._replace(microbatch=microbatch))
+        assert_close(grads, theirs)
+        np.testing.assert_allclose(metrics["loss/policy"], value, rtol=1e-5)
+
+
+def test_exactly_on_policy_the_gradient_is_reinforce(params, batch, expected):
+    """The ratio is 1, not nearly 1, and its gradient is the score function's."""
+    grads, metrics = gradient(POLICY, params, batch, None, CONFIG)
+    assert_close(grads, expected[2])
+    assert metrics["ratio/mean"] == 1.0 and metrics["ratio/clipped"] == 0.0
+
+
+def test_mismatch_is_the_distance_to_the_sampler(params, batch, dense):
+    """Measured where the loss is: over the response tokens of the groups that can teach something."""
+    used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
+    distance = np.abs(dense[0] - batch.sampler_logprobs_PxGxT)[used]
+    for microbatch in (1, 8):
+        _, metrics = gradient(POLICY, params, batch, None, CONFIG._replace(microbatch=microbatch))
+        np.testing.assert_allclose(metrics["mismatch/mean"], distance.mean(), rtol=1e-4)
+        np.testing.assert_allclose(metrics["mismatch/max"], distance.max(), rtol=1e-4)
+        assert metrics["update/tokens"] == used.sum()
+
+
+def test_a_batch_without_anything_to_learn_has_no_gradient(params, batch):
+    """All groups without variance, and no group that counts: zeros, and nothing divided by zero."""
+    nothing = batch._replace(advantages_PxG=np.zeros((P, G), np.float32))
+    for part in (nothing, batch._replace(counted_P=np.zeros(P, bool))):
+        grads, metrics = gradient(POLICY, params, part, None, CONFIG)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
+        assert all(np.isfinite(value) for value in metrics.values()) and metrics["ratio/mean"] == 1.0
+
+
+# --- the update --------------------------------------------------------------------------------------
+
+SGD = optax.sgd(0.5, momentum=0.9)  # State that must be carried along, and steps large enough to leave the old policy.
+
+
+def start(params) -> TrainState:
+    params = jax.tree.map(jnp.copy, params)  # The update donates them.
+    return TrainState(params, SGD.init(params))
+
+
+def test_one_minibatch_is_one_step_on_its_gradient(params, batch, expected):
+    state, metrics = update_policy(POLICY, SGD, CONFIG, start(params), batch)
+    assert_close(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, expected[2]))
+    np.testing.assert_allclose(metrics["gradient/norm"], optax.global_norm(expected[2]), rtol=1e-4)
+    assert metrics["ratio/mean"] == 1.0
+
+
+def test_two_minibatches_are_two_steps_against_the_sampler(params, batch, dense):
+    """The old log-probabilities are those from before the first step, so the second step's ratio is not 1."""
+    state, metrics = update_policy(POLICY, SGD, CONFIG._replace(minibatches=2, microbatch=4), start(params), batch)
+    byhand, seen = start(params), []
+    for rows in (slice(0, 4), slice(4, 8)):
+        part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+        grads, step = gradient(POLICY, byhand.params, part, dense[0][rows], CONFIG._replace(microbatch=4))
+        updates, optimizer = SGD.update(grads, byhand.optimizer, byhand.params)
+        byhand = TrainState(optax.apply_updates(byhand.params, updates), optimizer)
+        seen.append(step)
+    np.testing.assert_allclose(seen[0]["ratio/mean"], 1, atol=1e-6)
+    assert abs(seen[1]["ratio/mean"] - 1) > 1e-3
+    assert_close(state, byhand, 1e-5)
+    for name in ("ratio/mean", "loss/policy", "mismatch/mean"):
+        np.testing.assert_allclose(metrics[name], np.mean([step[name] for step in seen]), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,213 @@
+"""Sampling against the distribution it should have, and rollouts against the trainer, NumPy and each other."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from rpt_jax.objective.update import UpdateBatch, response_logprobs
+from rpt_jax.rollout.generate import Rollouts, generate
+from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, uniform_at
+from tests import policy_reference as reference
+from tests.policy_reference import POLICY, SHAPE, random_params
+
+LAST = np.float32(1 - 2**-24)  # The largest float32 below 1.
+ROWS = 4096
+VOCABS = [1, 2, 3, 37, 1000]
+sample = jax.jit(sample_tokens)
+
+
+def draw(logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """Sample one token of the same distribution for each of `uniforms`."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (ROWS, len(logits)))
+    # Always so many rows, so that each vocabulary is compiled for once.
+    tokens = sample(rows, jnp.asarray(np.resize(uniforms, ROWS), jnp.float32))
+    assert tokens.dtype == jnp.int32
+    return np.asarray(tokens)[: len(uniforms)]
+
+
+# --- one token ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_tokens_take_their_share_of_the_unit_interval(vocab):
+    """An even grid of uniform numbers leaves no room for chance: each token is hit as often as its share says."""
+    logits = np.random.default_rng(vocab).standard_normal(vocab) * 2
+    counts = np.bincount(draw(logits, (np.arange(ROWS) + 0.5) / ROWS), minlength=vocab)
+    assert len(counts) == vocab
+    np.testing.assert_allclose(counts, ROWS * reference.softmax(logits), atol=1.01)
+
+
+def test_every_row_has_its_own_distribution():
+    logits = np.random.default_rng(0).standard_normal((64, 37)).astype(np.float32)
+    uniforms = np.random.default_rng(1).random(64, np.float32)
+    ours = sample(jnp.asarray(logits), jnp.asarray(uniforms))
+    ends = np.cumsum(reference.softmax(logits.astype(np.float64)), axis=-1)
+    np.testing.assert_array_equal(ours, [np.searchsorted(end, u, side="right") for end, u in zip(ends, uniforms)])  # noqa: B905
+
+
+@pytest.mark.parametrize("hidden", [-1e30, -np.inf])
+@pytest.mark.parametrize("vocab", VOCABS[1:])
+def test_tokens_without_weight_are_never_drawn(vocab, hidden):
+    """With uniform numbers on and beside every border of the distribution function, where rounding could let one in."""
+    rng = np.random.default_rng(vocab)
+    for share in (0.5, 0.95):
+        logits = rng.standard_normal(vocab) * 3
+        logits[rng.random(vocab) < share] = hidden
+        logits[rng.integers(vocab)] = 0.0
+        # A whole block of them, the ends included.
+        logits[: vocab // 3], logits[-(vocab // 3) :] = hidden, hidden
+        logits[vocab // 2] = 1.0
+        borders = np.cumsum(reference.softmax(logits))[rng.integers(0, vocab, 1000)]
+        near = np.clip(np.round(borders * 2**23) + rng.integers(-2, 3, 1000), 0, 2**23 - 1) / 2**23
+        tokens = draw(logits, np.concatenate([near, [0.0, LAST]]))
+        assert (logits[tokens] > -1e29).all()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_the_ends_of_the_unit_interval(vocab):
+    logits = np.zeros(vocab)
+    assert draw(logits, np.array([0.0, LAST])).tolist() == [0, vocab - 1]
+    if vocab > 3:
+        logits[[0, 1, -2, -1]] = -np.inf
+        assert draw(logits, np.array([0.0, LAST])).tolist() == [2, vocab - 3]
+
+
+def test_noise_is_uniform_and_its_own_for_every_token():
+    """4 x 8 x 64 tokens: all different, evenly spread, and independent of their neighbours in every direction."""
+    keys = rollout_keys(jax.random.key(0), jnp.arange(4), 8)
+    uniforms = np.asarray(jax.vmap(uniform_at, in_axes=(None, 0), out_axes=-1)(keys, jnp.arange(64)))
+    assert uniforms.shape == (4, 8, 64) and len(np.unique(uniforms)) == uniforms.size
+    assert scipy.stats.kstest(uniforms.ravel(), "uniform").pvalue > 1e-3
+    for axis in range(3):
+        a, b = (np.take(uniforms, range(start, uniforms.shape[axis] - 1 + start), axis).ravel() for start in (0, 1))
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(a.size)
+
+
+# --- whole rollouts ----------------------------------------------------------------------------------
+
+P, G, S, T = 4, 3, 6, 8
+TEMPERATURE = 0.8
+STOPS = (2, 8, 9, 12, 43)  # Some responses stop at once, some on the way, one just at the limit, and some never.
+LENGTHS = np.array([1, 3, 6, 4], np.int32)
+PROMPTS = np.random.default_rng(0).integers(0, SHAPE.vocab, (P, S)).astype(np.int32)
+IDS = np.array([0, 7, 2**31 - 1, 12], np.int32)
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(POLICY, 0)
+
+
+def roll(params, prompts=PROMPTS, lengths=LENGTHS, ids=IDS, key=KEY, **changes) -> Rollouts:
+    static = {"samples": G, "max_new_tokens": T, "temperature": TEMPERATURE, "stop_ids": STOPS} | changes
+    return jax.device_get(generate(POLICY, params, prompts, lengths, ids, key, **static))
+
+
+@pytest.fixture(scope="module")
+def rollouts(params):
+    return roll(params)
+
+
+@pytest.fixture(scope="module")
+def endless(params):
+    """Return the same rollouts where nothing stops them."""
+    return roll(params, stop_ids=())
+
+
+def assert_same(ours: Rollouts, expected: Rollouts) -> None:
+    """The same token for token; the log-probabilities up to rounding, since other shapes add up in another order."""
+    np.testing.assert_array_equal(ours.tokens_PxGxT, expected.tokens_PxGxT)
+    np.testing.assert_array_equal(ours.lengths_PxG, expected.lengths_PxG)
+    np.testing.assert_array_equal(ours.stopped_PxG, expected.stopped_PxG)
+    np.testing.assert_allclose(ours.logprobs_PxGxT, expected.logprobs_PxGxT, atol=1e-5)
+
+
+def test_a_stop_token_ends_a_response(rollouts, endless):
+    """A response is what an endless one is up to its first stop token, that one included, and then zeros."""
+    assert (endless.lengths_PxG == T).all() and not endless.stopped_PxG.any() and endless.mask_PxGxT.all()
+    is_stop = np.isin(endless.tokens_PxGxT, STOPS)
+    stopped = is_stop.any(-1)
+    lengths = np.where(stopped, is_stop.argmax(-1) + 1, T)
+    mask = np.arange(T) < lengths[..., None]
+    ends = set(zip(lengths.ravel().tolist(), stopped.ravel().tolist(), strict=True))
+    assert {(1, True), (T, True), (T, False)} < ends, "the fixture tests too little"
+    expected = endless.tokens_PxGxT * mask, lengths, endless.logprobs_PxGxT * mask, stopped
+    assert_same(rollouts, Rollouts(*expected))
+    np.testing.assert_array_equal(rollouts.mask_PxGxT, mask)
+    assert (rollouts.logprobs_PxGxT[mask] < 0).all() and (rollouts.logprobs_PxGxT[~mask] == 0).all()
+
+
+def test_the_sampler_and_numpy_agree(params, rollouts):
+    for p, g in np.ndindex(P, G):
+        prompt, length = PROMPTS[p, : LENGTHS[p]], rollouts.lengths_PxG[p, g]
+        response = rollouts.tokens_PxGxT[p, g, :length]
+        alone = reference.logits(params, SHAPE, [*prompt, *response])[len(prompt) - 1 : -1]
+        expected = reference.log_softmax(alone / TEMPERATURE)[np.arange(length), response]
+        np.testing.assert_allclose(rollouts.logprobs_PxGxT[p, g, :length], expected, atol=1e-5)
+
+
+def test_the_sampler_and_the_trainer_agree(params, rollouts):
+    batch = UpdateBatch(
+        PROMPTS, LENGTHS, rollouts.tokens_PxGxT, rollouts.mask_PxGxT, rollouts.logprobs_PxGxT, None, None
+    )  # fmt: skip
+    trainer = jax.jit(response_logprobs, static_argnums=(0, 3, 4))(POLICY, params, batch, TEMPERATURE, 16)
+    mask = rollouts.mask_PxGxT
+    np.testing.assert_allclose(np.where(mask, trainer, 0), rollouts.logprobs_PxGxT, atol=1e-5)
+
+
+def test_rollouts_follow_the_prompts_into_any_order(params, rollouts):
+    order = np.array([2, 0, 3, 1])
+    shuffled = roll(params, PROMPTS[order], LENGTHS[order], IDS[order])
+    assert_same(shuffled, Rollouts(*(leaf[order] for leaf in rollouts)))
+
+
+def test_rollouts_depend_on_their_own_prompt_alone(params, rollouts):
+    """In another batch, among other prompts, behind more padding and beside more samples: the same, token for token."""
+    rows = np.array([3, 1])
+    poison = np.random.default_rng(9).integers(0, SHAPE.vocab, (2, S + 5)).astype(np.int32)
+    prompts = np.where(np.arange(S + 5) < LENGTHS[rows, None], np.pad(PROMPTS[rows], ((0, 0), (0, 5))), poison)
+    ours = roll(params, prompts, LENGTHS[rows], IDS[rows], samples=G + 2)
+    assert_same(Rollouts(*(leaf[:, :G] for leaf in ours)), Rollouts(*(leaf[rows] for leaf in rollouts)))
+    others = PROMPTS.copy()
+    others[2:] = (others[2:] + 1) % SHAPE.vocab
+    ours = roll(params, others, np.array([1, 3, 2, 5], np.int32), IDS)
+    assert_same(Rollouts(*(leaf[:2] for leaf in ours)), Rollouts(*(leaf[:2] for leaf in rollouts)))
+
+
+def test_other_samples_prompts_and_keys_have_other_noise(params, rollouts):
+    """The same prompt throughout, so that nothing but the noise can tell rollouts apart."""
+    same = np.tile(PROMPTS[2], (P, 1)), np.full(P, S, np.int32)
+    ours = roll(params, *same, np.array([5, 6, 5, 8], np.int32))
+    responses = [tuple(response) for response in ours.tokens_PxGxT.reshape(-1, T).tolist()]
+    assert len(set(responses)) == 3 * G, "of 4 prompts, 2 have the same id"
+    np.testing.assert_array_equal(ours.tokens_PxGxT[0], ours.tokens_PxGxT[2])
+    assert (roll(params, key=jax.random.fold_in(KEY, 1)).tokens_PxGxT != rollouts.tokens_PxGxT).any(-1).all()
+
+
+def test_near_zero_temperature_is_the_argmax(params):
+    """Greedy decoding by a full forward pass of NumPy for every token."""
+    ours = roll(params, temperature=1e-3, stop_ids=(), samples=1)
+    for p in range(P):
+        tokens = PROMPTS[p, : LENGTHS[p]].tolist()
+        for _ in range(T):
+            tokens.append(int(reference.logits(params, SHAPE, tokens)[-1].argmax()))
+        assert ours.tokens_PxGxT[p, 0].tolist() == tokens[LENGTHS[p] :]
+    np.testing.assert_allclose(ours.logprobs_PxGxT, 0, atol=0.1)
+
+
+def test_first_tokens_are_distributed_as_the_temperature_says(params):
+    """4,000 samples of one prompt; a temperature that is lost or used twice fails by far."""
+    ids = np.arange(500, dtype=np.int32)
+    prompts, lengths = np.tile(PROMPTS[2], (500, 1)), np.full(500, S, np.int32)
+    first = roll(params, prompts, lengths, ids, samples=8, max_new_tokens=1).tokens_PxGxT.ravel()
+    shares = reference.softmax(reference.logits(params, SHAPE, PROMPTS[2])[-1] / TEMPERATURE)
+    counts = np.bincount(first, minlength=SHAPE.vocab)
+    often = shares > 0.002
+    observed = [*counts[often], counts[~often].sum()]
+    expected = [*shares[often], shares[~often].sum()]
+    assert scipy.stats.chisquare(observed, np.array(expected) * len(first)).pvalue > 1e-3
