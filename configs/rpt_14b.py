@@ -12,9 +12,9 @@ Results   not measured. The paper's, section 4.1: next-token accuracy by reasoni
           with an entropy above 0.5 / 1.0 / 1.5, from 3.31 / 1.66 / 1.41 % before.
 Written   2026-11-22
 
-"P" is the paper; "verl" is what the framework that the paper used took by default in June 2025, where the paper is silent;
-"ours" is neither. Different from the paper: the policy itself, as it starts, scores the corpus (P §3.3: the distilled 1.5B
-model), and the prompt is plain text without a chat template (P does not say).
+"P" is the paper; "verl", where the paper is silent, the default of the framework that it used, in June 2025; "ours" is
+neither. Different from the paper: the policy itself, as it starts, scores the corpus (P §3.3: a distilled 1.5B model).
+The prompt is text without a chat template; P does not say whether it has one.
 """
 
 import ml_collections

@@ -17,6 +17,8 @@ import ml_collections
 from rpt_jax.errors import UserError, check_choice, nearest
 
 TASKS = ("rpt", "pretrain")
+SOURCES = ("gsm_symbolic", "champ", "path")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class DataConfig:
     held_out_documents: int = 300  # Documents kept out of training for evaluation.
     held_out_templates: int = 10  # gsm_symbolic: whole templates kept out of training, reported apart.
     seed: int = 0  # Fixes the documents and the split, apart from the seed of the run.
-    max_document_tokens: int = 256  # Longer documents are cut here.
+    max_document_tokens: int = 256  # Longer documents become several windows of so many tokens.
     min_context: int = 16  # Tokens of context before the first position that may be asked for.
     entropy_top_k: int = 16  # The proxy's entropy is taken over its k likeliest next tokens (paper, section 3.3).
     entropy_threshold: float = 0.5  # Positions at or under it (nats) are dropped; the paper does not give its value.
@@ -158,10 +160,15 @@ def from_config_dict(config: Mapping[str, Any]) -> Experiment:
     check_choice("task", experiment.task, TASKS)
     check_choice("policy.dtype", experiment.policy.dtype, ("float32", "bfloat16"))
     check_choice("policy.remat", experiment.policy.remat, ("none", "full"))
+    check_choice("data.source", experiment.data.source, SOURCES)
+    check_choice("optimizer.schedule", experiment.optimizer.schedule, SCHEDULES)
+    values = dict(leaves(experiment))
     for name, (low, high) in _BOUNDS.items():
-        value = dict(leaves(experiment))[name]
-        if not low <= value <= high:
-            raise UserError(f"{name}={value} must be between {low} and {high}.")
+        if not low <= values[name] <= high:
+            raise UserError(f"{name}={values[name]} must be between {low:g} and {high:g}.")
+    for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        if values[name] < 1 and values[name] != -1:
+            raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.")
     t = experiment.training
     for name, divisor in (
         ("minibatches_per_step", t.minibatches_per_step),
@@ -182,12 +189,21 @@ _BOUNDS = {
     "data.max_document_tokens": (2, _MANY),
     "data.min_context": (1, _MANY),
     "data.entropy_top_k": (2, _MANY),
+    "data.entropy_threshold": (0.0, 100.0),
     "prompt.max_tokens": (2, _MANY),
     "prompt.reference_bytes": (1, _MANY),
     "rollout.samples_per_prompt": (2, _MANY),
     "rollout.temperature": (1e-3, 100.0),
     "rollout.max_new_tokens": (1, _MANY),
+    "objective.advantage_epsilon": (0.0, 1.0),
+    "objective.clip_low": (0.0, 1.0),
+    "objective.clip_high": (0.0, _MANY),
     "optimizer.learning_rate": (0.0, 1.0),
+    "optimizer.warmup_steps": (0, _MANY),
+    "optimizer.beta1": (0.0, 0.999999),
+    "optimizer.beta2": (0.0, 0.999999),
+    "optimizer.epsilon": (1e-30, 1.0),
+    "optimizer.weight_decay": (0.0, 1.0),
     "optimizer.max_grad_norm": (1e-9, _MANY),
     "training.total_steps": (1, _MANY),
     "training.prompts_per_step": (1, _MANY),
@@ -208,6 +224,8 @@ _BOUNDS = {
     "pretrain.rows_per_document": (1, _MANY),
     "pretrain.row_tokens": (16, _MANY),
     "pretrain.calculation_share": (0.0, 1.0),
+    "pretrain.trace_weight": (0.0, _MANY),
+    "pretrain.vocab_size": (265, _MANY),
 }
 
 
@@ -225,7 +243,7 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
     types = typing.get_type_hints(schema)
     for name in values:
         if name not in types:
-            raise UserError(f"unknown config field '{prefix}{name}'.{nearest(name, types)}")
+            raise UserError(f"unknown config field '{prefix}{name}'.{nearest(str(name), types)}")
     built = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
@@ -239,7 +257,7 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 def _typed(name: str, value: Any, expected: type) -> Any:
     # bool is an int in Python; a number written without a point is a fine float.
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if expected is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MANY:
         return float(value)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise UserError(f"{name}={value!r} is {type(value).__name__}, expected {expected.__name__}.")

@@ -251,16 +251,16 @@ def _sum(rows: list[Row]) -> int:
 def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tree, count: int, field: str) -> list[Row]:
     """What the pass forward and backward over `count` trees a device keeps, beside parameters and gradients."""
     itemsize = jnp.dtype(experiment.policy.dtype).itemsize
-    # What a layer's derivative needs. Attention: the scores, in float32 and in the compute dtype. Else: both norms, which
-    # are float32, with their inputs and outputs, and six products of the feed-forward part.
-    pair_bytes = shape.heads * (_FLOAT32 + itemsize) / mesh.tensor
+    # What a layer's derivative needs. Of the attention: its weights in float32 and, where that is another, in the compute
+    # dtype. Else: what goes in and out of both norms, which work in float32, and six products of the feed-forward part.
+    pair_bytes = shape.heads * sum({_FLOAT32, itemsize}) / mesh.tensor
     token_bytes = shape.width * (6 * _FLOAT32 + 2 * itemsize) + 6 * shape.ffn * itemsize / mesh.tensor
     tokens, pairs = (sum(part) for part in zip(*tree.parts, strict=True))
     inputs, layers = 0, shape.layers
     if experiment.policy.remat == "full":
         # Only a layer's input outlives it, and it is run again, for stem or branches, just before its derivative.
         inputs, layers = shape.layers * tokens * shape.width * itemsize, 1
-        tokens, pairs = max(tree.parts)
+        tokens, pairs = max(tree.parts, key=lambda part: part[0] * token_bytes + part[1] * pair_bytes)
     logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
     fields = f"policy, mesh, {field}"
     return [

@@ -91,6 +91,7 @@ def score(experiment: Experiment, setup: Setup, params: Params, documents: Docum
         batch=experiment.evaluation.score_documents,
         top_k=experiment.data.entropy_top_k,
         chunk=experiment.training.logit_chunk_tokens,
+        mesh=setup.mesh,
     )
 
 

@@ -22,7 +22,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer, abstract
 from rpt_jax.infra.metrics import MetricsWriter, Progress
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import init_optimizer, init_parameters, shard_prompts
+from rpt_jax.infra.sharding import check_batches, init_optimizer, init_parameters, shard_prompts
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState
 from rpt_jax.policy.hf import save_policy
@@ -143,6 +143,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     The finished policy is written to `pretrain.export`, or to `workdir/policy` where that is empty. Raises: UserError.
     """
     config, total = experiment.pretrain, experiment.training.total_steps
+    check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
     directory = Path(config.export or workdir / "policy")
     documents = load_corpus(experiment.data).train
     tokenizer = _tokenizer(workdir / "tokenizer.model", documents, config.vocab_size)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.data.prompts import PromptBatch
@@ -36,8 +35,8 @@ class Sampled(NamedTuple):
 class Sampler:
     """Samples and rewards batches of prompts with one compiled program each."""
 
-    def __init__(self, experiment: Experiment, setup: Setup, mesh: Mesh):
-        self._mesh, self._tokenizer, self._policy = mesh, setup.tokenizer, setup.policy
+    def __init__(self, experiment: Experiment, setup: Setup):
+        self._mesh, self._tokenizer, self._policy = setup.mesh, setup.tokenizer, setup.policy
         self._config = experiment.rollout
         self._vocab = jax.device_put(setup.tokenizer.byte_vocab)
         self._key = jax.random.key(experiment.seed)

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from rpt_jax.infra.sharding import shard_prompts
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
 
@@ -69,6 +71,7 @@ def score_documents(
     batch: int,
     top_k: int,
     chunk: int,
+    mesh: Mesh,
 ) -> list[Scores]:
     """Score every position of every document.
 
@@ -78,6 +81,7 @@ def score_documents(
       size: length that documents are padded to; one compiled program serves all.
       batch: [memory] documents a forward pass.
       top_k, chunk: see `top_k_entropy` and `over_token_chunks`.
+      mesh: over which a batch is split.
     """
     scores = []
     for first in range(0, len(documents), batch):
@@ -88,6 +92,8 @@ def score_documents(
             inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
             targets[i, : len(ids)] = ids
             lengths[i] = len(ids)
-        entropy, right = jax.device_get(score_batch(policy, params, inputs, targets, lengths, top_k=top_k, chunk=chunk))
+        entropy, right = jax.device_get(
+            score_batch(policy, params, *shard_prompts((inputs, targets, lengths), mesh), top_k=top_k, chunk=chunk)
+        )
         scores += [Scores(entropy[i, : len(ids)], right[i, : len(ids)]) for i, ids in enumerate(rows)]
     return scores

@@ -18,13 +18,13 @@ from rpt_jax.policy.hf import load_policy
 from rpt_jax.policy.presets import Shape, preset
 from rpt_jax.policy.transformer import Params, Transformer
 
-
 Documents = list[list[int]]  # Token ids: of each document its one tokenisation, in windows of bounded length.
 
 
 class Setup(NamedTuple):
     policy: Transformer
     params: Params
+    mesh: Mesh
     tokenizer: Tokenizer
     train: Documents
     held_out: Documents
@@ -59,7 +59,7 @@ def set_up(experiment: Experiment, mesh: Mesh) -> Setup:
     policy = make_policy(config, shape)
     params = jax.device_put(weights, parameter_shardings(policy, mesh))
     corpus = load_corpus(experiment.data)
-    return Setup(policy, params, tokenizer, *tokenise(corpus, tokenizer, experiment.data.max_document_tokens))
+    return Setup(policy, params, mesh, tokenizer, *tokenise(corpus, tokenizer, experiment.data.max_document_tokens))
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, limit: int) -> tuple[Documents, Documents, Documents]:

@@ -27,7 +27,7 @@ from rpt_jax.infra.accounting import Clock, Counters
 from rpt_jax.infra.checkpoint import Checkpointer, abstract
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import init_optimizer
+from rpt_jax.infra.sharding import check_batches, init_optimizer
 from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.reward import Status
 from rpt_jax.objective.update import TrainState, UpdateConfig, update_policy
@@ -47,12 +47,17 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
+    sizes = {
+        "training.prompts_per_step": t.prompts_per_step,
+        "evaluation.score_documents": experiment.evaluation.score_documents,
+    }
+    check_batches(mesh, sizes)
     setup = set_up(experiment, mesh)
-    builder, sample = PromptBuilder(experiment.prompt, setup.tokenizer), Sampler(experiment, setup, mesh)
+    builder, sample = PromptBuilder(experiment.prompt, setup.tokenizer), Sampler(experiment, setup)
     positions = training_positions(experiment, setup)
     stream = prompt_stream(builder, setup.train, positions, batch=t.prompts_per_step, seed=experiment.seed)
     evaluator = Evaluator(experiment, setup, sample, builder)
-    optimizer = make_optimizer(experiment.optimizer, t.total_steps)
+    optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
     # A copy, because the update donates its state and the starting policy's parameters are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
     state = TrainState(params, init_optimizer(optimizer, params, mesh))
@@ -103,7 +108,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
             batch = to_update_batch(sampled, experiment.objective.advantage_epsilon, only_informative=dynamic)
             state, losses = update_policy(setup.policy, optimizer, config, state, batch)
             scalars |= jax.device_get(losses)
-            counters.count_update(sampled.size(), scalars["update/tokens"], generated)
+            counters.count_update(sampled.size(), int(scalars["update/tokens"]), generated)
             clock.lap("update")
             if step == t.total_steps:
                 after = evaluator.full(state.params)

@@ -12,10 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
-# A [B] against a [B, T] is far more often a mistake than meant.
-jax.config.update("jax_numpy_rank_promotion", "raise")
 # grain reads flags, which only absl.app.run parses.
 flags.FLAGS.mark_as_parsed()

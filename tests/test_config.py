@@ -31,7 +31,7 @@ def load(path: Path) -> Experiment:
 
 
 def changed(**values: Any) -> dict[str, Any]:
-    """Return the default config as plain dicts, with the field of each dotted name (dots as two underscores) changed."""
+    """Return the default config as plain dicts, with fields changed; `a__b` names the field a.b."""
     config = copy.deepcopy(dataclasses.asdict(Experiment()))
     for name, value in values.items():
         *sections, field = name.split("__")
@@ -173,8 +173,8 @@ class _Reads(ast.NodeVisitor):
     """Finds the config fields that a module reads, as dotted names in `found`.
 
     An expression stands for a section where it is an argument annotated with the section's class, `.section` of what
-    stands for the experiment, or a name or attribute of self that was assigned such an expression. Only `.field` of those
-    counts, so that another object's attribute of the same name does not.
+    stands for the experiment, or a name or attribute of self that was assigned such an expression. Only `.field` of
+    those counts, so that another object's attribute of the same name does not.
     """
 
     def __init__(self, source: str):

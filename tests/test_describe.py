@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import fnmatch
 import io
+import json
 import math
 import re
 from pathlib import Path
@@ -21,7 +22,6 @@ from rich.console import Console
 from rpt_jax.config import Experiment, MeshConfig, leaves
 from rpt_jax.describe import describe, print_description
 from rpt_jax.errors import UserError
-from rpt_jax.policy.hf import _to_hf_config
 from rpt_jax.policy.presets import preset
 from rpt_jax.policy.transformer import Transformer, branch_hidden
 from tests.conftest import ROOT
@@ -94,7 +94,7 @@ def test_14b_memory_by_hand():
     assert found["bytes per device: Adam's two moments"] == 2 * share
     assert found["bytes per device: gradients, sum and microbatch's"] == 2 * share
     assert found["bytes per device in all while sampling, at least"] == 4 * share + 51 * GIB
-    # One prompt a device. Of the responses: five of the forty heads in float32 and bfloat16; beside it the layers' inputs.
+    # One prompt a device, five of the forty heads, in float32 and bfloat16; of both its parts, the layers' inputs.
     scores = 5 * (4 + 2) * 65_536 * 12_288
     other = 48 * 69_632 * 5120 * 2 + 65_536 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
     assert found["bytes per device: attention scores for the backward pass"] == scores
@@ -203,6 +203,11 @@ def test_mesh_is_resolved(mesh: MeshConfig, devices: int, text: str):
     assert values(dataclasses.replace(Experiment(), mesh=mesh), devices)["mesh: data x fsdp x tensor"] == text
 
 
+def test_an_uneven_split_is_described_by_the_fullest_device():
+    found = values(Experiment(), 6)
+    assert (found["prompts per device"], found["rollouts per device"]) == (43, 43 * 8)
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(-1, -1, 1), MeshConfig(0, 1, 1), MeshConfig(1, 1, -2)])
 def test_impossible_mesh_is_refused(mesh: MeshConfig):
     with pytest.raises(UserError, match=rf"mesh\.tensor={mesh.tensor}"):
@@ -210,12 +215,26 @@ def test_impossible_mesh_is_refused(mesh: MeshConfig):
 
 
 def test_policy_on_disk_comes_before_the_preset(tmp_path: Path):
-    shape = dataclasses.replace(preset("tiny"), layers=2)
-    experiment = replaced(Experiment(), "policy", path=str(tmp_path))
+    experiment = replaced(PAPER, "policy", path=str(tmp_path))
     with pytest.raises(UserError, match=r"config\.json"):
         describe(experiment, 1)
-    (tmp_path / "config.json").write_text(__import__("json").dumps(_to_hf_config(shape)))
-    assert values(experiment)["parameters"] == shape.parameters != preset("tiny").parameters
+    config = {
+        "model_type": "qwen2",
+        "num_hidden_layers": 48,
+        "hidden_size": 5120,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "intermediate_size": 13_824,
+        "vocab_size": 152_064,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name = "policy: layers x width, vocabulary"
+    assert values(experiment)[name] == values(PAPER)[name] == "48 x 5120, 152064"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert values(experiment)[name] == "3 x 5120, 152064"
 
 
 def test_it_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):

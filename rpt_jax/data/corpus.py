@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from rpt_jax.config import DataConfig
-from rpt_jax.errors import UserError, check_choice, nearest
+from rpt_jax.errors import UserError, nearest
 
 HELD_OUT_SHARE = 0.2
 PIECE_CHARACTERS = 2000
@@ -61,7 +61,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     too small to hold anything out.
     """
     sources = {"gsm_symbolic": _load_gsm_symbolic, "champ": _load_champ, "path": _load_path}
-    return sources[check_choice("data.source", config.source, sources)](config)
+    return sources[config.source](config)
 
 
 def _hash(seed: int, key: str) -> int:

@@ -70,7 +70,7 @@ class Counters:
         self.flops += 2.0 * self._n * (size.prompt_tokens + size.response_tokens)
         return size.response_tokens
 
-    def count_update(self, size: BatchSize, processed: float, generated: int) -> None:
+    def count_update(self, size: BatchSize, processed: int, generated: int) -> None:
         """Count one update.
 
         Args:
@@ -79,7 +79,7 @@ class Counters:
           generated: response tokens of this step; more than the batch holds where dynamic sampling replaced groups.
         """
         self.discarded += generated - size.response_tokens
-        self.learnt += int(processed)
+        self.learnt += processed
         share = processed / max(size.response_tokens, 1)
         self.flops += 6.0 * self._n * (share * size.prompt_tokens + processed)
 

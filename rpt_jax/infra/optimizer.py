@@ -5,14 +5,10 @@ from __future__ import annotations
 import optax
 
 from rpt_jax.config import OptimizerConfig
-from rpt_jax.errors import check_choice
-
-SCHEDULES = ("constant", "cosine")
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then constant (verl's default) or a cosine down to a tenth."""
-    check_choice("optimizer.schedule", config.schedule, SCHEDULES)
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - config.warmup_steps), alpha=0.1)
     else:

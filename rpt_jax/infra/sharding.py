@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> 
         sizes[name] = count // known
     # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def check_batches(mesh: Mesh, sizes: Mapping[str, int]) -> None:
+    """Refuse batches (config field -> size) that do not split evenly over the mesh. Raises: UserError."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, size in sizes.items():
+        if size % ways:
+            raise UserError(
+                f"{name}={size} cannot be split over mesh.data × mesh.fsdp = {ways} devices; the nearest size that can is "
+                f"{max(1, round(size / ways)) * ways}."
+            )
 
 
 @contextlib.contextmanager

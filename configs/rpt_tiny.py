@@ -1,0 +1,55 @@
+"""Reinforcement pre-training of a small policy on worked mathematical solutions, on an ordinary machine.
+
+Command   bash launch/local.sh --config=configs/rpt_tiny.py
+Hardware  2 processor cores, 4 GB
+"""
+
+from pathlib import Path
+
+import ml_collections
+
+from rpt_jax.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.task = "rpt"
+
+    # Made by configs/pretrain_tiny.py, whose training documents these are too.
+    config.policy.path = str(Path(__file__).parent / "tiny")
+    config.policy.preset = "tiny"
+
+    config.data.source = "gsm_symbolic"
+    config.data.documents = 600
+    config.data.held_out_documents = 200
+    config.data.max_document_tokens = 256
+    config.data.entropy_threshold = 0.5
+
+    config.prompt.template = "plain"
+    config.prompt.open_think = True
+    config.prompt.max_tokens = 256
+
+    # As in the paper.
+    config.rollout.samples_per_prompt = 8
+    config.rollout.temperature = 0.8
+    config.optimizer.max_grad_norm = 0.2
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.weight_decay = 0.01
+
+    # Scaled to the small policy: the paper has 256 prompts, 1,000 steps, 8,192 tokens and a learning rate of 1e-6.
+    config.rollout.max_new_tokens = 64
+    config.training.prompts_per_step = 32
+    config.training.total_steps = 150
+    config.training.dynamic_sampling_from = 50
+    config.training.dynamic_sampling_rounds = 2
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 5
+
+    config.training.microbatch_prompts = 8
+    config.evaluation.every_steps = 30
+    config.evaluation.positions = 160
+    config.evaluation.final_positions = 480
+    config.evaluation.template_positions = 160
+    config.checkpoint.every_steps = 25
+    return config

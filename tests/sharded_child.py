@@ -1,0 +1,114 @@
+"""Two steps of RL on several meshes of eight simulated devices: `python -m tests.sharded_child out.npz`.
+
+A process of its own, since the number of devices is fixed when JAX starts. It writes what it computed and judges nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpt_jax.config import OptimizerConfig
+from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.sharding import init_optimizer, init_parameters, make_mesh, shard_prompts, use_mesh
+from rpt_jax.objective.advantage import grpo_advantage
+from rpt_jax.objective.reward import prefix_match_reward
+from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, update_policy
+from rpt_jax.rollout.generate import generate
+from tests.policy_reference import POLICY, SHAPE
+
+DEVICES = 8
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
+P, G, S, T = 8, 4, 6, 6
+STOPS = (0, 9, 18, 27, 36)
+CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=64, temperature=0.8, clip_low=0.2, clip_high=0.2)
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, max_grad_norm=1e9), total_steps=2)
+# A token says a whole answer, so that random ones are sometimes right; the continuation is "a", "a".
+WORDS = [b"</think>\\boxed{a}", b"</think>\\boxed{aa}", b"</think>\\boxed{b}", b"</think>\\boxed{}", b"ab"]
+VOCAB = [b"" if i in STOPS else WORDS[i % len(WORDS)] for i in range(SHAPE.vocab)]
+LENGTHS_V = np.array([len(word) for word in VOCAB], np.int32)
+BYTES_VxX = np.array([list(word.ljust(LENGTHS_V.max(), b"\0")) for word in VOCAB], np.uint8)
+
+
+def prompts() -> tuple[np.ndarray, ...]:
+    """Return tokens, lengths, ids, reference and boundaries."""
+    rng = np.random.default_rng(0)
+    return (
+        rng.integers(0, SHAPE.vocab, (P, S)).astype(np.int32),
+        rng.integers(1, S + 1, P).astype(np.int32),
+        np.arange(P, dtype=np.int32),
+        np.tile(np.frombuffer(b"aa", np.uint8), (P, 1)),
+        np.tile([False, True, True], (P, 1)),
+    )
+
+
+def step(state: TrainState, sharded: tuple[jax.Array, ...], seed: int) -> tuple[TrainState, dict[str, Any]]:
+    tokens, lengths, ids, reference, boundaries = sharded
+    static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS}
+    rollouts = generate(POLICY, state.params, tokens, lengths, ids, jax.random.key(seed), **static)
+    ended = rollouts.lengths_PxG, rollouts.stopped_PxG
+    reward, status = prefix_match_reward(
+        rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_of_thinking_id=-1
+    )
+    batch = UpdateBatch(
+        prompts_PxS=tokens,
+        lengths_P=lengths,
+        tokens_PxGxT=rollouts.tokens_PxGxT,
+        mask_PxGxT=rollouts.mask_PxGxT,
+        sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,
+        advantages_PxG=grpo_advantage(reward, 1e-6),
+        counted_P=jnp.ones_like(lengths, bool),
+    )
+    state, metrics = update_policy(POLICY, OPTIMIZER, CONFIG, state, batch)
+    return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
+
+
+def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the first step, the gradient as Adam's first moment knows it, the state after the second, and where it lies."""
+    mesh = make_mesh(*sizes, devices=int(np.prod(sizes)))
+    with use_mesh(mesh):
+        params = init_parameters(POLICY, mesh, seed=0)
+        state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
+        start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
+        sharded = shard_prompts(prompts(), mesh)
+        state, first = step(state, sharded, seed=1)
+        moments = jax.device_get(state.optimizer[1][0].mu)
+        state, second = step(state, sharded, seed=2)
+    moved = jax.tree.map(lambda x, sharding: not x.sharding.is_equivalent_to(sharding, x.ndim), state, before)
+
+    def stored(tree: Any) -> Any:
+        return jax.tree.map(lambda x: sum(shard.data.size for shard in x.addressable_shards), tree)
+
+    return {
+        "start": start,
+        "first": first,
+        "moments": moments,
+        "second": {"tokens": second["rollouts"]["tokens_PxGxT"], "reward": second["reward"]},
+        "params": state.params,
+        "moved": moved,
+        "stored": {"params": stored(state.params), "mu": stored(state.optimizer[1][0].mu)},
+        "prompts_on_one_device": sharded[0].addressable_shards[0].data.shape[0],
+        "programs": [generate._cache_size(), update_policy._cache_size()],
+    }
+
+
+def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {f"{prefix}/{jax.tree_util.keystr(p, simple=True, separator='.')}": np.asarray(leaf) for p, leaf in leaves}
+
+
+def main() -> None:
+    assert jax.device_count() == DEVICES
+    results: dict[str, np.ndarray] = {}
+    for sizes in MESHES:
+        results |= flat(run(sizes), "x".join(map(str, sizes)))
+    np.savez(sys.argv[1], **results)
+
+
+if __name__ == "__main__":
+    main()
