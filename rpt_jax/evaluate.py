@@ -96,9 +96,10 @@ def score(experiment: Experiment, setup: Setup, params: Params, documents: Docum
 
 
 class Held(NamedTuple):
-    """A held-out part of the corpus as an evaluation sees it."""
+    """A held-out part of the corpus, what the starting policy makes of it, and the positions that are asked for."""
 
     documents: Documents
+    scores: list[Scores]
     evaluation: EvaluationSet
 
 
@@ -106,33 +107,36 @@ class Evaluator:
     """Direct and reasoned accuracy on held-out positions, which the starting policy's entropy chose."""
 
     def __init__(self, experiment: Experiment, setup: Setup, sample: Sampler, builder: PromptBuilder):
-        self._experiment, self._setup, self._sample = experiment, setup, sample
+        """Raises: UserError, where no held-out position is above the entropy threshold."""
+        self._experiment, self._setup, self._sample, self._builder = experiment, setup, sample, builder
         e = experiment.evaluation
-        self.final = self._hold(builder, setup.held_out, e.final_positions)
-        self.quick = self._hold(builder, setup.held_out, e.positions)
-        unseen = setup.unseen_templates
-        self.unseen_templates = self._hold(builder, unseen, e.template_positions) if unseen else None
+        held_out, unseen = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen_templates))
+        self.final = self._hold(setup.held_out, held_out, e.final_positions)
+        self.quick = self._hold(setup.held_out, held_out, e.positions)
+        self.unseen = self._hold(setup.unseen_templates, unseen, e.template_positions) if unseen else None
 
-    def _hold(self, builder: PromptBuilder, documents: Documents, count: int) -> Held:
+    def _score(self, params: Params, documents: Documents) -> list[Scores]:
+        return score(self._experiment, self._setup, params, documents)
+
+    def _hold(self, documents: Documents, scores: list[Scores], count: int) -> Held:
         data = self._experiment.data
-        scores = score(self._experiment, self._setup, self._setup.params, documents)
         positions = choose_positions(scores, data.entropy_threshold, data.min_context)
         if not positions:
             raise UserError(
-                f"no held-out position has an entropy above data.entropy_threshold={data.entropy_threshold}."
+                f"no held-out position has an entropy above data.entropy_threshold={data.entropy_threshold}: lower it, or "
+                "hold out more documents."
             )
         batch = self._experiment.training.prompts_per_step
         kwargs = {"count": count, "batch": batch, "seed": data.seed}
-        return Held(documents, choose_evaluation_set(builder, documents, positions, **kwargs))
+        return Held(documents, scores, choose_evaluation_set(self._builder, documents, positions, **kwargs))
 
     def direct(self, params: Params, held: Held) -> dict[str, Any]:
         """Accuracy of the likeliest next token, by split."""
-        right = direct_accuracy(held.evaluation, score(self._experiment, self._setup, params, held.documents))
-        return by_split(right, held.evaluation.positions)
+        scores = held.scores if params is self._setup.params else self._score(params, held.documents)
+        return by_split(direct_accuracy(held.evaluation, scores), held.evaluation.positions)
 
     def reasoning(self, params: Params, held: Held) -> tuple[dict[str, Any], dict[str, float]]:
         """Mean accuracy of sampled predictions by split, and their format rate and length."""
-
         reward_NxG, status_NxG, length_NxG = self.predictions(params, held)
         has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
         details = {"format_rate": float(has_box.mean()), "response_length": float(length_NxG.mean())}
@@ -152,11 +156,9 @@ class Evaluator:
         """Everything that is reported before and after training."""
         reasoning, details = self.reasoning(params, self.final)
         result = {"direct": self.direct(params, self.final), "reasoning": reasoning, "details": details}
-        if self.unseen_templates:
-            unseen = self.unseen_templates
-            result["unseen_templates"] = {
-                "direct": self.direct(params, unseen), "reasoning": self.reasoning(params, unseen)[0]
-            }  # fmt: skip
+        if self.unseen:
+            direct, (reasoning, _) = self.direct(params, self.unseen), self.reasoning(params, self.unseen)
+            result["unseen_templates"] = {"direct": direct, "reasoning": reasoning}
         return result
 
 

@@ -2,7 +2,7 @@
 
 Loads and checks a config and runs its task. No logic of its own, so that everything can be imported and tested.
 
-Exit codes: 0 complete, 2 something to mend (a sentence says what), 3 a number became NaN or infinite.
+Exit codes: 0 complete, 2 something to mend (a sentence says what), 3 a number became NaN or infinite, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ def main(argv: list[str]) -> int:
     except FloatingPointError as error:
         print(f"error: a number is not finite at {error}. Nothing was saved after it.", file=sys.stderr)
         return 3
+    except OSError as error:
+        print(f"error: {error}. Mend it and run the same command again: it goes on from the last checkpoint.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -92,8 +92,7 @@ def score_documents(
             inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
             targets[i, : len(ids)] = ids
             lengths[i] = len(ids)
-        entropy, right = jax.device_get(
-            score_batch(policy, params, *shard_prompts((inputs, targets, lengths), mesh), top_k=top_k, chunk=chunk)
-        )
+        arrays = shard_prompts((inputs, targets, lengths), mesh)
+        entropy, right = jax.device_get(score_batch(policy, params, *arrays, top_k=top_k, chunk=chunk))
         scores += [Scores(entropy[i, : len(ids)], right[i, : len(ids)]) for i, ids in enumerate(rows)]
     return scores

@@ -81,7 +81,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         clock.earlier, before = saved["seconds"], saved["before"]
         print(f"Going on from step {start} of {workdir}.")
     else:
-        before = evaluator.full(state.params)
+        before = evaluator.full(setup.params)
         show_evaluation("before", before)
     clock.lap("setup")
 

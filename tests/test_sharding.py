@@ -1,0 +1,121 @@
+"""Meshes and shardings, and that no mesh changes what is computed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from rpt_jax.errors import UserError
+from rpt_jax.infra.sharding import make_mesh, parameter_shardings
+from tests import sharded_child
+from tests.conftest import ROOT
+from tests.policy_reference import POLICY
+
+AXES = ("data", "fsdp", "tensor")
+ALONE, *SHARDED = ("x".join(map(str, sizes)) for sizes in sharded_child.MESHES)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Return {mesh: {name: array}} of a process that has eight devices."""
+    out = tmp_path_factory.mktemp("sharded") / "out.npz"
+    devices = f"--xla_force_host_platform_device_count={sharded_child.DEVICES}"
+    # The programs run for milliseconds: what takes time is optimising them.
+    environment = os.environ | {"XLA_FLAGS": f"{devices} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    child = [sys.executable, "-m", "tests.sharded_child", str(out)]
+    done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_mesh = {}
+    with np.load(out) as arrays:
+        for name in arrays:
+            mesh, _, leaf = name.partition("/")
+            by_mesh.setdefault(mesh, {})[leaf] = arrays[name]
+    return by_mesh
+
+
+def assert_equal(results, mesh, prefix, tolerance):
+    names = [name for name in results[ALONE] if name.startswith(prefix)]
+    assert names
+    for name in names:
+        np.testing.assert_allclose(results[mesh][name], results[ALONE][name], rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", SHARDED)
+def test_sharded_equals_unsharded(results, mesh):
+    """Bit for bit: random weights, tokens, rewards. To float32's rounding: log-probabilities, loss, gradients, weights."""
+    reward, lengths = results[ALONE]["first.reward"], results[ALONE]["first.rollouts.lengths_PxG"]
+    varied = reward.max(axis=1) > reward.min(axis=1)
+    assert 2 <= varied.sum() < len(varied) and len(np.unique(lengths)) > 2, "the example tests too little"
+    for prefix in ("start", "first.rollouts.tokens", "first.rollouts.lengths", "first.rollouts.stopped", "first.status"):
+        assert_equal(results, mesh, prefix, 0)
+    assert_equal(results, mesh, "first.reward", 0)
+    assert_equal(results, mesh, "first.rollouts.logprobs", 1e-5)
+    assert_equal(results, mesh, "first.metrics", 1e-5)
+    assert_equal(results, mesh, "moments", 1e-7)
+    assert results[ALONE]["first.metrics.gradient/norm"] > 0.1, "the gradients test too little"
+    # What the first step changed, a second one samples from.
+    assert_equal(results, mesh, "second", 0)
+    assert_equal(results, mesh, "params", 1e-5)
+
+
+@pytest.mark.parametrize("mesh", SHARDED)
+def test_every_device_keeps_its_part_alone(results, mesh):
+    """Matrices and Adam's moments are stored once per data-parallel replica; only vectors are copied to every device."""
+    data, fsdp, _ = map(int, mesh.split("x"))
+    for name, stored in results[mesh].items():
+        if name.startswith("stored."):
+            whole, copies = results[ALONE][name], sharded_child.DEVICES if "norm" in name else data
+            assert stored == whole * copies, name
+    assert results[mesh]["prompts_on_one_device"] == sharded_child.P // (data * fsdp)
+
+
+@pytest.mark.parametrize("mesh", [ALONE, *SHARDED])
+def test_a_step_leaves_the_state_where_it_was(results, mesh):
+    """Or the next step would compile once more, and donate nothing."""
+    moved = [name for name, leaf in results[mesh].items() if name.startswith("moved.") and leaf]
+    assert not moved
+    assert results[mesh]["compiled_again"] == 0
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 1, 3), (-1, 3, 1), (0, 1, 1), (-1, -1, 1), (8, 8, 8), (-1, 0, 1)])
+def test_meshes_that_do_not_fit(sizes):
+    devices = 8 if sizes != (2, 1, 1) else None
+    with pytest.raises(UserError) as error:
+        make_mesh(*sizes, devices=devices)
+    for axis, size in zip(AXES, sizes, strict=True):
+        assert f"mesh.{axis}={size}" in str(error.value)
+    assert f"{devices or jax.device_count()} devices" in str(error.value)
+
+
+def test_the_one_that_is_left_open_takes_all_devices():
+    for sizes in ((-1, 1, 1), (1, -1, 1), (1, 1, -1), (1, 1, 1)):
+        mesh = make_mesh(*sizes)
+        assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
+        assert mesh.axis_names == AXES
+
+
+def test_sizes_that_a_mesh_cannot_divide():
+    """Two kv heads over four devices, and a width of 16 over three."""
+    with pytest.raises(UserError, match=r"mesh.tensor=4 .* 2 of parameter layers.k; the nearest that does is 2"):
+        parameter_shardings(POLICY, AbstractMesh((1, 1, 4), AXES))
+    with pytest.raises(UserError, match=r"mesh.fsdp=3 .* 16 of parameter embedding; the nearest that does is 2"):
+        parameter_shardings(POLICY, AbstractMesh((1, 3, 1), AXES))
+
+
+def test_parameters_are_split_over_fsdp_and_tensor():
+    shardings = parameter_shardings(POLICY, AbstractMesh((1, 4, 2), AXES))
+    assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
+    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None, None)
+
+
+def test_another_seed_gives_other_parameters(results):
+    for name, leaf in results["another seed"].items():
+        assert leaf.dtype == np.float32
+        assert np.array_equal(leaf, results[ALONE][name]) == ("norm" in name), name

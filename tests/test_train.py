@@ -1,0 +1,198 @@
+"""The whole run, small: what it leaves behind, how it resumes, and what it says to bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rpt_jax import main, train
+from rpt_jax.config import Experiment, from_config_dict
+from rpt_jax.data.tokenizer import load_tokenizer
+from rpt_jax.errors import UserError
+from rpt_jax.infra.metrics import MetricsWriter, read_metrics
+from rpt_jax.objective.update import update_policy
+from rpt_jax.policy.hf import load_policy
+from rpt_jax.rollout.generate import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "data.documents": 60,
+    "data.held_out_documents": 20,
+    "data.held_out_templates": 2,
+    "data.max_document_tokens": 128,
+    "prompt.max_tokens": 128,
+    "rollout.samples_per_prompt": 4,
+    "rollout.max_new_tokens": 24,
+    "training.prompts_per_step": 8,
+    "training.microbatch_prompts": 4,
+    "training.total_steps": 5,
+    "training.dynamic_sampling_from": 3,
+    "training.log_rollouts_every": 2,
+    "evaluation.every_steps": 2,
+    "evaluation.positions": 8,
+    "evaluation.final_positions": 16,
+    "evaluation.template_positions": 8,
+    "checkpoint.every_steps": 2,
+}
+
+
+def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
+    config = importlib.import_module(f"configs.{name}").get_config()
+    for field, value in overrides.items():
+        section, _, leaf = field.rpartition(".")
+        (config[section] if section else config)[leaf] = value
+    return from_config_dict(config.to_dict())
+
+
+def comparable(workdir: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what may differ between two runs of one seed."""
+    free = ("time/", "speed/", "memory/")
+    return [{k: v for k, v in line.items() if not k.startswith(free)} for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("finished")
+    main.run(experiment(**SMALL), workdir)
+    return workdir
+
+
+def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(6))
+    assert "eval/reasoning/hard" in lines[0] and "eval/reasoning/hard" in lines[2] and "eval/reasoning/hard" in lines[5]
+    assert all(line["mismatch/max"] < 1e-4 for line in lines[1:])
+    assert lines[-1]["flops/train_total"] > lines[1]["flops/train_total"] > 0
+
+    result = json.loads((finished / "result.json").read_text())
+    for when in ("before", "after"):
+        assert set(result[when]) == {"direct", "reasoning"}
+        for mode in ("direct", "reasoning"):
+            splits = result[when][mode]
+            assert set(splits) == {"easy", "medium", "hard"}
+            assert splits["easy"]["positions"] >= splits["medium"]["positions"] >= splits["hard"]["positions"]
+            assert all(s["low"] <= s["accuracy"] <= s["high"] for s in splits.values())
+    assert result["seed"] == 0 and result["wall_seconds"] > 0
+    assert list((finished / "plots").glob("*.png")) and list((finished / "tensorboard").iterdir())
+
+    shape, _, fingerprint = load_policy(finished / "policy")
+    assert shape.parameters < 2_000_000 and fingerprint == load_tokenizer(finished / "policy").fingerprint
+
+
+def test_a_run_compiles_each_program_once(finished: Path) -> None:
+    assert generate._cache_size() == 1
+    assert update_policy._cache_size() == 1
+
+
+@pytest.mark.parametrize("killed_at", (1, 4))
+def test_a_killed_run_resumes_to_the_same_metrics(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    write = MetricsWriter.write
+
+    def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
+        write(self, step, scalars)
+        if step == killed_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            main.run(experiment(**SMALL), tmp_path)
+    assert not (tmp_path / "result.json").exists()
+    main.run(experiment(**SMALL), tmp_path)
+
+    assert comparable(tmp_path) == comparable(finished)
+    mine, theirs = (json.loads((d / "result.json").read_text()) for d in (tmp_path, finished))
+    del mine["wall_seconds"], theirs["wall_seconds"]
+    assert mine == theirs
+
+
+def test_a_finished_run_says_so_and_a_changed_config_is_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    main.run(experiment(**SMALL), finished)
+    assert "This run is complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match="optimizer.learning_rate"):
+        main.run(experiment(**SMALL | {"optimizer.learning_rate": 1e-5}), finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_nan_stops_the_run_before_anything_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "rollout_metrics", lambda sampled: {"reward/mean": float("nan")})
+    with pytest.raises(FloatingPointError, match="step 1: reward/mean"):
+        main.run(experiment(**SMALL | {"checkpoint.every_steps": 1}), tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_pretraining_resumes_and_exports_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {
+        "data.documents": 200,
+        "data.max_document_tokens": 64,
+        "pretrain.documents_per_step": 2,
+        "pretrain.rows_per_document": 2,
+        "training.total_steps": 3,
+        "checkpoint.every_steps": 1,
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    main.run(experiment("pretrain_tiny", **small), whole)
+    write = MetricsWriter.write
+
+    def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
+        write(self, step, scalars)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            main.run(experiment("pretrain_tiny", **small), broken)
+    main.run(experiment("pretrain_tiny", **small), broken)
+    assert comparable(broken) == comparable(whole)
+    for name in ("model.safetensors", "config.json", "tokenizer.model"):
+        assert (broken / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    for file in (ROOT / "configs" / "tiny").iterdir():
+        (policy / file.name).write_bytes(file.read_bytes())
+    from rpt_jax.data.tokenizer import train_sentencepiece
+
+    train_sentencepiece(["other words than those of the policy, many enough 123"] * 50, 300, policy / "tokenizer.model")
+    with pytest.raises(UserError, match="is not the tokenizer of the policy"):
+        main.run(experiment(**SMALL | {"policy.path": str(policy)}), tmp_path / "run")
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mesh.tensor=3.*does not fit"):
+        main.run(dataclasses.replace(experiment(**SMALL), mesh=dataclasses.replace(Experiment().mesh, tensor=3)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ([], "--config is missing"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"], 'Did you mean "learning_rate"'),
+        (["--config=configs/rpt_tiny.py", "--config.data.documents=many"], "data.documents=many"),
+        (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
+        (["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"], "no/such.txt"),
+        (["--config=configs/rpt_tiny.py", "--config.policy.path=nowhere"], "nowhere"),
+        (["--config=configs/rpt_14b.py"], "models/DeepSeek-R1-Distill-Qwen-14B"),
+    ),
+)
+def test_what_cannot_run_ends_with_one_sentence_and_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
