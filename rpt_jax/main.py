@@ -70,7 +70,10 @@ def main(argv: list[str]) -> int:
         print(f"error: a number is not finite at {error}. Nothing was saved after it.", file=sys.stderr)
         return 3
     except OSError as error:
-        print(f"error: {error}. Mend it and run the same command again: it goes on from the last checkpoint.", file=sys.stderr)
+        print(
+            f"error: {error}. Mend it and run the same command again: it goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped. The same command goes on from the last checkpoint.", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from rpt_jax.policy.transformer import Params, Transformer
 # Two layers, because one cannot tell whether keys went to their own layer; two kv heads with a group of two each.
 SHAPE = Shape(layers=2, width=16, heads=4, kv_heads=2, head_size=8, ffn=24, vocab=48)
 POLICY = Transformer(SHAPE)
+# For gradients, which take seconds a layer to compile.
+SHALLOW = Transformer(dataclasses.replace(SHAPE, layers=1))
 
 
 def random_params(policy: Transformer, seed: int) -> Params:

@@ -20,7 +20,7 @@ from rpt_jax.objective.advantage import grpo_advantage
 from rpt_jax.objective.reward import prefix_match_reward
 from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, update_policy
 from rpt_jax.rollout.generate import generate
-from tests.policy_reference import POLICY, SHAPE
+from tests.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
@@ -55,7 +55,7 @@ def prompts() -> tuple[np.ndarray, ...]:
 def step(state: TrainState, sharded: tuple[jax.Array, ...], seed: int) -> tuple[TrainState, dict[str, Any]]:
     tokens, lengths, ids, reference, boundaries = sharded
     static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS}
-    rollouts = generate(POLICY, state.params, tokens, lengths, ids, jax.random.key(seed), **static)
+    rollouts = generate(SHALLOW, state.params, tokens, lengths, ids, jax.random.key(seed), **static)
     ended = rollouts.lengths_PxG, rollouts.stopped_PxG
     reward, status = prefix_match_reward(
         rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_of_thinking_id=-1
@@ -69,7 +69,7 @@ def step(state: TrainState, sharded: tuple[jax.Array, ...], seed: int) -> tuple[
         advantages_PxG=grpo_advantage(reward, 1e-6),
         counted_P=jnp.ones_like(lengths, bool),
     )
-    state, metrics = update_policy(POLICY, OPTIMIZER, CONFIG, state, batch)
+    state, metrics = update_policy(SHALLOW, OPTIMIZER, CONFIG, state, batch)
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
 
 
@@ -80,7 +80,7 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
     """
     mesh = make_mesh(*sizes, devices=int(np.prod(sizes)))
     with use_mesh(mesh):
-        params = init_parameters(POLICY, mesh, seed=0)
+        params = init_parameters(SHALLOW, mesh, seed=0)
         state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
         start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
         sharded = shard_prompts(prompts(), mesh)
@@ -114,7 +114,7 @@ def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
 def main() -> None:
     assert jax.device_count() == DEVICES
     alone = make_mesh(1, 1, 1, devices=1)
-    results = flat({"start": init_parameters(POLICY, alone, seed=1)}, "another seed")
+    results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
     for sizes in MESHES:
         results |= flat(run(sizes), "x".join(map(str, sizes)))
     np.savez(sys.argv[1], **results)

@@ -21,7 +21,7 @@ from rpt_jax.objective.loss import clipped_policy_loss
 from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, policy_gradient, update_policy
 from rpt_jax.policy.transformer import Params, head
 from tests import policy_reference as reference
-from tests.policy_reference import POLICY, SHAPE, random_params
+from tests.policy_reference import SHALLOW, SHAPE, random_params
 
 # --- advantages --------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ gradient = jax.jit(policy_gradient, static_argnums=(0, 4))
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(POLICY, 0)
+    return random_params(SHALLOW, 0)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def dense(params, batch) -> Callable[[np.ndarray, np.ndarray], Dense]:
 
     def logprobs(params):
         positions = jnp.broadcast_to(jnp.arange(S + T, dtype=jnp.int32), sequences.shape)
-        hidden, _ = POLICY.apply({"params": params}, sequences, positions)
+        hidden, _ = SHALLOW.apply({"params": params}, sequences, positions)
         logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(params)) / CONFIG.temperature
         predicting = jnp.take_along_axis(logits, places[..., None], axis=1)
         return jnp.take_along_axis(jax.nn.log_softmax(predicting), tokens[..., None], axis=2)[..., 0]
@@ -282,7 +282,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("microbatch", [1, 4, 8])
 def test_gradient_is_that_of_the_dense_equation(params, batch, old, expected, microbatch):
     """For any microbatch, groups without variance skipped or not."""
-    grads, metrics = gradient(POLICY, params, batch, old, CONFIG._replace(microbatch=microbatch))
+    grads, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(microbatch=microbatch))
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
     assert metrics["ratio/clipped"] > 0.05, "the fixture tests too little"
@@ -291,7 +291,7 @@ def test_gradient_is_that_of_the_dense_equation(params, batch, old, expected, mi
 def test_group_order_changes_nothing(params, batch, old, expected):
     order = np.random.default_rng(2).permutation(P)
     shuffled = jax.tree.map(lambda x: x[order], batch)
-    grads, metrics = gradient(POLICY, params, shuffled, old[order], CONFIG._replace(microbatch=4))
+    grads, metrics = gradient(SHALLOW, params, shuffled, old[order], CONFIG._replace(microbatch=4))
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
 
@@ -313,7 +313,7 @@ def test_padding_changes_nothing(params, batch, old, expected):
         mask_PxGxT=mask,
         sampler_logprobs_PxGxT=widen(batch.sampler_logprobs_PxGxT, 2, mask),
     )
-    grads, metrics = gradient(POLICY, params, wider, widen(old, 2, mask), CONFIG)
+    grads, metrics = gradient(SHALLOW, params, wider, widen(old, 2, mask), CONFIG)
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
     assert np.isfinite(metrics["mismatch/max"])
@@ -324,7 +324,7 @@ def test_groups_that_do_not_count_leave_numerator_and_denominator(params, batch,
     counted = ~np.isin(np.arange(P), UNCOUNTED)
     theirs = dense(old, counted)
     part = batch._replace(counted_P=counted)
-    grads, metrics = gradient(POLICY, params, part, old, CONFIG._replace(microbatch=microbatch))
+    grads, metrics = gradient(SHALLOW, params, part, old, CONFIG._replace(microbatch=microbatch))
     assert_close(grads, theirs.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], theirs.loss, rtol=1e-5)
 
@@ -332,7 +332,7 @@ def test_groups_that_do_not_count_leave_numerator_and_denominator(params, batch,
 @pytest.mark.parametrize("microbatch", [1, 4, 8])
 def test_metrics_are_those_of_the_groups_that_can_teach_something(params, batch, old, current, microbatch):
     used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
-    _, metrics = gradient(POLICY, params, batch, old, CONFIG._replace(microbatch=microbatch))
+    _, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(microbatch=microbatch))
     distance = np.abs(current - batch.sampler_logprobs_PxGxT)[used]
     np.testing.assert_allclose(metrics["mismatch/mean"], distance.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["mismatch/max"], distance.max(), rtol=1e-4)
@@ -344,7 +344,7 @@ def test_a_batch_without_anything_to_learn_has_no_gradient(params, batch, old):
     """All groups without variance, and no group that counts: zeros, and nothing divided by zero."""
     nothing = batch._replace(advantages_PxG=np.zeros((P, G), np.float32))
     for part in (nothing, batch._replace(counted_P=np.zeros(P, bool))):
-        grads, metrics = gradient(POLICY, params, part, old, CONFIG)
+        grads, metrics = gradient(SHALLOW, params, part, old, CONFIG)
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
         assert all(np.isfinite(value) for value in metrics.values()) and metrics["ratio/mean"] == 1.0
 
@@ -361,7 +361,7 @@ def start(params) -> TrainState:
 
 def test_one_minibatch_is_one_step_of_reinforce(params, batch, expected):
     """Exactly on-policy the ratio is 1, not nearly 1, and its gradient is the score function's."""
-    state, metrics = update_policy(POLICY, SGD, CONFIG, start(params), batch)
+    state, metrics = update_policy(SHALLOW, SGD, CONFIG, start(params), batch)
     assert metrics["ratio/mean"] == 1.0 and metrics["ratio/clipped"] == 0.0
     assert_close(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, expected.reinforce))
     np.testing.assert_allclose(metrics["gradient/norm"], optax.tree.norm(expected.reinforce), rtol=1e-4)
@@ -369,11 +369,11 @@ def test_one_minibatch_is_one_step_of_reinforce(params, batch, expected):
 
 def test_two_minibatches_are_two_steps_against_the_sampler(params, batch, current):
     """The old log-probabilities are those from before the first step, so the second step's ratio is not 1."""
-    state, metrics = update_policy(POLICY, SGD, CONFIG._replace(minibatches=2, microbatch=4), start(params), batch)
+    state, metrics = update_policy(SHALLOW, SGD, CONFIG._replace(minibatches=2, microbatch=4), start(params), batch)
     by_hand, steps = start(params), []
     for half in (np.arange(P) < P // 2, np.arange(P) >= P // 2):
         part = batch._replace(counted_P=half)
-        grads, step = gradient(POLICY, by_hand.params, part, current, CONFIG._replace(microbatch=4))
+        grads, step = gradient(SHALLOW, by_hand.params, part, current, CONFIG._replace(microbatch=4))
         updates, optimizer = SGD.update(grads, by_hand.optimizer, by_hand.params)
         by_hand = TrainState(optax.apply_updates(by_hand.params, updates), optimizer)
         steps.append(step)

@@ -17,13 +17,13 @@ from rpt_jax.policy.hf import WEIGHTS, load_policy, load_shape, save_policy
 from rpt_jax.policy.presets import PRESETS, preset
 from rpt_jax.policy.transformer import Transformer, branch_hidden, head, prefill, rms_norm, rotary_angles, rotate
 from tests import policy_reference as reference
-from tests.policy_reference import POLICY, SHAPE, random_params
+from tests.policy_reference import POLICY, SHALLOW, SHAPE, random_params
 
-# Grouped, full and multi-query attention.
+# Grouped, full and multi-query attention; layers unrolled, and more of them, in a loop.
 VARIANTS = {
     "llama": SHAPE,
     "qwen2": dataclasses.replace(SHAPE, kv_heads=4, qkv_bias=True, tied=False, rope_base=1e6, norm_epsilon=1e-5),
-    "qwen3": dataclasses.replace(SHAPE, kv_heads=1, qk_norm=True, head_size=6),
+    "qwen3": dataclasses.replace(SHAPE, kv_heads=1, qk_norm=True, head_size=6, layers=7),
 }
 LENGTHS = np.array([1, 4, 6], np.int32)
 PROMPTS = np.random.default_rng(1).integers(0, SHAPE.vocab, (3, 6)).astype(np.int32)
@@ -70,15 +70,36 @@ def test_prefill_gives_every_state_and_the_last_real_one():
         np.testing.assert_allclose(last_PxD[p], alone[-1], atol=1e-5)
 
 
+def test_packed_sequences_see_their_own_and_their_prefix():
+    """Two sequences packed behind one another, each continuing its own prefix of the same document."""
+    params, document, packed = random_params(POLICY, 0), PROMPTS[2], [RESPONSES[0, 0, :3], RESPONSES[0, 1, :2]]
+    prefixes, segments = np.repeat([2, 5], [3, 2]), np.repeat([1, 2], [3, 2])
+    positions = prefixes + np.array([0, 1, 2, 0, 1])
+
+    @jax.jit
+    def run(params):
+        _, context, _ = prefill(POLICY, params, document[None], np.array([6], np.int32))
+        seen = np.arange(6) < prefixes[None, None, :, None]
+        context = context._replace(visible_NxGxQxS=seen)
+        tokens = np.concatenate(packed)[None, None]
+        return POLICY.apply({"params": params}, tokens, positions[None, None], (context,), segments[None, None])[0]
+
+    ours, start = run(params)[0, 0], 0
+    for tokens, prefix in zip(packed, (2, 5), strict=True):
+        alone = reference.hidden(params, SHAPE, [*document[:prefix], *tokens])[prefix:]
+        np.testing.assert_allclose(ours[start : start + len(tokens)], alone, atol=1e-5)
+        start += len(tokens)
+
+
 def test_remat_changes_neither_states_nor_gradients():
-    params, weights = random_params(POLICY, 0), np.random.default_rng(4).standard_normal((3, 6, SHAPE.width))
+    params, weights = random_params(SHALLOW, 0), np.random.default_rng(4).standard_normal((3, 6, SHAPE.width))
 
     @jax.jit
     def both(params):
         def loss(params, policy):
             return jnp.sum(prefill(policy, params, PROMPTS, LENGTHS)[0] * weights)
 
-        return [jax.value_and_grad(loss)(params, Transformer(SHAPE, remat=remat)) for remat in (False, True)]
+        return [jax.value_and_grad(loss)(params, SHALLOW.clone(remat=remat)) for remat in (False, True)]
 
     (value, grads), (value_remat, grads_remat) = both(params)
     np.testing.assert_allclose(value, value_remat, rtol=1e-5)
