@@ -40,16 +40,16 @@ def get_config() -> ml_collections.ConfigDict:
     # Scaled to the small policy: the paper has 256 prompts, 1,000 steps, 8,192 tokens and a learning rate of 1e-6.
     config.rollout.max_new_tokens = 64
     config.training.prompts_per_step = 32
-    config.training.total_steps = 150
-    config.training.dynamic_sampling_from = 50
+    config.training.total_steps = 120
+    config.training.dynamic_sampling_from = 90
     config.training.dynamic_sampling_rounds = 2
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 5
 
     config.training.microbatch_prompts = 8
     config.evaluation.every_steps = 30
-    config.evaluation.positions = 160
-    config.evaluation.final_positions = 480
-    config.evaluation.template_positions = 160
-    config.checkpoint.every_steps = 25
+    config.evaluation.positions = 128
+    config.evaluation.final_positions = 416
+    config.evaluation.template_positions = 128
+    config.checkpoint.every_steps = 20
     return config

@@ -93,7 +93,8 @@ class TrainingConfig:
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     documents_per_step: int = 16
-    traces_per_document: int = 18  # Cold-start traces learnt beside each document, a third of them at calculations.
+    traces_per_document: int = 18  # Cold-start traces learnt beside each document,
+    due_share: float = 1 / 3  # this share of them where the result of a calculation is due.
     rows_per_document: int = 4  # They are packed into so many rows
     row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
     trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy against the documents'.
@@ -224,6 +225,7 @@ _BOUNDS = {
     "pretrain.rows_per_document": (1, _MANY),
     "pretrain.row_tokens": (16, _MANY),
     "pretrain.calculation_share": (0.0, 1.0),
+    "pretrain.due_share": (0.0, 1.0),
     "pretrain.trace_weight": (0.0, _MANY),
     "pretrain.vocab_size": (265, _MANY),
 }

@@ -28,7 +28,7 @@ from rpt_jax.objective.update import TrainState
 from rpt_jax.policy.hf import save_policy
 from rpt_jax.policy.presets import preset
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.setup import make_policy
+from rpt_jax.setup import load_start, make_policy
 
 
 class ExampleMaker:
@@ -59,7 +59,7 @@ class ExampleMaker:
         return example | self._pack(traces)
 
     def _places(self, document: int, rng: np.random.Generator) -> list[int]:
-        """Positions to reason at: a third, where there are such, inside the result of a calculation, the rest anywhere.
+        """Positions to reason at: a share, where there are such, inside the result of a calculation, the rest anywhere.
 
         Calculations are rare, and how to carry them out is learnt from examples.
         """
@@ -68,7 +68,8 @@ class ExampleMaker:
         due = [p for p in self._writers[document].calculation_positions if first <= p <= last]
         places = rng.integers(first, last + 1, size=count)
         if due:
-            places[: count // 3] = rng.choice(due, size=count // 3)
+            share = round(count * self._config.due_share)
+            places[:share] = rng.choice(due, size=share)
         return [int(p) for p in rng.permutation(places)]
 
     def _pack(self, traces: Sequence[tuple[int, list[int]]]) -> dict[str, np.ndarray]:
@@ -138,7 +139,7 @@ def pretrain_step(
 
 
 def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
-    """Train a base policy from random weights; resumes from the newest checkpoint in `workdir`.
+    """Train a base policy, from random weights or from `policy.path`; resumes from the newest checkpoint in `workdir`.
 
     The finished policy is written to `pretrain.export`, or to `workdir/policy` where that is empty. Raises: UserError.
     """
@@ -146,15 +147,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
     directory = Path(config.export or workdir / "policy")
     documents = load_corpus(experiment.data).train
-    tokenizer = _tokenizer(workdir / "tokenizer.model", documents, config.vocab_size)
-    shape = preset(experiment.policy.preset)
-    if tokenizer.vocab_size != shape.vocab:
-        raise UserError(
-            f"pretrain.vocab_size={config.vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
-            f"{shape.vocab}."
-        )
-    policy = make_policy(experiment.policy, shape)
-    params = init_parameters(policy, mesh, experiment.seed)
+    policy, params, tokenizer = _start(experiment, workdir, documents, mesh)
     optimizer = make_optimizer(experiment.optimizer, total)
     state = TrainState(params, init_optimizer(optimizer, params, mesh))
     maker = ExampleMaker(experiment, tokenizer, documents)
@@ -178,12 +171,24 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
             if step % experiment.checkpoint.every_steps == 0 or step == total:
                 checkpoints.save(step, state, {"stream": stream.get_state()})
     checkpoints.close()
-    save_policy(directory, shape, jax.device_get(state.params), tokenizer.source, tokenizer.fingerprint)
+    save_policy(directory, policy.shape, jax.device_get(state.params), tokenizer.source, tokenizer.fingerprint)
     print(f"The policy is in {directory}.")
 
 
-def _tokenizer(path: Path, documents: Sequence[Document], vocab_size: int) -> Tokenizer:
-    """Train the run's tokenizer on its documents, once."""
+def _start(
+    experiment: Experiment, workdir: Path, documents: Sequence[Document], mesh: Mesh
+) -> tuple[Transformer, Params, Tokenizer]:
+    """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
+    if experiment.policy.path:
+        return load_start(experiment.policy, mesh)
+    path, vocab_size = workdir / "tokenizer.model", experiment.pretrain.vocab_size
     if not path.exists():
         train_sentencepiece((d.text for d in documents), vocab_size, path)
-    return load_tokenizer(path.parent)
+    tokenizer, shape = load_tokenizer(workdir), preset(experiment.policy.preset)
+    if tokenizer.vocab_size != shape.vocab:
+        raise UserError(
+            f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
+            f"{shape.vocab}."
+        )
+    policy = make_policy(experiment.policy, shape)
+    return policy, init_parameters(policy, mesh, experiment.seed), tokenizer

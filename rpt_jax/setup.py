@@ -36,12 +36,11 @@ def make_policy(config: PolicyConfig, shape: Shape) -> Transformer:
     return Transformer(shape, jnp.dtype(config.dtype), config.remat == "full")
 
 
-def set_up(experiment: Experiment, mesh: Mesh) -> Setup:
-    """Load the policy of `policy.path` onto the mesh, and the corpus.
+def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
+    """Load the policy of `policy.path` onto the mesh, with its tokenizer.
 
-    Raises: UserError, where a file is missing or damaged, the tokenizer is not the policy's, or no document is long enough.
+    Raises: UserError, where a file is missing or damaged, the shape is not the preset's or the tokenizer not the policy's.
     """
-    config = experiment.policy
     if not config.path:
         raise UserError(
             "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports."
@@ -52,12 +51,17 @@ def set_up(experiment: Experiment, mesh: Mesh) -> Setup:
     tokenizer = load_tokenizer(config.path)
     if tokenizer.vocab_size > shape.vocab or (fingerprint and fingerprint != tokenizer.fingerprint):
         raise UserError(
-            f"{tokenizer.source} is not the tokenizer of the policy in '{config.path}' ({tokenizer.vocab_size} tokens, SHA-256 "
-            f"{tokenizer.fingerprint[:12]}…; the policy was trained with {shape.vocab} and {(fingerprint or 'unknown')[:12]}…). "
-            "Put the policy's own tokenizer there."
+            f"{tokenizer.source} is not the tokenizer of the policy in '{config.path}' ({tokenizer.vocab_size} tokens, "
+            f"SHA-256 {tokenizer.fingerprint[:12]}…; the policy was trained with {shape.vocab} and "
+            f"{(fingerprint or 'unknown')[:12]}…). Put the policy's own tokenizer there."
         )
     policy = make_policy(config, shape)
-    params = jax.device_put(weights, parameter_shardings(policy, mesh))
+    return policy, jax.device_put(weights, parameter_shardings(policy, mesh)), tokenizer
+
+
+def set_up(experiment: Experiment, mesh: Mesh) -> Setup:
+    """Load the starting policy and the corpus. Raises: UserError, as `load_start` and `load_corpus` do."""
+    policy, params, tokenizer = load_start(experiment.policy, mesh)
     corpus = load_corpus(experiment.data)
     return Setup(policy, params, mesh, tokenizer, *tokenise(corpus, tokenizer, experiment.data.max_document_tokens))
 

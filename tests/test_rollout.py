@@ -179,14 +179,15 @@ def test_rollouts_depend_on_their_own_prompt_alone(params, rollouts):
     assert_same(Rollouts(*(leaf[:2] for leaf in ours)), Rollouts(*(leaf[:2] for leaf in rollouts)))
 
 
-def test_other_samples_prompts_and_keys_have_other_noise(params, rollouts):
+def test_other_samples_prompts_and_keys_have_other_noise(params, endless):
     """The same prompt throughout, so that nothing but the noise can tell rollouts apart."""
     same = np.tile(PROMPTS[2], (P, 1)), np.full(P, S, np.int32)
-    ours = roll(params, *same, np.array([5, 6, 5, 8], np.int32))
+    ours = roll(params, *same, np.array([5, 6, 5, 8], np.int32), stop_ids=())
     responses = [tuple(response) for response in ours.tokens_PxGxT.reshape(-1, T).tolist()]
     assert len(set(responses)) == 3 * G, "of 4 prompts, 2 have the same id"
     np.testing.assert_array_equal(ours.tokens_PxGxT[0], ours.tokens_PxGxT[2])
-    assert (roll(params, key=jax.random.fold_in(KEY, 1)).tokens_PxGxT != rollouts.tokens_PxGxT).any(-1).all()
+    other = roll(params, key=jax.random.fold_in(KEY, 1), stop_ids=())
+    assert (other.tokens_PxGxT != endless.tokens_PxGxT).any(-1).all()
 
 
 def test_near_zero_temperature_is_the_argmax(params):

@@ -1,0 +1,21 @@
+"""The second stage of the base policy of configs/rpt_tiny.py: practice in written arithmetic, from the first stage's weights.
+
+Command   bash launch/local.sh --config=configs/cold_start_tiny.py
+Hardware  2 processor cores, 4 GB
+"""
+
+import ml_collections
+
+from configs import pretrain_tiny
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = pretrain_tiny.get_config()
+    config.seed = 1  # Other positions of the same documents than in the first stage.
+    config.policy.path = "runs/pretrain_tiny_seed0/policy"
+    config.pretrain.due_share = 0.8
+    config.pretrain.calculation_share = 0.45
+    config.training.total_steps = 800
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 50
+    return config
