@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy.path = "runs/pretrain_tiny_seed0/policy"
     config.pretrain.due_share = 0.8
     config.pretrain.calculation_share = 0.45
-    config.training.total_steps = 800
+    config.training.total_steps = 1600
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
     return config

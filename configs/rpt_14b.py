@@ -73,7 +73,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.evaluation.every_steps = 100  # P §4.2 evaluates at multiples of 100
     config.evaluation.positions = 256  # ours
-    config.evaluation.final_positions = 1024  # ours; P does not say how many
     config.evaluation.score_documents = 8  # ours
     config.checkpoint.every_steps = 50  # ours
 

@@ -41,15 +41,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.rollout.max_new_tokens = 64
     config.training.prompts_per_step = 32
     config.training.total_steps = 120
-    config.training.dynamic_sampling_from = 90
+    config.training.dynamic_sampling_from = 60
     config.training.dynamic_sampling_rounds = 2
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 5
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 10
 
     config.training.microbatch_prompts = 8
-    config.evaluation.every_steps = 30
-    config.evaluation.positions = 128
-    config.evaluation.final_positions = 416
+    config.evaluation.every_steps = 40
+    config.evaluation.positions = 320
     config.evaluation.template_positions = 128
     config.checkpoint.every_steps = 20
     return config

@@ -108,8 +108,7 @@ class EvaluationConfig:
     """Predictions are sampled as in training: `rollout.samples_per_prompt` of each, whose mean is the accuracy."""
 
     every_steps: int = 100
-    positions: int = 200  # Held-out positions above the lowest threshold in the evaluations along the way.
-    final_positions: int = 600  # The same, in the evaluations before and after training.
+    positions: int = 600  # Held-out positions above the entropy threshold; the same in every evaluation of a run.
     template_positions: int = 200  # Positions of templates never seen, where the corpus has templates.
     score_documents: int = 32  # [memory] Documents per forward pass where entropies are scored.
 
@@ -215,7 +214,6 @@ _BOUNDS = {
     "training.log_rollouts_every": (1, _MANY),
     "evaluation.every_steps": (1, _MANY),
     "evaluation.positions": (1, _MANY),
-    "evaluation.final_positions": (1, _MANY),
     "evaluation.template_positions": (1, _MANY),
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),

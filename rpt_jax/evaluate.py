@@ -111,8 +111,7 @@ class Evaluator:
         self._experiment, self._setup, self._sample, self._builder = experiment, setup, sample, builder
         e = experiment.evaluation
         held_out, unseen = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen_templates))
-        self.final = self._hold(setup.held_out, held_out, e.final_positions)
-        self.quick = self._hold(setup.held_out, held_out, e.positions)
+        self.held_out = self._hold(setup.held_out, held_out, e.positions)
         self.unseen = self._hold(setup.unseen_templates, unseen, e.template_positions) if unseen else None
 
     def _score(self, params: Params, documents: Documents) -> list[Scores]:
@@ -154,8 +153,8 @@ class Evaluator:
 
     def full(self, params: Params) -> dict[str, Any]:
         """Everything that is reported before and after training."""
-        reasoning, details = self.reasoning(params, self.final)
-        result = {"direct": self.direct(params, self.final), "reasoning": reasoning, "details": details}
+        reasoning, details = self.reasoning(params, self.held_out)
+        result = {"direct": self.direct(params, self.held_out), "reasoning": reasoning, "details": details}
         if self.unseen:
             direct, (reasoning, _) = self.direct(params, self.unseen), self.reasoning(params, self.unseen)
             result["unseen_templates"] = {"direct": direct, "reasoning": reasoning}

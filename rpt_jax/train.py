@@ -114,7 +114,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
                 after = evaluator.full(state.params)
                 scalars |= evaluation_metrics(after["reasoning"], after["direct"])
             elif step % experiment.evaluation.every_steps == 0:
-                scalars |= evaluation_metrics(evaluator.reasoning(state.params, evaluator.quick)[0])
+                scalars |= evaluation_metrics(evaluator.reasoning(state.params, evaluator.held_out)[0])
             clock.lap("evaluation")
             metrics.write(step, scalars | counters.scalars() | clock.scalars())
             if step % t.log_rollouts_every == 0:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import operator
 import re
+import time
 
 import numpy as np
 import pytest
@@ -246,6 +247,19 @@ def test_random_examples_are_a_function_of_seed_and_index():
     assert (next(start(1))["draw"] != batches[0]["draw"]).all()
 
 
+def test_streams_read_little_ahead():
+    """What is built before it is needed is memory, and time that two cores lack elsewhere."""
+    built = []
+
+    def make(document, rng):
+        built.append(document)
+        return {"draw": rng.integers(0, 9)}
+
+    take(example_stream(make, 6, batch=3, seed=0), 2)
+    time.sleep(0.3)
+    assert len(built) <= 3 * 10
+
+
 # --- calculations ------------------------------------------------------------------------------------
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
@@ -340,7 +354,8 @@ def test_every_written_step_is_right(sign, left, right):
 def test_what_the_steps_look_like():
     assert work_out(93, "-", 38) == "93-38: 3-8-0=5b 9-3-1=5 55"
     assert work_out(8, "+", 95) == "8+95: 8+5+0=13 0+9+1=10 103"
-    assert work_out(12, "*", 34) == "12*34: 2*4+0=8 1*4+0=4"[:6] + work_out(12, "*", 34)[6:]
+    product = "4*2+0=8 3*2+0=6 68 4*1+0=4 3*1+0=3 340 68+340: 8+0+0=8 6+4+0=10 0+3+1=4 408"
+    assert work_out(12, "*", 34) == f"12*34: {product}"
     assert work_out(84, "/", 7) == "84/7: 8/7=1r1 14/7=2r0 12"
 
 
@@ -443,7 +458,7 @@ def test_bytes_and_characters_before_a_calculation_are_told_apart(tokenizer):
 
 
 def test_long_calculations_are_recalled(tokenizer):
-    text = "That is 9876 * 5432 = 53646432"[:-2] + " or 987 * 12 = 11844 in all."
+    text = "That is 987 * 12 = 11844 in all."
     ids = tokenizer.encode(text)
     free = TraceWriter(tokenizer, text, ids, 1.0, max_tokens=500)
     trace = free.write(free.calculation_positions[0], np.random.default_rng(0))

@@ -35,8 +35,7 @@ SMALL = {
     "training.dynamic_sampling_from": 3,
     "training.log_rollouts_every": 2,
     "evaluation.every_steps": 2,
-    "evaluation.positions": 8,
-    "evaluation.final_positions": 16,
+    "evaluation.positions": 16,
     "evaluation.template_positions": 8,
     "checkpoint.every_steps": 2,
 }
