@@ -134,7 +134,7 @@ def pretrain_step(
     loss = functools.partial(mixed_loss, policy, batch=batch, trace_weight=trace_weight, chunk=chunk)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    metrics["gradient/norm"] = optax.global_norm(grads)
+    metrics["gradient/norm"] = optax.tree.norm(grads)
     return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
 
 

@@ -6,7 +6,6 @@ A process of its own, since the number of devices is fixed when JAX starts. It w
 from __future__ import annotations
 
 import sys
-
 from typing import Any
 
 import jax

@@ -28,7 +28,8 @@ def test_constant_schedule_with_and_without_warmup():
     schedule = make_schedule(OptimizerConfig(learning_rate=0.3), 100)
     np.testing.assert_allclose([schedule(step) for step in (0, 1, 99, 500)], 0.3)
     schedule = make_schedule(OptimizerConfig(learning_rate=0.3, warmup_steps=10), 100)
-    np.testing.assert_allclose([schedule(step) for step in (0, 1, 5, 10, 11, 99)], [0, 0.03, 0.15, 0.3, 0.3, 0.3], rtol=1e-6)
+    rates = [schedule(step) for step in (0, 1, 5, 10, 11, 99)]
+    np.testing.assert_allclose(rates, [0, 0.03, 0.15, 0.3, 0.3, 0.3], rtol=1e-6)
 
 
 def test_cosine_schedule_ends_at_a_tenth():
@@ -43,11 +44,12 @@ def test_adamw_by_hand():
     """Three steps of the textbook in NumPy: a clipped global norm, bias correction, decoupled weight decay."""
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.05, max_grad_norm=0.2, epsilon=1e-3)
     optimizer, rng = make_optimizer(config, 10), np.random.default_rng(0)
-    params = {"a": rng.standard_normal(3), "b": rng.standard_normal((2, 2))}
+    params = {"a": rng.standard_normal(3, np.float32), "b": rng.standard_normal((2, 2), np.float32)}
     state, ours = optimizer.init(params), params
     m = v = {name: 0.0 for name in params}
     for step in (1, 2, 3):
-        grads = {name: rng.standard_normal(x.shape) * (0.01 if step == 2 else 1) for name, x in params.items()}
+        scale = np.float32(0.01 if step == 2 else 1)
+        grads = {name: scale * rng.standard_normal(x.shape, np.float32) for name, x in params.items()}
         updates, state = optimizer.update(grads, state, ours)
         ours = optax.apply_updates(ours, updates)
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
@@ -106,9 +108,9 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
 RUN = {"stream": {"next_index": 37, "nested": [1, 2.5, None]}, "counters": {"tokens": 2**40}, "fingerprint": "ab12"}
 
 
-def make_state(seed: int, width: int = 5) -> TrainState:
+def make_state(seed: int) -> TrainState:
     rng = np.random.default_rng(seed)
-    params = {"layers": {"q": jnp.asarray(rng.standard_normal((2, width)), jnp.float32)}, "norm": jnp.ones(3)}
+    params = {"layers": {"q": jnp.asarray(rng.standard_normal((2, 5)), jnp.float32)}, "norm": jnp.ones(3)}
     return TrainState(params, make_optimizer(OptimizerConfig(), 10).init(params))
 
 
@@ -186,6 +188,8 @@ def damaged_files(saved: Path) -> list[Path]:
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
+# Where one read fails, orbax drops the others, and what is left of them complains.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_was_cut_short_is_refused_and_left_alone(saved, tmp_path):
     """Each of its files in turn, emptied or cut in half: an error that names the directory, or the state as it was."""
     refused, expected = set(), make_state(4)
@@ -221,13 +225,19 @@ def test_a_checkpoint_without_one_of_its_parts(copy, part):
         restore(copy, make_state(0))
 
 
-def test_a_checkpoint_of_another_policy(copy):
-    """Another width, and parameters that the checkpoint does not have."""
-    before = contents(copy)
-    with pytest.raises(UserError, match=f"{copy / 'checkpoints' / '4'} is damaged or not this run's"):
-        restore(copy, make_state(0, width=6))
-    more = make_state(0)
+def test_a_checkpoint_of_other_parameters(copy):
+    before, more = contents(copy), make_state(0)
     more.params["layers"]["k"] = jnp.ones(2)
     with pytest.raises(UserError, match=f"{copy / 'checkpoints' / '4'} is damaged or not this run's"):
         restore(copy, more)
     assert contents(copy) == before
+
+
+def test_a_checkpoint_of_another_shape(tmp_path):
+    """Refused, not cut or filled up with zeros. One array: orbax would drop its reads of others, and complain of that."""
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(3, {"width": jnp.ones(5)}, {})
+    checkpointer.close()
+    for size in (4, 6):
+        with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged or not this run's"):
+            restore(tmp_path, {"width": jnp.ones(size)})

@@ -91,7 +91,7 @@ def test_values_arrive_where_they_belong():
         ({"rollout__temperature": float("nan")}, ("rollout.temperature=nan",)),
         ({"training__total_steps": 0}, ("training.total_steps=0",)),
         ({"training__minibatches_per_step": 0}, ("training.minibatches_per_step=0",)),
-        ({"pretrain__calculation_share": 1.5}, ("pretrain.calculation_share=1.5", "1.0")),
+        ({"pretrain__calculation_share": 1.5}, ("pretrain.calculation_share=1.5", "between 0 and 1.")),
     ],
 )
 def test_refusal_names_field_value_and_what_was_expected(values: dict[str, Any], said: tuple[str, ...]):

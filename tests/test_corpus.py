@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.config import DataConfig
+from rpt_jax.config import DataConfig, from_config_dict
 from rpt_jax.data import corpus
 from rpt_jax.data.corpus import load_corpus, split_text
 from rpt_jax.errors import UserError
@@ -225,4 +225,4 @@ def test_paths_that_lead_nowhere(tmp_path):
 
 def test_unknown_source_gets_a_suggestion():
     with pytest.raises(UserError, match="data.source='gsm_symbolc' is not one of.*Did you mean 'gsm_symbolic'"):
-        load_corpus(DataConfig(source="gsm_symbolc"))
+        from_config_dict({"data": {"source": "gsm_symbolc"}})

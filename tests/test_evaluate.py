@@ -144,9 +144,9 @@ def test_direct_accuracy_reads_the_position_it_is_asked_for():
 
 
 def test_evaluation_metrics():
-    split = {"easy": {"accuracy": 0.5}}
-    assert evaluation_metrics(split) == {"eval/reasoning/easy": 0.5}
-    assert evaluation_metrics(split, {"easy": {"accuracy": 0.25}}) == {"eval/reasoning/easy": 0.5, "eval/direct/easy": 0.25}
+    reasoning, direct = {"easy": {"accuracy": 0.5}}, {"easy": {"accuracy": 0.25}}
+    assert evaluation_metrics(reasoning) == {"eval/reasoning/easy": 0.5}
+    assert evaluation_metrics(reasoning, direct) == {"eval/reasoning/easy": 0.5, "eval/direct/easy": 0.25}
 
 
 # --- the evaluation set ------------------------------------------------------------------------------

@@ -339,6 +339,47 @@ def test_config_that_cannot_be_used(copy):
         load_policy(directory / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": "2"},
+        {"num_hidden_layers": 0},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 3},
+        {"intermediate_size": 24.5},
+        {"head_dim": 7},
+        {"rope_theta": None},
+        {"rms_norm_eps": "small"},
+    ],
+    ids=str,
+)
+def test_config_with_impossible_sizes(copy, change):
+    directory, _ = copy
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="config.json"):
+        load_policy(directory)
+
+
+def test_config_that_is_no_object(copy):
+    directory, _ = copy
+    for text in ("[]", "3", "null"):
+        (directory / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json"):
+            load_shape(directory)
+
+
+def test_head_size_may_be_left_to_the_width(copy):
+    """Llama's config.json leaves head_dim out, or null: then it is the width over the heads."""
+    directory, _ = copy
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for absent in ({k: v for k, v in config.items() if k != "head_dim"}, config | {"head_dim": None}):
+        path.write_text(json.dumps(absent))
+        assert load_shape(directory)[0].head_size == SHAPE.width // SHAPE.heads
+
+
 def test_tensors_are_checked_against_the_config(copy):
     directory, _ = copy
     path = directory / "config.json"

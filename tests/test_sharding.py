@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.sharding import make_mesh, parameter_shardings
+from rpt_jax.infra.sharding import check_batches, make_mesh, parameter_shardings
 from tests import sharded_child
 from tests.conftest import ROOT
 from tests.policy_reference import POLICY
@@ -52,9 +52,10 @@ def test_sharded_equals_unsharded(results, mesh):
     reward, lengths = results[ALONE]["first.reward"], results[ALONE]["first.rollouts.lengths_PxG"]
     varied = reward.max(axis=1) > reward.min(axis=1)
     assert 2 <= varied.sum() < len(varied) and len(np.unique(lengths)) > 2, "the example tests too little"
-    for prefix in ("start", "first.rollouts.tokens", "first.rollouts.lengths", "first.rollouts.stopped", "first.status"):
-        assert_equal(results, mesh, prefix, 0)
-    assert_equal(results, mesh, "first.reward", 0)
+    for exact in ("tokens", "lengths", "stopped"):
+        assert_equal(results, mesh, f"first.rollouts.{exact}", 0)
+    for exact in ("start", "first.reward", "first.status"):
+        assert_equal(results, mesh, exact, 0)
     assert_equal(results, mesh, "first.rollouts.logprobs", 1e-5)
     assert_equal(results, mesh, "first.metrics", 1e-5)
     assert_equal(results, mesh, "moments", 1e-7)
@@ -98,6 +99,14 @@ def test_the_one_that_is_left_open_takes_all_devices():
         mesh = make_mesh(*sizes)
         assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
         assert mesh.axis_names == AXES
+
+
+def test_batches_that_a_mesh_cannot_split():
+    mesh = AbstractMesh((2, 4, 2), AXES)
+    check_batches(mesh, {"training.prompts_per_step": 8, "evaluation.score_documents": 32})
+    for size, nearest in ((1, 8), (11, 8), (13, 16), (31, 32)):
+        with pytest.raises(UserError, match=f"some.field={size} cannot be split .* = 8 devices; .* is {nearest}"):
+            check_batches(mesh, {"fits": 16, "some.field": size})
 
 
 def test_sizes_that_a_mesh_cannot_divide():

@@ -26,11 +26,11 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         if not path.exists():
             path.write_text(json.dumps(mine, indent=1) + "\n")
             return
-        theirs = json.loads(path.read_text())
+        theirs = {**json.loads(path.read_text())}
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}.") from None
-    except ValueError:
-        raise UserError(f"{path} is not valid JSON; choose another --workdir.") from None
+    except (TypeError, ValueError):
+        raise UserError(f"{path} is not a config; choose another --workdir.") from None
     differing = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
     if differing:
         changes = "; ".join(f"{n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in sorted(differing)[:5])

@@ -86,7 +86,7 @@ def update_policy(
     def step(state: TrainState, inputs: tuple[UpdateBatch, jax.Array | None]) -> tuple[TrainState, dict[str, Any]]:
         grads, metrics = policy_gradient(policy, state.params, *inputs, config)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics["gradient/norm"] = optax.global_norm(grads)
+        metrics["gradient/norm"] = optax.tree.norm(grads)
         return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
 
     if config.minibatches == 1:
@@ -106,7 +106,7 @@ def policy_gradient(
 
     Microbatches add up numerators; the one global denominator, the number of counted response tokens, divides once. Groups
     whose advantages are all zero contribute exactly nothing to the numerator: they are sorted to the end and the microbatches
-    that hold only them are not run.
+    that hold only them are not run. The metrics are of the others alone: they must not depend on who shares a microbatch.
     """
     informative_P = (batch.advantages_PxG != 0).any(axis=1) & batch.counted_P
     order_P = jnp.argsort(~informative_P, stable=True)
@@ -127,7 +127,7 @@ def policy_gradient(
 
     def accumulate(index: jax.Array, carry: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
         rows = jax.lax.dynamic_slice_in_dim(order_P, index * microbatch, microbatch)
-        part = jax.tree.map(lambda x: x[rows], (batch, old))
+        part = jax.tree.map(lambda x: x[rows], (batch._replace(counted_P=informative_P), old))
         grads, sums = jax.grad(numerator, has_aux=True)(params, *part)
         totals = jax.tree.map(jnp.add, carry[1], sums)
         totals["worst"] = jnp.maximum(carry[1]["worst"], sums["worst"])

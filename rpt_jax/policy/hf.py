@@ -68,7 +68,7 @@ def load_shape(directory: str | Path) -> tuple[Shape, str]:
     path = Path(directory) / "config.json"
     try:
         config = json.loads(path.read_text())
-        return _from_hf_config(config, path), config.get(_FINGERPRINT, "")
+        return _from_hf_config(config, path), str(config.get(_FINGERPRINT, ""))
     except OSError:
         raise UserError(
             f"policy.path='{directory}' has no config.json: it must be the directory of a policy "
@@ -161,26 +161,39 @@ def _to_hf_config(s: Shape) -> dict[str, Any]:
     }
 
 
-def _from_hf_config(config: dict[str, Any], path: Path) -> Shape:
+def _from_hf_config(config: Any, path: Path) -> Shape:
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object.")
     kind = config.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise UserError(f"{path}: model_type={kind!r} is not one of: llama, qwen2, qwen3.")
     if config.get("rope_scaling"):
         raise UserError(f"{path}: rope_scaling={config['rope_scaling']} is not supported.")
-    try:
-        return Shape(
-            layers=config["num_hidden_layers"],
-            width=config["hidden_size"],
-            heads=config["num_attention_heads"],
-            kv_heads=config["num_key_value_heads"],
-            head_size=config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
-            ffn=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            rope_base=float(config["rope_theta"]),
-            norm_epsilon=float(config["rms_norm_eps"]),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            tied=bool(config["tie_word_embeddings"]),
+
+    def number(name: str, kind: type) -> Any:
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 10**12:
+            raise UserError(f"{path}: {name}={value!r} must be a positive {'number' if kind is float else 'integer'}.")
+        return kind(value)
+
+    width, heads, kv_heads = (number(n, int) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    head_size = width // heads if config.get("head_dim") is None else number("head_dim", int)
+    if heads % kv_heads or head_size % 2:
+        raise UserError(
+            f"{path}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, and "
+            f"head_dim={head_size} even."
         )
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}.") from None
+    return Shape(
+        layers=number("num_hidden_layers", int),
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        ffn=number("intermediate_size", int),
+        vocab=number("vocab_size", int),
+        rope_base=number("rope_theta", float),
+        norm_epsilon=number("rms_norm_eps", float),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
