@@ -2,6 +2,9 @@
 
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 processor cores, 4 GB
+Time      10.3 minutes on a shared machine that also ran other work (22 November 2026)
+Results   by reasoning, held out: easy 23.6 -> 30.3, medium 18.7 -> 26.4, hard 15.2 -> 25.4 % (seed 0); the base policy's direct
+          guess 32.8, 24.6, 18.3 %. Other seeds not measured.
 """
 
 from pathlib import Path
