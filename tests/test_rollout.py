@@ -49,22 +49,35 @@ def test_every_row_has_its_own_distribution():
     np.testing.assert_array_equal(ours, [np.searchsorted(end, u, side="right") for end, u in zip(ends, uniforms)])  # noqa: B905
 
 
+def near_borders(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return uniform numbers on and beside borders of the distribution function, where rounding could let others in."""
+    borders = np.cumsum(reference.softmax(logits))[rng.integers(0, len(logits), ROWS - 2)]
+    near = np.round(borders * 2**23) + rng.integers(-2, 3, ROWS - 2)
+    return np.concatenate([np.clip(near, 0, 2**23 - 1) / 2**23, [0.0, LAST]])
+
+
 @pytest.mark.parametrize("hidden", [-1e30, -np.inf])
 @pytest.mark.parametrize("vocab", VOCABS[1:])
 def test_tokens_without_weight_are_never_drawn(vocab, hidden):
-    """With uniform numbers on and beside every border of the distribution function, where rounding could let one in."""
     rng = np.random.default_rng(vocab)
     for share in (0.5, 0.95):
         logits = rng.standard_normal(vocab) * 3
         logits[rng.random(vocab) < share] = hidden
-        logits[rng.integers(vocab)] = 0.0
-        # A whole block of them, the ends included.
+        # Whole blocks of them, the ends included.
         logits[: vocab // 3], logits[-(vocab // 3) :] = hidden, hidden
         logits[vocab // 2] = 1.0
-        borders = np.cumsum(reference.softmax(logits))[rng.integers(0, vocab, 1000)]
-        near = np.clip(np.round(borders * 2**23) + rng.integers(-2, 3, 1000), 0, 2**23 - 1) / 2**23
-        tokens = draw(logits, np.concatenate([near, [0.0, LAST]]))
-        assert (logits[tokens] > -1e29).all()
+        assert (logits[draw(logits, near_borders(logits, rng))] > -1e29).all()
+
+
+def test_tokens_without_weight_are_never_drawn_where_sums_are_trees(monkeypatch):
+    """A backend may add up in any order; in a tree, a running sum can rise where nothing is added, by rounding."""
+    monkeypatch.setattr(jnp, "cumsum", lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis))
+    rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms))
+    for _ in range(20):
+        logits = np.where(rng.random(400) < 0.5, -1e30, rng.standard_normal(400) * 2).astype(np.float32)
+        uniforms = jnp.asarray(near_borders(logits, rng), jnp.float32)
+        tokens = np.asarray(tree(jnp.broadcast_to(logits, (ROWS, 400)), uniforms))
+        assert (tokens < 400).all() and (logits[tokens] > -1e29).all()
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

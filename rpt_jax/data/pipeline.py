@@ -11,6 +11,9 @@ import numpy as np
 from rpt_jax.data.positions import Position
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
 
+# grain would by default build 500 batches ahead: memory, and time on cores that are busy.
+_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
 
 def prompt_stream(
     builder: PromptBuilder, documents: Sequence[Sequence[int]], positions: Sequence[Position], *, batch: int, seed: int
@@ -24,7 +27,7 @@ def prompt_stream(
         return builder.build(index, documents[position.document], position)
 
     dataset = grain.MapDataset.source(positions).shuffle(seed=seed).repeat().map_with_index(build)
-    return iter(dataset.batch(batch, drop_remainder=True, batch_fn=stack).to_iter_dataset())
+    return iter(dataset.batch(batch, drop_remainder=True, batch_fn=stack).to_iter_dataset(_READING))
 
 
 def example_stream(
@@ -36,7 +39,7 @@ def example_stream(
         return make(element, rng)
 
     dataset = grain.MapDataset.range(documents).shuffle(seed=seed).repeat().random_map(build, seed=seed)
-    return iter(dataset.batch(batch, drop_remainder=True).to_iter_dataset())
+    return iter(dataset.batch(batch, drop_remainder=True).to_iter_dataset(_READING))
 
 
 def state_of(iterator: grain.DatasetIterator) -> dict[str, Any]:

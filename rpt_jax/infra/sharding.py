@@ -76,10 +76,15 @@ def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> optax.OptState:
-    """Optimiser state beside the parameters, its scalars on every device of the mesh."""
+    """Optimiser state: moments where their parameters are, scalars on every device of the mesh."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    state = jax.jit(optimizer.init)(params)
-    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, everywhere), state)
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, param: jax.device_put(moment, param.sharding),
+        optimizer.init(params),
+        params,
+        transform_non_params=lambda x: jax.device_put(x, everywhere),
+    )
 
 
 def shard_prompts(tree: Any, mesh: Mesh) -> Any:

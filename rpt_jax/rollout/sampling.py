@@ -38,14 +38,15 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     blocks = -(-vocab // width)
     weights = jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
-    ends_MxB = jnp.cumsum(weights.sum(axis=-1), axis=-1)
+    sums_MxB = weights.sum(axis=-1)
+    ends_MxB = jnp.cumsum(sums_MxB, axis=-1)
     target_M = uniform_M * ends_MxB[:, -1]
-    # Strictly greater: a token of weight zero never ends a step of the distribution function. argmax finds the first.
-    block_M = jnp.argmax(ends_MxB > target_M[:, None], axis=-1)
+    # Strictly greater, and of some weight: running sums that are added up as trees may rise where nothing was added.
+    block_M = jnp.argmax((ends_MxB > target_M[:, None]) & (sums_MxB > 0), axis=-1)
     before_M = jnp.where(block_M > 0, jnp.take_along_axis(ends_MxB, block_M[:, None] - 1, axis=1)[:, 0], 0.0)
     inside_MxW = jnp.take_along_axis(weights, block_M[:, None, None], axis=1)[:, 0]
     ends_MxW = jnp.cumsum(inside_MxW, axis=-1)
-    passed = ends_MxW > (target_M - before_M)[:, None]
+    passed = (ends_MxW > (target_M - before_M)[:, None]) & (inside_MxW > 0)
     # The two levels round apart: where none passes, the last token of the block that has any weight is meant.
     last_M = width - 1 - jnp.argmax(inside_MxW[:, ::-1] > 0, axis=-1)
     token_M = jnp.where(passed.any(axis=-1), jnp.argmax(passed, axis=-1), last_M)
