@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grain
 import numpy as np
@@ -40,8 +39,3 @@ def example_stream(
 
     dataset = grain.MapDataset.range(documents).shuffle(seed=seed).repeat().random_map(build, seed=seed)
     return iter(dataset.batch(batch, drop_remainder=True).to_iter_dataset(_READING))
-
-
-def state_of(iterator: grain.DatasetIterator) -> dict[str, Any]:
-    """Return where the iterator stands, as JSON can hold it."""
-    return iterator.get_state()
