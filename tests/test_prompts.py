@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rpt_jax.config import DataConfig, PromptConfig
 from rpt_jax.data.cold_start import BOX, TraceWriter, find_calculations, work_out
 from rpt_jax.data.corpus import load_corpus
-from rpt_jax.data.pipeline import example_stream, prompt_stream, state_of
+from rpt_jax.data.pipeline import example_stream, prompt_stream
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import TEMPLATES, PromptBuilder, read_template, stack
 from rpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -206,7 +206,7 @@ def test_order_is_a_function_of_the_seed(stream):
 def test_a_stream_goes_on_where_its_state_says(stream, consumed):
     first = stream()
     take(first, consumed)
-    state = json.loads(json.dumps(state_of(first)))
+    state = json.loads(json.dumps(first.get_state()))
     expected = take(first, 4)
     again = stream()
     take(again, 2)
@@ -239,7 +239,7 @@ def test_random_examples_are_a_function_of_seed_and_index():
     assert len(np.unique([batch["draw"] for batch in batches])) == 12
     interrupted = start()
     take(interrupted, 1)
-    state = json.loads(json.dumps(state_of(interrupted)))
+    state = json.loads(json.dumps(interrupted.get_state()))
     again = start()
     again.set_state(state)
     for ours, theirs in zip(take(again, 3), batches[1:], strict=True):
