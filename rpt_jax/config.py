@@ -95,7 +95,8 @@ class PretrainConfig:
     documents_per_step: int = 16
     traces_per_document: int = 18  # Cold-start traces learnt beside each document,
     due_share: float = 1 / 3  # this share of them where the result of a calculation is due.
-    rows_per_document: int = 4  # They are packed into so many rows
+    drills_per_document: int = 0  # Calculations like the document's, with other numbers, learnt without the document.
+    rows_per_document: int = 4  # Traces and drills are packed into so many rows
     row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
     trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy against the documents'.
     calculation_share: float = 0.4  # Where a calculation is due, how often the trace carries it out.
@@ -220,6 +221,7 @@ _BOUNDS = {
     "checkpoint.keep": (1, _MANY),
     "pretrain.documents_per_step": (1, _MANY),
     "pretrain.traces_per_document": (1, _MANY),
+    "pretrain.drills_per_document": (0, _MANY),
     "pretrain.rows_per_document": (1, _MANY),
     "pretrain.row_tokens": (16, _MANY),
     "pretrain.calculation_share": (0.0, 1.0),

@@ -121,7 +121,7 @@ def test_parameters_are_split_over_fsdp_and_tensor():
     shardings = parameter_shardings(POLICY, AbstractMesh((1, 4, 2), AXES))
     assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
-    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None, None)
+    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor")
 
 
 def test_another_seed_gives_other_parameters(results):

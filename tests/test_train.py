@@ -50,7 +50,9 @@ def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
 def comparable(workdir: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what may differ between two runs of one seed."""
     free = ("time/", "speed/", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(free)} for line in read_metrics(workdir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(free)} for line in read_metrics(workdir / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("finished")
     main.run(experiment(**SMALL), workdir)
     return workdir
+
+
+def test_programs_are_compiled_once(finished: Path) -> None:
+    """Shapes and placements are the same in every step; dynamic sampling begins in step 3."""
+    compiled = [line["time/compiled_programs"] for line in read_metrics(finished / "metrics.jsonl")]
+    assert compiled[0] > 0 and compiled[1] > 0 and compiled[2] == 0 == compiled[4] == compiled[5], compiled
 
 
 def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
@@ -167,7 +175,9 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mesh.tensor=3.*does not fit"):
-        main.run(dataclasses.replace(experiment(**SMALL), mesh=dataclasses.replace(Experiment().mesh, tensor=3)), tmp_path)
+        main.run(
+            dataclasses.replace(experiment(**SMALL), mesh=dataclasses.replace(Experiment().mesh, tensor=3)), tmp_path
+        )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +188,10 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
         (["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"], 'Did you mean "learning_rate"'),
         (["--config=configs/rpt_tiny.py", "--config.data.documents=many"], "data.documents=many"),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
-        (["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"], "no/such.txt"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],
+            "no/such.txt",
+        ),
         (["--config=configs/rpt_tiny.py", "--config.policy.path=nowhere"], "nowhere"),
         (["--config=configs/rpt_14b.py"], "mesh.tensor=8 does not fit 1 devices"),
         (["--config=configs/rpt_14b.py", "--config.mesh.tensor=1"], "models/DeepSeek-R1-Distill-Qwen-14B"),

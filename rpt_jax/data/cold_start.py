@@ -71,6 +71,22 @@ def work_out(left: int, operator: str, right: int) -> str:
     return f"{left}{operator}{right}: {steps}"
 
 
+def similar(calculation: Calculation, rng: np.random.Generator) -> tuple[int, str, int]:
+    """Draw another calculation of the same kind: numbers of as many digits, and a whole result that is not negative."""
+    left, right = (_number(x, rng) for x in (calculation.left, calculation.right))
+    if calculation.operator == "-":
+        return max(left, right), "-", min(left, right)
+    if calculation.operator == "/":
+        right = max(right, 1)
+        return right * _number(calculation.result, rng), "/", right
+    return left, calculation.operator, right
+
+
+def _number(like: int, rng: np.random.Generator) -> int:
+    digits = len(str(like))
+    return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
+
+
 def _digits(left: int, right: int) -> Iterator[tuple[int, int]]:
     """Pairs of digits, units first, the shorter number filled up with zeros."""
     a, b = str(left)[::-1], str(right)[::-1]
@@ -150,6 +166,19 @@ class TraceWriter:
             if len(trace) <= self._max_tokens:
                 return trace
         return self._recall(position)
+
+    def drill(self, rng: np.random.Generator) -> tuple[list[int], int] | None:
+        """Return the response ids of a calculation like one of the document's, and how many of them pose it.
+
+        None where the document has no calculation. Documents use some numbers often and others never, and one wrong digit
+        spoils a whole calculation.
+        """
+        if not self._calculations:
+            return None
+        left, operator, right = similar(self._calculations[int(rng.choice(self.calculation_positions))][0], rng)
+        steps = work_out(left, operator, right)
+        question, result = (self._tokenizer.encode(x) for x in (f"{left}{operator}{right}:", steps.split(" ")[-1]))
+        return self._close(self._tokenizer.encode(steps), result), len(question)
 
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]
