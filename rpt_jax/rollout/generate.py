@@ -108,7 +108,7 @@ def generate(
             unfinished_first = jnp.argsort(live.rollouts.stopped_PxG.all(axis=1), stable=True)[:size]
             live, rows_P = live.take(unfinished_first), rows_P[unfinished_first]
         live = jax.lax.while_loop(functools.partial(_more_than, enough), decode, live)
-        rollouts = jax.tree.map(lambda all_, some: all_.at[rows_P].set(some), rollouts, live.rollouts)
+        rollouts = jax.tree.map(lambda x, y, rows=rows_P: x.at[rows].set(y), rollouts, live.rollouts)
     return rollouts
 
 
