@@ -19,6 +19,8 @@ from rpt_jax.errors import UserError, check_choice, nearest
 TASKS = ("rpt", "pretrain")
 SOURCES = ("gsm_symbolic", "champ", "path")
 SCHEDULES = ("constant", "cosine")
+REMATS = ("none", "dots", "full")
+ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,10 @@ class PolicyConfig:
     path: str = ""  # Directory with config.json, model.safetensors and the tokenizer; "" = random weights of `preset`.
     preset: str = "tiny"  # A name in policy/presets.py; checked against the directory when both are given.
     dtype: str = "float32"  # Compute dtype; parameters and reductions stay float32.
-    remat: str = "none"  # [memory] "none" or "full": recompute each layer in the backward pass.
+    remat: str = (
+        "none"  # [memory] What each layer's backward pass recomputes: "none", all but projections "dots", all "full".
+    )
+    attention: str = "auto"  # [memory] "reference", "blockwise", "cudnn", "splash"; "auto": the platform's best.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +165,8 @@ def from_config_dict(config: Mapping[str, Any]) -> Experiment:
     experiment = _build(Experiment, dict(config), "")
     check_choice("task", experiment.task, TASKS)
     check_choice("policy.dtype", experiment.policy.dtype, ("float32", "bfloat16"))
-    check_choice("policy.remat", experiment.policy.remat, ("none", "full"))
+    check_choice("policy.remat", experiment.policy.remat, REMATS)
+    check_choice("policy.attention", experiment.policy.attention, ATTENTIONS)
     check_choice("data.source", experiment.data.source, SOURCES)
     check_choice("optimizer.schedule", experiment.optimizer.schedule, SCHEDULES)
     values = dict(leaves(experiment))

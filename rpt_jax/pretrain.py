@@ -110,7 +110,7 @@ def mixed_loss(
     inputs_NxS = batch["inputs"]
     lengths_N = jnp.full(inputs_NxS.shape[:1], inputs_NxS.shape[1], jnp.int32)
     hidden_NxSxD, context, _ = prefill(policy, params, inputs_NxS, lengths_N)
-    context = context._replace(visible_NxGxQxS=jnp.arange(inputs_NxS.shape[1]) < batch["trace_prefix"][..., None])
+    context = context._replace(end_NxGxQ=batch["trace_prefix"])
     traced_NxKxTxD, _ = policy.apply(
         {"params": params}, batch["trace_inputs"], batch["trace_position"], (context,), batch["trace_segment"]
     )

@@ -14,6 +14,7 @@ from rpt_jax.data.corpus import Corpus, Document, load_corpus
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.infra.sharding import parameter_shardings
+from rpt_jax.policy.attention import choose_attention
 from rpt_jax.policy.hf import load_policy
 from rpt_jax.policy.presets import Shape, preset
 from rpt_jax.policy.transformer import Params, Transformer
@@ -32,8 +33,9 @@ class Setup(NamedTuple):
 
 
 def make_policy(config: PolicyConfig, shape: Shape) -> Transformer:
-    """The decoder of `shape` in the config's dtype."""
-    return Transformer(shape, jnp.dtype(config.dtype), config.remat == "full")
+    """The decoder of `shape` as the config computes it. Raises: UserError, where its attention does not run here."""
+    attention = choose_attention(config.attention, jax.default_backend(), config.dtype)
+    return Transformer(shape, jnp.dtype(config.dtype), config.remat, attention)
 
 
 def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:

@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rpt_jax.errors import UserError
-from rpt_jax.policy.attention import Context, KeyValues, attend
 from rpt_jax.policy.hf import WEIGHTS, load_policy, load_shape, save_policy
 from rpt_jax.policy.presets import PRESETS, preset
 from rpt_jax.policy.transformer import Transformer, branch_hidden, head, prefill, rms_norm, rotary_angles, rotate
@@ -63,7 +62,8 @@ def test_prefill_gives_every_state_and_the_last_real_one():
     params = random_params(POLICY, 3)
     hidden_PxSxD, context, last_PxD = jax.jit(prefill, static_argnames="policy")(POLICY, params, PROMPTS, LENGTHS)
     assert context.kv.k.shape == context.kv.v.shape == (SHAPE.layers, 3, SHAPE.kv_heads, 1, 6, SHAPE.head_size)
-    np.testing.assert_array_equal(context.visible_NxGxQxS[:, 0, 0], np.arange(6) < LENGTHS[:, None])
+    assert context.begin_NxGxQ is None
+    np.testing.assert_array_equal(context.end_NxGxQ[:, 0, 0], LENGTHS)
     for p, length in enumerate(LENGTHS):
         alone = reference.hidden(params, SHAPE, PROMPTS[p, :length])
         np.testing.assert_allclose(hidden_PxSxD[p, :length], alone, atol=1e-5)
@@ -79,8 +79,7 @@ def test_packed_sequences_see_their_own_and_their_prefix():
     @jax.jit
     def run(params):
         _, context, _ = prefill(POLICY, params, document[None], np.array([6], np.int32))
-        seen = np.arange(6) < prefixes[None, None, :, None]
-        context = context._replace(visible_NxGxQxS=seen)
+        context = context._replace(end_NxGxQ=prefixes[None, None])
         tokens = np.concatenate(packed)[None, None]
         return POLICY.apply({"params": params}, tokens, positions[None, None], (context,), segments[None, None])[0]
 
@@ -99,11 +98,12 @@ def test_remat_changes_neither_states_nor_gradients():
         def loss(params, policy):
             return jnp.sum(prefill(policy, params, PROMPTS, LENGTHS)[0] * weights)
 
-        return [jax.value_and_grad(loss)(params, SHALLOW.clone(remat=remat)) for remat in (False, True)]
+        return [jax.value_and_grad(loss)(params, SHALLOW.clone(remat=remat)) for remat in ("none", "dots", "full")]
 
-    (value, grads), (value_remat, grads_remat) = both(params)
-    np.testing.assert_allclose(value, value_remat, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, grads_remat)
+    (value, grads), *others = both(params)
+    for value_remat, grads_remat in others:
+        np.testing.assert_allclose(value, value_remat, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, grads_remat)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(grads)), "a parameter is not used"
 
 
@@ -154,51 +154,6 @@ def test_rotary_tells_late_positions_apart():
     cos, sin = rotary_angles(jnp.array([[[256, 257, 8191]]]), 2, 10_000.0)
     np.testing.assert_allclose(cos[0, 0, 0, :, 0], np.cos([256, 257, 8191]), atol=1e-5)
     np.testing.assert_allclose(sin[0, 0, 0, :, 0], np.sin([256, 257, 8191]), atol=1e-5)
-
-
-def attention_inputs():
-    """Queries [N, K, G, R, Q, C] and two places to look: one shared by the branches, one of their own."""
-    rng = np.random.default_rng(0)
-    draw = lambda *dims: rng.standard_normal(dims).astype(np.float32)  # noqa: E731
-    q = draw(2, 2, 3, 2, 4, 6)
-    shared = Context(KeyValues(draw(2, 2, 1, 5, 6), draw(2, 2, 1, 5, 6)), rng.random((2, 1, 1, 5)) < 0.6)
-    own = Context(KeyValues(draw(2, 2, 3, 4, 6), draw(2, 2, 3, 4, 6)), np.tri(4, dtype=bool)[None, None])
-    return q, shared, own
-
-
-def test_attention_over_two_places_is_one_softmax():
-    q, shared, own = attention_inputs()
-    ours = attend(q, [shared, own])
-    assert ours.shape == q.shape
-    for n, k, g, r in np.ndindex(q.shape[:4]):
-        keys, values = (np.concatenate([shared.kv[i][n, k, 0], own.kv[i][n, k, g]]) for i in (0, 1))
-        seen_shared = np.broadcast_to(shared.visible_NxGxQxS[n, 0], (4, 5))
-        seen = np.concatenate([seen_shared, own.visible_NxGxQxS[0, 0]], axis=1)
-        weights = reference.softmax(np.where(seen, q[n, k, g, r] @ keys.T / np.sqrt(6), -np.inf))
-        np.testing.assert_allclose(ours[n, k, g, r], weights @ values, atol=1e-5)
-
-
-def test_a_shared_context_equals_a_repeated_one():
-    q, shared, own = attention_inputs()
-    repeated = Context(KeyValues(*(np.repeat(x, 3, axis=2) for x in shared.kv)), shared.visible_NxGxQxS)
-    np.testing.assert_allclose(attend(q, [repeated, own]), attend(q, [shared, own]), atol=1e-6)
-
-
-def test_hidden_keys_count_for_nothing():
-    """A place without one visible key, keys far larger than the visible ones, and the order of the places."""
-    q, shared, own = attention_inputs()
-    expected = attend(q, [own])
-    nothing = shared._replace(visible_NxGxQxS=np.zeros((2, 1, 1, 5), bool))
-    huge = nothing._replace(kv=KeyValues(shared.kv.k * 1e4, shared.kv.v * 1e4))
-    for contexts in ([nothing, own], [own, nothing], [huge, own]):
-        np.testing.assert_array_equal(attend(q, contexts), expected)
-    np.testing.assert_allclose(attend(q, [own, shared]), attend(q, [shared, own]), atol=1e-6)
-
-
-def test_attention_of_large_scores_stays_finite():
-    q, shared, own = attention_inputs()
-    out, grads = jax.value_and_grad(lambda q: attend(q, [shared, own]).sum())(q * 1e4)
-    assert np.isfinite(out) and np.isfinite(grads).all()
 
 
 # --- to disk and back --------------------------------------------------------------------------------

@@ -24,6 +24,12 @@ from rpt_jax.policy.presets import Shape
 
 Params = dict[str, Any]
 _UNROLLED_LAYERS = 6
+# What a layer keeps for its backward pass, by the names of `policy.remat`: the results of its projections (attention is run
+# again: its scores are what takes memory), or nothing but its input. Under "none" it keeps everything.
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -46,11 +52,19 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def segment_starts(segments_NxGxQ: jax.Array) -> jax.Array:
+    """Index at which the run of equal numbers that each token is part of begins, int32 [N, G, Q]."""
+    indices_Q = jnp.arange(segments_NxGxQ.shape[-1], dtype=jnp.int32)
+    changed = jnp.diff(segments_NxGxQ, axis=-1, prepend=segments_NxGxQ[..., :1]) != 0
+    return jax.lax.cummax(jnp.where(changed, indices_Q, 0), axis=segments_NxGxQ.ndim - 1)
+
+
 class Layer(nn.Module):
     """Attention and SwiGLU, each on the normalised residual."""
 
     shape: Shape
     dtype: Any
+    attention: str
 
     def _weight(self, name: str, dims: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
@@ -65,20 +79,19 @@ class Layer(nn.Module):
         self,
         x_NxGxQxD: jax.Array,
         kvs: tuple[KeyValues, ...],
-        visible: tuple[jax.Array, ...],
-        among_NxGxQxQ: jax.Array,
+        ranges: tuple[tuple[jax.Array | None, jax.Array | None], ...],
         rotary: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, KeyValues]:
         """Return the residual stream after this layer, and this layer's keys and values of the new tokens."""
         s = self.shape
         scale = self._constant("attention_norm", (s.width,), (None,), 1.0)
-        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, visible, among_NxGxQxQ, rotary)
+        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, ranges, rotary)
         x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD + y, ("prompt", None, None, None))
         scale = self._constant("ffn_norm", (s.width,), (None,), 1.0)
         x_NxGxQxD = x_NxGxQxD + self._ffn(rms_norm(x_NxGxQxD, scale, s.norm_epsilon))
         return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None)), kv
 
-    def _attention(self, x_NxGxQxD, kvs, visible, among_NxGxQxQ, rotary) -> tuple[jax.Array, KeyValues]:
+    def _attention(self, x_NxGxQxD, kvs, ranges, rotary) -> tuple[jax.Array, KeyValues]:
         s, group = self.shape, self.shape.heads // self.shape.kv_heads
         wq = self._weight("q", (s.width, s.kv_heads, group, s.head_size), ("width", "kv_heads", None, None), s.width)
         wk = self._weight("k", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
@@ -101,8 +114,8 @@ class Layer(nn.Module):
         cos, sin = rotary
         q, k = rotate(q, cos[:, :, :, None], sin[:, :, :, None]), rotate(k, cos, sin)
         new = KeyValues(k, v)
-        contexts = [Context(kv, seen) for kv, seen in zip(kvs, visible, strict=True)]
-        out_NxKxGxRxQxC = attend(q, [*contexts, Context(new, among_NxGxQxQ)])
+        contexts = [Context(kv, *seen) for kv, seen in zip((*kvs, new), ranges, strict=True)]
+        out_NxKxGxRxQxC = attend(q, contexts, self.attention)
         return jnp.einsum("nkgrqc,krcd->ngqd", out_NxKxGxRxQxC, wo), new
 
     def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
@@ -118,7 +131,8 @@ class Transformer(nn.Module):
 
     shape: Shape
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    attention: str = "reference"
 
     @nn.compact
     def __call__(
@@ -134,7 +148,8 @@ class Transformer(nn.Module):
           tokens_NxGxQ: int32 ids; right padding is harmless, since no real token ever sees what comes after it.
           positions_NxGxQ: int32 positions in the sequence that the branch belongs to.
           contexts: earlier keys (with a leading L axis) and which of them each new token sees.
-          segments_NxGxQ: where several sequences are packed into one branch, a number for each: tokens see their own only.
+          segments_NxGxQ: where several sequences are packed into one branch, one after the other, a number for each: tokens see
+            their own only.
 
         Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
         """
@@ -145,24 +160,24 @@ class Transformer(nn.Module):
             self.param("head", init, (s.vocab, s.width), jnp.float32)
         x_NxGxQxD = embedding_VxD[tokens_NxGxQ].astype(self.dtype)
         rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base)
-        length = tokens_NxGxQ.shape[-1]
-        among_NxGxQxQ = jnp.tril(jnp.ones((1, 1, length, length), bool))
-        if segments_NxGxQ is not None:
-            among_NxGxQxQ &= segments_NxGxQ[..., :, None] == segments_NxGxQ[..., None, :]
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        since_NxGxQ = None if segments_NxGxQ is None else segment_starts(segments_NxGxQ)
+        layer, unrolled = Layer, s.layers <= _UNROLLED_LAYERS
+        if self.remat != "none":
+            # In a loop XLA cannot undo the recomputation, and the barriers against that would only cost.
+            layer = nn.remat(Layer, policy=_REMAT[self.remat], prevent_cse=unrolled)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=s.layers,
             # A loop keeps compile time flat in depth, but XLA's CPU backend runs a loop's body a sixth slower.
-            unroll=s.layers if s.layers <= _UNROLLED_LAYERS else 1,
+            unroll=s.layers if unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(s, self.dtype, name="layers")
+        )(s, self.dtype, self.attention, name="layers")
         kvs = tuple(context.kv for context in contexts)
-        visible = tuple(context.visible_NxGxQxS for context in contexts)
-        x_NxGxQxD, new = layers(x_NxGxQxD, kvs, visible, among_NxGxQxQ, rotary)
+        ranges = (*((context.begin_NxGxQ, context.end_NxGxQ) for context in contexts), (since_NxGxQ, None))
+        x_NxGxQxD, new = layers(x_NxGxQxD, kvs, ranges, rotary)
         scale = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (s.width,), jnp.float32)
         return rms_norm(x_NxGxQxD, scale, s.norm_epsilon), new
 
@@ -186,9 +201,8 @@ def prefill(
     size = prompts_PxS.shape[1]
     positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), prompts_PxS.shape)
     hidden, kv = policy.apply({"params": params}, prompts_PxS[:, None], positions[:, None])
-    visible_Px1x1xS = (jnp.arange(size)[None] < lengths_P[:, None])[:, None, None]
     last_PxD = jnp.take_along_axis(hidden[:, 0], (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-    return hidden[:, 0], Context(kv, visible_Px1x1xS), last_PxD
+    return hidden[:, 0], Context(kv, end_NxGxQ=lengths_P[:, None, None]), last_PxD
 
 
 def branch_hidden(

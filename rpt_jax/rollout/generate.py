@@ -52,7 +52,7 @@ class _Live(NamedTuple):
         lengths, keys, rollouts, hidden = jax.tree.map(
             lambda x: x[rows], (self.lengths_P, self.keys_PxG, self.rollouts, self.hidden_PxGxD)
         )
-        prompt = Context(by_layer[0], self.prompt.visible_NxGxQxS[rows])
+        prompt = Context(by_layer[0], end_NxGxQ=self.prompt.end_NxGxQ[rows])
         return _Live(self.step, prompt, lengths, keys, rollouts, hidden, by_layer[1])
 
 
@@ -122,8 +122,7 @@ def _decode(policy: Transformer, params: Params, temperature: float, stop_ids: t
     rollouts = _append_token(live, head(params), temperature, stop_ids)
     tokens_PxGx1 = jax.lax.dynamic_slice_in_dim(rollouts.tokens_PxGxT, live.step, 1, axis=2)
     positions = jnp.broadcast_to((live.lengths_P + live.step)[:, None, None], tokens_PxGx1.shape)
-    visible_1x1x1xT = (jnp.arange(rollouts.tokens_PxGxT.shape[-1]) < live.step)[None, None, None]
-    contexts = (live.prompt, Context(live.past, visible_1x1x1xT))
+    contexts = (live.prompt, Context(live.past, end_NxGxQ=live.step[None, None, None]))
     hidden, new = policy.apply({"params": params}, tokens_PxGx1, positions, contexts)
     past = jax.tree.map(
         lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, live.step, axis=4), live.past, new
