@@ -1,0 +1,100 @@
+"""Tokens a second of the policy: forward, forward and backward, prefill; and the share of the machine's matmul ceiling.
+
+Forward and backward end in the mean log-probability of the next tokens, so they hold the head; prefill ends in the keys and
+values of every token and the last token's state. FLOPs are those of the matrices and of causal attention, nothing
+recomputed counted. The ceiling is the fastest of as many runs of one large matrix product. With --beside=transformers the
+same shape runs in PyTorch between our runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rpt_jax.bench.measure import interleaved, matmul_call
+from rpt_jax.config import ATTENTIONS, REMATS, PolicyConfig
+from rpt_jax.describe import attention_flops
+from rpt_jax.infra.sharding import init_parameters, make_mesh, use_mesh
+from rpt_jax.objective.logprobs import token_logprobs
+from rpt_jax.policy.presets import Shape, preset
+from rpt_jax.policy.transformer import Params, Transformer, head, prefill
+from rpt_jax.setup import make_policy
+
+_SHAPE = Shape(layers=6, width=384, heads=6, kv_heads=2, head_size=64, ffn=1024, vocab=4096, qkv_bias=True)
+_SIZES = ("layers", "width", "heads", "kv_heads", "head_size", "ffn", "vocab")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="a name in policy/presets.py; default: 6 layers of width 384, vocabulary 4096")
+    for name in _SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of the preset's {name}")
+    parser.add_argument("--batch", type=int, default=64, help="sequences")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
+    parser.add_argument("--remat", choices=REMATS, default="none")
+    parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist at one time")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--beside", choices=("transformers",), help="measure this one too, in turns")
+
+
+def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the rows of the table. Raises: UserError, where a choice does not run here."""
+    shape = preset(options.preset) if options.preset else _SHAPE
+    shape = dataclasses.replace(shape, **{n: v for n in _SIZES if (v := getattr(options, n)) is not None})
+    policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), shape)
+    mesh = make_mesh(-1, 1, 1)
+    with use_mesh(mesh):
+        params = init_parameters(policy, mesh, seed=0)
+        calls = policy_calls(policy, params, options.batch, options.length, options.chunk)
+        if options.beside:
+            from rpt_jax.bench.peer import transformers_calls
+
+            calls |= transformers_calls(shape, options.batch, options.length, options.dtype)
+        calls["ceiling"], ceiling_flops = matmul_call(options.dtype)
+        seconds = interleaved(calls, options.repeats)
+    ceiling = ceiling_flops / seconds["ceiling"].low
+    tokens, rows = options.batch * options.length, []
+    for name, s in seconds.items():
+        flops = ceiling_flops if name == "ceiling" else _flops(name, shape, options.batch, options.length)
+        rate = 0.0 if name == "ceiling" else tokens / s.median
+        row = [name, s.median, s.low, s.high, rate, flops / s.median / 1e9, flops / s.median / ceiling]
+        rows.append([row[0], *(float(f"{x:.4g}") for x in row[1:])])
+    return ["program", "seconds", "fastest", "slowest", "tokens/s", "GFLOP/s", "of the ceiling"], rows
+
+
+def policy_calls(
+    policy: Transformer, params: Params, batch: int, length: int, chunk: int
+) -> dict[str, Callable[[], Any]]:
+    """The three programs, on random tokens."""
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, policy.shape.vocab, (batch, length + 1)), jnp.int32)
+    inputs, targets, lengths = tokens[:, :-1], tokens[:, 1:], jnp.full(batch, length, jnp.int32)
+
+    def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        hidden, _, _ = prefill(policy, params, inputs, lengths)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return -token_logprobs(head(params), flat, targets.reshape(-1), 1.0, chunk).mean()
+
+    forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
+    fill = jax.jit(lambda params, inputs: prefill(policy, params, inputs, lengths)[1:])
+    return {
+        "forward": lambda: forward(params, inputs, targets),
+        "forward and backward": lambda: gradient(params, inputs, targets),
+        "prefill": lambda: fill(params, inputs),
+    }
+
+
+def _flops(name: str, shape: Shape, batch: int, length: int) -> float:
+    head_flops = 2.0 * shape.vocab * shape.width * batch * length
+    pairs = batch * length * (length + 1) // 2
+    forward = 2.0 * shape.matmul_parameters * batch * length + attention_flops(shape, pairs)
+    if "backward" in name:
+        return 3 * forward
+    return forward - head_flops if "prefill" in name else forward
