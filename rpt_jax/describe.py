@@ -217,7 +217,9 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: Adam's two moments", 2 * parameters, _WEIGHTS),
     ]
     prompt_cache, response_cache = (prompts * tokens * token // mesh.tensor for tokens, _ in tree.parts)
-    scores = _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
+    scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
+    # Training's layout splits over fsdp what decoding wants whole.
+    copy = _FLOAT32 * shape.parameters // mesh.tensor if mesh.fsdp > 1 else 0
     gradients = Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS)
     backward = _backward_rows(experiment, shape, mesh, tree, microbatch, "training.microbatch_prompts")
     resident = _sum(state)
@@ -228,11 +230,12 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: keys and values of prompts", prompt_cache, f"{sampled}, prompt.max_tokens"),
         Row("bytes per device: keys and values of responses", response_cache, f"{sampled}, rollout"),
         Row("bytes per device: a layer's attention scores, prompts", scores, f"{sampled}, prompt.max_tokens"),
+        Row("bytes per device: parameters laid out for decoding", copy, _WEIGHTS),
         # The prompts have run before the responses' cache is made.
         Row(
             "bytes per device in all while sampling, at least",
-            resident + prompt_cache + max(response_cache, scores),
-            "parameters, moments, prompts, the larger of responses and scores",
+            resident + copy + prompt_cache + max(response_cache, scores),
+            "parameters, moments, layout, prompts, the larger of responses and scores",
         ),
         gradients,
         *backward,
@@ -244,6 +247,11 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
     ]
 
 
+def _dense(experiment: Experiment) -> bool:
+    """Whether all scores of a layer's attention exist at one time."""
+    return experiment.policy.attention == "reference"
+
+
 def _sum(rows: list[Row]) -> int:
     return sum(row.value for row in rows)
 
@@ -251,15 +259,20 @@ def _sum(rows: list[Row]) -> int:
 def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tree, count: int, field: str) -> list[Row]:
     """What the pass forward and backward over `count` trees a device keeps, beside parameters and gradients."""
     itemsize = jnp.dtype(experiment.policy.dtype).itemsize
-    # What a layer's derivative needs. Of the attention: its weights in float32 and, where that is another, in the compute
+    # What a layer's derivative needs. Of plain attention: its weights in float32 and, where that is another, in the compute
     # dtype. Else: what goes in and out of both norms, which work in float32, and six products of the feed-forward part.
-    pair_bytes = shape.heads * sum({_FLOAT32, itemsize}) / mesh.tensor
+    pair_bytes = _dense(experiment) * shape.heads * sum({_FLOAT32, itemsize}) / mesh.tensor
     token_bytes = shape.width * (6 * _FLOAT32 + 2 * itemsize) + 6 * shape.ffn * itemsize / mesh.tensor
     tokens, pairs = (sum(part) for part in zip(*tree.parts, strict=True))
     inputs, layers = 0, shape.layers
-    if experiment.policy.remat == "full":
-        # Only a layer's input outlives it, and it is run again, for stem or branches, just before its derivative.
-        inputs, layers = shape.layers * tokens * shape.width * itemsize, 1
+    if experiment.policy.remat != "none":
+        # A layer's input outlives it and, with "dots", what its projections give. The rest is run again, for stem or branches,
+        # just before its derivative.
+        kept = shape.width
+        if experiment.policy.remat == "dots":
+            projected = shape.head_size * (shape.heads + 2 * shape.kv_heads) + 2 * shape.ffn
+            kept += 2 * shape.width + projected / mesh.tensor
+        inputs, layers = shape.layers * tokens * kept * itemsize, 1
         tokens, pairs = max(tree.parts, key=lambda part: part[0] * token_bytes + part[1] * pair_bytes)
     logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
     fields = f"policy, mesh, {field}"

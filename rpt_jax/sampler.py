@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rpt_jax.config import Experiment
 from rpt_jax.data.prompts import PromptBatch
 from rpt_jax.infra.accounting import BatchSize
-from rpt_jax.infra.sharding import shard_prompts
+from rpt_jax.infra.sharding import decoding_layout, shard_prompts
 from rpt_jax.objective.advantage import grpo_advantage, has_variance
 from rpt_jax.objective.reward import Status, prefix_match_reward
 from rpt_jax.objective.update import UpdateBatch
@@ -40,13 +40,14 @@ class Sampler:
         self._config = experiment.rollout
         self._vocab = jax.device_put(setup.tokenizer.byte_vocab)
         self._key = jax.random.key(experiment.seed)
+        self._layout = decoding_layout(setup.policy, setup.mesh)
 
     def __call__(self, params: Params, prompts: PromptBatch, step: int) -> Sampled:
         """Roll out each prompt G times with the noise of `step`, and reward what was predicted."""
         prompts = shard_prompts(prompts, self._mesh)
         rollouts = generate(
             self._policy,
-            params,
+            self._layout(params),
             prompts.tokens_PxS,
             prompts.lengths_P,
             prompts.ids_P,

@@ -6,6 +6,7 @@ A process of its own, since the number of devices is fixed when JAX starts. It w
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from rpt_jax.config import OptimizerConfig
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import init_optimizer, init_parameters, make_mesh, shard_prompts, use_mesh
+from rpt_jax.infra.sharding import decoding_layout, init_optimizer, init_parameters, make_mesh, shard_prompts, use_mesh
 from rpt_jax.objective.advantage import grpo_advantage
 from rpt_jax.objective.reward import prefix_match_reward
 from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, update_policy
@@ -51,10 +52,12 @@ def prompts() -> tuple[np.ndarray, ...]:
     )
 
 
-def step(state: TrainState, sharded: tuple[jax.Array, ...], seed: int) -> tuple[TrainState, dict[str, Any]]:
+def step(
+    state: TrainState, layout: Callable[[Any], Any], sharded: tuple[jax.Array, ...], seed: int
+) -> tuple[TrainState, dict[str, Any]]:
     tokens, lengths, ids, reference, boundaries = sharded
     static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS}
-    rollouts = generate(SHALLOW, state.params, tokens, lengths, ids, jax.random.key(seed), **static)
+    rollouts = generate(SHALLOW, layout(state.params), tokens, lengths, ids, jax.random.key(seed), **static)
     ended = rollouts.lengths_PxG, rollouts.stopped_PxG
     reward, status = prefix_match_reward(
         rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_of_thinking_id=-1
@@ -83,10 +86,11 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
         state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
         start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
         sharded = shard_prompts(prompts(), mesh)
-        state, first = step(state, sharded, seed=1)
+        layout = decoding_layout(SHALLOW, mesh)
+        state, first = step(state, layout, sharded, seed=1)
         moments = jax.device_get(state.optimizer[1][0].mu)
         COMPILED.clear()
-        state, second = step(state, sharded, seed=2)
+        state, second = step(state, layout, sharded, seed=2)
     moved = jax.tree.map(lambda x, sharding: not x.sharding.is_equivalent_to(sharding, x.ndim), state, before)
 
     def stored(tree: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.sharding import check_batches, make_mesh, parameter_shardings
+from rpt_jax.infra.sharding import DECODING, check_batches, make_mesh, parameter_shardings
 from tests import sharded_child
 from tests.conftest import ROOT
 from tests.policy_reference import POLICY
@@ -110,11 +110,17 @@ def test_batches_that_a_mesh_cannot_split():
 
 
 def test_sizes_that_a_mesh_cannot_divide():
-    """Two kv heads over four devices, and a width of 16 over three."""
-    with pytest.raises(UserError, match=r"mesh.tensor=4 .* 2 of parameter layers.k; the nearest that does is 2"):
-        parameter_shardings(POLICY, AbstractMesh((1, 1, 4), AXES))
-    with pytest.raises(UserError, match=r"mesh.fsdp=3 .* 16 of parameter embedding; the nearest that does is 2"):
-        parameter_shardings(POLICY, AbstractMesh((1, 3, 1), AXES))
+    """Two kv heads over four devices; a width of 16 over three; both. The mesh that is offered has as many devices, and works."""
+    cases = {
+        (2, 1, 4): (r"mesh.tensor=4 does not divide the 2 of parameter layers.k", (4, 1, 2)),
+        (1, 3, 1): (r"mesh.fsdp=3 does not divide the 16 of parameter embedding", (3, 1, 1)),
+        (1, 6, 4): (r"mesh.fsdp=6 does not divide the 16 of parameter embedding", (6, 2, 2)),
+    }
+    for asked, (problem, nearest) in cases.items():
+        offered = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, nearest, strict=True))
+        with pytest.raises(UserError, match=f"{problem}; the nearest mesh that works is {offered}."):
+            parameter_shardings(POLICY, AbstractMesh(asked, AXES))
+        parameter_shardings(POLICY, AbstractMesh(nearest, AXES))
 
 
 def test_parameters_are_split_over_fsdp_and_tensor():
@@ -122,6 +128,13 @@ def test_parameters_are_split_over_fsdp_and_tensor():
     assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
     assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor")
+
+
+def test_decoding_keeps_parameters_whole_but_for_tensor():
+    shardings = parameter_shardings(POLICY, AbstractMesh((1, 4, 2), AXES), DECODING)
+    assert shardings["embedding"].spec == PartitionSpec("tensor")
+    assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor")
+    assert shardings["layers"]["q"].spec == PartitionSpec(None, None, "tensor")
 
 
 def test_another_seed_gives_other_parameters(results):

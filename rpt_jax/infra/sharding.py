@@ -1,9 +1,10 @@
-"""Where arrays live: logical axes of the policy and the batch, mapped to the axes of the mesh in one table."""
+"""Where arrays live: logical axes of the policy and the batch, mapped to axes of the mesh in one table a phase."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,15 +16,20 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rpt_jax.errors import UserError
 
-# The batch is split over data and fsdp alike; parameters are split over fsdp, and inside a layer over tensor.
-RULES = (
-    ("prompt", ("data", "fsdp")),
-    ("width", "fsdp"),
-    ("kv_heads", "tensor"),
-    ("ffn", "tensor"),
-    ("vocab", "tensor"),
-    ("layers", None),
-)
+Axes = str | tuple[str, ...] | None
+# Logical axis -> mesh axes, one line each. Training: the batch is split over data and fsdp alike; parameters and what the
+# optimiser keeps of them over fsdp, and inside a layer over tensor.
+TRAINING = {
+    "prompt": ("data", "fsdp"),
+    "width": "fsdp",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+}
+# Decoding reads every parameter once a token: fetching the shards of others for that would cost more than all else, so each
+# group of tensor-parallel devices is a replica that holds them whole.
+DECODING = TRAINING | {"width": None}
 PROMPT_AXIS = PartitionSpec(("data", "fsdp"))
 
 
@@ -55,18 +61,28 @@ def check_batches(mesh: Mesh, sizes: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Make `mesh` and `RULES` what the policy's logical axes refer to."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    """Make `mesh` what the policy's logical axes refer to; its activations lie alike in training and decoding."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(TRAINING.items())):
         yield
 
 
-def parameter_shardings(policy: nn.Module, mesh: Mesh) -> Any:
-    """Return the tree of NamedShardings of the policy's parameters. Raises: UserError, where a size is not divisible."""
+def parameter_shardings(policy: nn.Module, mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> Any:
+    """Return the tree of NamedShardings of the policy's parameters.
+
+    Raises: UserError, where a size is not divisible, with the nearest mesh that divides them all.
+    """
     boxed = jax.eval_shape(lambda: _init(policy, jax.random.key(0)))
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
-    abstract = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
-    jax.tree_util.tree_map_with_path(_check_divisible, shardings, abstract)
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, tuple(table.items()))
+    _check_divisible(mesh, shardings, nn.meta.unbox(boxed))
     return jax.tree.map(_shortest, shardings)
+
+
+def decoding_layout(policy: nn.Module, mesh: Mesh) -> Callable[[Any], Any]:
+    """Return what moves parameters from where training keeps them to where decoding reads them, in one program."""
+    training, decoding = (parameter_shardings(policy, mesh, table) for table in (TRAINING, DECODING))
+    if training == decoding:
+        return lambda params: params
+    return jax.jit(lambda params: params, out_shardings=decoding)
 
 
 def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:
@@ -111,13 +127,18 @@ def _shortest(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _check_divisible(path: Any, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> None:
-    for size, axis in zip(leaf.shape, sharding.spec, strict=False):
-        axes = (axis,) if isinstance(axis, str) else axis or ()
-        ways = int(np.prod([sharding.mesh.shape[a] for a in axes]))
-        if size % ways:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            fitting = max(d for d in range(1, ways + 1) if size % d == 0)
-            raise UserError(
-                f"mesh.{axes[-1]}={ways} does not divide the {size} of parameter {name}; the nearest that does is {fitting}."
-            )
+def _check_divisible(mesh: Mesh, shardings: Any, abstract: Any) -> None:
+    fitting, problem = dict(mesh.shape), ""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        for size, axes in zip(leaf.shape, sharding.spec, strict=False):
+            for axis in (axes,) if isinstance(axes, str) else axes or ():
+                # A divisor of what was asked for leaves a mesh of the same number of devices.
+                fitting[axis] = math.gcd(fitting[axis], size)
+                if size % mesh.shape[axis] and not problem:
+                    name = jax.tree_util.keystr(path, simple=True, separator=".")
+                    problem = f"mesh.{axis}={mesh.shape[axis]} does not divide the {size} of parameter {name}"
+    if problem:
+        fitting["data"] = mesh.size // (fitting["fsdp"] * fitting["tensor"])
+        nearest = ", ".join(f"mesh.{axis}={size}" for axis, size in fitting.items())
+        raise UserError(f"{problem}; the nearest mesh that works is {nearest}.")

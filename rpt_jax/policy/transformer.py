@@ -113,6 +113,7 @@ class Layer(nn.Module):
             k = rms_norm(k, self._constant("k_norm", (s.head_size,), (None,), 1.0), s.norm_epsilon)
         cos, sin = rotary
         q, k = rotate(q, cos[:, :, :, None], sin[:, :, :, None]), rotate(k, cos, sin)
+        q, k, v = (nn.with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
         new = KeyValues(k, v)
         contexts = [Context(kv, *seen) for kv, seen in zip((*kvs, new), ranges, strict=True)]
         out_NxKxGxRxQxC = attend(q, contexts, self.attention)
@@ -123,7 +124,8 @@ class Layer(nn.Module):
         gate = jnp.einsum("ngqd,df->ngqf", x_NxGxQxD, self._weight("gate", (s.width, s.ffn), ("width", "ffn"), s.width))
         up = jnp.einsum("ngqd,df->ngqf", x_NxGxQxD, self._weight("up", (s.width, s.ffn), ("width", "ffn"), s.width))
         down = self._weight("down", (s.ffn, s.width), ("ffn", "width"), s.ffn)
-        return jnp.einsum("ngqf,fd->ngqd", nn.silu(gate) * up, down)
+        hidden_NxGxQxF = nn.with_logical_constraint(nn.silu(gate) * up, ("prompt", None, None, "ffn"))
+        return jnp.einsum("ngqf,fd->ngqd", hidden_NxGxQxF, down)
 
 
 class Transformer(nn.Module):
