@@ -73,7 +73,9 @@ def parameter_shardings(policy: nn.Module, mesh: Mesh, table: Mapping[str, Axes]
     """
     boxed = jax.eval_shape(lambda: _init(policy, jax.random.key(0)))
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, tuple(table.items()))
-    _check_divisible(mesh, shardings, nn.meta.unbox(boxed))
+    # Unboxed inside, since on a mesh that constrains what must not be abstract.
+    abstract = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
+    _check_divisible(mesh, shardings, abstract)
     return jax.tree.map(_shortest, shardings)
 
 
