@@ -95,6 +95,7 @@ class PretrainConfig:
     documents_per_step: int = 16
     traces_per_document: int = 18  # Cold-start traces learnt beside each document,
     due_share: float = 1 / 3  # this share of them where the result of a calculation is due.
+    recalled_tokens: int = 4  # Tokens of context that a trace repeats where nothing is calculated.
     drills_per_document: int = 0  # Calculations like the document's, with other numbers, learnt without the document.
     rows_per_document: int = 4  # Traces and drills are packed into so many rows
     row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
@@ -221,6 +222,7 @@ _BOUNDS = {
     "checkpoint.keep": (1, _MANY),
     "pretrain.documents_per_step": (1, _MANY),
     "pretrain.traces_per_document": (1, _MANY),
+    "pretrain.recalled_tokens": (0, _MANY),
     "pretrain.drills_per_document": (0, _MANY),
     "pretrain.rows_per_document": (1, _MANY),
     "pretrain.row_tokens": (16, _MANY),

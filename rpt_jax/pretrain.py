@@ -39,10 +39,8 @@ class ExampleMaker:
         self._min_context = experiment.data.min_context
         self._tokenizer = tokenizer
         self._ids = tokenizer.encode_batch([d.text for d in documents])
-        share, limit = self._config.calculation_share, self._config.row_tokens
-        self._writers = [
-            TraceWriter(tokenizer, d.text, ids, share, limit) for d, ids in zip(documents, self._ids, strict=True)
-        ]
+        traces = (self._config.calculation_share, self._config.row_tokens, self._config.recalled_tokens)
+        self._writers = [TraceWriter(tokenizer, d.text, ids, *traces) for d, ids in zip(documents, self._ids, strict=True)]
 
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return one example, random in where its traces stand and what its drills ask.
