@@ -64,6 +64,12 @@ def load_corpus(config: DataConfig) -> Corpus:
     return sources[config.source](config)
 
 
+def check_source(config: DataConfig) -> None:
+    """Raises: UserError, where the source is not here at all; what it says is not read."""
+    checks = {"gsm_symbolic": _gsm_generators, "champ": _champ_file, "path": lambda: _text_files(config.path)}
+    checks[config.source]()
+
+
 def _hash(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:8], "big")
 
@@ -189,12 +195,15 @@ def _draw(
 # --- champ ----------------------------------------------------------------------------------------
 
 
-def _load_champ(config: DataConfig) -> Corpus:
+def _champ_file() -> Path:
     spec = importlib.util.find_spec("champ_dataset")
     if spec is None:
         raise UserError("data.source='champ' needs the package champ-dataset: pip install champ-dataset==1.0.0")
-    path = Path(spec.origin).parent / "dataset_files" / "v0.json"
-    problems = json.loads(path.read_bytes())["problems"]
+    return Path(spec.origin).parent / "dataset_files" / "v0.json"
+
+
+def _load_champ(config: DataConfig) -> Corpus:
+    problems = json.loads(_champ_file().read_bytes())["problems"]
     candidates = []
     for name, problem in problems.items():
         lines = [problem["_text"], *(step["_text"] for step in problem["solution"]["steps"])]
@@ -205,29 +214,31 @@ def _load_champ(config: DataConfig) -> Corpus:
 # --- path -----------------------------------------------------------------------------------------
 
 
-def _load_path(config: DataConfig) -> Corpus:
-    if not config.path:
+def _text_files(path: str) -> list[Path]:
+    if not path:
         raise UserError("data.path is empty: data.source='path' needs a .txt, a .jsonl or a folder of them.")
-    root = Path(config.path)
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl}
+    root = Path(path)
     if root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix in readers and path.is_file())
+        paths = sorted(path for path in root.rglob("*") if path.suffix in _READERS and path.is_file())
         if not paths:
             raise UserError(f"data.path='{root}' is a folder without any .txt or .jsonl file in it.")
-    elif not root.exists():
+        return paths
+    if not root.exists():
         raise UserError(f"data.path='{root}' does not exist. Give a .txt, a .jsonl or a folder of them.")
-    elif root.suffix not in readers:
+    if root.suffix not in _READERS:
         raise UserError(f"data.path='{root}' is neither a .txt nor a .jsonl file nor a folder of them.")
-    else:
-        paths = [root]
-    candidates = []
-    for path in paths:
+    return [root]
+
+
+def _load_path(config: DataConfig) -> Corpus:
+    root, candidates = Path(config.path), []
+    for path in _text_files(config.path):
         name = path.relative_to(root).as_posix() if path != root else path.name
         try:
             data = path.read_bytes()
         except OSError as error:
             raise UserError(f"data.path: cannot read {path}: {error.strerror}.") from error
-        for line, text in readers[path.suffix](data, path, config.text_field):
+        for line, text in _READERS[path.suffix](data, path, config.text_field):
             candidates.append((Document(text, f"{name}:{line}"), text))
     return _split(candidates, config)
 
@@ -286,6 +297,9 @@ def _read_jsonl(data: bytes, path: Path, text_field: str) -> Iterator[tuple[int,
             line = line.removeprefix("\ufeff")
         if line.strip():
             yield number, _parse_line(line, where, text_field)
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl}
 
 
 def _parse_line(line: str, where: str, text_field: str) -> str:
