@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rpt_jax.config import Experiment
+from rpt_jax.data.corpus import source_name
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
 from rpt_jax.errors import UserError
@@ -129,8 +130,9 @@ class Evaluator:
         positions = choose_positions(scores, data.entropy_threshold, data.min_context)
         if not positions:
             raise UserError(
-                f"no held-out position has an entropy above data.entropy_threshold={data.entropy_threshold}: lower it, or "
-                "hold out more documents."
+                f"{source_name(data)}: no position of the {len(documents)} held-out documents has an entropy above "
+                f"data.entropy_threshold={data.entropy_threshold} and data.min_context={data.min_context} tokens before it: "
+                "lower one of the two, or give a longer corpus."
             )
         batch = self._experiment.training.prompts_per_step
         kwargs = {"count": count, "batch": batch, "seed": data.seed}

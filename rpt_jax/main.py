@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
 
             print_description(experiment)
             return 0
-        run(experiment, Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}"))
+        workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}")
+        run(experiment, workdir.expanduser())  # The shell leaves the ~ of --workdir=~/runs as it is.
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rpt_jax import report
 from rpt_jax.config import Experiment
+from rpt_jax.data.corpus import source_name
 from rpt_jax.data.pipeline import prompt_stream
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import PromptBuilder
@@ -149,10 +150,10 @@ def training_positions(experiment: Experiment, setup: Setup) -> list[Position]:
     total = sum(len(s.entropy_S) for s in scores)
     if len(positions) < experiment.training.prompts_per_step:
         raise UserError(
-            f"only {len(positions)} of {total} positions have an entropy above data.entropy_threshold="
-            f"{experiment.data.entropy_threshold} and data.min_context={experiment.data.min_context} tokens before them, "
-            f"and a step takes training.prompts_per_step={experiment.training.prompts_per_step}: lower one of the three, or "
-            "give a longer corpus."
+            f"{source_name(experiment.data)}: only {len(positions)} of {total} training positions have an entropy above "
+            f"data.entropy_threshold={experiment.data.entropy_threshold} and data.min_context={experiment.data.min_context} "
+            f"tokens before them, and a step takes training.prompts_per_step={experiment.training.prompts_per_step}: lower one "
+            "of the three, or give a longer corpus."
         )
     print(
         f"{len(positions):,} of {total:,} training positions have an entropy above "
