@@ -289,3 +289,18 @@ def test_a_checkpoint_of_another_shape(tmp_path):
     for size in (4, 6):
         with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged or not this run's"):
             restore(tmp_path, {"width": jnp.ones(size)})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_cut_inside_the_numbers_of_a_large_array(tmp_path):
+    """Small arrays lie inside orbax's index; large ones in files of their own, whose loss it reports in another way."""
+    state = {"embedding": jax.random.normal(jax.random.key(0), (512, 256))}
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(3, state, {})
+    checkpointer.close()
+    largest = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 300_000)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged"):
+        restore(tmp_path, state)
+    assert contents(tmp_path) == before

@@ -103,7 +103,7 @@ class Checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), run=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"the checkpoint {self._directory / str(step)} is damaged or not this run's ({reason[:200]}). Move that "
