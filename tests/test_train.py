@@ -185,7 +185,10 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
     (
         ([], "--config is missing"),
         (["--config=configs/none.py"], "configs/none.py"),
-        (["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"], "Did you mean 'optimizer.learning_rate'"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"],
+            "Did you mean 'optimizer.learning_rate'",
+        ),
         (["--config=configs/rpt_tiny.py", "--config.data.documents=many"], "data.documents=many"),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
         (
@@ -194,7 +197,10 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
         ),
         (["--config=configs/rpt_tiny.py", "--config.policy.path=nowhere"], "nowhere"),
         (["--config=configs/rpt_tiny.py", "--config.training.steps=20"], "Did you mean 'training.total_steps'"),
-        (["--config=configs/rpt_tiny.py", "--config.data.entropy_top_k=1025"], "data.entropy_top_k=1025 must be at most"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.entropy_top_k=1025"],
+            "data.entropy_top_k=1025 must be at most",
+        ),
     ),
 )
 def test_what_cannot_run_ends_with_one_sentence_and_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -169,6 +169,10 @@ class TraceWriter:
         """Token positions inside the result of a calculation."""
         return sorted(self._calculations)
 
+    def can_box(self, position: int) -> bool:
+        """Whether a box around token `position` reads as that token: the last opening of a box is the one that counts."""
+        return BOX.encode() not in self._tokenizer.token_bytes([self._ids[position]])
+
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
         """Return the response ids that reason at `position` (after the open <think>) and box the true continuation."""
         if position in self._calculations and rng.random() < self._share:
