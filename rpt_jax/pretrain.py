@@ -39,9 +39,9 @@ class ExampleMaker:
         self._min_context = experiment.data.min_context
         self._tokenizer = tokenizer
         self._ids = tokenizer.encode_batch([d.text for d in documents])
-        share, limit = self._config.calculation_share, self._config.row_tokens
+        traces = (self._config.calculation_share, self._config.row_tokens, self._config.recalled_tokens)
         self._writers = [
-            TraceWriter(tokenizer, d.text, ids, share, limit) for d, ids in zip(documents, self._ids, strict=True)
+            TraceWriter(tokenizer, d.text, ids, *traces) for d, ids in zip(documents, self._ids, strict=True)
         ]
 
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -56,7 +56,7 @@ class ExampleMaker:
         padded = np.pad(tokens, (0, size + 1 - len(tokens)))
         example = {"inputs": padded[:-1], "targets": padded[1:], "mask": np.arange(size) < len(tokens) - 1}
         writer = self._writers[document]
-        traces = [(place, writer.write(place, rng), 0) for place in self._places(document, rng)]
+        traces = [(p, writer.write(p, rng), 0) for p in self._places(document, rng) if writer.can_box(p)]
         drills = [drill for _ in range(self._config.drills_per_document) if (drill := writer.drill(rng))]
         return example | self._pack([*traces, *((None, *drill) for drill in drills)])
 
@@ -187,14 +187,17 @@ def _start(
     """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_start(experiment.policy, mesh)
-    path, vocab_size = workdir / "tokenizer.model", experiment.pretrain.vocab_size
-    if not path.exists():
-        train_sentencepiece((d.text for d in documents), vocab_size, path)
-    tokenizer, shape = load_tokenizer(workdir), preset(experiment.policy.preset)
-    if tokenizer.vocab_size != shape.vocab:
+    path, vocab_size, shape = (
+        workdir / "tokenizer.model",
+        experiment.pretrain.vocab_size,
+        preset(experiment.policy.preset),
+    )
+    if vocab_size != shape.vocab:
         raise UserError(
             f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
             f"{shape.vocab}."
         )
+    if not path.exists():
+        train_sentencepiece((d.text for d in documents), vocab_size, path)
     policy = make_policy(experiment.policy, shape)
-    return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
+    return policy, init_parameters(policy, mesh, experiment.seed), load_tokenizer(workdir)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rpt_jax.config import Experiment, PretrainConfig
+from rpt_jax.data.cold_start import BOX, TraceWriter
 from rpt_jax.data.corpus import Document
 from rpt_jax.data.tokenizer import load_tokenizer
 from rpt_jax.pretrain import ExampleMaker
@@ -60,3 +61,11 @@ def test_drills_stand_alone_and_their_question_is_given() -> None:
         learnt = TOKENIZER.token_bytes(drill["trace_targets"][drill["trace_mask"]].tolist())
         assert given.endswith(b":") and b"-" in given and b"=" not in given
         assert b"=" in learnt and b"boxed{" in learnt
+
+
+def test_what_cannot_be_boxed_is_not_shown() -> None:
+    """The last opening of a box counts: a predicted one would hide the prediction, and teach what earns nothing."""
+    ids = TOKENIZER.encode("a box \\boxed{5} here")
+    writer = TraceWriter(TOKENIZER, "a box \\boxed{5} here", ids, 0.0, 64)
+    boxes = [i for i in range(len(ids)) if not writer.can_box(i)]
+    assert [TOKENIZER.token_bytes([ids[i]]) for i in boxes] == [BOX.encode()]

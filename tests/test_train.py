@@ -185,7 +185,10 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
     (
         ([], "--config is missing"),
         (["--config=configs/none.py"], "configs/none.py"),
-        (["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"], 'Did you mean "learning_rate"'),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"],
+            "Did you mean 'optimizer.learning_rate'",
+        ),
         (["--config=configs/rpt_tiny.py", "--config.data.documents=many"], "data.documents=many"),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
         (
@@ -193,12 +196,28 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
             "no/such.txt",
         ),
         (["--config=configs/rpt_tiny.py", "--config.policy.path=nowhere"], "nowhere"),
-        (["--config=configs/rpt_14b.py"], "mesh.tensor=8 does not fit 1 devices"),
-        (["--config=configs/rpt_14b.py", "--config.mesh.tensor=1"], "models/DeepSeek-R1-Distill-Qwen-14B"),
+        (["--config=configs/rpt_tiny.py", "--config.training.steps=20"], "Did you mean 'training.total_steps'"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.entropy_top_k=1025"],
+            "data.entropy_top_k=1025 must be at most",
+        ),
     ),
 )
 def test_what_cannot_run_ends_with_one_sentence_and_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = command(tmp_path, *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_papers_run_says_at_once_all_that_it_lacks(tmp_path: Path) -> None:
+    done = command(tmp_path, "--config=configs/rpt_14b.py")
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    mesh, policy, corpus = done.stderr.strip().split("\n")
+    assert "mesh.tensor=8 does not fit 1 devices: it takes a multiple of 8," in mesh
+    assert "models/DeepSeek-R1-Distill-Qwen-14B" in policy and "config.json, model.safetensors, tokenizer" in policy
+    assert "data.path='data/omnimath' does not exist" in corpus
+
+
+def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", *arguments]
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)

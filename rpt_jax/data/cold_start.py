@@ -22,7 +22,6 @@ import numpy as np
 from rpt_jax.data.tokenizer import Tokenizer
 
 BOX = "\\boxed{"
-_RECALLED = 4  # Tokens of context that a recall repeats.
 
 # operand, operator, operand, "=", result; a few words or a currency sign may stand in between.
 _WORDS = r"[^\d=+*/×\n.%-]{0,16}?"
@@ -142,10 +141,21 @@ def _divide(left: int, right: int) -> str:
 class TraceWriter:
     """Writes the reasoning and the boxed prediction for positions of one document."""
 
-    def __init__(self, tokenizer: Tokenizer, text: str, ids: Sequence[int], calculation_share: float, max_tokens: int):
-        """`ids` is the document's one tokenisation; `max_tokens` bounds a trace (longer calculations are recalled)."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text: str,
+        ids: Sequence[int],
+        calculation_share: float,
+        max_tokens: int,
+        recalled: int = 4,
+    ):
+        """`ids` is the document's one tokenisation; `max_tokens` bounds a trace (longer calculations are recalled).
+
+        `recalled` is how many tokens of context a recall repeats.
+        """
         self._tokenizer, self._text, self._ids = tokenizer, text, list(ids)
-        self._share, self._max_tokens = calculation_share, max_tokens
+        self._share, self._max_tokens, self._recalled = calculation_share, max_tokens, recalled
         lengths = tokenizer.byte_vocab.lengths_V[np.asarray(self._ids, dtype=np.int64)]
         self._byte_offsets = np.concatenate([[0], np.cumsum(lengths)])
         self._calculations = {}
@@ -158,6 +168,10 @@ class TraceWriter:
     def calculation_positions(self) -> list[int]:
         """Token positions inside the result of a calculation."""
         return sorted(self._calculations)
+
+    def can_box(self, position: int) -> bool:
+        """Whether a box around token `position` reads as that token: the last opening of a box is the one that counts."""
+        return BOX.encode() not in self._tokenizer.token_bytes([self._ids[position]])
 
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
         """Return the response ids that reason at `position` (after the open <think>) and box the true continuation."""
@@ -187,7 +201,7 @@ class TraceWriter:
         return self._close(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
 
     def _recall(self, position: int) -> list[int]:
-        return self._close(self._ids[max(0, position - _RECALLED) : position], [self._ids[position]])
+        return self._close(self._ids[max(0, position - self._recalled) : position], [self._ids[position]])
 
     def _close(self, reasoning: list[int], prediction: list[int]) -> list[int]:
         t = self._tokenizer

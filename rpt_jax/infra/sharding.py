@@ -41,7 +41,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> 
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(unknown) > 1 or known < 1 or count % known or (not unknown and known != count):
         asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        raise UserError(f"{asked} does not fit {count} devices: the product must be {count}, with at most one -1.")
+        needed = f"a multiple of {known}" if unknown else known
+        raise UserError(f"{asked} does not fit {count} devices: it takes {needed}, with at most one -1.")
     for name in unknown:
         sizes[name] = count // known
     # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.

@@ -60,6 +60,18 @@ def save_policy(
         shutil.copy(tokenizer_file, directory)
 
 
+def check_files(directory: str | Path) -> None:
+    """Raises: UserError, naming every file of a policy that `directory` lacks."""
+    needed = {name: (name,) for name in ("config.json", WEIGHTS)}
+    needed["tokenizer.model or tokenizer.json"] = ("tokenizer.model", "tokenizer.json")
+    lacking = [what for what, names in needed.items() if not any((Path(directory) / name).is_file() for name in names)]
+    if lacking:
+        raise UserError(
+            f"policy.path='{directory}' must be the directory of a policy, and lacks {', '.join(lacking)}: put them there, or "
+            "name another directory."
+        )
+
+
 def load_shape(directory: str | Path) -> tuple[Shape, str]:
     """Read shape and tokenizer fingerprint ("" where it is not known) from config.json.
 
