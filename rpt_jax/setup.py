@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -14,7 +13,7 @@ from rpt_jax.data.corpus import Corpus, Document, load_corpus
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.infra.sharding import parameter_shardings
-from rpt_jax.policy.hf import load_policy
+from rpt_jax.policy.hf import load_policy, load_shape
 from rpt_jax.policy.presets import Shape, preset
 from rpt_jax.policy.transformer import Params, Transformer
 
@@ -45,7 +44,7 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
         raise UserError(
             "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports."
         )
-    shape, weights, fingerprint = load_policy(config.path)
+    shape, fingerprint = load_shape(config.path)
     if config.preset and preset(config.preset) != shape:
         raise UserError(f"policy.path='{config.path}' holds {shape}, which is not policy.preset='{config.preset}'.")
     tokenizer = load_tokenizer(config.path)
@@ -56,7 +55,8 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
             f"{(fingerprint or 'unknown')[:12]}…). Put the policy's own tokenizer there."
         )
     policy = make_policy(config, shape)
-    return policy, jax.device_put(weights, parameter_shardings(policy, mesh)), tokenizer
+    _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh))
+    return policy, params, tokenizer
 
 
 def set_up(experiment: Experiment, mesh: Mesh) -> Setup:

@@ -21,6 +21,7 @@ from flax import linen as nn
 
 from rpt_jax.policy.attention import Context, KeyValues, attend
 from rpt_jax.policy.presets import Shape
+from rpt_jax.policy.rope import Scaling, rope_frequencies
 
 Params = dict[str, Any]
 _UNROLLED_LAYERS = 6
@@ -33,11 +34,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (x32 * scale).astype(x.dtype)
 
 
-def rotary_angles(positions_NxGxQ: jax.Array, head_size: int, base: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    positions_NxGxQ: jax.Array, head_size: int, base: float, scaling: Scaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [N, 1, G, Q, C/2] in float32: bfloat16 cannot tell position 256 from 257."""
-    frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    frequency, factor = rope_frequencies(head_size, base, scaling)
     angle = positions_NxGxQ[:, None, :, :, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -144,7 +147,7 @@ class Transformer(nn.Module):
         if not s.tied:
             self.param("head", init, (s.vocab, s.width), jnp.float32)
         x_NxGxQxD = embedding_VxD[tokens_NxGxQ].astype(self.dtype)
-        rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base)
+        rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base, s.rope_scaling)
         length = tokens_NxGxQ.shape[-1]
         among_NxGxQxQ = jnp.tril(jnp.ones((1, 1, length, length), bool))
         if segments_NxGxQ is not None:
