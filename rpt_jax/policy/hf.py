@@ -80,7 +80,7 @@ def open_weights(source: str | Path, shape: Shape) -> Tensors:
 def load_policy(source: str | Path, shardings: Any = None) -> tuple[Shape, Params, str]:
     """Read shape, float32 parameters and tokenizer fingerprint.
 
-    The host holds one tensor of the files at a time, and no device more of it than its own share.
+    The host holds one tensor of the files at a time, in their dtype, and no device more than its own share.
 
     Args:
       source: a directory in the form of Hugging Face, or a GGUF file.
@@ -89,34 +89,56 @@ def load_policy(source: str | Path, shardings: Any = None) -> tuple[Shape, Param
     Raises: UserError, naming the file and the tensor that is at fault.
     """
     shape, fingerprint = load_shape(source)
-    tensors = open_weights(source, shape)
-    shardings = shardings or {"layers": {}}
-
-    def take(name: str, dims: tuple[int, ...], inputs: int, sharding: NamedSharding | None) -> jax.Array:
-        tensor = tensors.read(name)
-        tensor = (tensor.T if inputs else tensor).astype(np.float32, order="C", copy=False).reshape(dims)
-        if sharding is None:
-            return jnp.asarray(tensor)
-        return jax.make_array_from_callback(dims, sharding, lambda index: tensor[index])
-
-    dims = _leaf_dims(shape)
-    top = {n: take(_TOP[n], dims.pop(n), 0, shardings.get(n)) for n in _TOP if n in dims}
-    stacked = {n: shardings["layers"].get(n) for n in dims}
-    single = {n: s and NamedSharding(s.mesh, PartitionSpec(*s.spec[1:])) for n, s in stacked.items()}
-    out = None if None in stacked.values() else stacked
-    layers = jax.jit(
-        lambda: {n: jnp.zeros((shape.layers, *d), jnp.float32) for n, d in dims.items()}, out_shardings=out
-    )()
-    write = jax.jit(_write_layer, donate_argnums=0, out_shardings=out)
-    for i in range(shape.layers):
-        layer = {n: take(_layer_name(n, i), d, _LAYER[n][1], single[n]) for n, d in dims.items()}
+    tensors, dims = open_weights(source, shape), _leaf_dims(shape)
+    params: Params = {"layers": {}}
+    for name, _, ours, layer in _names(shape):
+        if layer is None:
+            sharding = shardings and shardings[ours]
+            params[ours] = _put(tensors.read(name), sharding).astype(jnp.float32)
+            continue
+        inputs, sharding = _LAYER[ours][1], shardings and shardings["layers"][ours]
+        if layer == 0:
+            params["layers"][ours] = _empty_stack((shape.layers, *dims[ours]), sharding)
+        tensor = _put(tensors.read(name), sharding and _on_disk(sharding, inputs))
+        params["layers"][ours] = _write_layer(params["layers"][ours], tensor, layer, dims[ours], inputs, sharding)
         # Waited for, or reading would run ahead and the tensors of many layers wait on the host.
-        layers = jax.block_until_ready(write(layers, layer, i))
-    return shape, {**top, "layers": layers}, fingerprint
+        jax.block_until_ready(params["layers"][ours])
+    return shape, params, fingerprint
 
 
-def _write_layer(layers: dict[str, jax.Array], layer: dict[str, jax.Array], i: jax.Array) -> dict[str, jax.Array]:
-    return {n: jax.lax.dynamic_update_index_in_dim(layers[n], x, i, 0) for n, x in layer.items()}
+def _put(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(tensor)
+    return jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
+
+
+def _on_disk(sharding: NamedSharding, inputs: int) -> NamedSharding:
+    """Return how a layer's tensor as it is on disk, [outputs, inputs], is split like the parameter that it becomes."""
+    axes = sharding.spec[1:]
+    parts = (axes[inputs:], axes[:inputs]) if inputs else (axes,)
+    # Of the axes that are one on disk, the first that is longer than one is the only one that is ever split.
+    merged = (next((axis for axis in part if axis is not None), None) for part in parts)
+    return NamedSharding(sharding.mesh, PartitionSpec(*merged))
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "sharding"))
+def _empty_stack(dims: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    stack = jnp.zeros(dims, jnp.float32)
+    return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "inputs", "sharding"), donate_argnames="stack")
+def _write_layer(
+    stack: jax.Array,
+    tensor: jax.Array,
+    layer: int,
+    dims: tuple[int, ...],
+    inputs: int,
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    ours = (tensor.T if inputs else tensor).reshape(dims).astype(jnp.float32)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0)
+    return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
 
 
 def save_policy(

@@ -46,8 +46,10 @@ class Tensors:
     def read(self, name: str) -> np.ndarray:
         """Return one tensor. Raises: UserError, where it holds NaN or infinity."""
         tensor = self.fetch(name)
-        # Of the smallest and the largest value, because a mask of the whole tensor would double what is in memory.
-        if tensor.size and not np.isfinite([tensor.min().astype(np.float32), tensor.max().astype(np.float32)]).all():
+        # Of the smallest and the largest value, because a mask of the whole tensor would be another one in memory.
+        with np.errstate(invalid="ignore"):
+            extremes = [float(tensor.min()), float(tensor.max())]
+        if not np.isfinite(extremes).all():
             raise UserError(f"{self.source}: {name} holds NaN or infinity.")
         return tensor
 
