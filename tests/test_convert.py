@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import gguf
@@ -81,7 +84,7 @@ def test_a_foreign_policy_becomes_ours_and_foreign_again(theirs, tmp_path, capsy
     ours = tmp_path / "new" / "ours"
     tokenizer = load_tokenizer(ours)
     assert load_shape(ours)[1] == tokenizer.fingerprint
-    assert tokenizer.stop_ids == (259, 258) and tokenizer.normalizer == "NFC"
+    assert tokenizer.stop_ids == (258, 259) and tokenizer.normalizer == "NFC"
     assert tokenizer.token_bytes(tokenizer.encode("e\u0301")) == "e\u0301".encode()
     assert run(f"--from={ours}", f"--to={tmp_path / 'out'}") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in theirs.iterdir())
@@ -198,7 +201,7 @@ def test_shards_and_their_index(tmp_path, monkeypatch):
     write_safetensors(tmp_path, in_memory(arrays))
     index = json.loads((tmp_path / INDEX).read_text())
     files = sorted(set(index["weight_map"].values()))
-    assert len(files) == 5 and files[0] == "model-00001-of-00005.safetensors"
+    assert len(files) == 4 and files[0] == "model-00001-of-00004.safetensors"
     assert index["metadata"]["total_size"] == sum(x.nbytes for x in arrays.values())
     assert {n: f for f in files for n in load_file(tmp_path / f)} == index["weight_map"]
     opened = open_safetensors(tmp_path)
@@ -237,8 +240,8 @@ def test_a_tied_head_may_be_there_if_it_is_the_embedding(theirs):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
-    shape = dataclasses.replace(SHAPE, layers=8, width=128, heads=8, kv_heads=8, head_size=64, ffn=512, vocab=512)
-    params, largest = random_params(Transformer(shape), 0), 512 * 128 * 4
+    shape = dataclasses.replace(SHAPE, layers=4, width=128, ffn=4096, vocab=4096)
+    params, largest = random_params(Transformer(shape), 0), 4096 * 128 * 4
     save_policy(tmp_path, shape, params, tmp_path / "tokenizer.json", "")
     shardings = parameter_shardings(Transformer(shape), make_mesh(1, 1, 1)) if sharded else None
     load_policy(tmp_path, shardings)  # Compiles.
@@ -262,6 +265,36 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
 
 
+_ON_EIGHT_DEVICES = """
+import sys, jax, numpy as np
+from rpt_jax.infra.sharding import make_mesh, parameter_shardings
+from rpt_jax.policy import hf
+from rpt_jax.policy.transformer import Transformer
+shape, expected, _ = hf.load_policy(sys.argv[1])
+shardings = parameter_shardings(Transformer(shape), make_mesh(1, 4, 2))
+put, parts = hf._put, []
+def counted(tensor, sharding):
+    array = put(tensor, sharding)
+    parts.append(max(shard.data.size for shard in array.addressable_shards) / tensor.size if tensor.ndim > 1 else 0)
+    return array
+hf._put = counted
+_, loaded, _ = hf.load_policy(sys.argv[1], shardings)
+jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
+assert len(jax.devices()) == 8 and max(parts) == 1 / 8, parts
+"""
+
+
+def test_no_device_holds_more_than_its_share(tmp_path):
+    """Not even while it reads, of a policy with biases and a head of its own."""
+    shape = dataclasses.replace(SHAPE, qkv_bias=True, tied=False)
+    save_policy(tmp_path, shape, random_params(Transformer(shape), 0), tmp_path / "tokenizer.json", "")
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+    command = [sys.executable, "-c", _ON_EIGHT_DEVICES, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | devices, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # --- GGUF --------------------------------------------------------------------------------------------
 
 
@@ -280,7 +313,7 @@ def write_gguf(path, family="llama", shape=SHAPE, quantised=(), pre="smollm", ki
     writer.add_token_types([1] * len(PLAIN) + [3] * len(SPECIAL) + [5] * len(padding))
     writer.add_token_merges(["Ġ t"]), writer.add_chat_template("{{ messages }}")
     writer.add_bos_token_id(257), writer.add_eos_token_id(258), writer.add_eot_token_id(259)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], shape.layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, shape.layers)  # A superset of the others.
     for name, tensor in weights.items():
         tensor = np.ascontiguousarray(tensor)
         for part, heads in (("q_proj.", shape.heads), ("k_proj.", shape.kv_heads)):

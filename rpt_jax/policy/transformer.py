@@ -94,7 +94,7 @@ class Layer(nn.Module):
         v = jnp.einsum("ngqd,dkc->nkgqc", x_NxGxQxD, wv)
         if s.qkv_bias:
             dims, axes = (1, s.kv_heads, 1, 1, s.head_size), (None, "kv_heads", None, None, None)
-            bias_q = self._constant("q_bias", (1, s.kv_heads, 1, group, 1, s.head_size), (None, *axes), 0.0)
+            bias_q = self._constant("q_bias", (1, s.kv_heads, 1, group, 1, s.head_size), (*axes, None), 0.0)
             q = q + bias_q.astype(self.dtype)
             k = k + self._constant("k_bias", dims, axes, 0.0).astype(self.dtype)
             v = v + self._constant("v_bias", dims, axes, 0.0).astype(self.dtype)
