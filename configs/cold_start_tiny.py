@@ -15,9 +15,14 @@ def get_config() -> ml_collections.ConfigDict:
     config = pretrain_tiny.get_config()
     config.seed = 1  # Other positions of the same documents than in the first stage.
     config.policy.path = "runs/pretrain_tiny_seed0/policy"
-    config.pretrain.due_share = 0.8
+    # Many short recalls: a guess behind a trace is another skill than a guess, and learns from these alone.
+    config.pretrain.traces_per_document = 40
+    config.pretrain.recalled_tokens = 2
+    config.pretrain.due_share = 0.2
     config.pretrain.calculation_share = 0.45
+    config.pretrain.drills_per_document = 10
+    config.pretrain.rows_per_document = 12
     config.training.total_steps = 1600
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     return config

@@ -22,11 +22,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.pretrain.documents_per_step = 8
     config.pretrain.traces_per_document = 18
-    config.pretrain.rows_per_document = 4
-    config.pretrain.row_tokens = 64
+    config.pretrain.due_share = 0.5
     config.pretrain.calculation_share = 0.4
+    config.pretrain.drills_per_document = 8
+    config.pretrain.rows_per_document = 8
+    config.pretrain.row_tokens = 64
 
-    config.training.total_steps = 2800
+    config.training.total_steps = 3000
     config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100

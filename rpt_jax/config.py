@@ -8,8 +8,12 @@ memory, never results.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import runpy
+import traceback
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -95,7 +99,9 @@ class PretrainConfig:
     documents_per_step: int = 16
     traces_per_document: int = 18  # Cold-start traces learnt beside each document,
     due_share: float = 1 / 3  # this share of them where the result of a calculation is due.
-    rows_per_document: int = 4  # They are packed into so many rows
+    recalled_tokens: int = 4  # Tokens of context that a trace repeats where nothing is calculated.
+    drills_per_document: int = 0  # Calculations like the document's, with other numbers, learnt without the document.
+    rows_per_document: int = 4  # Traces and drills are packed into so many rows
     row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
     trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy against the documents'.
     calculation_share: float = 0.4  # Where a calculation is due, how often the trace carries it out.
@@ -150,13 +156,33 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Experiment())).lock()
 
 
-def from_config_dict(config: Mapping[str, Any]) -> Experiment:
-    """Validate a config against the schema.
+def load_config_file(path: str) -> Mapping[str, Any]:
+    """Return what `get_config()` of the Python file `path` returns. Raises: UserError, naming file and line."""
+    if not Path(path).is_file():
+        raise UserError(f"--config={path} is no file.{nearest(path, map(str, Path('configs').glob('*.py')))}")
+    try:
+        module = runpy.run_path(path)
+        config = module["get_config"]() if "get_config" in module else None
+    except Exception as error:  # noqa: BLE001 - whatever a user's own file does wrong.
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
+        reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+        raise UserError(f"{path}:{line} raises {type(error).__name__}: {reason}") from None
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"{path} must define get_config(), which returns default_config() with fields changed.")
+    return config
+
+
+def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
+    """Validate a config, with `overrides` as a command line gives them (`section.field=value`), against the schema.
 
     Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
     wrong types and impossible values.
     """
-    experiment = _build(Experiment, dict(config), "")
+    fields = dataclasses.asdict(_build(Experiment, dict(config), ""))
+    for override in overrides:
+        _override(fields, override)
+    experiment = _build(Experiment, fields, "")
     check_choice("task", experiment.task, TASKS)
     check_choice("policy.dtype", experiment.policy.dtype, ("float32", "bfloat16"))
     check_choice("policy.remat", experiment.policy.remat, ("none", "full"))
@@ -165,7 +191,7 @@ def from_config_dict(config: Mapping[str, Any]) -> Experiment:
     values = dict(leaves(experiment))
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
-            raise UserError(f"{name}={values[name]} must be between {low:g} and {high:g}.")
+            raise UserError(f"{name}={values[name]} must be between {low:.10g} and {high:.10g}.")
     for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if values[name] < 1 and values[name] != -1:
             raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.")
@@ -183,9 +209,13 @@ def from_config_dict(config: Mapping[str, Any]) -> Experiment:
 
 
 _MANY = 10**12
+_SEEDS = 2**32 - 1  # The largest that grain takes.
 _BOUNDS = {
+    "seed": (0, _SEEDS),
+    "data.seed": (0, _SEEDS),
     "data.documents": (1, _MANY),
     "data.held_out_documents": (1, _MANY),
+    "data.held_out_templates": (0, _MANY),
     "data.max_document_tokens": (2, _MANY),
     "data.min_context": (1, _MANY),
     "data.entropy_top_k": (2, _MANY),
@@ -220,6 +250,8 @@ _BOUNDS = {
     "checkpoint.keep": (1, _MANY),
     "pretrain.documents_per_step": (1, _MANY),
     "pretrain.traces_per_document": (1, _MANY),
+    "pretrain.recalled_tokens": (0, _MANY),
+    "pretrain.drills_per_document": (0, _MANY),
     "pretrain.rows_per_document": (1, _MANY),
     "pretrain.row_tokens": (16, _MANY),
     "pretrain.calculation_share": (0.0, 1.0),
@@ -243,7 +275,7 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
     types = typing.get_type_hints(schema)
     for name in values:
         if name not in types:
-            raise UserError(f"unknown config field '{prefix}{name}'.{nearest(str(name), types)}")
+            raise UserError(f"unknown config field '{prefix}{name}'.{_nearest_field(f'{prefix}{name}')}")
     built = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types[name]):
@@ -253,6 +285,50 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
         else:
             built[name] = _typed(f"{prefix}{name}", value, types[name])
     return schema(**built)
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    """Set one of the nested `fields` as `override`, `section.field=value`, says."""
+    name, equals, text = override.partition("=")
+    defaults = dict(leaves(Experiment()))
+    if name not in defaults:
+        within = [field for field in defaults if field.startswith(f"{name}.")]
+        if within:
+            example = f"--config.{within[0]}={defaults[within[0]]}"
+            raise UserError(f"{name} is a section: set its fields one by one, for example {example}.")
+        raise UserError(f"unknown config field '{name}'.{_nearest_field(name)}")
+    if not equals:
+        raise UserError(f"--config.{name} has no value: write --config.{name}={defaults[name]}, for example.")
+    *sections, leaf = name.split(".")
+    for section in sections:
+        fields = fields[section]
+    fields[leaf] = _parse(name, text, type(defaults[name]))
+
+
+def _parse(name: str, text: str, expected: type) -> Any:
+    try:
+        return {"true": True, "false": False}[text.lower()] if expected is bool else expected(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false (bool)", int: "a whole number (int)", float: "a number (float)"}[expected]
+        raise UserError(f"{name}={text} must be {kind}.") from None
+
+
+def _nearest_field(name: str) -> str:
+    """A hint on an unknown dotted name: the nearest known one, or else the names that there are."""
+    fields = [field for field, _ in leaves(Experiment())]
+    sections = sorted({field.partition(".")[0] for field in fields if "." in field})
+
+    def closeness(known: str) -> tuple[float, float]:
+        pairs = (name, known), (name.rpartition(".")[2], known.rpartition(".")[2])
+        whole, last = (difflib.SequenceMatcher(None, a.lower(), b).ratio() for a, b in pairs)
+        return max(whole, last), whole  # The right field of a wrong section is close, too.
+
+    best = max([*fields, *(() if "." in name else sections)], key=closeness)
+    if closeness(best)[0] >= 0.6:
+        return f" Did you mean '{best}'?"
+    within = [field for field in fields if field.startswith(f"{name.partition('.')[0]}.")]
+    top = [field for field in fields if "." not in field]
+    return f" There are: {', '.join(within or [*top, *(f'{section}.*' for section in sections)])}."
 
 
 def _typed(name: str, value: Any, expected: type) -> Any:

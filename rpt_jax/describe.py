@@ -16,7 +16,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.policy.hf import load_shape
-from rpt_jax.policy.presets import Shape, preset
+from rpt_jax.policy.presets import Shape, check_preset, preset
 
 _FLOAT32 = 4  # Bytes.
 _BYTES = "bytes"  # Begins the name of every row whose value is a size in memory or on disk.
@@ -126,7 +126,9 @@ def _shape(experiment: Experiment) -> tuple[Shape, str]:
     if experiment.task == "pretrain" or not policy.path:
         return preset(policy.preset), f"policy.preset={policy.preset}"
     if Path(policy.path).exists():
-        return load_shape(policy.path)[0], f"policy.path={policy.path}"
+        shape = load_shape(policy.path)[0]
+        check_preset(policy.path, policy.preset, shape)
+        return shape, f"policy.path={policy.path}"
     return preset(policy.preset), f"policy.preset={policy.preset} (policy.path={policy.path} is not on this machine)"
 
 

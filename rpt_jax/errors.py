@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -25,3 +25,15 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise UserError(f"{field}='{value}' is not one of: {', '.join(choices)}.{nearest(value, choices)}")
     return value
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run every check, and raise one `UserError` with the complaints of all that raise one."""
+    complaints = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise UserError("\n       ".join(complaints))

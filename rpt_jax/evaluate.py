@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rpt_jax.config import Experiment
+from rpt_jax.data.corpus import source_name
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
 from rpt_jax.errors import UserError
@@ -22,6 +23,7 @@ from rpt_jax.setup import Documents, Setup
 SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
 # Folded into the run's key in place of a step: all evaluations of a run share their noise.
 _NOISE = 2**31 - 1
+_Z = 1.96  # Standard errors to either side of a 95 % interval.
 
 
 class EvaluationSet(NamedTuple):
@@ -54,30 +56,36 @@ def direct_accuracy(evaluation: EvaluationSet, scores: Sequence[Scores]) -> np.n
 
 
 def by_split(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, dict[str, Any]]:
-    """Mean of `right_N` over each split with a 95 % interval.
-
-    The interval is normal, with the variance that treats documents as the independent units: positions of one document
-    stand or fall together, and an interval over positions would be too narrow.
-    """
+    """Mean of `right_N` over each split with a 95 % interval (see `_interval`)."""
     entropy_N = np.array([p.entropy for p in positions])
     document_N = np.array([p.document for p in positions])
     result = {}
     for name, threshold in SPLITS.items():
         kept = entropy_N > threshold
-        values, documents = right_N[kept], document_N[kept]
-        accuracy = float(values.mean()) if len(values) else 0.0
-        _, cluster = np.unique(documents, return_inverse=True)
-        residuals = np.bincount(cluster, weights=values - accuracy) if len(values) else np.zeros(0)
-        clusters = len(residuals)
-        correction = clusters / (clusters - 1) if clusters > 1 else 1.0
-        error = 1.96 * float(np.sqrt(correction * np.sum(residuals**2))) / max(len(values), 1)
-        result[name] = {
-            "accuracy": accuracy,
-            "low": max(0.0, accuracy - error),
-            "high": min(1.0, accuracy + error),
-            "positions": int(kept.sum()),
-        }
+        accuracy = float(right_N[kept].mean()) if kept.any() else 0.0
+        low, high = _interval(right_N[kept], document_N[kept], accuracy)
+        result[name] = {"accuracy": accuracy, "low": low, "high": high, "positions": int(kept.sum())}
     return result
+
+
+def _interval(right_N: np.ndarray, document_N: np.ndarray, mean: float) -> tuple[float, float]:
+    """95 % interval of `mean`, with documents as the independent units.
+
+    Positions of one document stand or fall together, and an interval over positions would be too narrow. It is normal, with
+    the variance between documents. Where they show none (a single document, or all of them alike, as where everything is
+    wrong) that says nothing of the next one: then it is Wilson's for as many observations as documents. Without any, it is
+    everything from 0 to 1.
+    """
+    _, cluster_N = np.unique(document_N, return_inverse=True)
+    residuals_C = np.bincount(cluster_N, weights=right_N - mean)
+    count = len(residuals_C)
+    spread = float(np.sqrt(np.sum(residuals_C**2)))
+    if count > 1 and spread > 1e-9 * len(right_N):
+        middle, error = mean, _Z * np.sqrt(count / (count - 1)) * spread / len(right_N)
+    else:
+        middle = (count * mean + _Z**2 / 2) / (count + _Z**2)
+        error = _Z * np.sqrt(count * mean * (1 - mean) + _Z**2 / 4) / (count + _Z**2)
+    return max(0.0, float(middle - error)), min(1.0, float(middle + error))
 
 
 def score(experiment: Experiment, setup: Setup, params: Params, documents: Documents) -> list[Scores]:
@@ -122,8 +130,9 @@ class Evaluator:
         positions = choose_positions(scores, data.entropy_threshold, data.min_context)
         if not positions:
             raise UserError(
-                f"no held-out position has an entropy above data.entropy_threshold={data.entropy_threshold}: lower it, or "
-                "hold out more documents."
+                f"{source_name(data)}: no position of the {len(documents)} held-out documents has an entropy above "
+                f"data.entropy_threshold={data.entropy_threshold} and data.min_context={data.min_context} tokens before it: "
+                "lower one of the two, or give a longer corpus."
             )
         batch = self._experiment.training.prompts_per_step
         kwargs = {"count": count, "batch": batch, "seed": data.seed}
@@ -162,6 +171,14 @@ class Evaluator:
 
 
 def evaluation_metrics(reasoning: dict[str, Any], direct: dict[str, Any] | None = None) -> dict[str, float]:
-    """Scalars for metrics.jsonl: `eval/reasoning/<split>` and, where it was measured, `eval/direct/<split>`."""
-    scalars = {f"eval/reasoning/{name}": split["accuracy"] for name, split in reasoning.items()}
-    return scalars | {f"eval/direct/{name}": split["accuracy"] for name, split in (direct or {}).items()}
+    """Scalars for metrics.jsonl: `eval/reasoning/<split>` and, where it was measured, `eval/direct/<split>`.
+
+    A split without positions has no accuracy.
+    """
+    modes = {"reasoning": reasoning, "direct": direct or {}}
+    return {
+        f"eval/{mode}/{name}": split["accuracy"]
+        for mode, splits in modes.items()
+        for name, split in splits.items()
+        if split["positions"]
+    }

@@ -12,47 +12,51 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from rpt_jax.config import Experiment, from_config_dict
+from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file: one of configs/, or your own.")
+_OVERRIDE = "--config."
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Config file: one of configs/, or your own. --config.section.field=value changes a field of it."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<name of the config>_seed<seed>.")
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that follows from the config, and stop.")
 
 
 def load_experiment(argv: list[str]) -> Experiment:
     """Parse the command line into a validated experiment. Raises: UserError, for whatever is wrong with it."""
+    overrides = [argument.removeprefix(_OVERRIDE) for argument in argv if argument.startswith(_OVERRIDE)]
     try:
-        rest = flags.FLAGS(argv)
-        config = _CONFIG.value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        # The libraries' own words, on one line: they name the flag or field, and the nearest one.
-        raise UserError(" ".join(str(error.args[0] if error.args else error).split())) from None
+        rest = flags.FLAGS([argument for argument in argv if not argument.startswith(_OVERRIDE)])
+    except flags.Error as error:
+        raise UserError(f"{error}. (A field of the config is set by {_OVERRIDE}section.field=value.)") from None
     if len(rest) > 1:
-        raise UserError(f"unexpected argument '{rest[1]}'; options begin with --.")
-    if config is None:
+        raise UserError(f"unexpected argument '{rest[1]}'; options begin with --, and values follow a =.")
+    if _CONFIG.value is None:
         raise UserError("--config is missing: give a config file, such as --config=configs/rpt_tiny.py.")
-    return from_config_dict(config.to_dict())
+    return from_config_dict(load_config_file(_CONFIG.value), overrides)
 
 
 def run(experiment: Experiment, workdir: Path) -> None:
     """Run the experiment's task in `workdir`."""
     # Late imports: a mistyped flag should not wait for JAX.
     from rpt_jax import pretrain, train
-    from rpt_jax.infra.checkpoint import claim_workdir
-    from rpt_jax.infra.sharding import make_mesh, use_mesh
+    from rpt_jax.infra.checkpoint import claimed_workdir
+    from rpt_jax.infra.sharding import use_mesh
+    from rpt_jax.setup import start_mesh
 
-    mesh = make_mesh(experiment.mesh.data, experiment.mesh.fsdp, experiment.mesh.tensor)
     tasks = {"rpt": train.train, "pretrain": pretrain.pretrain}
-    claim_workdir(workdir, experiment)
-    with use_mesh(mesh):
+    mesh = start_mesh(experiment)
+    with claimed_workdir(workdir, experiment), use_mesh(mesh):
         tasks[experiment.task](experiment, workdir, mesh)
 
 
 def main(argv: list[str]) -> int:
     """Return the exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        return 0
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:
@@ -60,8 +64,8 @@ def main(argv: list[str]) -> int:
 
             print_description(experiment)
             return 0
-        name = Path(flags.FLAGS["config"].config_filename).stem
-        run(experiment, Path(_WORKDIR.value or f"runs/{name}_seed{experiment.seed}"))
+        workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}")
+        run(experiment, workdir.expanduser())  # The shell leaves the ~ of --workdir=~/runs as it is.
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -39,13 +39,13 @@ class ExampleMaker:
         self._min_context = experiment.data.min_context
         self._tokenizer = tokenizer
         self._ids = tokenizer.encode_batch([d.text for d in documents])
-        share, limit = self._config.calculation_share, self._config.row_tokens
+        traces = (self._config.calculation_share, self._config.row_tokens, self._config.recalled_tokens)
         self._writers = [
-            TraceWriter(tokenizer, d.text, ids, share, limit) for d, ids in zip(documents, self._ids, strict=True)
+            TraceWriter(tokenizer, d.text, ids, *traces) for d, ids in zip(documents, self._ids, strict=True)
         ]
 
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Return one example, random in where its traces stand.
+        """Return one example, random in where its traces stand and what its drills ask.
 
         `inputs`, `targets`, `mask`: the document, [S]. `trace_inputs`, `trace_targets`, `trace_mask`: K rows of T tokens of
         packed traces, [K, T], and for each of their tokens `trace_segment` (which trace of its row), `trace_prefix` (how many
@@ -55,8 +55,10 @@ class ExampleMaker:
         tokens = np.array([t.bos_id, *self._ids[document], t.eos_id], np.int32)[: size + 1]
         padded = np.pad(tokens, (0, size + 1 - len(tokens)))
         example = {"inputs": padded[:-1], "targets": padded[1:], "mask": np.arange(size) < len(tokens) - 1}
-        traces = [(place, self._writers[document].write(place, rng)) for place in self._places(document, rng)]
-        return example | self._pack(traces)
+        writer = self._writers[document]
+        traces = [(p, writer.write(p, rng), 0) for p in self._places(document, rng) if writer.can_box(p)]
+        drills = [drill for _ in range(self._config.drills_per_document) if (drill := writer.drill(rng))]
+        return example | self._pack([*traces, *((None, *drill) for drill in drills)])
 
     def _places(self, document: int, rng: np.random.Generator) -> list[int]:
         """Positions to reason at: a share, where there are such, inside the result of a calculation, the rest anywhere.
@@ -72,13 +74,16 @@ class ExampleMaker:
             places[:share] = rng.choice(due, size=share)
         return [int(p) for p in rng.permutation(places)]
 
-    def _pack(self, traces: Sequence[tuple[int, list[int]]]) -> dict[str, np.ndarray]:
-        """Put each trace into the first row that has room for it; those that fit nowhere are left out."""
+    def _pack(self, traces: Sequence[tuple[int | None, list[int], int]]) -> dict[str, np.ndarray]:
+        """Put each (place, trace, given tokens) into the first row that has room; those that fit nowhere are left out.
+
+        A trace without a place sees nothing but itself, and its given tokens are not to be learnt.
+        """
         shape = (self._config.rows_per_document, self._config.row_tokens)
         names = ("inputs", "targets", "mask", "segment", "prefix", "position")
         rows = {name: np.zeros(shape, bool if name == "mask" else np.int32) for name in names}
         used = np.zeros(shape[0], int)
-        for number, (place, trace) in enumerate(traces, start=1):
+        for number, (place, trace, given) in enumerate(traces, start=1):
             fitting = np.flatnonzero(used + len(trace) <= shape[1])
             if not len(fitting):
                 continue
@@ -86,11 +91,12 @@ class ExampleMaker:
             used[row] += len(trace)
             rows["inputs"][row, columns] = [self._tokenizer.think_id, *trace[:-1]]
             rows["targets"][row, columns] = trace
-            rows["mask"][row, columns] = True
+            rows["mask"][row, columns] = np.arange(len(trace)) >= given
             rows["segment"][row, columns] = number
             # The beginning-of-sequence token, and the document's tokens before the place.
-            rows["prefix"][row, columns] = place + 1
-            rows["position"][row, columns] = place + 1 + np.arange(len(trace))
+            prefix = 0 if place is None else place + 1
+            rows["prefix"][row, columns] = prefix
+            rows["position"][row, columns] = prefix + np.arange(len(trace))
         return {f"trace_{name}": array for name, array in rows.items()}
 
 
@@ -181,14 +187,17 @@ def _start(
     """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_start(experiment.policy, mesh)
-    path, vocab_size = workdir / "tokenizer.model", experiment.pretrain.vocab_size
-    if not path.exists():
-        train_sentencepiece((d.text for d in documents), vocab_size, path)
-    tokenizer, shape = load_tokenizer(workdir), preset(experiment.policy.preset)
-    if tokenizer.vocab_size != shape.vocab:
+    path, vocab_size, shape = (
+        workdir / "tokenizer.model",
+        experiment.pretrain.vocab_size,
+        preset(experiment.policy.preset),
+    )
+    if vocab_size != shape.vocab:
         raise UserError(
             f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
             f"{shape.vocab}."
         )
+    if not path.exists():
+        train_sentencepiece((d.text for d in documents), vocab_size, path)
     policy = make_policy(experiment.policy, shape)
-    return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
+    return policy, init_parameters(policy, mesh, experiment.seed), load_tokenizer(workdir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, PolicyConfig
-from rpt_jax.data.corpus import Corpus, Document, load_corpus
+from rpt_jax.data.corpus import Corpus, Document, check_source, load_corpus
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.errors import UserError
-from rpt_jax.infra.sharding import parameter_shardings
-from rpt_jax.policy.hf import load_policy, load_shape
-from rpt_jax.policy.presets import Shape, preset
+from rpt_jax.errors import UserError, check_all
+from rpt_jax.infra.sharding import make_mesh, parameter_shardings
+from rpt_jax.policy.hf import check_files, load_policy, load_shape
+from rpt_jax.policy.presets import Shape, check_preset
 from rpt_jax.policy.transformer import Params, Transformer
 
 Documents = list[list[int]]  # Token ids: of each document its one tokenisation, in windows of bounded length.
@@ -40,13 +41,8 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
 
     Raises: UserError, where a file is missing or damaged, the shape is not the preset's or the tokenizer not the policy's.
     """
-    if not config.path:
-        raise UserError(
-            "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports."
-        )
     shape, fingerprint = load_shape(config.path)
-    if config.preset and preset(config.preset) != shape:
-        raise UserError(f"policy.path='{config.path}' holds {shape}, which is not policy.preset='{config.preset}'.")
+    check_preset(config.path, config.preset, shape)
     tokenizer = load_tokenizer(config.path)
     if tokenizer.vocab_size > shape.vocab or (fingerprint and fingerprint != tokenizer.fingerprint):
         raise UserError(
@@ -59,9 +55,30 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
     return policy, params, tokenizer
 
 
+def start_mesh(experiment: Experiment) -> Mesh:
+    """Return the mesh of a run, where devices and files for it are here. Raises: UserError, with all that is missing."""
+    mesh, policy = experiment.mesh, experiment.policy
+
+    def check_policy() -> None:
+        if policy.path:
+            check_files(policy.path)
+        elif experiment.task == "rpt":
+            raise UserError(
+                "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports."
+            )
+
+    arrange = functools.partial(make_mesh, mesh.data, mesh.fsdp, mesh.tensor)
+    check_all(arrange, check_policy, functools.partial(check_source, experiment.data))
+    return arrange()
+
+
 def set_up(experiment: Experiment, mesh: Mesh) -> Setup:
     """Load the starting policy and the corpus. Raises: UserError, as `load_start` and `load_corpus` do."""
     policy, params, tokenizer = load_start(experiment.policy, mesh)
+    if experiment.data.entropy_top_k > policy.shape.vocab:
+        raise UserError(
+            f"data.entropy_top_k={experiment.data.entropy_top_k} must be at most the policy's vocabulary, {policy.shape.vocab}."
+        )
     corpus = load_corpus(experiment.data)
     return Setup(policy, params, mesh, tokenizer, *tokenise(corpus, tokenizer, experiment.data.max_document_tokens))
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from rpt_jax import report
 from rpt_jax.config import Experiment
+from rpt_jax.data.corpus import source_name
 from rpt_jax.data.pipeline import prompt_stream
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import PromptBuilder
@@ -24,7 +25,7 @@ from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics, score
 from rpt_jax.infra.accounting import Clock, Counters
-from rpt_jax.infra.checkpoint import Checkpointer, abstract
+from rpt_jax.infra.checkpoint import Checkpointer, abstract, write_whole
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer
@@ -43,7 +44,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
 
     Raises: UserError, for what the user can mend; FloatingPointError, where a number becomes NaN or infinite.
     """
-    if (workdir / RESULT).exists():
+    if is_complete(workdir):
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
@@ -131,6 +132,17 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     finish(workdir, before, after, clock.seconds, experiment.seed)
 
 
+def is_complete(workdir: Path) -> bool:
+    """Whether the run has its result. Raises: UserError, where that is damaged."""
+    path = workdir / RESULT
+    try:
+        return path.exists() and "after" in json.loads(path.read_bytes())
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{path} is damaged. Move it away and run the same command again: it goes on from the last checkpoint."
+        ) from None
+
+
 def training_positions(experiment: Experiment, setup: Setup) -> list[Position]:
     """Positions of the training documents that the starting policy, as the proxy, finds hard enough. Raises: UserError."""
     scores = score(experiment, setup, setup.params, setup.train)
@@ -138,10 +150,10 @@ def training_positions(experiment: Experiment, setup: Setup) -> list[Position]:
     total = sum(len(s.entropy_S) for s in scores)
     if len(positions) < experiment.training.prompts_per_step:
         raise UserError(
-            f"only {len(positions)} of {total} positions have an entropy above data.entropy_threshold="
-            f"{experiment.data.entropy_threshold} and data.min_context={experiment.data.min_context} tokens before them, "
-            f"and a step takes training.prompts_per_step={experiment.training.prompts_per_step}: lower one of the three, or "
-            "give a longer corpus."
+            f"{source_name(experiment.data)}: only {len(positions)} of {total} training positions have an entropy above "
+            f"data.entropy_threshold={experiment.data.entropy_threshold} and data.min_context={experiment.data.min_context} "
+            f"tokens before them, and a step takes training.prompts_per_step={experiment.training.prompts_per_step}: lower one "
+            "of the three, or give a longer corpus."
         )
     print(
         f"{len(positions):,} of {total:,} training positions have an entropy above "
@@ -194,6 +206,8 @@ def show_evaluation(name: str, result: dict[str, Any]) -> None:
 
 
 def _interval(split: dict[str, Any]) -> str:
+    if not split["positions"]:
+        return "no positions"
     low, high = 100 * split["low"], 100 * split["high"]
     return f"{100 * split['accuracy']:.1f} ({low:.1f}-{high:.1f}), {split['positions']}"
 
@@ -204,9 +218,7 @@ def finish(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds
     for part in ("details", "unseen_templates"):
         result[part] = {"before": before.pop(part, None), "after": after.pop(part, None)}
     result |= {"before": before, "after": after}
-    partial = workdir / f"{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.rename(workdir / RESULT)
+    write_whole(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     for name in ("before", "after"):
         unseen = {"unseen_templates": result["unseen_templates"][name]} if result["unseen_templates"][name] else {}
         show_evaluation(name, result[name] | unseen | {"details": result["details"][name]})

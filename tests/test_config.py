@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
-import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from rpt_jax.config import Experiment, default_config, from_config_dict, leaves
+from rpt_jax.config import Experiment, default_config, from_config_dict, leaves, load_config_file
 from rpt_jax.errors import UserError
 from tests.conftest import ROOT
 
@@ -24,10 +24,7 @@ SECTIONS = {f.name: type(f.default) for f in dataclasses.fields(Experiment) if d
 
 def load(path: Path) -> Experiment:
     """Validate what a config file returns."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config().to_dict())
+    return from_config_dict(load_config_file(str(path)))
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -74,8 +71,8 @@ def test_values_arrive_where_they_belong():
     [
         ({"sed": 1}, ("'sed'", "'seed'")),
         ({"rolout": {}}, ("'rolout'", "'rollout'")),
-        ({"rollout__temprature": 1.0}, ("'rollout.temprature'", "'temperature'")),
-        ({"mesh__tensors": 2}, ("'mesh.tensors'", "'tensor'")),
+        ({"rollout__temprature": 1.0}, ("'rollout.temprature'", "'rollout.temperature'")),
+        ({"mesh__tensors": 2}, ("'mesh.tensors'", "'mesh.tensor'")),
         ({"seed": True}, ("seed=True", "bool", "int")),
         ({"seed": 1.0}, ("seed=1.0", "float", "int")),
         ({"prompt__open_think": 1}, ("prompt.open_think=1", "int", "bool")),
@@ -90,6 +87,9 @@ def test_values_arrive_where_they_belong():
         ({"rollout__temperature": 0.0}, ("rollout.temperature=0.0", "0.001")),
         ({"rollout__temperature": float("nan")}, ("rollout.temperature=nan",)),
         ({"training__total_steps": 0}, ("training.total_steps=0",)),
+        ({"seed": -1}, ("seed=-1", "between 0 and 4294967295")),
+        ({"data__seed": 2**32}, ("data.seed=4294967296", "between 0 and 4294967295")),
+        ({"data__held_out_templates": -1}, ("data.held_out_templates=-1",)),
         ({"training__minibatches_per_step": 0}, ("training.minibatches_per_step=0",)),
         ({"pretrain__calculation_share": 1.5}, ("pretrain.calculation_share=1.5", "between 0 and 1.")),
     ],
@@ -97,6 +97,133 @@ def test_values_arrive_where_they_belong():
 def test_refusal_names_field_value_and_what_was_expected(values: dict[str, Any], said: tuple[str, ...]):
     message = refusal(**values)
     assert all(part in message for part in said), message
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def overridden(*overrides: str, **values: Any) -> Experiment:
+    return from_config_dict(changed(**values), overrides)
+
+
+def override_refusal(override: str) -> str:
+    with pytest.raises(UserError) as caught:
+        overridden(override)
+    return str(caught.value)
+
+
+def test_overrides_arrive_where_they_belong():
+    experiment = overridden(
+        "seed=7", "data.path=a=b", "optimizer.learning_rate=3e-4", "prompt.open_think=False", "mesh.data=-1", "seed=8"
+    )
+    different = {name: value for name, value in leaves(experiment) if DEFAULTS[name] != value}
+    expected = {"seed": 8, "data.path": "a=b", "optimizer.learning_rate": 3e-4, "prompt.open_think": False}
+    assert different == expected and type(experiment.optimizer.learning_rate) is float
+
+
+def test_an_override_mends_what_the_file_has_wrong():
+    assert overridden("rollout.temperature=1", rollout__temperature=0.0).rollout.temperature == 1.0
+
+
+def test_an_override_needs_no_field_in_the_file():
+    assert from_config_dict({"task": "pretrain"}, ["data.seed=4"]).data.seed == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps=20", "unknown config field 'steps'. Did you mean 'training.total_steps'?"),
+        ("training.steps=20", "unknown config field 'training.steps'. Did you mean 'training.total_steps'?"),
+        ("trainin.total_step=20", "unknown config field 'trainin.total_step'. Did you mean 'training.total_steps'?"),
+        (
+            "TRAINING.Total-Steps=20",
+            "unknown config field 'TRAINING.Total-Steps'. Did you mean 'training.total_steps'?",
+        ),
+        ("learning_rate=1", "unknown config field 'learning_rate'. Did you mean 'optimizer.learning_rate'?"),
+        ("policy.temperature=1", "unknown config field 'policy.temperature'. Did you mean 'rollout.temperature'?"),
+        ("sed=1", "unknown config field 'sed'. Did you mean 'seed'?"),
+        ("seed.value=1", "unknown config field 'seed.value'. There are: task, seed, checkpoint.*, data.*"),
+        ("mesh.tensor.size=1", "unknown config field 'mesh.tensor.size'. Did you mean 'mesh.tensor'?"),
+        ("mesh.xyzzy=1", "unknown config field 'mesh.xyzzy'. There are: mesh.data, mesh.fsdp, mesh.tensor."),
+        ("xyzzy=1", "unknown config field 'xyzzy'. There are: task, seed, checkpoint.*, data.*"),
+        ("=1", "unknown config field ''. There are: task"),
+        ("trainin=1", "unknown config field 'trainin'. Did you mean 'training'?"),
+        (
+            "training=5",
+            "training is a section: set its fields one by one, for example --config.training.total_steps=1000.",
+        ),
+        ("mesh={}", "mesh is a section"),
+        ("seed", "--config.seed has no value: write --config.seed=0, for example."),
+        ("seed=", "seed= must be a whole number (int)."),
+        ("seed=True", "seed=True must be a whole number (int)."),
+        ("seed=1.0", "seed=1.0 must be a whole number (int)."),
+        ("data.documents=many", "data.documents=many must be a whole number (int)."),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate=fast must be a number (float)."),
+        ("optimizer.learning_rate=true", "optimizer.learning_rate=true must be a number (float)."),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan must be between 0 and 1."),
+        ("prompt.open_think=1", "prompt.open_think=1 must be true or false (bool)."),
+        ("task=rtp", "task='rtp' is not one of: pretrain, rpt. Did you mean 'rpt'?"),
+    ],
+)
+def test_an_override_is_refused_by_its_full_name(override: str, said: str):
+    assert override_refusal(override).startswith(said)
+
+
+@hypothesis.given(data=st.data(), name=st.sampled_from(sorted(DEFAULTS)))
+@hypothesis.settings(deadline=None, max_examples=100)
+def test_one_slip_in_any_name_leads_back_to_it(data: st.DataObject, name: str):
+    """A letter dropped, doubled or replaced, in the field's own name and anywhere in it."""
+    first = len(name) - len(name.rpartition(".")[2])
+    at = data.draw(st.integers(first, len(name) - 1))
+    slip = data.draw(st.sampled_from(["", 2 * name[at], "q"]))
+    misspelt = name[:at] + slip + name[at + 1 :]
+    hypothesis.assume(misspelt not in DEFAULTS and misspelt not in SECTIONS and not misspelt.endswith("."))
+    message = override_refusal(f"{misspelt}=1")
+    assert message.startswith(f"unknown config field '{misspelt}'.")
+    assert f"'{name}'" in message or len(name) - first <= 4, message
+
+
+@hypothesis.given(text=st.text(max_size=8), name=st.sampled_from(sorted(DEFAULTS)))
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_any_text_becomes_a_value_of_the_right_type_or_a_sentence(text: str, name: str):
+    try:
+        values = dict(leaves(overridden(f"{name}={text}")))
+    except UserError as error:
+        assert name.rpartition(".")[2] in str(error)
+    else:
+        assert type(values[name]) is type(DEFAULTS[name])
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "c = default_config()\n    c.rollout.temprature = 1.0\n    return c",
+            ":4 raises AttributeError: .*temperature",
+        ),
+        ("c = default_config()\n    c.data.path = 3\n    return c", ":4 raises TypeError: .*'path'"),
+        ("return undefined", ":3 raises NameError: name 'undefined'"),
+        ("return (", ":3 raises SyntaxError"),
+        ("return None", " must define get_config()"),
+        ("pass\n\nget_config = None", ":1 raises TypeError"),
+        ("pass\n\ndel get_config", " must define get_config()"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_found_by_file_and_line(tmp_path: Path, source: str, said: str):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from rpt_jax.config import default_config\ndef get_config():\n    {source}\n")
+    with pytest.raises(UserError, match=re.escape(str(path)) + said.replace("()", r"\(\)")):
+        load_config_file(str(path))
+
+
+@pytest.mark.parametrize("name", ["rpt_tiny", "configs/rpt_tin.py", "rpt_tiny.py"])
+def test_a_config_file_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=f"--config={name} is no file. Did you mean 'configs/rpt_tiny.py'"):
+        load_config_file(name)
+
+
+# --- batches, types, sections ------------------------------------------------------------------------
 
 
 def test_batch_that_cannot_be_split_is_refused():

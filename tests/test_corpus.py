@@ -178,6 +178,29 @@ def test_byte_order_mark_and_blank_lines_in_jsonl(tmp_path):
     assert [(d.name, d.text) for d in loaded.train] == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
 
 
+def test_byte_order_mark_and_line_ends_of_a_txt(tmp_path):
+    """The mark is no part of the text, line ends are."""
+    pieces = ["a" * 1990 + "\r\n\r\n", "b" * 1990 + "\r\n"]
+    (tmp_path / "A.TXT").write_bytes(b"\xef\xbb\xbf" + "".join(pieces).encode())
+    for path in (tmp_path, tmp_path / "A.TXT"):
+        loaded = load_corpus(DataConfig(source="path", path=str(path), held_out_documents=0))
+        assert [(d.name, d.text) for d in loaded.train] == [("A.TXT:1", pieces[0]), ("A.TXT:3", pieces[1])]
+
+
+def test_one_enormous_line_becomes_documents_that_can_be_found_again(tmp_path):
+    line = " ".join(f"word{i}" for i in range(3000))
+    (tmp_path / "a.txt").write_text(f"first\n{line}\nlast")
+    loaded = load_corpus(DataConfig(source="path", path=str(tmp_path / "a.txt")))
+    documents = loaded.train + loaded.held_out
+    assert len(documents) > 10 and all(len(d.text) <= 2000 for d in documents)
+    lines = ["", "first\n", f"{line}\n", "last"]
+    for document in documents:
+        _, number, *column = document.name.split(":")
+        rest = "".join(lines[int(number) :])[int(column[0]) - 1 if column else 0 :]
+        assert rest.startswith(document.text)
+    assert len({d.name for d in documents}) == len(documents)
+
+
 @given(st.text(alphabet="ab \t\r\n\u2028", max_size=200))
 @settings(deadline=None, max_examples=200)
 def test_split_text_loses_nothing(text):
@@ -185,7 +208,7 @@ def test_split_text_loses_nothing(text):
         pieces = split_text(text)
     assert "".join(pieces) == text
     for piece in pieces:
-        assert piece and (len(piece) <= 20 or len(re.split(r"\r\n|\r|\n", piece.rstrip(" \t\r\n"))) == 1)
+        assert piece and (len(piece) <= 20 or len(re.findall(r"[^ \t\r\n]+", piece)) <= 1)
     for before, after in zip(pieces, pieces[1:], strict=False):
         assert not (before.endswith("\r") and after.startswith("\n")), "a line end was cut in two"
 

@@ -128,13 +128,28 @@ def test_the_interval_of_independent_positions_is_the_textbooks():
 def test_an_interval_ends_at_0_and_1():
     easy = by_split(np.array([1.0, 0, 1, 1]), positions([0, 0, 1, 2], 2.0))["easy"]
     assert easy["low"] >= 0 and easy["high"] == 1.0
-    assert by_split(np.ones(4), positions([0, 0, 1, 2], 2.0))["easy"]["low"] == 1.0
 
 
-def test_an_empty_split_has_no_positions_and_no_nan():
+@pytest.mark.parametrize("right", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("documents", [[7], [7] * 40, [0, 1, 2], [0] * 5 + [1] * 5])
+def test_documents_that_show_no_variance_get_the_interval_of_so_many_observations(right, documents):
+    """Wilson's, as he defines it: the p whose own standard error, for n documents, reaches the mean at 1.96."""
+    easy = by_split(np.full(len(documents), right), positions(documents, 2.0))["easy"]
+    count = len(set(documents))
+    for end in (easy["low"], easy["high"]):
+        np.testing.assert_allclose(abs(end - right), 1.96 * np.sqrt(end * (1 - end) / count), atol=1e-7)
+    assert easy["low"] <= right <= easy["high"] and easy["high"] - easy["low"] > 0.5
+
+
+def test_one_document_of_mixed_positions_is_one_observation():
+    easy = by_split(np.arange(50) % 2 * 1.0, positions([3] * 50, 2.0))["easy"]
+    assert easy["positions"] == 50 and easy["low"] < 0.06 and easy["high"] > 0.94
+
+
+def test_an_empty_split_knows_nothing():
     result = by_split(np.ones(2), positions([0, 1], 0.7))
-    assert result["hard"] == {"accuracy": 0.0, "low": 0.0, "high": 0.0, "positions": 0}
-    assert by_split(np.zeros(0), [])["easy"]["positions"] == 0
+    assert result["hard"] == {"accuracy": 0.0, "low": 0.0, "high": 1.0, "positions": 0}
+    assert by_split(np.zeros(0), [])["easy"] == result["hard"]
 
 
 def test_direct_accuracy_reads_the_position_it_is_asked_for():
@@ -144,7 +159,9 @@ def test_direct_accuracy_reads_the_position_it_is_asked_for():
 
 
 def test_evaluation_metrics():
-    reasoning, direct = {"easy": {"accuracy": 0.5}}, {"easy": {"accuracy": 0.25}}
+    empty = {"accuracy": 0.0, "positions": 0}
+    reasoning = {"easy": {"accuracy": 0.5, "positions": 2}, "hard": empty}
+    direct = {"easy": {"accuracy": 0.25, "positions": 2}, "hard": empty}
     assert evaluation_metrics(reasoning) == {"eval/reasoning/easy": 0.5}
     assert evaluation_metrics(reasoning, direct) == {"eval/reasoning/easy": 0.5, "eval/direct/easy": 0.25}
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpt_jax.objective import update
 from rpt_jax.objective.advantage import grpo_advantage, has_variance
 from rpt_jax.objective.logprobs import chosen_logprobs, over_token_chunks, scaled_logits, token_logprobs
 from rpt_jax.objective.loss import clipped_policy_loss
@@ -296,11 +297,21 @@ def test_group_order_changes_nothing(params, batch, old, expected):
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
 
 
-def test_padding_changes_nothing(params, batch, old, expected):
-    """Longer prompts and responses, filled up with other tokens and with log-probabilities that are no numbers."""
+@pytest.mark.parametrize(("prompt", "response", "microbatch"), [(3, 2, 8), (2, 3 * T - 4, 1), (2, 3 * T - 4, 4)])
+def test_padding_changes_nothing(params, batch, old, expected, monkeypatch, prompt, response, microbatch):
+    """Longer prompts and responses, filled up with other tokens and with log-probabilities that are no numbers.
+
+    Where there is much of it, microbatches of short groups run in less room than others.
+    """
+    if response > T:
+        monkeypatch.setattr(update, "_SMALLEST_PROMPT", 1)
+        monkeypatch.setattr(update, "_SMALLEST_RESPONSE", 1)
+        fits = [(batch.lengths_P <= (S + prompt) // 2), (batch.longest_P <= (T + response) // 4)]
+        rooms = {(bool(s), bool(t)) for s, t in zip(*fits, strict=True)}
+        assert len(rooms) >= 3, "the fixture tests too little"
     rng = np.random.default_rng(3)
-    real_PxS = np.arange(S + 3) < batch.lengths_P[:, None]
-    mask = np.pad(batch.mask_PxGxT, ((0, 0), (0, 0), (0, 2)))
+    real_PxS = np.arange(S + prompt) < batch.lengths_P[:, None]
+    mask = np.pad(batch.mask_PxGxT, ((0, 0), (0, 0), (0, response)))
 
     def widen(x, more, real):
         x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
@@ -308,12 +319,13 @@ def test_padding_changes_nothing(params, batch, old, expected):
         return np.where(real, x, poison).astype(x.dtype)
 
     wider = batch._replace(
-        prompts_PxS=widen(batch.prompts_PxS, 3, real_PxS),
-        tokens_PxGxT=widen(batch.tokens_PxGxT, 2, mask),
+        prompts_PxS=widen(batch.prompts_PxS, prompt, real_PxS),
+        tokens_PxGxT=widen(batch.tokens_PxGxT, response, mask),
         mask_PxGxT=mask,
-        sampler_logprobs_PxGxT=widen(batch.sampler_logprobs_PxGxT, 2, mask),
+        sampler_logprobs_PxGxT=widen(batch.sampler_logprobs_PxGxT, response, mask),
     )
-    grads, metrics = gradient(SHALLOW, params, wider, widen(old, 2, mask), CONFIG)
+    config = CONFIG._replace(microbatch=microbatch)
+    grads, metrics = gradient(SHALLOW, params, wider, widen(old, response, mask), config)
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
     assert np.isfinite(metrics["mismatch/max"])

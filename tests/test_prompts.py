@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig, PromptConfig
-from rpt_jax.data.cold_start import BOX, TraceWriter, find_calculations, work_out
+from rpt_jax.data.cold_start import BOX, Calculation, TraceWriter, find_calculations, similar, work_out
 from rpt_jax.data.corpus import load_corpus
 from rpt_jax.data.pipeline import example_stream, prompt_stream
 from rpt_jax.data.positions import Position, choose_positions
@@ -351,6 +351,19 @@ def test_every_written_step_is_right(sign, left, right):
     check_work(left, sign, right)
 
 
+@given(st.sampled_from("+-*/"), operands, operands, st.integers(0, 2**32))
+@settings(deadline=None, max_examples=300)
+def test_similar_calculations_are_whole_and_as_long(sign, left, right, seed):
+    result = left if sign == "/" else 0
+    first, other, second = similar(Calculation(left, sign, right, result, 0, 0), np.random.default_rng(seed))
+    assert other == sign
+    check_work(first, sign, second)
+    if sign == "/":
+        assert len(str(second)) == len(str(right)) and len(str(first // second)) == len(str(result))
+    else:
+        assert sorted((len(str(first)), len(str(second)))) == sorted((len(str(left)), len(str(right))))
+
+
 def test_what_the_steps_look_like():
     assert work_out(93, "-", 38) == "93-38: 3-8-0=5b 9-3-1=5 55"
     assert work_out(8, "+", 95) == "8+95: 8+5+0=13 0+9+1=10 103"
@@ -475,3 +488,22 @@ def test_calculation_share(tokenizer):
     rng = np.random.default_rng(0)
     lengths = [len(writer.write(writer.calculation_positions[0], rng)) for _ in range(1000)]
     assert 250 < sum(length > min(lengths) for length in lengths) < 350
+
+
+def test_a_drill_poses_a_calculation_and_carries_it_out(tokenizer):
+    text = "He had 93 - 38 = 55 left."
+    writer = TraceWriter(tokenizer, text, tokenizer.encode(text), 0.0, max_tokens=500)
+    posed = set()
+    for seed in range(20):
+        ids, given = writer.drill(np.random.default_rng(seed))
+        reasoning, prediction = parts(tokenizer, ids)
+        question = tokenizer.decode(reasoning[:given])
+        left, right = map(int, re.fullmatch(r"(\d\d)-(\d\d):", question).groups())
+        assert tokenizer.decode(reasoning) == work_out(left, "-", right)
+        assert tokenizer.decode(prediction) == str(left - right)
+        posed.add(question)
+    assert len(posed) > 15
+    assert (
+        TraceWriter(tokenizer, "No sums.", tokenizer.encode("No sums."), 0.0, 500).drill(np.random.default_rng(0))
+        is None
+    )

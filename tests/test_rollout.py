@@ -155,6 +155,21 @@ def test_a_stop_token_ends_a_response(rollouts, endless):
     assert (rollouts.logprobs_PxGxT[mask] < 0).all() and (rollouts.logprobs_PxGxT[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("prompts", [7, 8])
+def test_what_is_left_of_a_batch_is_decoded_on_its_own(params, prompts):
+    """Prompts that end at different times: the batch shrinks under those that go on, where it can be halved."""
+    rows = np.arange(prompts) % P
+    batch = PROMPTS[rows], LENGTHS[rows], np.arange(prompts, dtype=np.int32)
+    key = jax.random.key(35)  # Lengths 3, 2, 3, 1, 6, T, 2, 6.
+    whole = roll(params, *batch, key, samples=1, stop_ids=())
+    ends = np.isin(whole.tokens_PxGxT, STOPS)
+    lengths, stopped = np.where(ends.any(-1), ends.argmax(-1) + 1, T), ends.any(-1)
+    assert len(set(lengths.ravel().tolist())) > 4 and not stopped.all(), "the fixture tests too little"
+    mask = np.arange(T) < lengths[..., None]
+    expected = Rollouts(whole.tokens_PxGxT * mask, lengths, whole.logprobs_PxGxT * mask, stopped)
+    assert_same(roll(params, *batch, key, samples=1), expected)
+
+
 def test_the_sampler_and_numpy_agree(params, rollouts):
     for p, g in np.ndindex(P, G):
         prompt, length = PROMPTS[p, : LENGTHS[p]], rollouts.lengths_PxG[p, g]

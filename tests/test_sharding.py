@@ -31,6 +31,9 @@ def results(tmp_path_factory):
     child = [sys.executable, "-m", "tests.sharded_child", str(out)]
     done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    # What XLA says where it finds no way from one sharding to the next but to copy the whole array to every device. (It is
+    # silent about programs that it has in its cache, and those are unchanged.)
+    assert "Involuntary full rematerialization" not in done.stderr, done.stderr[-3000:]
     by_mesh = {}
     with np.load(out) as arrays:
         for name in arrays:
@@ -121,7 +124,7 @@ def test_parameters_are_split_over_fsdp_and_tensor():
     shardings = parameter_shardings(POLICY, AbstractMesh((1, 4, 2), AXES))
     assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
-    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor", None, None)
+    assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor")
 
 
 def test_another_seed_gives_other_parameters(results):

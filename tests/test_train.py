@@ -50,7 +50,9 @@ def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
 def comparable(workdir: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what may differ between two runs of one seed."""
     free = ("time/", "speed/", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(free)} for line in read_metrics(workdir / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(free)} for line in read_metrics(workdir / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("finished")
     main.run(experiment(**SMALL), workdir)
     return workdir
+
+
+def test_programs_are_compiled_once(finished: Path) -> None:
+    """Shapes and placements are the same in every step; dynamic sampling begins in step 3."""
+    compiled = [line["time/compiled_programs"] for line in read_metrics(finished / "metrics.jsonl")]
+    assert compiled[0] > 0 and compiled[1] > 0 and compiled[2] == 0 == compiled[4] == compiled[5], compiled
 
 
 def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
@@ -167,7 +175,9 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mesh.tensor=3.*does not fit"):
-        main.run(dataclasses.replace(experiment(**SMALL), mesh=dataclasses.replace(Experiment().mesh, tensor=3)), tmp_path)
+        main.run(
+            dataclasses.replace(experiment(**SMALL), mesh=dataclasses.replace(Experiment().mesh, tensor=3)), tmp_path
+        )
 
 
 @pytest.mark.parametrize(
@@ -175,17 +185,39 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
     (
         ([], "--config is missing"),
         (["--config=configs/none.py"], "configs/none.py"),
-        (["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"], 'Did you mean "learning_rate"'),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"],
+            "Did you mean 'optimizer.learning_rate'",
+        ),
         (["--config=configs/rpt_tiny.py", "--config.data.documents=many"], "data.documents=many"),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
-        (["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"], "no/such.txt"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],
+            "no/such.txt",
+        ),
         (["--config=configs/rpt_tiny.py", "--config.policy.path=nowhere"], "nowhere"),
-        (["--config=configs/rpt_14b.py"], "mesh.tensor=8 does not fit 1 devices"),
-        (["--config=configs/rpt_14b.py", "--config.mesh.tensor=1"], "models/DeepSeek-R1-Distill-Qwen-14B"),
+        (["--config=configs/rpt_tiny.py", "--config.training.steps=20"], "Did you mean 'training.total_steps'"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.entropy_top_k=1025"],
+            "data.entropy_top_k=1025 must be at most",
+        ),
     ),
 )
 def test_what_cannot_run_ends_with_one_sentence_and_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = command(tmp_path, *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_papers_run_says_at_once_all_that_it_lacks(tmp_path: Path) -> None:
+    done = command(tmp_path, "--config=configs/rpt_14b.py")
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    mesh, policy, corpus = done.stderr.strip().split("\n")
+    assert "mesh.tensor=8 does not fit 1 devices: it takes a multiple of 8," in mesh
+    assert "models/DeepSeek-R1-Distill-Qwen-14B" in policy and "config.json, model.safetensors, tokenizer" in policy
+    assert "data.path='data/omnimath' does not exist" in corpus
+
+
+def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", *arguments]
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -22,7 +22,6 @@ import numpy as np
 from rpt_jax.data.tokenizer import Tokenizer
 
 BOX = "\\boxed{"
-_RECALLED = 4  # Tokens of context that a recall repeats.
 
 # operand, operator, operand, "=", result; a few words or a currency sign may stand in between.
 _WORDS = r"[^\d=+*/×\n.%-]{0,16}?"
@@ -69,6 +68,22 @@ def work_out(left: int, operator: str, right: int) -> str:
     """
     steps = {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[operator](left, right)
     return f"{left}{operator}{right}: {steps}"
+
+
+def similar(calculation: Calculation, rng: np.random.Generator) -> tuple[int, str, int]:
+    """Draw another calculation of the same kind: numbers of as many digits, and a whole result that is not negative."""
+    left, right = (_number(x, rng) for x in (calculation.left, calculation.right))
+    if calculation.operator == "-":
+        return max(left, right), "-", min(left, right)
+    if calculation.operator == "/":
+        right = max(right, 1)
+        return right * _number(calculation.result, rng), "/", right
+    return left, calculation.operator, right
+
+
+def _number(like: int, rng: np.random.Generator) -> int:
+    digits = len(str(like))
+    return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
 
 
 def _digits(left: int, right: int) -> Iterator[tuple[int, int]]:
@@ -126,10 +141,21 @@ def _divide(left: int, right: int) -> str:
 class TraceWriter:
     """Writes the reasoning and the boxed prediction for positions of one document."""
 
-    def __init__(self, tokenizer: Tokenizer, text: str, ids: Sequence[int], calculation_share: float, max_tokens: int):
-        """`ids` is the document's one tokenisation; `max_tokens` bounds a trace (longer calculations are recalled)."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        text: str,
+        ids: Sequence[int],
+        calculation_share: float,
+        max_tokens: int,
+        recalled: int = 4,
+    ):
+        """`ids` is the document's one tokenisation; `max_tokens` bounds a trace (longer calculations are recalled).
+
+        `recalled` is how many tokens of context a recall repeats.
+        """
         self._tokenizer, self._text, self._ids = tokenizer, text, list(ids)
-        self._share, self._max_tokens = calculation_share, max_tokens
+        self._share, self._max_tokens, self._recalled = calculation_share, max_tokens, recalled
         lengths = tokenizer.byte_vocab.lengths_V[np.asarray(self._ids, dtype=np.int64)]
         self._byte_offsets = np.concatenate([[0], np.cumsum(lengths)])
         self._calculations = {}
@@ -143,6 +169,10 @@ class TraceWriter:
         """Token positions inside the result of a calculation."""
         return sorted(self._calculations)
 
+    def can_box(self, position: int) -> bool:
+        """Whether a box around token `position` reads as that token: the last opening of a box is the one that counts."""
+        return BOX.encode() not in self._tokenizer.token_bytes([self._ids[position]])
+
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
         """Return the response ids that reason at `position` (after the open <think>) and box the true continuation."""
         if position in self._calculations and rng.random() < self._share:
@@ -151,6 +181,19 @@ class TraceWriter:
                 return trace
         return self._recall(position)
 
+    def drill(self, rng: np.random.Generator) -> tuple[list[int], int] | None:
+        """Return the response ids of a calculation like one of the document's, and how many of them pose it.
+
+        None where the document has no calculation. Documents use some numbers often and others never, and one wrong digit
+        spoils a whole calculation.
+        """
+        if not self._calculations:
+            return None
+        left, operator, right = similar(self._calculations[int(rng.choice(self.calculation_positions))][0], rng)
+        steps = work_out(left, operator, right)
+        question, result = (self._tokenizer.encode(x) for x in (f"{left}{operator}{right}:", steps.split(" ")[-1]))
+        return self._close(self._tokenizer.encode(steps), result), len(question)
+
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]
         steps = work_out(calculation.left, calculation.operator, calculation.right)
@@ -158,7 +201,7 @@ class TraceWriter:
         return self._close(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
 
     def _recall(self, position: int) -> list[int]:
-        return self._close(self._ids[max(0, position - _RECALLED) : position], [self._ids[position]])
+        return self._close(self._ids[max(0, position - self._recalled) : position], [self._ids[position]])
 
     def _close(self, reasoning: list[int], prediction: list[int]) -> list[int]:
         t = self._tokenizer

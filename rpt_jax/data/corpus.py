@@ -30,6 +30,7 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _FLOAT_NOISE = re.compile(r"\d\.\d{7}")  # 14.500000000000002: an artefact of the generator that nobody could predict.
 # The groups are atomic because a backtracking `\r\n` would pass for two line ends.
 _LINE_END = re.compile(r"(?>\r\n|\r|\n)")
+_SPACES = re.compile(r"[ \t]+")
 _BLANK_LINES = re.compile(r"(?>\r\n|\r|\n)(?:[ \t]*(?>\r\n|\r|\n))+")
 
 
@@ -64,6 +65,17 @@ def load_corpus(config: DataConfig) -> Corpus:
     return sources[config.source](config)
 
 
+def source_name(config: DataConfig) -> str:
+    """What to call the corpus in a message."""
+    return f"data.path='{config.path}'" if config.source == "path" else f"data.source='{config.source}'"
+
+
+def check_source(config: DataConfig) -> None:
+    """Raises: UserError, where the source is not here at all; what it says is not read."""
+    checks = {"gsm_symbolic": _gsm_generators, "champ": _champ_file, "path": lambda: _text_files(config.path)}
+    checks[config.source]()
+
+
 def _hash(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:8], "big")
 
@@ -87,7 +99,7 @@ def _split(candidates: Sequence[tuple[Document, str]], config: DataConfig) -> Co
         raise UserError(
             f"data.path='{config.path}' is too short: it gives {len(kept)} distinct non-empty document(s), and at "
             "least 2 are needed, one to train on and one to hold out. Add text: a .txt is cut into documents of about "
-            f"{PIECE_CHARACTERS} characters at blank lines, a .jsonl has one document per line."
+            f"{PIECE_CHARACTERS} characters, a .jsonl has one document per line."
         )
     count = min(config.held_out_documents, max(1, int(len(kept) * HELD_OUT_SHARE)))
     held_out = set(sorted(kept, key=lambda text: (kept[text][1], text))[:count])
@@ -189,12 +201,15 @@ def _draw(
 # --- champ ----------------------------------------------------------------------------------------
 
 
-def _load_champ(config: DataConfig) -> Corpus:
+def _champ_file() -> Path:
     spec = importlib.util.find_spec("champ_dataset")
     if spec is None:
         raise UserError("data.source='champ' needs the package champ-dataset: pip install champ-dataset==1.0.0")
-    path = Path(spec.origin).parent / "dataset_files" / "v0.json"
-    problems = json.loads(path.read_bytes())["problems"]
+    return Path(spec.origin).parent / "dataset_files" / "v0.json"
+
+
+def _load_champ(config: DataConfig) -> Corpus:
+    problems = json.loads(_champ_file().read_bytes())["problems"]
     candidates = []
     for name, problem in problems.items():
         lines = [problem["_text"], *(step["_text"] for step in problem["solution"]["steps"])]
@@ -205,46 +220,56 @@ def _load_champ(config: DataConfig) -> Corpus:
 # --- path -----------------------------------------------------------------------------------------
 
 
-def _load_path(config: DataConfig) -> Corpus:
-    if not config.path:
+def _text_files(path: str) -> list[Path]:
+    if not path:
         raise UserError("data.path is empty: data.source='path' needs a .txt, a .jsonl or a folder of them.")
-    root = Path(config.path)
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl}
+    root = Path(path)
     if root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix in readers and path.is_file())
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
         if not paths:
             raise UserError(f"data.path='{root}' is a folder without any .txt or .jsonl file in it.")
-    elif not root.exists():
+        return paths
+    if not root.exists():
         raise UserError(f"data.path='{root}' does not exist. Give a .txt, a .jsonl or a folder of them.")
-    elif root.suffix not in readers:
+    if root.suffix.lower() not in _READERS:
         raise UserError(f"data.path='{root}' is neither a .txt nor a .jsonl file nor a folder of them.")
-    else:
-        paths = [root]
-    candidates = []
-    for path in paths:
+    return [root]
+
+
+def _load_path(config: DataConfig) -> Corpus:
+    root, candidates = Path(config.path), []
+    for path in _text_files(config.path):
         name = path.relative_to(root).as_posix() if path != root else path.name
         try:
             data = path.read_bytes()
         except OSError as error:
             raise UserError(f"data.path: cannot read {path}: {error.strerror}.") from error
-        for line, text in readers[path.suffix](data, path, config.text_field):
-            candidates.append((Document(text, f"{name}:{line}"), text))
+        for place, text in _READERS[path.suffix.lower()](data, path, config.text_field):
+            candidates.append((Document(text, f"{name}:{place}"), text))
     return _split(candidates, config)
 
 
 def split_text(text: str) -> list[str]:
     """Cut a text at blank lines into pieces of at most about 2,000 characters; joined, they are the text again.
 
-    A paragraph longer than that is cut at its line ends, and a line longer than that stays whole.
+    A paragraph longer than that is cut at its line ends, a line longer than that at its spaces, and a word stays whole.
     """
     pieces, current = [], ""
-    for paragraph in _cut_after(text, _BLANK_LINES):
-        for part in (paragraph,) if len(paragraph) <= PIECE_CHARACTERS else _cut_after(paragraph, _LINE_END):
-            if current and len(current) + len(part) > PIECE_CHARACTERS:
-                pieces.append(current)
-                current = ""
-            current += part
+    for part in _parts(text, (_BLANK_LINES, _LINE_END, _SPACES)):
+        if current and len(current) + len(part) > PIECE_CHARACTERS:
+            pieces.append(current)
+            current = ""
+        current += part
     return [*pieces, current] if current else pieces
+
+
+def _parts(text: str, separators: Sequence[re.Pattern]) -> Iterator[str]:
+    """Cut at the first separator, and what is too long then at the next."""
+    for part in _cut_after(text, separators[0]):
+        if len(part) > PIECE_CHARACTERS and separators[1:]:
+            yield from _parts(part, separators[1:])
+        else:
+            yield part
 
 
 def _cut_after(text: str, separator: re.Pattern) -> Iterator[str]:
@@ -265,16 +290,17 @@ def _decode(data: bytes, where: str, offset: int) -> str:
         ) from error
 
 
-def _read_txt(data: bytes, path: Path, text_field: str) -> Iterator[tuple[int, str]]:
-    """Yield the first line's number and the text of every piece."""
+def _read_txt(data: bytes, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
+    """Yield of every piece where it begins, `line` or `line:column`, and its text."""
     del text_field
-    line = 1
-    for piece in split_text(_decode(data, str(path), 0)):
-        yield line, piece
-        line += len(_LINE_END.findall(piece))
+    line, column = 1, 1
+    for piece in split_text(_decode(data, str(path), 0).removeprefix("\ufeff")):
+        yield f"{line}" if column == 1 else f"{line}:{column}", piece
+        *ended, rest = _LINE_END.split(piece)
+        line, column = line + len(ended), len(rest) + (1 if ended else column)
 
 
-def _read_jsonl(data: bytes, path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+def _read_jsonl(data: bytes, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
     """Yield the number and the document of every line that is not blank."""
     offset = 0
     # Only "\n" ends a line of JSON: `str.splitlines` would also cut at U+2028, which may stand inside a string.
@@ -285,7 +311,10 @@ def _read_jsonl(data: bytes, path: Path, text_field: str) -> Iterator[tuple[int,
         if number == 1:
             line = line.removeprefix("\ufeff")
         if line.strip():
-            yield number, _parse_line(line, where, text_field)
+            yield str(number), _parse_line(line, where, text_field)
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl}
 
 
 def _parse_line(line: str, where: str, text_field: str) -> str:

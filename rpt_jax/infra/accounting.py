@@ -7,6 +7,18 @@ import resource
 import time
 from typing import Any, NamedTuple
 
+import jax
+
+_compiling: collections.Counter[str] = collections.Counter()
+
+
+def _count_compilation(event: str, seconds: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiling.update({"seconds": seconds, "programs": 1})
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
 
 class BatchSize(NamedTuple):
     """Real tokens of a batch of rollouts, without padding."""
@@ -39,12 +51,17 @@ class Clock:
         return self.earlier + time.monotonic() - self._start
 
     def scalars(self) -> dict[str, float]:
-        """Return `time/<stage>` since the last call, and the peak of the process's memory in MB."""
+        """Return `time/<stage>` since the last call, what of it was compiling, and the peak of the process's memory in MB.
+
+        A program that is compiled again in the middle of a run has met a new shape or placement: steps become slow.
+        """
         laps = {f"time/{stage}": seconds for stage, seconds in self._laps.items()}
+        compiling = {"time/compile": _compiling["seconds"], "time/compiled_programs": _compiling["programs"]}
         self._laps.clear()
+        _compiling.clear()
         # Linux counts kilobytes here.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return laps | {"time/step": sum(laps.values()), "memory/peak_mb": peak}
+        return laps | compiling | {"time/step": sum(laps.values()), "memory/peak_mb": peak}
 
 
 class Counters:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +19,64 @@ from rpt_jax.errors import UserError
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+# What a run leaves in its workdir, and another would go on from or write over.
+_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy")
 
 
-def claim_workdir(workdir: Path, experiment: Experiment) -> None:
-    """Make `workdir` this experiment's: write its config there, or check that the one there is the same.
+def write_whole(path: Path, text: str) -> None:
+    """Write `path` in one step: killed at any moment, it leaves the old file or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # Without it a power cut after the rename can leave an empty file.
+    partial.replace(path)
 
-    Raises: UserError, naming the fields that differ, or the directory where it cannot be written.
+
+@contextlib.contextmanager
+def claimed_workdir(workdir: Path, experiment: Experiment) -> Iterator[None]:
+    """Make `workdir` this experiment's while it runs: write its config there, or check that the one there is the same.
+
+    Bad input that ends a first run before it has begun gives the workdir up again: whoever mends a path in the command may
+    keep its workdir. Raises: UserError, naming the fields that differ, or the file or directory that is in the way.
     """
+    fresh = _claim(workdir, experiment)
+    try:
+        yield
+    except UserError:
+        if fresh and not _outputs(workdir):
+            (workdir / CONFIG).unlink(missing_ok=True)
+        raise
+
+
+def _claim(workdir: Path, experiment: Experiment) -> bool:
+    """Return whether the workdir was nobody's before."""
     path, mine = workdir / CONFIG, dict(leaves(experiment))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text(json.dumps(mine, indent=1) + "\n")
-            return
+            if outputs := _outputs(workdir):
+                raise UserError(
+                    f"{outputs[0]} is there, but no {path} that says what made it: choose another --workdir."
+                )
+            write_whole(path, json.dumps(mine, indent=1) + "\n")
+            return True
         theirs = {**json.loads(path.read_text())}
     except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be used: {error.strerror}.") from None
+        raise UserError(
+            f"--workdir={workdir} cannot be used ({error.filename}: {error.strerror}). Choose another --workdir."
+        ) from None
     except (TypeError, ValueError):
-        raise UserError(f"{path} is not a config; choose another --workdir.") from None
+        raise UserError(f"{path} is damaged, or not the config of a run; choose another --workdir.") from None
     differing = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
     if differing:
         changes = "; ".join(f"{n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in sorted(differing)[:5])
         raise UserError(f"--workdir={workdir} was made with another config ({changes}). Choose another --workdir.")
+    return False
+
+
+def _outputs(workdir: Path) -> list[Path]:
+    return sorted(found for output in _OUTPUTS for found in workdir.glob(output))
 
 
 class Checkpointer:
@@ -68,7 +106,7 @@ class Checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), run=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
             raise _damaged(self._directory / str(step), error) from None
         return step, restored.state, restored.run
 
@@ -106,7 +144,7 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
         try:
             args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
             [array] = jax.tree.leaves(reader.restore(directory / str(chosen) / "state", args=args))
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - as above.
             raise _damaged(directory / str(chosen), error) from None
         return array
 

@@ -35,7 +35,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> 
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(unknown) > 1 or known < 1 or count % known or (not unknown and known != count):
         asked = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        raise UserError(f"{asked} does not fit {count} devices: the product must be {count}, with at most one -1.")
+        needed = f"a multiple of {known}" if unknown else known
+        raise UserError(f"{asked} does not fit {count} devices: it takes {needed}, with at most one -1.")
     for name in unknown:
         sizes[name] = count // known
     # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.
@@ -66,7 +67,7 @@ def parameter_shardings(policy: nn.Module, mesh: Mesh) -> Any:
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
     abstract = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
     jax.tree_util.tree_map_with_path(_check_divisible, shardings, abstract)
-    return shardings
+    return jax.tree.map(_shortest, shardings)
 
 
 def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:
@@ -89,12 +90,26 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: M
 
 def shard_prompts(tree: Any, mesh: Mesh) -> Any:
     """Put arrays on the devices with their first axis split as the batch is."""
-    return jax.device_put(tree, NamedSharding(mesh, PROMPT_AXIS))
+    return jax.device_put(tree, _shortest(NamedSharding(mesh, PROMPT_AXIS)))
 
 
 def _init(policy: nn.Module, key: jax.Array) -> Any:
     tokens = jnp.zeros((1, 1, 1), jnp.int32)
     return policy.init(key, tokens, tokens)["params"]
+
+
+def _shortest(sharding: NamedSharding) -> NamedSharding:
+    """The same placement in the words of compiled programs: no mesh axes of one device, no trailing None.
+
+    In other words it would be another key, and whatever takes an array both fresh and from a program would compile twice.
+    """
+    spec = []
+    for axes in sharding.spec:
+        axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if sharding.mesh.shape[a] > 1)
+        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _check_divisible(path: Any, sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> None:

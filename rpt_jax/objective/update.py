@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ import optax
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.loss import clipped_policy_loss
 from rpt_jax.policy.transformer import Params, Transformer, branch_hidden, head
+
+Output = TypeVar("Output")
+# Below these sizes another compiled program costs more than the padding.
+_SMALLEST_PROMPT, _SMALLEST_RESPONSE = 128, 16
 
 
 class TrainState(NamedTuple):
@@ -40,6 +45,20 @@ class UpdateBatch(NamedTuple):
     sampler_logprobs_PxGxT: jax.Array
     advantages_PxG: jax.Array
     counted_P: jax.Array
+
+    @property
+    def longest_P(self) -> jax.Array:
+        """Tokens of the longest response of each group."""
+        return self.mask_PxGxT.sum(axis=-1).max(axis=-1)
+
+    def cut(self, prompt: int, response: int) -> UpdateBatch:
+        """Return the batch with room for so many tokens only."""
+        return self._replace(
+            prompts_PxS=self.prompts_PxS[:, :prompt],
+            tokens_PxGxT=self.tokens_PxGxT[..., :response],
+            mask_PxGxT=self.mask_PxGxT[..., :response],
+            sampler_logprobs_PxGxT=self.sampler_logprobs_PxGxT[..., :response],
+        )
 
 
 class UpdateConfig(NamedTuple):
@@ -107,11 +126,14 @@ def policy_gradient(
     Microbatches add up numerators; the one global denominator, the number of counted response tokens, divides once. Groups
     whose advantages are all zero contribute exactly nothing to the numerator: they are sorted to the end and the microbatches
     that hold only them are not run. The metrics are of the others alone: they must not depend on who shares a microbatch.
+    The others are sorted by size, so that microbatches of short ones need little room.
     """
     informative_P = (batch.advantages_PxG != 0).any(axis=1) & batch.counted_P
-    order_P = jnp.argsort(~informative_P, stable=True)
+    order_P = jnp.lexsort((batch.lengths_P, batch.longest_P > _room(batch)[1][0], ~informative_P))
     groups = order_P.shape[0]
     microbatch = min(config.microbatch, groups)
+    if groups % microbatch:
+        raise ValueError(f"a microbatch of {microbatch} groups does not divide {groups} groups.")
     # Exactly on-policy the ratio is 1 whatever these are; None would change the tree that the loop carries.
     old = jnp.zeros_like(batch.sampler_logprobs_PxGxT) if old_logprobs_PxGxT is None else old_logprobs_PxGxT
 
@@ -127,8 +149,11 @@ def policy_gradient(
 
     def accumulate(index: jax.Array, carry: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
         rows = jax.lax.dynamic_slice_in_dim(order_P, index * microbatch, microbatch)
-        part = jax.tree.map(lambda x: x[rows], (batch._replace(counted_P=informative_P), old))
-        grads, sums = jax.grad(numerator, has_aux=True)(params, *part)
+        part, old_part = jax.tree.map(lambda x: x[rows], (batch._replace(counted_P=informative_P), old))
+        grads, sums = _in_fewest_tokens(
+            lambda part: jax.grad(numerator, has_aux=True)(params, part, old_part[..., : part.mask_PxGxT.shape[-1]]),
+            part,
+        )
         totals = jax.tree.map(jnp.add, carry[1], sums)
         totals["worst"] = jnp.maximum(carry[1]["worst"], sums["worst"])
         return jax.tree.map(jnp.add, carry[0], grads), totals
@@ -147,3 +172,24 @@ def policy_gradient(
         "update/tokens": sums["tokens"].astype(jnp.float32),
     }
     return jax.tree.map(lambda g: g / tokens, grads), metrics
+
+
+def _in_fewest_tokens(fn: Callable[[UpdateBatch], Output], batch: UpdateBatch) -> Output:
+    """Apply `fn`, compiled for a few sizes, to `batch` without most of its padding.
+
+    Responses are much shorter than their limit, most of the time, and the trunk's work is in proportion to the room they get.
+    """
+    prompts, responses = _room(batch)
+    long_prompt = (batch.lengths_P * batch.counted_P).max() > prompts[0]
+    long_response = (batch.longest_P * batch.counted_P).max() > responses[0]
+    sizes = [functools.partial(UpdateBatch.cut, prompt=s, response=t) for s in prompts for t in responses]
+    branches = [lambda batch, cut=cut: fn(cut(batch)) for cut in sizes]
+    return jax.lax.switch(long_prompt * len(responses) + long_response, branches, batch)
+
+
+def _room(batch: UpdateBatch) -> tuple[list[int], list[int]]:
+    """The sizes of prompts and of responses that programs are compiled for, smallest first."""
+    prompt, response = batch.prompts_PxS.shape[1], batch.mask_PxGxT.shape[2]
+    prompts = [prompt // 2, prompt] if prompt // 2 >= _SMALLEST_PROMPT else [prompt]
+    responses = [response // 4, response] if response // 4 >= _SMALLEST_RESPONSE else [response]
+    return prompts, responses

@@ -20,7 +20,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.policy.gguf_file import gguf_shape, gguf_tensors
 from rpt_jax.policy.hf_config import CONFIG, FINGERPRINT, from_config, read_config, to_config
 from rpt_jax.policy.presets import Shape
-from rpt_jax.policy.tensors import WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
+from rpt_jax.policy.tensors import INDEX, WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
 from rpt_jax.policy.transformer import Params
 
 _TOP = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
@@ -41,6 +41,22 @@ _LAYER = {
     "up": ("mlp.up_proj.weight", 1),
     "down": ("mlp.down_proj.weight", 1),
 }
+
+
+def check_files(source: str | Path) -> None:
+    """Raises: UserError, naming every file of a policy that `source` lacks."""
+    if is_gguf(source):
+        if not Path(source).is_file():
+            raise UserError(f"policy.path='{source}' does not exist.")
+        return
+    needed = {CONFIG: (CONFIG,), WEIGHTS: (WEIGHTS, INDEX)}
+    needed["tokenizer.model or tokenizer.json"] = ("tokenizer.model", "tokenizer.json")
+    lacking = [what for what, names in needed.items() if not any((Path(source) / name).is_file() for name in names)]
+    if lacking:
+        raise UserError(
+            f"policy.path='{source}' must be the directory of a policy, or a .gguf file, and lacks {', '.join(lacking)}: put "
+            "them there, or name another one."
+        )
 
 
 def load_shape(source: str | Path) -> tuple[Shape, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rpt_jax.errors import check_choice
+from rpt_jax.errors import UserError, check_choice
 from rpt_jax.policy.rope import Llama3, Scaling
 
 
@@ -107,3 +107,16 @@ PRESETS |= {
 def preset(name: str) -> Shape:
     """Return the shape called `name`. Raises: UserError, where there is none, with the nearest name."""
     return PRESETS[check_choice("policy.preset", name, PRESETS)]
+
+
+def check_preset(path: str, name: str, shape: Shape) -> None:
+    """Refuse a policy in `path` whose `shape` is not the preset's, where one is named. Raises: UserError."""
+    if not name or preset(name) == shape:
+        return
+    theirs, ours = dataclasses.asdict(shape), dataclasses.asdict(preset(name))
+    differing = ", ".join(
+        f"{field} {theirs[field]} instead of {ours[field]}" for field in ours if theirs[field] != ours[field]
+    )
+    raise UserError(
+        f"policy.path='{path}' does not hold policy.preset='{name}': {differing}. Give its preset, or '' for any."
+    )

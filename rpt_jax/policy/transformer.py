@@ -146,7 +146,10 @@ class Transformer(nn.Module):
         embedding_VxD = self.param("embedding", init, (s.vocab, s.width), jnp.float32)
         if not s.tied:
             self.param("head", init, (s.vocab, s.width), jnp.float32)
-        x_NxGxQxD = embedding_VxD[tokens_NxGxQ].astype(self.dtype)
+        # Left to itself, XLA splits what is looked up by width, as the table is, and finds no way from there to prompts.
+        table_VxD = nn.with_logical_constraint(embedding_VxD, ("vocab", None))
+        x_NxGxQxD = table_VxD[tokens_NxGxQ].astype(self.dtype)
+        x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
         rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base, s.rope_scaling)
         length = tokens_NxGxQ.shape[-1]
         among_NxGxQxQ = jnp.tril(jnp.ones((1, 1, length, length), bool))
@@ -172,7 +175,8 @@ class Transformer(nn.Module):
 
 def head(params: Params) -> jax.Array:
     """Return the output matrix [V, D] in float32: its own, or the embedding where they are tied."""
-    return params.get("head", params["embedding"])
+    # Hidden states are split by prompt alone: without this, XLA would split them by width, as the matrix is.
+    return nn.with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
 
 
 def prefill(

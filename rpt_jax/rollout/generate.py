@@ -35,11 +35,25 @@ class Rollouts(NamedTuple):
         return jnp.arange(self.tokens_PxGxT.shape[-1]) < self.lengths_PxG[..., None]
 
 
-class _Loop(NamedTuple):
+class _Live(NamedTuple):
+    """The part of the batch that is still being decoded, and how far it is."""
+
     step: jax.Array
+    prompt: Context
+    lengths_P: jax.Array
+    keys_PxG: jax.Array
     rollouts: Rollouts
     hidden_PxGxD: jax.Array
     past: KeyValues
+
+    def take(self, rows: jax.Array) -> _Live:
+        """Return the prompts `rows` of it."""
+        by_layer = jax.tree.map(lambda x: x[:, rows], (self.prompt.kv, self.past))
+        lengths, keys, rollouts, hidden = jax.tree.map(
+            lambda x: x[rows], (self.lengths_P, self.keys_PxG, self.rollouts, self.hidden_PxGxD)
+        )
+        prompt = Context(by_layer[0], self.prompt.visible_NxGxQxS[rows])
+        return _Live(self.step, prompt, lengths, keys, rollouts, hidden, by_layer[1])
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "samples", "max_new_tokens", "temperature", "stop_ids"))
@@ -72,38 +86,49 @@ def generate(
       temperature: above 0.
       stop_ids: tokens that end a response; none, and every response is T long.
     """
-    hidden_PxD, prompt, keys_PxG = _start(policy, params, prompts_PxS, lengths_P, prompt_ids_P, key, samples)
-
-    def unfinished(loop: _Loop) -> jax.Array:
-        return (loop.step < max_new_tokens) & ~loop.rollouts.stopped_PxG.all()
-
-    def decode(loop: _Loop) -> _Loop:
-        uniform_PxG = uniform_at(keys_PxG, loop.step)
-        rollouts = _append_token(loop, head(params), uniform_PxG, temperature, stop_ids)
-        tokens_PxGx1 = jax.lax.dynamic_slice_in_dim(rollouts.tokens_PxGxT, loop.step, 1, axis=2)
-        positions = jnp.broadcast_to((lengths_P + loop.step)[:, None, None], tokens_PxGx1.shape)
-        visible_1x1x1xT = (jnp.arange(max_new_tokens) < loop.step)[None, None, None]
-        contexts = (prompt, Context(loop.past, visible_1x1x1xT))
-        hidden, new = policy.apply({"params": params}, tokens_PxGx1, positions, contexts)
-        past = jax.tree.map(
-            lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, loop.step, axis=4), loop.past, new
-        )
-        return _Loop(loop.step + 1, rollouts, hidden[:, :, 0], past)
-
-    start = _Loop(
+    _, prompt, hidden_PxD = prefill(policy, params, prompts_PxS, lengths_P)
+    size = prompts_PxS.shape[0]
+    live = _Live(
         step=jnp.int32(0),
-        rollouts=_empty(prompts_PxS.shape[0], samples, max_new_tokens),
-        hidden_PxGxD=jnp.broadcast_to(hidden_PxD[:, None], (hidden_PxD.shape[0], samples, hidden_PxD.shape[1])),
+        prompt=prompt,
+        lengths_P=lengths_P,
+        keys_PxG=rollout_keys(key, prompt_ids_P, samples),
+        rollouts=_empty(size, samples, max_new_tokens),
+        hidden_PxGxD=jnp.broadcast_to(hidden_PxD[:, None], (size, samples, hidden_PxD.shape[1])),
         past=jax.tree.map(
             lambda kv: jnp.zeros((*kv.shape[:3], samples, max_new_tokens, kv.shape[-1]), kv.dtype), prompt.kv
         ),
     )
-    return jax.lax.while_loop(unfinished, decode, start).rollouts
+    decode = functools.partial(_decode, policy, params, temperature, stop_ids)
+    rollouts, rows_P = live.rollouts, jnp.arange(size)
+    # Most responses are short and few are long: what is left is decoded in batches of half the size, three times at most.
+    sizes = [size >> i for i in range(3) if size % (1 << i) == 0]
+    for size, enough in zip(sizes, [*sizes[1:], 0], strict=True):
+        if size < rows_P.shape[0]:
+            unfinished_first = jnp.argsort(live.rollouts.stopped_PxG.all(axis=1), stable=True)[:size]
+            live, rows_P = live.take(unfinished_first), rows_P[unfinished_first]
+        live = jax.lax.while_loop(functools.partial(_more_than, enough), decode, live)
+        rollouts = jax.tree.map(lambda x, y, rows=rows_P: x.at[rows].set(y), rollouts, live.rollouts)
+    return rollouts
 
 
-def _start(policy, params, prompts_PxS, lengths_P, prompt_ids_P, key, samples):
-    _, prompt, hidden_PxD = prefill(policy, params, prompts_PxS, lengths_P)
-    return hidden_PxD, prompt, rollout_keys(key, prompt_ids_P, samples)
+def _more_than(prompts: int, live: _Live) -> jax.Array:
+    unfinished = ~live.rollouts.stopped_PxG.all(axis=1)
+    return (live.step < live.rollouts.tokens_PxGxT.shape[-1]) & (unfinished.sum() > prompts)
+
+
+def _decode(policy: Transformer, params: Params, temperature: float, stop_ids: tuple[int, ...], live: _Live) -> _Live:
+    """Sample one token of every rollout, and run it through the trunk."""
+    rollouts = _append_token(live, head(params), temperature, stop_ids)
+    tokens_PxGx1 = jax.lax.dynamic_slice_in_dim(rollouts.tokens_PxGxT, live.step, 1, axis=2)
+    positions = jnp.broadcast_to((live.lengths_P + live.step)[:, None, None], tokens_PxGx1.shape)
+    visible_1x1x1xT = (jnp.arange(rollouts.tokens_PxGxT.shape[-1]) < live.step)[None, None, None]
+    contexts = (live.prompt, Context(live.past, visible_1x1x1xT))
+    hidden, new = policy.apply({"params": params}, tokens_PxGx1, positions, contexts)
+    past = jax.tree.map(
+        lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, live.step, axis=4), live.past, new
+    )
+    return live._replace(step=live.step + 1, rollouts=rollouts, hidden_PxGxD=hidden[:, :, 0], past=past)
 
 
 def _empty(prompts: int, samples: int, max_new_tokens: int) -> Rollouts:
@@ -115,18 +140,16 @@ def _empty(prompts: int, samples: int, max_new_tokens: int) -> Rollouts:
     )
 
 
-def _append_token(
-    loop: _Loop, head_VxD: jax.Array, uniform_PxG: jax.Array, temperature: float, stop_ids: tuple[int, ...]
-) -> Rollouts:
+def _append_token(live: _Live, head_VxD: jax.Array, temperature: float, stop_ids: tuple[int, ...]) -> Rollouts:
     """Sample the next token of every rollout that still runs and write it down."""
-    rollouts, shape = loop.rollouts, uniform_PxG.shape
-    logits_BxV = scaled_logits(head_VxD, loop.hidden_PxGxD.reshape(-1, head_VxD.shape[1]), temperature)
-    tokens_B = sample_tokens(logits_BxV, uniform_PxG.reshape(-1))
+    rollouts, shape = live.rollouts, live.keys_PxG.shape
+    logits_BxV = scaled_logits(head_VxD, live.hidden_PxGxD.reshape(-1, head_VxD.shape[1]), temperature)
+    tokens_B = sample_tokens(logits_BxV, uniform_at(live.keys_PxG, live.step).reshape(-1))
     logprobs_PxG = chosen_logprobs(logits_BxV, tokens_B).reshape(shape)
     running = ~rollouts.stopped_PxG
     tokens_PxG = jnp.where(running, tokens_B.reshape(shape), 0)
     is_stop = jnp.isin(tokens_PxG, jnp.array(stop_ids, jnp.int32)) & running
-    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=loop.step, axis=2)
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=live.step, axis=2)
     return Rollouts(
         tokens_PxGxT=put(rollouts.tokens_PxGxT, tokens_PxG),
         lengths_PxG=rollouts.lengths_PxG + running,

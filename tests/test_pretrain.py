@@ -1,0 +1,71 @@
+"""What a step of pre-training sees: documents, and the traces and drills beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from rpt_jax.config import Experiment, PretrainConfig
+from rpt_jax.data.cold_start import BOX, TraceWriter
+from rpt_jax.data.corpus import Document
+from rpt_jax.data.tokenizer import load_tokenizer
+from rpt_jax.pretrain import ExampleMaker
+
+TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "configs" / "tiny")
+DOCUMENT = (
+    "Tom had 93 - 38 = 55 marbles, gave 12 away and has 55 - 12 = 43 marbles left. It is a good number of marbles."
+)
+
+
+def example(**changes: object) -> dict[str, np.ndarray]:
+    config = PretrainConfig(traces_per_document=6, rows_per_document=4, row_tokens=64)
+    experiment = Experiment(pretrain=dataclasses.replace(config, **changes))
+    return ExampleMaker(experiment, TOKENIZER, [Document(DOCUMENT, "a")]).make(0, np.random.default_rng(0))
+
+
+def segments(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The traces one by one, padding left out."""
+    found = []
+    for row, column in zip(*np.nonzero(arrays["trace_segment"]), strict=True):
+        number = arrays["trace_segment"][row, column]
+        if not found or found[-1][0] != (row, number):
+            found.append(((row, number), []))
+        found[-1][1].append(column)
+    names = [name for name in arrays if name.startswith("trace_")]
+    return [{name: arrays[name][row, columns] for name in names} for (row, _), columns in found]
+
+
+def test_traces_continue_their_prefix_of_the_document() -> None:
+    arrays = example()
+    traces = segments(arrays)
+    assert len(traces) == 6
+    for trace in traces:
+        place = trace["trace_prefix"][0]
+        assert (trace["trace_prefix"] == place).all() and trace["trace_mask"].all()
+        np.testing.assert_array_equal(trace["trace_position"], place + np.arange(len(trace["trace_position"])))
+        assert trace["trace_inputs"][0] == TOKENIZER.think_id
+        np.testing.assert_array_equal(trace["trace_inputs"][1:], trace["trace_targets"][:-1])
+        prediction = trace["trace_targets"][-3:-2]  # Before the closing brace and the end.
+        if b"=" not in TOKENIZER.token_bytes(trace["trace_targets"].tolist()):
+            np.testing.assert_array_equal(prediction, arrays["inputs"][place : place + 1])
+
+
+def test_drills_stand_alone_and_their_question_is_given() -> None:
+    drills = [trace for trace in segments(example(drills_per_document=3)) if trace["trace_prefix"][0] == 0]
+    assert len(drills) == 3
+    for drill in drills:
+        np.testing.assert_array_equal(drill["trace_position"], np.arange(len(drill["trace_position"])))
+        given = TOKENIZER.token_bytes(drill["trace_targets"][~drill["trace_mask"]].tolist())
+        learnt = TOKENIZER.token_bytes(drill["trace_targets"][drill["trace_mask"]].tolist())
+        assert given.endswith(b":") and b"-" in given and b"=" not in given
+        assert b"=" in learnt and b"boxed{" in learnt
+
+
+def test_what_cannot_be_boxed_is_not_shown() -> None:
+    """The last opening of a box counts: a predicted one would hide the prediction, and teach what earns nothing."""
+    ids = TOKENIZER.encode("a box \\boxed{5} here")
+    writer = TraceWriter(TOKENIZER, "a box \\boxed{5} here", ids, 0.0, 64)
+    boxes = [i for i in range(len(ids)) if not writer.can_box(i)]
+    assert [TOKENIZER.token_bytes([ids[i]]) for i in boxes] == [BOX.encode()]
