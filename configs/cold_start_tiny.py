@@ -2,8 +2,8 @@
 
 Command   bash launch/local.sh --config=configs/cold_start_tiny.py
 Hardware  2 processor cores, 4 GB
-Time      17 minutes on a shared machine that also ran other work (22 November 2026)
-Results   0.15 nats a token on the documents, 0.07 on the traces, at the end
+Time      30 minutes on a shared machine that also ran other work (22 November 2026)
+Results   0.16 nats a token on the documents, 0.03 on the traces, at the end
 """
 
 import ml_collections

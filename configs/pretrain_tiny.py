@@ -2,8 +2,8 @@
 
 Command   bash launch/local.sh --config=configs/pretrain_tiny.py
 Hardware  2 processor cores, 4 GB
-Time      29 minutes on a shared machine that also ran other work; 0.43 s a step on a quiet one (22 November 2026)
-Results   0.20 nats a token on the documents, 0.10 on the traces, at the end
+Time      49 minutes on a shared machine that also ran other work (22 November 2026)
+Results   0.21 nats a token on the documents, 0.06 on the traces, at the end
 """
 
 import ml_collections

@@ -21,7 +21,7 @@ from rpt_jax.config import Experiment, PolicyConfig
 from rpt_jax.convert import convert
 from rpt_jax.data.tokenizer import byte_level_alphabet, load_tokenizer
 from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import Checkpointer, claim_workdir
+from rpt_jax.infra.checkpoint import Checkpointer, claimed_workdir
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
 from rpt_jax.objective.update import TrainState
 from rpt_jax.policy import tensors as tensors_module
@@ -147,12 +147,12 @@ def test_a_policy_with_a_foreign_tokenizer(theirs, tmp_path):
 def workdir(tmp_path, theirs):
     """Return a run with two checkpoints, and the parameters in each."""
     path, saved = tmp_path / "run", {}
-    claim_workdir(path, Experiment(policy=PolicyConfig(path=str(theirs), preset="")))
-    checkpoints, optimizer = Checkpointer(path, keep=2), optax.adam(1.0)
-    for step in (5, 10):
-        saved[step] = random_params(Transformer(SHAPE), step)
-        checkpoints.save(step, TrainState(saved[step], optimizer.init(saved[step])), {"stream": step})
-    checkpoints.close()
+    with claimed_workdir(path, Experiment(policy=PolicyConfig(path=str(theirs), preset=""))):
+        checkpoints, optimizer = Checkpointer(path, keep=2), optax.adam(1.0)
+        for step in (5, 10):
+            saved[step] = random_params(Transformer(SHAPE), step)
+            checkpoints.save(step, TrainState(saved[step], optimizer.init(saved[step])), {"stream": step})
+        checkpoints.close()
     return path, saved
 
 
