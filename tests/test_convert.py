@@ -260,7 +260,8 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
     tracemalloc.stop()
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     # The embedding may share its memory with what was read.
-    assert max(peaks) < (1 + 2) * largest and np.median(peaks) < (1 + 1.3) * largest
+    bookkeeping = 2**17
+    assert max(peaks) < (1 + 2) * largest + bookkeeping and np.median(peaks) < (1 + 1.3) * largest
     if sharded:
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
 

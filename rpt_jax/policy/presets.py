@@ -113,10 +113,10 @@ def check_preset(path: str, name: str, shape: Shape) -> None:
     """Refuse a policy in `path` whose `shape` is not the preset's, where one is named. Raises: UserError."""
     if not name or preset(name) == shape:
         return
-    theirs, ours = dataclasses.asdict(shape), dataclasses.asdict(preset(name))
-    differing = ", ".join(
-        f"{field} {theirs[field]} instead of {ours[field]}" for field in ours if theirs[field] != ours[field]
-    )
+    compared = [
+        (f.name, getattr(shape, f.name), getattr(preset(name), f.name)) for f in dataclasses.fields(Shape) if f.compare
+    ]
+    differing = ", ".join(f"{field} {theirs} instead of {ours}" for field, theirs, ours in compared if theirs != ours)
     raise UserError(
         f"policy.path='{path}' does not hold policy.preset='{name}': {differing}. Give its preset, or '' for any."
     )
