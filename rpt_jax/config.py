@@ -29,7 +29,7 @@ ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    path: str = ""  # Directory with config.json, model.safetensors and the tokenizer; "" = random weights of `preset`.
+    path: str = ""  # A Hugging Face directory (config.json, weights, tokenizer) or a .gguf file; "" = random weights of `preset`.
     preset: str = "tiny"  # A name in policy/presets.py; checked against the directory when both are given.
     dtype: str = "float32"  # Compute dtype; parameters and reductions stay float32.
     remat: str = (

@@ -177,7 +177,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
             if step % experiment.checkpoint.every_steps == 0 or step == total:
                 checkpoints.save(step, state, {"stream": stream.get_state()})
     checkpoints.close()
-    save_policy(directory, policy.shape, jax.device_get(state.params), tokenizer.source, tokenizer.fingerprint)
+    save_policy(directory, policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
     print(f"The policy is in {directory}.")
 
 

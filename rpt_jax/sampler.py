@@ -55,7 +55,7 @@ class Sampler:
             samples=self._config.samples_per_prompt,
             max_new_tokens=self._config.max_new_tokens,
             temperature=self._config.temperature,
-            stop_ids=(self._tokenizer.eos_id,),
+            stop_ids=self._tokenizer.stop_ids,
         )
         reward, status = prefix_match_reward(
             rollouts.tokens_PxGxT,

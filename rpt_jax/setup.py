@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -16,7 +15,7 @@ from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
 from rpt_jax.policy.attention import choose_attention
-from rpt_jax.policy.hf import check_files, load_policy
+from rpt_jax.policy.hf import check_files, load_policy, load_shape
 from rpt_jax.policy.presets import Shape, check_preset
 from rpt_jax.policy.transformer import Params, Transformer
 
@@ -44,7 +43,7 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
 
     Raises: UserError, where a file is missing or damaged, the shape is not the preset's or the tokenizer not the policy's.
     """
-    shape, weights, fingerprint = load_policy(config.path)
+    shape, fingerprint = load_shape(config.path)
     check_preset(config.path, config.preset, shape)
     tokenizer = load_tokenizer(config.path)
     if tokenizer.vocab_size > shape.vocab or (fingerprint and fingerprint != tokenizer.fingerprint):
@@ -54,7 +53,8 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
             f"{(fingerprint or 'unknown')[:12]}…). Put the policy's own tokenizer there."
         )
     policy = make_policy(config, shape)
-    return policy, jax.device_put(weights, parameter_shardings(policy, mesh)), tokenizer
+    _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh))
+    return policy, params, tokenizer
 
 
 def start_mesh(experiment: Experiment) -> Mesh:

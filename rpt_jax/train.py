@@ -127,8 +127,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
             progress.advance(status(scalars, dynamic))
     checkpoints.close()
     tokenizer = setup.tokenizer
-    params = jax.device_get(state.params)
-    save_policy(workdir / "policy", setup.policy.shape, params, tokenizer.source, tokenizer.fingerprint)
+    save_policy(workdir / "policy", setup.policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
     finish(workdir, before, after, clock.seconds, experiment.seed)
 
 

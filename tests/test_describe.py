@@ -256,8 +256,8 @@ def test_policy_on_disk_comes_before_the_preset(tmp_path: Path):
     with pytest.raises(UserError, match=rf"{tmp_path}.*'qwen2\.5-14b': layers 3 instead of 48\."):
         describe(experiment, 1)
     assert values(replaced(experiment, "policy", preset=""))[name] == "3 x 5120, 152064"
-    with pytest.raises(UserError, match=r"policy\.preset='qwen'.*Did you mean 'qwen2\.5-14b'"):
-        describe(replaced(experiment, "policy", preset="qwen"), 1)
+    with pytest.raises(UserError, match=r"policy\.preset='qwen2.5-14'.*Did you mean 'qwen2\.5-14b'"):
+        describe(replaced(experiment, "policy", preset="qwen2.5-14"), 1)
 
 
 def test_it_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):

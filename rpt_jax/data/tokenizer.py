@@ -21,11 +21,17 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from rpt_jax.data.tokenizer_files import read_tokenizer_files
 from rpt_jax.errors import UserError
 
 THINK, END_THINK = "<think>", "</think>"
 
+Files = dict[str, bytes]  # By name.
+
 _SPACE_MARK = "\u2581"  # What sentencepiece writes for a space in its pieces.
+# Bytes that a byte-level BPE may lack, as SmolLM2's does: those that no UTF-8 has, the first bytes of planes without
+# characters, and control characters. A text that holds one all the same is refused as it is encoded.
+_DISPENSABLE = {*range(0x01, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<｜end▁of▁sentence｜>")
 _PROBE = f"  a\u00e9\ufb01e\u0301 {_SPACE_MARK}\r\n\t\x00 {THINK}</s>\U0001f9ee 12.50 "
 
@@ -42,7 +48,9 @@ class Tokenizer:
     """Made by `load_tokenizer`.
 
     `pieces` are the bytes of every token. `bos_id` and `pad_id` fall back to `eos_id` where the model has none;
-    `think_id` and `end_think_id` are then -1. `special_ids` have no bytes, and no text encodes to them.
+    `think_id` and `end_think_id` are then -1. `stop_ids` end a response: `eos_id`, and others that
+    generation_config.json names. `special_ids` have no bytes, and no text encodes to them. `unused_ids` are no tokens at
+    all. `normalizer` names what the file would do to a text before splitting it, such as NFC, and is not done here.
     """
 
     pieces: tuple[bytes, ...] = dataclasses.field(repr=False)
@@ -51,9 +59,12 @@ class Tokenizer:
     pad_id: int
     think_id: int
     end_think_id: int
+    stop_ids: tuple[int, ...]
     special_ids: frozenset[int]
-    fingerprint: str  # SHA-256 of the file the tokenizer was read from, in hexadecimal.
-    source: str  # That file, for messages.
+    unused_ids: frozenset[int]
+    normalizer: str
+    fingerprint: str  # SHA-256 of tokenizer.model or tokenizer.json, in hexadecimal.
+    source: str  # That file, or the GGUF file that has it in its header.
     encode_ordinary: Callable[[Sequence[str]], list[list[int]]] = dataclasses.field(repr=False)
 
     @property
@@ -95,20 +106,22 @@ class Tokenizer:
         return self.token_bytes(ids).decode("utf-8", errors="replace")
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(source: str | Path) -> Tokenizer:
     """Load `tokenizer.model` (sentencepiece) or, where there is none, `tokenizer.json` (Hugging Face byte-level BPE).
 
-    Raises `UserError` where neither is there, where the file is damaged, and where it cannot express every byte.
+    `source` is their directory, or a GGUF file. Raises `UserError` where neither is there, where the file is damaged, and
+    where it cannot express every byte.
     """
+    files = read_tokenizer_files(source)
     loaders = {"tokenizer.model": _load_sentencepiece, "tokenizer.json": _load_byte_level_bpe}
     for name, loader in loaders.items():
-        path = Path(directory) / name
-        if path.is_file():
-            tokenizer = loader(path, path.read_bytes())
+        if name in files:
+            path = Path(source) / name if Path(source).is_dir() else Path(source)
+            tokenizer = loader(path, files[name], files)
             tokenizer.encode(_PROBE)
             return tokenizer
     raise UserError(
-        f"No tokenizer in '{directory}': expected {' or '.join(loaders)}. Give the directory of an exported model."
+        f"No tokenizer in '{source}': expected {' or '.join(loaders)}. Give the directory of an exported model."
     )
 
 
@@ -160,7 +173,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
             yield from (line[start : start + 1000] for start in range(0, len(line), 1000))
 
 
-def _load_sentencepiece(path: Path, data: bytes) -> Tokenizer:
+def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
     # Appending one serialised protocol buffer to another merges them field by field, and the later value wins. This
     # sets field 3, the normaliser, to: no character map, no space put in front, none removed, all marked. A model
     # that was trained with other settings would change the text.
@@ -197,7 +210,10 @@ def _load_sentencepiece(path: Path, data: bytes) -> Tokenizer:
         pad_id=processor.pad_id() if processor.pad_id() >= 0 else eos_id,
         think_id=control_id(THINK),
         end_think_id=control_id(END_THINK),
+        stop_ids=_stop_ids(path, files, eos_id, size),
         special_ids=special_ids,
+        unused_ids=frozenset(i for i in range(size) if processor.is_unused(i)),
+        normalizer="",
         fingerprint=hashlib.sha256(data).hexdigest(),
         source=str(path),
         encode_ordinary=functools.partial(
@@ -234,7 +250,7 @@ def byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
-def _load_byte_level_bpe(path: Path, data: bytes) -> Tokenizer:
+def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     """Load a `tokenizer.json` without its normaliser: Qwen3's is NFC, which would change the bytes of a text."""
     spec = _parse_json(path, data)
     try:
@@ -244,11 +260,11 @@ def _load_byte_level_bpe(path: Path, data: bytes) -> Tokenizer:
     alphabet, vocab = byte_level_alphabet(), spec["model"]["vocab"]
     if spec["model"].get("type") != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
         raise UserError(f"{path} is not a byte-level BPE, the kind of tokenizer.json that keeps every byte of a text.")
-    if missing := sum(character not in vocab for character in alphabet):
+    if missing := sum(character not in vocab for character, byte in alphabet.items() if byte not in _DISPENSABLE):
         raise UserError(f"{path} cannot express every text: {missing} of the 256 bytes have no token of their own.")
     added = {token["content"]: token for token in spec.get("added_tokens", ())}
     ids = vocab | {content: token["id"] for content, token in added.items()}
-    special = _special_ids(path, ids)
+    special = _special_ids(path, files, ids)
     special_ids = frozenset(
         [*special.values(), *(token["id"] for token in added.values() if token["special"])]
         + [added[name]["id"] for name in (THINK, END_THINK) if name in added]
@@ -267,6 +283,9 @@ def _load_byte_level_bpe(path: Path, data: bytes) -> Tokenizer:
     return Tokenizer(
         pieces=tuple(pieces),
         **special,
+        stop_ids=_stop_ids(path, files, special["eos_id"], len(pieces)),
+        unused_ids=frozenset(range(len(pieces))) - frozenset(ids.values()),
+        normalizer=_normalizer_name(spec.get("normalizer")),
         think_id=added[THINK]["id"] if THINK in added else -1,
         end_think_id=added[END_THINK]["id"] if END_THINK in added else -1,
         special_ids=special_ids,
@@ -316,10 +335,17 @@ def _without_prefix_space(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _special_ids(path: Path, ids: dict[str, int]) -> dict[str, int]:
+def _normalizer_name(normalizer: dict[str, Any] | None) -> str:
+    if not normalizer:
+        return ""
+    parts = normalizer.get("normalizers")
+    return normalizer["type"] if parts is None else "+".join(filter(None, map(_normalizer_name, parts)))
+
+
+def _special_ids(path: Path, files: Files, ids: dict[str, int]) -> dict[str, int]:
     """Return `bos_id`, `eos_id` and `pad_id` as the files beside `path` say; the end also by its usual names."""
-    names = _parse_optional(path.with_name("tokenizer_config.json"))
-    numbers = _parse_optional(path.with_name("generation_config.json"))
+    names = _parse_optional(path, files, "tokenizer_config.json")
+    numbers = _parse_optional(path, files, "generation_config.json")
 
     def find(kind: str) -> int | None:
         name = names.get(f"{kind}_token")
@@ -343,8 +369,16 @@ def _special_ids(path: Path, ids: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _parse_optional(path: Path) -> dict[str, Any]:
-    return _parse_json(path, path.read_bytes()) if path.is_file() else {}
+def _stop_ids(path: Path, files: Files, eos_id: int, size: int) -> tuple[int, ...]:
+    """Return `eos_id` and what else generation_config.json ends a response with."""
+    others = _parse_optional(path, files, "generation_config.json").get("eos_token_id")
+    others = others if isinstance(others, list) else [others]
+    known = [i for i in others if isinstance(i, int) and 0 <= i < size]
+    return tuple(dict.fromkeys([eos_id, *known]))
+
+
+def _parse_optional(path: Path, files: Files, name: str) -> dict[str, Any]:
+    return _parse_json(path.with_name(name), files[name]) if name in files else {}
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:

