@@ -2,8 +2,8 @@
 
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 processor cores, 4 GB
-Time      9.1 minutes on a shared machine that also ran other work (22 November 2026)
-Results   by reasoning, held out: easy 26.5 -> 32.7, medium 22.4 -> 29.9, hard 18.1 -> 25.9 % (seed 0); the base policy's direct
+Time      7.7 minutes on a shared machine (22 November 2026)
+Results   by reasoning, held out: easy 26.5 -> 33.0, medium 22.4 -> 31.1, hard 18.1 -> 26.3 % (seed 0); the base policy's direct
           guess 33.1, 25.1, 17.7 %. Other seeds not measured.
 """
 
