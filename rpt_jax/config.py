@@ -320,7 +320,7 @@ def _parse(name: str, text: str, expected: type) -> Any:
 
 
 def _nearest_field(name: str) -> str:
-    """A hint on an unknown dotted name: the nearest known one, or else the names that there are."""
+    """A hint on an unknown dotted name: the nearest known ones, or else the names that there are."""
     fields = [field for field, _ in leaves(Experiment())]
     sections = sorted({field.partition(".")[0] for field in fields if "." in field})
 
@@ -329,9 +329,11 @@ def _nearest_field(name: str) -> str:
         whole, last = (difflib.SequenceMatcher(None, a.lower(), b).ratio() for a, b in pairs)
         return max(whole, last), whole  # The right field of a wrong section is close, too.
 
-    best = max([*fields, *(() if "." in name else sections)], key=closeness)
-    if closeness(best)[0] >= 0.6:
-        return f" Did you mean '{best}'?"
+    near = {known: closeness(known) for known in [*fields, *(() if "." in name else sections)]}
+    best = max(near.values())
+    if best[0] >= 0.6:
+        # All that are equally near: 'optimizer.beta' is one slip from two fields.
+        return f" Did you mean {' or '.join(f'{known!r}' for known in near if near[known] == best)}?"
     within = [field for field in fields if field.startswith(f"{name.partition('.')[0]}.")]
     top = [field for field in fields if "." not in field]
     return f" There are: {', '.join(within or [*top, *(f'{section}.*' for section in sections)])}."

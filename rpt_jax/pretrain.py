@@ -187,11 +187,8 @@ def _start(
     """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_start(experiment.policy, mesh)
-    path, vocab_size, shape = (
-        workdir / "tokenizer.model",
-        experiment.pretrain.vocab_size,
-        preset(experiment.policy.preset),
-    )
+    path, shape = workdir / "tokenizer.model", preset(experiment.policy.preset)
+    vocab_size = experiment.pretrain.vocab_size
     if vocab_size != shape.vocab:
         raise UserError(
             f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "

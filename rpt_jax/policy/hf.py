@@ -110,13 +110,20 @@ def load_policy(source: str | Path, shardings: Any = None) -> tuple[Shape, Param
     for name, _, ours, layer in _names(shape):
         if layer is None:
             sharding = shardings and shardings[ours]
-            params[ours] = _put(tensors.read(name), sharding).astype(jnp.float32)
+            params[ours] = jax.block_until_ready(_put(tensors.read(name), sharding).astype(jnp.float32))
             continue
         inputs, sharding = _LAYER[ours][1], shardings and shardings["layers"][ours]
         if layer == 0:
             params["layers"][ours] = _empty_stack((shape.layers, *dims[ours]), sharding)
-        tensor = _put(tensors.read(name), sharding and _on_disk(sharding, inputs))
-        params["layers"][ours] = _write_layer(params["layers"][ours], tensor, layer, dims[ours], inputs, sharding)
+        # Not kept in a name of its own, which would hold this tensor while the next one is read.
+        params["layers"][ours] = _write_layer(
+            params["layers"][ours],
+            _put(tensors.read(name), sharding and _on_disk(sharding, inputs)),
+            layer,
+            dims[ours],
+            inputs,
+            sharding,
+        )
         # Waited for, or reading would run ahead and the tensors of many layers wait on the host.
         jax.block_until_ready(params["layers"][ours])
     return shape, params, fingerprint

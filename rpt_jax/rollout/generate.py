@@ -101,7 +101,7 @@ def generate(
     )
     decode = functools.partial(_decode, policy, params, temperature, stop_ids)
     rollouts, rows_P = live.rollouts, jnp.arange(size)
-    # Most responses are short and few are long: what is left is decoded in batches of half the size, three times at most.
+    # Most responses are short and few are long: what is left is decoded in a batch of half the size, twice at most.
     sizes = [size >> i for i in range(3) if size % (1 << i) == 0]
     for size, enough in zip(sizes, [*sizes[1:], 0], strict=True):
         if size < rows_P.shape[0]:
