@@ -92,7 +92,10 @@ def test_the_ends_of_the_unit_interval(vocab):
 def test_noise_is_uniform_and_its_own_for_every_token():
     """4 x 8 x 64 tokens: all different, evenly spread, and independent of their neighbours in every direction."""
     keys = rollout_keys(jax.random.key(0), jnp.arange(4), 8)
-    uniforms = np.asarray(jax.vmap(uniform_at, in_axes=(None, 0), out_axes=-1)(keys, jnp.arange(64)))
+    numbers = jax.vmap(uniform_at, in_axes=(None, 0), out_axes=-1)(
+        keys.reshape(-1), jnp.tile(jnp.arange(64)[:, None], 32)
+    )
+    uniforms = np.asarray(numbers).reshape(4, 8, 64)
     assert uniforms.shape == (4, 8, 64) and len(np.unique(uniforms)) == uniforms.size
     assert scipy.stats.kstest(uniforms.ravel(), "uniform").pvalue > 1e-3
     for axis in range(3):

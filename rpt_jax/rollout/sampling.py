@@ -18,13 +18,13 @@ def rollout_keys(key: jax.Array, prompt_ids_P: jax.Array, samples: int) -> jax.A
     return jax.vmap(per_prompt, in_axes=(0, None))(prompt_ids_P, jnp.arange(samples))
 
 
-def uniform_at(keys_PxG: jax.Array, step: jax.Array) -> jax.Array:
-    """One uniform number in [0, 1) a rollout for its token number `step`, float32 [P, G]."""
+def uniform_at(keys_M: jax.Array, count_M: jax.Array) -> jax.Array:
+    """One uniform number in [0, 1) a rollout for its token number `count`, float32 [M]."""
 
-    def one(key: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(key, step), dtype=jnp.float32)
+    def one(key: jax.Array, count: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, count), dtype=jnp.float32)
 
-    return jax.vmap(jax.vmap(one))(keys_PxG)
+    return jax.vmap(one)(keys_M, count_M)
 
 
 def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
