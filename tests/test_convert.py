@@ -240,7 +240,8 @@ def test_a_tied_head_may_be_there_if_it_is_the_embedding(theirs):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
-    shape = dataclasses.replace(SHAPE, layers=4, width=128, ffn=4096, vocab=4096)
+    # With a head of its own, so that large tensors follow each other outside of the layers, too.
+    shape = dataclasses.replace(SHAPE, layers=4, width=128, ffn=4096, vocab=4096, tied=False)
     params, largest = random_params(Transformer(shape), 0), 4096 * 128 * 4
     save_policy(tmp_path, shape, params, tmp_path / "tokenizer.json", "")
     shardings = parameter_shardings(Transformer(shape), make_mesh(1, 1, 1)) if sharded else None
@@ -248,7 +249,6 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
     peaks, read = [], tensors_module.Tensors.read
 
     def measured(self, name):
-        """The parameters themselves are memory of this device; nothing but tensors on their way may come on top."""
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.reset_peak()
         return read(self, name)
@@ -259,9 +259,7 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
         _, loaded, _ = load_policy(tmp_path, shardings)
     tracemalloc.stop()
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    # The embedding may share its memory with what was read.
-    bookkeeping = 2**17
-    assert max(peaks) < (1 + 2) * largest + bookkeeping and np.median(peaks) < (1 + 1.3) * largest
+    assert max(peaks) < 2 * largest
     if sharded:
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
 
