@@ -116,7 +116,9 @@ def mixed_loss(
     )
 
     def mean_nll(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-        logprobs = token_logprobs(head(params), hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0, chunk)
+        logprobs = token_logprobs(
+            head(policy, params), hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0, chunk
+        )
         return -jnp.sum(logprobs * mask.reshape(-1)) / jnp.maximum(mask.sum(), 1)
 
     document = mean_nll(hidden_NxSxD, batch["targets"], batch["mask"])
@@ -196,5 +198,6 @@ def _start(
         )
     if not path.exists():
         train_sentencepiece((d.text for d in documents), vocab_size, path)
-    policy = make_policy(experiment.policy, shape)
-    return policy, init_parameters(policy, mesh, experiment.seed), load_tokenizer(workdir)
+    tokenizer = load_tokenizer(workdir)
+    policy = make_policy(experiment.policy, shape, tokenizer)
+    return policy, init_parameters(policy, mesh, experiment.seed), tokenizer

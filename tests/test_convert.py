@@ -31,6 +31,7 @@ from rpt_jax.policy.presets import Shape
 from rpt_jax.policy.rope import Llama3, llama3_divisors, rope_frequencies
 from rpt_jax.policy.tensors import INDEX, WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
 from rpt_jax.policy.transformer import Transformer
+from rpt_jax.setup import load_start
 from tests.conftest import ROOT
 from tests.policy_reference import random_params
 
@@ -80,9 +81,12 @@ def test_a_foreign_policy_becomes_ours_and_foreign_again(theirs, tmp_path, capsy
     assert run(f"--from={theirs}", f"--to={tmp_path / 'new' / 'ours'}") == 0
     said = capsys.readouterr().out
     assert "a Hugging Face directory: it is now our policy" in said
-    assert "normalises texts (NFC)" in said and "40 of its 300 ids stand for no token" in said
+    assert (
+        "normalises texts (NFC)" in said and "40 of its 300 ids stand for no token; rpt_jax never samples them" in said
+    )
     ours = tmp_path / "new" / "ours"
-    tokenizer = load_tokenizer(ours)
+    policy, _, tokenizer = load_start(PolicyConfig(path=str(ours), preset=""), make_mesh(1, 1, 1))
+    assert policy.absent_ids == tuple(range(260, 300))
     assert load_shape(ours)[1] == tokenizer.fingerprint
     assert tokenizer.stop_ids == (258, 259) and tokenizer.normalizer == "NFC"
     assert tokenizer.token_bytes(tokenizer.encode("e\u0301")) == "e\u0301".encode()
@@ -269,6 +273,7 @@ import sys, jax, numpy as np
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
 from rpt_jax.policy import hf
 from rpt_jax.policy.transformer import Transformer
+from rpt_jax.setup import load_start
 shape, expected, _ = hf.load_policy(sys.argv[1])
 shardings = parameter_shardings(Transformer(shape), make_mesh(1, 4, 2))
 put, parts = hf._put, []

@@ -107,7 +107,7 @@ def theirs(model, tokens: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="policy")
 def full_forward(policy: Transformer, params, tokens_NxS: jax.Array) -> jax.Array:
     hidden, _, _ = prefill(policy, params, tokens_NxS, jnp.full(tokens_NxS.shape[:1], tokens_NxS.shape[1]))
-    return jnp.einsum("nsd,vd->nsv", hidden, head(params))
+    return jnp.einsum("nsd,vd->nsv", hidden, head(policy, params).matrix_VxD)
 
 
 def assert_close(ours, expected, scale: float | None = None) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
 from rpt_jax.policy.attention import Context, KeyValues
-from rpt_jax.policy.transformer import Params, Transformer, head, prefill
+from rpt_jax.policy.transformer import Head, Params, Transformer, head, prefill
 from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, uniform_at
 
 
@@ -119,7 +119,7 @@ def _more_than(prompts: int, live: _Live) -> jax.Array:
 
 def _decode(policy: Transformer, params: Params, temperature: float, stop_ids: tuple[int, ...], live: _Live) -> _Live:
     """Sample one token of every rollout, and run it through the trunk."""
-    rollouts = _append_token(live, head(params), temperature, stop_ids)
+    rollouts = _append_token(live, head(policy, params), temperature, stop_ids)
     tokens_PxGx1 = jax.lax.dynamic_slice_in_dim(rollouts.tokens_PxGxT, live.step, 1, axis=2)
     positions = jnp.broadcast_to((live.lengths_P + live.step)[:, None, None], tokens_PxGx1.shape)
     contexts = (live.prompt, Context(live.past, end_NxGxQ=live.step[None, None, None]))
@@ -139,10 +139,10 @@ def _empty(prompts: int, samples: int, max_new_tokens: int) -> Rollouts:
     )
 
 
-def _append_token(live: _Live, head_VxD: jax.Array, temperature: float, stop_ids: tuple[int, ...]) -> Rollouts:
+def _append_token(live: _Live, head: Head, temperature: float, stop_ids: tuple[int, ...]) -> Rollouts:
     """Sample the next token of every rollout that still runs and write it down."""
     rollouts, shape = live.rollouts, live.keys_PxG.shape
-    logits_BxV = scaled_logits(head_VxD, live.hidden_PxGxD.reshape(-1, head_VxD.shape[1]), temperature)
+    logits_BxV = scaled_logits(head, live.hidden_PxGxD.reshape(-1, live.hidden_PxGxD.shape[-1]), temperature)
     tokens_B = sample_tokens(logits_BxV, uniform_at(live.keys_PxG, live.step).reshape(-1))
     logprobs_PxG = chosen_logprobs(logits_BxV, tokens_B).reshape(shape)
     running = ~rollouts.stopped_PxG
