@@ -24,8 +24,8 @@ from rpt_jax.policy.rope import rope_frequencies
 from rpt_jax.policy.transformer import Transformer, head, prefill
 from rpt_jax.rollout.generate import generate
 
-torch = pytest.importorskip("torch", reason="a test requirement: pip install torch==2.13.0 transformers")
-transformers = pytest.importorskip("transformers", reason="a test requirement: pip install transformers")
+torch = pytest.importorskip("torch", reason="a requirement in tests/requirements.txt, which launch/test.sh installs")
+transformers = pytest.importorskip("transformers", reason="a requirement in tests/requirements.txt")
 
 ROPE_INIT_FUNCTIONS = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
 
