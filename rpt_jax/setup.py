@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,6 +32,17 @@ class Setup(NamedTuple):
     train: Documents
     held_out: Documents
     unseen_templates: Documents
+
+
+def cold_start_of(experiment: Experiment) -> Experiment:
+    """The pre-training that an experiment of task "rpt" begins with, as an experiment of its own."""
+    return dataclasses.replace(
+        experiment,
+        task="pretrain",
+        training=dataclasses.replace(experiment.training, total_steps=experiment.cold_start.steps),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=experiment.cold_start.learning_rate),
+        pretrain=dataclasses.replace(experiment.pretrain, export=""),
+    )
 
 
 def make_policy(config: PolicyConfig, shape: Shape, tokenizer: Tokenizer | None = None) -> Transformer:

@@ -157,7 +157,9 @@ def test_only_tests_need_the_requirements_of_tests(clone: Clone) -> None:
     """They come on top of what a run needs, and a run neither misses nor removes them."""
 
     def installed() -> list[bool]:
-        return [f"{name}requirements.txt" in clone.calls.read_text().splitlines()[-1] for name in ("clone/", "clone/tests/")]
+        return [
+            f"{name}requirements.txt" in clone.calls.read_text().splitlines()[-1] for name in ("clone/", "clone/tests/")
+        ]
 
     clone.run("launch/local.sh")
     assert installed() == [True, False]
