@@ -47,15 +47,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompt.open_think = False
     config.prompt.max_tokens = 320
 
-    # As in the paper.
-    config.rollout.samples_per_prompt = 8
-    config.rollout.temperature = 0.8
-    config.optimizer.max_grad_norm = 0.2
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.weight_decay = 0.01
+    # The format, and nothing of the documents but the tokens in the boxes.
+    config.cold_start.steps = 40
+    config.cold_start.learning_rate = 1e-4
+    config.pretrain.documents_per_step = 4
+    config.pretrain.document_weight = 0.0
+    config.pretrain.rows_per_document = 6
 
-    # Scaled to the small policy, and to two processor cores.
+    # Scaled to the small policy, and to two processor cores. What is not set here is as in the paper, by default.
     config.rollout.max_new_tokens = 128
     config.training.prompts_per_step = 16
     config.training.total_steps = 100

@@ -100,15 +100,24 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ColdStartConfig:
+    """Steps of pre-training, as section pretrain says, that task "rpt" begins with: a format is learnt in few of them."""
+
+    steps: int = 0
+    learning_rate: float = 1e-4  # In place of the optimiser's, whose other settings hold.
+
+
+@dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     documents_per_step: int = 16
+    document_weight: float = 1.0  # Weight of the documents' mean cross-entropy: 0 teaches traces alone.
     traces_per_document: int = 18  # Cold-start traces learnt beside each document,
     due_share: float = 1 / 3  # this share of them where the result of a calculation is due.
     recalled_tokens: int = 4  # Tokens of context that a trace repeats where nothing is calculated.
     drills_per_document: int = 0  # Calculations like the document's, with other numbers, learnt without the document.
     rows_per_document: int = 4  # Traces and drills are packed into so many rows
     row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
-    trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy against the documents'.
+    trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy.
     calculation_share: float = 0.4  # Where a calculation is due, how often the trace carries it out.
     vocab_size: int = 1024
     export: str = ""  # Directory to write the finished policy to, for `policy.path` of later runs.
@@ -150,6 +159,7 @@ class Experiment:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
     pretrain: PretrainConfig = PretrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -254,7 +264,10 @@ _BOUNDS = {
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
+    "cold_start.steps": (0, _MANY),
+    "cold_start.learning_rate": (0.0, 1.0),
     "pretrain.documents_per_step": (1, _MANY),
+    "pretrain.document_weight": (0.0, _MANY),
     "pretrain.traces_per_document": (1, _MANY),
     "pretrain.recalled_tokens": (0, _MANY),
     "pretrain.drills_per_document": (0, _MANY),

@@ -17,6 +17,7 @@ from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.policy.hf import load_shape
 from rpt_jax.policy.presets import Shape, check_preset, preset
+from rpt_jax.setup import cold_start_of
 
 _FLOAT32 = 4  # Bytes.
 _BYTES = "bytes"  # Begins the name of every row whose value is a size in memory or on disk.
@@ -108,6 +109,11 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
     else:
         rows += _batch_rows(experiment, mesh) + _token_rows(experiment) + _compute_rows(experiment, shape)
         rows += _rpt_memory_rows(experiment, shape, mesh)
+        if experiment.cold_start.steps:
+            rows += [
+                Row(f"{what}; of the cold start", value, f"cold_start, {fields}")
+                for what, value, fields in _pretrain_rows(cold_start_of(experiment), shape, mesh)
+            ]
     return rows + _run_rows(experiment, shape)
 
 

@@ -53,7 +53,7 @@ def score_batch(
     hidden_NxSxD, _, _ = prefill(policy, params, inputs_NxS, lengths_N)
 
     def score(hidden_MxD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_MxV = scaled_logits(head(params), hidden_MxD, 1.0)
+        logits_MxV = scaled_logits(head(policy, params), hidden_MxD, 1.0)
         return top_k_entropy(logits_MxV, top_k), jnp.argmax(logits_MxV, axis=-1) == targets_M
 
     flat = hidden_NxSxD.reshape(-1, hidden_NxSxD.shape[-1])

@@ -21,7 +21,7 @@ from rpt_jax.data.corpus import source_name
 from rpt_jax.data.pipeline import prompt_stream
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.data.tokenizer import END_THINK, Tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics, score
 from rpt_jax.infra.accounting import Clock, Counters
@@ -33,6 +33,7 @@ from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.reward import Status
 from rpt_jax.objective.update import TrainState, UpdateConfig, update_policy
 from rpt_jax.policy.hf import save_policy
+from rpt_jax.pretrain import cold_start
 from rpt_jax.sampler import Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
 from rpt_jax.setup import Setup, set_up
 
@@ -53,6 +54,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         "evaluation.score_documents": experiment.evaluation.score_documents,
     }
     check_batches(mesh, sizes)
+    experiment = cold_start(experiment, workdir, mesh)
     setup = set_up(experiment, mesh)
     builder, sample = PromptBuilder(experiment.prompt, setup.tokenizer), Sampler(experiment, setup)
     positions = training_positions(experiment, setup)
@@ -175,13 +177,15 @@ def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[Rollout
     texts = []
     for i in range(count):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
-        end = response.index(tokenizer.end_think_id) if tokenizer.end_think_id in response else len(response)
+        # The reward takes both for the end of thinking, the special token and what spells it.
+        spelled = (END_THINK.encode() if t == tokenizer.end_think_id else tokenizer.token_bytes([t]) for t in response)
+        reasoning, ended, prediction = b"".join(spelled).partition(END_THINK.encode())
         first_token = int(np.flatnonzero(rows.prompts.boundaries_PxRp1[i])[0])
         texts.append(
             RolloutText(
                 prompt=tokenizer.token_bytes(rows.prompts.tokens_PxS[i, : rows.prompts.lengths_P[i]]),
-                reasoning=tokenizer.token_bytes(response[:end]),
-                prediction=tokenizer.token_bytes(response[end + 1 :]) or None,
+                reasoning=reasoning,
+                prediction=prediction if ended else None,
                 truth=rows.prompts.reference_PxR[i, :first_token].tobytes(),
                 reward=float(rows.reward_PxG[i, 0]),
                 status=Status(rows.status_PxG[i, 0]).name.lower().replace("_", " "),

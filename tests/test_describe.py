@@ -132,6 +132,15 @@ def test_every_config_is_described_on_any_machine(path: Path, devices: int):
             assert fnmatch.filter(names, name), f"{row.what} is derived from {name}, which is no field"
 
 
+def test_a_cold_start_is_pretraining_of_its_own():
+    """Its rows stand beside those of the run, which they leave as they are."""
+    suffix, rows = "; of the cold start", values(replaced(Experiment(), "cold_start", steps=7))
+    own = {what.removesuffix(suffix): rows.pop(what) for what in list(rows) if what.endswith(suffix)}
+    assert rows == values(Experiment())
+    alone = values(replaced(dataclasses.replace(Experiment(), task="pretrain"), "training", total_steps=7))
+    assert own.items() <= alone.items() and "FLOPs of all steps, at most" in own
+
+
 def test_pretraining_by_hand():
     experiment = dataclasses.replace(Experiment(), task="pretrain")
     experiment = replaced(experiment, "data", max_document_tokens=100)

@@ -20,7 +20,7 @@ from rpt_jax.objective.advantage import grpo_advantage, has_variance
 from rpt_jax.objective.logprobs import chosen_logprobs, over_token_chunks, scaled_logits, token_logprobs
 from rpt_jax.objective.loss import clipped_policy_loss
 from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, policy_gradient, update_policy
-from rpt_jax.policy.transformer import Params, head
+from rpt_jax.policy.transformer import Head, Params, head
 from tests import policy_reference as reference
 from tests.policy_reference import SHALLOW, SHAPE, random_params
 
@@ -62,7 +62,7 @@ def logprob_inputs(tokens: int, vocab: int = 11, width: int = 4):
 @settings(deadline=None, max_examples=12)
 def test_token_logprobs_for_any_chunk(tokens, chunk, temperature):
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(tokens)
-    ours = token_logprobs(head_VxD, hidden_MxD, tokens_M, temperature, chunk)
+    ours = token_logprobs(Head(head_VxD), hidden_MxD, tokens_M, temperature, chunk)
     logits = hidden_MxD.astype(np.float64) @ head_VxD.T.astype(np.float64) / temperature
     np.testing.assert_allclose(ours, reference.log_softmax(logits)[np.arange(tokens), tokens_M], atol=1e-5)
 
@@ -71,12 +71,32 @@ def test_the_head_is_float32_whatever_the_trunk():
     """With logits of a bfloat16 head "on-policy" would be off by about 1e-2."""
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(5, width=64)
     rounded = jnp.asarray(hidden_MxD, jnp.bfloat16)
-    logits = scaled_logits(head_VxD, rounded, 0.8)
+    logits = scaled_logits(Head(head_VxD), rounded, 0.8)
     assert logits.dtype == jnp.float32
     expected = np.asarray(rounded, np.float64) @ head_VxD.T.astype(np.float64) / 0.8
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     ours = chosen_logprobs(logits, tokens_M)
     np.testing.assert_allclose(ours, reference.log_softmax(expected)[np.arange(5), tokens_M], atol=1e-4)
+
+
+def test_absent_ids_have_no_probability():
+    """Not a little: none, for the others as if they did not exist; and padding of an absent id does no harm under a mask."""
+    head_VxD, hidden_MxD, _ = logprob_inputs(6)
+    absent_V = np.isin(np.arange(11), [0, 4, 9, 10])
+    head_VxD[absent_V] *= 100  # The likeliest by far, if they could be.
+    tokens_M, mask_M = np.array([1, 2, 3, 8, 0, 10], np.int32), np.array([1, 1, 1, 1, 0, 0], np.float32)
+
+    def loss(head_VxD, hidden_MxD):
+        logprobs_M = token_logprobs(Head(head_VxD, absent_V), hidden_MxD, tokens_M, 0.8, 4)
+        return jnp.sum(logprobs_M * mask_M), logprobs_M
+
+    grads, ours = jax.grad(loss, argnums=(0, 1), has_aux=True)(head_VxD, hidden_MxD)
+    logits = hidden_MxD.astype(np.float64) @ head_VxD[~absent_V].T.astype(np.float64) / 0.8
+    places = np.cumsum(~absent_V)[tokens_M] - 1
+    np.testing.assert_allclose(ours[:4], reference.log_softmax(logits)[np.arange(4), places[:4]], atol=1e-5)
+    assert (jnp.exp(ours[4:]) == 0).all() and all(jnp.isfinite(grad).all() for grad in grads)
+    assert (grads[0][absent_V] == 0).all() and (grads[0][~absent_V] != 0).all()
+    assert (jax.nn.softmax(scaled_logits(Head(head_VxD, absent_V), hidden_MxD, 0.8))[:, absent_V] == 0).all()
 
 
 def test_over_token_chunks_glues_any_tree_together():
@@ -110,7 +130,7 @@ def test_logits_exist_for_one_chunk_at_a_time():
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(64, vocab=97)
 
     def loss(head, hidden, chunk):
-        return token_logprobs(head, hidden, tokens_M, 0.8, chunk).sum()
+        return token_logprobs(Head(head), hidden, tokens_M, 0.8, chunk).sum()
 
     for chunk in (8, 64):
         program = jax.make_jaxpr(jax.grad(functools.partial(loss, chunk=chunk), argnums=(0, 1)))(head_VxD, hidden_MxD)
@@ -235,7 +255,7 @@ def dense(params, batch) -> Callable[[np.ndarray, np.ndarray], Dense]:
     def logprobs(params):
         positions = jnp.broadcast_to(jnp.arange(S + T, dtype=jnp.int32), sequences.shape)
         hidden, _ = SHALLOW.apply({"params": params}, sequences, positions)
-        logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(params)) / CONFIG.temperature
+        logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(SHALLOW, params).matrix_VxD) / CONFIG.temperature
         predicting = jnp.take_along_axis(logits, places[..., None], axis=1)
         return jnp.take_along_axis(jax.nn.log_softmax(predicting), tokens[..., None], axis=2)[..., 0]
 

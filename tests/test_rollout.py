@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +80,16 @@ def test_tokens_without_weight_are_never_drawn_where_sums_are_trees(monkeypatch)
         uniforms = jnp.asarray(near_borders(logits, rng), jnp.float32)
         tokens = np.asarray(tree(jnp.broadcast_to(logits, (ROWS, 400)), uniforms))
         assert (tokens < 400).all() and (logits[tokens] > -1e29).all()
+
+
+def test_a_padded_vocabulary_is_never_drawn_where_sums_are_trees(monkeypatch):
+    """With the largest number there is, where rounding alone says that something is left behind the last token."""
+    monkeypatch.setattr(jnp, "cumsum", lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis))
+    rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms))
+    logits = rng.standard_normal((ROWS, 400)).astype(np.float32) * 2
+    absent = (np.arange(400) < 60) | (np.arange(400) >= rng.integers(200, 400, (ROWS, 1)))
+    tokens = np.asarray(tree(jnp.where(absent, -1e30, logits), jnp.full(ROWS, LAST)))
+    assert not absent[np.arange(ROWS), tokens].any()
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -189,6 +201,23 @@ def test_the_sampler_and_the_trainer_agree(params, rollouts):
     trainer = jax.jit(response_logprobs, static_argnums=(0, 3, 4))(POLICY, params, batch, TEMPERATURE, 16)
     mask = rollouts.mask_PxGxT
     np.testing.assert_allclose(np.where(mask, trainer, 0), rollouts.logprobs_PxGxT, atol=1e-5)
+
+
+def test_absent_ids_are_neither_sampled_nor_scored(params):
+    """Of a hot sampler, which would draw each of them; the trainer knows of the same ones."""
+    absent = 0, 5, *range(40, SHAPE.vocab)
+    policy = dataclasses.replace(POLICY, absent_ids=absent)
+    arguments = params, PROMPTS, LENGTHS, IDS, KEY
+    ours = generate(policy, *arguments, samples=64, max_new_tokens=T, temperature=10.0, stop_ids=STOPS)
+    tokens, mask = jax.device_get((ours.tokens_PxGxT, ours.mask_PxGxT))
+    assert set(tokens[mask].tolist()) == set(range(SHAPE.vocab)) - set(absent)
+    batch = UpdateBatch(PROMPTS, LENGTHS, tokens, mask, ours.logprobs_PxGxT, None, None)
+    trainer = jax.jit(response_logprobs, static_argnums=(0, 3, 4))(policy, params, batch, 10.0, 16)
+    np.testing.assert_allclose(np.where(mask, trainer, 0), ours.logprobs_PxGxT, atol=1e-5)
+    shares = reference.softmax(reference.logits(params, SHAPE, PROMPTS[2])[-1] / 10)
+    first = tokens[2, :, 0]
+    expected = np.log(shares[first] / np.delete(shares, absent).sum())
+    np.testing.assert_allclose(ours.logprobs_PxGxT[2, :, 0], expected, atol=1e-5)
 
 
 def test_rollouts_follow_the_prompts_into_any_order(params, rollouts):

@@ -161,6 +161,44 @@ def test_pretraining_resumes_and_exports_a_policy(tmp_path: Path, monkeypatch: p
         assert (broken / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
 
 
+def test_a_cold_start_comes_first_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within it and right behind it; its metrics and its policy stand apart, and the run goes on from that policy."""
+    fields = SMALL | {
+        "data.max_document_tokens": 64,
+        "cold_start.steps": 3,
+        "pretrain.documents_per_step": 2,
+        "pretrain.document_weight": 0.0,
+        "prompt.template": "v0",
+        "prompt.max_tokens": 192,
+        "training.total_steps": 1,
+        "checkpoint.every_steps": 1,
+    }
+    whole, broken, write, seen = tmp_path / "whole", tmp_path / "broken", MetricsWriter.write, []
+    main.run(experiment(**fields), whole)
+
+    def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
+        write(self, step, scalars)
+        seen.append("loss/trace" in scalars)
+        if len(seen) in (2, 4):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                main.run(experiment(**fields), broken)
+    assert seen == [True, True, True, False] and not (broken / "cold_start" / "checkpoints").exists()
+    main.run(experiment(**fields), broken)
+    assert comparable(broken) == comparable(whole)
+    assert comparable(broken / "cold_start") == comparable(whole / "cold_start")
+    assert [line["step"] for line in comparable(whole / "cold_start")] == [1, 2, 3]
+    assert not any("loss/trace" in line for line in comparable(whole))
+    start, warm, end = (
+        load_policy(path)[1]["norm"] for path in (ROOT / "configs/tiny", whole / "cold_start/policy", whole / "policy")
+    )
+    assert (start != warm).any() and (warm != end).any() and abs(warm - end).max() < abs(start - warm).max()
+
+
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     policy.mkdir()

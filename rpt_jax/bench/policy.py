@@ -80,7 +80,7 @@ def policy_calls(
     def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         hidden, _, _ = prefill(policy, params, inputs, lengths)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return -token_logprobs(head(params), flat, targets.reshape(-1), 1.0, chunk).mean()
+        return -token_logprobs(head(policy, params), flat, targets.reshape(-1), 1.0, chunk).mean()
 
     forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
     fill = jax.jit(lambda params, inputs: prefill(policy, params, inputs, lengths)[1:])

@@ -39,7 +39,10 @@ class PromptBatch(NamedTuple):
 
 
 class PromptBuilder:
-    """Builds prompts from slices of documents' ids; no text is ever tokenised twice."""
+    """Builds prompts from slices of documents' ids; no text is ever tokenised twice.
+
+    `before` and `after` are the template's ids around a context.
+    """
 
     def __init__(self, config: PromptConfig, tokenizer: Tokenizer):
         """Raises: UserError, where the template is missing or malformed or leaves no room for a context."""
@@ -47,13 +50,13 @@ class PromptBuilder:
         self._reference_bytes = config.reference_bytes
         self._size = config.max_tokens
         before, after = read_template(config.template)
-        self._head = [tokenizer.bos_id, *tokenizer.encode(before)]
-        self._tail = tokenizer.encode(after)
+        self.before = [tokenizer.bos_id, *tokenizer.encode(before)]
+        self.after = tokenizer.encode(after)
         if config.open_think:
             if tokenizer.think_id < 0:
                 raise UserError("prompt.open_think=True needs a tokenizer with a <think> token; set it to False.")
-            self._tail.append(tokenizer.think_id)
-        self._room = self._size - len(self._head) - len(self._tail)
+            self.after.append(tokenizer.think_id)
+        self._room = self._size - len(self.before) - len(self.after)
         if self._room < 1:
             raise UserError(
                 f"prompt.max_tokens={self._size} leaves no room for a context: the template '{config.template}' alone "
@@ -66,7 +69,7 @@ class PromptBuilder:
         A context longer than the room that the template leaves loses its oldest tokens.
         """
         at = position.position
-        tokens = [*self._head, *ids[max(0, at - self._room) : at], *self._tail]
+        tokens = [*self.before, *ids[max(0, at - self._room) : at], *self.after]
         reference, boundaries = self._reference(ids[at:])
         return PromptBatch(
             tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._size - len(tokens))),

@@ -78,7 +78,7 @@ def response_logprobs(
     """Log-probability of every response token at the sampling temperature, float32 [P, G, T]; defined under the mask."""
     hidden_PxGxTxD = branch_hidden(policy, params, batch.prompts_PxS, batch.lengths_P, batch.tokens_PxGxT)
     flat_MxD = hidden_PxGxTxD.reshape(-1, hidden_PxGxTxD.shape[-1])
-    logprobs_M = token_logprobs(head(params), flat_MxD, batch.tokens_PxGxT.reshape(-1), temperature, chunk)
+    logprobs_M = token_logprobs(head(policy, params), flat_MxD, batch.tokens_PxGxT.reshape(-1), temperature, chunk)
     return logprobs_M.reshape(batch.tokens_PxGxT.shape)
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from rpt_jax.policy.attention import Context, KeyValues, attend
@@ -155,6 +156,7 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "reference"
+    absent_ids: tuple[int, ...] = ()  # Of the vocabulary, those that stand for no token: padding, for the most part.
 
     @nn.compact
     def __call__(
@@ -212,10 +214,24 @@ def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
     return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
 
 
-def head(params: Params) -> jax.Array:
-    """Return the output matrix [V, D] in float32: its own, or the embedding where they are tied."""
+class Head(NamedTuple):
+    """What makes logits of hidden states.
+
+    Attributes:
+      matrix_VxD: float32.
+      absent_V: bool, ids that stand for no token and have no probability; None where all do.
+    """
+
+    matrix_VxD: jax.Array
+    absent_V: np.ndarray | None = None
+
+
+def head(policy: Transformer, params: Params) -> Head:
+    """Return the policy's head; its matrix is its own, or the embedding where they are tied."""
     # Hidden states are split by prompt alone: without this, XLA would split them by width, as the matrix is.
-    return nn.with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
+    matrix_VxD = nn.with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
+    absent = policy.absent_ids
+    return Head(matrix_VxD, np.isin(np.arange(policy.shape.vocab), absent) if absent else None)
 
 
 def prefill(

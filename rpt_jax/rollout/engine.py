@@ -146,7 +146,7 @@ def _begin(policy: Transformer, params: Params, prompts: Prompts, key: jax.Array
     lengths_R = jnp.repeat(prompts.lengths_NxJ.reshape(-1), samples)
 
     # All samples of a prompt draw their first token from the same distribution.
-    logits_PxV = scaled_logits(head(params), hidden_NxJxD.reshape(-1, hidden_NxJxD.shape[-1]), decoding.temperature)
+    logits_PxV = scaled_logits(head(policy, params), hidden_NxJxD.reshape(-1, hidden_NxJxD.shape[-1]), decoding.temperature)
     uniform = uniform_at(keys_R, jnp.zeros(count, jnp.int32)).reshape(-1, samples)
     token_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform)
     logprob_PxG = jax.vmap(chosen_logprobs, in_axes=(None, 1), out_axes=1)(logits_PxV, token_PxG)
@@ -193,7 +193,7 @@ def _decode(
     look = look_at(shared, jnp.where(running, places, 2**30), own, live.step, behind)
     positions = prompt_lengths_R.at[live.rollout_M].get(mode="clip") + behind
     hidden_MxD, new = decode_token(policy, params, live.token_M, positions, look)
-    logits_MxV = scaled_logits(head(params), hidden_MxD, decoding.temperature)
+    logits_MxV = scaled_logits(head(policy, params), hidden_MxD, decoding.temperature)
     keys_M = keys_R.at[live.rollout_M].get(mode="clip")
     token_M = sample_tokens(logits_MxV, uniform_at(keys_M, live.count_M))
     logprob_M = chosen_logprobs(logits_MxV, token_M)

@@ -40,9 +40,11 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
     sums_MxB = weights.sum(axis=-1)
     ends_MxB = jnp.cumsum(sums_MxB, axis=-1)
-    target_M = uniform_M * ends_MxB[:, -1]
-    # Strictly greater, and of some weight: running sums that are added up as trees may rise where nothing was added.
-    block_M = jnp.argmax((ends_MxB > target_M[:, None]) & (sums_MxB > 0), axis=-1)
+    # Blocks with some weight alone: running sums that are added up as trees may rise where nothing was added, and the end of
+    # the interval would belong to the blocks that a vocabulary is padded with.
+    weighty_MxB = jnp.where(sums_MxB > 0, ends_MxB, 0.0)
+    target_M = uniform_M * weighty_MxB.max(axis=-1)
+    block_M = jnp.argmax(weighty_MxB > target_M[:, None], axis=-1)
     before_M = jnp.where(block_M > 0, jnp.take_along_axis(ends_MxB, block_M[:, None] - 1, axis=1)[:, 0], 0.0)
     inside_MxW = jnp.take_along_axis(weights, block_M[:, None, None], axis=1)[:, 0]
     ends_MxW = jnp.cumsum(inside_MxW, axis=-1)
