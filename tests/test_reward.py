@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpt_jax.objective.reward import Status, prefix_match_reward
+from rpt_jax.objective.reward import Status, predicted_first_token, prefix_match_reward
 from tests import reward_reference
 
 # A vocabulary in the shape of real ones: byte fallback first, then special tokens, then pieces, among them whole
@@ -325,6 +325,16 @@ def fuzz(rng: np.random.Generator, prompts: int) -> Case:
     return Case(tokens, lengths, stopped, np.stack(references), np.stack(boundaries), continuations)
 
 
+def assert_first_tokens(case: Case, end_of_thinking_id: int) -> None:
+    """Hold the first tokens of predictions against the plain reading."""
+    arrays = [jnp.asarray(x) for x in (*case[:3], VOCAB_BYTES, VOCAB_LENGTHS)]
+    first = np.asarray(predicted_first_token(*arrays, end_of_thinking_id))
+    for p, g in np.ndindex(first.shape):
+        rollout = case.tokens[p, g].tolist(), case.lengths[p, g], case.stopped[p, g]
+        assert first[p, g] == reward_reference.first_token(*rollout, VOCAB, end_of_thinking_id), (p, g)
+    assert 0.1 < (first >= 0).mean() < 0.9, "the fuzzing hardly reaches some outcome"
+
+
 def agree(seed: int, prompts: int) -> np.ndarray:
     """Hold the kernel against the plain reading; return how often each status came up."""
     case = fuzz(np.random.default_rng(seed), prompts)
@@ -338,6 +348,7 @@ def agree(seed: int, prompts: int) -> np.ndarray:
             f"tokens {case.tokens[p, g].tolist()}, length {case.lengths[p, g]}\n{text}\n{case.continuations[p]}"
         )
     np.testing.assert_array_equal(reward, status == Status.CORRECT)
+    assert_first_tokens(case, marker)
     return np.bincount(status.ravel(), minlength=len(Status))
 
 

@@ -60,6 +60,7 @@ class _Parser(NamedTuple):
     equal: jax.Array  # bool: and whether all of them are the reference's.
     prediction_size: jax.Array  # int32: `size` before the brace that ends the prediction, as far as one can tell,
     prediction_equal: jax.Array  # bool: and `equal` there.
+    start: jax.Array | None = None  # int32: the token that the last box begins with, -1 where none begins there.
 
 
 def _start() -> _Parser:
@@ -150,6 +151,9 @@ def _step(
     read = _select(marker, _end_thinking(read), read)
 
     more = state.offset + 1 < size
+    if state.start is not None:
+        opens = live & (state.offset < size) & (read.size == 0)
+        read = read._replace(start=jnp.where(opens, jnp.where(more, -1, state.token + 1), state.start))
     return read._replace(
         token=jnp.where(more, state.token, state.token + 1),
         offset=jnp.where(more, state.offset + 1, 0),
@@ -198,6 +202,48 @@ def prefix_match_reward(
     Returns:
         reward_PxG (float32, 0 or 1) and status_PxG (int32).
     """
+    responses = tokens_PxGxT, lengths_PxG, reference_PxR
+    state_PxG = _read(_start(), *responses, vocab_bytes_VxX, vocab_lengths_V, end_of_thinking_id)
+    judge_PxG = jax.vmap(jax.vmap(_judge, in_axes=(0, 0, None)))
+    status_PxG = judge_PxG(state_PxG, stopped_PxG, boundaries_PxRp1)
+    return (status_PxG == Status.CORRECT).astype(jnp.float32), status_PxG
+
+
+@jax.jit
+def predicted_first_token(
+    tokens_PxGxT: jax.Array,
+    lengths_PxG: jax.Array,
+    stopped_PxG: jax.Array,
+    vocab_bytes_VxX: jax.Array,
+    vocab_lengths_V: jax.Array,
+    end_of_thinking_id: int | jax.Array,
+) -> jax.Array:
+    """Return the first token of every prediction, as the response has it: int32 [P, G], the y[0] of the paper's Appendix A.
+
+    -1 where a response is not finished, predicts nothing, or has no token that begins with the box and ends within it. The
+    arguments are those of `prefix_match_reward`.
+    """
+    responses = tokens_PxGxT, lengths_PxG, jnp.zeros((tokens_PxGxT.shape[0], 1), jnp.uint8)
+    start = _start()._replace(start=jnp.int32(-1))
+    state_PxG = _read(start, *responses, vocab_bytes_VxX, vocab_lengths_V, end_of_thinking_id)
+    at_PxGx1 = jnp.clip(state_PxG.start, 0, tokens_PxGxT.shape[-1] - 1)[..., None]
+    first_PxG = jnp.take_along_axis(tokens_PxGxT, at_PxGx1, axis=-1)[..., 0]
+    known_PxG = (first_PxG >= 0) & (first_PxG < vocab_lengths_V.shape[0])
+    size_PxG = jnp.where(known_PxG, vocab_lengths_V[first_PxG], 0)
+    within_PxG = (state_PxG.start >= 0) & (size_PxG > 0) & (size_PxG <= state_PxG.prediction_size)
+    return jnp.where(stopped_PxG & within_PxG, first_PxG, -1)
+
+
+def _read(
+    start: _Parser,
+    tokens_PxGxT: jax.Array,
+    lengths_PxG: jax.Array,
+    reference_PxR: jax.Array,
+    vocab_bytes_VxX: jax.Array,
+    vocab_lengths_V: jax.Array,
+    end_of_thinking_id: int | jax.Array,
+) -> _Parser:
+    """Read every response to its end."""
     live_PxGxT = jax.lax.broadcasted_iota(jnp.int32, tokens_PxGxT.shape, 2) < lengths_PxG[..., None]
     known_PxGxT = live_PxGxT & (tokens_PxGxT >= 0) & (tokens_PxGxT < vocab_lengths_V.shape[0])
     sizes_PxGxT = jnp.where(known_PxGxT, vocab_lengths_V[tokens_PxGxT], 0)
@@ -206,9 +252,5 @@ def prefix_match_reward(
     step_G = jax.vmap(_step, in_axes=(0, 0, 0, 0, None, None, None))
     step_PxG = jax.vmap(step_G, in_axes=(0, 0, 0, 0, 0, None, None))
     arguments = (tokens_PxGxT, sizes_PxGxT, lengths_PxG, reference_PxR, vocab_bytes_VxX, end_of_thinking_id)
-    start_PxG = jax.tree.map(lambda x: jnp.broadcast_to(x, lengths_PxG.shape), _start())
-    state_PxG = jax.lax.fori_loop(0, steps, lambda _, state: step_PxG(state, *arguments), start_PxG)
-
-    judge_PxG = jax.vmap(jax.vmap(_judge, in_axes=(0, 0, None)))
-    status_PxG = judge_PxG(state_PxG, stopped_PxG, boundaries_PxRp1)
-    return (status_PxG == Status.CORRECT).astype(jnp.float32), status_PxG
+    start_PxG = jax.tree.map(lambda x: jnp.broadcast_to(x, lengths_PxG.shape), start)
+    return jax.lax.fori_loop(0, steps, lambda _, state: step_PxG(state, *arguments), start_PxG)
