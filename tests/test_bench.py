@@ -51,6 +51,15 @@ def test_a_deep_policy_lowers_to_no_more_than_a_shallow_one(tmp_path):
     assert large < 1.01 * small
 
 
+def test_reward_is_read_alike_by_kernel_and_loop(tmp_path):
+    rows = figures(tmp_path, "reward", "--responses=8", "--length=64", "--vocab=300", "--python=4", "--repeats=1")
+    kernel, loop = rows
+    assert kernel["times as fast as the loop"] == pytest.approx(loop["seconds"] / kernel["seconds"], rel=0.01)
+    assert loop["of a step's time"] == pytest.approx(
+        kernel["of a step's time"] * loop["seconds"] / kernel["seconds"], rel=0.01
+    )
+
+
 def test_calls_take_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
