@@ -68,11 +68,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     average = jax.tree.map(jnp.copy, setup.params) if experiment.objective.reward == "info_gain" else None
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
     config, reference = update_config(experiment), setup.params if experiment.objective.kl != "none" else None
-    counters, checkpoints, start = (
-        make_counters(experiment, setup),
-        Checkpointer(workdir, experiment.checkpoint.keep),
-        0,
-    )
+    counters, start = make_counters(experiment, setup), 0
+    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep)
     if restored := checkpoints.restore(abstract(state)):
         start, state, saved = restored
         stream.set_state(saved["stream"])

@@ -18,6 +18,25 @@ KLS = ("none", "k1", "k2", "k3")
 IMPORTANCES = ("none", "truncate", "mask")
 
 
+# Fields that mean something only with certain values of another one.
+_BELONGS_TO = {
+    "reference_tokens": ("reward", SCORING_REWARDS),
+    "baseline_decay": ("reward", ("info_gain",)),
+    "advantage_epsilon": ("advantage", ("grpo", "batch")),
+    "clip_low": ("loss", ("clip", "dual_clip", "gspo", "cispo")),
+    "clip_high": ("loss", ("clip", "dual_clip", "gspo", "cispo")),
+    "dual_clip": ("loss", ("dual_clip",)),
+    "importance_low": ("importance", ("mask",)),
+    "importance_high": ("importance", ("truncate", "mask")),
+}
+# A weight, and the fields that describe what it weighs; the first of them has no default that would do.
+_WEIGHED = {
+    "kl_weight": ("kl",),
+    "overlong_weight": ("overlong_tokens",),
+    "budget_weight": ("budget_start", "budget_decay", "budget_min"),
+}
+
+
 def check_objective(config: ObjectiveConfig, response_limit: int) -> None:
     """Refuse unknown names, and fields that would do nothing without another one. Raises: UserError."""
     check_choice("objective.reward", config.reward, REWARDS)
@@ -26,26 +45,20 @@ def check_objective(config: ObjectiveConfig, response_limit: int) -> None:
     check_choice("objective.aggregation", config.aggregation, AGGREGATIONS)
     check_choice("objective.kl", config.kl, KLS)
     check_choice("objective.importance", config.importance, IMPORTANCES)
-    if (config.kl == "none") != (config.kl_weight == 0):
-        raise UserError(
-            f"objective.kl='{config.kl}' and objective.kl_weight={config.kl_weight:g}: a KL term needs a name and a weight; "
-            "set both, or leave both at their defaults."
-        )
-    for term, weight, name, tokens in (
-        ("overlong", config.overlong_weight, "overlong_tokens", config.overlong_tokens),
-        ("budget", config.budget_weight, "budget_start", config.budget_start),
-    ):
-        if (weight == 0) != (tokens == 0):
+    values, defaults = vars(config), vars(type(config)())
+    for field, (other, names) in _BELONGS_TO.items():
+        if values[field] != defaults[field] and values[other] not in names:
             raise UserError(
-                f"objective.{term}_weight={weight:g} and objective.{name}={tokens}: the term needs a weight and a number of "
-                "tokens; set both, or leave both at 0."
+                f"objective.{field}={values[field]} does nothing with objective.{other}='{values[other]}': it is for "
+                f"{', '.join(names)}."
             )
+    for weight, fields in _WEIGHED.items():
+        for field in fields:
+            if values[field] != defaults[field] and not values[weight]:
+                raise UserError(f"objective.{field}={values[field]} does nothing while objective.{weight} is 0.")
+        if values[weight] and values[fields[0]] == defaults[fields[0]]:
+            raise UserError(f"objective.{weight}={values[weight]:g} needs objective.{fields[0]} too.")
     if config.overlong_tokens > response_limit:
         raise UserError(
             f"objective.overlong_tokens={config.overlong_tokens} must be at most rollout.max_new_tokens={response_limit}."
-        )
-    if config.reference_tokens > 1 and config.reward not in SCORING_REWARDS:
-        raise UserError(
-            f"objective.reference_tokens={config.reference_tokens} does nothing with objective.reward='{config.reward}': it is "
-            f"for {', '.join(SCORING_REWARDS)}."
         )
