@@ -19,6 +19,7 @@ from typing import Any
 import ml_collections
 
 from rpt_jax.errors import UserError, check_choice, nearest
+from rpt_jax.objective.choices import check_objective
 
 TASKS = ("rpt", "pretrain")
 SOURCES = ("gsm_symbolic", "champ", "path")
@@ -70,9 +71,32 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    advantage_epsilon: float = 1e-6  # Added to the group's standard deviation.
+    """What is maximised; names are those of objective/choices.py. Defaults are the paper's or, where it is silent, verl's."""
+
+    reward: str = "prefix"  # One of REWARDS: the paper's Equation 3, or what others put in its place.
+    reference_tokens: int = 1  # Tokens of the true continuation that "info_gain", "mean_prob" and "log_prob" score.
+    baseline_decay: float = 0.999  # "info_gain": of the moving average that predicts without reasoning.
+    format_weight: float = 0.0  # Added to the reward of a finished response with a box.
+    overlong_weight: float = 0.0  # Taken off that of one that fills the length limit, in part over
+    overlong_tokens: int = 0  # the last so many tokens before the limit.
+    budget_weight: float = 0.0  # Share of the reward that asks for reasoning of so many tokens:
+    budget_start: int = 0  # in the first step,
+    budget_decay: float = 1.0  # this part of it in the last,
+    budget_min: int = 1  # and never fewer.
+    advantage: str = "grpo"  # One of ADVANTAGES.
+    advantage_epsilon: float = 1e-6  # Added to the standard deviation of "grpo" and "batch".
+    loss: str = "clip"  # One of LOSSES.
     clip_low: float = 0.2  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
     clip_high: float = 0.2
+    dual_clip: float = 3.0  # "dual_clip": what a bad token costs at most, in advantages.
+    aggregation: str = "token_mean"  # One of AGGREGATIONS.
+    importance: str = "none"  # "truncate" or "mask" weights tokens by trainer's over sampler's probability,
+    importance_low: float = 0.5  # "mask" only where that is at least so much
+    importance_high: float = 2.0  # and at most so much; "truncate" takes no larger weight.
+    kl: str = "none"  # "k1", "k2" or "k3" holds the policy to the one that it started as,
+    kl_weight: float = 0.0  # with this weight.
+    entropy_weight: float = 0.0  # Of the policy's entropy, which is to be large.
+    document_weight: float = 0.0  # Of the next-token cross-entropy of the documents that the prompts are from.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +245,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
                 f"training.{name}: training.prompts_per_step={t.prompts_per_step} cannot be split into "
                 f"{t.minibatches_per_step} minibatches of whole microbatches of {t.microbatch_prompts} prompts."
             )
+    check_objective(experiment.objective, experiment.rollout.max_new_tokens)
     return experiment
 
 
@@ -244,6 +269,21 @@ _BOUNDS = {
     "objective.advantage_epsilon": (0.0, 1.0),
     "objective.clip_low": (0.0, 1.0),
     "objective.clip_high": (0.0, _MANY),
+    "objective.dual_clip": (1.0, _MANY),
+    "objective.reference_tokens": (1, _MANY),
+    "objective.baseline_decay": (0.0, 1.0),
+    "objective.format_weight": (0.0, _MANY),
+    "objective.overlong_weight": (0.0, _MANY),
+    "objective.overlong_tokens": (0, _MANY),
+    "objective.budget_weight": (0.0, 1.0),
+    "objective.budget_start": (0, _MANY),
+    "objective.budget_decay": (0.0, 1.0),
+    "objective.budget_min": (1, _MANY),
+    "objective.importance_low": (0.0, 1.0),
+    "objective.importance_high": (1.0, _MANY),
+    "objective.kl_weight": (0.0, _MANY),
+    "objective.entropy_weight": (0.0, _MANY),
+    "objective.document_weight": (0.0, _MANY),
     "optimizer.learning_rate": (0.0, 1.0),
     "optimizer.warmup_steps": (0, _MANY),
     "optimizer.beta1": (0.0, 0.999999),

@@ -15,6 +15,7 @@ from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
+from rpt_jax.objective.rewards import FORWARD_PASSES
 from rpt_jax.policy.hf import load_shape
 from rpt_jax.policy.presets import Shape, check_preset, preset
 from rpt_jax.setup import cold_start_of
@@ -191,28 +192,50 @@ def _token_rows(experiment: Experiment) -> list[Row]:
 
 
 def _compute_rows(experiment: Experiment, shape: Shape) -> list[Row]:
-    t, tree = experiment.training, _tree(experiment)
+    t, o, tree = experiment.training, experiment.objective, _tree(experiment)
     matmuls = 2 * shape.matmul_parameters * tree.tokens * t.prompts_per_step
     attention = attention_flops(shape, tree.pairs) * t.prompts_per_step
-    # With several minibatches, the log-probabilities of before the first take a forward pass of their own.
-    passes = 3 if t.minibatches_per_step == 1 else 4
+    # With several minibatches, the log-probabilities of before the first take a forward pass of their own; so do those of the
+    # policy that a KL term holds on to.
+    passes = 3 + (t.minibatches_per_step > 1) + (o.kl != "none")
     sampling, update = matmuls + attention, passes * (matmuls + attention)
-    dynamic_steps = max(0, t.total_steps + 1 - max(1, t.dynamic_sampling_from))
-    repeated = dynamic_steps * (t.dynamic_sampling_rounds - 1) * sampling
-    step = f"policy, prompt, rollout, {_PROMPTS}"
-    return [
+    step, kl = f"policy, prompt, rollout, {_PROMPTS}", "training.minibatches_per_step, objective.kl"
+    rows = [
         Row("FLOPs of sampling: 2*N a token", float(matmuls), step),
         Row("FLOPs of sampling: attention", float(attention), step),
-        Row(
-            f"FLOPs of the update: {2 * passes}*N a token",
-            float(passes * matmuls),
-            f"{step}, training.minibatches_per_step",
-        ),
-        Row("FLOPs of the update: attention", float(passes * attention), f"{step}, training.minibatches_per_step"),
-        Row("FLOPs of a step, at most", float(sampling + update), "the four above"),
-        Row("FLOPs of all steps, at most", float(t.total_steps * (sampling + update)), "training.total_steps"),
+        Row(f"FLOPs of the update: {2 * passes}*N a token", float(passes * matmuls), f"{step}, {kl}"),
+        Row("FLOPs of the update: attention", float(passes * attention), f"{step}, {kl}"),
+    ]
+    reward = _reward_flops(experiment, shape)
+    if reward:
+        rows.append(Row("FLOPs of the reward: forward passes", float(reward), f"{step}, objective.reward"))
+    documents = _document_flops(experiment, shape)
+    if documents:
+        fields = f"policy, {_PROMPTS}, data.max_document_tokens, objective.document_weight"
+        rows.append(Row("FLOPs of the documents: 6*N a token, and attention", float(documents), fields))
+    total = sampling + update + reward + documents
+    dynamic_steps = max(0, t.total_steps + 1 - max(1, t.dynamic_sampling_from))
+    repeated = dynamic_steps * (t.dynamic_sampling_rounds - 1) * (sampling + reward)
+    return [
+        *rows,
+        Row("FLOPs of a step, at most", float(total), "all above"),
+        Row("FLOPs of all steps, at most", float(t.total_steps * total), "training.total_steps"),
         Row("FLOPs of dynamic sampling on top, at most", float(repeated), "training.dynamic_sampling_*"),
     ]
+
+
+def _reward_flops(experiment: Experiment, shape: Shape) -> int:
+    """What asking the policy once more for the reward costs, beyond sampling."""
+    flops, parts = 0, _tree(experiment).parts
+    for (tokens, pairs), passes in zip(parts, FORWARD_PASSES[experiment.objective.reward], strict=True):
+        flops += (passes - 1) * (2 * shape.matmul_parameters * tokens + attention_flops(shape, pairs))
+    return flops * experiment.training.prompts_per_step
+
+
+def _document_flops(experiment: Experiment, shape: Shape) -> int:
+    tokens = experiment.data.max_document_tokens if experiment.objective.document_weight else 0
+    document = 6 * shape.matmul_parameters * tokens + 3 * attention_flops(shape, tokens**2)
+    return document * experiment.training.prompts_per_step
 
 
 def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
@@ -224,6 +247,9 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: parameters, and those of the start", 2 * parameters, _WEIGHTS),
         Row("bytes per device: Adam's two moments", 2 * parameters, _WEIGHTS),
     ]
+    if experiment.objective.reward == "info_gain":
+        fields = f"{_WEIGHTS}, objective.reward"
+        state.append(Row("bytes per device: moving average of the parameters", parameters, fields))
     prompt_cache, response_cache = (prompts * tokens * token // mesh.tensor for tokens, _ in tree.parts)
     scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
     # Training's layout splits over fsdp what decoding wants whole.
@@ -330,11 +356,12 @@ def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:
     schedule = make_schedule(optimizer, steps)
     marks = sorted({0, min(optimizer.warmup_steps, steps - 1), steps - 1})
     rates = ", ".join(f"{float(schedule(mark)):.3g} in step {mark + 1}" for mark in marks)
-    kept = 3 * _FLOAT32 * shape.parameters * experiment.checkpoint.keep
+    trees = 4 if experiment.task == "rpt" and experiment.objective.reward == "info_gain" else 3
+    kept = trees * _FLOAT32 * shape.parameters * experiment.checkpoint.keep
     return [
         Row("steps", steps, "training.total_steps"),
         Row("learning rate", rates, "optimizer"),
-        Row("bytes of checkpoints on disk", kept, "policy, checkpoint.keep"),
+        Row("bytes of checkpoints on disk", kept, "policy, checkpoint.keep, objective.reward"),
     ]
 
 

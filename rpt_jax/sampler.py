@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.config import Experiment
-from rpt_jax.data.prompts import PromptBatch
+from rpt_jax.config import Experiment, ObjectiveConfig
+from rpt_jax.data.prompts import PromptBatch, PromptBuilder
+from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize
 from rpt_jax.infra.sharding import decoding_layout, shard_prompts
-from rpt_jax.objective.advantage import grpo_advantage, has_variance
+from rpt_jax.objective.advantage import group_advantages, has_variance
+from rpt_jax.objective.choices import SCORING_REWARDS
 from rpt_jax.objective.reward import Status, prefix_match_reward
-from rpt_jax.objective.update import UpdateBatch
-from rpt_jax.policy.transformer import Params
+from rpt_jax.objective.rewards import BOX, Evidence, RewardConfig, token_budget, total_reward
+from rpt_jax.objective.update import Documents, TrainState, UpdateBatch
+from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.rollout.generate import Rollouts, generate
 from rpt_jax.setup import Setup
 
@@ -70,6 +74,74 @@ class Sampler:
         return Sampled(prompts, rollouts, reward, status)
 
 
+class Rewarder:
+    """Gives rollouts the reward that the config names, in the place of Equation 3's, which they come with."""
+
+    def __init__(self, experiment: Experiment, setup: Setup, builder: PromptBuilder):
+        """Raises: UserError, where the tokenizer lacks what the reward needs."""
+        o, t, tokenizer = experiment.objective, experiment.training, setup.tokenizer
+        if tokenizer.end_think_id < 0 and (o.reward in SCORING_REWARDS or o.budget_weight):
+            wanted = f"objective.reward='{o.reward}'" if o.reward in SCORING_REWARDS else "objective.budget_weight"
+            raise UserError(f"{wanted} needs to know where reasoning ends: a tokenizer with a </think> token.")
+        self._config = RewardConfig(
+            reward=o.reward,
+            reference_tokens=o.reference_tokens,
+            format_weight=o.format_weight,
+            overlong_weight=o.overlong_weight,
+            overlong_tokens=o.overlong_tokens,
+            budget_weight=o.budget_weight,
+            response_limit=experiment.rollout.max_new_tokens,
+            bos_id=tokenizer.bos_id,
+            before=len(builder.before),
+            after=len(builder.after),
+            end_think_id=tokenizer.end_think_id,
+            bridge=(tokenizer.end_think_id, *tokenizer.encode(BOX)),
+            microbatch=t.microbatch_prompts,
+            chunk=t.logit_chunk_tokens,
+        )
+        self._is_default = o.reward == "prefix" and not (o.format_weight or o.overlong_weight or o.budget_weight)
+        self._policy, self._vocab = setup.policy, jax.device_put(tuple(tokenizer.byte_vocab))
+        self._budget = functools.partial(
+            token_budget, total=t.total_steps, start=o.budget_start, decay=o.budget_decay, least=o.budget_min
+        )
+
+    def __call__(self, state: TrainState, sampled: Sampled, step: int) -> Sampled:
+        """Return the rollouts of `step` with their training reward."""
+        if self._is_default:
+            return sampled
+        weights = state.params, state.average
+        reward_PxG = _training_reward(self._policy, self._config, weights, sampled, self._vocab, self._budget(step))
+        return sampled._replace(reward_PxG=reward_PxG)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "config"))
+def _training_reward(
+    policy: Transformer,
+    config: RewardConfig,
+    weights: tuple[Params, Params | None],
+    sampled: Sampled,
+    vocab: tuple[jax.Array, jax.Array],
+    budget: jax.Array,
+) -> jax.Array:
+    prompts, rollouts = sampled.prompts, sampled.rollouts
+    evidence = Evidence(
+        config,
+        policy,
+        *weights,
+        prompts_PxS=prompts.tokens_PxS,
+        lengths_P=prompts.lengths_P,
+        tokens_PxGxT=rollouts.tokens_PxGxT,
+        response_lengths_PxG=rollouts.lengths_PxG,
+        stopped_PxG=rollouts.stopped_PxG,
+        reference_ids_PxR=prompts.reference_ids_PxR,
+        references_P=prompts.boundaries_PxRp1.sum(axis=1),
+        matched_PxG=sampled.reward_PxG,
+        status_PxG=sampled.status_PxG,
+        vocab=vocab,
+    )
+    return total_reward(evidence, budget)
+
+
 @jax.jit
 def prefer_variance(kept: Sampled, fresh: Sampled) -> Sampled:
     """Of two batches of P groups return one: those with variance first, older ones before newer ones."""
@@ -96,15 +168,20 @@ def rollout_metrics(sampled: Sampled) -> dict[str, jax.Array]:
     }
 
 
-def to_update_batch(sampled: Sampled, epsilon: float, only_informative: bool) -> UpdateBatch:
+def to_update_batch(
+    sampled: Sampled, config: ObjectiveConfig, only_informative: bool, documents: Documents | None = None
+) -> UpdateBatch:
     """Pair the rollouts with their group-relative advantages."""
     varied_P = has_variance(sampled.reward_PxG)
+    counted_P = varied_P if only_informative else jnp.ones_like(varied_P)
+    lengths_PxG, epsilon = sampled.rollouts.lengths_PxG, config.advantage_epsilon
     return UpdateBatch(
         prompts_PxS=sampled.prompts.tokens_PxS,
         lengths_P=sampled.prompts.lengths_P,
         tokens_PxGxT=sampled.rollouts.tokens_PxGxT,
         mask_PxGxT=sampled.rollouts.mask_PxGxT,
         sampler_logprobs_PxGxT=sampled.rollouts.logprobs_PxGxT,
-        advantages_PxG=grpo_advantage(sampled.reward_PxG, epsilon),
-        counted_P=varied_P if only_informative else jnp.ones_like(varied_P),
+        advantages_PxG=group_advantages(config.advantage, sampled.reward_PxG, lengths_PxG, counted_P, epsilon),
+        counted_P=counted_P,
+        documents=documents,
     )

@@ -86,13 +86,20 @@ def score_documents(
     scores = []
     for first in range(0, len(documents), batch):
         rows = documents[first : first + batch]
-        inputs, targets = np.zeros((2, batch, size), np.int32)
-        lengths = np.ones(batch, np.int32)
-        for i, ids in enumerate(rows):
-            inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
-            targets[i, : len(ids)] = ids
-            lengths[i] = len(ids)
-        arrays = shard_prompts((inputs, targets, lengths), mesh)
+        arrays = shard_prompts(next_token_rows(rows, batch, bos_id, size), mesh)
         entropy, right = jax.device_get(score_batch(policy, params, *arrays, top_k=top_k, chunk=chunk))
         scores += [Scores(entropy[i, : len(ids)], right[i, : len(ids)]) for i, ids in enumerate(rows)]
     return scores
+
+
+def next_token_rows(
+    documents: Sequence[Sequence[int]], rows: int, bos_id: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return inputs and targets of next-token prediction, int32 [rows, size], and lengths, of which an empty row has 1."""
+    inputs, targets = np.zeros((2, rows, size), np.int32)
+    lengths = np.ones(rows, np.int32)
+    for i, ids in enumerate(documents):
+        inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
+        targets[i, : len(ids)] = ids
+        lengths[i] = len(ids)
+    return inputs, targets, lengths

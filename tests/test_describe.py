@@ -211,6 +211,28 @@ def test_several_minibatches_cost_another_forward_pass():
     assert found["FLOPs of the update: attention"] == pytest.approx(4 * one["FLOPs of sampling: attention"])
 
 
+def test_what_the_objective_adds_by_hand():
+    """A forward pass for KL; two of prompts and one of responses for information gain, whose average is kept; documents."""
+    one, n, parameters = values(PAPER, 64), 13_990_625_280, 14_770_033_664
+    objective = {"reward": "info_gain", "kl": "k3", "kl_weight": 1e-3, "document_weight": 0.1}
+    found = values(replaced(PAPER, "objective", **objective), 64)
+    assert found["FLOPs of the update: 8*N a token"] == pytest.approx(4 * one["FLOPs of sampling: 2*N a token"])
+    prompt, responses = (4096, 4096**2), (8 * 8192, 8 * 8192 * (4096 + 8192))
+    pairs = 4 * 48 * 40 * 128
+    reward = sum(passes * (2 * n * tokens + pairs * p) for passes, (tokens, p) in ((2, prompt), (1, responses)))
+    documents = 6 * n * 4096 + 3 * pairs * 4096**2
+    assert found["FLOPs of the reward: forward passes"] == pytest.approx(256 * reward)
+    assert found["FLOPs of the documents: 6*N a token, and attention"] == pytest.approx(256 * documents)
+    sampled = one["FLOPs of sampling: 2*N a token"] + one["FLOPs of sampling: attention"]
+    assert found["FLOPs of a step, at most"] == pytest.approx(5 * sampled + 256 * (reward + documents))
+    average = found["bytes per device: moving average of the parameters"]
+    assert average == found["bytes per device: parameters, and those of the start"] // 2
+    for use in ("while sampling", "in the update"):
+        name = f"bytes per device in all {use}, at least"
+        assert found[name] == one[name] + average
+    assert found["bytes of checkpoints on disk"] == 16 * parameters * PAPER.checkpoint.keep
+
+
 def test_warmup_and_decay_are_shown():
     experiment = replaced(Experiment(), "optimizer", learning_rate=1e-3, warmup_steps=100, schedule="cosine")
     assert values(experiment)["learning rate"].startswith("0 in step 1, 0.001 in step 101, 0.0001")

@@ -25,6 +25,7 @@ class PromptBatch(NamedTuple):
       ids_P: int32, the number of the prompt in the stream; fixes the noise of its samples.
       reference_PxR: uint8, how the document truly goes on; zeros after its last whole token.
       boundaries_PxRp1: bool, True at l where the first l reference bytes are whole tokens; False at 0.
+      reference_ids_PxR: int32, those tokens; zeros after the last.
       document_P, position_P, entropy_P: where the prompt is from.
     """
 
@@ -33,6 +34,7 @@ class PromptBatch(NamedTuple):
     ids_P: np.ndarray
     reference_PxR: np.ndarray
     boundaries_PxRp1: np.ndarray
+    reference_ids_PxR: np.ndarray
     document_P: np.ndarray
     position_P: np.ndarray
     entropy_P: np.ndarray
@@ -70,32 +72,33 @@ class PromptBuilder:
         """
         at = position.position
         tokens = [*self.before, *ids[max(0, at - self._room) : at], *self.after]
-        reference, boundaries = self._reference(ids[at:])
+        reference, boundaries, reference_ids = self._reference(ids[at:])
         return PromptBatch(
             tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._size - len(tokens))),
             lengths_P=np.int32(len(tokens)),
             ids_P=np.int32(prompt_id),
             reference_PxR=reference,
             boundaries_PxRp1=boundaries,
+            reference_ids_PxR=reference_ids,
             document_P=np.int32(position.document),
             position_P=np.int32(at),
             entropy_P=np.float32(position.entropy),
         )
 
-    def _reference(self, completion: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of the completion's first whole tokens that fit, and the borders between tokens (paper, L_gt)."""
+    def _reference(self, completion: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes of the completion's first whole tokens that fit, the borders between tokens (paper, L_gt), and their ids."""
         limit, vocab = self._reference_bytes, self._tokenizer.byte_vocab
         reference, boundaries = np.zeros(limit, np.uint8), np.zeros(limit + 1, bool)
-        end = 0
-        for token in completion:
+        reference_ids, end = np.zeros(limit, np.int32), 0
+        for number, token in enumerate(completion):
             length = int(vocab.lengths_V[token])
             # A special token has no bytes: nothing that a prediction spells can go past it.
             if length == 0 or end + length > limit:
                 break
             reference[end : end + length] = vocab.bytes_VxX[token, :length]
             end += length
-            boundaries[end] = True
-        return reference, boundaries
+            boundaries[end], reference_ids[number] = True, token
+        return reference, boundaries, reference_ids
 
 
 def read_template(name: str) -> tuple[str, str]:

@@ -66,3 +66,18 @@ def token_logprobs(head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, tempe
         return chosen_logprobs(scaled_logits(head, hidden_MxD, temperature), tokens_M)
 
     return over_token_chunks(score, chunk, hidden_MxD, tokens_M)
+
+
+def token_logprobs_and_entropies(
+    head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, temperature: float, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs`, and the entropy in nats of the distribution that each token was drawn from, float32 [M] each."""
+
+    def score(hidden_MxD: jax.Array, tokens_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_MxV = scaled_logits(head, hidden_MxD, temperature)
+        probs_MxV = jax.nn.softmax(logits_MxV, axis=-1)
+        # Where a logit is -inf its probability is zero, and zero times it would be no number.
+        mean_M = jnp.sum(probs_MxV * jnp.where(probs_MxV > 0, logits_MxV, 0.0), axis=-1)
+        return chosen_logprobs(logits_MxV, tokens_M), jax.nn.logsumexp(logits_MxV, axis=-1) - mean_M
+
+    return over_token_chunks(score, chunk, hidden_MxD, tokens_M)

@@ -146,7 +146,9 @@ def _begin(policy: Transformer, params: Params, prompts: Prompts, key: jax.Array
     lengths_R = jnp.repeat(prompts.lengths_NxJ.reshape(-1), samples)
 
     # All samples of a prompt draw their first token from the same distribution.
-    logits_PxV = scaled_logits(head(policy, params), hidden_NxJxD.reshape(-1, hidden_NxJxD.shape[-1]), decoding.temperature)
+    logits_PxV = scaled_logits(
+        head(policy, params), hidden_NxJxD.reshape(-1, hidden_NxJxD.shape[-1]), decoding.temperature
+    )
     uniform = uniform_at(keys_R, jnp.zeros(count, jnp.int32)).reshape(-1, samples)
     token_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform)
     logprob_PxG = jax.vmap(chosen_logprobs, in_axes=(None, 1), out_axes=1)(logits_PxV, token_PxG)
