@@ -67,6 +67,11 @@ class RolloutConfig:
     samples_per_prompt: int = 8  # G of GRPO.
     temperature: float = 0.8
     max_new_tokens: int = 48
+    top_k: int = 0  # Draw from the k likeliest tokens only; 0: from all. Needs objective.importance, as top_p does.
+    top_p: float = 1.0  # Draw from the fewest tokens that hold this share only.
+    stop_at_box: bool = False  # End a response at the brace that closes its box after thinking.
+    decode_slots: int = 0  # [memory] Rollouts that are live at once; 0: all, or as many as fit.
+    prefill_tokens: int = 512  # [memory] Tokens of each prompt that are prefilled at one time.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +251,12 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
                 f"{t.minibatches_per_step} minibatches of whole microbatches of {t.microbatch_prompts} prompts."
             )
     check_objective(experiment.objective, experiment.rollout.max_new_tokens)
+    r = experiment.rollout
+    if (r.top_k or r.top_p < 1.0) and experiment.objective.importance == "none":
+        raise UserError(
+            f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p} draw from another distribution than the one that is trained: "
+            "leave them at 0 and 1, or weight tokens with objective.importance='truncate' or 'mask'."
+        )
     return experiment
 
 
@@ -266,6 +277,10 @@ _BOUNDS = {
     "rollout.samples_per_prompt": (2, _MANY),
     "rollout.temperature": (1e-3, 100.0),
     "rollout.max_new_tokens": (1, _MANY),
+    "rollout.top_k": (0, _MANY),
+    "rollout.top_p": (1e-6, 1.0),
+    "rollout.decode_slots": (0, _MANY),
+    "rollout.prefill_tokens": (1, _MANY),
     "objective.advantage_epsilon": (0.0, 1.0),
     "objective.clip_low": (0.0, 1.0),
     "objective.clip_high": (0.0, _MANY),

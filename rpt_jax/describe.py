@@ -18,6 +18,7 @@ from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.objective.rewards import FORWARD_PASSES
 from rpt_jax.policy.hf import load_shape
 from rpt_jax.policy.presets import Shape, check_preset, preset
+from rpt_jax.rollout.memory import cache_bytes
 from rpt_jax.setup import cold_start_of
 
 _FLOAT32 = 4  # Bytes.
@@ -121,11 +122,6 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
 def attention_flops(shape: Shape, pairs: int) -> int:
     """Forward FLOPs of the scores and weighted values of `pairs` of a query and a key, in all layers."""
     return 4 * shape.layers * shape.heads * shape.head_size * pairs
-
-
-def cache_bytes(shape: Shape, dtype: str) -> int:
-    """Bytes of one token's keys and values, in all layers."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_size * jnp.dtype(dtype).itemsize
 
 
 def _shape(experiment: Experiment) -> tuple[Shape, str]:
@@ -250,10 +246,11 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
     if experiment.objective.reward == "info_gain":
         fields = f"{_WEIGHTS}, objective.reward"
         state.append(Row("bytes per device: moving average of the parameters", parameters, fields))
-    prompt_cache, response_cache = (prompts * tokens * token // mesh.tensor for tokens, _ in tree.parts)
+    rollouts = prompts * tree.branches
+    slots = min(mesh.share(experiment.rollout.decode_slots) or rollouts, rollouts)
+    prompt_cache, response_cache = (n * token // mesh.tensor for n in (prompts * tree.stem, slots * tree.length))
     scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
-    # Training's layout splits over fsdp what decoding wants whole.
-    copy = _FLOAT32 * shape.parameters // mesh.tensor if mesh.fsdp > 1 else 0
+    copy = _decoding_copy(experiment, shape, mesh)
     gradients = Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS)
     backward = _backward_rows(experiment, shape, mesh, tree, microbatch, "training.microbatch_prompts")
     resident = _sum(state)
@@ -264,7 +261,7 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: keys and values of prompts", prompt_cache, f"{sampled}, prompt.max_tokens"),
         Row("bytes per device: keys and values of responses", response_cache, f"{sampled}, rollout"),
         Row("bytes per device: a layer's attention scores, prompts", scores, f"{sampled}, prompt.max_tokens"),
-        Row("bytes per device: parameters laid out for decoding", copy, _WEIGHTS),
+        Row("bytes per device: parameters laid out for decoding", copy, f"{_WEIGHTS}, policy.dtype"),
         # The prompts have run before the responses' cache is made.
         Row(
             "bytes per device in all while sampling, at least",
@@ -279,6 +276,15 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
             "parameters, moments, gradients and the three above",
         ),
     ]
+
+
+def _decoding_copy(experiment: Experiment, shape: Shape, mesh: _Mesh) -> int:
+    """Bytes a device of the parameters that decoding reads: whole where training splits them over fsdp, in policy.dtype."""
+    dtype = jnp.dtype(experiment.policy.dtype)
+    if mesh.fsdp == 1 and dtype == jnp.float32:
+        return 0
+    matrices = shape.matmul_parameters - shape.vocab * shape.width
+    return (matrices * dtype.itemsize + (shape.parameters - matrices) * _FLOAT32) // mesh.tensor
 
 
 def _dense(experiment: Experiment) -> bool:

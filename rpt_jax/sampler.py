@@ -18,8 +18,10 @@ from rpt_jax.objective.choices import SCORING_REWARDS
 from rpt_jax.objective.reward import Status, prefix_match_reward
 from rpt_jax.objective.rewards import BOX, Evidence, RewardConfig, token_budget, total_reward
 from rpt_jax.objective.update import Documents, TrainState, UpdateBatch
-from rpt_jax.policy.transformer import Params, Transformer
-from rpt_jax.rollout.generate import Rollouts, generate
+from rpt_jax.policy.transformer import Params, Transformer, in_compute_dtype
+from rpt_jax.rollout.generate import Decoding, Ended, Rollouts, Work, sample_rollouts
+from rpt_jax.rollout.memory import device_memory, plan_slots, rollout_memory
+from rpt_jax.rollout.prefill import separate
 from rpt_jax.setup import Setup
 
 
@@ -30,6 +32,7 @@ class Sampled(NamedTuple):
     rollouts: Rollouts
     reward_PxG: jax.Array
     status_PxG: jax.Array
+    decoded: jax.Array  # int32 [2]: tokens decoded, whether kept or not, and how many slots there were for them.
 
     def size(self) -> BatchSize:
         """Real tokens in the batch, fetched from the device."""
@@ -41,26 +44,22 @@ class Sampler:
 
     def __init__(self, experiment: Experiment, setup: Setup):
         self._mesh, self._tokenizer, self._policy = setup.mesh, setup.tokenizer, setup.policy
-        self._config = experiment.rollout
+        self._decoding = decoding_of(experiment, setup)
         self._vocab = jax.device_put(setup.tokenizer.byte_vocab)
         self._key = jax.random.key(experiment.seed)
-        self._layout = decoding_layout(setup.policy, setup.mesh)
+        self._box_vocab = tuple(self._vocab) if experiment.rollout.stop_at_box else None
+        self._layout = decoding_layout(setup.policy, setup.mesh, functools.partial(in_compute_dtype, setup.policy))
 
-    def __call__(self, params: Params, prompts: PromptBatch, step: int) -> Sampled:
+    def weights(self, params: Params) -> Params:
+        """Lay parameters out for decoding: what `__call__` samples from."""
+        return jax.block_until_ready(self._layout(params)) if self._layout else params
+
+    def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> Sampled:
         """Roll out each prompt G times with the noise of `step`, and reward what was predicted."""
         prompts = shard_prompts(prompts, self._mesh)
-        rollouts = generate(
-            self._policy,
-            self._layout(params),
-            prompts.tokens_PxS,
-            prompts.lengths_P,
-            prompts.ids_P,
-            jax.random.fold_in(self._key, step),
-            samples=self._config.samples_per_prompt,
-            max_new_tokens=self._config.max_new_tokens,
-            temperature=self._config.temperature,
-            stop_ids=self._tokenizer.stop_ids,
-        )
+        separated = separate(prompts.tokens_PxS, prompts.lengths_P, prompts.ids_P)
+        key = jax.random.fold_in(self._key, step)
+        rollouts, work = sample_rollouts(self._policy, weights, separated, key, self._decoding, self._box_vocab)
         reward, status = prefix_match_reward(
             rollouts.tokens_PxGxT,
             rollouts.lengths_PxG,
@@ -71,7 +70,44 @@ class Sampler:
             self._vocab.lengths_V,
             self._tokenizer.end_think_id,
         )
-        return Sampled(prompts, rollouts, reward, status)
+        return Sampled(prompts, rollouts, reward, status, _decoded(rollouts, work))
+
+
+def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
+    """How the config samples, with as many slots as there is memory for. Raises: UserError, where it asks for more."""
+    config, t, mesh = experiment.rollout, experiment.training, setup.mesh.shape
+    replicas, float32_bytes = mesh["data"] * mesh["fsdp"], 4 * setup.policy.shape.parameters
+    prompts, tokens = -(-t.prompts_per_step // replicas), config.max_new_tokens
+    memory = rollout_memory(
+        setup.policy.shape,
+        experiment.policy.dtype,
+        prompts,
+        experiment.prompt.max_tokens,
+        config.samples_per_prompt,
+        tokens,
+        mesh["tensor"],
+    )
+    # Parameters, those of the start and two moments, and a copy laid out for decoding.
+    resident = 4 * float32_bytes // (mesh["fsdp"] * mesh["tensor"]) + float32_bytes // mesh["tensor"]
+    asked = -(-config.decode_slots // replicas)
+    slots = plan_slots(asked, prompts * config.samples_per_prompt, memory, resident, device_memory())
+    return Decoding(
+        samples=config.samples_per_prompt,
+        max_new_tokens=tokens,
+        temperature=config.temperature,
+        stop_ids=setup.tokenizer.stop_ids,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        end_think_id=setup.tokenizer.end_think_id,
+        slots=slots * replicas,
+        chunk=config.prefill_tokens,
+    )
+
+
+@jax.jit
+def _decoded(rollouts: Rollouts, work: Work) -> jax.Array:
+    # The first token of each comes from the prefill.
+    return jnp.stack([jnp.maximum(rollouts.lengths_PxG - 1, 0).sum(), work.slots.sum()])
 
 
 class Rewarder:
@@ -145,9 +181,10 @@ def _training_reward(
 @jax.jit
 def prefer_variance(kept: Sampled, fresh: Sampled) -> Sampled:
     """Of two batches of P groups return one: those with variance first, older ones before newer ones."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, fresh)
+    kept_fresh = (sampled._replace(decoded=None) for sampled in (kept, fresh))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *kept_fresh)
     order = jnp.argsort(~has_variance(both.reward_PxG), stable=True)[: kept.reward_PxG.shape[0]]
-    return jax.tree.map(lambda x: x[order], both)
+    return jax.tree.map(lambda x: x[order], both)._replace(decoded=kept.decoded + fresh.decoded)
 
 
 @jax.jit
@@ -155,6 +192,7 @@ def rollout_metrics(sampled: Sampled) -> dict[str, jax.Array]:
     """Scalars that describe a batch of rollouts, under the names that metrics.jsonl uses."""
     lengths, status, mask = sampled.rollouts.lengths_PxG, sampled.status_PxG, sampled.rollouts.mask_PxGxT
     metrics = {f"status/{s.name.lower()}": (status == s).mean() for s in Status}
+    metrics |= {f"ended/{e.name.lower()}": (sampled.rollouts.ended_PxG == e).mean() for e in Ended}
     return metrics | {
         "reward/mean": sampled.reward_PxG.mean(),
         "format/rate": 1.0 - jnp.isin(status, jnp.array([Status.NO_BOX, Status.NOT_FINISHED])).mean(),
@@ -162,7 +200,7 @@ def rollout_metrics(sampled: Sampled) -> dict[str, jax.Array]:
         "length/mean": lengths.mean(),
         "length/p90": jnp.percentile(lengths, 90),
         "length/max": lengths.max(),
-        "length/truncated": 1.0 - sampled.rollouts.stopped_PxG.mean(),
+        "rollout/occupancy": sampled.decoded[0] / jnp.maximum(sampled.decoded[1], 1),
         # The mean surprise of sampled tokens estimates the policy's entropy (nats a token, at the sampling temperature).
         "policy/entropy": -jnp.sum(sampled.rollouts.logprobs_PxGxT) / jnp.maximum(mask.sum(), 1),
     }

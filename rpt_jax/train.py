@@ -92,11 +92,13 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         for step in range(start + 1, t.total_steps + 1):
             prompts = next(stream)
             clock.lap("data")
-            sampled = reward(state, sample(state.params, prompts, step), step)
+            weights = sample.weights(state.params)
+            clock.lap("reshard")
+            sampled = reward(state, sample(weights, prompts, step), step)
             generated = counters.count_rollouts(sampled.size())
             dynamic, rounds = step >= t.dynamic_sampling_from, 1
             while dynamic and rounds < t.dynamic_sampling_rounds and not has_variance(sampled.reward_PxG).all():
-                fresh = reward(state, sample(state.params, next(stream), step), step)
+                fresh = reward(state, sample(weights, next(stream), step), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
                 sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
             scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}

@@ -224,7 +224,7 @@ def test_a_batch_is_its_prompts_stacked(stream, tokenizer, documents):
     singles = [builder.build(i, documents[d], Position(d, p, e)) for i, d, p, e in rows]
     assert_same_batches([stack(singles)], [batch])
     dtypes = [x.dtype for x in batch]
-    assert dtypes == [np.int32] * 3 + [np.uint8, bool] + [np.int32] * 2 + [np.float32]
+    assert dtypes == [np.int32] * 3 + [np.uint8, bool] + [np.int32] * 3 + [np.float32]
 
 
 def test_random_examples_are_a_function_of_seed_and_index():

@@ -151,7 +151,7 @@ def assert_same(ours: Rollouts, expected: Rollouts) -> None:
     """The same token for token; the log-probabilities up to rounding, since other shapes add up in another order."""
     np.testing.assert_array_equal(ours.tokens_PxGxT, expected.tokens_PxGxT)
     np.testing.assert_array_equal(ours.lengths_PxG, expected.lengths_PxG)
-    np.testing.assert_array_equal(ours.stopped_PxG, expected.stopped_PxG)
+    np.testing.assert_array_equal(ours.ended_PxG, expected.ended_PxG)
     np.testing.assert_allclose(ours.logprobs_PxGxT, expected.logprobs_PxGxT, atol=1e-5)
 
 
@@ -168,21 +168,6 @@ def test_a_stop_token_ends_a_response(rollouts, endless):
     assert_same(rollouts, Rollouts(*expected))
     np.testing.assert_array_equal(rollouts.mask_PxGxT, mask)
     assert (rollouts.logprobs_PxGxT[mask] < 0).all() and (rollouts.logprobs_PxGxT[~mask] == 0).all()
-
-
-@pytest.mark.parametrize("prompts", [7, 8])
-def test_what_is_left_of_a_batch_is_decoded_on_its_own(params, prompts):
-    """Prompts that end at different times: the batch shrinks under those that go on, where it can be halved."""
-    rows = np.arange(prompts) % P
-    batch = PROMPTS[rows], LENGTHS[rows], np.arange(prompts, dtype=np.int32)
-    key = jax.random.key(35)  # Lengths 3, 2, 3, 1, 6, T, 2, 6.
-    whole = roll(params, *batch, key, samples=1, stop_ids=())
-    ends = np.isin(whole.tokens_PxGxT, STOPS)
-    lengths, stopped = np.where(ends.any(-1), ends.argmax(-1) + 1, T), ends.any(-1)
-    assert len(set(lengths.ravel().tolist())) > 4 and not stopped.all(), "the fixture tests too little"
-    mask = np.arange(T) < lengths[..., None]
-    expected = Rollouts(whole.tokens_PxGxT * mask, lengths, whole.logprobs_PxGxT * mask, stopped)
-    assert_same(roll(params, *batch, key, samples=1), expected)
 
 
 def test_the_sampler_and_numpy_agree(params, rollouts):

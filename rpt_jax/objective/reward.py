@@ -161,6 +161,40 @@ def _step(
     )
 
 
+class BoxReader(NamedTuple):
+    """How far the box in each of M unfinished responses has been read, a token at a time.
+
+    Attributes:
+      closed: bool, the answer's box is closed: by the brace that balances it, and `\\boxed{}` only once it is clear that its
+        brace is not what it holds.
+    """
+
+    parser: _Parser
+    closed: jax.Array
+
+    @classmethod
+    def start(cls, rows: int) -> BoxReader:
+        """Nothing read yet of `rows` responses."""
+        parser = jax.tree.map(lambda x: jnp.full((rows,), x), _start())
+        return cls(parser, jnp.zeros(rows, bool))
+
+
+def read_box(
+    reader: BoxReader, token_M: jax.Array, bytes_VxX: jax.Array, lengths_V: jax.Array, end_of_thinking_id: int
+) -> BoxReader:
+    """Read one more token of each response."""
+
+    def one(state: _Parser, token: jax.Array) -> _Parser:
+        ignored_R = jnp.zeros(1, jnp.int32)  # There is nothing to compare with.
+        args = token[None], jnp.int32(1), ignored_R, bytes_VxX, lengths_V, end_of_thinking_id
+        begin = state._replace(token=jnp.int32(0), offset=jnp.int32(0))
+        return jax.lax.while_loop(lambda s: s.token < 1, lambda s: _step(s, *args), begin)
+
+    parser = jax.vmap(one)(reader.parser, token_M)
+    undecided = (parser.prediction_size == 0) & (parser.size == 1)
+    return BoxReader(parser, (parser.depth == 0) & (parser.prediction_size >= 0) & ~undecided)
+
+
 def _judge(state: _Parser, stopped: jax.Array, boundaries_Rp1: jax.Array) -> jax.Array:
     """Return the status of one rollout that has been read to its end."""
     size = state.prediction_size

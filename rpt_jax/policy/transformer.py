@@ -27,6 +27,7 @@ from rpt_jax.policy.rope import Scaling, rope_frequencies
 
 Params = dict[str, Any]
 UNROLLED_LAYERS = 6
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 # What a layer keeps for its backward pass, by the names of `policy.remat`: the results of its projections (attention is run
 # again: its scores are what takes memory), or nothing but its input. Under "none" it keeps everything.
 _REMAT = {
@@ -212,6 +213,12 @@ def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
     table_VxD = nn.with_logical_constraint(params["embedding"], ("vocab", None))
     x_NxGxQxD = table_VxD[tokens_NxGxQ].astype(dtype)
     return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
+
+
+def in_compute_dtype(policy: Transformer, params: Params) -> Params:
+    """Parameters as decoding reads them: the layers' matrices in the dtype to which each layer would round them anyway."""
+    layers = {k: x.astype(policy.dtype) if k in _MATRICES else x for k, x in params["layers"].items()}
+    return params | {"layers": layers}
 
 
 class Head(NamedTuple):

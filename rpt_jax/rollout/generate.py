@@ -7,28 +7,32 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from rpt_jax.policy.transformer import Params, Transformer
-from rpt_jax.rollout.engine import Decoding, Rollouts, decode_all
-from rpt_jax.rollout.prefill import Prompts, separate
+from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
+from rpt_jax.rollout.prefill import Prompts, separate, share_prefixes
 
-__all__ = ["Decoding", "Prompts", "Rollouts", "generate", "sample_rollouts"]
+__all__ = ["Decoding", "Ended", "Prompts", "Rollouts", "Work", "generate", "sample_rollouts"]
 
 
 def generate(
     policy: Transformer,
     params: Params,
-    prompts_PxS: jax.Array,
-    lengths_P: jax.Array,
-    prompt_ids_P: jax.Array,
+    prompts_PxS: np.ndarray | jax.Array,
+    lengths_P: np.ndarray | jax.Array,
+    prompt_ids_P: np.ndarray | jax.Array,
     key: jax.Array,
-    **decoding: object,
+    **decoding: Any,
 ) -> Rollouts:
-    """Sample responses to prompts that are given one by one: `sample_rollouts` for token ids.
+    """Sample responses to prompts of token ids, [P, G]: `sample_rollouts`, which finds out what they have in common.
+
+    What that is decides on the shapes that are compiled for. To compile once whatever comes, call `sample_rollouts` itself.
 
     Args:
       policy, params: the decoder and its parameters.
@@ -38,14 +42,22 @@ def generate(
       key: fold_in(run's key, step).
       decoding: the fields of `Decoding`.
     """
-    prompts = separate(prompts_PxS, lengths_P, prompt_ids_P)
-    return sample_rollouts(policy, params, prompts, key, Decoding(**decoding))[0]
+    prompts, index_P = share_prefixes(*(np.asarray(x) for x in (prompts_PxS, lengths_P, prompt_ids_P)))
+    if len(prompts.lengths_N) % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _replica_axes()):
+        prompts, index_P = separate(prompts_PxS, lengths_P, prompt_ids_P), np.arange(len(lengths_P))
+    rollouts, _ = sample_rollouts(policy, params, prompts, key, Decoding(**decoding))
+    return jax.tree.map(lambda x: x[index_P], rollouts)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "decoding"))
 def sample_rollouts(
-    policy: Transformer, params: Params, prompts: Prompts, key: jax.Array, decoding: Decoding
-) -> tuple[Rollouts, jax.Array]:
+    policy: Transformer,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    decoding: Decoding,
+    vocab: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[Rollouts, Work]:
     """Sample G responses to each of the P = N·J prompts.
 
     The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
@@ -54,28 +66,35 @@ def sample_rollouts(
     On a mesh, the devices that share prompts (axis "tensor") are a replica: it has its own part of the N roots and of the
     slots, and its loop ends with its own last rollout.
 
-    Returns: the rollouts (empty where there is no prompt), and int32 [replicas, sizes]: decode steps in each of `live_sizes`.
+    Args:
+      vocab: bytes [V, X] and lengths [V] of the tokens, where responses are to end at their box; else None.
+
+    Returns: the rollouts (empty where there is no prompt), and what decoding them took.
     """
-    decode = functools.partial(decode_all, policy)
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else nn.logical_to_mesh_axes(("prompt",))[0]
-    axes = tuple(axis for axis in axes or () if mesh.shape[axis] > 1)
-    replicas = math.prod(mesh.shape[axis] for axis in axes)
+    axes = _replica_axes()
     if not axes:
-        return decode(params, prompts, key, decoding)
+        return decode_all(policy, params, prompts, key, vocab, decoding)
+    replicas = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
     decoding = decoding._replace(slots=-(-decoding.slots // replicas))
 
-    def of_one_replica(params: Params, prompts: Prompts, key: jax.Array) -> tuple[Rollouts, jax.Array]:
+    def of_one_replica(params: Params, prompts: Prompts, *others: Any) -> tuple[Rollouts, Work]:
         # Inside there is no axis left to split prompts over.
         rules = [rule for rule in nn.get_logical_axis_rules() if rule[0] != "prompt"]
         with nn.logical_axis_rules(rules):
-            return decode(params, prompts, key, decoding)
+            return decode_all(policy, params, prompts, *others, decoding)
 
     everywhere, split = PartitionSpec(), PartitionSpec(axes)
     return jax.shard_map(
         of_one_replica,
-        in_specs=(everywhere, split, everywhere),
+        in_specs=(everywhere, split, everywhere, everywhere),
         out_specs=split,
         axis_names=set(axes),
         check_vma=False,
-    )(params, prompts, key)
+    )(params, prompts, key, vocab)
+
+
+def _replica_axes() -> tuple[str, ...]:
+    """Mesh axes that prompts are split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else nn.logical_to_mesh_axes(("prompt",))[0]
+    return tuple(axis for axis in axes or () if mesh.shape[axis] > 1)

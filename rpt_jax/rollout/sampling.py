@@ -27,6 +27,23 @@ def uniform_at(keys_M: jax.Array, count_M: jax.Array) -> jax.Array:
     return jax.vmap(one)(keys_M, count_M)
 
 
+def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits of what is left to draw from: the `top_k` likeliest tokens (0: all), and of those the fewest that hold `top_p`.
+
+    Ties at the border stay in. As elsewhere, `top_p` (nucleus sampling, arXiv 1904.09751) is a share of what `top_k` left.
+    """
+    if top_k == 0 and top_p == 1.0:
+        return logits_MxV
+    sorted_MxV = jnp.sort(logits_MxV, axis=-1, descending=True)
+    least = sorted_MxV[:, -1:] if top_k == 0 else sorted_MxV[:, min(top_k, logits_MxV.shape[-1]) - 1, None]
+    if top_p < 1.0:
+        share_MxV = jax.nn.softmax(jnp.where(sorted_MxV >= least, sorted_MxV, -jnp.inf), axis=-1)
+        # A token is in as long as those before it hold less than asked for: the first one always.
+        inside_MxV = jnp.cumsum(share_MxV, axis=-1) - share_MxV < top_p
+        least = jnp.maximum(least, jnp.min(jnp.where(inside_MxV, sorted_MxV, jnp.inf), axis=-1, keepdims=True))
+    return jnp.where(logits_MxV >= least, logits_MxV, jnp.finfo(jnp.float32).min)
+
+
 def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     """Draw one token a row from softmax(logits) by inverting its distribution function, int32 [M].
 
