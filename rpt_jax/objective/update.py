@@ -283,7 +283,8 @@ def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax
         "update/tokens": sums["tokens"].astype(jnp.float32),
     }
     if "weight" in sums:
-        metrics |= {"importance/mean": sums["weight"] / kept, "importance/rejected": 1.0 - sums["kept"] / seen}
+        rejected = (sums["tokens"] - sums["kept"]) / seen
+        metrics |= {"importance/mean": sums["weight"] / kept, "importance/rejected": rejected}
     names = {"kl": "policy/kl", "entropy": "policy/entropy_exact"}
     return metrics | {names[name]: sums[name] / kept for name in names if name in sums}
 
