@@ -30,7 +30,7 @@ from tests import policy_reference as reference
 from tests.policy_reference import POLICY, SHAPE, random_params
 from tests.test_rollout import STOPS, TEMPERATURE, assert_same
 
-P, G, S, T = 8, 4, 24, 12
+P, G, S, T = 8, 4, 24, 24
 KEY = jax.random.key(5)
 DECODING = Decoding(samples=G, max_new_tokens=T, temperature=TEMPERATURE, stop_ids=STOPS)
 
@@ -81,8 +81,8 @@ def test_any_number_of_slots(params, expected, slots):
     ours, steps = run(params, slots=slots)
     assert_same(ours, expected)
     decoded = expected.lengths_PxG.sum() - P * G
-    assert (steps > 0).all() and len(steps) == (3 if slots == 0 else 1)
-    assert steps[0] == decoded if slots == 1 else decoded / max(slots, 1) <= steps.sum() < decoded
+    assert (steps > 0).all() and len(steps) == (3 if slots == 0 else 1), steps
+    assert steps[0] == decoded if slots == 1 else decoded / (slots or P * G) <= steps.sum() < decoded
 
 
 def test_many_layers_run_in_a_loop(params):
@@ -227,13 +227,13 @@ def test_truncation_against_its_definition(top_k, top_p, seed):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (9, 0.8)])
 def test_truncated_samples_are_distributed_as_they_claim(top_k, top_p):
-    logits = np.random.default_rng(3).standard_normal(48).astype(np.float32) * 2
+    logits = np.random.default_rng(3).standard_normal(48).astype(np.float32)
     uniform = np.random.default_rng(4).random(8192, np.float32)
     left = truncate(jnp.broadcast_to(logits, (8192, 48)), top_k, top_p)
     counts = np.bincount(sample_tokens(left, uniform), minlength=48)
-    shares = np.where(np.asarray(left[0]) > -1e30, np.exp(logits - logits.max()), 0)
+    shares = np.where(np.asarray(left[0]) > -1e30, np.exp(logits.astype(np.float64)), 0)
     shares /= shares.sum()
-    assert 1 < (shares > 0).sum() < 12 and not counts[shares == 0].any()
+    assert 3 < (shares > 0).sum() < 30 and not counts[shares == 0].any()
     assert scipy.stats.chisquare(counts[shares > 0], shares[shares > 0] * 8192).pvalue > 1e-3
 
 
@@ -337,10 +337,10 @@ def test_planned_memory_is_what_the_arrays_take():
 
 
 def test_bench_rollout(params, tmp_path, capsys):
-    save_policy(tmp_path / "model", SHAPE, params, None, None)
+    save_policy(tmp_path / "model", SHAPE, params, tmp_path / "tokenizer.json", "")
     prompts, lengths, _ = nested()
     np.savez(tmp_path / "prompts.npz", prompts=prompts, lengths=lengths)
-    options = [f"--model={tmp_path / 'model'}", "--samples=4", "--max_new_tokens=12", "--stop_ids=2,8", "--repeats=1"]
+    options = [f"--model={tmp_path / 'model'}", "--samples=4", "--max_new_tokens=24", "--stop_ids=2,8", "--repeats=1"]
     arguments = ["bench", "rollout", *options, f"--prompts={tmp_path / 'prompts.npz'}"]
     assert bench.main([*arguments, "--slots=6", f"--json={tmp_path / 'out.json'}"]) == 0
     figures = json.loads((tmp_path / "out.json").read_text())
