@@ -57,7 +57,9 @@ def run(
     """Return the rollouts of `prompts`, or of `nested` one by one, and the decode steps in each size of the live batch."""
     prompts = separate(*nested()) if prompts is None else prompts
     rollouts, work = sample_rollouts(policy, params, prompts, KEY, DECODING._replace(**changes), vocab)
-    assert int(work.slots[0]) == int(work.steps[0] @ np.array(live_sizes(changes.get("slots", 0), prompts.ids_NxJ.size * G)))
+    assert int(work.slots[0]) == int(
+        work.steps[0] @ np.array(live_sizes(changes.get("slots", 0), prompts.ids_NxJ.size * G))
+    )
     return jax.device_get(rollouts), np.asarray(work.steps[0])
 
 
