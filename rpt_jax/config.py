@@ -41,11 +41,21 @@ class PolicyConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     source: str = "gsm_symbolic"  # "gsm_symbolic", "champ" or "path".
-    path: str = ""  # With source "path": a .txt, a .jsonl or a folder of them.
-    text_field: str = "text"  # The field of a .jsonl line that holds the document.
+    # With source "path": a file (.txt, .jsonl, both also .gz or .zst, .parquet, .arrow, .array_record), a folder or a glob; or
+    # several with commas between them, with weights ("0.7=wiki/*.parquet,0.3=math") or without.
+    path: str = ""
+    text_field: str = "text"  # The field of a record that holds the document.
+    document_template: str = ""  # In place of it, a text with fields in braces: "{problem}\n{solution}".
+    max_document_bytes: int = 16_777_216  # Longer documents are left out.
+    strict: bool = (
+        False  # Stop at the first document that is empty, too long or damaged, instead of counting and listing it.
+    )
     documents: int = 2000  # gsm_symbolic: how many training documents to generate.
     held_out_documents: int = 300  # Documents kept out of training for evaluation.
     held_out_templates: int = 10  # gsm_symbolic: whole templates kept out of training, reported apart.
+    shard: str = (
+        ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
+    )
     seed: int = 0  # Fixes the documents and the split, apart from the seed of the run.
     max_document_tokens: int = 256  # Longer documents become several windows of so many tokens.
     min_context: int = 16  # Tokens of context before the first position that may be asked for.
@@ -222,6 +232,7 @@ _BOUNDS = {
     "data.documents": (1, _MANY),
     "data.held_out_documents": (1, _MANY),
     "data.held_out_templates": (0, _MANY),
+    "data.max_document_bytes": (1, _MANY),
     "data.max_document_tokens": (2, _MANY),
     "data.min_context": (1, _MANY),
     "data.entropy_top_k": (2, _MANY),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, PolicyConfig
-from rpt_jax.data.corpus import Corpus, Document, check_source, load_corpus
+from rpt_jax.data.corpus import REJECTED, Corpus, Document, check_source, load_corpus
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
@@ -76,14 +77,17 @@ def start_mesh(experiment: Experiment) -> Mesh:
     return arrange()
 
 
-def set_up(experiment: Experiment, mesh: Mesh) -> Setup:
-    """Load the starting policy and the corpus. Raises: UserError, as `load_start` and `load_corpus` do."""
+def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
+    """Load the starting policy and the corpus, whose bad documents are listed in `workdir`.
+
+    Raises: UserError, as `load_start` and `load_corpus` do.
+    """
     policy, params, tokenizer = load_start(experiment.policy, mesh)
     if experiment.data.entropy_top_k > policy.shape.vocab:
         raise UserError(
             f"data.entropy_top_k={experiment.data.entropy_top_k} must be at most the policy's vocabulary, {policy.shape.vocab}."
         )
-    corpus = load_corpus(experiment.data)
+    corpus = load_corpus(experiment.data, workdir / REJECTED)
     return Setup(policy, params, mesh, tokenizer, *tokenise(corpus, tokenizer, experiment.data.max_document_tokens))
 
 

@@ -53,7 +53,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         "evaluation.score_documents": experiment.evaluation.score_documents,
     }
     check_batches(mesh, sizes)
-    setup = set_up(experiment, mesh)
+    setup = set_up(experiment, mesh, workdir)
     builder, sample = PromptBuilder(experiment.prompt, setup.tokenizer), Sampler(experiment, setup)
     positions = training_positions(experiment, setup)
     stream = prompt_stream(builder, setup.train, positions, batch=t.prompts_per_step, seed=experiment.seed)
