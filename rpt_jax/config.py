@@ -20,8 +20,10 @@ import ml_collections
 
 from rpt_jax.errors import UserError, check_choice, nearest
 
-TASKS = ("rpt", "pretrain")
+TASKS = ("rpt", "pretrain", "score")
 SOURCES = ("gsm_symbolic", "champ", "path")
+POSITIONS = ("threshold", "quantile", "every", "random", "curriculum")
+LONG_CONTEXTS = ("cut", "cut_at_line")
 SCHEDULES = ("constant", "cosine")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
@@ -56,18 +58,35 @@ class DataConfig:
     shard: str = (
         ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
     )
+    shard: str = (
+        ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
+    )
+    prepared: str = (
+        ""  # The workdir of a finished task "score"; "" = prepare the corpus at the start of the run, in its workdir.
+    )
     seed: int = 0  # Fixes the documents and the split, apart from the seed of the run.
     max_document_tokens: int = 256  # Longer documents become several windows of so many tokens.
     min_context: int = 16  # Tokens of context before the first position that may be asked for.
     entropy_top_k: int = 16  # The proxy's entropy is taken over its k likeliest next tokens (paper, section 3.3).
+    entropy_renormalised: bool = True  # Among those k; False: what they contribute to the entropy over the vocabulary.
+    # Which positions are trained on: "threshold", "quantile" (the hardest kept_share of all), "every", "random" (kept_share of
+    # all: the baseline), "curriculum" (those above the threshold, easy ones first, in eight stages over the run).
+    positions: str = "threshold"
+    positions_per_document: int = 0  # At most so many in a step's batch; 0 = as chance has it.
+    workers: int = 0  # Processes that build prompts ahead; 0 = a thread of the run's own.
+    kept_share: float = 0.2  # For "quantile" and "random".
     entropy_threshold: float = 0.5  # Positions at or under it (nats) are dropped; the paper does not give its value.
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
     template: str = "plain"  # A name in configs/templates/ or the path of a file with one {context}.
+    chat_template: bool = False  # Put it where the model's own chat template has the user's message.
     open_think: bool = True  # End the prompt with the start-of-thinking token.
-    max_tokens: int = 256  # Longer contexts are cut on the left at a token border.
+    max_tokens: int = 256  # Longer contexts lose their oldest tokens,
+    long_context: str = (
+        "cut"  # as many as must be ("cut"), or on to the end of a line within the older half ("cut_at_line").
+    )
     reference_bytes: int = 64  # How much of the true continuation a prediction may cover.
 
 
@@ -203,6 +222,8 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     check_choice("policy.remat", experiment.policy.remat, REMATS)
     check_choice("policy.attention", experiment.policy.attention, ATTENTIONS)
     check_choice("data.source", experiment.data.source, SOURCES)
+    check_choice("data.positions", experiment.data.positions, POSITIONS)
+    check_choice("prompt.long_context", experiment.prompt.long_context, LONG_CONTEXTS)
     check_choice("optimizer.schedule", experiment.optimizer.schedule, SCHEDULES)
     values = dict(leaves(experiment))
     for name, (low, high) in _BOUNDS.items():
@@ -237,6 +258,9 @@ _BOUNDS = {
     "data.min_context": (1, _MANY),
     "data.entropy_top_k": (2, _MANY),
     "data.entropy_threshold": (0.0, 100.0),
+    "data.positions_per_document": (0, _MANY),
+    "data.workers": (0, 1024),
+    "data.kept_share": (1e-6, 1.0),
     "prompt.max_tokens": (2, _MANY),
     "prompt.reference_bytes": (1, _MANY),
     "rollout.samples_per_prompt": (2, _MANY),
