@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import itertools
 import json
 import multiprocessing
 import os
@@ -255,14 +254,13 @@ def open_tokens(config: DataConfig, directory: Path, shards: int) -> Corpus:
 def report_corpus(corpus: Corpus) -> dict[str, Any]:
     """Print what was left out and which held-out documents training nearly repeats; return the counts."""
     parts = summaries(corpus.directory, "tokens", corpus.shards) or []
-    rejected = collections.Counter(
-        itertools.chain.from_iterable(collections.Counter(p["rejected"]).elements() for p in parts)
-    )
+    rejected = sum((collections.Counter(part["rejected"]) for part in parts), collections.Counter())
     first_D = np.unique(corpus.documents_W, return_index=True)[1]
     sides_D, sketches = corpus.sides_W[first_D], corpus.rows_W["sketch"]
     if repeated := int(np.sum(sides_D == LEFT_OUT)):
-        rejected["duplicate"] = repeated
-    report_rejects(rejected, f"{corpus.directory}/{REJECTED.partition('.')[0]}-*.jsonl")
+        rejected["duplicate"] += repeated
+    listings = sorted(corpus.directory.glob(f"{REJECTED.partition('.')[0]}-*.jsonl"))
+    report_rejects(rejected, ", ".join(map(str, listings[:3])) + ", …" * (len(listings) > 3))
     held_D, train_D = (np.flatnonzero(sides_D == SIDES.index(side)) for side in ("held_out", "train"))
     pairs = near_duplicates(sketches[first_D[held_D]], sketches[first_D[train_D]])
     lines = [
