@@ -3,7 +3,7 @@
 Command   python -m rpt_jax.main --config=configs/rpt_14b.py
 Sizes     python -m rpt_jax.main --config=configs/rpt_14b.py --config.mesh.fsdp=8 --describe   (on any machine)
 Needs     models/DeepSeek-R1-Distill-Qwen-14B: the directory as Hugging Face has it, with its shards of weights;
-          data/omnimath: .jsonl files, one document a line in the field "text";
+          data/omnimath: OmniMATH's .jsonl, with a problem and its solution in each line;
           64 accelerators of 95 GiB or more (by arithmetic 58 GiB while sampling and 47 GiB in the update, on each,
           where every response is as long as it may be; XLA's temporaries come on top); 500 GiB of disk.
 Hardware  not run. So many devices stand in several hosts, where rpt_jax has not been run at all.
@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data.source = "path"
     config.data.path = "data/omnimath"  # P §3.3: OmniMATH, 4,428 problems with solutions
-    config.data.text_field = "text"  # ours; P does not say how problem and solution are joined
+    config.data.document_template = "{problem}\n{solution}"  # ours; P does not say how they are joined
     config.data.held_out_documents = 200  # P §3.3
     config.data.entropy_top_k = 16  # P §3.3
     config.data.entropy_threshold = 0.5  # ours; P gives none for training, and 0.5 for "easy" in §4.1

@@ -21,8 +21,10 @@ import ml_collections
 from rpt_jax.errors import UserError, check_choice, nearest
 from rpt_jax.objective.choices import check_objective
 
-TASKS = ("rpt", "pretrain")
+TASKS = ("rpt", "pretrain", "score")
 SOURCES = ("gsm_symbolic", "champ", "path")
+POSITIONS = ("threshold", "quantile", "every", "random", "curriculum")
+LONG_CONTEXTS = ("cut", "cut_at_line")
 SCHEDULES = ("constant", "cosine")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
@@ -42,23 +44,50 @@ class PolicyConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     source: str = "gsm_symbolic"  # "gsm_symbolic", "champ" or "path".
-    path: str = ""  # With source "path": a .txt, a .jsonl or a folder of them.
-    text_field: str = "text"  # The field of a .jsonl line that holds the document.
+    # With source "path": a file (.txt, .jsonl, both also .gz or .zst, .parquet, .arrow, .array_record), a folder or a glob; or
+    # several with commas between them, with weights ("0.7=wiki/*.parquet,0.3=math") or without.
+    path: str = ""
+    text_field: str = "text"  # The field of a record that holds the document.
+    document_template: str = ""  # In place of it, a text with fields in braces: "{problem}\n{solution}".
+    max_document_bytes: int = 16_777_216  # Longer documents are left out.
+    strict: bool = (
+        False  # Stop at the first document that is empty, too long or damaged, instead of counting and listing it.
+    )
     documents: int = 2000  # gsm_symbolic: how many training documents to generate.
     held_out_documents: int = 300  # Documents kept out of training for evaluation.
     held_out_templates: int = 10  # gsm_symbolic: whole templates kept out of training, reported apart.
+    shard: str = (
+        ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
+    )
+    shard: str = (
+        ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
+    )
+    prepared: str = (
+        ""  # The workdir of a finished task "score"; "" = prepare the corpus at the start of the run, in its workdir.
+    )
     seed: int = 0  # Fixes the documents and the split, apart from the seed of the run.
     max_document_tokens: int = 256  # Longer documents become several windows of so many tokens.
     min_context: int = 16  # Tokens of context before the first position that may be asked for.
     entropy_top_k: int = 16  # The proxy's entropy is taken over its k likeliest next tokens (paper, section 3.3).
+    entropy_renormalised: bool = True  # Among those k; False: what they contribute to the entropy over the vocabulary.
+    # Which positions are trained on: "threshold", "quantile" (the hardest kept_share of all), "every", "random" (kept_share of
+    # all: the baseline), "curriculum" (those above the threshold, easy ones first, in eight stages over the run).
+    positions: str = "threshold"
+    positions_per_document: int = 0  # At most so many in a step's batch; 0 = as chance has it.
+    workers: int = 0  # Processes that build prompts ahead; 0 = a thread of the run's own.
+    kept_share: float = 0.2  # For "quantile" and "random".
     entropy_threshold: float = 0.5  # Positions at or under it (nats) are dropped; the paper does not give its value.
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
     template: str = "plain"  # A name in configs/templates/ or the path of a file with one {context}.
+    chat_template: bool = False  # Put it where the model's own chat template has the user's message.
     open_think: bool = True  # End the prompt with the start-of-thinking token.
-    max_tokens: int = 256  # Longer contexts are cut on the left at a token border.
+    max_tokens: int = 256  # Longer contexts lose their oldest tokens,
+    long_context: str = (
+        "cut"  # as many as must be ("cut"), or on to the end of a line within the older half ("cut_at_line").
+    )
     reference_bytes: int = 64  # How much of the true continuation a prediction may cover.
 
 
@@ -232,6 +261,8 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     check_choice("policy.remat", experiment.policy.remat, REMATS)
     check_choice("policy.attention", experiment.policy.attention, ATTENTIONS)
     check_choice("data.source", experiment.data.source, SOURCES)
+    check_choice("data.positions", experiment.data.positions, POSITIONS)
+    check_choice("prompt.long_context", experiment.prompt.long_context, LONG_CONTEXTS)
     check_choice("optimizer.schedule", experiment.optimizer.schedule, SCHEDULES)
     values = dict(leaves(experiment))
     for name, (low, high) in _BOUNDS.items():
@@ -268,10 +299,14 @@ _BOUNDS = {
     "data.documents": (1, _MANY),
     "data.held_out_documents": (1, _MANY),
     "data.held_out_templates": (0, _MANY),
+    "data.max_document_bytes": (1, _MANY),
     "data.max_document_tokens": (2, _MANY),
     "data.min_context": (1, _MANY),
     "data.entropy_top_k": (2, _MANY),
     "data.entropy_threshold": (0.0, 100.0),
+    "data.positions_per_document": (0, _MANY),
+    "data.workers": (0, 1024),
+    "data.kept_share": (1e-6, 1.0),
     "prompt.max_tokens": (2, _MANY),
     "prompt.reference_bytes": (1, _MANY),
     "rollout.samples_per_prompt": (2, _MANY),

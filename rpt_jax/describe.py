@@ -106,6 +106,8 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
         Row("parameters that a token is multiplied with (N)", shape.matmul_parameters, "policy"),
         Row("mesh: data x fsdp x tensor", _mesh_text(mesh, devices), "mesh"),
     ]
+    if experiment.task == "score":
+        return rows + _score_rows(experiment, shape, mesh)
     if experiment.task == "pretrain":
         rows += _pretrain_rows(experiment, shape, mesh)
     else:
@@ -314,7 +316,7 @@ def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tre
             kept += 2 * shape.width + projected / mesh.tensor
         inputs, layers = shape.layers * tokens * kept * itemsize, 1
         tokens, pairs = max(tree.parts, key=lambda part: part[0] * token_bytes + part[1] * pair_bytes)
-    logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
+    logits = _logits(experiment, shape, mesh)
     fields = f"policy, mesh, {field}"
     return [
         Row(
@@ -355,6 +357,29 @@ def _pretrain_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Ro
         *memory,
         Row("bytes per device in all, at least", _sum(memory), "the six above"),
     ]
+
+
+def _score_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
+    """Of the task "score": a batch of the longest documents; shorter ones go in batches of as many tokens."""
+    size, documents = experiment.data.max_document_tokens, experiment.evaluation.score_documents
+    batch = "evaluation.score_documents, data.max_document_tokens"
+    flops = 2 * shape.matmul_parameters + attention_flops(shape, size**2) / size
+    return [
+        Row("tokens per batch", documents * size, batch),
+        Row("documents per device, of a batch of the longest", mesh.share(documents), f"{batch}, mesh"),
+        Row("FLOPs a token, in the longest documents", float(flops), f"policy, {batch}"),
+        Row("bytes of the prepared corpus, a token, at most", 6 + 8, "2 of lengths, 4 of ids, 8 of two entropies"),
+        Row("bytes per device: parameters", _FLOAT32 * shape.parameters // mesh.weight_ways, _WEIGHTS),
+        Row(
+            "bytes per device: a chunk of logits",
+            _logits(experiment, shape, mesh),
+            "policy, training.logit_chunk_tokens",
+        ),
+    ]
+
+
+def _logits(experiment: Experiment, shape: Shape, mesh: _Mesh) -> int:
+    return _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
 
 
 def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:

@@ -16,7 +16,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.objective.reward import Status
 from rpt_jax.policy.transformer import Params
 from rpt_jax.sampler import Sampler
-from rpt_jax.score import Scores, score_documents
+from rpt_jax.score import Scores, score_part
 from rpt_jax.setup import Documents, Setup
 
 # Nested, as the paper words it: an easy position has an entropy above 0.5 nats, and a hard one is easy too.
@@ -88,21 +88,6 @@ def _interval(right_N: np.ndarray, document_N: np.ndarray, mean: float) -> tuple
     return max(0.0, float(middle - error)), min(1.0, float(middle + error))
 
 
-def score(experiment: Experiment, setup: Setup, params: Params, documents: Documents) -> list[Scores]:
-    """Score every position of `documents` under `params`."""
-    return score_documents(
-        setup.policy,
-        params,
-        documents,
-        bos_id=setup.tokenizer.bos_id,
-        size=experiment.data.max_document_tokens,
-        batch=experiment.evaluation.score_documents,
-        top_k=experiment.data.entropy_top_k,
-        chunk=experiment.training.logit_chunk_tokens,
-        mesh=setup.mesh,
-    )
-
-
 class Held(NamedTuple):
     """A held-out part of the corpus, what the starting policy makes of it, and the positions that are asked for."""
 
@@ -123,7 +108,8 @@ class Evaluator:
         self.unseen = self._hold(setup.unseen_templates, unseen, e.template_positions) if unseen else None
 
     def _score(self, params: Params, documents: Documents) -> list[Scores]:
-        return score(self._experiment, self._setup, params, documents)
+        setup = self._setup
+        return score_part(self._experiment, setup.policy, params, setup.tokenizer, setup.mesh, documents)
 
     def _hold(self, documents: Documents, scores: list[Scores], count: int) -> Held:
         data = self._experiment.data

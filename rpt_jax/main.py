@@ -41,12 +41,12 @@ def load_experiment(argv: list[str]) -> Experiment:
 def run(experiment: Experiment, workdir: Path) -> None:
     """Run the experiment's task in `workdir`."""
     # Late imports: a mistyped flag should not wait for JAX.
-    from rpt_jax import pretrain, train
+    from rpt_jax import prepare, pretrain, train
     from rpt_jax.infra.checkpoint import claimed_workdir
     from rpt_jax.infra.sharding import use_mesh
     from rpt_jax.setup import start_mesh
 
-    tasks = {"rpt": train.train, "pretrain": pretrain.pretrain}
+    tasks = {"rpt": train.train, "pretrain": pretrain.pretrain, "score": prepare.prepare_corpus}
     mesh = start_mesh(experiment)
     with claimed_workdir(workdir, experiment), use_mesh(mesh):
         tasks[experiment.task](experiment, workdir, mesh)

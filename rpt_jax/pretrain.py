@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.data.cold_start import TraceWriter
-from rpt_jax.data.corpus import Document, load_corpus
+from rpt_jax.data.corpus import REJECTED, Document, load_corpus
 from rpt_jax.data.pipeline import example_stream
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -165,7 +165,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     config, total = experiment.pretrain, experiment.training.total_steps
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
     directory = Path(config.export or workdir / "policy")
-    documents = load_corpus(experiment.data).train
+    documents = load_corpus(experiment.data, workdir / REJECTED).train
     policy, params, tokenizer = _start(experiment, workdir, documents, mesh)
     optimizer = make_optimizer(experiment.optimizer, total)
     state = TrainState(params, init_optimizer(optimizer, params, mesh))

@@ -276,6 +276,26 @@ def _plot_scaling(metrics: _Metrics) -> Figure | None:
     return figure
 
 
+def write_entropy_plot(directory: Path, counts_N: np.ndarray, width: float, shares: Mapping[str, float]) -> Path:
+    """Draw how hard a corpus' positions are, as `directory/entropy.png`.
+
+    Args:
+      counts_N: positions by the proxy's entropy, in bins of `width` nats from 0 on.
+      shares: of positions above a threshold (nats, as text).
+    """
+    figure, (axes,) = _figure()
+    edges_N = width * np.arange(len(counts_N))
+    axes.bar(edges_N, 100 * counts_N / max(1, counts_N.sum()), width=width, align="edge", color=INK)
+    for (threshold, share), colour in zip(shares.items(), COLOURS.values(), strict=True):
+        axes.axvline(float(threshold), color=colour, linestyle=DASHES, label=f"{share:.1%} above {threshold} nats")
+    axes.set_xlim(0, edges_N[np.flatnonzero(counts_N).max(initial=0)] + width)
+    axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
+    _finish(axes, "How hard positions are", "share of positions (%)")
+    path = directory / "entropy.png"
+    figure.savefig(path)
+    return path
+
+
 def _formula(law: PowerLaw) -> str:
     mantissa, exponent = f"{law.A:.2e}".split("e")
     return (

@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rpt_jax.config import Experiment
+from rpt_jax.data.prepare import check_same
+from rpt_jax.data.shards import Records, ShardWriter, digest, read_summary
+from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.infra.sharding import shard_prompts
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
+
+_SHORTEST = 64  # Tokens of the shortest bucket: shorter ones would save little and take a program each.
+_BLOCK = 64  # Batches whose documents are sorted by length together.
+BIN = 0.05  # Width of the histogram's bins, in nats.
+BINS = 80  # Up to 4 nats; the last holds what is beyond.
+NOT_ASKED = -1.0  # In place of the entropy of a special token, which is no position to predict.
 
 
 class Scores(NamedTuple):
     """Of one document with S tokens; entry i belongs to token i given those before it.
 
     Attributes:
-      entropy_S: float32, nats, over the likeliest next tokens.
+      entropy_S: float32, nats, over the likeliest next tokens, renormalised among them.
       right_S: bool, the likeliest next token is the true one (the paper's standard next-token prediction).
+      plain_entropy_S: float32, nats, the same tokens' share of the entropy, not renormalised.
     """
 
     entropy_S: np.ndarray
     right_S: np.ndarray
+    plain_entropy_S: np.ndarray
 
 
-def top_k_entropy(logits_MxV: jax.Array, k: int) -> jax.Array:
-    """Entropy in nats of the k likeliest next tokens, renormalised among them, [M] (paper, section 3.3).
+def top_k_entropy(logits_MxV: jax.Array, k: int, renormalised: bool = True) -> jax.Array:
+    """Entropy in nats of the k likeliest next tokens, [M] (paper, section 3.3).
 
-    The paper takes k = 16 and does not say whether it renormalises; this does, which makes it an entropy.
+    The paper takes k = 16 and does not say whether it renormalises among them, which makes it an entropy; without, it is what
+    these tokens contribute to the entropy over the whole vocabulary.
     """
     top_MxK = jax.lax.top_k(logits_MxV, k)[0]
-    logprobs_MxK = jax.nn.log_softmax(top_MxK, axis=-1)
+    if renormalised:
+        logprobs_MxK = jax.nn.log_softmax(top_MxK, axis=-1)
+    else:
+        logprobs_MxK = top_MxK - jax.nn.logsumexp(logits_MxV, axis=-1, keepdims=True)
     return -jnp.sum(jnp.exp(logprobs_MxK) * logprobs_MxK, axis=-1)
 
 
@@ -48,17 +66,18 @@ def score_batch(
     *,
     top_k: int,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Return entropy_NxS (float32) and right_NxS (bool) of `targets` given `inputs` up to the same place."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the leaves of `Scores`, [N, S] each, of `targets` given `inputs` up to the same place."""
     hidden_NxSxD, _, _ = prefill(policy, params, inputs_NxS, lengths_N)
 
-    def score(hidden_MxD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score(hidden_MxD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits_MxV = scaled_logits(head(policy, params), hidden_MxD, 1.0)
-        return top_k_entropy(logits_MxV, top_k), jnp.argmax(logits_MxV, axis=-1) == targets_M
+        right_M = jnp.argmax(logits_MxV, axis=-1) == targets_M
+        return top_k_entropy(logits_MxV, top_k), right_M, top_k_entropy(logits_MxV, top_k, renormalised=False)
 
     flat = hidden_NxSxD.reshape(-1, hidden_NxSxD.shape[-1])
-    entropy_M, right_M = over_token_chunks(score, chunk, flat, targets_NxS.reshape(-1))
-    return entropy_M.reshape(inputs_NxS.shape), right_M.reshape(inputs_NxS.shape)
+    leaves = over_token_chunks(score, chunk, flat, targets_NxS.reshape(-1))
+    return tuple(leaf.reshape(inputs_NxS.shape) for leaf in leaves)
 
 
 def score_documents(
@@ -78,17 +97,17 @@ def score_documents(
     Args:
       documents: token ids, each at most `size` long.
       bos_id: begins every document, as in training.
-      size: length that documents are padded to; one compiled program serves all.
-      batch: [memory] documents a forward pass.
+      size: length of the longest. Documents are padded to it, or to a half, a quarter … of it that holds them.
+      batch: [memory] documents of that length a forward pass; shorter ones go in batches of as many tokens.
       top_k, chunk: see `top_k_entropy` and `over_token_chunks`.
       mesh: over which a batch is split.
     """
-    scores = []
-    for first in range(0, len(documents), batch):
-        rows = documents[first : first + batch]
-        arrays = shard_prompts(next_token_rows(rows, batch, bos_id, size), mesh)
-        entropy, right = jax.device_get(score_batch(policy, params, *arrays, top_k=top_k, chunk=chunk))
-        scores += [Scores(entropy[i, : len(ids)], right[i, : len(ids)]) for i, ids in enumerate(rows)]
+    scores: list[Any] = [None] * len(documents)
+    for length, numbers in _buckets([len(ids) for ids in documents], size, batch):
+        rows = next_token_rows([documents[n] for n in numbers], batch * (size // length), bos_id, length)
+        leaves = jax.device_get(score_batch(policy, params, *shard_prompts(rows, mesh), top_k=top_k, chunk=chunk))
+        for i, number in enumerate(numbers):
+            scores[number] = Scores(*(leaf[i, : len(documents[number])] for leaf in leaves))
     return scores
 
 
@@ -99,7 +118,118 @@ def next_token_rows(
     inputs, targets = np.zeros((2, rows, size), np.int32)
     lengths = np.ones(rows, np.int32)
     for i, ids in enumerate(documents):
-        inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
-        targets[i, : len(ids)] = ids
+        inputs[i, 0], inputs[i, 1 : len(ids)], targets[i, : len(ids)] = bos_id, ids[:-1], ids
         lengths[i] = len(ids)
     return inputs, targets, lengths
+
+
+def _buckets(lengths: Sequence[int], size: int, batch: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield batches as their padded length and the numbers of their documents."""
+    waiting: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        padded = size
+        while padded % 2 == 0 and padded // 2 >= max(length, _SHORTEST):
+            padded //= 2
+        waiting.setdefault(padded, []).append(number)
+    for padded, numbers in sorted(waiting.items()):
+        step = batch * (size // padded)
+        yield from ((padded, numbers[i : i + step]) for i in range(0, len(numbers), step))
+
+
+def score_shard(
+    experiment: Experiment,
+    policy: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    directory: Path,
+    shard: int,
+    shards: int,
+    proxy: str,
+    advance: Callable[[str], None],
+) -> None:
+    """Write the entropies of one shard that is tokenised, or leave those that are there.
+
+    Args:
+      proxy: `fingerprint_parameters` of `params`.
+      advance: called with a few words after each of `blocks` blocks.
+
+    Raises: UserError, where those that are there are of other tokens, another proxy or another k.
+    """
+    tokens = Records(directory, "tokens", shards, [shard])
+    made_from = {
+        "tokens": digest(read_summary(directory, "tokens", shard, shards)),
+        "proxy": proxy,
+        "data.entropy_top_k": experiment.data.entropy_top_k,
+    }
+    if summary := read_summary(directory, "scores", shard, shards):
+        check_same(directory, summary, made_from)
+        return
+    histogram, size = np.zeros(BINS, np.int64), block_size(experiment)
+    with ShardWriter(directory, "scores", shard, shards) as writer:
+        for first in range(0, len(tokens), size):
+            windows = [tokens[i] for i in range(first, min(first + size, len(tokens)))]
+            scores = score_part(experiment, policy, params, tokenizer, mesh, [ids for ids, _ in windows])
+            for (_, lengths_S), score in zip(windows, scores, strict=True):
+                asked_S = lengths_S > 0
+                writer.write([np.where(asked_S, e, NOT_ASKED) for e in (score.entropy_S, score.plain_entropy_S)])
+                bins = np.minimum(score.entropy_S[asked_S] / BIN, BINS - 1).astype(np.int64)
+                histogram += np.bincount(bins, minlength=BINS)
+            advance(f"shard {shard} of {shards}")
+        writer.commit({**made_from, "histogram": histogram.tolist()})
+
+
+def block_size(experiment: Experiment) -> int:
+    """Windows that are read, sorted by length and scored together."""
+    return _BLOCK * experiment.evaluation.score_documents
+
+
+def score_part(
+    experiment: Experiment,
+    policy: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    documents: Sequence[Sequence[int]],
+) -> list[Scores]:
+    """`score_documents` with the sizes of the config."""
+    return score_documents(
+        policy,
+        params,
+        documents,
+        bos_id=tokenizer.bos_id,
+        size=experiment.data.max_document_tokens,
+        batch=experiment.evaluation.score_documents,
+        top_k=experiment.data.entropy_top_k,
+        chunk=experiment.training.logit_chunk_tokens,
+        mesh=mesh,
+    )
+
+
+def fingerprint_parameters(params: Params) -> str:
+    """A digest of every parameter's name, shape and bits, whatever mesh they lie on, in hexadecimal."""
+
+    @jax.jit
+    def sums(params: Params) -> Any:
+        def leaf(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+            place = jnp.zeros(x.shape, jnp.uint32)
+            for axis, size in enumerate(x.shape):
+                place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            # Sums of integers do not depend on their order, and an odd factor loses no bit of what it multiplies.
+            mixed = (bits ^ (bits >> 15)) * (place * jnp.uint32(0x9E3779B2) + jnp.uint32(1))
+            return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+        return jax.tree.map(leaf, params)
+
+    found, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(sums(params)))
+    names = {jax.tree_util.keystr(path): list(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+    return digest(names, [(jax.tree_util.keystr(path), int(value)) for path, value in found])
+
+
+def kept_share(histogram_N: np.ndarray, threshold: float) -> float:
+    """Share of positions above `threshold` nats, which must be a border between bins."""
+    first = round(threshold / BIN)
+    if not math.isclose(first * BIN, threshold):
+        raise ValueError(threshold)
+    return float(histogram_N[first:].sum() / max(1, histogram_N.sum()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, PolicyConfig
-from rpt_jax.data.corpus import Corpus, Document, check_source, load_corpus
+from rpt_jax.data.corpus import SIDES, check_source
+from rpt_jax.data.prepare import content, files_digest
+from rpt_jax.data.shards import digest
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
@@ -20,8 +23,9 @@ from rpt_jax.policy.attention import choose_attention
 from rpt_jax.policy.hf import check_files, load_policy, load_shape
 from rpt_jax.policy.presets import Shape, check_preset
 from rpt_jax.policy.transformer import Params, Transformer
+from rpt_jax.prepared import Prepared, open_prepared, prepare
 
-Documents = list[list[int]]  # Token ids: of each document its one tokenisation, in windows of bounded length.
+Documents = Sequence[Sequence[int]]  # Token ids: of each document its one tokenisation, in windows of bounded length.
 
 
 class Setup(NamedTuple):
@@ -32,6 +36,7 @@ class Setup(NamedTuple):
     train: Documents
     held_out: Documents
     unseen_templates: Documents
+    prepared: Prepared  # What the documents were read from, and what the proxy makes of them.
 
 
 def cold_start_of(experiment: Experiment) -> Experiment:
@@ -74,6 +79,12 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
     return policy, params, tokenizer
 
 
+def check_top_k(top_k: int, policy: Transformer) -> None:
+    """Raises: UserError, where the policy has fewer tokens."""
+    if top_k > policy.shape.vocab:
+        raise UserError(f"data.entropy_top_k={top_k} must be at most the policy's vocabulary, {policy.shape.vocab}.")
+
+
 def start_mesh(experiment: Experiment) -> Mesh:
     """Return the mesh of a run, where devices and files for it are here. Raises: UserError, with all that is missing."""
     mesh, policy = experiment.mesh, experiment.policy
@@ -81,33 +92,42 @@ def start_mesh(experiment: Experiment) -> Mesh:
     def check_policy() -> None:
         if policy.path:
             check_files(policy.path)
-        elif experiment.task == "rpt":
+        elif experiment.task != "pretrain":
             raise UserError(
                 "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports."
             )
 
     arrange = functools.partial(make_mesh, mesh.data, mesh.fsdp, mesh.tensor)
     attention = functools.partial(choose_attention, policy.attention, jax.default_backend(), policy.dtype)
-    check_all(arrange, attention, check_policy, functools.partial(check_source, experiment.data))
+
+    def check_data() -> None:
+        if not experiment.data.prepared:
+            check_source(experiment.data)
+
+    check_all(arrange, attention, check_policy, check_data)
     return arrange()
 
 
-def set_up(experiment: Experiment, mesh: Mesh) -> Setup:
-    """Load the starting policy and the corpus. Raises: UserError, as `load_start` and `load_corpus` do."""
+def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
+    """Load the starting policy and the prepared corpus, or prepare it in `workdir/corpus` with that policy as the proxy.
+
+    Raises: UserError, as `load_start`, `prepare` and `open_prepared` do.
+    """
     policy, params, tokenizer = load_start(experiment.policy, mesh)
-    if experiment.data.entropy_top_k > policy.shape.vocab:
-        raise UserError(
-            f"data.entropy_top_k={experiment.data.entropy_top_k} must be at most the policy's vocabulary, {policy.shape.vocab}."
+    data = experiment.data
+    check_top_k(data.entropy_top_k, policy)
+    if data.prepared:
+        prepared = open_prepared(data, tokenizer, Path(data.prepared))
+    else:
+        whole = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
+        # Of its own for whatever it is made from: a first run that failed on a corpus may be followed by one on another.
+        made_from = (
+            content(data),
+            files_digest(data),
+            tokenizer.fingerprint,
+            data.entropy_top_k,
+            experiment.policy.path,
         )
-    corpus = load_corpus(experiment.data)
-    return Setup(policy, params, mesh, tokenizer, *tokenise(corpus, tokenizer, experiment.data.max_document_tokens))
-
-
-def tokenise(corpus: Corpus, tokenizer: Tokenizer, limit: int) -> tuple[Documents, Documents, Documents]:
-    """Tokenise the corpus' three parts once; ids of a longer document than `limit` become several windows."""
-
-    def part(documents: Sequence[Document]) -> Documents:
-        encoded = tokenizer.encode_batch([d.text for d in documents])
-        return [ids[i : i + limit] for ids in encoded for i in range(0, len(ids), limit)]
-
-    return part(corpus.train), part(corpus.held_out), part(corpus.held_out_templates)
+        directory = workdir / "corpus" / digest(*made_from)[:12]
+        prepared = prepare(whole, policy, params, tokenizer, mesh, directory)
+    return Setup(policy, params, mesh, tokenizer, *map(prepared.corpus.windows, SIDES), prepared)

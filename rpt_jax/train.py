@@ -18,17 +18,19 @@ from jax.sharding import Mesh
 from rpt_jax import report
 from rpt_jax.config import Experiment
 from rpt_jax.data.corpus import source_name
-from rpt_jax.data.pipeline import prompt_stream
-from rpt_jax.data.positions import Position, choose_positions
+from rpt_jax.data.files import parse_mixture
+from rpt_jax.data.pipeline import PromptStream, position_order, prompt_stream
+from rpt_jax.data.positions import STAGES, index_positions
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import END_THINK, Tokenizer
 from rpt_jax.errors import UserError
-from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics, score
+from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
-from rpt_jax.infra.checkpoint import Checkpointer, abstract, write_whole
+from rpt_jax.infra.checkpoint import Checkpointer, abstract
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, shard_prompts
+from rpt_jax.infra.whole import write_whole
 from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import Status
@@ -58,11 +60,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     }
     check_batches(mesh, sizes)
     experiment = cold_start(experiment, workdir, mesh)
-    setup = set_up(experiment, mesh)
+    setup = set_up(experiment, mesh, workdir)
     builder, sample = PromptBuilder(experiment.prompt, setup.tokenizer), Sampler(experiment, setup)
     reward = Rewarder(experiment, setup, builder)
-    positions = training_positions(experiment, setup)
-    stream = prompt_stream(builder, setup.train, positions, batch=t.prompts_per_step, seed=experiment.seed)
+    stream = training_stream(experiment, setup, builder)
     evaluator = Evaluator(experiment, setup, sample, builder)
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
     # Copies, because the update donates its state and the starting policy's parameters are still needed.
@@ -74,6 +75,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep)
     if restored := checkpoints.restore(abstract(state)):
         start, state, saved = restored
+        check_corpus(saved, setup)
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
         clock.earlier, before = saved["seconds"], saved["before"]
@@ -121,6 +123,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
                 show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
             if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
                 run = {"stream": stream.get_state(), "counters": counters.state(), "seconds": clock.seconds}
+                run |= {"corpus": setup.prepared.fingerprint}
                 checkpoints.save(step, state, run | {"before": before})
             clock.lap("checkpoint")
             progress.advance(status(scalars, dynamic))
@@ -179,23 +182,44 @@ def is_complete(workdir: Path) -> bool:
         ) from None
 
 
-def training_positions(experiment: Experiment, setup: Setup) -> list[Position]:
-    """Positions of the training documents that the starting policy, as the proxy, finds hard enough. Raises: UserError."""
-    scores = score(experiment, setup, setup.params, setup.train)
-    positions = choose_positions(scores, experiment.data.entropy_threshold, experiment.data.min_context)
-    total = sum(len(s.entropy_S) for s in scores)
-    if len(positions) < experiment.training.prompts_per_step:
+def training_stream(experiment: Experiment, setup: Setup, builder: PromptBuilder) -> PromptStream:
+    """Prompts at the positions of the training documents that `data.positions` names. Raises: UserError."""
+    data, t = experiment.data, experiment.training
+    rows_N = setup.prepared.corpus.rows_W[setup.train.numbers_N]
+    stages = index_positions(data, setup.prepared.scores, setup.train.numbers_N)
+    found, total = sum(map(len, stages)), int(rows_N["tokens"].sum())
+    weights = [weight for weight, _ in parse_mixture(data.path) if weight] if data.source == "path" else []
+    if weights:
+        stages = [stage.only(rows_N["part"] == part) for stage in stages for part in range(len(weights))]
+    if min(map(len, stages)) < t.prompts_per_step:
         raise UserError(
-            f"{source_name(experiment.data)}: only {len(positions)} of {total} training positions have an entropy above "
-            f"data.entropy_threshold={experiment.data.entropy_threshold} and data.min_context={experiment.data.min_context} "
-            f"tokens before them, and a step takes training.prompts_per_step={experiment.training.prompts_per_step}: lower one "
-            "of the three, or give a longer corpus."
+            f"{source_name(data)}: only {found} of {total} training positions have an entropy above "
+            f"data.entropy_threshold={data.entropy_threshold} and data.min_context={data.min_context} tokens before them "
+            f"(data.positions='{data.positions}'; of every stage and part must be enough), and a step takes "
+            f"training.prompts_per_step={t.prompts_per_step}: lower one of the three, or give a longer corpus."
         )
     print(
-        f"{len(positions):,} of {total:,} training positions have an entropy above "
-        f"{experiment.data.entropy_threshold} nats over the proxy's {experiment.data.entropy_top_k} likeliest tokens."
+        f"{found:,} of {total:,} training positions are chosen (data.positions='{data.positions}', threshold "
+        f"{data.entropy_threshold} nats over the proxy's {data.entropy_top_k} likeliest tokens)."
     )
-    return positions
+    order = position_order(
+        stages,
+        weights,
+        stage_prompts=t.total_steps * t.prompts_per_step // STAGES,
+        batch=t.prompts_per_step,
+        per_document=data.positions_per_document,
+        seed=experiment.seed,
+    )
+    return prompt_stream(builder, setup.train, order, batch=t.prompts_per_step, workers=data.workers)
+
+
+def check_corpus(saved: dict[str, Any], setup: Setup) -> None:
+    """Raises: UserError, where the checkpoint was made on another prepared corpus than the run has now."""
+    if saved["corpus"] != setup.prepared.fingerprint:
+        raise UserError(
+            f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… then, "
+            f"{setup.prepared.fingerprint[:12]}… now): put that one back, or choose another --workdir."
+        )
 
 
 def status(scalars: dict[str, Any], dynamic: bool) -> str:

@@ -176,7 +176,7 @@ def test_an_override_needs_no_field_in_the_file():
         ("optimizer.learning_rate=true", "optimizer.learning_rate=true must be a number (float)."),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan must be between 0 and 1."),
         ("prompt.open_think=1", "prompt.open_think=1 must be true or false (bool)."),
-        ("task=rtp", "task='rtp' is not one of: pretrain, rpt. Did you mean 'rpt'?"),
+        ("task=rtp", "task='rtp' is not one of: pretrain, rpt, score. Did you mean 'rpt'?"),
     ],
 )
 def test_an_override_is_refused_by_its_full_name(override: str, said: str):

@@ -21,7 +21,7 @@ from rpt_jax.evaluate import (
     evaluation_metrics,
 )
 from rpt_jax.infra.sharding import make_mesh
-from rpt_jax.score import Scores, score_documents, top_k_entropy
+from rpt_jax.score import Scores, _buckets, score_documents, top_k_entropy
 from tests import policy_reference as reference
 from tests.policy_reference import POLICY, SHAPE, random_params
 
@@ -35,6 +35,14 @@ def test_top_k_entropy(k):
     top = -np.sort(-logits.astype(np.float64), axis=-1)[:, :k]
     shares = np.exp(top) / np.exp(top).sum(-1, keepdims=True)
     np.testing.assert_allclose(top_k_entropy(logits, k), -(shares * np.log(shares)).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [2, 37])
+def test_top_k_entropy_without_renormalising(k):
+    """What the k likeliest contribute to the entropy over all; with k the whole vocabulary both are that."""
+    logits = np.random.default_rng(0).standard_normal((6, 37)).astype(np.float32) * 3
+    shares = -np.sort(-reference.softmax(logits.astype(np.float64)), axis=-1)[:, :k]
+    np.testing.assert_allclose(top_k_entropy(logits, k, False), -(shares * np.log(shares)).sum(-1), rtol=1e-5)
 
 
 def test_top_k_entropy_at_its_ends():
@@ -88,6 +96,15 @@ def test_padding_batch_and_chunk_change_nothing(scored):
     for ours, theirs in zip(scored(size=12, batch=3, chunk=100), scored(size=8, batch=2, chunk=5), strict=True):
         np.testing.assert_allclose(ours.entropy_S, theirs.entropy_S, atol=1e-5)
         np.testing.assert_array_equal(ours.right_S, theirs.right_S)
+
+
+def test_lengths_share_buckets_and_every_document_is_in_one():
+    lengths = [1, 64, 65, 128, 129, 256, 200, 3, 70]
+    buckets = list(_buckets(lengths, 256, 1))
+    assert [(padded, numbers) for padded, numbers in buckets] == [
+        (64, [0, 1, 7]), (128, [2, 3]), (128, [8]), (256, [4]), (256, [5]), (256, [6])
+    ]  # fmt: skip
+    assert [padded for padded, _ in _buckets([1, 100], 100, 8)] == [100]
 
 
 # --- accuracies --------------------------------------------------------------------------------------
@@ -153,7 +170,9 @@ def test_an_empty_split_knows_nothing():
 
 
 def test_direct_accuracy_reads_the_position_it_is_asked_for():
-    scores = [Scores(np.zeros(3), np.array(right)) for right in ([True, False, False], [False, False, True])]
+    scores = [
+        Scores(np.zeros(3), np.array(right), np.zeros(3)) for right in ([True, False, False], [False, False, True])
+    ]
     asked = [Position(1, 2, 1.0), Position(0, 0, 1.0), Position(0, 1, 1.0), Position(1, 0, 1.0)]
     assert direct_accuracy(EvaluationSet(asked, []), scores).tolist() == [1.0, 1.0, 0.0, 0.0]
 

@@ -10,19 +10,20 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig, PromptConfig
 from rpt_jax.data.cold_start import BOX, Calculation, TraceWriter, find_calculations, similar, work_out
 from rpt_jax.data.corpus import load_corpus
-from rpt_jax.data.pipeline import example_stream, prompt_stream
+from rpt_jax.data.pipeline import example_stream, position_order, prompt_stream
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import TEMPLATES, PromptBuilder, read_template, stack
 from rpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
 from rpt_jax.errors import UserError
 from rpt_jax.objective.reward import Status, prefix_match_reward
 from rpt_jax.score import Scores
+from tests.test_tokenizer import any_text, byte_level_bpe, write_hf
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def documents(texts, tokenizer):
 
 def test_positions_are_above_the_threshold_and_have_context():
     scores = [
-        Scores(np.array([9, 9, 0.5, 0.6, 2], np.float32), np.zeros(5, bool)),
-        Scores(np.array([9], np.float32), np.zeros(1, bool)),
-        Scores(np.array([9, 9, 9, 0.1], np.float32), np.zeros(4, bool)),
+        Scores(np.array([9, 9, 0.5, 0.6, 2], np.float32), np.zeros(5, bool), np.zeros(5)),
+        Scores(np.array([9], np.float32), np.zeros(1, bool), np.zeros(1)),
+        Scores(np.array([9, 9, 9, 0.1], np.float32), np.zeros(4, bool), np.zeros(4)),
     ]
     chosen = choose_positions(scores, threshold=0.5, min_context=2)
     assert [(p.document, p.position) for p in chosen] == [(0, 3), (0, 4), (2, 2)]
@@ -92,6 +93,46 @@ def test_a_long_context_loses_its_oldest_tokens(tokenizer, documents, tmp_path):
         context = documents[0][:position][-room:]
         assert prompt.tokens_PxS[: prompt.lengths_P].tolist() == [*head, *context, *tail]
         assert prompt.lengths_P == min(30, len(head) + position + len(tail))
+
+
+def test_a_long_context_begins_with_a_line_where_one_does(tokenizer):
+    text = "one two three four\nfive six seven\neight nine ten eleven twelve"
+    ids = tokenizer.encode(text)
+    for size in range(5, len(ids)):
+        config = PromptConfig(max_tokens=size, open_think=False, long_context="cut_at_line")
+        prompt = PromptBuilder(config, tokenizer).build(0, ids, Position(0, len(ids) - 1, 1.0))
+        room, context = size - 1, prompt.tokens_PxS[1 : prompt.lengths_P].tolist()
+        kept = ids[: len(ids) - 1][-room:]
+        border = [i + 1 for i, token in enumerate(kept[: room // 2]) if tokenizer.pieces[token].endswith(b"\n")]
+        assert context == (kept[border[0] :] if border and room < len(ids) - 1 else kept)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    return load_tokenizer(write_hf(tmp_path_factory.mktemp("bpe"), byte_level_bpe()))
+
+
+@given(any_text, st.integers(0, 10**6), st.integers(2, 40), st.sampled_from(["tokenizer", "byte_level"]))
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_context_is_the_documents_bytes_whatever_they_are(request, text, place, size, kind):
+    """Emoji, CJK, combining marks, line ends, control characters, text that spells special tokens; cut or whole."""
+    tokenizer = request.getfixturevalue(kind)
+    document = text.encode()
+    ids = np.array(tokenizer.encode(text), np.uint32)
+    if not len(ids):
+        return
+    at = place % len(ids)
+    before = tokenizer.token_bytes(ids[:at])
+    assert document.startswith(before)
+    for limit in (size, len(ids) + 1):
+        builder = PromptBuilder(PromptConfig(max_tokens=limit, open_think=False, reference_bytes=16), tokenizer)
+        prompt = builder.build(0, ids, Position(0, at, 1.0))
+        context = prompt.tokens_PxS[1 : prompt.lengths_P]
+        shown = tokenizer.token_bytes(context)
+        assert before.endswith(shown) and context.tolist() == ids[at - len(context) : at].tolist()
+        assert len(context) == min(at, limit - 1)
+        length = int(np.flatnonzero(prompt.boundaries_PxRp1).max(initial=0))
+        assert document[len(before) :].startswith(prompt.reference_PxR[:length].tobytes())
 
 
 @pytest.mark.parametrize("limit", [1, 7, 64])
@@ -160,6 +201,48 @@ def test_open_think_needs_the_token(tokenizer):
     assert PromptBuilder(PromptConfig(open_think=False), without)
 
 
+# --- chat templates ----------------------------------------------------------------------------------
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_end|>' + message['role'] + '\\n' + message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>assistant\\n' }}{% endif %}"
+)
+
+
+def chat(folder, template, **config):
+    names = {"eos_token": "<|im_end|>", "bos_token": {"content": "<|endoftext|>"}}
+    files = {"tokenizer_config": names | ({"chat_template": template} if template else {})}
+    loaded = load_tokenizer(write_hf(folder, byte_level_bpe(), **files))
+    return loaded, PromptBuilder(PromptConfig(chat_template=True, max_tokens=64, **config), loaded)
+
+
+@pytest.mark.parametrize("form", ["text", "list", "prefilled", "file"])
+def test_a_chat_template_stands_around_the_prompt(tmp_path, form):
+    """Special tokens that it spells are those tokens; begin and <think> come once, whoever puts them there."""
+    text = CHAT + "{{ '<think>\\n' }}" * (form == "prefilled")
+    if form == "file":
+        (tmp_path / "chat_template.jinja").write_text(CHAT)
+    loaded, builder = chat(tmp_path, [{"name": "default", "template": text}] if form == "list" else text)
+    document = loaded.encode("Ann has <|im_end|> apples")
+    prompt = builder.build(0, document, Position(0, 5, 1.0))
+    tokens, context = prompt.tokens_PxS[: prompt.lengths_P].tolist(), document[:5]
+    end, said = loaded.eos_id, [loaded.think_id, *loaded.encode("\n")] if form == "prefilled" else [loaded.think_id]
+    opening = [loaded.bos_id, end, *loaded.encode("user\n")]
+    assert tokens == [*opening, *context, end, *loaded.encode("assistant\n"), *said]
+
+
+def test_chat_templates_that_cannot_be_used(tmp_path):
+    for template, message in (
+        ("", "there is no chat template beside"),
+        ("{{ messages", "cannot be rendered"),
+        ("no message", "does not give a user's message once"),
+        ("{{ messages[0].content }} {{ messages[0].content }}", "does not give a user's message once"),
+        ("{{ messages.__class__.__mro__ }}", "cannot be rendered|does not give"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chat(tmp_path, template)
+
+
 # --- streams -----------------------------------------------------------------------------------------
 
 
@@ -170,7 +253,8 @@ def stream(tokenizer, documents):
     positions = [Position(i % 3, i, float(i)) for i in range(10)]
 
     def start(seed=0, batch=4, count=10):
-        return prompt_stream(builder, documents, positions[:count], batch=batch, seed=seed)
+        order = position_order([positions[:count]], [], stage_prompts=0, batch=batch, per_document=0, seed=seed)
+        return prompt_stream(builder, documents, order, batch=batch)
 
     return start
 

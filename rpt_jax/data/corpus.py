@@ -1,44 +1,40 @@
 """Corpora: plain text documents, and which of them training never sees.
 
 Three sources: problems with worked solutions that are generated here (`gsm_symbolic`), competition problems
-with stepwise solutions (`champ`), and a user's own text (`path`). Every split is a function of `data.seed` and of
-what a document says, so it does not move when files or lines change places. Text is never normalised: the bytes
-that are predicted later are the bytes of the file.
+with stepwise solutions (`champ`), and a user's own text (`path`, see readers.py). Every split is a function of `data.seed`
+and of what a document says, so it does not move when files or lines change places.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Self, TypeVar
+
+import numpy as np
 
 from rpt_jax.config import DataConfig
-from rpt_jax.errors import UserError, nearest
+from rpt_jax.data.files import find_units
+from rpt_jax.data.pieces import PIECE_CHARACTERS
+from rpt_jax.data.readers import BY_HASH, Document, Rejected, read_unit
+from rpt_jax.errors import UserError
 
 HELD_OUT_SHARE = 0.2
-PIECE_CHARACTERS = 2000
+REJECTED = "rejected.jsonl"  # In the workdir: what was found where a document should be.
+SIDES = ("train", "held_out", "held_out_templates")
+LEFT_OUT = -2  # In place of the number of a side: a repetition.
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _FLOAT_NOISE = re.compile(r"\d\.\d{7}")  # 14.500000000000002: an artefact of the generator that nobody could predict.
-# The groups are atomic because a backtracking `\r\n` would pass for two line ends.
-_LINE_END = re.compile(r"(?>\r\n|\r|\n)")
-_SPACES = re.compile(r"[ \t]+")
-_BLANK_LINES = re.compile(r"(?>\r\n|\r|\n)(?:[ \t]*(?>\r\n|\r|\n))+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    text: str
-    name: str  # Unique in its corpus, and enough to find the text again: "gsm_symbolic:17:4", "notes.jsonl:7".
-    template: str = ""  # What it was generated from, where it was.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +51,122 @@ class Corpus:
     skipped: dict[str, int]
 
 
-def load_corpus(config: DataConfig) -> Corpus:
-    """Read or generate the corpus that `config` describes; the same config always gives the same corpus.
+_T = TypeVar("_T")
 
-    Raises `UserError` for a source that is not known or not installed, for unreadable files and lines, and for a corpus
-    too small to hold anything out.
+
+class Rejects:
+    """Counts what is no document by its reason, and lists it, one JSON object a line, in the file `listing`.
+
+    The file is made with the first of them. Raises: UserError from `keep`, for the first, where `strict` says so.
     """
-    sources = {"gsm_symbolic": _load_gsm_symbolic, "champ": _load_champ, "path": _load_path}
-    return sources[config.source](config)
+
+    def __init__(self, strict: bool, listing: Path | None = None):
+        self.counts: collections.Counter = collections.Counter()
+        self.first = ""
+        self._strict, self._listing, self._files = strict, listing, contextlib.ExitStack()
+        self._file: Any = None
+
+    def keep(self, found: Iterable[_T | Rejected]) -> Iterator[_T]:
+        """Yield what was found and is not rejected."""
+        for item in found:
+            if not isinstance(item, Rejected):
+                yield item
+            elif self._strict:
+                raise UserError(f"{item.detail} (data.strict=True; without it this is counted and left out.)")
+            else:
+                self._add(item)
+
+    def _add(self, item: Rejected) -> None:
+        self.counts[item.reason] += 1
+        self.first = self.first or item.detail
+        if self._listing:
+            if self._file is None:
+                self._file = self._files.enter_context(self._listing.open("w", encoding="utf-8"))
+            self._file.write(json.dumps(dataclasses.asdict(item)) + "\n")
+
+    def __enter__(self) -> Self:
+        if self._listing:
+            self._listing.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+
+def report_rejects(counts: dict[str, int], where: str) -> None:
+    """Print how much was left out of the corpus and why, where anything was."""
+    if counts:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda c: -c[1]))
+        print(f"Left out of the corpus: {reasons}.{f' Listed in {where}.' if where else ''}")
+
+
+def load_corpus(config: DataConfig, listing: Path | None = None) -> Corpus:
+    """Read or generate the corpus that `config` describes into memory; the same config always gives the same corpus.
+
+    Args:
+      listing: file in which everything is listed that stood where a document should be and is none.
+
+    Raises: UserError, for a source that is not known or not installed, for unreadable files, with `data.strict` for anything
+    that is no document, and for a corpus too small to hold anything out.
+    """
+    with Rejects(config.strict, listing) as rejects:
+        documents = list(rejects.keep(read_corpus(config, rejects.counts)))
+    report_rejects(rejects.counts, f"{listing}" if listing else "")
+    hashes = [fingerprints(document, config.seed) for document in documents]
+    keys_D, texts_D = np.array(hashes, np.uint64).reshape(-1, 2).T
+    sides_D = split(keys_D, texts_D, np.array([d.side for d in documents], np.int8), config, rejects.first)
+    if repeated := int(np.sum(sides_D == LEFT_OUT)):
+        rejects.counts["duplicate"] += repeated
+    parts = {name: tuple(documents[i] for i in np.flatnonzero(sides_D == side)) for side, name in enumerate(SIDES)}
+    return Corpus(**parts, skipped=dict(rejects.counts))
+
+
+def read_corpus(
+    config: DataConfig, skipped: collections.Counter, shard: int = 0, shards: int = 1
+) -> Iterator[Document | Rejected]:
+    """Yield the documents of one of `shards` parts of the corpus, in order; what a generator skips is counted."""
+    if config.source == "path":
+        for unit in find_units(config)[shard::shards]:
+            yield from read_unit(unit, config)
+    else:
+        generate = {"gsm_symbolic": _gsm_symbolic, "champ": _champ}[config.source]
+        yield from generate(config, skipped)[shard::shards]
+
+
+def fingerprints(document: Document, seed: int) -> tuple[int, int]:
+    """64 bits that its side depends on, and 64 bits of its text."""
+    return _hash(seed, document.key or document.text), _hash(0, document.text)
+
+
+def split(
+    keys_D: np.ndarray, texts_D: np.ndarray, sides_D: np.ndarray, config: DataConfig, example: str = ""
+) -> np.ndarray:
+    """Say of every document which of `SIDES` it is on, or `LEFT_OUT` for a text that was there before; int8 [D].
+
+    Where a document has no side yet (BY_HASH), the lowest keys are held out: a fifth, at most `data.held_out_documents`.
+    Ranks, unlike a threshold, leave no document unused and no side empty, and neither the order of documents nor how they
+    are spread over files and shards changes a side.
+
+    Args:
+      keys_D, texts_D: see `fingerprints`.
+      example: what was wrong with the first thing that is no document, for the error.
+
+    Raises: UserError, where there are too few documents.
+    """
+    first_U = np.unique(texts_D, return_index=True)[1]
+    result_D = np.full(len(texts_D), LEFT_OUT, np.int8)
+    result_D[first_U] = sides_D[first_U]
+    open_U = np.sort(first_U[sides_D[first_U] == BY_HASH])
+    if len(open_U) < 2 and len(open_U) == len(first_U):
+        raise UserError(
+            f"{source_name(config)} is too short: it gives {len(open_U)} distinct document(s), and at least 2 are needed, one "
+            f"to train on and one to hold out. {example or 'Add text'}: a .txt is cut into documents of about "
+            f"{PIECE_CHARACTERS} characters, a .jsonl has one document per line."
+        )
+    count = min(config.held_out_documents, max(1, int(len(open_U) * HELD_OUT_SHARE)))
+    result_D[open_U] = SIDES.index("train")
+    result_D[open_U[np.argsort(keys_D[open_U], kind="stable")[:count]]] = SIDES.index("held_out")
+    return result_D
 
 
 def source_name(config: DataConfig) -> str:
@@ -72,7 +176,7 @@ def source_name(config: DataConfig) -> str:
 
 def check_source(config: DataConfig) -> None:
     """Raises: UserError, where the source is not here at all; what it says is not read."""
-    checks = {"gsm_symbolic": _gsm_generators, "champ": _champ_file, "path": lambda: _text_files(config.path)}
+    checks = {"gsm_symbolic": _gsm_generators, "champ": _champ_file, "path": lambda: find_units(config)}
     checks[config.source]()
 
 
@@ -80,41 +184,10 @@ def _hash(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:8], "big")
 
 
-def _split(candidates: Sequence[tuple[Document, str]], config: DataConfig) -> Corpus:
-    """Hold out the documents with the lowest hashes: a fifth, at most `data.held_out_documents`.
-
-    Each candidate comes with the key that its side depends on. Empty documents (nothing but whitespace) and
-    repetitions are skipped. Ranks, unlike a threshold, leave no document unused and no side empty.
-    """
-    kept: dict[str, tuple[Document, int]] = {}
-    skipped: collections.Counter = collections.Counter()
-    for document, key in candidates:
-        if not document.text.strip():
-            skipped["empty"] += 1
-        elif document.text in kept:
-            skipped["duplicate"] += 1
-        else:
-            kept[document.text] = (document, _hash(config.seed, key))
-    if len(kept) < 2:
-        raise UserError(
-            f"data.path='{config.path}' is too short: it gives {len(kept)} distinct non-empty document(s), and at "
-            "least 2 are needed, one to train on and one to hold out. Add text: a .txt is cut into documents of about "
-            f"{PIECE_CHARACTERS} characters, a .jsonl has one document per line."
-        )
-    count = min(config.held_out_documents, max(1, int(len(kept) * HELD_OUT_SHARE)))
-    held_out = set(sorted(kept, key=lambda text: (kept[text][1], text))[:count])
-    return Corpus(
-        train=tuple(document for document, _ in kept.values() if document.text not in held_out),
-        held_out=tuple(document for document, _ in kept.values() if document.text in held_out),
-        held_out_templates=(),
-        skipped=dict(skipped),
-    )
-
-
 # --- gsm_symbolic ---------------------------------------------------------------------------------
 
 
-def _load_gsm_symbolic(config: DataConfig) -> Corpus:
+def _gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> list[Document]:
     """Generate problems with worked solutions, holding out combinations of numbers and whole templates.
 
     The sorted numbers of a problem decide by hash whether it may be trained on, whatever its template: no
@@ -129,7 +202,6 @@ def _load_gsm_symbolic(config: DataConfig) -> Corpus:
             f"{len(templates)} templates. Choose at most {len(templates) - 1}."
         )
     unseen, seen = templates[: config.held_out_templates], templates[config.held_out_templates :]
-    skipped: collections.Counter = collections.Counter()
     quotas = {"train": config.documents, "held_out": config.held_out_documents}
 
     def side(problem: str) -> str:
@@ -141,7 +213,11 @@ def _load_gsm_symbolic(config: DataConfig) -> Corpus:
     drawn |= _draw(
         {t: generators[t] for t in unseen}, config.seed, unseen_quota, lambda problem: "held_out_templates", skipped
     )
-    return Corpus(**{name: tuple(documents) for name, documents in drawn.items()}, skipped=dict(skipped))
+    return [
+        dataclasses.replace(document, side=SIDES.index(name))
+        for name, documents in drawn.items()
+        for document in documents
+    ]
 
 
 def _gsm_generators() -> dict[int, Callable[[Random, float], dict[str, Any]]]:
@@ -208,135 +284,10 @@ def _champ_file() -> Path:
     return Path(spec.origin).parent / "dataset_files" / "v0.json"
 
 
-def _load_champ(config: DataConfig) -> Corpus:
-    problems = json.loads(_champ_file().read_bytes())["problems"]
-    candidates = []
-    for name, problem in problems.items():
+def _champ(config: DataConfig, skipped: collections.Counter) -> list[Document]:
+    del config, skipped
+    documents = []
+    for name, problem in json.loads(_champ_file().read_bytes())["problems"].items():
         lines = [problem["_text"], *(step["_text"] for step in problem["solution"]["steps"])]
-        candidates.append((Document("\n".join(lines), f"champ:{name}"), problem["_text"]))
-    return _split(candidates, config)
-
-
-# --- path -----------------------------------------------------------------------------------------
-
-
-def _text_files(path: str) -> list[Path]:
-    if not path:
-        raise UserError("data.path is empty: data.source='path' needs a .txt, a .jsonl or a folder of them.")
-    root = Path(path)
-    if root.is_dir():
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _READERS and path.is_file())
-        if not paths:
-            raise UserError(f"data.path='{root}' is a folder without any .txt or .jsonl file in it.")
-        return paths
-    if not root.exists():
-        raise UserError(f"data.path='{root}' does not exist. Give a .txt, a .jsonl or a folder of them.")
-    if root.suffix.lower() not in _READERS:
-        raise UserError(f"data.path='{root}' is neither a .txt nor a .jsonl file nor a folder of them.")
-    return [root]
-
-
-def _load_path(config: DataConfig) -> Corpus:
-    root, candidates = Path(config.path), []
-    for path in _text_files(config.path):
-        name = path.relative_to(root).as_posix() if path != root else path.name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"data.path: cannot read {path}: {error.strerror}.") from error
-        for place, text in _READERS[path.suffix.lower()](data, path, config.text_field):
-            candidates.append((Document(text, f"{name}:{place}"), text))
-    return _split(candidates, config)
-
-
-def split_text(text: str) -> list[str]:
-    """Cut a text at blank lines into pieces of at most about 2,000 characters; joined, they are the text again.
-
-    A paragraph longer than that is cut at its line ends, a line longer than that at its spaces, and a word stays whole.
-    """
-    pieces, current = [], ""
-    for part in _parts(text, (_BLANK_LINES, _LINE_END, _SPACES)):
-        if current and len(current) + len(part) > PIECE_CHARACTERS:
-            pieces.append(current)
-            current = ""
-        current += part
-    return [*pieces, current] if current else pieces
-
-
-def _parts(text: str, separators: Sequence[re.Pattern]) -> Iterator[str]:
-    """Cut at the first separator, and what is too long then at the next."""
-    for part in _cut_after(text, separators[0]):
-        if len(part) > PIECE_CHARACTERS and separators[1:]:
-            yield from _parts(part, separators[1:])
-        else:
-            yield part
-
-
-def _cut_after(text: str, separator: re.Pattern) -> Iterator[str]:
-    start = 0
-    for match in separator.finditer(text):
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:]
-
-
-def _decode(data: bytes, where: str, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start} of the file "
-            f"({error.reason}). Convert the file to UTF-8."
-        ) from error
-
-
-def _read_txt(data: bytes, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    """Yield of every piece where it begins, `line` or `line:column`, and its text."""
-    del text_field
-    line, column = 1, 1
-    for piece in split_text(_decode(data, str(path), 0).removeprefix("\ufeff")):
-        yield f"{line}" if column == 1 else f"{line}:{column}", piece
-        *ended, rest = _LINE_END.split(piece)
-        line, column = line + len(ended), len(rest) + (1 if ended else column)
-
-
-def _read_jsonl(data: bytes, path: Path, text_field: str) -> Iterator[tuple[str, str]]:
-    """Yield the number and the document of every line that is not blank."""
-    offset = 0
-    # Only "\n" ends a line of JSON: `str.splitlines` would also cut at U+2028, which may stand inside a string.
-    for number, raw in enumerate(data.split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        line = _decode(raw, where, offset)
-        offset += len(raw) + 1
-        if number == 1:
-            line = line.removeprefix("\ufeff")
-        if line.strip():
-            yield str(number), _parse_line(line, where, text_field)
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl}
-
-
-def _parse_line(line: str, where: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}. A .jsonl file has one JSON object per line.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is a JSON {type(record).__name__}: expected an object with the field '{text_field}'.")
-    if text_field not in record:
-        raise UserError(
-            f"{where} has no field data.text_field='{text_field}'; its fields: {', '.join(record) or 'none'}."
-            f"{nearest(text_field, record)}"
-        )
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the field '{text_field}' is a {type(text).__name__}, expected a string.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where}: the field '{text_field}' has half a surrogate pair at character {error.start} (an escape from "
-            "\\ud800 to \\udfff on its own), which UTF-8 cannot express."
-        ) from error
-    return text
+        documents.append(Document("\n".join(lines), f"champ:{name}", key=problem["_text"]))
+    return documents

@@ -2,31 +2,161 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
-from rpt_jax.data.positions import Position
+from rpt_jax.data.positions import Position, PositionIndex
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
+from rpt_jax.errors import UserError
 
 # grain would by default build 500 batches ahead: memory, and time on cores that are busy.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+_LONGEST = 2**32 - 1  # Elements that grain's shuffle takes.
+
+
+class PromptStream:
+    """Batches of prompts without end; its state is the number of the next batch.
+
+    So the stream after a restore is the same stream, with another number of processes or workers too.
+
+    Args:
+      batches: a random-access dataset of them.
+      workers: processes that build batches ahead; 0 = a thread of this one.
+    """
+
+    def __init__(self, batches: grain.MapDataset, workers: int):
+        self._batches, self._workers = batches, workers
+        self.set_state({"batch": 0})
+
+    def __iter__(self) -> PromptStream:
+        return self
+
+    def __next__(self) -> PromptBatch:
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"batch": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._next = state["batch"]
+        rest = self._batches[self._next :].to_iter_dataset(_READING)
+        if self._workers:
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            rest = rest.mp_prefetch(options)
+        self._iterator = iter(rest)
 
 
 def prompt_stream(
-    builder: PromptBuilder, documents: Sequence[Sequence[int]], positions: Sequence[Position], *, batch: int, seed: int
-) -> grain.DatasetIterator:
-    """Yield `PromptBatch`es of token positions without end: all positions in a new order each epoch.
+    builder: PromptBuilder,
+    documents: Sequence[Sequence[int]],
+    order: grain.MapDataset,
+    *,
+    batch: int,
+    workers: int = 0,
+    process: tuple[int, int] = (0, 1),
+) -> PromptStream:
+    """Yield `PromptBatch`es of the positions of `order`.
 
     A prompt's id is its number in the stream, so that the noise of its samples outlives restarts.
+
+    Args:
+      batch: prompts of a step, of all processes together.
+      process: (number, count): which equal part of every batch is built.
+    """
+    number, count = process
+    mine = slice(number * batch // count, (number + 1) * batch // count)
+
+    def build(numbered: Sequence[tuple[int, Position]]) -> PromptBatch:
+        return stack([builder.build(i, documents[p.document], p) for i, p in numbered[mine]])
+
+    def pair(index: int, position: Position) -> tuple[int, Position]:
+        return index, position
+
+    return PromptStream(order.map_with_index(pair).batch(batch, drop_remainder=True, batch_fn=list).map(build), workers)
+
+
+def position_order(
+    stages: Sequence[Sequence[Position]],
+    weights: Sequence[float],
+    *,
+    stage_prompts: int,
+    batch: int,
+    per_document: int,
+    seed: int,
+) -> grain.MapDataset:
+    """Positions without end: in every epoch all of them, in a new order, a function of (seed, index).
+
+    Args:
+      stages: positions of each stage of a curriculum, and within a stage of each part of a mixture; without either, a single
+        one.
+      weights: of the parts; [] = one part.
+      stage_prompts: prompts of each stage but the last.
+      batch, per_document: see `DocumentOrder`; 0 = no limit, and all positions are shuffled alike.
+    """
+    parts = max(1, len(weights))
+
+    def endless(positions: Sequence[Position]) -> grain.MapDataset:
+        if per_document:
+            return grain.MapDataset.source(DocumentOrder(positions, per_document, batch, seed))
+        if len(positions) > _LONGEST:
+            raise UserError(
+                f"{len(positions):,} positions are more than can be shuffled, {_LONGEST:,}: raise data.entropy_threshold."
+            )
+        return grain.MapDataset.source(positions).shuffle(seed=seed).repeat()
+
+    mixed = []
+    for first in range(0, len(stages), parts):
+        datasets = [endless(positions) for positions in stages[first : first + parts]]
+        mixed.append(grain.MapDataset.mix(datasets, weights) if weights else datasets[0])
+    if len(mixed) == 1:
+        return mixed[0]
+    limited = [dataset[:stage_prompts] for dataset in mixed[:-1]]
+    return grain.MapDataset.concatenate([*limited, mixed[-1][: sys.maxsize - stage_prompts * len(limited)]])
+
+
+class DocumentOrder:
+    """Positions without end, document by document: all documents in a new order each epoch, some positions of each in a row.
+
+    A batch of a step never holds more than `per_document` positions of a document: an epoch ends with a whole batch, and the
+    few documents that do not fill another one are left out of it. A document's positions take turns over the epochs.
+
+    Raises: UserError, where all documents together do not fill a batch.
     """
 
-    def build(index: int, position: Position) -> PromptBatch:
-        return builder.build(index, documents[position.document], position)
+    def __init__(self, positions: PositionIndex, per_document: int, batch: int, seed: int):
+        self._positions, self._per_document, self._seed = positions, per_document, seed
+        self._taken_N = np.minimum(positions.counts_N, per_document)
+        self._epoch = int(self._taken_N.sum()) // batch * batch
+        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+        if not self._epoch:
+            raise UserError(
+                f"data.positions_per_document={per_document} leaves {int(self._taken_N.sum())} prompts of all documents for "
+                f"training.prompts_per_step={batch}: raise it, or give a longer corpus."
+            )
 
-    dataset = grain.MapDataset.source(positions).shuffle(seed=seed).repeat().map_with_index(build)
-    return iter(dataset.batch(batch, drop_remainder=True, batch_fn=stack).to_iter_dataset(_READING))
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Position:
+        epoch, slot = divmod(int(index), self._epoch)
+        documents, first = self._order(epoch)
+        place = int(np.searchsorted(first, slot, side="right")) - 1
+        document, count = int(documents[place]), int(self._positions.counts_N[documents[place]])
+        turn = (epoch * self._per_document + slot - int(first[place])) % count
+        own = np.random.default_rng((self._seed, document)).permutation(count)[turn]
+        return self._positions[self._positions.first(document) + int(own)]
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._cached is None or self._cached[0] != epoch:
+            documents = np.random.default_rng((self._seed, epoch, 1)).permutation(len(self._taken_N))
+            documents = documents[self._taken_N[documents] > 0]
+            self._cached = epoch, documents, np.concatenate([[0], np.cumsum(self._taken_N[documents])])
+        return self._cached[1:]
 
 
 def example_stream(

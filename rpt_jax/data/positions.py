@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rpt_jax.score import Scores
+from rpt_jax.config import DataConfig
+from rpt_jax.data.shards import Records
+
+if TYPE_CHECKING:
+    from rpt_jax.score import Scores
+
+STAGES = 8  # Of the easy-to-hard curriculum, each with as many positions.
+_EVERY = -0.5  # Below every entropy, and above what stands in place of a special token's.
 
 
 class Position(NamedTuple):
@@ -29,3 +36,120 @@ def choose_positions(scores: Sequence[Scores], threshold: float, min_context: in
         kept = np.flatnonzero(score.entropy_S > threshold)
         chosen += [Position(document, int(i), float(score.entropy_S[i])) for i in kept if i >= min_context]
     return chosen
+
+
+class Choice(NamedTuple):
+    """Positions whose entropy is above `low` and at most `high` nats; of those a random share, where `share` is below 1.
+
+    Positions with fewer than `min_context` tokens before them in their window are never chosen, and so neither are the first
+    after a cut; special tokens are not, since their entropy is stored as a negative number.
+    """
+
+    low: float
+    high: float
+    share: float
+    min_context: int
+    renormalised: bool
+    seed: int
+
+    def entropy(self, record: tuple[np.ndarray, ...]) -> np.ndarray:
+        return record[0 if self.renormalised else 1]
+
+    def places(self, number: int, entropy_S: np.ndarray) -> np.ndarray:
+        """Return the chosen positions of window `number`, in order; a function of the window alone."""
+        chosen_S = (entropy_S > self.low) & (entropy_S <= self.high)
+        chosen_S[: self.min_context] = False
+        if self.share < 1.0:
+            chosen_S &= np.random.default_rng((self.seed, number)).random(len(entropy_S)) < self.share
+        return np.flatnonzero(chosen_S)
+
+
+class PositionIndex(Sequence):
+    """All positions of a choice, in the order of the documents; in memory are 8 bytes a window. Can be pickled.
+
+    Args:
+      numbers_N: the windows' numbers among the records; a `Position.document` is an index into it.
+      counts_N: how many positions each has.
+    """
+
+    def __init__(self, scores: Records, numbers_N: np.ndarray, choice: Choice, counts_N: np.ndarray):
+        self._scores, self._numbers_N, self._choice, self.counts_N = scores, numbers_N, choice, counts_N
+        self._first_N = np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int64)
+
+    def only(self, kept_N: np.ndarray) -> PositionIndex:
+        """The positions of some of the windows, bool [N]; their numbers do not change."""
+        return PositionIndex(self._scores, self._numbers_N, self._choice, self.counts_N * kept_N)
+
+    def first(self, document: int) -> int:
+        """The index of the first position of a document."""
+        return int(self._first_N[document])
+
+    def __len__(self) -> int:
+        return int(self._first_N[-1])
+
+    def __getitem__(self, index: int) -> Position:
+        index = range(len(self))[index]
+        document = int(np.searchsorted(self._first_N, index, side="right")) - 1
+        number = int(self._numbers_N[document])
+        entropy_S = self._choice.entropy(self._scores[number])
+        place = int(self._choice.places(number, entropy_S)[index - self._first_N[document]])
+        return Position(document, place, float(entropy_S[place]))
+
+
+def index_positions(config: DataConfig, scores: Records, numbers_N: np.ndarray) -> list[PositionIndex]:
+    """Find the positions that `data.positions` names in the windows `numbers_N`; reads their entropies, and keeps none.
+
+    Returns: one index, or for the curriculum one for each stage, easy ones first.
+    """
+
+    def entropies() -> Iterable[np.ndarray]:
+        return (everything.entropy(scores[int(n)])[config.min_context :] for n in numbers_N)
+
+    everything = Choice(_EVERY, np.inf, 1.0, config.min_context, config.entropy_renormalised, config.seed)
+    above = everything._replace(low=config.entropy_threshold)
+    if config.positions == "curriculum":
+        edges = quantiles(entropies, [i / STAGES for i in range(1, STAGES)], above.low)
+        lows, highs = [above.low, *edges], [*edges, np.inf]
+        choices = [above._replace(low=low, high=high) for low, high in zip(lows, highs, strict=True)]
+    elif config.positions == "quantile":
+        choices = [everything._replace(low=quantiles(entropies, [1.0 - config.kept_share], _EVERY)[0])]
+    else:
+        named = {"threshold": above, "every": everything, "random": everything._replace(share=config.kept_share)}
+        choices = [named[config.positions]]
+    counts_CxN = np.zeros((len(choices), len(numbers_N)), np.int64)
+    for i, number in enumerate(numbers_N):
+        record = scores[int(number)]
+        for c, choice in enumerate(choices):
+            counts_CxN[c, i] = len(choice.places(int(number), choice.entropy(record)))
+    return [
+        PositionIndex(scores, numbers_N, choice, counts) for choice, counts in zip(choices, counts_CxN, strict=True)
+    ]
+
+
+def quantiles(parts: Callable[[], Iterable[np.ndarray]], shares: Sequence[float], above: float) -> list[float]:
+    """Return the least float32 values that at least `shares` of the values greater than `above` do not exceed; exact.
+
+    Args:
+      parts: gives all values, in arrays; called twice. They are counted by the upper and then by the lower half of their
+        bits, so memory does not grow with them. Values that count must not be negative.
+    """
+
+    def bits() -> Iterable[np.ndarray]:
+        return (part[part > above].astype(np.float32).view(np.uint32) for part in parts())
+
+    upper = np.zeros(2**16, np.int64)
+    for part in bits():
+        upper += np.bincount(part >> 16, minlength=2**16)
+    below, total, found = np.concatenate([[0], np.cumsum(upper)]), int(upper.sum()), []
+    if not total:
+        return [float(max(above, 0.0))] * len(shares)
+    ranks = [min(total, max(1, int(np.ceil(share * total)))) for share in shares]
+    halves = [int(np.searchsorted(below[1:], rank)) for rank in ranks]
+    lower = {half: np.zeros(2**16, np.int64) for half in halves}
+    for part in bits():
+        for half, counts in lower.items():
+            counts += np.bincount(part[part >> 16 == half] & 0xFFFF, minlength=2**16)
+    for rank, half in zip(ranks, halves, strict=True):
+        low = int(np.searchsorted(np.cumsum(lower[half]), rank - below[half]))
+        found.append(float(np.array((half << 16) | low, np.uint32).view(np.float32)))
+    return found

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rpt_jax.config import PromptConfig
+from rpt_jax.data.chat import chat_ids
 from rpt_jax.data.positions import Position
 from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.errors import UserError, nearest
@@ -41,23 +42,30 @@ class PromptBatch(NamedTuple):
 
 
 class PromptBuilder:
-    """Builds prompts from slices of documents' ids; no text is ever tokenised twice.
+    """Builds prompts from slices of documents' ids; no text is ever tokenised twice. Can be pickled, for other processes.
 
     `before` and `after` are the template's ids around a context.
     """
 
     def __init__(self, config: PromptConfig, tokenizer: Tokenizer):
         """Raises: UserError, where the template is missing or malformed or leaves no room for a context."""
-        self._tokenizer = tokenizer
+        self._bytes_VxX, self._lengths_V = tokenizer.byte_vocab
         self._reference_bytes = config.reference_bytes
-        self._size = config.max_tokens
+        self._size, self._at_line = config.max_tokens, config.long_context == "cut_at_line"
+        last_V = self._bytes_VxX[np.arange(len(self._lengths_V)), np.maximum(self._lengths_V, 1) - 1]
+        self._ends_line_V = last_V == ord("\n")
         before, after = read_template(config.template)
-        self.before = [tokenizer.bos_id, *tokenizer.encode(before)]
-        self.after = tokenizer.encode(after)
+        self.before, self.after = tokenizer.encode(before), tokenizer.encode(after)
+        if config.chat_template:
+            opening, closing = chat_ids(tokenizer)
+            self.before, self.after = opening + self.before, self.after + closing
+        if self.before[:1] != [tokenizer.bos_id]:  # Some chat templates have it.
+            self.before = [tokenizer.bos_id, *self.before]
         if config.open_think:
             if tokenizer.think_id < 0:
                 raise UserError("prompt.open_think=True needs a tokenizer with a <think> token; set it to False.")
-            self.after.append(tokenizer.think_id)
+            if tokenizer.think_id not in self.after:  # Some have that, too.
+                self.after = [*self.after, tokenizer.think_id]
         self._room = self._size - len(self.before) - len(self.after)
         if self._room < 1:
             raise UserError(
@@ -66,12 +74,9 @@ class PromptBuilder:
             )
 
     def build(self, prompt_id: int, ids: Sequence[int], position: Position) -> PromptBatch:
-        """Return the prompt (arrays without the P axis) that asks for token `position` of the document `ids`.
-
-        A context longer than the room that the template leaves loses its oldest tokens.
-        """
+        """Return the prompt (arrays without the P axis) that asks for token `position` of the document `ids`."""
         at = position.position
-        tokens = [*self.before, *ids[max(0, at - self._room) : at], *self.after]
+        tokens = [*self.before, *self._context(ids[:at]), *self.after]
         reference, boundaries, reference_ids = self._reference(ids[at:])
         return PromptBatch(
             tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._size - len(tokens))),
@@ -85,17 +90,27 @@ class PromptBuilder:
             entropy_P=np.float32(position.entropy),
         )
 
+    def _context(self, ids: Sequence[int]) -> Sequence[int]:
+        """What of a context there is room for: its newest tokens, as `prompt.long_context` says."""
+        if len(ids) <= self._room:
+            return ids
+        kept = ids[len(ids) - self._room :]
+        if self._at_line:
+            ends = np.flatnonzero(self._ends_line_V[np.asarray(kept[: len(kept) // 2], np.int64)])
+            kept = kept[ends[0] + 1 :] if len(ends) else kept
+        return kept
+
     def _reference(self, completion: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Bytes of the completion's first whole tokens that fit, the borders between tokens (paper, L_gt), and their ids."""
-        limit, vocab = self._reference_bytes, self._tokenizer.byte_vocab
+        limit = self._reference_bytes
         reference, boundaries = np.zeros(limit, np.uint8), np.zeros(limit + 1, bool)
         reference_ids, end = np.zeros(limit, np.int32), 0
         for number, token in enumerate(completion):
-            length = int(vocab.lengths_V[token])
+            length = int(self._lengths_V[token])
             # A special token has no bytes: nothing that a prediction spells can go past it.
             if length == 0 or end + length > limit:
                 break
-            reference[end : end + length] = vocab.bytes_VxX[token, :length]
+            reference[end : end + length] = self._bytes_VxX[token, :length]
             end += length
             boundaries[end], reference_ids[number] = True, token
         return reference, boundaries, reference_ids

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,12 @@ import orbax.checkpoint as ocp
 
 from rpt_jax.config import Experiment, leaves
 from rpt_jax.errors import UserError
+from rpt_jax.infra.whole import write_whole
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 # What a run leaves in its workdir, and another would go on from or write over.
 _OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy", "cold_start")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `path` in one step: killed at any moment, it leaves the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # Without it a power cut after the rename can leave an empty file.
-    partial.replace(path)
 
 
 @contextlib.contextmanager
@@ -52,6 +42,7 @@ def claimed_workdir(workdir: Path, experiment: Experiment) -> Iterator[None]:
 def _claim(workdir: Path, experiment: Experiment) -> bool:
     """Return whether the workdir was nobody's before."""
     path, mine = workdir / CONFIG, dict(leaves(experiment))
+    del mine["data.shard"]  # Which part of the work a process does, not what the work is: all parts share a workdir.
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():

@@ -1,0 +1,130 @@
+"""Speed and memory of the way from text to prompts: preparing tokens, scoring them, drawing prompts from them.
+
+A corpus of so many megabytes is generated in a temporary folder and prepared as task "score" does it. Beside preparing stands
+the tokenizer alone on the same texts, already in memory, on as many threads as it likes; beside scoring, the same program on
+full batches of documents of the longest length. Peak memory is that of the largest process, which is not this one where
+there are several shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
+from rpt_jax.data.pipeline import position_order, prompt_stream
+from rpt_jax.data.positions import index_positions
+from rpt_jax.data.prompts import PromptBuilder
+from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.infra.sharding import make_mesh, shard_prompts, use_mesh
+from rpt_jax.prepared import prepare
+from rpt_jax.score import score_batch
+from rpt_jax.setup import load_start
+
+_WORDS = 20_000
+_DOCUMENT_WORDS = 300
+_BATCH = 256
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--policy", default="configs/tiny", help="directory of a policy with its tokenizer")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="of generated text")
+    parser.add_argument("--documents", type=int, default=32, help="of the longest length, in a batch that is scored")
+    parser.add_argument("--tokens", type=int, default=256, help="of a window")
+    parser.add_argument("--batches", type=int, default=20, help=f"of {_BATCH} prompts that are drawn")
+    parser.add_argument("--workers", type=int, default=0, help="processes that build prompts")
+
+
+def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the rows of the table. Raises: UserError, where the policy cannot be loaded."""
+    mesh = make_mesh(-1, 1, 1)
+    with tempfile.TemporaryDirectory() as folder, use_mesh(mesh):
+        policy, params, tokenizer = load_start(PolicyConfig(path=options.policy, preset=""), mesh)
+        path = Path(folder) / "corpus.jsonl"
+        size = _generate(path, int(options.megabytes * 1e6))
+        data = DataConfig(source="path", path=str(path), max_document_tokens=options.tokens, workers=options.workers)
+        experiment = Experiment(data=data)
+        evaluation = dataclasses.replace(experiment.evaluation, score_documents=options.documents)
+        experiment = dataclasses.replace(experiment, evaluation=evaluation)
+        rows = [_tokenizer_alone(path, tokenizer, min(size, 2**24))]
+        full = _full_batches(experiment, policy, params, mesh)
+        times: dict[str, float] = {}
+        prepared = prepare(experiment, policy, params, tokenizer, mesh, Path(folder) / "prepared", times)
+        tokens = int(prepared.corpus.rows_W["tokens"].sum())
+        rows.append(
+            ["preparing: reading, tokenising, writing", times["tokenise"], size / times["tokenise"] / 1e6, "MB/s"]
+        )
+        rows += [full, ["scoring the corpus", times["score"], tokens / times["score"], "tokens/s"]]
+        rows.append(_prompts(experiment, tokenizer, prepared, options.batches))
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e3
+    rows.append(["peak memory of a process", 0.0, peak, "MB"])
+    return ["stage", "seconds", "figure", "unit"], rows
+
+
+def _generate(path: Path, size: int) -> int:
+    """Write documents of made-up words, frequent and rare, until `size` bytes; return how many there are."""
+    rng = np.random.default_rng(0)
+    letters = rng.integers(ord("a"), ord("z") + 1, (_WORDS, 9)).astype(np.uint8)
+    words = [row[: 2 + i % 8].tobytes().decode() for i, row in enumerate(letters)]
+    written = 0
+    with path.open("w") as file:
+        while written < size:
+            chosen = np.minimum(rng.zipf(1.3, _DOCUMENT_WORDS), _WORDS) - 1
+            written += file.write(json.dumps({"text": " ".join(words[i] for i in chosen)}) + "\n")
+    return written
+
+
+def _texts(path: Path) -> Iterator[str]:
+    with path.open() as lines:
+        yield from (json.loads(line)["text"] for line in lines)
+
+
+def _tokenizer_alone(path: Path, tokenizer: Tokenizer, limit: int) -> list[Any]:
+    texts, size = [], 0
+    for text in _texts(path):
+        texts.append(text)
+        size += len(text)
+        if size >= limit:
+            break
+    start = time.perf_counter()
+    for first in range(0, len(texts), _BATCH):
+        tokenizer.encode_ordinary(texts[first : first + _BATCH])
+    seconds = time.perf_counter() - start
+    return ["the tokenizer alone", seconds, size / seconds / 1e6, "MB/s"]
+
+
+def _full_batches(experiment: Experiment, policy: Any, params: Any, mesh: Any) -> list[Any]:
+    shape = (experiment.evaluation.score_documents, experiment.data.max_document_tokens)
+    tokens = np.random.default_rng(0).integers(0, policy.shape.vocab, shape).astype(np.int32)
+    arrays = shard_prompts((tokens, tokens, np.full(shape[0], shape[1], np.int32)), mesh)
+    kwargs = {"top_k": experiment.data.entropy_top_k, "chunk": experiment.training.logit_chunk_tokens}
+    jax.block_until_ready(score_batch(policy, params, *arrays, **kwargs))
+    start = time.perf_counter()
+    for _ in range(5):
+        jax.block_until_ready(score_batch(policy, params, *arrays, **kwargs))
+    seconds = time.perf_counter() - start
+    return ["forward passes over full batches", seconds, 5 * tokens.size / seconds, "tokens/s"]
+
+
+def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batches: int) -> list[Any]:
+    windows = prepared.corpus.windows("train")
+    stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
+    order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_document=0, seed=0)
+    builder = PromptBuilder(PromptConfig(open_think=False), tokenizer)
+    stream = prompt_stream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
+    next(stream)  # The workers start.
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(stream)
+    seconds = time.perf_counter() - start
+    return ["drawing prompts", seconds, batches * _BATCH / seconds, "prompts/s"]

@@ -1,0 +1,281 @@
+"""Tokenise a corpus once, shard by shard, and open what was prepared; shards have processes of their own, without JAX."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rpt_jax.config import DataConfig
+from rpt_jax.data.corpus import (
+    LEFT_OUT,
+    REJECTED,
+    SIDES,
+    Rejects,
+    fingerprints,
+    read_corpus,
+    report_rejects,
+    split,
+)
+from rpt_jax.data.files import find_units
+from rpt_jax.data.near_duplicates import near_duplicates, sketch
+from rpt_jax.data.readers import Document, Rejected
+from rpt_jax.data.shards import (
+    INDEX,
+    Records,
+    ShardWriter,
+    digest,
+    document_name,
+    read_index,
+    read_summary,
+    shard_name,
+)
+from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.errors import UserError
+from rpt_jax.infra.whole import write_whole
+
+FORMAT = 1
+SHARD_BYTES = 128 * 2**20  # Of files, where data.shard does not say how many shards there are.
+_BATCH = 256  # Documents that are tokenised at a time,
+_BATCH_BYTES = 2**20  # or fewer, where they are long.
+NEAR_DUPLICATES = "near_duplicates.jsonl"
+# What decides which tokens a prepared corpus holds, and in which windows.
+_CONTENT = ("source", "text_field", "document_template", "max_document_bytes", "seed", "max_document_tokens")
+_GENERATED = ("documents", "held_out_documents", "held_out_templates")
+
+
+def parse_shard(config: DataConfig) -> tuple[list[int], int]:
+    """Return the shards that are to be prepared, and how many there are in all. Raises: UserError."""
+    if config.shard:
+        number, _, count = config.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            raise UserError(
+                f"data.shard='{config.shard}' must be a number and how many there are, from 0/64 to 63/64 for example."
+            )
+        return [int(number)], int(count)
+    units = find_units(config) if config.source == "path" else []
+    size = sum(path.stat().st_size for path in {unit.path for unit in units})
+    shards = max(1, min(len(units), -(-size // SHARD_BYTES)))
+    return list(range(shards)), shards
+
+
+def content(config: DataConfig) -> dict[str, Any]:
+    """The fields that decide which tokens a prepared corpus holds."""
+    names = (*_CONTENT, *(_GENERATED if config.source == "gsm_symbolic" else ()))
+    return {f"data.{name}": getattr(config, name) for name in names}
+
+
+def files_digest(config: DataConfig) -> str:
+    """The names and sizes of the files that are read. Raises: UserError, where they are not here."""
+    units = find_units(config) if config.source == "path" else []
+    return digest(FORMAT, sorted({(unit.name, unit.path.stat().st_size) for unit in units}))
+
+
+def tokenise_shard(
+    config: DataConfig, tokenizer: Tokenizer | str, directory: Path, shard: int, shards: int
+) -> dict[str, Any]:
+    """Write one shard of tokens, or leave the one that is there, and return its summary.
+
+    Args:
+      tokenizer: or where to load it from, in another process.
+
+    Raises: UserError, where a file cannot be read, with `data.strict` for the first bad document, and where the shard that is
+    there was made from another corpus or with another tokenizer.
+    """
+    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    made_from = {"content": content(config), "files": files_digest(config), "tokenizer": tokenizer.fingerprint}
+    if summary := read_summary(directory, "tokens", shard, shards):
+        check_same(directory, summary, made_from)
+        return summary
+    rows: list[tuple] = []
+    index, names = (
+        directory / f"{shard_name(kind, shard, shards)}{end}" for kind, end in (("index", ".npy"), ("names", ".txt"))
+    )
+    listing = directory / f"{shard_name(REJECTED.partition('.')[0], shard, shards)}.jsonl"
+    with (
+        ShardWriter(directory, "tokens", shard, shards) as writer,
+        Rejects(config.strict, listing) as rejects,
+        names.open("w", encoding="utf-8") as names_file,
+    ):
+        documents = rejects.keep(read_corpus(config, rejects.counts, shard, shards))
+        encoded = rejects.keep(_encode(tokenizer, documents))
+        text_bytes = token_count = 0
+        for number, (document, ids) in enumerate(encoded):
+            names_file.write(json.dumps(document.name) + "\n")
+            key, text = fingerprints(document, config.seed)
+            ids_S, drawn = np.array(ids, np.uint32), sketch(ids)
+            text_bytes, token_count = text_bytes + len(document.text.encode()), token_count + len(ids)
+            for start in range(0, len(ids), config.max_document_tokens):
+                window = ids_S[start : start + config.max_document_tokens]
+                writer.write((window, tokenizer.byte_vocab.lengths_V[window]))
+                rows.append((text, key, number, len(window), document.side, document.part, drawn))
+        np.save(index, np.array(rows, INDEX), allow_pickle=False)
+        names_file.flush()
+        counts = {"documents": rows[-1][2] + 1 if rows else 0, "tokens": token_count, "text_bytes": text_bytes}
+        rejected = {"rejected": dict(rejects.counts), "first_rejected": rejects.first}
+        writer.commit({**made_from, **counts, **rejected}, (index, names))
+    return read_summary(directory, "tokens", shard, shards) or {}
+
+
+def check_same(directory: Path, summary: Mapping[str, Any], made_from: Mapping[str, Any]) -> None:
+    """Refuse a shard that was made from something else. Raises: UserError."""
+    for name, value in made_from.items():
+        if summary.get(name) != value:
+            raise UserError(
+                f"{directory} was prepared with another {name} ({summary.get(name)} there, {value} now): prepare in another "
+                "directory, or delete that one."
+            )
+
+
+def _encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, list[int]] | Rejected]:
+    for batch in _batches(documents):
+        try:
+            yield from zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True)
+        except UserError:  # One of them holds what the tokenizer has no token for.
+            for document in batch:
+                try:
+                    yield document, tokenizer.encode(document.text)
+                except UserError as error:
+                    file, _, line = document.name.partition(":")
+                    number = int(line.partition(":")[0]) if line.partition(":")[0].isdecimal() else 0
+                    yield Rejected(file, number, "not in the tokenizer", f"{document.name}: {error}")
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == _BATCH or size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenise(config: DataConfig, tokenizer: Tokenizer, directory: Path, advance: Callable[[str], None]) -> None:
+    """Tokenise the shards that `data.shard` names, each in a process of its own where there are several.
+
+    Args:
+      advance: called with a few words after each shard.
+
+    Raises: UserError, as `tokenise_shard` does.
+    """
+    mine, shards = parse_shard(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    if len(mine) == 1:
+        advance(_status(tokenise_shard(config, tokenizer, directory, mine[0], shards)))
+        return
+    workers = min(len(mine), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    # Spawned, because a fork of a process in which JAX has threads may hang.
+    context = multiprocessing.get_context("spawn")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Of the workers: each is one of as many as there are cores.
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        jobs = [pool.submit(tokenise_shard, config, tokenizer.source, directory, shard, shards) for shard in mine]
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                advance(_status(job.result()))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+
+
+def _status(summary: dict[str, Any]) -> str:
+    return f"{summary['documents']:,} documents, {summary['tokens']:,} tokens in the last shard"
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+class Corpus(NamedTuple):
+    """A prepared corpus: of every window its row and its side, and the records of tokens."""
+
+    directory: Path
+    shards: int
+    rows_W: np.ndarray
+    sides_W: np.ndarray  # int8; LEFT_OUT for windows of repeated documents.
+    documents_W: np.ndarray
+    tokens: Records
+
+    def windows(self, side: str) -> Windows:
+        return Windows(self.tokens, np.flatnonzero(self.sides_W == SIDES.index(side)))
+
+
+class Windows(Sequence):
+    """Token ids of some of the windows, read when they are asked for."""
+
+    def __init__(self, records: Records, numbers_N: np.ndarray):
+        self.numbers_N, self._records = numbers_N, records
+
+    def __len__(self) -> int:
+        return len(self.numbers_N)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """uint32 [S]."""
+        return self._records[int(self.numbers_N[number])][0]
+
+
+def summaries(directory: Path, kind: str, shards: int) -> list[dict[str, Any]] | None:
+    """Those of all shards; None where one is not made yet."""
+    found = [read_summary(directory, kind, shard, shards) for shard in range(shards)]
+    return None if None in found else found
+
+
+def open_tokens(config: DataConfig, directory: Path, shards: int) -> Corpus:
+    """Open the tokens of all shards, with the sides of the split.
+
+    The split and repetitions are found here, over all shards, because no shard knows the others. In memory are INDEX.itemsize
+    bytes for every window. Raises: UserError, where a shard is missing or damaged and where there are too few documents.
+    """
+    tokens = Records(directory, "tokens", shards)
+    rows_W, documents_W = read_index(directory, shards)
+    if len(rows_W) != len(tokens):
+        raise UserError(
+            f"{directory}: {len(rows_W)} rows for {len(tokens)} windows. Prepare it again in another directory."
+        )
+    first_D = np.unique(documents_W, return_index=True)[1]
+    example = next(
+        (s["first_rejected"] for s in summaries(directory, "tokens", shards) or [] if s["first_rejected"]), ""
+    )
+    documents = rows_W[first_D]
+    sides_D = split(documents["key"], documents["text"], documents["side"], config, example)
+    return Corpus(directory, shards, rows_W, sides_D[documents_W], documents_W, tokens)
+
+
+def report_corpus(corpus: Corpus) -> dict[str, Any]:
+    """Print what was left out and which held-out documents training nearly repeats; return the counts."""
+    parts = summaries(corpus.directory, "tokens", corpus.shards) or []
+    rejected = sum((collections.Counter(part["rejected"]) for part in parts), collections.Counter())
+    first_D = np.unique(corpus.documents_W, return_index=True)[1]
+    sides_D, sketches = corpus.sides_W[first_D], corpus.rows_W["sketch"]
+    if repeated := int(np.sum(sides_D == LEFT_OUT)):
+        rejected["duplicate"] += repeated
+    listings = sorted(corpus.directory.glob(f"{REJECTED.partition('.')[0]}-*.jsonl"))
+    report_rejects(rejected, ", ".join(map(str, listings[:3])) + ", …" * (len(listings) > 3))
+    held_D, train_D = (np.flatnonzero(sides_D == SIDES.index(side)) for side in ("held_out", "train"))
+    pairs = near_duplicates(sketches[first_D[held_D]], sketches[first_D[train_D]])
+    lines = [
+        {
+            "held_out": document_name(corpus.directory, corpus.shards, int(held_D[pair.held_out])),
+            "train": document_name(corpus.directory, corpus.shards, int(train_D[pair.train])),
+            "share": pair.share,
+        }
+        for pair in pairs
+    ]
+    if lines:
+        write_whole(corpus.directory / NEAR_DUPLICATES, "".join(json.dumps(line) + "\n" for line in lines))
+        print(
+            f"{len(lines):,} of {len(held_D):,} held-out documents are nearly the same as one of training: "
+            f"{corpus.directory / NEAR_DUPLICATES}."
+        )
+    counts = {name: sum(part[name] for part in parts) for name in ("documents", "records", "tokens", "text_bytes")}
+    return {**counts, "rejected": dict(rejected), "near_duplicates": len(lines)}

@@ -1,0 +1,220 @@
+"""A prepared corpus on disk: shards of token ids and of entropies, and a manifest that says what they were made from.
+
+Of shard 3 of 64 there are, in this order: `tokens-00003-of-00064.array_record`, a record for every window of a document;
+`index-….npy`, a row for every record; `names-….txt`, where documents are from; `tokens-….json`, which makes the shard count
+as tokenised. The same with `scores-….array_record` and `scores-….json`. `manifest.json` is written when all are there.
+Every record has a checksum of its number and content, every file its size in the shard's JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import grain
+import numpy as np
+
+from rpt_jax.errors import UserError
+from rpt_jax.infra.whole import write_whole
+
+MANIFEST = "manifest.json"
+SKETCH = 16
+INDEX = np.dtype(
+    [
+        ("text", "<u8"),  # See corpus.fingerprints; the same for all windows of a document, as all but `tokens` are.
+        ("key", "<u8"),
+        ("document", "<u4"),  # Its number in the shard.
+        ("tokens", "<u4"),
+        ("side", "i1"),
+        ("part", "u1"),
+        ("sketch", "<u4", (SKETCH,)),  # See near_duplicates.sketch.
+    ]
+)
+# The arrays of a record, each as long as its window has tokens.
+FIELDS = {"tokens": ("<u4", "<u2"), "scores": ("<f4", "<f4")}
+
+
+def shard_name(kind: str, shard: int, shards: int) -> str:
+    return f"{kind}-{shard:05d}-of-{shards:05d}"
+
+
+def pack(number: int, arrays: Sequence[np.ndarray], kind: str) -> bytes:
+    """Write a record: a checksum of 4 bytes, then the arrays."""
+    data = b"".join(np.asarray(a).astype(t).tobytes() for a, t in zip(arrays, FIELDS[kind], strict=True))
+    return _checksum(number, data) + data
+
+
+def _checksum(number: int, data: bytes) -> bytes:
+    return zlib.crc32(data, number & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+class ShardWriter:
+    """Writes one shard's records of one kind; whole with `commit`, and nothing without it."""
+
+    def __init__(self, directory: Path, kind: str, shard: int, shards: int):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._base, self._kind = directory / shard_name(kind, shard, shards), kind
+        self._path = self._base.with_name(f"{self._base.name}.array_record")
+        self._partial = self._path.with_name(f"{self._path.name}.partial")
+        # Groups of one record: prompts are drawn at random, and a record should not cost the reading of others.
+        self._writer = ArrayRecordWriter(str(self._partial), "group_size:1,zstd:1")
+        self._open, self.records = True, 0
+
+    def write(self, arrays: Sequence[np.ndarray]) -> None:
+        self._writer.write(pack(self.records, arrays, self._kind))
+        self.records += 1
+
+    def commit(self, summary: Mapping[str, Any], others: Sequence[Path] = ()) -> None:
+        """Make the records, and the files `others`, the shard's; `summary` is kept beside their sizes."""
+        self._writer.close()
+        self._open = False
+        self._partial.replace(self._path)
+        sizes = {path.name: path.stat().st_size for path in (self._path, *others)}
+        content = {**summary, "records": self.records, "bytes": sizes}
+        write_json(self._base.with_name(f"{self._base.name}.json"), content)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            with contextlib.suppress(Exception):
+                self._writer.close()
+            self._partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `path` in one step, as `write_whole` does."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_summary(directory: Path, kind: str, shard: int, shards: int) -> dict[str, Any] | None:
+    """Return what `commit` wrote of a shard, None where it is not made yet. Raises: UserError, where a file is cut short."""
+    path = directory / f"{shard_name(kind, shard, shards)}.json"
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    try:
+        for name, size in summary["bytes"].items():
+            found = (directory / name).stat().st_size if (directory / name).exists() else "nothing"
+            if found != size:
+                raise UserError(
+                    f"{directory / name} is damaged: {found} bytes where {size} were written. Delete {path} and prepare again: "
+                    "only this shard is made again."
+                )
+        return {"records": int(summary["records"]), **summary}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _damaged(path, f"{error!r}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return {**json.loads(path.read_bytes())}
+    except (OSError, TypeError, ValueError) as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged or not of a prepared corpus ({reason}). Delete it and prepare again.")
+
+
+class Records(Sequence):
+    """The records of one kind of all shards, or of `only` some, numbered through: `records[i]` is a tuple of arrays.
+
+    Can be pickled. Raises: UserError, where a file is missing or cut short; so does reading, where a record is altered.
+    """
+
+    def __init__(self, directory: Path, kind: str, shards: int, only: Sequence[int] | None = None):
+        self._directory, self._kind, self._shards = directory, kind, shards
+        self._numbers = list(range(shards) if only is None else only)
+        counts = []
+        for shard in self._numbers:
+            summary = read_summary(directory, kind, shard, shards)
+            if summary is None:
+                raise UserError(
+                    f"{directory} has no {shard_name(kind, shard, shards)}.json: prepare shard {shard}/{shards}."
+                )
+            counts.append(summary["records"])
+        self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        # An empty file of records cannot be opened.
+        paths = [self._path(shard) for shard, count in zip(self._numbers, counts, strict=True) if count]
+        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+        if len(self._source) != len(self):
+            raise UserError(
+                f"{directory}: {len(self._source)} records where {len(self)} were written. Prepare it again."
+            )
+
+    def _path(self, shard: int) -> Path:
+        return self._directory / f"{shard_name(self._kind, shard, self._shards)}.array_record"
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, ...]:
+        number = range(len(self))[number]
+        place = int(np.searchsorted(self._first, number, side="right")) - 1
+        shard, inside = self._numbers[place], number - int(self._first[place])
+        try:
+            record = self._source[number]
+        except Exception as error:  # noqa: BLE001 - the library's, of a C++ reader.
+            record, reason = b"", f": {' '.join(str(error).split())[:200]}"
+        else:
+            reason = ""
+        if reason or _checksum(inside, record[4:]) != record[:4]:
+            raise UserError(
+                f"{self._path(shard)}: record {inside} was altered or is damaged (its checksum is another{reason}). Delete "
+                f"{shard_name(self._kind, shard, self._shards)}.json and prepare again: only this shard is made again."
+            )
+        return unpack(record, self._kind)
+
+
+def unpack(record: bytes, kind: str) -> tuple[np.ndarray, ...]:
+    types = [np.dtype(t) for t in FIELDS[kind]]
+    tokens, arrays, at = (len(record) - 4) // sum(t.itemsize for t in types), [], 4
+    for t in types:
+        arrays.append(np.frombuffer(record, t, tokens, at))
+        at += tokens * t.itemsize
+    return tuple(arrays)
+
+
+def read_index(directory: Path, shards: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of all shards, and of each the number of its document among all of the corpus."""
+    rows, documents, before = [np.zeros(0, INDEX)], [np.zeros(0, np.int64)], 0
+    for shard in range(shards):
+        path = directory / f"{shard_name('index', shard, shards)}.npy"
+        try:
+            part = np.load(path, allow_pickle=False)
+            if part.dtype != INDEX:
+                raise ValueError(f"rows of {part.dtype}")
+        except (OSError, ValueError) as error:
+            raise _damaged(path, str(error)) from None
+        rows.append(part)
+        documents.append(part["document"].astype(np.int64) + before)
+        before += int(part["document"][-1]) + 1 if len(part) else 0
+    return np.concatenate(rows), np.concatenate(documents)
+
+
+def document_name(directory: Path, shards: int, number: int) -> str:
+    """Where document `number` of the corpus is from."""
+    for name in _names(directory, shards):
+        if number == 0:
+            return name
+        number -= 1
+    raise IndexError(number)
+
+
+def _names(directory: Path, shards: int) -> Iterator[str]:
+    for shard in range(shards):
+        with (directory / f"{shard_name('names', shard, shards)}.txt").open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def digest(*values: Any) -> str:
+    """SHA-256 of values that JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

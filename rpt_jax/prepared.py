@@ -1,0 +1,142 @@
+"""A corpus with its tokens and entropies: made, opened, and refused where it is not what a run asks for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import DataConfig, Experiment
+from rpt_jax.data.prepare import (
+    Corpus,
+    content,
+    files_digest,
+    open_tokens,
+    parse_shard,
+    report_corpus,
+    summaries,
+    tokenise,
+)
+from rpt_jax.data.shards import MANIFEST, Records, digest, read_json, read_summary, write_json
+from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.errors import UserError
+from rpt_jax.infra.metrics import Progress
+from rpt_jax.policy.transformer import Params, Transformer
+from rpt_jax.report import write_entropy_plot
+from rpt_jax.score import BIN, block_size, fingerprint_parameters, kept_share, score_shard
+
+THRESHOLDS = (0.5, 1.0, 1.5)  # Nats; the borders of the paper's splits (section 4.1).
+
+
+class Prepared(NamedTuple):
+    """Tokens, the entropy of every position, and a digest of all that they were made from."""
+
+    corpus: Corpus
+    scores: Records
+    fingerprint: str
+
+
+def prepare(
+    experiment: Experiment,
+    policy: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    directory: Path,
+    seconds: dict[str, float] | None = None,
+) -> Prepared | None:
+    """Tokenise and score the shards that `data.shard` names, but for those that are there.
+
+    Args:
+      seconds: is told how long each took, as `tokenise` and `score`.
+
+    Returns: the corpus, where no other shard is missing. Raises: UserError.
+    """
+    mine, shards = parse_shard(experiment.data)
+    marks = [time.perf_counter()]
+    with Progress("tokenise, shards", len(mine)) as progress:
+        tokenise(experiment.data, tokenizer, directory, progress.advance)
+    marks.append(time.perf_counter())
+    proxy, size = fingerprint_parameters(params), block_size(experiment)
+    records = [read_summary(directory, "tokens", shard, shards)["records"] for shard in mine]
+    with Progress("score, blocks of documents", sum(-(-count // size) for count in records)) as progress:
+        for shard in mine:
+            score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, progress.advance)
+    if seconds is not None:
+        seconds |= {"tokenise": marks[1] - marks[0], "score": time.perf_counter() - marks[1]}
+    if not (directory / MANIFEST).exists():
+        if summaries(directory, "scores", shards) is None or summaries(directory, "tokens", shards) is None:
+            return None
+        _write_manifest(experiment, tokenizer, proxy, directory, shards)
+    return open_prepared(experiment.data, tokenizer, directory, proxy)
+
+
+def _write_manifest(experiment: Experiment, tokenizer: Tokenizer, proxy: str, directory: Path, shards: int) -> None:
+    corpus = open_tokens(experiment.data, directory, shards)
+    parts = summaries(directory, "scores", shards)
+    histogram_N = np.sum([part["histogram"] for part in parts], axis=0)
+    shares = {str(threshold): kept_share(histogram_N, threshold) for threshold in THRESHOLDS}
+    write_entropy_plot(directory, histogram_N, BIN, shares)
+    manifest = {
+        "content": content(experiment.data),
+        "files": files_digest(experiment.data),
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "source": tokenizer.source},
+        "proxy": {"fingerprint": proxy, "source": experiment.policy.path},
+        "data.entropy_top_k": experiment.data.entropy_top_k,
+        "shards": shards,
+        "summaries": _digest(directory, shards),
+        "counts": report_corpus(corpus),
+        "positions_above_nats": shares,
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def _digest(directory: Path, shards: int) -> str:
+    return digest([summaries(directory, kind, shards) for kind in ("tokens", "scores")])
+
+
+def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy: str = "") -> Prepared:
+    """Open a prepared corpus.
+
+    Args:
+      proxy: fingerprint of the policy that must have scored it; "" = any.
+
+    Raises: UserError, where the manifest or a shard is missing or damaged, or not of this corpus, tokenizer or proxy.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"data.prepared: {path} does not exist. Run task 'score' with --workdir={directory}, all shards of it, and "
+            "give that directory."
+        )
+    manifest = read_json(path)
+    try:
+        shards = int(manifest["shards"])
+        theirs: dict[str, Any] = {**manifest["content"], "data.entropy_top_k": manifest["data.entropy_top_k"]}
+        theirs |= {"tokenizer": manifest["tokenizer"]["fingerprint"], "proxy": manifest["proxy"]["fingerprint"]}
+        theirs["files"], whole = manifest["files"], manifest["summaries"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error!r}). Delete it and run task 'score' again.") from None
+    mine = {**content(data), "data.entropy_top_k": data.entropy_top_k, "tokenizer": tokenizer.fingerprint}
+    mine |= {"proxy": proxy or theirs["proxy"], "files": _files_if_here(data, theirs["files"])}
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"{path} does not match this run: {name} is {theirs.get(name)!r} there and {value!r} here. Prepare the corpus "
+                "again in another directory, or change the config."
+            )
+    if _digest(directory, shards) != whole:
+        raise UserError(f"{path} does not match the shards beside it. Delete it and run task 'score' again.")
+    corpus = open_tokens(data, directory, shards)
+    return Prepared(corpus, Records(directory, "scores", shards), digest(manifest))
+
+
+def _files_if_here(data: DataConfig, otherwise: str) -> str:
+    """The files that data.path names; training may run where they are not, and then the prepared corpus is all there is."""
+    try:
+        return files_digest(data)
+    except UserError:
+        return otherwise
