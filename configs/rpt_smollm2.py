@@ -6,11 +6,15 @@ Policy    policy.path is the .gguf file of that package, read as it is. A direct
           python -m rpt_jax.convert --from=FILE.gguf --to=models/SmolLM2-135M-Instruct
 Hardware  by arithmetic (--describe) 2 processor cores with 16 GB, or any accelerator; a step takes minutes on the cores
 Time      not measured
-Results   not measured. Untuned, this policy boxes a prediction about one time in four and is almost never right: without a
-          warm-up in the format, which this config does not have, expect most groups to earn nothing for a long time.
+Results   not measured
+
+Untuned, this policy boxes a prediction about one time in four and is almost never right, and most groups would earn nothing
+for a long time. So the run begins with a cold start of 40 steps on written traces, behind the prompts that it will be asked
+with, which shows it the format. They are learnt in runs/rpt_smollm2_seed0/cold_start, with metrics of their own; "before" in
+result.json is the policy that they leave.
 
 The weights in the package are quantised to four bits; they are dequantised once and trained in float32. The prompt is text
-without a chat template, and this tokenizer has no <think>: reasoning ends at the text `</think>`, in the policy's own words.
+without a chat template, and this tokenizer has no <think>: reasoning ends at the text `</think>`.
 """
 
 import importlib.util
@@ -47,15 +51,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompt.open_think = False
     config.prompt.max_tokens = 320
 
-    # As in the paper.
-    config.rollout.samples_per_prompt = 8
-    config.rollout.temperature = 0.8
-    config.optimizer.max_grad_norm = 0.2
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.weight_decay = 0.01
+    # The format, and nothing of the documents but the tokens in the boxes.
+    config.cold_start.steps = 40
+    config.cold_start.learning_rate = 1e-4
+    config.pretrain.documents_per_step = 4
+    config.pretrain.document_weight = 0.0
+    config.pretrain.rows_per_document = 6
 
-    # Scaled to the small policy, and to two processor cores.
+    # Scaled to the small policy, and to two processor cores. What is not set here is as in the paper, by default.
     config.rollout.max_new_tokens = 128
     config.training.prompts_per_step = 16
     config.training.total_steps = 100

@@ -43,8 +43,8 @@ def get_config() -> ml_collections.ConfigDict:
     # Scaled to the small policy: the paper has 256 prompts, 1,000 steps, 8,192 tokens and a learning rate of 1e-6.
     config.rollout.max_new_tokens = 64
     config.training.prompts_per_step = 32
-    config.training.total_steps = 160
-    config.training.dynamic_sampling_from = 80
+    config.training.total_steps = 260
+    config.training.dynamic_sampling_from = 220
     config.training.dynamic_sampling_rounds = 2
     config.optimizer.learning_rate = 3e-4
     config.optimizer.schedule = "cosine"

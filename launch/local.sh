@@ -8,7 +8,7 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-set_up
+set_up 1200 requirements.txt
 
 for argument; do
     shift

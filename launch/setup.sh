@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the launchers. set_up makes the virtual environment that requirements.txt describes, where it is missing or
-# out of date; afterwards $python runs in it. Settings:
+# Sourced by the launchers. set_up makes the virtual environment that the given files of requirements describe, where it is
+# missing or out of date; afterwards $python runs in it. Settings:
 #
 #   PYTHON    the interpreter to build on (default: the best of those on PATH, see below)
 #   RPT_VENV  where the environment lives (default: .venv in the repository root)
@@ -15,10 +15,10 @@ root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${RPT_VENV:-$root/.venv}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=$venv/bin/python
-# What the environment was completed from; "incomplete" from its first moment until everything is installed.
+# What the environment was completed from, a line for each file; "incomplete" from its first moment until everything is
+# installed.
 stamp=$venv/requirements.stamp
 constraints=$venv/constraints.txt
-needed_mb=1500
 
 die() {
     printf 'launch: %s\n' "$1" >&2
@@ -59,14 +59,18 @@ if '$has_accelerator':
 
 fingerprint='
 import hashlib, sys
-with open(sys.argv[1], "rb") as file:
-    print("python%d.%d" % sys.version_info[:2], hashlib.sha256(file.read()).hexdigest())
+for name in sys.argv[1:]:
+    with open(name, "rb") as file:
+        print("python%d.%d" % sys.version_info[:2], hashlib.sha256(file.read()).hexdigest())
 '
 
 is_complete() {
-    local now
-    now=$("$python" -P -c "$fingerprint" "$root/requirements.txt" 2>/dev/null) \
-        && [ "$now" = "$(cat -- "$stamp" 2>/dev/null)" ]
+    local now line installed
+    now=$("$python" -P -c "$fingerprint" "${requirements[@]}" 2>/dev/null) || return
+    installed=$'\n'$(cat -- "$stamp" 2>/dev/null)$'\n'
+    while read -r line; do
+        [[ $installed = *$'\n'"$line"$'\n'* ]] || return
+    done <<<"$now"
 }
 
 # Sets $base, the first interpreter of the highest rank, and $rank.
@@ -138,14 +142,19 @@ make_environment() {
 
 install_requirements() {
     local output
-    echo "launch: installing requirements.txt into $venv (a new environment takes 1.2 GB and one to two minutes)" >&2
+    echo "launch: installing ${names[*]} into $venv (a new environment takes $size_mb MB and one to two minutes)" >&2
     "$python" -P -c "$constrain" >"$constraints" || die "cannot write to $constraints."
     output=$("$python" -P -m pip install --no-input --disable-pip-version-check --progress-bar off \
-        -r "$root/requirements.txt" -c "$constraints" 2>&1) || explain "installing the packages" "$output"
-    "$python" -P -c "$fingerprint" "$root/requirements.txt" >"$stamp" || die "cannot write to $stamp."
+        "${flags[@]}" -c "$constraints" 2>&1) || explain "installing the packages" "$output"
+    "$python" -P -c "$fingerprint" "${requirements[@]}" >"$stamp" || die "cannot write to $stamp."
 }
 
+# Arguments: the MB that a new environment takes, and the files of requirements, relative to the repository root.
 set_up() {
+    local size_mb=$1 needed_mb=$(($1 + 300)) names=("${@:2}") requirements=() flags=() name
+    for name in "${names[@]}"; do
+        requirements+=("$root/$name") flags+=(-r "$root/$name")
+    done
     ! is_complete || return 0
     { mkdir -p -- "${venv%/*}/" && [ -w "${venv%/*}/" ]; } 2>/dev/null || die "cannot write to ${venv%/*}/."
     # Two launches at once would delete each other's half-made environment. macOS has no flock: there, do not do that.

@@ -19,6 +19,7 @@ from typing import Any
 import ml_collections
 
 from rpt_jax.errors import UserError, check_choice, nearest
+from rpt_jax.objective.choices import check_objective
 
 TASKS = ("rpt", "pretrain", "score")
 SOURCES = ("gsm_symbolic", "champ", "path")
@@ -95,13 +96,41 @@ class RolloutConfig:
     samples_per_prompt: int = 8  # G of GRPO.
     temperature: float = 0.8
     max_new_tokens: int = 48
+    top_k: int = 0  # Draw from the k likeliest tokens only; 0: from all. Needs objective.importance, as top_p does.
+    top_p: float = 1.0  # Draw from the fewest tokens that hold this share only.
+    stop_at_box: bool = False  # End a response at the brace that closes its box after thinking.
+    decode_slots: int = 0  # [memory] Rollouts that are live at once; 0: all, or as many as fit.
+    prefill_tokens: int = 512  # [memory] Tokens of each prompt that are prefilled at one time.
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    advantage_epsilon: float = 1e-6  # Added to the group's standard deviation.
+    """What is maximised; names are those of objective/choices.py. Defaults are the paper's or, where it is silent, verl's."""
+
+    reward: str = "prefix"  # One of REWARDS: the paper's Equation 3, or what others put in its place.
+    reference_tokens: int = 1  # Tokens of the true continuation that "info_gain", "mean_prob" and "log_prob" score.
+    baseline_decay: float = 0.999  # "info_gain": of the moving average that predicts without reasoning.
+    format_weight: float = 0.0  # Added to the reward of a finished response with a box.
+    overlong_weight: float = 0.0  # Taken off that of one that fills the length limit, in part over
+    overlong_tokens: int = 0  # the last so many tokens before the limit.
+    budget_weight: float = 0.0  # Share of the reward that asks for reasoning of so many tokens:
+    budget_start: int = 0  # in the first step,
+    budget_decay: float = 1.0  # this part of it in the last,
+    budget_min: int = 1  # and never fewer.
+    advantage: str = "grpo"  # One of ADVANTAGES.
+    advantage_epsilon: float = 1e-6  # Added to the standard deviation of "grpo" and "batch".
+    loss: str = "clip"  # One of LOSSES.
     clip_low: float = 0.2  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
     clip_high: float = 0.2
+    dual_clip: float = 3.0  # "dual_clip": what a bad token costs at most, in advantages.
+    aggregation: str = "token_mean"  # One of AGGREGATIONS.
+    importance: str = "none"  # "truncate" or "mask" weights tokens by trainer's over sampler's probability,
+    importance_low: float = 0.5  # "mask" only where that is at least so much
+    importance_high: float = 2.0  # and at most so much; "truncate" takes no larger weight.
+    kl: str = "none"  # "k1", "k2" or "k3" holds the policy to the one that it started as,
+    kl_weight: float = 0.0  # with this weight.
+    entropy_weight: float = 0.0  # Of the policy's entropy, which is to be large.
+    document_weight: float = 0.0  # Of the next-token cross-entropy of the documents that the prompts are from.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +158,24 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ColdStartConfig:
+    """Steps of pre-training, as section pretrain says, that task "rpt" begins with: a format is learnt in few of them."""
+
+    steps: int = 0
+    learning_rate: float = 1e-4  # In place of the optimiser's, whose other settings hold.
+
+
+@dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     documents_per_step: int = 16
+    document_weight: float = 1.0  # Weight of the documents' mean cross-entropy: 0 teaches traces alone.
     traces_per_document: int = 18  # Cold-start traces learnt beside each document,
     due_share: float = 1 / 3  # this share of them where the result of a calculation is due.
     recalled_tokens: int = 4  # Tokens of context that a trace repeats where nothing is calculated.
     drills_per_document: int = 0  # Calculations like the document's, with other numbers, learnt without the document.
     rows_per_document: int = 4  # Traces and drills are packed into so many rows
     row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
-    trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy against the documents'.
+    trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy.
     calculation_share: float = 0.4  # Where a calculation is due, how often the trace carries it out.
     vocab_size: int = 1024
     export: str = ""  # Directory to write the finished policy to, for `policy.path` of later runs.
@@ -179,6 +217,7 @@ class Experiment:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
     pretrain: PretrainConfig = PretrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -242,6 +281,13 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
                 f"training.{name}: training.prompts_per_step={t.prompts_per_step} cannot be split into "
                 f"{t.minibatches_per_step} minibatches of whole microbatches of {t.microbatch_prompts} prompts."
             )
+    check_objective(experiment.objective, experiment.rollout.max_new_tokens)
+    r = experiment.rollout
+    if (r.top_k or r.top_p < 1.0) and experiment.objective.importance == "none":
+        raise UserError(
+            f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p} draw from another distribution than the one that is trained: "
+            "leave them at 0 and 1, or weight tokens with objective.importance='truncate' or 'mask'."
+        )
     return experiment
 
 
@@ -266,9 +312,28 @@ _BOUNDS = {
     "rollout.samples_per_prompt": (2, _MANY),
     "rollout.temperature": (1e-3, 100.0),
     "rollout.max_new_tokens": (1, _MANY),
+    "rollout.top_k": (0, _MANY),
+    "rollout.top_p": (1e-6, 1.0),
+    "rollout.decode_slots": (0, _MANY),
+    "rollout.prefill_tokens": (1, _MANY),
     "objective.advantage_epsilon": (0.0, 1.0),
     "objective.clip_low": (0.0, 1.0),
     "objective.clip_high": (0.0, _MANY),
+    "objective.dual_clip": (1.0, _MANY),
+    "objective.reference_tokens": (1, _MANY),
+    "objective.baseline_decay": (0.0, 1.0),
+    "objective.format_weight": (0.0, _MANY),
+    "objective.overlong_weight": (0.0, _MANY),
+    "objective.overlong_tokens": (0, _MANY),
+    "objective.budget_weight": (0.0, 1.0),
+    "objective.budget_start": (0, _MANY),
+    "objective.budget_decay": (0.0, 1.0),
+    "objective.budget_min": (1, _MANY),
+    "objective.importance_low": (0.0, 1.0),
+    "objective.importance_high": (1.0, _MANY),
+    "objective.kl_weight": (0.0, _MANY),
+    "objective.entropy_weight": (0.0, _MANY),
+    "objective.document_weight": (0.0, _MANY),
     "optimizer.learning_rate": (0.0, 1.0),
     "optimizer.warmup_steps": (0, _MANY),
     "optimizer.beta1": (0.0, 0.999999),
@@ -289,7 +354,10 @@ _BOUNDS = {
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
+    "cold_start.steps": (0, _MANY),
+    "cold_start.learning_rate": (0.0, 1.0),
     "pretrain.documents_per_step": (1, _MANY),
+    "pretrain.document_weight": (0.0, _MANY),
     "pretrain.traces_per_document": (1, _MANY),
     "pretrain.recalled_tokens": (0, _MANY),
     "pretrain.drills_per_document": (0, _MANY),

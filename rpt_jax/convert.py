@@ -136,8 +136,8 @@ def _remarks(policy: Policy) -> list[str]:
             f"Its tokenizer normalises texts ({tokenizer.normalizer}): rpt_jax does not, and tokenises, predicts and rewards "
             "the very bytes of a document."
         )
-    if spare := ids - tokenizer.vocab_size + len(tokenizer.unused_ids):
-        said.append(f"{spare} of its {ids} ids stand for no token.")
+    if spare := len(tokenizer.absent_ids(ids)):
+        said.append(f"{spare} of its {ids} ids stand for no token; rpt_jax never samples them.")
     return said
 
 

@@ -15,8 +15,11 @@ from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
+from rpt_jax.objective.rewards import FORWARD_PASSES
 from rpt_jax.policy.hf import load_shape
 from rpt_jax.policy.presets import Shape, check_preset, preset
+from rpt_jax.rollout.memory import cache_bytes
+from rpt_jax.setup import cold_start_of
 
 _FLOAT32 = 4  # Bytes.
 _BYTES = "bytes"  # Begins the name of every row whose value is a size in memory or on disk.
@@ -110,17 +113,17 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
     else:
         rows += _batch_rows(experiment, mesh) + _token_rows(experiment) + _compute_rows(experiment, shape)
         rows += _rpt_memory_rows(experiment, shape, mesh)
+        if experiment.cold_start.steps:
+            rows += [
+                Row(f"{what}; of the cold start", value, f"cold_start, {fields}")
+                for what, value, fields in _pretrain_rows(cold_start_of(experiment), shape, mesh)
+            ]
     return rows + _run_rows(experiment, shape)
 
 
 def attention_flops(shape: Shape, pairs: int) -> int:
     """Forward FLOPs of the scores and weighted values of `pairs` of a query and a key, in all layers."""
     return 4 * shape.layers * shape.heads * shape.head_size * pairs
-
-
-def cache_bytes(shape: Shape, dtype: str) -> int:
-    """Bytes of one token's keys and values, in all layers."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_size * jnp.dtype(dtype).itemsize
 
 
 def _shape(experiment: Experiment) -> tuple[Shape, str]:
@@ -187,28 +190,50 @@ def _token_rows(experiment: Experiment) -> list[Row]:
 
 
 def _compute_rows(experiment: Experiment, shape: Shape) -> list[Row]:
-    t, tree = experiment.training, _tree(experiment)
+    t, o, tree = experiment.training, experiment.objective, _tree(experiment)
     matmuls = 2 * shape.matmul_parameters * tree.tokens * t.prompts_per_step
     attention = attention_flops(shape, tree.pairs) * t.prompts_per_step
-    # With several minibatches, the log-probabilities of before the first take a forward pass of their own.
-    passes = 3 if t.minibatches_per_step == 1 else 4
+    # With several minibatches, the log-probabilities of before the first take a forward pass of their own; so do those of the
+    # policy that a KL term holds on to.
+    passes = 3 + (t.minibatches_per_step > 1) + (o.kl != "none")
     sampling, update = matmuls + attention, passes * (matmuls + attention)
-    dynamic_steps = max(0, t.total_steps + 1 - max(1, t.dynamic_sampling_from))
-    repeated = dynamic_steps * (t.dynamic_sampling_rounds - 1) * sampling
-    step = f"policy, prompt, rollout, {_PROMPTS}"
-    return [
+    step, kl = f"policy, prompt, rollout, {_PROMPTS}", "training.minibatches_per_step, objective.kl"
+    rows = [
         Row("FLOPs of sampling: 2*N a token", float(matmuls), step),
         Row("FLOPs of sampling: attention", float(attention), step),
-        Row(
-            f"FLOPs of the update: {2 * passes}*N a token",
-            float(passes * matmuls),
-            f"{step}, training.minibatches_per_step",
-        ),
-        Row("FLOPs of the update: attention", float(passes * attention), f"{step}, training.minibatches_per_step"),
-        Row("FLOPs of a step, at most", float(sampling + update), "the four above"),
-        Row("FLOPs of all steps, at most", float(t.total_steps * (sampling + update)), "training.total_steps"),
+        Row(f"FLOPs of the update: {2 * passes}*N a token", float(passes * matmuls), f"{step}, {kl}"),
+        Row("FLOPs of the update: attention", float(passes * attention), f"{step}, {kl}"),
+    ]
+    reward = _reward_flops(experiment, shape)
+    if reward:
+        rows.append(Row("FLOPs of the reward: forward passes", float(reward), f"{step}, objective.reward"))
+    documents = _document_flops(experiment, shape)
+    if documents:
+        fields = f"policy, {_PROMPTS}, data.max_document_tokens, objective.document_weight"
+        rows.append(Row("FLOPs of the documents: 6*N a token, and attention", float(documents), fields))
+    total = sampling + update + reward + documents
+    dynamic_steps = max(0, t.total_steps + 1 - max(1, t.dynamic_sampling_from))
+    repeated = dynamic_steps * (t.dynamic_sampling_rounds - 1) * (sampling + reward)
+    return [
+        *rows,
+        Row("FLOPs of a step, at most", float(total), "all above"),
+        Row("FLOPs of all steps, at most", float(t.total_steps * total), "training.total_steps"),
         Row("FLOPs of dynamic sampling on top, at most", float(repeated), "training.dynamic_sampling_*"),
     ]
+
+
+def _reward_flops(experiment: Experiment, shape: Shape) -> int:
+    """What asking the policy once more for the reward costs, beyond sampling."""
+    flops, parts = 0, _tree(experiment).parts
+    for (tokens, pairs), passes in zip(parts, FORWARD_PASSES[experiment.objective.reward], strict=True):
+        flops += (passes - 1) * (2 * shape.matmul_parameters * tokens + attention_flops(shape, pairs))
+    return flops * experiment.training.prompts_per_step
+
+
+def _document_flops(experiment: Experiment, shape: Shape) -> int:
+    tokens = experiment.data.max_document_tokens if experiment.objective.document_weight else 0
+    document = 6 * shape.matmul_parameters * tokens + 3 * attention_flops(shape, tokens**2)
+    return document * experiment.training.prompts_per_step
 
 
 def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
@@ -220,10 +245,14 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: parameters, and those of the start", 2 * parameters, _WEIGHTS),
         Row("bytes per device: Adam's two moments", 2 * parameters, _WEIGHTS),
     ]
-    prompt_cache, response_cache = (prompts * tokens * token // mesh.tensor for tokens, _ in tree.parts)
+    if experiment.objective.reward == "info_gain":
+        fields = f"{_WEIGHTS}, objective.reward"
+        state.append(Row("bytes per device: moving average of the parameters", parameters, fields))
+    rollouts = prompts * tree.branches
+    slots = min(mesh.share(experiment.rollout.decode_slots) or rollouts, rollouts)
+    prompt_cache, response_cache = (n * token // mesh.tensor for n in (prompts * tree.stem, slots * tree.length))
     scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
-    # Training's layout splits over fsdp what decoding wants whole.
-    copy = _FLOAT32 * shape.parameters // mesh.tensor if mesh.fsdp > 1 else 0
+    copy = _decoding_copy(experiment, shape, mesh)
     gradients = Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS)
     backward = _backward_rows(experiment, shape, mesh, tree, microbatch, "training.microbatch_prompts")
     resident = _sum(state)
@@ -234,7 +263,7 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: keys and values of prompts", prompt_cache, f"{sampled}, prompt.max_tokens"),
         Row("bytes per device: keys and values of responses", response_cache, f"{sampled}, rollout"),
         Row("bytes per device: a layer's attention scores, prompts", scores, f"{sampled}, prompt.max_tokens"),
-        Row("bytes per device: parameters laid out for decoding", copy, _WEIGHTS),
+        Row("bytes per device: parameters laid out for decoding", copy, f"{_WEIGHTS}, policy.dtype"),
         # The prompts have run before the responses' cache is made.
         Row(
             "bytes per device in all while sampling, at least",
@@ -249,6 +278,15 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
             "parameters, moments, gradients and the three above",
         ),
     ]
+
+
+def _decoding_copy(experiment: Experiment, shape: Shape, mesh: _Mesh) -> int:
+    """Bytes a device of the parameters that decoding reads: whole where training splits them over fsdp, in policy.dtype."""
+    dtype = jnp.dtype(experiment.policy.dtype)
+    if mesh.fsdp == 1 and dtype == jnp.float32:
+        return 0
+    matrices = shape.matmul_parameters - shape.vocab * shape.width
+    return (matrices * dtype.itemsize + (shape.parameters - matrices) * _FLOAT32) // mesh.tensor
 
 
 def _dense(experiment: Experiment) -> bool:
@@ -278,7 +316,7 @@ def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tre
             kept += 2 * shape.width + projected / mesh.tensor
         inputs, layers = shape.layers * tokens * kept * itemsize, 1
         tokens, pairs = max(tree.parts, key=lambda part: part[0] * token_bytes + part[1] * pair_bytes)
-    logits = _logits(experiment, shape, mesh)
+    logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
     fields = f"policy, mesh, {field}"
     return [
         Row(
@@ -332,16 +370,7 @@ def _score_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
         Row("FLOPs a token, in the longest documents", float(flops), f"policy, {batch}"),
         Row("bytes of the prepared corpus, a token, at most", 6 + 8, "2 of lengths, 4 of ids, 8 of two entropies"),
         Row("bytes per device: parameters", _FLOAT32 * shape.parameters // mesh.weight_ways, _WEIGHTS),
-        Row(
-            "bytes per device: a chunk of logits",
-            _logits(experiment, shape, mesh),
-            "policy, training.logit_chunk_tokens",
-        ),
     ]
-
-
-def _logits(experiment: Experiment, shape: Shape, mesh: _Mesh) -> int:
-    return _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
 
 
 def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:
@@ -349,11 +378,12 @@ def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:
     schedule = make_schedule(optimizer, steps)
     marks = sorted({0, min(optimizer.warmup_steps, steps - 1), steps - 1})
     rates = ", ".join(f"{float(schedule(mark)):.3g} in step {mark + 1}" for mark in marks)
-    kept = 3 * _FLOAT32 * shape.parameters * experiment.checkpoint.keep
+    trees = 4 if experiment.task == "rpt" and experiment.objective.reward == "info_gain" else 3
+    kept = trees * _FLOAT32 * shape.parameters * experiment.checkpoint.keep
     return [
         Row("steps", steps, "training.total_steps"),
         Row("learning rate", rates, "optimizer"),
-        Row("bytes of checkpoints on disk", kept, "policy, checkpoint.keep"),
+        Row("bytes of checkpoints on disk", kept, "policy, checkpoint.keep, objective.reward"),
     ]
 
 

@@ -138,9 +138,9 @@ class Evaluator:
 
     def predictions(self, params: Params, held: Held) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sample G predictions for each of the n positions; return reward, status and length in tokens, each [n, G]."""
-        parts = []
+        parts, weights = [], self._sample.weights(params)
         for prompts in held.evaluation.batches:
-            sampled = self._sample(params, prompts, _NOISE)
+            sampled = self._sample(weights, prompts, _NOISE)
             parts.append(jax.device_get((sampled.reward_PxG, sampled.status_PxG, sampled.rollouts.lengths_PxG)))
         count = len(held.evaluation.positions)
         reward, status, length = (np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,29 +19,37 @@ from rpt_jax.config import Experiment
 from rpt_jax.data.cold_start import TraceWriter
 from rpt_jax.data.corpus import REJECTED, Document, load_corpus
 from rpt_jax.data.pipeline import example_stream
+from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import Checkpointer, abstract
+from rpt_jax.infra.checkpoint import CHECKPOINTS, Checkpointer, abstract
 from rpt_jax.infra.metrics import MetricsWriter, Progress
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, init_parameters, shard_prompts
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState
 from rpt_jax.policy.hf import save_policy
+from rpt_jax.policy.hf_config import CONFIG
 from rpt_jax.policy.presets import preset
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.setup import load_start, make_policy
+from rpt_jax.setup import cold_start_of, load_start, make_policy
 
 
 class ExampleMaker:
-    """Turns a document into arrays: its tokens, and traces that branch off from positions of it, packed into rows."""
+    """Turns a document into arrays: its tokens, and traces that branch off from positions of it, packed into rows.
+
+    The document stands in the template of `prompt`, and a trace follows the prompt that asks for its position, as it does in
+    sampling; only that contexts which are too long for a prompt are not cut.
+    """
 
     def __init__(self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[Document]):
-        self._config, self._size = experiment.pretrain, experiment.data.max_document_tokens
+        self._config, self._limit = experiment.pretrain, experiment.data.max_document_tokens
         self._min_context = experiment.data.min_context
         self._tokenizer = tokenizer
+        self._prompt = PromptBuilder(experiment.prompt, tokenizer)
         self._ids = tokenizer.encode_batch([d.text for d in documents])
-        traces = (self._config.calculation_share, self._config.row_tokens, self._config.recalled_tokens)
+        longest_trace = self._config.row_tokens + 1 - max(1, len(self._prompt.after))
+        traces = (self._config.calculation_share, longest_trace, self._config.recalled_tokens)
         self._writers = [
             TraceWriter(tokenizer, d.text, ids, *traces) for d, ids in zip(documents, self._ids, strict=True)
         ]
@@ -47,25 +57,27 @@ class ExampleMaker:
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return one example, random in where its traces stand and what its drills ask.
 
-        `inputs`, `targets`, `mask`: the document, [S]. `trace_inputs`, `trace_targets`, `trace_mask`: K rows of T tokens of
-        packed traces, [K, T], and for each of their tokens `trace_segment` (which trace of its row), `trace_prefix` (how many
-        of the inputs its trace continues) and `trace_position`.
+        `inputs`, `targets`, `mask`: the document behind the beginning of the template, [S]. `trace_inputs`, `trace_targets`,
+        `trace_mask`: K rows of T tokens of packed traces behind its end, [K, T], and for each of their tokens `trace_segment`
+        (which trace of its row), `trace_prefix` (how many of the inputs its trace continues) and `trace_position`.
         """
-        t, size = self._tokenizer, self._size
-        tokens = np.array([t.bos_id, *self._ids[document], t.eos_id], np.int32)[: size + 1]
-        padded = np.pad(tokens, (0, size + 1 - len(tokens)))
-        example = {"inputs": padded[:-1], "targets": padded[1:], "mask": np.arange(size) < len(tokens) - 1}
-        writer = self._writers[document]
-        traces = [(p, writer.write(p, rng), 0) for p in self._places(document, rng) if writer.can_box(p)]
+        before, ids, writer = self._prompt.before, self._ids[document], self._writers[document]
+        size = len(before) - 1 + self._limit
+        tokens = np.array([*before, *ids, self._tokenizer.eos_id], np.int32)[: size + 1]
+        padded, place = np.pad(tokens, (0, size + 1 - len(tokens))), np.arange(size)
+        mask = (place >= len(before) - 1) & (place < len(tokens) - 1)
+        places = [p for p in self._places(document, rng) if writer.can_box(p)]
+        traces = [([*before, *ids[:p], *self._prompt.after], writer.write(p, rng), 0) for p in places]
         drills = [drill for _ in range(self._config.drills_per_document) if (drill := writer.drill(rng))]
-        return example | self._pack([*traces, *((None, *drill) for drill in drills)])
+        packed = self._pack([*traces, *((self._prompt.after, *drill) for drill in drills)])
+        return {"inputs": padded[:-1], "targets": padded[1:], "mask": mask} | packed
 
     def _places(self, document: int, rng: np.random.Generator) -> list[int]:
         """Positions to reason at: a share, where there are such, inside the result of a calculation, the rest anywhere.
 
         Calculations are rare, and how to carry them out is learnt from examples.
         """
-        last = min(len(self._ids[document]), self._size) - 1
+        last = min(len(self._ids[document]), self._limit) - 1
         first, count = min(self._min_context, last), self._config.traces_per_document
         due = [p for p in self._writers[document].calculation_positions if first <= p <= last]
         places = rng.integers(first, last + 1, size=count)
@@ -74,36 +86,37 @@ class ExampleMaker:
             places[:share] = rng.choice(due, size=share)
         return [int(p) for p in rng.permutation(places)]
 
-    def _pack(self, traces: Sequence[tuple[int | None, list[int], int]]) -> dict[str, np.ndarray]:
-        """Put each (place, trace, given tokens) into the first row that has room; those that fit nowhere are left out.
+    def _pack(self, traces: Sequence[tuple[list[int], list[int], int]]) -> dict[str, np.ndarray]:
+        """Put each (prompt, trace, given tokens) into the first row that has room; those that fit nowhere are left out.
 
-        A trace without a place sees nothing but itself, and its given tokens are not to be learnt.
+        What a prompt has in common with the document is not repeated. A trace's given tokens are not to be learnt.
         """
         shape = (self._config.rows_per_document, self._config.row_tokens)
         names = ("inputs", "targets", "mask", "segment", "prefix", "position")
         rows = {name: np.zeros(shape, bool if name == "mask" else np.int32) for name in names}
         used = np.zeros(shape[0], int)
-        for number, (place, trace, given) in enumerate(traces, start=1):
-            fitting = np.flatnonzero(used + len(trace) <= shape[1])
+        for number, (prompt, trace, given) in enumerate(traces, start=1):
+            # Where nothing follows the context, its last token is run again: something must predict the first of the trace.
+            prefix = max(0, len(prompt) - max(1, len(self._prompt.after)))
+            tokens = [*prompt[prefix:], *trace]
+            size = len(tokens) - 1
+            fitting = np.flatnonzero(used + size <= shape[1])
             if not len(fitting):
                 continue
-            row, columns = fitting[0], slice(used[fitting[0]], used[fitting[0]] + len(trace))
-            used[row] += len(trace)
-            rows["inputs"][row, columns] = [self._tokenizer.think_id, *trace[:-1]]
-            rows["targets"][row, columns] = trace
-            rows["mask"][row, columns] = np.arange(len(trace)) >= given
+            row, columns = fitting[0], slice(used[fitting[0]], used[fitting[0]] + size)
+            used[row] += size
+            rows["inputs"][row, columns], rows["targets"][row, columns] = tokens[:-1], tokens[1:]
+            rows["mask"][row, columns] = np.arange(size) >= size - len(trace) + given
             rows["segment"][row, columns] = number
-            # The beginning-of-sequence token, and the document's tokens before the place.
-            prefix = 0 if place is None else place + 1
             rows["prefix"][row, columns] = prefix
-            rows["position"][row, columns] = prefix + np.arange(len(trace))
+            rows["position"][row, columns] = prefix + np.arange(size)
         return {f"trace_{name}": array for name, array in rows.items()}
 
 
 def mixed_loss(
-    policy: Transformer, params: Params, batch: dict[str, jax.Array], trace_weight: float, chunk: int
+    policy: Transformer, params: Params, batch: dict[str, jax.Array], weights: tuple[float, float], chunk: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy of the documents' tokens plus `trace_weight` times that of the traces' tokens (paper, Equation 1).
+    """Mean cross-entropy of the documents' tokens and of the traces' (paper, Equation 1), added up with their `weights`.
 
     A document runs once, for its own loss and as the context of its traces, each of which sees its own prefix of it.
     """
@@ -116,28 +129,28 @@ def mixed_loss(
     )
 
     def mean_nll(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-        logprobs = token_logprobs(head(params), hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0, chunk)
+        logprobs = token_logprobs(
+            head(policy, params), hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0, chunk
+        )
         return -jnp.sum(logprobs * mask.reshape(-1)) / jnp.maximum(mask.sum(), 1)
 
     document = mean_nll(hidden_NxSxD, batch["targets"], batch["mask"])
     trace = mean_nll(traced_NxKxTxD, batch["trace_targets"], batch["trace_mask"])
-    return document + trace_weight * trace, {"loss/document": document, "loss/trace": trace}
+    return weights[0] * document + weights[1] * trace, {"loss/document": document, "loss/trace": trace}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("policy", "optimizer", "trace_weight", "chunk"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("policy", "optimizer", "weights", "chunk"), donate_argnames=("state",))
 def pretrain_step(
     policy: Transformer,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
-    trace_weight: float,
+    weights: tuple[float, float],
     chunk: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One AdamW step on `mixed_loss`."""
-    loss = functools.partial(mixed_loss, policy, batch=batch, trace_weight=trace_weight, chunk=chunk)
+    loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, chunk=chunk)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     metrics["gradient/norm"] = optax.tree.norm(grads)
@@ -163,14 +176,12 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     if restored := checkpoints.restore(abstract(state)):
         start, state, run = restored
         stream.set_state(run["stream"])
-    chunk = experiment.training.logit_chunk_tokens
+    weights, chunk = (config.document_weight, config.trace_weight), experiment.training.logit_chunk_tokens
     with MetricsWriter(workdir, start) as metrics, Progress("pretrain", total, start) as progress:
         for step in range(start + 1, total + 1):
             began = time.monotonic()
             batch = shard_prompts(next(stream), mesh)
-            state, scalars = pretrain_step(
-                policy, optimizer, state, batch, trace_weight=config.trace_weight, chunk=chunk
-            )
+            state, scalars = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
             scalars = {name: float(value) for name, value in scalars.items()}
             metrics.write(step, scalars | {"time/step": time.monotonic() - began})
             progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats a token")
@@ -179,6 +190,22 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     checkpoints.close()
     save_policy(directory, policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
     print(f"The policy is in {directory}.")
+
+
+def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> Experiment:
+    """Pre-train as `cold_start` says, in `workdir/cold_start`, unless that was done; return the experiment from there on.
+
+    Its metrics are in that directory. Raises: UserError.
+    """
+    if not experiment.cold_start.steps:
+        return experiment
+    directory = workdir / "cold_start"
+    if not (directory / "policy" / CONFIG).is_file():
+        pretrain(cold_start_of(experiment), directory, mesh)
+    # The policy is whole: what it was made from is of no more use, and three times as large.
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    policy = dataclasses.replace(experiment.policy, path=str(directory / "policy"))
+    return dataclasses.replace(experiment, policy=policy)
 
 
 def _start(
@@ -196,5 +223,6 @@ def _start(
         )
     if not path.exists():
         train_sentencepiece((d.text for d in documents), vocab_size, path)
-    policy = make_policy(experiment.policy, shape)
-    return policy, init_parameters(policy, mesh, experiment.seed), load_tokenizer(workdir)
+    tokenizer = load_tokenizer(workdir)
+    policy = make_policy(experiment.policy, shape, tokenizer)
+    return policy, init_parameters(policy, mesh, experiment.seed), tokenizer

@@ -247,7 +247,7 @@ def _plot_accuracy(metrics: _Metrics, direct: Mapping[str, float]) -> Figure:
 def _plot_response_length(metrics: _Metrics) -> Figure:
     figure, (length, truncated) = _figure(rows=2)
     _curve(length, *metrics.required("step", "length/mean"), colour=INK)
-    steps_N, shares_N = metrics.required("step", "length/truncated")
+    steps_N, shares_N = metrics.required("step", "ended/length")
     _curve(truncated, steps_N, 100 * shares_N, colour="#A23B3B")
     _step_axis(truncated, metrics)
     _finish(length, "Mean length of a response", "tokens")

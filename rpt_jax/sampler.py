@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.config import Experiment
-from rpt_jax.data.prompts import PromptBatch
+from rpt_jax.config import Experiment, ObjectiveConfig
+from rpt_jax.data.prompts import PromptBatch, PromptBuilder
+from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize
 from rpt_jax.infra.sharding import decoding_layout, shard_prompts
-from rpt_jax.objective.advantage import grpo_advantage, has_variance
+from rpt_jax.objective.advantage import group_advantages, has_variance
+from rpt_jax.objective.choices import SCORING_REWARDS
 from rpt_jax.objective.reward import Status, prefix_match_reward
-from rpt_jax.objective.update import UpdateBatch
-from rpt_jax.policy.transformer import Params
-from rpt_jax.rollout.generate import Rollouts, generate
+from rpt_jax.objective.rewards import BOX, Evidence, RewardConfig, token_budget, total_reward
+from rpt_jax.objective.update import Documents, TrainState, UpdateBatch
+from rpt_jax.policy.transformer import Params, Transformer, in_compute_dtype
+from rpt_jax.rollout.generate import Decoding, Ended, Rollouts, Work, sample_rollouts
+from rpt_jax.rollout.memory import device_memory, plan_slots, rollout_memory
+from rpt_jax.rollout.prefill import separate
 from rpt_jax.setup import Setup
 
 
@@ -26,6 +32,7 @@ class Sampled(NamedTuple):
     rollouts: Rollouts
     reward_PxG: jax.Array
     status_PxG: jax.Array
+    decoded: jax.Array  # int32 [2]: tokens decoded, whether kept or not, and how many slots there were for them.
 
     def size(self) -> BatchSize:
         """Real tokens in the batch, fetched from the device."""
@@ -37,26 +44,22 @@ class Sampler:
 
     def __init__(self, experiment: Experiment, setup: Setup):
         self._mesh, self._tokenizer, self._policy = setup.mesh, setup.tokenizer, setup.policy
-        self._config = experiment.rollout
+        self._decoding = decoding_of(experiment, setup)
         self._vocab = jax.device_put(setup.tokenizer.byte_vocab)
         self._key = jax.random.key(experiment.seed)
-        self._layout = decoding_layout(setup.policy, setup.mesh)
+        self._box_vocab = tuple(self._vocab) if experiment.rollout.stop_at_box else None
+        self._layout = decoding_layout(setup.policy, setup.mesh, functools.partial(in_compute_dtype, setup.policy))
 
-    def __call__(self, params: Params, prompts: PromptBatch, step: int) -> Sampled:
+    def weights(self, params: Params) -> Params:
+        """Lay parameters out for decoding: what `__call__` samples from."""
+        return jax.block_until_ready(self._layout(params)) if self._layout else params
+
+    def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> Sampled:
         """Roll out each prompt G times with the noise of `step`, and reward what was predicted."""
         prompts = shard_prompts(prompts, self._mesh)
-        rollouts = generate(
-            self._policy,
-            self._layout(params),
-            prompts.tokens_PxS,
-            prompts.lengths_P,
-            prompts.ids_P,
-            jax.random.fold_in(self._key, step),
-            samples=self._config.samples_per_prompt,
-            max_new_tokens=self._config.max_new_tokens,
-            temperature=self._config.temperature,
-            stop_ids=self._tokenizer.stop_ids,
-        )
+        separated = separate(prompts.tokens_PxS, prompts.lengths_P, prompts.ids_P)
+        key = jax.random.fold_in(self._key, step)
+        rollouts, work = sample_rollouts(self._policy, weights, separated, key, self._decoding, self._box_vocab)
         reward, status = prefix_match_reward(
             rollouts.tokens_PxGxT,
             rollouts.lengths_PxG,
@@ -67,15 +70,121 @@ class Sampler:
             self._vocab.lengths_V,
             self._tokenizer.end_think_id,
         )
-        return Sampled(prompts, rollouts, reward, status)
+        return Sampled(prompts, rollouts, reward, status, _decoded(rollouts, work))
+
+
+def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
+    """How the config samples, with as many slots as there is memory for. Raises: UserError, where it asks for more."""
+    config, t, mesh = experiment.rollout, experiment.training, setup.mesh.shape
+    replicas, float32_bytes = mesh["data"] * mesh["fsdp"], 4 * setup.policy.shape.parameters
+    prompts, tokens = -(-t.prompts_per_step // replicas), config.max_new_tokens
+    memory = rollout_memory(
+        setup.policy.shape,
+        experiment.policy.dtype,
+        prompts,
+        experiment.prompt.max_tokens,
+        config.samples_per_prompt,
+        tokens,
+        mesh["tensor"],
+    )
+    # Parameters, those of the start and two moments, and a copy laid out for decoding.
+    resident = 4 * float32_bytes // (mesh["fsdp"] * mesh["tensor"]) + float32_bytes // mesh["tensor"]
+    asked = -(-config.decode_slots // replicas)
+    slots = plan_slots(asked, prompts * config.samples_per_prompt, memory, resident, device_memory())
+    return Decoding(
+        samples=config.samples_per_prompt,
+        max_new_tokens=tokens,
+        temperature=config.temperature,
+        stop_ids=setup.tokenizer.stop_ids,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        end_think_id=setup.tokenizer.end_think_id,
+        slots=slots * replicas,
+        chunk=config.prefill_tokens,
+    )
+
+
+@jax.jit
+def _decoded(rollouts: Rollouts, work: Work) -> jax.Array:
+    # The first token of each comes from the prefill.
+    return jnp.stack([jnp.maximum(rollouts.lengths_PxG - 1, 0).sum(), work.slots.sum()])
+
+
+class Rewarder:
+    """Gives rollouts the reward that the config names, in the place of Equation 3's, which they come with."""
+
+    def __init__(self, experiment: Experiment, setup: Setup, builder: PromptBuilder):
+        """Raises: UserError, where the tokenizer lacks what the reward needs."""
+        o, t, tokenizer = experiment.objective, experiment.training, setup.tokenizer
+        if tokenizer.end_think_id < 0 and (o.reward in SCORING_REWARDS or o.budget_weight):
+            wanted = f"objective.reward='{o.reward}'" if o.reward in SCORING_REWARDS else "objective.budget_weight"
+            raise UserError(f"{wanted} needs to know where reasoning ends: a tokenizer with a </think> token.")
+        self._config = RewardConfig(
+            reward=o.reward,
+            reference_tokens=o.reference_tokens,
+            format_weight=o.format_weight,
+            overlong_weight=o.overlong_weight,
+            overlong_tokens=o.overlong_tokens,
+            budget_weight=o.budget_weight,
+            response_limit=experiment.rollout.max_new_tokens,
+            bos_id=tokenizer.bos_id,
+            before=len(builder.before),
+            after=len(builder.after),
+            end_think_id=tokenizer.end_think_id,
+            bridge=(tokenizer.end_think_id, *tokenizer.encode(BOX)),
+            microbatch=t.microbatch_prompts,
+            chunk=t.logit_chunk_tokens,
+        )
+        self._is_default = o.reward == "prefix" and not (o.format_weight or o.overlong_weight or o.budget_weight)
+        self._policy, self._vocab = setup.policy, jax.device_put(tuple(tokenizer.byte_vocab))
+        self._budget = functools.partial(
+            token_budget, total=t.total_steps, start=o.budget_start, decay=o.budget_decay, least=o.budget_min
+        )
+
+    def __call__(self, state: TrainState, sampled: Sampled, step: int) -> Sampled:
+        """Return the rollouts of `step` with their training reward."""
+        if self._is_default:
+            return sampled
+        weights = state.params, state.average
+        reward_PxG = _training_reward(self._policy, self._config, weights, sampled, self._vocab, self._budget(step))
+        return sampled._replace(reward_PxG=reward_PxG)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "config"))
+def _training_reward(
+    policy: Transformer,
+    config: RewardConfig,
+    weights: tuple[Params, Params | None],
+    sampled: Sampled,
+    vocab: tuple[jax.Array, jax.Array],
+    budget: jax.Array,
+) -> jax.Array:
+    prompts, rollouts = sampled.prompts, sampled.rollouts
+    evidence = Evidence(
+        config,
+        policy,
+        *weights,
+        prompts_PxS=prompts.tokens_PxS,
+        lengths_P=prompts.lengths_P,
+        tokens_PxGxT=rollouts.tokens_PxGxT,
+        response_lengths_PxG=rollouts.lengths_PxG,
+        stopped_PxG=rollouts.stopped_PxG,
+        reference_ids_PxR=prompts.reference_ids_PxR,
+        references_P=prompts.boundaries_PxRp1.sum(axis=1),
+        matched_PxG=sampled.reward_PxG,
+        status_PxG=sampled.status_PxG,
+        vocab=vocab,
+    )
+    return total_reward(evidence, budget)
 
 
 @jax.jit
 def prefer_variance(kept: Sampled, fresh: Sampled) -> Sampled:
     """Of two batches of P groups return one: those with variance first, older ones before newer ones."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), kept, fresh)
+    kept_fresh = (sampled._replace(decoded=None) for sampled in (kept, fresh))
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *kept_fresh)
     order = jnp.argsort(~has_variance(both.reward_PxG), stable=True)[: kept.reward_PxG.shape[0]]
-    return jax.tree.map(lambda x: x[order], both)
+    return jax.tree.map(lambda x: x[order], both)._replace(decoded=kept.decoded + fresh.decoded)
 
 
 @jax.jit
@@ -83,6 +192,7 @@ def rollout_metrics(sampled: Sampled) -> dict[str, jax.Array]:
     """Scalars that describe a batch of rollouts, under the names that metrics.jsonl uses."""
     lengths, status, mask = sampled.rollouts.lengths_PxG, sampled.status_PxG, sampled.rollouts.mask_PxGxT
     metrics = {f"status/{s.name.lower()}": (status == s).mean() for s in Status}
+    metrics |= {f"ended/{e.name.lower()}": (sampled.rollouts.ended_PxG == e).mean() for e in Ended}
     return metrics | {
         "reward/mean": sampled.reward_PxG.mean(),
         "format/rate": 1.0 - jnp.isin(status, jnp.array([Status.NO_BOX, Status.NOT_FINISHED])).mean(),
@@ -90,21 +200,26 @@ def rollout_metrics(sampled: Sampled) -> dict[str, jax.Array]:
         "length/mean": lengths.mean(),
         "length/p90": jnp.percentile(lengths, 90),
         "length/max": lengths.max(),
-        "length/truncated": 1.0 - sampled.rollouts.stopped_PxG.mean(),
+        "rollout/occupancy": sampled.decoded[0] / jnp.maximum(sampled.decoded[1], 1),
         # The mean surprise of sampled tokens estimates the policy's entropy (nats a token, at the sampling temperature).
         "policy/entropy": -jnp.sum(sampled.rollouts.logprobs_PxGxT) / jnp.maximum(mask.sum(), 1),
     }
 
 
-def to_update_batch(sampled: Sampled, epsilon: float, only_informative: bool) -> UpdateBatch:
+def to_update_batch(
+    sampled: Sampled, config: ObjectiveConfig, only_informative: bool, documents: Documents | None = None
+) -> UpdateBatch:
     """Pair the rollouts with their group-relative advantages."""
     varied_P = has_variance(sampled.reward_PxG)
+    counted_P = varied_P if only_informative else jnp.ones_like(varied_P)
+    lengths_PxG, epsilon = sampled.rollouts.lengths_PxG, config.advantage_epsilon
     return UpdateBatch(
         prompts_PxS=sampled.prompts.tokens_PxS,
         lengths_P=sampled.prompts.lengths_P,
         tokens_PxGxT=sampled.rollouts.tokens_PxGxT,
         mask_PxGxT=sampled.rollouts.mask_PxGxT,
         sampler_logprobs_PxGxT=sampled.rollouts.logprobs_PxGxT,
-        advantages_PxG=grpo_advantage(sampled.reward_PxG, epsilon),
-        counted_P=varied_P if only_informative else jnp.ones_like(varied_P),
+        advantages_PxG=group_advantages(config.advantage, sampled.reward_PxG, lengths_PxG, counted_P, epsilon),
+        counted_P=counted_P,
+        documents=documents,
     )

@@ -71,7 +71,7 @@ def score_batch(
     hidden_NxSxD, _, _ = prefill(policy, params, inputs_NxS, lengths_N)
 
     def score(hidden_MxD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits_MxV = scaled_logits(head(params), hidden_MxD, 1.0)
+        logits_MxV = scaled_logits(head(policy, params), hidden_MxD, 1.0)
         right_M = jnp.argmax(logits_MxV, axis=-1) == targets_M
         return top_k_entropy(logits_MxV, top_k), right_M, top_k_entropy(logits_MxV, top_k, renormalised=False)
 
@@ -105,13 +105,8 @@ def score_documents(
     scores: list[Any] = [None] * len(documents)
     for length, numbers in _buckets([len(ids) for ids in documents], size, batch):
         rows = batch * (size // length)
-        inputs, targets = np.zeros((2, rows, length), np.int32)
-        lengths = np.ones(rows, np.int32)
-        for i, number in enumerate(numbers):
-            ids = documents[number]
-            inputs[i, 0], inputs[i, 1 : len(ids)], targets[i, : len(ids)] = bos_id, ids[:-1], ids
-            lengths[i] = len(ids)
-        arrays = shard_prompts((inputs, targets, lengths), mesh)
+        arrays = next_token_rows([documents[number] for number in numbers], rows, bos_id, length)
+        lengths, arrays = arrays[2], shard_prompts(arrays, mesh)
         leaves = jax.device_get(score_batch(policy, params, *arrays, top_k=top_k, chunk=chunk))
         for i, number in enumerate(numbers):
             scores[number] = Scores(*(leaf[i, : lengths[i]] for leaf in leaves))
@@ -129,6 +124,19 @@ def _buckets(lengths: Sequence[int], size: int, batch: int) -> Iterator[tuple[in
     for padded, numbers in sorted(waiting.items()):
         step = batch * (size // padded)
         yield from ((padded, numbers[i : i + step]) for i in range(0, len(numbers), step))
+
+
+def next_token_rows(
+    documents: Sequence[Sequence[int]], rows: int, bos_id: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return inputs and targets of next-token prediction, int32 [rows, size], and lengths, of which an empty row has 1."""
+    inputs, targets = np.zeros((2, rows, size), np.int32)
+    lengths = np.ones(rows, np.int32)
+    for i, ids in enumerate(documents):
+        inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
+        targets[i, : len(ids)] = ids
+        lengths[i] = len(ids)
+    return inputs, targets, lengths
 
 
 def score_shard(

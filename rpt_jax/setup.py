@@ -39,10 +39,25 @@ class Setup(NamedTuple):
     prepared: Prepared  # What the documents were read from, and what the proxy makes of them.
 
 
-def make_policy(config: PolicyConfig, shape: Shape) -> Transformer:
-    """The decoder of `shape` as the config computes it. Raises: UserError, where its attention does not run here."""
+def cold_start_of(experiment: Experiment) -> Experiment:
+    """The pre-training that an experiment of task "rpt" begins with, as an experiment of its own."""
+    return dataclasses.replace(
+        experiment,
+        task="pretrain",
+        training=dataclasses.replace(experiment.training, total_steps=experiment.cold_start.steps),
+        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=experiment.cold_start.learning_rate),
+        pretrain=dataclasses.replace(experiment.pretrain, export=""),
+    )
+
+
+def make_policy(config: PolicyConfig, shape: Shape, tokenizer: Tokenizer | None = None) -> Transformer:
+    """The decoder of `shape` as the config computes it; ids that `tokenizer` does not have get no probability.
+
+    Raises: UserError, where its attention does not run here.
+    """
     attention = choose_attention(config.attention, jax.default_backend(), config.dtype)
-    return Transformer(shape, jnp.dtype(config.dtype), config.remat, attention)
+    absent_ids = tokenizer.absent_ids(shape.vocab) if tokenizer else ()
+    return Transformer(shape, jnp.dtype(config.dtype), config.remat, attention, absent_ids)
 
 
 def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
@@ -59,7 +74,7 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
             f"SHA-256 {tokenizer.fingerprint[:12]}…; the policy was trained with {shape.vocab} and "
             f"{(fingerprint or 'unknown')[:12]}…). Put the policy's own tokenizer there."
         )
-    policy = make_policy(config, shape)
+    policy = make_policy(config, shape, tokenizer)
     _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh))
     return policy, params, tokenizer
 

@@ -22,20 +22,24 @@ from rpt_jax.data.files import parse_mixture
 from rpt_jax.data.pipeline import PromptStream, position_order, prompt_stream
 from rpt_jax.data.positions import STAGES, index_positions
 from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.data.tokenizer import END_THINK, Tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics
-from rpt_jax.infra.accounting import Clock, Counters
+from rpt_jax.infra.accounting import BatchSize, Clock, Counters
 from rpt_jax.infra.checkpoint import Checkpointer, abstract
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import check_batches, init_optimizer
+from rpt_jax.infra.sharding import check_batches, init_optimizer, shard_prompts
 from rpt_jax.infra.whole import write_whole
 from rpt_jax.objective.advantage import has_variance
+from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import Status
-from rpt_jax.objective.update import TrainState, UpdateConfig, update_policy
+from rpt_jax.objective.rewards import FORWARD_PASSES
+from rpt_jax.objective.update import Documents, TrainState, UpdateConfig, update_policy
 from rpt_jax.policy.hf import save_policy
-from rpt_jax.sampler import Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
+from rpt_jax.pretrain import cold_start
+from rpt_jax.sampler import Rewarder, Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
+from rpt_jax.score import next_token_rows
 from rpt_jax.setup import Setup, set_up
 
 RESULT = "result.json"
@@ -55,27 +59,20 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         "evaluation.score_documents": experiment.evaluation.score_documents,
     }
     check_batches(mesh, sizes)
+    experiment = cold_start(experiment, workdir, mesh)
     setup = set_up(experiment, mesh, workdir)
     builder, sample = PromptBuilder(experiment.prompt, setup.tokenizer), Sampler(experiment, setup)
+    reward = Rewarder(experiment, setup, builder)
     stream = training_stream(experiment, setup, builder)
     evaluator = Evaluator(experiment, setup, sample, builder)
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
-    # A copy, because the update donates its state and the starting policy's parameters are still needed.
+    # Copies, because the update donates its state and the starting policy's parameters are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
-    state = TrainState(params, init_optimizer(optimizer, params, mesh))
-    config = UpdateConfig(
-        minibatches=t.minibatches_per_step,
-        microbatch=t.microbatch_prompts,
-        chunk=t.logit_chunk_tokens,
-        temperature=experiment.rollout.temperature,
-        clip_low=experiment.objective.clip_low,
-        clip_high=experiment.objective.clip_high,
-    )
-    counters, checkpoints, start = (
-        Counters(setup.policy.shape.matmul_parameters),
-        Checkpointer(workdir, experiment.checkpoint.keep),
-        0,
-    )
+    average = jax.tree.map(jnp.copy, setup.params) if experiment.objective.reward == "info_gain" else None
+    state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
+    config, reference = update_config(experiment), setup.params if experiment.objective.kl != "none" else None
+    counters, start = make_counters(experiment, setup), 0
+    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep)
     if restored := checkpoints.restore(abstract(state)):
         start, state, saved = restored
         check_corpus(saved, setup)
@@ -97,21 +94,23 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         for step in range(start + 1, t.total_steps + 1):
             prompts = next(stream)
             clock.lap("data")
-            sampled = sample(state.params, prompts, step)
+            weights = sample.weights(state.params)
+            clock.lap("reshard")
+            sampled = reward(state, sample(weights, prompts, step), step)
             generated = counters.count_rollouts(sampled.size())
-            dynamic = step >= t.dynamic_sampling_from
-            for _ in range(1, t.dynamic_sampling_rounds if dynamic else 1):
-                if has_variance(sampled.reward_PxG).all():
-                    break
-                fresh = sample(state.params, next(stream), step)
-                generated += counters.count_rollouts(fresh.size())
-                sampled = prefer_variance(sampled, fresh)
-            scalars = jax.device_get(rollout_metrics(sampled))
+            dynamic, rounds = step >= t.dynamic_sampling_from, 1
+            while dynamic and rounds < t.dynamic_sampling_rounds and not has_variance(sampled.reward_PxG).all():
+                fresh = reward(state, sample(weights, next(stream), step), step)
+                generated = generated.plus(counters.count_rollouts(fresh.size()))
+                sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
+            scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
             clock.lap("rollout")
-            batch = to_update_batch(sampled, experiment.objective.advantage_epsilon, only_informative=dynamic)
-            state, losses = update_policy(setup.policy, optimizer, config, state, batch)
+            documents = load_documents(experiment, setup, sampled) if config.document_weight else None
+            batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
+            state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
             scalars |= jax.device_get(losses)
-            counters.count_update(sampled.size(), int(scalars["update/tokens"]), generated)
+            text = int(documents.mask_NxS.sum()) if documents else 0
+            counters.count_update(sampled.size(), int(scalars["update/tokens"]), generated, text)
             clock.lap("update")
             if step == t.total_steps:
                 after = evaluator.full(state.params)
@@ -132,6 +131,44 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     tokenizer = setup.tokenizer
     save_policy(workdir / "policy", setup.policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
     finish(workdir, before, after, clock.seconds, experiment.seed)
+
+
+def update_config(experiment: Experiment) -> UpdateConfig:
+    """The update's part of the config."""
+    o, t = experiment.objective, experiment.training
+    return UpdateConfig(
+        minibatches=t.minibatches_per_step,
+        microbatch=t.microbatch_prompts,
+        chunk=t.logit_chunk_tokens,
+        temperature=experiment.rollout.temperature,
+        bounds=Bounds(o.clip_low, o.clip_high, o.dual_clip),
+        loss=o.loss,
+        aggregation=o.aggregation,
+        response_limit=experiment.rollout.max_new_tokens,
+        importance=o.importance,
+        importance_low=o.importance_low,
+        importance_high=o.importance_high,
+        kl=o.kl,
+        kl_weight=o.kl_weight,
+        entropy_weight=o.entropy_weight,
+        document_weight=o.document_weight,
+        average_decay=o.baseline_decay,
+    )
+
+
+def make_counters(experiment: Experiment, setup: Setup) -> Counters:
+    """Counters that know how often the config's objective runs a token forward."""
+    o, minibatches = experiment.objective, experiment.training.minibatches_per_step
+    passes = BatchSize(*FORWARD_PASSES[o.reward])
+    return Counters(setup.policy.shape.matmul_parameters, passes, (minibatches > 1) + (o.kl != "none"))
+
+
+def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> Documents:
+    """The documents that the prompts are from, one a prompt, as next-token prediction reads them."""
+    rows = [setup.train[i] for i in jax.device_get(sampled.prompts.document_P)]
+    size = experiment.data.max_document_tokens
+    inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
+    return shard_prompts(Documents(inputs, targets, np.arange(size) < lengths[:, None]), setup.mesh)
 
 
 def is_complete(workdir: Path) -> bool:
@@ -199,13 +236,15 @@ def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[Rollout
     texts = []
     for i in range(count):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
-        end = response.index(tokenizer.end_think_id) if tokenizer.end_think_id in response else len(response)
+        # The reward takes both for the end of thinking, the special token and what spells it.
+        spelled = (END_THINK.encode() if t == tokenizer.end_think_id else tokenizer.token_bytes([t]) for t in response)
+        reasoning, ended, prediction = b"".join(spelled).partition(END_THINK.encode())
         first_token = int(np.flatnonzero(rows.prompts.boundaries_PxRp1[i])[0])
         texts.append(
             RolloutText(
                 prompt=tokenizer.token_bytes(rows.prompts.tokens_PxS[i, : rows.prompts.lengths_P[i]]),
-                reasoning=tokenizer.token_bytes(response[:end]),
-                prediction=tokenizer.token_bytes(response[end + 1 :]) or None,
+                reasoning=reasoning,
+                prediction=prediction if ended else None,
                 truth=rows.prompts.reference_PxR[i, :first_token].tobytes(),
                 reward=float(rows.reward_PxG[i, 0]),
                 status=Status(rows.status_PxG[i, 0]).name.lower().replace("_", " "),

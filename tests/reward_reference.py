@@ -56,6 +56,33 @@ def judge(prediction: bytes | None, continuation: Sequence[bytes], stopped: bool
     return Status.INSIDE_TOKEN if b"".join(continuation).startswith(prediction) else Status.WRONG_BYTES
 
 
+def _pieces(
+    tokens: Sequence[int], length: int, vocab: Sequence[bytes], end_of_thinking_id: int
+) -> tuple[list[bytes], int | None]:
+    """Return the bytes of each token, and how many bytes precede the last end-of-thinking special token."""
+    pieces = [vocab[token] if 0 <= token < len(vocab) else b"" for token in tokens[:length]]
+    markers = [i for i, token in enumerate(tokens[:length]) if token == end_of_thinking_id >= 0]
+    return pieces, sum(map(len, pieces[: markers[-1]])) if markers else None
+
+
+def first_token(
+    tokens: Sequence[int], length: int, stopped: bool, vocab: Sequence[bytes], end_of_thinking_id: int
+) -> int:
+    """Return the response's token that the prediction begins with, -1 where there is none or it ends outside the box."""
+    pieces, special_marker = _pieces(tokens, length, vocab, end_of_thinking_id)
+    response = b"".join(pieces)
+    prediction = read_prediction(response, special_marker)
+    if not stopped or not prediction:
+        return -1
+    begin = response.rfind(b"\\boxed{") + len(b"\\boxed{")
+    ends = list(itertools.accumulate(map(len, pieces)))
+    # The token after the one that the opening brace is the last byte of.
+    after = [i + 1 for i, (end, piece) in enumerate(zip(ends, pieces, strict=True)) if piece and end == begin]
+    if not after or after[0] == len(pieces) or not 0 < len(pieces[after[0]]) <= len(prediction):
+        return -1
+    return int(tokens[after[0]])
+
+
 def reward(
     tokens: Sequence[int],
     length: int,
@@ -65,8 +92,6 @@ def reward(
     end_of_thinking_id: int,
 ) -> tuple[float, Status]:
     """Return the reward and the status of one rollout; `vocab` has the bytes of each token, `b""` for special ones."""
-    pieces = [vocab[token] if 0 <= token < len(vocab) else b"" for token in tokens[:length]]
-    markers = [i for i, token in enumerate(tokens[:length]) if token == end_of_thinking_id >= 0]
-    special_marker = sum(map(len, pieces[: markers[-1]])) if markers else None
+    pieces, special_marker = _pieces(tokens, length, vocab, end_of_thinking_id)
     status = judge(read_prediction(b"".join(pieces), special_marker), continuation, stopped)
     return float(status == Status.CORRECT), status

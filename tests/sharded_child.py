@@ -16,7 +16,8 @@ import numpy as np
 from rpt_jax.config import OptimizerConfig
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import decoding_layout, init_optimizer, init_parameters, make_mesh, shard_prompts, use_mesh
-from rpt_jax.objective.advantage import grpo_advantage
+from rpt_jax.objective.advantage import group_advantages
+from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import prefix_match_reward
 from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, update_policy
 from rpt_jax.rollout.generate import generate
@@ -26,7 +27,7 @@ DEVICES = 8
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
-CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=64, temperature=0.8, clip_low=0.2, clip_high=0.2)
+CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=64, temperature=0.8, bounds=Bounds(0.2, 0.2))
 # A large epsilon: dividing tiny gradients by their own size would blow up the rounding of their sums.
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=1e9), total_steps=2)
 # A token says a whole answer, so that random ones are sometimes right; the continuation is "a", "a".
@@ -62,14 +63,15 @@ def step(
     reward, status = prefix_match_reward(
         rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_of_thinking_id=-1
     )
+    counted = jnp.ones_like(lengths, bool)
     batch = UpdateBatch(
         prompts_PxS=tokens,
         lengths_P=lengths,
         tokens_PxGxT=rollouts.tokens_PxGxT,
         mask_PxGxT=rollouts.mask_PxGxT,
         sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,
-        advantages_PxG=grpo_advantage(reward, 1e-6),
-        counted_P=jnp.ones_like(lengths, bool),
+        advantages_PxG=group_advantages("grpo", reward, rollouts.lengths_PxG, counted, 1e-6),
+        counted_P=counted,
     )
     state, metrics = update_policy(SHALLOW, OPTIMIZER, CONFIG, state, batch)
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
@@ -86,7 +88,7 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
         state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
         start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
         sharded = shard_prompts(prompts(), mesh)
-        layout = decoding_layout(SHALLOW, mesh)
+        layout = decoding_layout(SHALLOW, mesh, lambda params: params) or (lambda params: params)
         state, first = step(state, layout, sharded, seed=1)
         moments = jax.device_get(state.optimizer[1][0].mu)
         COMPILED.clear()

@@ -91,6 +91,20 @@ def test_values_arrive_where_they_belong():
         ({"data__seed": 2**32}, ("data.seed=4294967296", "between 0 and 4294967295")),
         ({"data__held_out_templates": -1}, ("data.held_out_templates=-1",)),
         ({"training__minibatches_per_step": 0}, ("training.minibatches_per_step=0",)),
+        ({"objective__reward": "prefx"}, ("objective.reward='prefx'", "'prefix'")),
+        ({"objective__loss": "gsop"}, ("objective.loss='gsop'", "'gspo'")),
+        ({"objective__advantage": "rlo"}, ("objective.advantage='rlo'", "'rloo'")),
+        ({"objective__aggregation": "mean"}, ("objective.aggregation='mean'", "token_mean")),
+        ({"objective__importance": "masked"}, ("objective.importance='masked'", "'mask'")),
+        ({"objective__kl": "k3"}, ("objective.kl=k3 does nothing while objective.kl_weight is 0",)),
+        ({"objective__kl_weight": 0.1}, ("objective.kl_weight=0.1 needs objective.kl too",)),
+        ({"objective__overlong_weight": 1.0}, ("objective.overlong_weight=1 needs objective.overlong_tokens",)),
+        ({"objective__budget_min": 8}, ("objective.budget_min=8 does nothing while objective.budget_weight is 0",)),
+        ({"objective__importance_low": 0.7}, ("importance_low=0.7 does nothing", "importance='none'", "for mask.")),
+        ({"objective__clip_high": 0.3, "objective__loss": "reinforce"}, ("clip_high=0.3 does nothing", "cispo")),
+        ({"objective__overlong_weight": 1.0, "objective__overlong_tokens": 49}, ("at most rollout.max_new_tokens=48",)),
+        ({"objective__reference_tokens": 2}, ("objective.reference_tokens=2 does nothing", "'prefix'", "mean_prob")),
+        ({"objective__dual_clip": 0.5}, ("objective.dual_clip=0.5", "between 1 and")),
         ({"pretrain__calculation_share": 1.5}, ("pretrain.calculation_share=1.5", "between 0 and 1.")),
     ],
 )
@@ -371,6 +385,8 @@ class C:
 
 def test_every_leaf_is_read():
     """A field that nothing reads is a promise that the run does not keep."""
-    modules = [path for path in (ROOT / "rpt_jax").rglob("*.py") if path.name not in ("config.py", "describe.py")]
+    modules = [
+        path for path in (ROOT / "rpt_jax").rglob("*.py") if path.name not in ("config.py", "describe.py", "choices.py")
+    ]
     read = set().union(*(_Reads(path.read_text()).found for path in modules))
     assert not DEFAULTS.keys() - read, f"fields that no module reads: {sorted(DEFAULTS.keys() - read)}"

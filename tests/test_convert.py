@@ -31,6 +31,7 @@ from rpt_jax.policy.presets import Shape
 from rpt_jax.policy.rope import Llama3, llama3_divisors, rope_frequencies
 from rpt_jax.policy.tensors import INDEX, WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
 from rpt_jax.policy.transformer import Transformer
+from rpt_jax.setup import load_start
 from tests.conftest import ROOT
 from tests.policy_reference import random_params
 
@@ -80,9 +81,12 @@ def test_a_foreign_policy_becomes_ours_and_foreign_again(theirs, tmp_path, capsy
     assert run(f"--from={theirs}", f"--to={tmp_path / 'new' / 'ours'}") == 0
     said = capsys.readouterr().out
     assert "a Hugging Face directory: it is now our policy" in said
-    assert "normalises texts (NFC)" in said and "40 of its 300 ids stand for no token" in said
+    assert (
+        "normalises texts (NFC)" in said and "40 of its 300 ids stand for no token; rpt_jax never samples them" in said
+    )
     ours = tmp_path / "new" / "ours"
-    tokenizer = load_tokenizer(ours)
+    policy, _, tokenizer = load_start(PolicyConfig(path=str(ours), preset=""), make_mesh(1, 1, 1))
+    assert policy.absent_ids == tuple(range(260, 300))
     assert load_shape(ours)[1] == tokenizer.fingerprint
     assert tokenizer.stop_ids == (258, 259) and tokenizer.normalizer == "NFC"
     assert tokenizer.token_bytes(tokenizer.encode("e\u0301")) == "e\u0301".encode()
@@ -240,7 +244,8 @@ def test_a_tied_head_may_be_there_if_it_is_the_embedding(theirs):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
-    shape = dataclasses.replace(SHAPE, layers=4, width=128, ffn=4096, vocab=4096)
+    # With a head of its own, so that large tensors follow each other outside of the layers, too.
+    shape = dataclasses.replace(SHAPE, layers=4, width=128, ffn=4096, vocab=4096, tied=False)
     params, largest = random_params(Transformer(shape), 0), 4096 * 128 * 4
     save_policy(tmp_path, shape, params, tmp_path / "tokenizer.json", "")
     shardings = parameter_shardings(Transformer(shape), make_mesh(1, 1, 1)) if sharded else None
@@ -248,7 +253,6 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
     peaks, read = [], tensors_module.Tensors.read
 
     def measured(self, name):
-        """The parameters themselves are memory of this device; nothing but tensors on their way may come on top."""
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.reset_peak()
         return read(self, name)
@@ -259,9 +263,7 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
         _, loaded, _ = load_policy(tmp_path, shardings)
     tracemalloc.stop()
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    # The embedding may share its memory with what was read.
-    bookkeeping = 2**17
-    assert max(peaks) < (1 + 2) * largest + bookkeeping and np.median(peaks) < (1 + 1.3) * largest
+    assert max(peaks) < 2 * largest
     if sharded:
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
 
@@ -271,6 +273,7 @@ import sys, jax, numpy as np
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
 from rpt_jax.policy import hf
 from rpt_jax.policy.transformer import Transformer
+from rpt_jax.setup import load_start
 shape, expected, _ = hf.load_policy(sys.argv[1])
 shardings = parameter_shardings(Transformer(shape), make_mesh(1, 4, 2))
 put, parts = hf._put, []

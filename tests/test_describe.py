@@ -94,8 +94,11 @@ def test_14b_memory_by_hand():
     assert found["bytes per device: Adam's two moments"] == 2 * share
     assert found["bytes per device: gradients, sum and microbatch's"] == 2 * share
     # Decoding wants whole what training splits over the eight devices of fsdp.
-    assert found["bytes per device: parameters laid out for decoding"] == 8 * share
-    assert found["bytes per device in all while sampling, at least"] == 12 * share + 51 * GIB
+    # Whole on every 8 devices: the layers' matrices in bfloat16, the rest in float32.
+    matrices = 48 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 13_824)
+    copy = 8 * share - 2 * matrices // 8
+    assert found["bytes per device: parameters laid out for decoding"] == copy
+    assert found["bytes per device in all while sampling, at least"] == 4 * share + copy + 51 * GIB
     # One prompt a device; of both its parts, the layers' inputs.
     other = 48 * 69_632 * 5120 * 2 + 65_536 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
     assert found["bytes per device: attention scores for the backward pass"] == 0
@@ -130,6 +133,15 @@ def test_every_config_is_described_on_any_machine(path: Path, devices: int):
         assert isinstance(row.value, str) or (row.value >= 0 and math.isfinite(row.value)), row
         for name in re.findall(r"\b[a-z]+\.[a-z_0-9]+\*?", row.fields):
             assert fnmatch.filter(names, name), f"{row.what} is derived from {name}, which is no field"
+
+
+def test_a_cold_start_is_pretraining_of_its_own():
+    """Its rows stand beside those of the run, which they leave as they are."""
+    suffix, rows = "; of the cold start", values(replaced(Experiment(), "cold_start", steps=7))
+    own = {what.removesuffix(suffix): rows.pop(what) for what in list(rows) if what.endswith(suffix)}
+    assert rows == values(Experiment())
+    alone = values(replaced(dataclasses.replace(Experiment(), task="pretrain"), "training", total_steps=7))
+    assert own.items() <= alone.items() and "FLOPs of all steps, at most" in own
 
 
 def test_pretraining_by_hand():
@@ -200,6 +212,28 @@ def test_several_minibatches_cost_another_forward_pass():
     one = values(PAPER, 64)
     assert found["FLOPs of the update: 8*N a token"] == pytest.approx(4 * one["FLOPs of sampling: 2*N a token"])
     assert found["FLOPs of the update: attention"] == pytest.approx(4 * one["FLOPs of sampling: attention"])
+
+
+def test_what_the_objective_adds_by_hand():
+    """A forward pass for KL; two of prompts and one of responses for information gain, whose average is kept; documents."""
+    one, n, parameters = values(PAPER, 64), 13_990_625_280, 14_770_033_664
+    objective = {"reward": "info_gain", "kl": "k3", "kl_weight": 1e-3, "document_weight": 0.1}
+    found = values(replaced(PAPER, "objective", **objective), 64)
+    assert found["FLOPs of the update: 8*N a token"] == pytest.approx(4 * one["FLOPs of sampling: 2*N a token"])
+    prompt, responses = (4096, 4096**2), (8 * 8192, 8 * 8192 * (4096 + 8192))
+    pairs = 4 * 48 * 40 * 128
+    reward = sum(passes * (2 * n * tokens + pairs * p) for passes, (tokens, p) in ((2, prompt), (1, responses)))
+    documents = 6 * n * 4096 + 3 * pairs * 4096**2
+    assert found["FLOPs of the reward: forward passes"] == pytest.approx(256 * reward)
+    assert found["FLOPs of the documents: 6*N a token, and attention"] == pytest.approx(256 * documents)
+    sampled = one["FLOPs of sampling: 2*N a token"] + one["FLOPs of sampling: attention"]
+    assert found["FLOPs of a step, at most"] == pytest.approx(5 * sampled + 256 * (reward + documents))
+    average = found["bytes per device: moving average of the parameters"]
+    assert average == found["bytes per device: parameters, and those of the start"] // 2
+    for use in ("while sampling", "in the update"):
+        name = f"bytes per device in all {use}, at least"
+        assert found[name] == one[name] + average
+    assert found["bytes of checkpoints on disk"] == 16 * parameters * PAPER.checkpoint.keep
 
 
 def test_warmup_and_decay_are_shown():

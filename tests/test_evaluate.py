@@ -232,6 +232,7 @@ def test_what_fills_up_a_batch_is_not_counted(choose):
         rollouts = types.SimpleNamespace(lengths_PxG=value + 2)
         return types.SimpleNamespace(reward_PxG=value, status_PxG=value + 1, rollouts=rollouts)
 
+    sample.weights = lambda params: params
     evaluator = types.SimpleNamespace(_sample=sample)
     reward, status, length = Evaluator.predictions(evaluator, None, Held([], [], chosen))
     expected = 10 * np.array([p.position for p in chosen.positions])[:, None] + np.arange(3)

@@ -52,6 +52,8 @@ class Clone:
             (self.root / script).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / script, self.root / script)
         (self.root / "requirements.txt").write_text("jax\n")
+        (self.root / "tests").mkdir()
+        (self.root / "tests" / "requirements.txt").write_text("torch\n")
         self.bin.mkdir()
         for tool in TOOLS:
             if found := shutil.which(tool):
@@ -149,6 +151,27 @@ def test_changed_requirements_are_installed_into_the_same_environment(clone: Clo
     assert clone.run("launch/local.sh")[0] == 7
     assert clone.installs() == 2
     assert (clone.venv / "added by the user").exists()
+
+
+def test_only_tests_need_the_requirements_of_tests(clone: Clone) -> None:
+    """They come on top of what a run needs, and a run neither misses nor removes them."""
+
+    def installed() -> list[bool]:
+        return [
+            f"{name}requirements.txt" in clone.calls.read_text().splitlines()[-1] for name in ("clone/", "clone/tests/")
+        ]
+
+    clone.run("launch/local.sh")
+    assert installed() == [True, False]
+    for _ in range(2):
+        clone.run("launch/test.sh")
+        clone.run("launch/local.sh")
+        assert clone.installs() == 2 and installed() == [True, True]
+    (clone.root / "tests" / "requirements.txt").write_text("torch\ntransformers\n")
+    clone.run("launch/local.sh")
+    assert clone.installs() == 2
+    clone.run("launch/test.sh")
+    assert clone.installs() == 3
 
 
 def test_interrupted_installation_is_made_anew(clone: Clone) -> None:

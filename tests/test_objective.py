@@ -1,4 +1,4 @@
-"""Advantages, log-probabilities, the loss and its gradient, each against its equation; and one update as a whole."""
+"""Log-probabilities, the gradient of a batch, and one update as a whole, each against its equation."""
 
 from __future__ import annotations
 
@@ -16,38 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpt_jax.objective import update
-from rpt_jax.objective.advantage import grpo_advantage, has_variance
-from rpt_jax.objective.logprobs import chosen_logprobs, over_token_chunks, scaled_logits, token_logprobs
-from rpt_jax.objective.loss import clipped_policy_loss
-from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, policy_gradient, update_policy
-from rpt_jax.policy.transformer import Params, head
+from rpt_jax.objective.logprobs import (
+    chosen_logprobs,
+    over_token_chunks,
+    scaled_logits,
+    token_logprobs,
+    token_logprobs_and_entropies,
+)
+from rpt_jax.objective.loss import Bounds
+from rpt_jax.objective.update import (
+    Documents,
+    TrainState,
+    UpdateBatch,
+    UpdateConfig,
+    document_gradient,
+    policy_gradient,
+    update_policy,
+)
+from rpt_jax.policy.transformer import Head, Params, head
 from tests import policy_reference as reference
 from tests.policy_reference import SHALLOW, SHAPE, random_params
-
-# --- advantages --------------------------------------------------------------------------------------
-
-
-def test_grpo_advantage():
-    rewards = np.array([[1, 0, 0, 0], [1, 1, 1, 0], [0.5, 2, -1, 0]], np.float32)
-    ours = grpo_advantage(jnp.asarray(rewards), 1e-6)
-    for reward, advantage in zip(rewards.astype(np.float64), ours, strict=True):
-        expected = [(r - reward.mean()) / (reward.std(ddof=1) + 1e-6) for r in reward]
-        np.testing.assert_allclose(advantage, expected, rtol=1e-5)
-    np.testing.assert_allclose(ours[0], [1.5, -0.5, -0.5, -0.5], rtol=1e-5)  # mean 1/4, std 1/2
-
-
-def test_grpo_advantage_of_equal_rewards_is_exactly_zero():
-    """Not nearly: what is not zero here is divided by epsilon."""
-    for samples in (2, 3, 7, 8):
-        rewards = np.array([[0.0] * samples, [1.0] * samples, [0.1] * samples], np.float32)
-        np.testing.assert_array_equal(grpo_advantage(jnp.asarray(rewards[:2]), 1e-6), 0.0)
-        assert not has_variance(jnp.asarray(rewards)).any()
-
-
-def test_has_variance():
-    rewards = jnp.array([[0.0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 0, 1]])
-    assert has_variance(rewards).tolist() == [False, False, True, True]
-
 
 # --- log-probabilities -------------------------------------------------------------------------------
 
@@ -62,7 +50,7 @@ def logprob_inputs(tokens: int, vocab: int = 11, width: int = 4):
 @settings(deadline=None, max_examples=12)
 def test_token_logprobs_for_any_chunk(tokens, chunk, temperature):
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(tokens)
-    ours = token_logprobs(head_VxD, hidden_MxD, tokens_M, temperature, chunk)
+    ours = token_logprobs(Head(head_VxD), hidden_MxD, tokens_M, temperature, chunk)
     logits = hidden_MxD.astype(np.float64) @ head_VxD.T.astype(np.float64) / temperature
     np.testing.assert_allclose(ours, reference.log_softmax(logits)[np.arange(tokens), tokens_M], atol=1e-5)
 
@@ -71,12 +59,32 @@ def test_the_head_is_float32_whatever_the_trunk():
     """With logits of a bfloat16 head "on-policy" would be off by about 1e-2."""
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(5, width=64)
     rounded = jnp.asarray(hidden_MxD, jnp.bfloat16)
-    logits = scaled_logits(head_VxD, rounded, 0.8)
+    logits = scaled_logits(Head(head_VxD), rounded, 0.8)
     assert logits.dtype == jnp.float32
     expected = np.asarray(rounded, np.float64) @ head_VxD.T.astype(np.float64) / 0.8
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     ours = chosen_logprobs(logits, tokens_M)
     np.testing.assert_allclose(ours, reference.log_softmax(expected)[np.arange(5), tokens_M], atol=1e-4)
+
+
+def test_absent_ids_have_no_probability():
+    """Not a little: none, for the others as if they did not exist; and padding of an absent id does no harm under a mask."""
+    head_VxD, hidden_MxD, _ = logprob_inputs(6)
+    absent_V = np.isin(np.arange(11), [0, 4, 9, 10])
+    head_VxD[absent_V] *= 100  # The likeliest by far, if they could be.
+    tokens_M, mask_M = np.array([1, 2, 3, 8, 0, 10], np.int32), np.array([1, 1, 1, 1, 0, 0], np.float32)
+
+    def loss(head_VxD, hidden_MxD):
+        logprobs_M = token_logprobs(Head(head_VxD, absent_V), hidden_MxD, tokens_M, 0.8, 4)
+        return jnp.sum(logprobs_M * mask_M), logprobs_M
+
+    grads, ours = jax.grad(loss, argnums=(0, 1), has_aux=True)(head_VxD, hidden_MxD)
+    logits = hidden_MxD.astype(np.float64) @ head_VxD[~absent_V].T.astype(np.float64) / 0.8
+    places = np.cumsum(~absent_V)[tokens_M] - 1
+    np.testing.assert_allclose(ours[:4], reference.log_softmax(logits)[np.arange(4), places[:4]], atol=1e-5)
+    assert (jnp.exp(ours[4:]) == 0).all() and all(jnp.isfinite(grad).all() for grad in grads)
+    assert (grads[0][absent_V] == 0).all() and (grads[0][~absent_V] != 0).all()
+    assert (jax.nn.softmax(scaled_logits(Head(head_VxD, absent_V), hidden_MxD, 0.8))[:, absent_V] == 0).all()
 
 
 def test_over_token_chunks_glues_any_tree_together():
@@ -110,81 +118,19 @@ def test_logits_exist_for_one_chunk_at_a_time():
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(64, vocab=97)
 
     def loss(head, hidden, chunk):
-        return token_logprobs(head, hidden, tokens_M, 0.8, chunk).sum()
+        return token_logprobs(Head(head), hidden, tokens_M, 0.8, chunk).sum()
 
     for chunk in (8, 64):
         program = jax.make_jaxpr(jax.grad(functools.partial(loss, chunk=chunk), argnums=(0, 1)))(head_VxD, hidden_MxD)
         assert largest_logits(program.jaxpr, 97) == chunk
 
 
-# --- the loss ----------------------------------------------------------------------------------------
-
-LOW, HIGH = 0.2, 0.3
-
-
-def loss_inputs():
-    """Ratios on both sides of both bounds with advantages of either sign, and a mask with holes."""
-    ratio = np.array([0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0])
-    old = np.random.default_rng(0).standard_normal(7) - 2
-    logprobs, old = (np.tile(x, (2, 1)) for x in (old + np.log(ratio), old))
-    mask = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0]], bool)
-    return logprobs.astype(np.float32), old.astype(np.float32), np.array([[1.5], [-0.7]], np.float32), mask
-
-
-def test_clipped_policy_loss():
-    logprobs, old, advantages, mask = loss_inputs()
-    loss = ratios = clipped = 0.0
-    for p, t in zip(*np.nonzero(mask), strict=True):
-        ratio = np.exp(float(logprobs[p, t]) - float(old[p, t]))
-        advantage = float(advantages[p, 0])
-        free, bounded = ratio * advantage, min(max(ratio, 1 - LOW), 1 + HIGH) * advantage
-        loss, ratios, clipped = loss - min(free, bounded), ratios + ratio, clipped + (bounded < free)
-    ours = clipped_policy_loss(logprobs, old, advantages, mask, LOW, HIGH)
-    np.testing.assert_allclose(ours, [loss, ratios, clipped], rtol=1e-5)
-    assert ours.clipped == 2 + 2  # Upwards with a positive advantage, downwards with a negative one.
-
-
-def test_gradient_of_the_clipped_policy_loss():
-    """-ratio · A where the clip does not bound the objective, and 0 where it does; the same by finite differences."""
-    logprobs, old, advantages, mask = loss_inputs()
-
-    def loss(logprobs):
-        return clipped_policy_loss(logprobs, old, advantages, mask, LOW, HIGH).loss
-
-    ratio = np.exp(logprobs - old)
-    stopped = np.where(advantages > 0, ratio > 1 + HIGH, ratio < 1 - LOW)
-    gradient = np.asarray(jax.grad(loss)(logprobs))
-    np.testing.assert_allclose(gradient, np.where(mask & ~stopped, -ratio * advantages, 0), rtol=1e-5)
-    for p, t in np.ndindex(logprobs.shape):
-        nudge = np.zeros_like(logprobs)
-        nudge[p, t] = 4e-3
-        slope = (loss(logprobs + nudge) - loss(logprobs - nudge)) / 8e-3
-        np.testing.assert_allclose(gradient[p, t], slope, atol=2e-3)
-
-
-@pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan, 1e30])
-def test_padding_may_hold_anything(poison):
-    logprobs, old, advantages, mask = loss_inputs()
-
-    def loss(logprobs, old):
-        return clipped_policy_loss(logprobs, old, advantages, mask, LOW, HIGH)
-
-    def spoil(x, value):
-        return jnp.where(mask, x, value)
-
-    clean = loss(logprobs, old)
-    for arguments in ((spoil(logprobs, poison), old), (logprobs, spoil(old, poison)), (spoil(logprobs, poison),) * 2):
-        arguments = arguments if arguments[0] is not arguments[1] else (arguments[0], spoil(old, poison))
-        np.testing.assert_array_equal(loss(*arguments), clean)
-        gradient = jax.grad(lambda *xs: loss(*xs).loss)(*arguments)
-        np.testing.assert_array_equal(gradient, jax.grad(lambda *xs: loss(*xs).loss)(logprobs, old))
-
-
 # --- the gradient of a batch -------------------------------------------------------------------------
 
+LOW, HIGH = 0.2, 0.3
 P, G, S, T = 8, 3, 6, 5
 ZERO_VARIANCE, UNCOUNTED = (1, 5), (2, 6)
-CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=16, temperature=0.8, clip_low=LOW, clip_high=HIGH)
+CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=16, temperature=0.8, bounds=Bounds(LOW, HIGH))
 gradient = jax.jit(policy_gradient, static_argnums=(0, 4))
 
 
@@ -219,34 +165,43 @@ class Dense(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def dense(params, batch) -> Callable[[np.ndarray, np.ndarray], Dense]:
-    """Return a function of (old_logprobs, counted_P): the equations over every full sequence on its own.
+def scores(batch) -> Callable[[Params], tuple[jax.Array, jax.Array]]:
+    """Return a function of the parameters: log-probabilities and entropies [P · G, T] of every full sequence on its own.
 
-    No prompt is shared, nothing is chunked or skipped, and the token mean is one division.
+    No prompt is shared, nothing is chunked or skipped.
     """
     sequences = np.zeros((P * G, 1, S + T), np.int32)
     for row, (p, g) in enumerate(np.ndindex(P, G)):
         sequence = [*batch.prompts_PxS[p, : batch.lengths_P[p]], *batch.tokens_PxGxT[p, g]]
         sequences[row, 0, : len(sequence)] = sequence
     places = np.repeat(batch.lengths_P, G)[:, None] + np.arange(T) - 1
-    tokens, mask = batch.tokens_PxGxT.reshape(-1, T), batch.mask_PxGxT.reshape(-1, T)
-    advantages = jnp.asarray(batch.advantages_PxG).reshape(-1, 1)
+    tokens = batch.tokens_PxGxT.reshape(-1, T)
 
-    def logprobs(params):
+    def score(params):
         positions = jnp.broadcast_to(jnp.arange(S + T, dtype=jnp.int32), sequences.shape)
         hidden, _ = SHALLOW.apply({"params": params}, sequences, positions)
-        logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(params)) / CONFIG.temperature
+        logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(SHALLOW, params).matrix_VxD) / CONFIG.temperature
         predicting = jnp.take_along_axis(logits, places[..., None], axis=1)
-        return jnp.take_along_axis(jax.nn.log_softmax(predicting), tokens[..., None], axis=2)[..., 0]
+        logprobs = jax.nn.log_softmax(predicting)
+        entropies = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return jnp.take_along_axis(logprobs, tokens[..., None], axis=2)[..., 0], entropies
+
+    return score
+
+
+@pytest.fixture(scope="module")
+def dense(params, batch, scores) -> Callable[[np.ndarray, np.ndarray], Dense]:
+    """Return a function of (old_logprobs, counted_P): the default's equations, where the token mean is one division."""
+    mask, advantages = batch.mask_PxGxT.reshape(-1, T), jnp.asarray(batch.advantages_PxG).reshape(-1, 1)
 
     def clipped(params, old, counted):
-        current = logprobs(params)
+        current = scores(params)[0]
         ratio = jnp.exp(current - old.reshape(-1, T))
         objective = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
         return -jnp.sum(objective * counted) / counted.sum(), current.reshape(P, G, T)
 
     def reinforce(params, counted):
-        return -jnp.sum(logprobs(params) * advantages * counted) / counted.sum()
+        return -jnp.sum(scores(params)[0] * advantages * counted) / counted.sum()
 
     @jax.jit
     def everything(old, counted_P):
@@ -361,6 +316,111 @@ def test_a_batch_without_anything_to_learn_has_no_gradient(params, batch, old):
         assert all(np.isfinite(value) for value in metrics.values()) and metrics["ratio/mean"] == 1.0
 
 
+# --- what is off by default ----------------------------------------------------------------------------
+
+
+OPTIONS = {
+    "gspo, masked": {"loss": "gspo", "aggregation": "sequence_mean", "importance": "mask"},
+    "cispo, k3, entropy": {
+        "loss": "cispo",
+        "aggregation": "constant",
+        "kl": "k3",
+        "kl_weight": 0.3,
+        "entropy_weight": 0.2,
+    },
+    "dual clip, truncated, k1": {"loss": "dual_clip", "importance": "truncate", "kl": "k1", "kl_weight": 0.1},
+    "reinforce, masked": {"loss": "reinforce", "importance": "mask", "entropy_weight": 0.1},
+}
+BAND, LIMIT = (0.7, 1.4), 9
+
+
+def objective(scores, params, batch, old, theirs, counted, options):
+    """The loss of one batch, written down once more: one sum over all counted tokens and one division."""
+    current, entropies = (x.reshape(P, G, T) for x in scores(params))
+    mask, advantages = batch.mask_PxGxT & counted[:, None, None], batch.advantages_PxG[..., None]
+    ratio, x = jnp.exp(current - old), jnp.where(mask, current, 0.0)
+    if options["loss"] == "gspo":
+        share = jnp.where(mask, current - old, 0.0)
+        ratio = jnp.exp(share.sum(-1, keepdims=True) / batch.mask_PxGxT.sum(-1, keepdims=True)) * jnp.ones(T)
+        # As in its paper every sequence counts once: its tokens share one gradient.
+        ratio = jax.lax.stop_gradient(ratio) * jnp.exp(share - jax.lax.stop_gradient(share))
+    bounded = jnp.clip(ratio, 1 - LOW, 1 + HIGH)
+    terms = -jnp.minimum(ratio * advantages, bounded * advantages)
+    if options["loss"] == "dual_clip":
+        terms = jnp.where(advantages < 0, jnp.minimum(terms, -3.0 * advantages), terms)
+    if options["loss"] in ("cispo", "reinforce"):
+        terms = -advantages * x * (jax.lax.stop_gradient(bounded) if options["loss"] == "cispo" else 1.0)
+    kept, importance = mask, jnp.exp(jnp.where(mask, old - batch.sampler_logprobs_PxGxT, 0.0))
+    if options.get("importance") == "truncate":
+        terms = terms * jnp.minimum(importance, BAND[1])
+    if options.get("importance") == "mask":
+        kept = mask & (importance > BAND[0]) & (importance < BAND[1])
+        terms = terms * importance
+    if options.get("kl"):
+        difference = current - theirs
+        k1 = jax.lax.stop_gradient(difference) * current
+        kl = k1 if options["kl"] == "k1" else jnp.exp(-difference) - 1 + difference
+        terms = terms + options["kl_weight"] * kl
+    terms = jnp.where(kept, terms - options.get("entropy_weight", 0) * entropies, 0.0)
+    if options.get("aggregation") == "sequence_mean":
+        per_sequence = terms.sum(-1) / jnp.maximum(kept.sum(-1), 1)
+        return per_sequence.sum() / kept.any(-1).sum()
+    return terms.sum() / (LIMIT * kept.any(-1).sum() if options.get("aggregation") == "constant" else kept.sum())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradient_of_every_option(params, batch, old, current, scores, name):
+    """In microbatches, and in another order of the groups: numerators add up, and one denominator divides.
+
+    Tokens that are rejected, of groups without variance too, and groups that do not count leave both.
+    """
+    rng = np.random.default_rng(4)
+    sampler = np.where(batch.mask_PxGxT, old + 0.4 * rng.standard_normal(old.shape), -np.inf).astype(np.float32)
+    batch = batch._replace(sampler_logprobs_PxGxT=sampler, counted_P=~np.isin(np.arange(P), UNCOUNTED))
+    reference_params = random_params(SHALLOW, 5)
+    theirs = scores(reference_params)[0].reshape(P, G, T)
+    loss = functools.partial(
+        objective, scores, batch=batch, old=old, theirs=theirs, counted=batch.counted_P, options=OPTIONS[name]
+    )
+    value, expected = jax.jit(jax.value_and_grad(loss))(params)
+    band = {"importance_low": BAND[0], "importance_high": BAND[1]}
+    options = CONFIG._replace(microbatch=2, response_limit=LIMIT, **band, **OPTIONS[name])
+    order = rng.permutation(P)
+    part = jax.tree.map(lambda x: x[order], batch)
+    grads, metrics = gradient(SHALLOW, params, part, old[order], options, reference_params)
+    assert_close(grads, expected)
+    if "k1" not in name:  # Whose value is not what its gradient is of.
+        np.testing.assert_allclose(metrics["loss/policy"], value, rtol=1e-4)
+    if options.importance == "mask":
+        assert 0.2 < metrics["importance/rejected"] < 0.8, "the example tests too little"
+
+
+def test_entropies():
+    """Against the definition, in chunks, with a token that cannot be drawn."""
+    head_VxD, hidden_MxD, tokens_M = logprob_inputs(7)
+    logprobs, entropies = token_logprobs_and_entropies(Head(head_VxD), hidden_MxD, tokens_M, 0.8, 3)
+    theirs = reference.log_softmax(hidden_MxD.astype(np.float64) @ head_VxD.T / 0.8)
+    np.testing.assert_allclose(entropies, -(np.exp(theirs) * theirs).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(logprobs, theirs[np.arange(7), tokens_M], atol=1e-4)
+
+
+def test_document_gradient(params):
+    """Equation 1 as a mean over all documents' tokens, whatever the microbatch and the padding."""
+    rng = np.random.default_rng(6)
+    tokens, lengths = rng.integers(0, SHAPE.vocab, (P, S + 1)).astype(np.int32), rng.integers(1, S + 1, P)
+    documents = jax.tree.map(jnp.asarray, Documents(tokens[:, :-1], tokens[:, 1:], np.arange(S) < lengths[:, None]))
+    total = 0.0
+    for row, length in zip(tokens, lengths, strict=True):
+        logits = reference.logits(params, SHALLOW.shape, row[:length].tolist())
+        total -= reference.log_softmax(logits)[np.arange(length), row[1 : length + 1]].sum()
+    learn = jax.jit(document_gradient, static_argnums=(0, 3))
+    results = [learn(SHALLOW, params, documents, CONFIG._replace(microbatch=m)) for m in (2, 8)]
+    for _, loss in results:
+        np.testing.assert_allclose(loss, total / lengths.sum(), rtol=1e-5)
+    assert_close(results[0][0], results[1][0])
+    assert optax.tree.norm(results[0][0]) > 0.1
+
+
 # --- the update --------------------------------------------------------------------------------------
 
 SGD = optax.sgd(0.5, momentum=0.9)  # State that must be carried along, and steps large enough to leave the old policy.
@@ -394,3 +454,19 @@ def test_two_minibatches_are_two_steps_against_the_sampler(params, batch, curren
     assert abs(steps[1]["ratio/mean"] - 1) > 1e-3
     for name in ("ratio/mean", "loss/policy"):
         np.testing.assert_allclose(metrics[name], np.mean([step[name] for step in steps]), rtol=1e-4, atol=1e-6)
+
+
+def test_documents_and_average(params, batch, current):
+    """λ times the documents' gradient is added; the average follows after the step, τ φ + (1 - τ) θ."""
+    tokens = np.arange(P * (S + 1)).reshape(P, S + 1).astype(np.int32) % SHAPE.vocab
+    documents = jax.tree.map(jnp.asarray, Documents(tokens[:, :-1], tokens[:, 1:], np.ones((P, S), bool)))
+    config = CONFIG._replace(document_weight=0.5, average_decay=0.75)
+    average = random_params(SHALLOW, 7)
+    begin = start(params)._replace(average=jax.tree.map(jnp.copy, average))
+    state, metrics = update_policy(SHALLOW, SGD, config, begin, batch._replace(documents=documents))
+    policy_part, _ = gradient(SHALLOW, params, batch, None, CONFIG)
+    document_part, loss = document_gradient(SHALLOW, params, documents, CONFIG)
+    stepped = jax.tree.map(lambda p, g, d: p - 0.5 * (g + 0.5 * d), params, policy_part, document_part)
+    assert_close(state.params, stepped)
+    assert_close(state.average, jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, stepped))
+    np.testing.assert_allclose(metrics["loss/document"], loss, rtol=1e-5)

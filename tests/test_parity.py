@@ -24,8 +24,8 @@ from rpt_jax.policy.rope import rope_frequencies
 from rpt_jax.policy.transformer import Transformer, head, prefill
 from rpt_jax.rollout.generate import generate
 
-torch = pytest.importorskip("torch", reason="a test requirement: pip install torch==2.13.0 transformers")
-transformers = pytest.importorskip("transformers", reason="a test requirement: pip install transformers")
+torch = pytest.importorskip("torch", reason="a requirement in tests/requirements.txt, which launch/test.sh installs")
+transformers = pytest.importorskip("transformers", reason="a requirement in tests/requirements.txt")
 
 ROPE_INIT_FUNCTIONS = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
 
@@ -107,7 +107,7 @@ def theirs(model, tokens: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="policy")
 def full_forward(policy: Transformer, params, tokens_NxS: jax.Array) -> jax.Array:
     hidden, _, _ = prefill(policy, params, tokens_NxS, jnp.full(tokens_NxS.shape[:1], tokens_NxS.shape[1]))
-    return jnp.einsum("nsd,vd->nsv", hidden, head(params))
+    return jnp.einsum("nsd,vd->nsv", hidden, head(policy, params).matrix_VxD)
 
 
 def assert_close(ours, expected, scale: float | None = None) -> None:

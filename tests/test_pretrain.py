@@ -6,11 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from rpt_jax.config import Experiment, PretrainConfig
+from rpt_jax.config import Experiment, PretrainConfig, PromptConfig
 from rpt_jax.data.cold_start import BOX, TraceWriter
 from rpt_jax.data.corpus import Document
-from rpt_jax.data.tokenizer import load_tokenizer
+from rpt_jax.data.positions import Position
+from rpt_jax.data.prompts import PromptBuilder
+from rpt_jax.data.tokenizer import END_THINK, load_tokenizer
 from rpt_jax.pretrain import ExampleMaker
 
 TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "configs" / "tiny")
@@ -19,9 +22,9 @@ DOCUMENT = (
 )
 
 
-def example(**changes: object) -> dict[str, np.ndarray]:
+def example(prompt: PromptConfig = PromptConfig(), **changes: object) -> dict[str, np.ndarray]:  # noqa: B008
     config = PretrainConfig(traces_per_document=6, rows_per_document=4, row_tokens=64)
-    experiment = Experiment(pretrain=dataclasses.replace(config, **changes))
+    experiment = Experiment(prompt=prompt, pretrain=dataclasses.replace(config, **changes))
     return ExampleMaker(experiment, TOKENIZER, [Document(DOCUMENT, "a")]).make(0, np.random.default_rng(0))
 
 
@@ -50,6 +53,43 @@ def test_traces_continue_their_prefix_of_the_document() -> None:
         prediction = trace["trace_targets"][-3:-2]  # Before the closing brace and the end.
         if b"=" not in TOKENIZER.token_bytes(trace["trace_targets"].tolist()):
             np.testing.assert_array_equal(prediction, arrays["inputs"][place : place + 1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "known"),
+    [
+        (PromptConfig(), True),
+        (PromptConfig(template="v0", open_think=False), False),
+        (PromptConfig(template="v0", max_tokens=512), True),
+        (PromptConfig(open_think=False), False),
+    ],
+    ids=["plain", "v0, spelled", "v0, opened", "nothing after the context"],
+)
+def test_a_trace_follows_the_prompt_that_asks_for_its_place(prompt: PromptConfig, known: bool) -> None:
+    """Token for token, in a template and for a tokenizer without <think>; what is learnt is the response, all of it."""
+    tokenizer = TOKENIZER if known else dataclasses.replace(TOKENIZER, think_id=-1, end_think_id=-1)
+    experiment = Experiment(prompt=dataclasses.replace(prompt, max_tokens=512), pretrain=PretrainConfig())
+    documents = [Document(DOCUMENT, "a")]
+    arrays = ExampleMaker(experiment, tokenizer, documents).make(0, np.random.default_rng(0))
+    builder, [ids] = PromptBuilder(experiment.prompt, tokenizer), tokenizer.encode_batch([DOCUMENT])
+    prompts = {}
+    for position in range(len(ids)):
+        built = builder.build(0, ids, Position(0, position, 1.0))
+        prompts[tuple(built.tokens_PxS[: built.lengths_P].tolist())] = built
+    for trace in segments(arrays):
+        asked, learnt = trace["trace_prefix"][0], trace["trace_mask"]
+        before = [*arrays["inputs"][:asked], *trace["trace_inputs"][: len(learnt) - learnt.sum() + 1]]
+        built = prompts[tuple(map(int, before))]
+        np.testing.assert_array_equal(trace["trace_position"], asked + np.arange(len(learnt)))
+        response = trace["trace_targets"][learnt]
+        spelled = [END_THINK.encode() if t == tokenizer.end_think_id else tokenizer.token_bytes([t]) for t in response]
+        _, ended, answer = b"".join(spelled).rpartition(END_THINK.encode())
+        predicted = answer.removeprefix(BOX.encode()).removesuffix(b"}")
+        assert ended and built.reference_PxR.tobytes().startswith(predicted) and built.boundaries_PxRp1[len(predicted)]
+        assert response[-1] == tokenizer.eos_id
+    first = len(builder.before) - 1
+    np.testing.assert_array_equal(arrays["targets"][arrays["mask"]], [*ids, tokenizer.eos_id])
+    assert not arrays["mask"][:first].any()
 
 
 def test_drills_stand_alone_and_their_question_is_given() -> None:

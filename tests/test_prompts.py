@@ -149,6 +149,8 @@ def test_reference_is_whole_tokens_and_their_borders(tokenizer, documents, limit
         assert prompt.reference_PxR.shape == (limit,) and prompt.boundaries_PxRp1.shape == (limit + 1,)
         assert prompt.reference_PxR[:stored].tobytes() == truth[:stored] and not prompt.reference_PxR[stored:].any()
         assert np.flatnonzero(prompt.boundaries_PxRp1).tolist() == ends
+        ids = documents[1][position : position + len(ends)]
+        assert prompt.reference_ids_PxR.tolist() == [*ids, *[0] * (limit - len(ids))]
         longest = max(longest, len(ends))
     assert longest >= min(limit, 10)
 
@@ -160,6 +162,7 @@ def test_nothing_beyond_a_special_token_is_a_reference(tokenizer):
     prompt = builder.build(0, [one, two, tokenizer.eos_id, one], Position(0, 1, 1.0))
     assert prompt.reference_PxR.tobytes() == b"2" + bytes(7)
     assert np.flatnonzero(prompt.boundaries_PxRp1).tolist() == [1]
+    assert np.flatnonzero(prompt.reference_ids_PxR).tolist() == [0]
 
 
 def test_own_templates():
@@ -305,7 +308,7 @@ def test_a_batch_is_its_prompts_stacked(stream, tokenizer, documents):
     singles = [builder.build(i, documents[d], Position(d, p, e)) for i, d, p, e in rows]
     assert_same_batches([stack(singles)], [batch])
     dtypes = [x.dtype for x in batch]
-    assert dtypes == [np.int32] * 3 + [np.uint8, bool] + [np.int32] * 2 + [np.float32]
+    assert dtypes == [np.int32] * 3 + [np.uint8, bool] + [np.int32] * 3 + [np.float32]
 
 
 def test_random_examples_are_a_function_of_seed_and_index():

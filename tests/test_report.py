@@ -108,7 +108,7 @@ def _run(workdir: Path, steps: int, every: int, splits: tuple[str, ...] = report
             line |= {
                 "reward/mean": 0.3 * step / steps + 0.02 * rng.uniform(),
                 "length/mean": 40.0 - rng.uniform(),
-                "length/truncated": 0.1 * rng.uniform(),
+                "ended/length": 0.1 * rng.uniform(),
             }
         if step % every == 0:
             line |= {f"eval/reasoning/{split}": DIRECT[split] * (1.1 - 1 / (1 + step)) for split in splits}
@@ -200,9 +200,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
         write_plots(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "key", ["reward/mean", "length/mean", "length/truncated", "eval/reasoning", "flops/train_total"]
-)
+@pytest.mark.parametrize("key", ["reward/mean", "length/mean", "ended/length", "eval/reasoning", "flops/train_total"])
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     path = _run(tmp_path, steps=2, every=1) / "metrics.jsonl"
     path.write_text(path.read_text().replace(key, "other"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,16 @@ def test_tokens_without_weight_are_never_drawn_where_sums_are_trees(monkeypatch)
         assert (tokens < 400).all() and (logits[tokens] > -1e29).all()
 
 
+def test_a_padded_vocabulary_is_never_drawn_where_sums_are_trees(monkeypatch):
+    """With the largest number there is, where rounding alone says that something is left behind the last token."""
+    monkeypatch.setattr(jnp, "cumsum", lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis))
+    rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms))
+    logits = rng.standard_normal((ROWS, 400)).astype(np.float32) * 2
+    absent = (np.arange(400) < 60) | (np.arange(400) >= rng.integers(200, 400, (ROWS, 1)))
+    tokens = np.asarray(tree(jnp.where(absent, -1e30, logits), jnp.full(ROWS, LAST)))
+    assert not absent[np.arange(ROWS), tokens].any()
+
+
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_the_ends_of_the_unit_interval(vocab):
     logits = np.zeros(vocab)
@@ -92,7 +104,10 @@ def test_the_ends_of_the_unit_interval(vocab):
 def test_noise_is_uniform_and_its_own_for_every_token():
     """4 x 8 x 64 tokens: all different, evenly spread, and independent of their neighbours in every direction."""
     keys = rollout_keys(jax.random.key(0), jnp.arange(4), 8)
-    uniforms = np.asarray(jax.vmap(uniform_at, in_axes=(None, 0), out_axes=-1)(keys, jnp.arange(64)))
+    numbers = jax.vmap(uniform_at, in_axes=(None, 0), out_axes=-1)(
+        keys.reshape(-1), jnp.tile(jnp.arange(64)[:, None], 32)
+    )
+    uniforms = np.asarray(numbers).reshape(4, 8, 64)
     assert uniforms.shape == (4, 8, 64) and len(np.unique(uniforms)) == uniforms.size
     assert scipy.stats.kstest(uniforms.ravel(), "uniform").pvalue > 1e-3
     for axis in range(3):
@@ -136,7 +151,7 @@ def assert_same(ours: Rollouts, expected: Rollouts) -> None:
     """The same token for token; the log-probabilities up to rounding, since other shapes add up in another order."""
     np.testing.assert_array_equal(ours.tokens_PxGxT, expected.tokens_PxGxT)
     np.testing.assert_array_equal(ours.lengths_PxG, expected.lengths_PxG)
-    np.testing.assert_array_equal(ours.stopped_PxG, expected.stopped_PxG)
+    np.testing.assert_array_equal(ours.ended_PxG, expected.ended_PxG)
     np.testing.assert_allclose(ours.logprobs_PxGxT, expected.logprobs_PxGxT, atol=1e-5)
 
 
@@ -155,21 +170,6 @@ def test_a_stop_token_ends_a_response(rollouts, endless):
     assert (rollouts.logprobs_PxGxT[mask] < 0).all() and (rollouts.logprobs_PxGxT[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("prompts", [7, 8])
-def test_what_is_left_of_a_batch_is_decoded_on_its_own(params, prompts):
-    """Prompts that end at different times: the batch shrinks under those that go on, where it can be halved."""
-    rows = np.arange(prompts) % P
-    batch = PROMPTS[rows], LENGTHS[rows], np.arange(prompts, dtype=np.int32)
-    key = jax.random.key(35)  # Lengths 3, 2, 3, 1, 6, T, 2, 6.
-    whole = roll(params, *batch, key, samples=1, stop_ids=())
-    ends = np.isin(whole.tokens_PxGxT, STOPS)
-    lengths, stopped = np.where(ends.any(-1), ends.argmax(-1) + 1, T), ends.any(-1)
-    assert len(set(lengths.ravel().tolist())) > 4 and not stopped.all(), "the fixture tests too little"
-    mask = np.arange(T) < lengths[..., None]
-    expected = Rollouts(whole.tokens_PxGxT * mask, lengths, whole.logprobs_PxGxT * mask, stopped)
-    assert_same(roll(params, *batch, key, samples=1), expected)
-
-
 def test_the_sampler_and_numpy_agree(params, rollouts):
     for p, g in np.ndindex(P, G):
         prompt, length = PROMPTS[p, : LENGTHS[p]], rollouts.lengths_PxG[p, g]
@@ -186,6 +186,23 @@ def test_the_sampler_and_the_trainer_agree(params, rollouts):
     trainer = jax.jit(response_logprobs, static_argnums=(0, 3, 4))(POLICY, params, batch, TEMPERATURE, 16)
     mask = rollouts.mask_PxGxT
     np.testing.assert_allclose(np.where(mask, trainer, 0), rollouts.logprobs_PxGxT, atol=1e-5)
+
+
+def test_absent_ids_are_neither_sampled_nor_scored(params):
+    """Of a hot sampler, which would draw each of them; the trainer knows of the same ones."""
+    absent = 0, 5, *range(40, SHAPE.vocab)
+    policy = dataclasses.replace(POLICY, absent_ids=absent)
+    arguments = params, PROMPTS, LENGTHS, IDS, KEY
+    ours = generate(policy, *arguments, samples=64, max_new_tokens=T, temperature=10.0, stop_ids=STOPS)
+    tokens, mask = jax.device_get((ours.tokens_PxGxT, ours.mask_PxGxT))
+    assert set(tokens[mask].tolist()) == set(range(SHAPE.vocab)) - set(absent)
+    batch = UpdateBatch(PROMPTS, LENGTHS, tokens, mask, ours.logprobs_PxGxT, None, None)
+    trainer = jax.jit(response_logprobs, static_argnums=(0, 3, 4))(policy, params, batch, 10.0, 16)
+    np.testing.assert_allclose(np.where(mask, trainer, 0), ours.logprobs_PxGxT, atol=1e-5)
+    shares = reference.softmax(reference.logits(params, SHAPE, PROMPTS[2])[-1] / 10)
+    first = tokens[2, :, 0]
+    expected = np.log(shares[first] / np.delete(shares, absent).sum())
+    np.testing.assert_allclose(ours.logprobs_PxGxT[2, :, 0], expected, atol=1e-5)
 
 
 def test_rollouts_follow_the_prompts_into_any_order(params, rollouts):

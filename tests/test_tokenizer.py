@@ -30,14 +30,14 @@ def spm(tmp_path_factory):
     return load_tokenizer(directory)
 
 
-def byte_level_bpe(**changes) -> dict:
+def byte_level_bpe(texts=TEXTS, **changes) -> dict:
     """A small tokenizer.json with everything in it that would change a text."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=True)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+        texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     )
     backend.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
     backend.add_tokens([tokenizers.AddedToken("<think>", lstrip=True), "</think>"])

@@ -74,6 +74,10 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
     assert "eval/reasoning/hard" in lines[0] and "eval/reasoning/hard" in lines[2] and "eval/reasoning/hard" in lines[5]
     assert all(line["mismatch/max"] < 1e-4 for line in lines[1:])
     assert lines[-1]["flops/train_total"] > lines[1]["flops/train_total"] > 0
+    rounds = [line["groups/rounds"] for line in lines[1:]]
+    assert rounds[:2] == [1, 1] and all(1 <= r <= 2 for r in rounds), "dynamic sampling begins in step 3"
+    thrown_away = [line["flops/discarded_total"] > 0 for line in lines[1:]]
+    assert thrown_away == [max(rounds[: i + 1]) > 1 for i in range(5)], "what replaced groups cost is counted"
 
     result = json.loads((finished / "result.json").read_text())
     for when in ("before", "after"):
@@ -159,6 +163,43 @@ def test_pretraining_resumes_and_exports_a_policy(tmp_path: Path, monkeypatch: p
     assert comparable(broken) == comparable(whole)
     for name in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (broken / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
+
+
+def test_a_cold_start_comes_first_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within it and right behind it; its metrics and its policy stand apart, and the run goes on from that policy."""
+    fields = SMALL | {
+        "cold_start.steps": 3,
+        "pretrain.documents_per_step": 2,
+        "pretrain.document_weight": 0.0,
+        "pretrain.rows_per_document": 2,
+        "training.total_steps": 1,
+        "optimizer.learning_rate": 0.0,  # The cold start has its own.
+        "checkpoint.every_steps": 1,
+    }
+    whole, broken, write, seen = tmp_path / "whole", tmp_path / "broken", MetricsWriter.write, []
+    main.run(experiment(**fields), whole)
+
+    def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
+        write(self, step, scalars)
+        seen.append(step if "loss/trace" in scalars else "rpt")
+        if len(seen) in (2, 5):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                main.run(experiment(**fields), broken)
+    assert seen == [1, 2, 2, 3, "rpt"] and not (broken / "cold_start" / "checkpoints").exists()
+    main.run(experiment(**fields), broken)
+    assert comparable(broken) == comparable(whole)
+    assert comparable(broken / "cold_start") == comparable(whole / "cold_start")
+    assert not any("loss/trace" in line for line in comparable(whole))
+    start, cold, end = (
+        (path / "model.safetensors").read_bytes()
+        for path in (ROOT / "configs" / "tiny", whole / "cold_start" / "policy", whole / "policy")
+    )
+    assert start != cold == end
 
 
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ def main(argv: list[str]) -> int:
     """Return the exit code: 0, or 2 where a sentence says what to mend."""
     # The first line of XLA's chatter would land in the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from rpt_jax.bench import compilation, data, policy
+    from rpt_jax.bench import compilation, data, policy, reward, rollout, update
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.metrics import table
 
-    benches = {"policy": policy, "compile": compilation, "data": data}
+    benches = {"rollout": rollout, "policy": policy, "compile": compilation, "data": data}
+    benches |= {"reward": reward, "update": update}
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.bench", description=__doc__.splitlines()[2])
     commands = parser.add_subparsers(dest="name", required=True)
     for name, module in benches.items():
@@ -40,9 +41,10 @@ def main(argv: list[str]) -> int:
     if options.json:
         figures = [dict(zip(columns, row, strict=True)) for row in rows]
         arguments = {k: str(v) for k, v in vars(options).items()}
-        options.json.write_text(
-            json.dumps({"machine": here, "options": arguments, "figures": figures}, indent=2) + "\n"
+        content = {"machine": here, "options": arguments, "figures": figures} | (
+            figures[0] if len(figures) == 1 else {}
         )
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 

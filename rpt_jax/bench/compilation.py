@@ -52,7 +52,7 @@ def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, in
     def loss(params: Params, tokens: jax.Array) -> jax.Array:
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         hidden = prefill(policy, params, tokens, lengths)[0].reshape(-1, w)
-        return -token_logprobs(head(params), hidden, tokens.reshape(-1), 1.0, 4096).mean()
+        return -token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, 4096).mean()
 
     start = time.perf_counter()
     lowered = jax.jit(jax.grad(loss)).lower(params, tokens)

@@ -30,10 +30,21 @@ _SHAPE = Shape(layers=6, width=384, heads=6, kv_heads=2, head_size=64, ffn=1024,
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_size", "ffn", "vocab")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """A preset, and sizes that differ from it."""
     parser.add_argument("--preset", help="a name in policy/presets.py; default: 6 layers of width 384, vocabulary 4096")
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of the preset's {name}")
+
+
+def chosen_shape(options: argparse.Namespace) -> Shape:
+    """The shape that `add_shape_options` asks for. Raises: UserError, for an unknown preset."""
+    shape = preset(options.preset) if options.preset else _SHAPE
+    return dataclasses.replace(shape, **{n: v for n in _SIZES if (v := getattr(options, n)) is not None})
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_shape_options(parser)
     parser.add_argument("--batch", type=int, default=64, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -46,8 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and the rows of the table. Raises: UserError, where a choice does not run here."""
-    shape = preset(options.preset) if options.preset else _SHAPE
-    shape = dataclasses.replace(shape, **{n: v for n in _SIZES if (v := getattr(options, n)) is not None})
+    shape = chosen_shape(options)
     policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), shape)
     mesh = make_mesh(-1, 1, 1)
     with use_mesh(mesh):
@@ -80,7 +90,7 @@ def policy_calls(
     def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         hidden, _, _ = prefill(policy, params, inputs, lengths)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return -token_logprobs(head(params), flat, targets.reshape(-1), 1.0, chunk).mean()
+        return -token_logprobs(head(policy, params), flat, targets.reshape(-1), 1.0, chunk).mean()
 
     forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
     fill = jax.jit(lambda params, inputs: prefill(policy, params, inputs, lengths)[1:])

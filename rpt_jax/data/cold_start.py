@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.data.tokenizer import END_THINK, Tokenizer
 
 BOX = "\\boxed{"
 
@@ -174,7 +174,7 @@ class TraceWriter:
         return BOX.encode() not in self._tokenizer.token_bytes([self._ids[position]])
 
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
-        """Return the response ids that reason at `position` (after the open <think>) and box the true continuation."""
+        """Return the response ids that reason at `position` and box the true continuation."""
         if position in self._calculations and rng.random() < self._share:
             trace = self._calculate(position)
             if len(trace) <= self._max_tokens:
@@ -205,4 +205,5 @@ class TraceWriter:
 
     def _close(self, reasoning: list[int], prediction: list[int]) -> list[int]:
         t = self._tokenizer
-        return [*reasoning, t.end_think_id, *t.encode(BOX), *prediction, *t.encode("}"), t.eos_id]
+        end_think = [t.end_think_id] if t.end_think_id >= 0 else t.encode(END_THINK)
+        return [*reasoning, *end_think, *t.encode(BOX), *prediction, *t.encode("}"), t.eos_id]

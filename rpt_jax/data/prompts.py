@@ -26,6 +26,7 @@ class PromptBatch(NamedTuple):
       ids_P: int32, the number of the prompt in the stream; fixes the noise of its samples.
       reference_PxR: uint8, how the document truly goes on; zeros after its last whole token.
       boundaries_PxRp1: bool, True at l where the first l reference bytes are whole tokens; False at 0.
+      reference_ids_PxR: int32, those tokens; zeros after the last.
       document_P, position_P, entropy_P: where the prompt is from.
     """
 
@@ -34,13 +35,17 @@ class PromptBatch(NamedTuple):
     ids_P: np.ndarray
     reference_PxR: np.ndarray
     boundaries_PxRp1: np.ndarray
+    reference_ids_PxR: np.ndarray
     document_P: np.ndarray
     position_P: np.ndarray
     entropy_P: np.ndarray
 
 
 class PromptBuilder:
-    """Builds prompts from slices of documents' ids; no text is ever tokenised twice. Can be pickled, for other processes."""
+    """Builds prompts from slices of documents' ids; no text is ever tokenised twice. Can be pickled.
+
+    `before` and `after` are the template's ids around a context.
+    """
 
     def __init__(self, config: PromptConfig, tokenizer: Tokenizer):
         """Raises: UserError, where the template is missing or malformed or leaves no room for a context."""
@@ -50,18 +55,18 @@ class PromptBuilder:
         last_V = self._bytes_VxX[np.arange(len(self._lengths_V)), np.maximum(self._lengths_V, 1) - 1]
         self._ends_line_V = last_V == ord("\n")
         before, after = read_template(config.template)
-        self._head, self._tail = tokenizer.encode(before), tokenizer.encode(after)
+        self.before, self.after = tokenizer.encode(before), tokenizer.encode(after)
         if config.chat_template:
             opening, closing = chat_ids(tokenizer)
-            self._head, self._tail = opening + self._head, self._tail + closing
-        if self._head[:1] != [tokenizer.bos_id]:  # Some chat templates have it.
-            self._head = [tokenizer.bos_id, *self._head]
+            self.before, self.after = opening + self.before, self.after + closing
+        if self.before[:1] != [tokenizer.bos_id]:  # Some chat templates have it.
+            self.before = [tokenizer.bos_id, *self.before]
         if config.open_think:
             if tokenizer.think_id < 0:
                 raise UserError("prompt.open_think=True needs a tokenizer with a <think> token; set it to False.")
-            if tokenizer.think_id not in self._tail:  # Some have that, too.
-                self._tail = [*self._tail, tokenizer.think_id]
-        self._room = self._size - len(self._head) - len(self._tail)
+            if tokenizer.think_id not in self.after:  # Some have that, too.
+                self.after = [*self.after, tokenizer.think_id]
+        self._room = self._size - len(self.before) - len(self.after)
         if self._room < 1:
             raise UserError(
                 f"prompt.max_tokens={self._size} leaves no room for a context: the template '{config.template}' alone "
@@ -71,14 +76,15 @@ class PromptBuilder:
     def build(self, prompt_id: int, ids: Sequence[int], position: Position) -> PromptBatch:
         """Return the prompt (arrays without the P axis) that asks for token `position` of the document `ids`."""
         at = position.position
-        tokens = [*self._head, *self._context(ids[:at]), *self._tail]
-        reference, boundaries = self._reference(ids[at:])
+        tokens = [*self.before, *self._context(ids[:at]), *self.after]
+        reference, boundaries, reference_ids = self._reference(ids[at:])
         return PromptBatch(
             tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._size - len(tokens))),
             lengths_P=np.int32(len(tokens)),
             ids_P=np.int32(prompt_id),
             reference_PxR=reference,
             boundaries_PxRp1=boundaries,
+            reference_ids_PxR=reference_ids,
             document_P=np.int32(position.document),
             position_P=np.int32(at),
             entropy_P=np.float32(position.entropy),
@@ -94,20 +100,20 @@ class PromptBuilder:
             kept = kept[ends[0] + 1 :] if len(ends) else kept
         return kept
 
-    def _reference(self, completion: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of the completion's first whole tokens that fit, and the borders between tokens (paper, L_gt)."""
+    def _reference(self, completion: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes of the completion's first whole tokens that fit, the borders between tokens (paper, L_gt), and their ids."""
         limit = self._reference_bytes
         reference, boundaries = np.zeros(limit, np.uint8), np.zeros(limit + 1, bool)
-        end = 0
-        for token in completion:
+        reference_ids, end = np.zeros(limit, np.int32), 0
+        for number, token in enumerate(completion):
             length = int(self._lengths_V[token])
             # A special token has no bytes: nothing that a prediction spells can go past it.
             if length == 0 or end + length > limit:
                 break
             reference[end : end + length] = self._bytes_VxX[token, :length]
             end += length
-            boundaries[end] = True
-        return reference, boundaries
+            boundaries[end], reference_ids[number] = True, token
+        return reference, boundaries, reference_ids
 
 
 def read_template(name: str) -> tuple[str, str]:

@@ -71,6 +71,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.pieces)
 
+    def absent_ids(self, size: int) -> tuple[int, ...]:
+        """Ids of a policy's vocabulary of `size` that stand for no token: `unused_ids`, and what it is padded with."""
+        return *sorted(self.unused_ids), *range(self.vocab_size, size)
+
     @functools.cached_property
     def byte_vocab(self) -> ByteVocab:
         lengths_V = np.array([len(piece) for piece in self.pieces], np.int32)

@@ -26,6 +26,12 @@ class BatchSize(NamedTuple):
     prompt_tokens: int
     response_tokens: int
 
+    def plus(self, other: BatchSize) -> BatchSize:
+        return BatchSize(self.prompt_tokens + other.prompt_tokens, self.response_tokens + other.response_tokens)
+
+
+_ONCE = BatchSize(1, 1)
+
 
 class Clock:
     """Splits a run's wall-clock into stages.
@@ -72,33 +78,45 @@ class Counters:
 
     Args:
       matmul_parameters: N.
+      passes: how often prompts, and how often responses, run forward before the update: to be sampled, and for rewards that ask
+        the policy once more.
+      update_forward: forward passes of the update beside the one that is differentiated.
     """
 
-    def __init__(self, matmul_parameters: int):
-        self._n = matmul_parameters
+    def __init__(self, matmul_parameters: int, passes: BatchSize = _ONCE, update_forward: int = 0):
+        self._n, self._passes, self._update = matmul_parameters, passes, 6.0 + 2.0 * update_forward
         self.generated = 0
         self.discarded = 0
         self.learnt = 0
         self.flops = 0.0
+        self.discarded_flops = 0.0
 
-    def count_rollouts(self, size: BatchSize) -> int:
-        """Count prompts that were prefilled once each and their responses; return the number of response tokens."""
+    def _rollout_flops(self, prompt_tokens: int, response_tokens: int) -> float:
+        tokens = self._passes.prompt_tokens * prompt_tokens + self._passes.response_tokens * response_tokens
+        return 2.0 * self._n * tokens
+
+    def count_rollouts(self, size: BatchSize) -> BatchSize:
+        """Count prompts that were prefilled once each and their responses; return `size`."""
         self.generated += size.response_tokens
-        self.flops += 2.0 * self._n * (size.prompt_tokens + size.response_tokens)
-        return size.response_tokens
+        self.flops += self._rollout_flops(*size)
+        return size
 
-    def count_update(self, size: BatchSize, processed: int, generated: int) -> None:
+    def count_update(self, size: BatchSize, processed: int, generated: BatchSize, document_tokens: int = 0) -> None:
         """Count one update.
 
         Args:
           size: of the batch that was learnt from.
           processed: response tokens of it that went through the trunk; groups without a gradient do not.
-          generated: response tokens of this step; more than the batch holds where dynamic sampling replaced groups.
+          generated: all of this step's rollouts; more than the batch holds where dynamic sampling replaced groups.
+          document_tokens: tokens of documents whose cross-entropy was learnt beside.
         """
-        self.discarded += generated - size.response_tokens
+        left = generated.prompt_tokens - size.prompt_tokens, generated.response_tokens - size.response_tokens
+        self.discarded += left[1]
+        self.discarded_flops += self._rollout_flops(*left)
         self.learnt += processed
         share = processed / max(size.response_tokens, 1)
-        self.flops += 6.0 * self._n * (share * size.prompt_tokens + processed)
+        self.flops += self._update * self._n * (share * size.prompt_tokens + processed)
+        self.flops += 6.0 * self._n * document_tokens
 
     def scalars(self) -> dict[str, float]:
         return {
@@ -106,6 +124,7 @@ class Counters:
             "tokens/discarded_total": self.discarded,
             "tokens/learnt_total": self.learnt,
             "flops/train_total": self.flops,
+            "flops/discarded_total": self.discarded_flops,
         }
 
     def state(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rpt_jax.infra.whole import write_whole
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 # What a run leaves in its workdir, and another would go on from or write over.
-_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy")
+_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy", "cold_start")
 
 
 @contextlib.contextmanager

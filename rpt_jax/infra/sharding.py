@@ -80,12 +80,16 @@ def parameter_shardings(policy: nn.Module, mesh: Mesh, table: Mapping[str, Axes]
     return jax.tree.map(_shortest, shardings)
 
 
-def decoding_layout(policy: nn.Module, mesh: Mesh) -> Callable[[Any], Any]:
-    """Return what moves parameters from where training keeps them to where decoding reads them, in one program."""
+def decoding_layout(policy: nn.Module, mesh: Mesh, convert: Callable[[Any], Any]) -> Callable[[Any], Any] | None:
+    """Return what moves parameters from where training keeps them to where decoding reads them, in one program.
+
+    `convert` is applied on the way. None, where neither changes anything.
+    """
     training, decoding = (parameter_shardings(policy, mesh, table) for table in (TRAINING, DECODING))
-    if training == decoding:
-        return lambda params: params
-    return jax.jit(lambda params: params, out_shardings=decoding)
+    abstract = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
+    if training == decoding and jax.eval_shape(convert, abstract) == abstract:
+        return None
+    return jax.jit(convert, out_shardings=decoding)
 
 
 def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:

@@ -11,8 +11,8 @@ The reading rule, where the paper says only "the last \\boxed{} following the sp
 * `\\boxed{}}` reads as `}`. Nothing is stripped.
 
 A response is read as a stream, one byte of every rollout per step, by a parser whose state is a few scalars. So
-memory does not depend on the longest token of the vocabulary, and the number of steps is the longest response in
-bytes (a token without bytes counts as one).
+memory does not depend on the longest token of the vocabulary. Reading begins where the answer may begin, at the last
+special token, and the number of steps is the longest answer in bytes (a token without bytes counts as one).
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class _Parser(NamedTuple):
     equal: jax.Array  # bool: and whether all of them are the reference's.
     prediction_size: jax.Array  # int32: `size` before the brace that ends the prediction, as far as one can tell,
     prediction_equal: jax.Array  # bool: and `equal` there.
+    start: jax.Array | None = None  # int32: the token that the last box begins with, -1 where none begins there.
 
 
 def _start() -> _Parser:
@@ -133,14 +134,15 @@ def _select(condition: jax.Array, chosen: _Parser, otherwise: _Parser) -> _Parse
 def _step(
     state: _Parser,
     tokens_T: jax.Array,
-    sizes_T: jax.Array,
     length: jax.Array,
     reference_R: jax.Array,
     vocab_bytes_VxX: jax.Array,
+    vocab_lengths_V: jax.Array,
     end_of_thinking_id: jax.Array,
 ) -> _Parser:
     """Read the next byte of one rollout. A token without bytes takes a step too: it may be the marker."""
-    token, size = tokens_T[state.token], sizes_T[state.token]
+    token = tokens_T[state.token]
+    size = jnp.where((token >= 0) & (token < vocab_lengths_V.shape[0]), vocab_lengths_V[token], 0)
     byte = vocab_bytes_VxX[token, state.offset].astype(jnp.int32)
     live = state.token < length  # While others read on; past the end an index would repeat the last token.
 
@@ -149,11 +151,48 @@ def _step(
     marker = special | (read.think_matched == len(_THINK_END))
     read = _select(marker, _end_thinking(read), read)
 
-    more = state.offset + 1 < size
+    more = live & (state.offset + 1 < size)
+    if state.start is not None:
+        opens = live & (state.offset < size) & (read.size == 0)
+        read = read._replace(start=jnp.where(opens, jnp.where(more, -1, state.token + 1), state.start))
     return read._replace(
-        token=jnp.where(more, state.token, state.token + 1),
+        token=jnp.where(more | ~live, state.token, state.token + 1),
         offset=jnp.where(more, state.offset + 1, 0),
     )
+
+
+class BoxReader(NamedTuple):
+    """How far the box in each of M unfinished responses has been read, a token at a time.
+
+    Attributes:
+      closed: bool, the answer's box is closed: by the brace that balances it, and `\\boxed{}` only once it is clear that its
+        brace is not what it holds.
+    """
+
+    parser: _Parser
+    closed: jax.Array
+
+    @classmethod
+    def start(cls, rows: int) -> BoxReader:
+        """Nothing read yet of `rows` responses."""
+        parser = jax.tree.map(lambda x: jnp.full((rows,), x), _start())
+        return cls(parser, jnp.zeros(rows, bool))
+
+
+def read_box(
+    reader: BoxReader, token_M: jax.Array, bytes_VxX: jax.Array, lengths_V: jax.Array, end_of_thinking_id: int
+) -> BoxReader:
+    """Read one more token of each response."""
+
+    def one(state: _Parser, token: jax.Array) -> _Parser:
+        ignored_R = jnp.zeros(1, jnp.int32)  # There is nothing to compare with.
+        args = token[None], jnp.int32(1), ignored_R, bytes_VxX, lengths_V, end_of_thinking_id
+        begin = state._replace(token=jnp.int32(0), offset=jnp.int32(0))
+        return jax.lax.while_loop(lambda s: s.token < 1, lambda s: _step(s, *args), begin)
+
+    parser = jax.vmap(one)(reader.parser, token_M)
+    undecided = (parser.prediction_size == 0) & (parser.size == 1)
+    return BoxReader(parser, (parser.depth == 0) & (parser.prediction_size >= 0) & ~undecided)
 
 
 def _judge(state: _Parser, stopped: jax.Array, boundaries_Rp1: jax.Array) -> jax.Array:
@@ -198,17 +237,91 @@ def prefix_match_reward(
     Returns:
         reward_PxG (float32, 0 or 1) and status_PxG (int32).
     """
-    live_PxGxT = jax.lax.broadcasted_iota(jnp.int32, tokens_PxGxT.shape, 2) < lengths_PxG[..., None]
-    known_PxGxT = live_PxGxT & (tokens_PxGxT >= 0) & (tokens_PxGxT < vocab_lengths_V.shape[0])
-    sizes_PxGxT = jnp.where(known_PxGxT, vocab_lengths_V[tokens_PxGxT], 0)
-    steps = jnp.max(jnp.sum(jnp.where(live_PxGxT, jnp.maximum(sizes_PxGxT, 1), 0), axis=-1))
-
-    step_G = jax.vmap(_step, in_axes=(0, 0, 0, 0, None, None, None))
-    step_PxG = jax.vmap(step_G, in_axes=(0, 0, 0, 0, 0, None, None))
-    arguments = (tokens_PxGxT, sizes_PxGxT, lengths_PxG, reference_PxR, vocab_bytes_VxX, end_of_thinking_id)
-    start_PxG = jax.tree.map(lambda x: jnp.broadcast_to(x, lengths_PxG.shape), _start())
-    state_PxG = jax.lax.fori_loop(0, steps, lambda _, state: step_PxG(state, *arguments), start_PxG)
-
+    responses = tokens_PxGxT, lengths_PxG, stopped_PxG, reference_PxR
+    state_PxG = _read(_start(), *responses, vocab_bytes_VxX, vocab_lengths_V, end_of_thinking_id)
     judge_PxG = jax.vmap(jax.vmap(_judge, in_axes=(0, 0, None)))
     status_PxG = judge_PxG(state_PxG, stopped_PxG, boundaries_PxRp1)
     return (status_PxG == Status.CORRECT).astype(jnp.float32), status_PxG
+
+
+@jax.jit
+def predicted_first_token(
+    tokens_PxGxT: jax.Array,
+    lengths_PxG: jax.Array,
+    stopped_PxG: jax.Array,
+    vocab_bytes_VxX: jax.Array,
+    vocab_lengths_V: jax.Array,
+    end_of_thinking_id: int | jax.Array,
+) -> jax.Array:
+    """Return the first token of every prediction, as the response has it: int32 [P, G], the y[0] of the paper's Appendix A.
+
+    -1 where a response is not finished, predicts nothing, or has no token that begins with the box and ends within it. The
+    arguments are those of `prefix_match_reward`.
+    """
+    nothing_Px1 = jnp.zeros((tokens_PxGxT.shape[0], 1), jnp.uint8)
+    responses = tokens_PxGxT, lengths_PxG, stopped_PxG, nothing_Px1
+    start = _start()._replace(start=jnp.int32(-1))
+    state_PxG = _read(start, *responses, vocab_bytes_VxX, vocab_lengths_V, end_of_thinking_id)
+    at_PxGx1 = jnp.clip(state_PxG.start, 0, tokens_PxGxT.shape[-1] - 1)[..., None]
+    first_PxG = jnp.take_along_axis(tokens_PxGxT, at_PxGx1, axis=-1)[..., 0]
+    known_PxG = (first_PxG >= 0) & (first_PxG < vocab_lengths_V.shape[0])
+    size_PxG = jnp.where(known_PxG, vocab_lengths_V[first_PxG], 0)
+    within_PxG = (state_PxG.start >= 0) & (size_PxG > 0) & (size_PxG <= state_PxG.prediction_size)
+    return jnp.where(stopped_PxG & within_PxG, first_PxG, -1)
+
+
+def _read(
+    start: _Parser,
+    tokens_PxGxT: jax.Array,
+    lengths_PxG: jax.Array,
+    stopped_PxG: jax.Array,
+    reference_PxR: jax.Array,
+    vocab_bytes_VxX: jax.Array,
+    vocab_lengths_V: jax.Array,
+    end_of_thinking_id: int | jax.Array,
+) -> _Parser:
+    """Read every finished response to its end; of the others nothing is asked."""
+    lengths_PxG = jnp.where(stopped_PxG, lengths_PxG, 0)
+    vocab = vocab_bytes_VxX, vocab_lengths_V, end_of_thinking_id
+    start_PxG = jax.tree.map(lambda x: jnp.broadcast_to(x, lengths_PxG.shape), start)
+    start_PxG = start_PxG._replace(token=_first_to_read(tokens_PxGxT, lengths_PxG, *vocab))
+    step_G = jax.vmap(_step, in_axes=(0, 0, 0, None, None, None, None))
+    step_PxG = jax.vmap(step_G, in_axes=(0, 0, 0, 0, None, None, None))
+    return jax.lax.while_loop(
+        lambda state: jnp.any(state.token < lengths_PxG),
+        lambda state: step_PxG(state, tokens_PxGxT, lengths_PxG, reference_PxR, *vocab),
+        start_PxG,
+    )
+
+
+def _first_to_read(
+    tokens_PxGxT: jax.Array,
+    lengths_PxG: jax.Array,
+    vocab_bytes_VxX: jax.Array,
+    vocab_lengths_V: jax.Array,
+    end_of_thinking_id: int | jax.Array,
+) -> jax.Array:
+    """Return the token of every response before which nothing can matter, int32 [P, G].
+
+    That is the last special marker: the parser forgets there what came before. A response without one can only spell it, and
+    not before its first `<`.
+    """
+    length = tokens_PxGxT.shape[-1]
+    places_PxGxT = jax.lax.broadcasted_iota(jnp.int32, tokens_PxGxT.shape, 2)
+    live_PxGxT = places_PxGxT < lengths_PxG[..., None]
+    special_PxGxT = live_PxGxT & (tokens_PxGxT == end_of_thinking_id) & (tokens_PxGxT >= 0)
+    last_PxG = jnp.max(jnp.where(special_PxGxT, places_PxGxT, -1), axis=-1)
+
+    def first_that_may_spell() -> jax.Array:
+        real_VxX = jnp.arange(vocab_bytes_VxX.shape[1]) < vocab_lengths_V[:, None]
+        begins_V = jnp.any((vocab_bytes_VxX == _THINK_END[0]) & real_VxX, axis=1)
+        known_PxGxT = live_PxGxT & (tokens_PxGxT >= 0) & (tokens_PxGxT < vocab_lengths_V.shape[0])
+        return jnp.min(jnp.where(known_PxGxT & begins_V[tokens_PxGxT], places_PxGxT, length), axis=-1)
+
+    # Looking every token up takes longer than all the rest, and hardly a batch needs it.
+    spelt_PxG = jax.lax.cond(
+        jnp.any((last_PxG < 0) & (lengths_PxG > 0)),
+        first_that_may_spell,
+        lambda: jnp.full(lengths_PxG.shape, length, jnp.int32),
+    )
+    return jnp.where(last_PxG >= 0, last_PxG, spelt_PxG)

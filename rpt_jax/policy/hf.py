@@ -130,9 +130,19 @@ def load_policy(source: str | Path, shardings: Any = None) -> tuple[Shape, Param
 
 
 def _put(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    """Put a tensor where it belongs, in memory of its own.
+
+    On the CPU, JAX makes arrays of NumPy's own memory where it can, and lets go of that only in the call after the array's
+    end: without the copy, a tensor would still be there while the next one is read.
+    """
     if sharding is None:
         return jnp.asarray(tensor)
-    return jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
+    return jax.block_until_ready(
+        _copy(jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index]))
+    )
+
+
+_copy = jax.jit(jnp.copy)
 
 
 def _on_disk(sharding: NamedSharding, inputs: int) -> NamedSharding:

@@ -13,11 +13,12 @@ and the trunk of a training step runs over S + G·T tokens a prompt instead of G
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from rpt_jax.policy.attention import Context, KeyValues, attend
@@ -25,7 +26,8 @@ from rpt_jax.policy.presets import Shape
 from rpt_jax.policy.rope import Scaling, rope_frequencies
 
 Params = dict[str, Any]
-_UNROLLED_LAYERS = 6
+UNROLLED_LAYERS = 6
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 # What a layer keeps for its backward pass, by the names of `policy.remat`: the results of its projections (attention is run
 # again: its scores are what takes memory), or nothing but its input. Under "none" it keeps everything.
 _REMAT = {
@@ -95,17 +97,21 @@ class Layer(nn.Module):
         kvs: tuple[KeyValues, ...],
         ranges: tuple[tuple[jax.Array | None, jax.Array | None], ...],
         rotary: tuple[jax.Array, jax.Array],
+        look: Callable[[jax.Array, KeyValues], jax.Array] | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        """Return the residual stream after this layer, and this layer's keys and values of the new tokens."""
+        """Return the residual stream after this layer, and this layer's keys and values of the new tokens.
+
+        `look`, of queries and new keys, takes the place of attention over `kvs`: for caches laid out in another way.
+        """
         s = self.shape
         scale = self._constant("attention_norm", (s.width,), (None,), 1.0)
-        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, ranges, rotary)
+        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, ranges, rotary, look)
         x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD + y, ("prompt", None, None, None))
         scale = self._constant("ffn_norm", (s.width,), (None,), 1.0)
         x_NxGxQxD = x_NxGxQxD + self._ffn(rms_norm(x_NxGxQxD, scale, s.norm_epsilon))
         return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None)), kv
 
-    def _attention(self, x_NxGxQxD, kvs, ranges, rotary) -> tuple[jax.Array, KeyValues]:
+    def _attention(self, x_NxGxQxD, kvs, ranges, rotary, look) -> tuple[jax.Array, KeyValues]:
         s, group = self.shape, self.shape.heads // self.shape.kv_heads
         wq = self._weight("q", (s.width, s.kv_heads, group, s.head_size), ("width", "kv_heads", None, None), s.width)
         wk = self._weight("k", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
@@ -128,8 +134,11 @@ class Layer(nn.Module):
         q, k = rotate(q, cos[:, :, :, None], sin[:, :, :, None]), rotate(k, cos, sin)
         q, k, v = (nn.with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
         new = KeyValues(k, v)
-        contexts = [Context(kv, *seen) for kv, seen in zip((*kvs, new), ranges, strict=True)]
-        out_NxKxGxRxQxC = attend(q, contexts, self.attention)
+        if look is None:
+            contexts = [Context(kv, *seen) for kv, seen in zip((*kvs, new), ranges, strict=True)]
+            out_NxKxGxRxQxC = attend(q, contexts, self.attention)
+        else:
+            out_NxKxGxRxQxC = look(q, new)
         return project(out_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5), wo, axes=3), new
 
     def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
@@ -148,6 +157,7 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "reference"
+    absent_ids: tuple[int, ...] = ()  # Of the vocabulary, those that stand for no token: padding, for the most part.
 
     @nn.compact
     def __call__(
@@ -173,13 +183,10 @@ class Transformer(nn.Module):
         embedding_VxD = self.param("embedding", init, (s.vocab, s.width), jnp.float32)
         if not s.tied:
             self.param("head", init, (s.vocab, s.width), jnp.float32)
-        # Left to itself, XLA splits what is looked up by width, as the table is, and finds no way from there to prompts.
-        table_VxD = nn.with_logical_constraint(embedding_VxD, ("vocab", None))
-        x_NxGxQxD = table_VxD[tokens_NxGxQ].astype(self.dtype)
-        x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
+        x_NxGxQxD = embed({"embedding": embedding_VxD}, tokens_NxGxQ, self.dtype)
         rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base, s.rope_scaling)
         since_NxGxQ = None if segments_NxGxQ is None else segment_starts(segments_NxGxQ)
-        layer, unrolled = Layer, s.layers <= _UNROLLED_LAYERS
+        layer, unrolled = Layer, s.layers <= UNROLLED_LAYERS
         if self.remat != "none":
             # In a loop XLA cannot undo the recomputation, and the barriers against that would only cost.
             layer = nn.remat(Layer, policy=_REMAT[self.remat], prevent_cse=unrolled)
@@ -200,10 +207,38 @@ class Transformer(nn.Module):
         return rms_norm(x_NxGxQxD, scale, s.norm_epsilon), new
 
 
-def head(params: Params) -> jax.Array:
-    """Return the output matrix [V, D] in float32: its own, or the embedding where they are tied."""
+def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
+    """Look tokens up in the embedding, [N, G, Q, D]."""
+    # Left to itself, XLA splits what is looked up by width, as the table is, and finds no way from there to prompts.
+    table_VxD = nn.with_logical_constraint(params["embedding"], ("vocab", None))
+    x_NxGxQxD = table_VxD[tokens_NxGxQ].astype(dtype)
+    return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
+
+
+def in_compute_dtype(policy: Transformer, params: Params) -> Params:
+    """Parameters as decoding reads them: the layers' matrices in the dtype to which each layer would round them anyway."""
+    layers = {k: x.astype(policy.dtype) if k in _MATRICES else x for k, x in params["layers"].items()}
+    return params | {"layers": layers}
+
+
+class Head(NamedTuple):
+    """What makes logits of hidden states.
+
+    Attributes:
+      matrix_VxD: float32.
+      absent_V: bool, ids that stand for no token and have no probability; None where all do.
+    """
+
+    matrix_VxD: jax.Array
+    absent_V: np.ndarray | None = None
+
+
+def head(policy: Transformer, params: Params) -> Head:
+    """Return the policy's head; its matrix is its own, or the embedding where they are tied."""
     # Hidden states are split by prompt alone: without this, XLA would split them by width, as the matrix is.
-    return nn.with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
+    matrix_VxD = nn.with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
+    absent = policy.absent_ids
+    return Head(matrix_VxD, np.isin(np.arange(policy.shape.vocab), absent) if absent else None)
 
 
 def prefill(

@@ -1,79 +1,38 @@
-"""Rollouts: prefill once per prompt, then decode all samples in one loop on the device."""
+"""Rollouts: sample responses to prompts, on every data-parallel replica its own share.
+
+What prompts have in common is prefilled once (prefill.py), then all samples are decoded in one program (engine.py).
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import PartitionSpec
 
-from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
-from rpt_jax.policy.attention import Context, KeyValues
-from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, uniform_at
+from rpt_jax.policy.transformer import Params, Transformer
+from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
+from rpt_jax.rollout.prefill import Prompts, separate, share_prefixes
 
-
-class Rollouts(NamedTuple):
-    """G sampled responses to each of P prompts.
-
-    Attributes:
-      tokens_PxGxT: int32 ids; after `lengths` zeros.
-      lengths_PxG: int32 number of response tokens, the stop token included.
-      logprobs_PxGxT: float32 log-probability of each token at the sampling temperature, zero after `lengths`.
-      stopped_PxG: bool, True where a stop token ended the response and False where the length limit did.
-    """
-
-    tokens_PxGxT: jax.Array
-    lengths_PxG: jax.Array
-    logprobs_PxGxT: jax.Array
-    stopped_PxG: jax.Array
-
-    @property
-    def mask_PxGxT(self) -> jax.Array:
-        """True for response tokens, up to and including the stop token."""
-        return jnp.arange(self.tokens_PxGxT.shape[-1]) < self.lengths_PxG[..., None]
+__all__ = ["Decoding", "Ended", "Prompts", "Rollouts", "Work", "generate", "sample_rollouts"]
 
 
-class _Live(NamedTuple):
-    """The part of the batch that is still being decoded, and how far it is."""
-
-    step: jax.Array
-    prompt: Context
-    lengths_P: jax.Array
-    keys_PxG: jax.Array
-    rollouts: Rollouts
-    hidden_PxGxD: jax.Array
-    past: KeyValues
-
-    def take(self, rows: jax.Array) -> _Live:
-        """Return the prompts `rows` of it."""
-        by_layer = jax.tree.map(lambda x: x[:, rows], (self.prompt.kv, self.past))
-        lengths, keys, rollouts, hidden = jax.tree.map(
-            lambda x: x[rows], (self.lengths_P, self.keys_PxG, self.rollouts, self.hidden_PxGxD)
-        )
-        prompt = Context(by_layer[0], end_NxGxQ=self.prompt.end_NxGxQ[rows])
-        return _Live(self.step, prompt, lengths, keys, rollouts, hidden, by_layer[1])
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "samples", "max_new_tokens", "temperature", "stop_ids"))
 def generate(
     policy: Transformer,
     params: Params,
-    prompts_PxS: jax.Array,
-    lengths_P: jax.Array,
-    prompt_ids_P: jax.Array,
+    prompts_PxS: np.ndarray | jax.Array,
+    lengths_P: np.ndarray | jax.Array,
+    prompt_ids_P: np.ndarray | jax.Array,
     key: jax.Array,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    stop_ids: tuple[int, ...],
+    **decoding: Any,
 ) -> Rollouts:
-    """Sample `samples` responses to each prompt.
+    """Sample responses to prompts of token ids, [P, G]: `sample_rollouts`, which finds out what they have in common.
 
-    The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
-    any order of the prompts and any batch they are part of.
+    What that is decides on the shapes that are compiled for. To compile once whatever comes, call `sample_rollouts` itself.
 
     Args:
       policy, params: the decoder and its parameters.
@@ -81,77 +40,61 @@ def generate(
       lengths_P: int32 prompt lengths, at least 1.
       prompt_ids_P: int32, tells prompts apart for the noise.
       key: fold_in(run's key, step).
-      samples: G.
-      max_new_tokens: T, the length limit.
-      temperature: above 0.
-      stop_ids: tokens that end a response; none, and every response is T long.
+      decoding: the fields of `Decoding`.
     """
-    _, prompt, hidden_PxD = prefill(policy, params, prompts_PxS, lengths_P)
-    size = prompts_PxS.shape[0]
-    live = _Live(
-        step=jnp.int32(0),
-        prompt=prompt,
-        lengths_P=lengths_P,
-        keys_PxG=rollout_keys(key, prompt_ids_P, samples),
-        rollouts=_empty(size, samples, max_new_tokens),
-        hidden_PxGxD=jnp.broadcast_to(hidden_PxD[:, None], (size, samples, hidden_PxD.shape[1])),
-        past=jax.tree.map(
-            lambda kv: jnp.zeros((*kv.shape[:3], samples, max_new_tokens, kv.shape[-1]), kv.dtype), prompt.kv
-        ),
-    )
-    decode = functools.partial(_decode, policy, params, temperature, stop_ids)
-    rollouts, rows_P = live.rollouts, jnp.arange(size)
-    # Most responses are short and few are long: what is left is decoded in a batch of half the size, twice at most.
-    sizes = [size >> i for i in range(3) if size % (1 << i) == 0]
-    for size, enough in zip(sizes, [*sizes[1:], 0], strict=True):
-        if size < rows_P.shape[0]:
-            unfinished_first = jnp.argsort(live.rollouts.stopped_PxG.all(axis=1), stable=True)[:size]
-            live, rows_P = live.take(unfinished_first), rows_P[unfinished_first]
-        live = jax.lax.while_loop(functools.partial(_more_than, enough), decode, live)
-        rollouts = jax.tree.map(lambda x, y, rows=rows_P: x.at[rows].set(y), rollouts, live.rollouts)
-    return rollouts
+    prompts, index_P = share_prefixes(*(np.asarray(x) for x in (prompts_PxS, lengths_P, prompt_ids_P)))
+    if len(prompts.lengths_N) % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _replica_axes()):
+        prompts, index_P = separate(prompts_PxS, lengths_P, prompt_ids_P), np.arange(len(lengths_P))
+    rollouts, _ = sample_rollouts(policy, params, prompts, key, Decoding(**decoding))
+    return jax.tree.map(lambda x: x[index_P], rollouts)
 
 
-def _more_than(prompts: int, live: _Live) -> jax.Array:
-    unfinished = ~live.rollouts.stopped_PxG.all(axis=1)
-    return (live.step < live.rollouts.tokens_PxGxT.shape[-1]) & (unfinished.sum() > prompts)
+@functools.partial(jax.jit, static_argnames=("policy", "decoding"))
+def sample_rollouts(
+    policy: Transformer,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    decoding: Decoding,
+    vocab: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[Rollouts, Work]:
+    """Sample G responses to each of the P = N·J prompts.
+
+    The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
+    any order of the prompts, any batch they are part of, any number of slots and devices, and whatever is prefilled together.
+
+    On a mesh, the devices that share prompts (axis "tensor") are a replica: it has its own part of the N roots and of the
+    slots, and its loop ends with its own last rollout.
+
+    Args:
+      vocab: bytes [V, X] and lengths [V] of the tokens, where responses are to end at their box; else None.
+
+    Returns: the rollouts (empty where there is no prompt), and what decoding them took.
+    """
+    axes = _replica_axes()
+    if not axes:
+        return decode_all(policy, params, prompts, key, vocab, decoding)
+    replicas = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    decoding = decoding._replace(slots=-(-decoding.slots // replicas))
+
+    def of_one_replica(params: Params, prompts: Prompts, *others: Any) -> tuple[Rollouts, Work]:
+        # Inside there is no axis left to split prompts over.
+        rules = [rule for rule in nn.get_logical_axis_rules() if rule[0] != "prompt"]
+        with nn.logical_axis_rules(rules):
+            return decode_all(policy, params, prompts, *others, decoding)
+
+    everywhere, split = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(
+        of_one_replica,
+        in_specs=(everywhere, split, everywhere, everywhere),
+        out_specs=split,
+        axis_names=set(axes),
+        check_vma=False,
+    )(params, prompts, key, vocab)
 
 
-def _decode(policy: Transformer, params: Params, temperature: float, stop_ids: tuple[int, ...], live: _Live) -> _Live:
-    """Sample one token of every rollout, and run it through the trunk."""
-    rollouts = _append_token(live, head(params), temperature, stop_ids)
-    tokens_PxGx1 = jax.lax.dynamic_slice_in_dim(rollouts.tokens_PxGxT, live.step, 1, axis=2)
-    positions = jnp.broadcast_to((live.lengths_P + live.step)[:, None, None], tokens_PxGx1.shape)
-    contexts = (live.prompt, Context(live.past, end_NxGxQ=live.step[None, None, None]))
-    hidden, new = policy.apply({"params": params}, tokens_PxGx1, positions, contexts)
-    past = jax.tree.map(
-        lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, live.step, axis=4), live.past, new
-    )
-    return live._replace(step=live.step + 1, rollouts=rollouts, hidden_PxGxD=hidden[:, :, 0], past=past)
-
-
-def _empty(prompts: int, samples: int, max_new_tokens: int) -> Rollouts:
-    return Rollouts(
-        tokens_PxGxT=jnp.zeros((prompts, samples, max_new_tokens), jnp.int32),
-        lengths_PxG=jnp.zeros((prompts, samples), jnp.int32),
-        logprobs_PxGxT=jnp.zeros((prompts, samples, max_new_tokens), jnp.float32),
-        stopped_PxG=jnp.zeros((prompts, samples), bool),
-    )
-
-
-def _append_token(live: _Live, head_VxD: jax.Array, temperature: float, stop_ids: tuple[int, ...]) -> Rollouts:
-    """Sample the next token of every rollout that still runs and write it down."""
-    rollouts, shape = live.rollouts, live.keys_PxG.shape
-    logits_BxV = scaled_logits(head_VxD, live.hidden_PxGxD.reshape(-1, head_VxD.shape[1]), temperature)
-    tokens_B = sample_tokens(logits_BxV, uniform_at(live.keys_PxG, live.step).reshape(-1))
-    logprobs_PxG = chosen_logprobs(logits_BxV, tokens_B).reshape(shape)
-    running = ~rollouts.stopped_PxG
-    tokens_PxG = jnp.where(running, tokens_B.reshape(shape), 0)
-    is_stop = jnp.isin(tokens_PxG, jnp.array(stop_ids, jnp.int32)) & running
-    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=live.step, axis=2)
-    return Rollouts(
-        tokens_PxGxT=put(rollouts.tokens_PxGxT, tokens_PxG),
-        lengths_PxG=rollouts.lengths_PxG + running,
-        logprobs_PxGxT=put(rollouts.logprobs_PxGxT, jnp.where(running, logprobs_PxG, 0.0)),
-        stopped_PxG=rollouts.stopped_PxG | is_stop,
-    )
+def _replica_axes() -> tuple[str, ...]:
+    """Mesh axes that prompts are split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else nn.logical_to_mesh_axes(("prompt",))[0]
+    return tuple(axis for axis in axes or () if mesh.shape[axis] > 1)

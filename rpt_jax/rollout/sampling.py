@@ -18,13 +18,30 @@ def rollout_keys(key: jax.Array, prompt_ids_P: jax.Array, samples: int) -> jax.A
     return jax.vmap(per_prompt, in_axes=(0, None))(prompt_ids_P, jnp.arange(samples))
 
 
-def uniform_at(keys_PxG: jax.Array, step: jax.Array) -> jax.Array:
-    """One uniform number in [0, 1) a rollout for its token number `step`, float32 [P, G]."""
+def uniform_at(keys_M: jax.Array, count_M: jax.Array) -> jax.Array:
+    """One uniform number in [0, 1) a rollout for its token number `count`, float32 [M]."""
 
-    def one(key: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(key, step), dtype=jnp.float32)
+    def one(key: jax.Array, count: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, count), dtype=jnp.float32)
 
-    return jax.vmap(jax.vmap(one))(keys_PxG)
+    return jax.vmap(one)(keys_M, count_M)
+
+
+def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Logits of what is left to draw from: the `top_k` likeliest tokens (0: all), and of those the fewest that hold `top_p`.
+
+    Ties at the border stay in. As elsewhere, `top_p` (nucleus sampling, arXiv 1904.09751) is a share of what `top_k` left.
+    """
+    if top_k == 0 and top_p == 1.0:
+        return logits_MxV
+    sorted_MxV = jnp.sort(logits_MxV, axis=-1, descending=True)
+    least = sorted_MxV[:, -1:] if top_k == 0 else sorted_MxV[:, min(top_k, logits_MxV.shape[-1]) - 1, None]
+    if top_p < 1.0:
+        share_MxV = jax.nn.softmax(jnp.where(sorted_MxV >= least, sorted_MxV, -jnp.inf), axis=-1)
+        # A token is in as long as those before it hold less than asked for: the first one always.
+        inside_MxV = jnp.cumsum(share_MxV, axis=-1) - share_MxV < top_p
+        least = jnp.maximum(least, jnp.min(jnp.where(inside_MxV, sorted_MxV, jnp.inf), axis=-1, keepdims=True))
+    return jnp.where(logits_MxV >= least, logits_MxV, jnp.finfo(jnp.float32).min)
 
 
 def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
@@ -40,9 +57,11 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
     sums_MxB = weights.sum(axis=-1)
     ends_MxB = jnp.cumsum(sums_MxB, axis=-1)
-    target_M = uniform_M * ends_MxB[:, -1]
-    # Strictly greater, and of some weight: running sums that are added up as trees may rise where nothing was added.
-    block_M = jnp.argmax((ends_MxB > target_M[:, None]) & (sums_MxB > 0), axis=-1)
+    # Blocks with some weight alone: running sums that are added up as trees may rise where nothing was added, and the end of
+    # the interval would belong to the blocks that a vocabulary is padded with.
+    weighty_MxB = jnp.where(sums_MxB > 0, ends_MxB, 0.0)
+    target_M = uniform_M * weighty_MxB.max(axis=-1)
+    block_M = jnp.argmax(weighty_MxB > target_M[:, None], axis=-1)
     before_M = jnp.where(block_M > 0, jnp.take_along_axis(ends_MxB, block_M[:, None] - 1, axis=1)[:, 0], 0.0)
     inside_MxW = jnp.take_along_axis(weights, block_M[:, None, None], axis=1)[:, 0]
     ends_MxW = jnp.cumsum(inside_MxW, axis=-1)
