@@ -52,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompt.max_tokens = 320
 
     # The format, and nothing of the documents but the tokens in the boxes.
-    config.cold_start.steps = 40
+    config.cold_start.total_steps = 40
     config.cold_start.learning_rate = 1e-4
     config.pretrain.documents_per_step = 4
     config.pretrain.document_weight = 0.0

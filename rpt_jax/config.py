@@ -161,7 +161,7 @@ class TrainingConfig:
 class ColdStartConfig:
     """Steps of pre-training, as section pretrain says, that task "rpt" begins with: a format is learnt in few of them."""
 
-    steps: int = 0
+    total_steps: int = 0
     learning_rate: float = 1e-4  # In place of the optimiser's, whose other settings hold.
 
 
@@ -354,7 +354,7 @@ _BOUNDS = {
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
-    "cold_start.steps": (0, _MANY),
+    "cold_start.total_steps": (0, _MANY),
     "cold_start.learning_rate": (0.0, 1.0),
     "pretrain.documents_per_step": (1, _MANY),
     "pretrain.document_weight": (0.0, _MANY),

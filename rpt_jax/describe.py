@@ -113,7 +113,7 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
     else:
         rows += _batch_rows(experiment, mesh) + _token_rows(experiment) + _compute_rows(experiment, shape)
         rows += _rpt_memory_rows(experiment, shape, mesh)
-        if experiment.cold_start.steps:
+        if experiment.cold_start.total_steps:
             rows += [
                 Row(f"{what}; of the cold start", value, f"cold_start, {fields}")
                 for what, value, fields in _pretrain_rows(cold_start_of(experiment), shape, mesh)

@@ -197,7 +197,7 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> Experiment:
 
     Its metrics are in that directory. Raises: UserError.
     """
-    if not experiment.cold_start.steps:
+    if not experiment.cold_start.total_steps:
         return experiment
     directory = workdir / "cold_start"
     if not (directory / "policy" / CONFIG).is_file():

@@ -104,13 +104,23 @@ def score_documents(
     """
     scores: list[Any] = [None] * len(documents)
     for length, numbers in _buckets([len(ids) for ids in documents], size, batch):
-        rows = batch * (size // length)
-        arrays = next_token_rows([documents[number] for number in numbers], rows, bos_id, length)
-        lengths, arrays = arrays[2], shard_prompts(arrays, mesh)
-        leaves = jax.device_get(score_batch(policy, params, *arrays, top_k=top_k, chunk=chunk))
+        rows = next_token_rows([documents[n] for n in numbers], batch * (size // length), bos_id, length)
+        leaves = jax.device_get(score_batch(policy, params, *shard_prompts(rows, mesh), top_k=top_k, chunk=chunk))
         for i, number in enumerate(numbers):
-            scores[number] = Scores(*(leaf[i, : lengths[i]] for leaf in leaves))
+            scores[number] = Scores(*(leaf[i, : len(documents[number])] for leaf in leaves))
     return scores
+
+
+def next_token_rows(
+    documents: Sequence[Sequence[int]], rows: int, bos_id: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return inputs and targets of next-token prediction, int32 [rows, size], and lengths, of which an empty row has 1."""
+    inputs, targets = np.zeros((2, rows, size), np.int32)
+    lengths = np.ones(rows, np.int32)
+    for i, ids in enumerate(documents):
+        inputs[i, 0], inputs[i, 1 : len(ids)], targets[i, : len(ids)] = bos_id, ids[:-1], ids
+        lengths[i] = len(ids)
+    return inputs, targets, lengths
 
 
 def _buckets(lengths: Sequence[int], size: int, batch: int) -> Iterator[tuple[int, list[int]]]:
@@ -124,19 +134,6 @@ def _buckets(lengths: Sequence[int], size: int, batch: int) -> Iterator[tuple[in
     for padded, numbers in sorted(waiting.items()):
         step = batch * (size // padded)
         yield from ((padded, numbers[i : i + step]) for i in range(0, len(numbers), step))
-
-
-def next_token_rows(
-    documents: Sequence[Sequence[int]], rows: int, bos_id: int, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return inputs and targets of next-token prediction, int32 [rows, size], and lengths, of which an empty row has 1."""
-    inputs, targets = np.zeros((2, rows, size), np.int32)
-    lengths = np.ones(rows, np.int32)
-    for i, ids in enumerate(documents):
-        inputs[i, : len(ids)] = [bos_id, *ids[:-1]]
-        targets[i, : len(ids)] = ids
-        lengths[i] = len(ids)
-    return inputs, targets, lengths
 
 
 def score_shard(

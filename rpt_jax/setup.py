@@ -44,7 +44,7 @@ def cold_start_of(experiment: Experiment) -> Experiment:
     return dataclasses.replace(
         experiment,
         task="pretrain",
-        training=dataclasses.replace(experiment.training, total_steps=experiment.cold_start.steps),
+        training=dataclasses.replace(experiment.training, total_steps=experiment.cold_start.total_steps),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=experiment.cold_start.learning_rate),
         pretrain=dataclasses.replace(experiment.pretrain, export=""),
     )

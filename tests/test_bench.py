@@ -78,7 +78,9 @@ def test_an_update_of_repeated_prompts_is_the_same(tmp_path):
     options = bench_options("--prompts=2", "--samples=2", "--context=8", "--response=4", "--microbatch=1")
     shape = update.chosen_shape(options)
     batch = update.make_batch(options, shape)
-    norms = [update.update_call(options, shape, part, m)() for part, m in ((batch, 1), (update.unshared(batch), 2))]
+    norms = [
+        float(update.update_call(options, shape, part, m)()) for part, m in ((batch, 1), (update.unshared(batch), 2))
+    ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

@@ -156,10 +156,10 @@ def test_an_override_needs_no_field_in_the_file():
         ("learning_rate=1", "unknown config field 'learning_rate'. Did you mean 'optimizer.learning_rate'?"),
         ("policy.temperature=1", "unknown config field 'policy.temperature'. Did you mean 'rollout.temperature'?"),
         ("sed=1", "unknown config field 'sed'. Did you mean 'seed'?"),
-        ("seed.value=1", "unknown config field 'seed.value'. There are: task, seed, checkpoint.*, data.*"),
+        ("seed.value=1", "unknown config field 'seed.value'. There are: task, seed, checkpoint.*, cold_start.*"),
         ("mesh.tensor.size=1", "unknown config field 'mesh.tensor.size'. Did you mean 'mesh.tensor'?"),
         ("mesh.xyzzy=1", "unknown config field 'mesh.xyzzy'. There are: mesh.data, mesh.fsdp, mesh.tensor."),
-        ("xyzzy=1", "unknown config field 'xyzzy'. There are: task, seed, checkpoint.*, data.*"),
+        ("xyzzy=1", "unknown config field 'xyzzy'. There are: task, seed, checkpoint.*, cold_start.*"),
         ("=1", "unknown config field ''. There are: task"),
         ("trainin=1", "unknown config field 'trainin'. Did you mean 'training'?"),
         (

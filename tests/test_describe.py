@@ -137,7 +137,7 @@ def test_every_config_is_described_on_any_machine(path: Path, devices: int):
 
 def test_a_cold_start_is_pretraining_of_its_own():
     """Its rows stand beside those of the run, which they leave as they are."""
-    suffix, rows = "; of the cold start", values(replaced(Experiment(), "cold_start", steps=7))
+    suffix, rows = "; of the cold start", values(replaced(Experiment(), "cold_start", total_steps=7))
     own = {what.removesuffix(suffix): rows.pop(what) for what in list(rows) if what.endswith(suffix)}
     assert rows == values(Experiment())
     alone = values(replaced(dataclasses.replace(Experiment(), task="pretrain"), "training", total_steps=7))

@@ -168,7 +168,7 @@ def test_pretraining_resumes_and_exports_a_policy(tmp_path: Path, monkeypatch: p
 def test_a_cold_start_comes_first_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed within it and right behind it; its metrics and its policy stand apart, and the run goes on from that policy."""
     fields = SMALL | {
-        "cold_start.steps": 3,
+        "cold_start.total_steps": 3,
         "pretrain.documents_per_step": 2,
         "pretrain.document_weight": 0.0,
         "pretrain.rows_per_document": 2,

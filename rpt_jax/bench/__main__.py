@@ -22,8 +22,14 @@ def main(argv: list[str]) -> int:
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.metrics import table
 
-    benches = {"rollout": rollout, "policy": policy, "compile": compilation, "data": data}
-    benches |= {"reward": reward, "update": update}
+    benches = {
+        "rollout": rollout,
+        "policy": policy,
+        "compile": compilation,
+        "reward": reward,
+        "update": update,
+        "data": data,
+    }
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.bench", description=__doc__.splitlines()[2])
     commands = parser.add_subparsers(dest="name", required=True)
     for name, module in benches.items():

@@ -42,7 +42,7 @@ class PromptBatch(NamedTuple):
 
 
 class PromptBuilder:
-    """Builds prompts from slices of documents' ids; no text is ever tokenised twice. Can be pickled.
+    """Builds prompts from slices of documents' ids; no text is ever tokenised twice. Can be pickled, for other processes.
 
     `before` and `after` are the template's ids around a context.
     """
