@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = 10
 
     config.training.microbatch_prompts = 8
-    config.evaluation.every_steps = 40
+    config.evaluation.every_steps = 65
     config.evaluation.positions = 320
     config.evaluation.template_positions = 128
     config.checkpoint.every_steps = 20

@@ -316,7 +316,7 @@ def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tre
             kept += 2 * shape.width + projected / mesh.tensor
         inputs, layers = shape.layers * tokens * kept * itemsize, 1
         tokens, pairs = max(tree.parts, key=lambda part: part[0] * token_bytes + part[1] * pair_bytes)
-    logits = _logits(experiment, shape, mesh)
+    logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
     fields = f"policy, mesh, {field}"
     return [
         Row(
@@ -370,16 +370,7 @@ def _score_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
         Row("FLOPs a token, in the longest documents", float(flops), f"policy, {batch}"),
         Row("bytes of the prepared corpus, a token, at most", 6 + 8, "2 of lengths, 4 of ids, 8 of two entropies"),
         Row("bytes per device: parameters", _FLOAT32 * shape.parameters // mesh.weight_ways, _WEIGHTS),
-        Row(
-            "bytes per device: a chunk of logits",
-            _logits(experiment, shape, mesh),
-            "policy, training.logit_chunk_tokens",
-        ),
     ]
-
-
-def _logits(experiment: Experiment, shape: Shape, mesh: _Mesh) -> int:
-    return _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
 
 
 def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:

@@ -303,6 +303,8 @@ def test_metrics_are_those_of_the_groups_that_can_teach_something(params, batch,
     distance = np.abs(current - batch.sampler_logprobs_PxGxT)[used]
     np.testing.assert_allclose(metrics["mismatch/mean"], distance.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["mismatch/max"], distance.max(), rtol=1e-4)
+    p99 = np.quantile(distance, 0.99, method="inverted_cdf")
+    assert p99 <= metrics["mismatch/p99"] * (1 + 1e-4) and metrics["mismatch/p99"] < 1.13 * p99
     np.testing.assert_allclose(metrics["ratio/mean"], np.exp(current - old)[used].mean(), rtol=1e-4)
     assert metrics["update/tokens"] == used.sum()
 

@@ -122,11 +122,11 @@ def test_what_is_no_document_is_counted_listed_and_not_fatal(tmp_path):
     data = b"".join(a + b"\n" + b[0] + b"\n" for a, b in zip(good, BAD, strict=False)) + good[-1]
     (tmp_path / "a.jsonl").write_bytes(data)
     config = DataConfig(source="path", path=str(tmp_path), max_document_bytes=200)
-    corpus = load_corpus(config, tmp_path / "rejected.json")
+    corpus = load_corpus(config, tmp_path / "not" / "yet" / "rejected.json")
     assert len(corpus.train + corpus.held_out) == len(good)
     expected = [reason for _, reason in BAD]
     assert corpus.skipped == {reason: expected.count(reason) for reason in expected}
-    listed = [json.loads(line) for line in (tmp_path / "rejected.json").read_text().splitlines()]
+    listed = [json.loads(line) for line in (tmp_path / "not" / "yet" / "rejected.json").read_text().splitlines()]
     assert [(r["file"], r["line"], r["reason"]) for r in listed] == [
         ("a.jsonl", 2 * i, reason) for i, reason in enumerate(expected, start=1)
     ]

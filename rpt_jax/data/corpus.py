@@ -81,6 +81,7 @@ class Rejects:
         self.first = self.first or item.detail
         if self._listing:
             if self._file is None:
+                self._listing.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._files.enter_context(self._listing.open("w", encoding="utf-8"))
             self._file.write(json.dumps(dataclasses.asdict(item)) + "\n")
 

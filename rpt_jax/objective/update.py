@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rpt_jax.objective.logprobs import token_logprobs, token_logprobs_and_entropies
@@ -17,6 +18,8 @@ from rpt_jax.policy.transformer import Params, Transformer, branch_hidden, head,
 Output = TypeVar("Output")
 # Below these sizes another compiled program costs more than the padding.
 _SMALLEST_PROMPT, _SMALLEST_RESPONSE = 128, 16
+# Distances of log-probabilities are counted in bins, each an eighth wider than the one before: counts add up, quantiles do not.
+_DISTANCES = np.logspace(-9, 1, 197, dtype=np.float32)
 
 
 class TrainState(NamedTuple):
@@ -219,6 +222,7 @@ def policy_gradient(
         return jax.tree.map(jnp.add, carry[0], grads), totals
 
     zeros = dict.fromkeys(config.sums, jnp.float32(0)) | dict.fromkeys(("tokens", "kept", "count"), jnp.int32(0))
+    zeros["distances"] = jnp.zeros(len(_DISTANCES) + 1, jnp.int32)
     used = -(-taught_P.sum() // microbatch)
     grads, sums = jax.lax.fori_loop(0, used, accumulate, (jax.tree.map(jnp.zeros_like, params), zeros))
     idle = batch.mask_PxGxT & (batch.counted_P & ~taught_P)[:, None, None]
@@ -267,6 +271,7 @@ def loss_sums(
         "clipped": jnp.sum(mask & token.clipped).astype(jnp.float32),
         "mismatch": mismatch.sum(),
         "worst": mismatch.max(),
+        "distances": jnp.zeros(len(_DISTANCES) + 1, jnp.int32).at[jnp.searchsorted(_DISTANCES, mismatch)].add(mask),
         "kept": kept.sum(),
         "tokens": mask.sum(),
     }
@@ -274,11 +279,16 @@ def loss_sums(
 
 def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
     seen, kept = (jnp.maximum(sums[name], 1) for name in ("tokens", "kept"))
+    below_99 = jnp.cumsum(sums["distances"]) < 0.99 * sums["tokens"]
     metrics = {
         "loss/policy": sums["loss"] / count,
         "ratio/mean": jnp.where(sums["tokens"] > 0, sums["ratio"] / seen, 1.0),
         "ratio/clipped": sums["clipped"] / seen,
         "mismatch/mean": sums["mismatch"] / seen,
+        # The end of the bin in which the 99th percentile lies.
+        "mismatch/p99": jnp.minimum(
+            jnp.asarray(_DISTANCES)[below_99.sum().clip(max=len(_DISTANCES) - 1)], sums["worst"]
+        ),
         "mismatch/max": sums["worst"],
         "update/tokens": sums["tokens"].astype(jnp.float32),
     }
