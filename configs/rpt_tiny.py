@@ -2,9 +2,9 @@
 
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 processor cores, 4 GB
-Time      7.7 minutes on a shared machine (22 November 2026)
-Results   by reasoning, held out: easy 26.5 -> 33.0, medium 22.4 -> 31.1, hard 18.1 -> 26.3 % (seed 0); the base policy's direct
-          guess 33.1, 25.1, 17.7 %. Other seeds not measured.
+Time      8.9 minutes on a shared machine (23 November 2026)
+Results   by reasoning, held out: easy 24.7 -> 33.2, medium 18.5 -> 27.8, hard 15.0 -> 21.4 % (seed 0); the base policy's direct
+          guess 26.9, 19.4, 16.2 %. README.md has the other seeds.
 """
 
 from pathlib import Path
