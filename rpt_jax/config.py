@@ -59,9 +59,6 @@ class DataConfig:
     shard: str = (
         ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
     )
-    shard: str = (
-        ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
-    )
     prepared: str = (
         ""  # The workdir of a finished task "score"; "" = prepare the corpus at the start of the run, in its workdir.
     )
