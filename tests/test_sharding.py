@@ -55,7 +55,7 @@ def test_sharded_equals_unsharded(results, mesh):
     reward, lengths = results[ALONE]["first.reward"], results[ALONE]["first.rollouts.lengths_PxG"]
     varied = reward.max(axis=1) > reward.min(axis=1)
     assert 2 <= varied.sum() < len(varied) and len(np.unique(lengths)) > 2, "the example tests too little"
-    for exact in ("tokens", "lengths", "stopped"):
+    for exact in ("tokens", "lengths", "ended"):
         assert_equal(results, mesh, f"first.rollouts.{exact}", 0)
     for exact in ("start", "first.reward", "first.status"):
         assert_equal(results, mesh, exact, 0)
