@@ -13,8 +13,9 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from rpt_jax.config import Experiment, default_config, from_config_dict, leaves, load_config_file
+from rpt_jax.config import Experiment, default_config, from_config_dict, load_config_file
 from rpt_jax.errors import UserError
+from rpt_jax.fields import leaves
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -19,9 +19,10 @@ import rich
 from flax import linen as nn
 from rich.console import Console
 
-from rpt_jax.config import Experiment, MeshConfig, leaves
+from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.describe import describe, print_description
 from rpt_jax.errors import UserError
+from rpt_jax.fields import leaves
 from rpt_jax.policy.presets import preset
 from rpt_jax.policy.transformer import Transformer, branch_hidden
 from tests.conftest import ROOT

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rpt_jax.config import Experiment, leaves
+from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
+from rpt_jax.fields import leaves
 from rpt_jax.infra.whole import write_whole
 
 CONFIG = "config.json"
