@@ -260,6 +260,17 @@ def test_what_cannot_run_ends_with_one_sentence_and_code_2(tmp_path: Path, argum
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), ((b"", "gives 0 distinct document"), (b"abc \xff\xfe def\n", "corpus.txt"))
+)
+def test_a_corpus_without_a_document_ends_with_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "corpus.txt").write_bytes(content)
+    path = f"--config.data.path={tmp_path / 'corpus.txt'}"
+    done = command(tmp_path, "--config=configs/rpt_tiny.py", "--config.data.source=path", path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert message in done.stderr.splitlines()[-1], done.stderr
+
+
 def test_the_papers_run_says_at_once_all_that_it_lacks(tmp_path: Path) -> None:
     done = command(tmp_path, "--config=configs/rpt_14b.py")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
