@@ -171,12 +171,16 @@ def score_shard(
             windows = [tokens[i] for i in range(first, min(first + size, len(tokens)))]
             scores = score_part(experiment, policy, params, tokenizer, mesh, [ids for ids, _ in windows])
             for (_, lengths_S), score in zip(windows, scores, strict=True):
-                asked_S = lengths_S > 0
-                writer.write([np.where(asked_S, e, NOT_ASKED) for e in (score.entropy_S, score.plain_entropy_S)])
-                bins = np.minimum(score.entropy_S[asked_S] / BIN, BINS - 1).astype(np.int64)
+                writer.write(stored_entropies(score, lengths_S))
+                bins = np.minimum(score.entropy_S[lengths_S > 0] / BIN, BINS - 1).astype(np.int64)
                 histogram += np.bincount(bins, minlength=BINS)
             advance(f"shard {shard} of {shards}")
         writer.commit({**made_from, "histogram": histogram.tolist()})
+
+
+def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What is kept of a document: both entropies, and `NOT_ASKED` for tokens without bytes, which are special."""
+    return tuple(np.where(lengths_S > 0, e, NOT_ASKED) for e in (score.entropy_S, score.plain_entropy_S))
 
 
 def block_size(experiment: Experiment) -> int:

@@ -89,7 +89,7 @@ def test_several_shards_are_made_in_processes(
     assert shards == 3 and numbers == [0, 1, 2]
     tokenise(corpus, TOKENIZER, tmp_path / "a", quietly)
     tokenised(corpus, tmp_path / "b", 3)
-    for name in ("tokens-00001-of-00003.array_record", "index-00002-of-00003.npy", "names-00000-of-00003.txt"):
+    for name in ("tokens-00001-of-00003.array_record", "index-00002-of-00003.bin", "names-00000-of-00003.txt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -250,8 +250,9 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
     held_out = np.stack(
         [sketch(edited), sketch(rng.integers(0, 1000, 300)), sketch(documents[9]), sketch(np.array([3]))]
     )
-    assert [(p.held_out, p.train) for p in near_duplicates(held_out, train)] == [(0, 7), (2, 9)]
-    assert near_duplicates(held_out, train[:0]) == []
+    for parts in ([train], [train[:8], train[8:8], train[8:]]):
+        assert [(p.held_out, p.train) for p in near_duplicates(held_out, parts)] == [(0, 7), (2, 9)]
+    assert near_duplicates(held_out, [train[:0]]) == near_duplicates(held_out, []) == []
 
 
 # --- the task ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
-from rpt_jax.data.pipeline import position_order, prompt_stream
+from rpt_jax.data.pipeline import PromptStream, position_order
 from rpt_jax.data.positions import index_positions
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         full = _full_batches(experiment, policy, params, mesh)
         times: dict[str, float] = {}
         prepared = prepare(experiment, policy, params, tokenizer, mesh, Path(folder) / "prepared", times)
-        tokens = int(prepared.corpus.rows_W["tokens"].sum())
+        tokens = int(prepared.corpus.sizes_D.sum())
         rows.append(
             ["preparing: reading, tokenising, writing", times["tokenise"], size / times["tokenise"] / 1e6, "MB/s"]
         )
@@ -121,7 +121,7 @@ def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batche
     stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
     order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_document=0, seed=0)
     builder = PromptBuilder(PromptConfig(open_think=False), tokenizer)
-    stream = prompt_stream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
+    stream = PromptStream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
     next(stream)  # The workers start.
     start = time.perf_counter()
     for _ in range(batches):
