@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +172,15 @@ def test_records_can_be_pickled_and_swapped_ones_are_noticed(tmp_path: Path) -> 
         Records(tmp_path, "scores", 1)[0]
 
 
+def test_a_corpus_without_a_document_is_a_sentence(tmp_path: Path) -> None:
+    """All of it is rejected, which makes a shard without records; the error says what was wrong with the first line."""
+    path = tmp_path / "none.jsonl"
+    path.write_text('{"problem": "1 + 1 = 2"}\n' * 3)
+    with pytest.raises(UserError, match="gives 0 distinct .* needed, .* has no field data.text_field='text'"):
+        main.run(experiment(path), tmp_path / "run")
+    assert len(Records(tmp_path / "run", "scores", 1)) == 0
+
+
 def test_an_unfinished_shard_is_no_shard(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, "scores", 0, 1) as writer:
         writer.write((np.zeros(1), np.zeros(1)))
@@ -317,3 +330,36 @@ def test_another_corpus_tokenizer_or_proxy_is_refused(finished: Path, corpus: Da
     assert prepared.open_prepared(elsewhere, TOKENIZER, finished)
     with pytest.raises(UserError, match="does not exist. Run task 'score'"):
         prepared.open_prepared(corpus, TOKENIZER, tmp_path)
+
+
+def test_two_processes_score_what_one_does(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
+    """On one mesh, as training has it: both compute, one writes, and what it writes is the same."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.prepare_child"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(number), "2", port, corpus.path, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        assert "Complete, " in output
+    one, two = (prepared.open_prepared(corpus, TOKENIZER, path) for path in (finished, tmp_path))
+
+    def by_text(opened: prepared.Prepared) -> dict[bytes, np.ndarray]:
+        pairs = zip(opened.corpus.tokens, opened.scores, strict=True)
+        return {ids.tobytes(): np.stack(entropies) for (ids, _), entropies in pairs}
+
+    expected, found = by_text(one), by_text(two)
+    assert expected.keys() == found.keys()
+    for ids, entropies in expected.items():
+        np.testing.assert_allclose(found[ids], entropies, atol=1e-5)

@@ -42,7 +42,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.whole import write_whole
 
 FORMAT = 2
-SHARD_BYTES = 128 * 2**20  # Of files, where data.shard does not say how many shards there are.
+SHARD_BYTES = 32 * 2**20  # Of files, where data.shard does not say how many shards there are.
 _BATCH = 256  # Documents that are tokenised at a time,
 _BATCH_BYTES = 2**20  # or fewer, where they are long.
 NEAR_DUPLICATES = "near_duplicates.jsonl"

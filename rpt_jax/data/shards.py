@@ -144,7 +144,7 @@ class Records(Sequence):
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         # An empty file of records cannot be opened.
         paths = [self._path(shard) for shard, count in zip(self._numbers, counts, strict=True) if count]
-        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else ()
         if len(self._source) != len(self):
             raise UserError(
                 f"{directory}: {len(self._source)} records where {len(self)} were written. Prepare it again."
