@@ -195,7 +195,7 @@ def score_shard(
     histogram, size = np.zeros(BINS, np.int64), block_size(experiment)
     with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
         for first in range(0, len(tokens), size):
-            windows = [tokens[i] for i in range(first, min(first + size, len(tokens)))]
+            windows = tokens.read(range(first, min(first + size, len(tokens))))
             scores = score_part(experiment, policy, params, tokenizer, mesh, [ids for ids, _ in windows])
             for (_, lengths_S), score in zip(windows, scores, strict=True):
                 if writer:

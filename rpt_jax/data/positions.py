@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from rpt_jax.data.shards import Records
 if TYPE_CHECKING:
     from rpt_jax.score import Scores
 
+_BLOCK = 1024  # Records that are read at a time.
 STAGES = 8  # Of the easy-to-hard curriculum, each with as many positions.
 _EVERY = -0.5  # Below every entropy, and above what stands in place of a special token's.
 
@@ -124,7 +125,7 @@ def index_positions(
     documents_M = np.arange(len(numbers_N), dtype=np.uint32) if documents_M is None else documents_M
 
     def entropies() -> Iterable[np.ndarray]:
-        return (everything.entropy(scores[int(n)])[config.min_context :] for n in numbers_N[documents_M])
+        return (everything.entropy(record)[config.min_context :] for _, record in _read(scores, numbers_N[documents_M]))
 
     everything = Choice(_EVERY, np.inf, 1.0, config.min_context, config.entropy_renormalised, config.seed)
     above = everything._replace(low=config.entropy_threshold)
@@ -138,14 +139,21 @@ def index_positions(
         named = {"threshold": above, "every": everything, "random": everything._replace(share=config.kept_share)}
         choices = [named[config.positions]]
     counts_CxM = np.zeros((len(choices), len(documents_M)), np.uint32)
-    for i, number in enumerate(numbers_N[documents_M]):
-        record = scores[int(number)]
+    for i, (number, record) in enumerate(_read(scores, numbers_N[documents_M])):
         for c, choice in enumerate(choices):
-            counts_CxM[c, i] = len(choice.places(int(number), choice.entropy(record)))
+            counts_CxM[c, i] = len(choice.places(number, choice.entropy(record)))
     return [
         PositionIndex(scores, numbers_N, choice, documents_M[counts_M > 0], counts_M[counts_M > 0])
         for choice, counts_M in zip(choices, counts_CxM, strict=True)
     ]
+
+
+def _read(scores: Entropies, numbers_M: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Records with their numbers, of which a block is in memory at a time."""
+    for first in range(0, len(numbers_M), _BLOCK):
+        numbers = numbers_M[first : first + _BLOCK].tolist()
+        records = scores.read(numbers) if isinstance(scores, Records) else [scores[number] for number in numbers]
+        yield from zip(numbers, records, strict=True)
 
 
 def quantiles(parts: Callable[[], Iterable[np.ndarray]], shares: Sequence[float], above: float) -> list[float]:

@@ -157,21 +157,34 @@ class Records(Sequence):
         return int(self._first[-1])
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, ...]:
-        number = range(len(self))[number]
-        place = int(np.searchsorted(self._first, number, side="right")) - 1
-        shard, inside = self._numbers[place], number - int(self._first[place])
+        return self.read([range(len(self))[number]])[0]
+
+    def read(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, ...]]:
+        """Several records at once, which takes a third of the time that they take one by one."""
         try:
-            record = self._source[number]
+            # The library hands several to threads of its own, which costs more than one record does.
+            several = self._source.__getitems__ if len(numbers) > 1 else lambda some: [self._source[n] for n in some]
+            found = several(numbers)
         except Exception as error:  # noqa: BLE001 - the library's, of a C++ reader.
-            record, reason = b"", f": {' '.join(str(error).split())[:200]}"
-        else:
-            reason = ""
-        if reason or _checksum(inside, record[4:]) != record[:4]:
-            raise UserError(
-                f"{self._path(shard)}: record {inside} was altered or is damaged (its checksum is another{reason}). Delete "
-                f"{shard_name(self._kind, shard, self._shards)}.json and prepare again: only this shard is made again."
-            )
-        return unpack(record, self._kind)
+            if len(numbers) > 1:
+                return [self.read([number])[0] for number in numbers]  # To find out which.
+            raise self._altered(numbers[0], f": {' '.join(str(error).split())[:200]}") from None
+        for number, record in zip(numbers, found, strict=True):
+            if _checksum(self._place(number)[1], record[4:]) != record[:4]:
+                raise self._altered(number, "")
+        return [unpack(record, self._kind) for record in found]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The shard of a record and its number there."""
+        place = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self._numbers[place], number - int(self._first[place])
+
+    def _altered(self, number: int, reason: str) -> UserError:
+        shard, inside = self._place(number)
+        return UserError(
+            f"{self._path(shard)}: record {inside} was altered or is damaged (its checksum is another{reason}). Delete "
+            f"{shard_name(self._kind, shard, self._shards)}.json and prepare again: only this shard is made again."
+        )
 
 
 def unpack(record: bytes, kind: str) -> tuple[np.ndarray, ...]:
