@@ -22,7 +22,7 @@ from rpt_jax.objective.choices import check_objective
 
 TASKS = ("rpt", "pretrain", "score")
 SOURCES = ("gsm_symbolic", "champ", "path")
-POSITIONS = ("threshold", "quantile", "every", "random", "curriculum")
+POSITIONS = ("threshold", "quantile", "every", "random", "curriculum", "self_entropy")
 LONG_CONTEXTS = ("cut", "cut_at_line")
 SCHEDULES = ("constant", "cosine")
 REMATS = ("none", "dots", "full")
@@ -67,11 +67,14 @@ class DataConfig:
     entropy_top_k: int = 16  # The proxy's entropy is taken over its k likeliest next tokens (paper, section 3.3).
     entropy_renormalised: bool = True  # Among those k; False: what they contribute to the entropy over the vocabulary.
     # Which positions are trained on: "threshold", "quantile" (the hardest kept_share of all), "every", "random" (kept_share of
-    # all: the baseline), "curriculum" (those above the threshold, easy ones first, in eight stages over the run).
+    # all: the baseline), "curriculum" (those above the threshold, easy ones first, in eight stages over the run),
+    # "self_entropy" (the hardest kept_share for the policy itself, which scores documents anew every refresh_steps).
     positions: str = "threshold"
+    refresh_steps: int = 100  # "self_entropy": checkpoint.every_steps must be so many, or a multiple.
+    refresh_windows: int = 1024  # "self_entropy": documents, or windows of them, that are scored each time.
     positions_per_document: int = 0  # At most so many in a step's batch; 0 = as chance has it.
     workers: int = 0  # Processes that build prompts ahead; 0 = a thread of the run's own.
-    kept_share: float = 0.2  # For "quantile" and "random".
+    kept_share: float = 0.2  # For "quantile", "random" and "self_entropy".
     entropy_threshold: float = 0.5  # Positions at or under it (nats) are dropped; the paper does not give its value.
 
 
@@ -277,6 +280,12 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
                 f"training.{name}: training.prompts_per_step={t.prompts_per_step} cannot be split into "
                 f"{t.minibatches_per_step} minibatches of whole microbatches of {t.microbatch_prompts} prompts."
             )
+    every = experiment.checkpoint.every_steps
+    if experiment.data.positions == "self_entropy" and every % experiment.data.refresh_steps:
+        raise UserError(
+            f"data.refresh_steps={experiment.data.refresh_steps} must divide checkpoint.every_steps={every}: a run goes on from "
+            "a checkpoint by choosing its positions again, with the policy that is in it."
+        )
     check_objective(experiment.objective, experiment.rollout.max_new_tokens)
     r = experiment.rollout
     if (r.top_k or r.top_p < 1.0) and experiment.objective.importance == "none":
@@ -302,6 +311,8 @@ _BOUNDS = {
     "data.entropy_threshold": (0.0, 100.0),
     "data.positions_per_document": (0, _MANY),
     "data.workers": (0, 1024),
+    "data.refresh_steps": (1, _MANY),
+    "data.refresh_windows": (1, _MANY),
     "data.kept_share": (1e-6, 1.0),
     "prompt.max_tokens": (2, _MANY),
     "prompt.reference_bytes": (1, _MANY),

@@ -24,6 +24,7 @@ from rpt_jax.data.shards import MANIFEST, Records, digest, read_json, read_summa
 from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import Progress
+from rpt_jax.infra.sharding import is_leader, wait_for_all
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.report import write_entropy_plot
 from rpt_jax.score import BIN, block_size, fingerprint_parameters, kept_share, score_shard
@@ -50,27 +51,34 @@ def prepare(
 ) -> Prepared | None:
     """Tokenise and score the shards that `data.shard` names, but for those that are there.
 
+    Of several processes on one file system, one tokenises, all score and one writes.
+
     Args:
       seconds: is told how long each took, as `tokenise` and `score`.
 
     Returns: the corpus, where no other shard is missing. Raises: UserError.
     """
     mine, shards = parse_shard(experiment.data)
-    marks = [time.perf_counter()]
-    with Progress("tokenise, shards", len(mine)) as progress:
-        tokenise(experiment.data, tokenizer, directory, progress.advance)
-    marks.append(time.perf_counter())
+    start = time.perf_counter()
+    if is_leader():
+        with Progress("tokenise, shards", len(mine)) as progress:
+            tokenise(experiment.data, tokenizer, directory, progress.advance)
+    wait_for_all("tokenised")
+    seconds_tokenising = time.perf_counter() - start
     proxy, size = fingerprint_parameters(params), block_size(experiment)
+    start = time.perf_counter()
     records = [read_summary(directory, "tokens", shard, shards)["records"] for shard in mine]
     with Progress("score, blocks of documents", sum(-(-count // size) for count in records)) as progress:
         for shard in mine:
             score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, progress.advance)
     if seconds is not None:
-        seconds |= {"tokenise": marks[1] - marks[0], "score": time.perf_counter() - marks[1]}
+        seconds |= {"tokenise": seconds_tokenising, "score": time.perf_counter() - start}
+    if is_leader() and not (directory / MANIFEST).exists():
+        if all(summaries(directory, kind, shards) is not None for kind in ("tokens", "scores")):
+            _write_manifest(experiment, tokenizer, proxy, directory, shards)
+    wait_for_all("prepared")
     if not (directory / MANIFEST).exists():
-        if summaries(directory, "scores", shards) is None or summaries(directory, "tokens", shards) is None:
-            return None
-        _write_manifest(experiment, tokenizer, proxy, directory, shards)
+        return None
     return open_prepared(experiment.data, tokenizer, directory, proxy)
 
 

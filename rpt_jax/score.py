@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.data.prepare import check_same
 from rpt_jax.data.shards import Records, ShardWriter, digest, read_summary
 from rpt_jax.data.tokenizer import Tokenizer
-from rpt_jax.infra.sharding import shard_prompts
+from rpt_jax.infra.sharding import is_leader, shard_prompts, to_host
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
 
@@ -48,12 +49,26 @@ def top_k_entropy(logits_MxV: jax.Array, k: int, renormalised: bool = True) -> j
     The paper takes k = 16 and does not say whether it renormalises among them, which makes it an entropy; without, it is what
     these tokens contribute to the entropy over the whole vocabulary.
     """
-    top_MxK = jax.lax.top_k(logits_MxV, k)[0]
+    top_MxK = largest(logits_MxV, k)
     if renormalised:
         logprobs_MxK = jax.nn.log_softmax(top_MxK, axis=-1)
     else:
         logprobs_MxK = top_MxK - jax.nn.logsumexp(logits_MxV, axis=-1, keepdims=True)
     return -jnp.sum(jnp.exp(logprobs_MxK) * logprobs_MxK, axis=-1)
+
+
+def largest(values_MxV: jax.Array, k: int) -> jax.Array:
+    """The k largest values of each row, [M, k], in falling order.
+
+    They are in the k groups whose own largest values are the largest: only those are sorted, far fewer than a vocabulary.
+    """
+    rows, size = values_MxV.shape[0], max(1, math.isqrt(values_MxV.shape[1] // k))
+    padding = -values_MxV.shape[1] % size
+    padded = jnp.pad(values_MxV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    groups = padded.reshape(rows, size, -1)  # Along the last axis lie groups: their maxima take no shuffling of lanes.
+    chosen_MxK = jax.lax.top_k(groups.max(axis=1), min(k, groups.shape[2]))[1]
+    found = jnp.take_along_axis(groups, chosen_MxK[:, None, :], axis=2).reshape(rows, -1)
+    return jax.lax.top_k(found, k)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "top_k", "chunk"))
@@ -103,11 +118,21 @@ def score_documents(
       mesh: over which a batch is split.
     """
     scores: list[Any] = [None] * len(documents)
+    waiting: list[tuple[list[int], Any]] = []  # What is computed while the host reads and writes.
+
+    def collect(at_most: int) -> None:
+        while len(waiting) > at_most:
+            numbers, leaves = waiting.pop(0)
+            leaves = to_host(leaves)
+            for i, number in enumerate(numbers):
+                scores[number] = Scores(*(leaf[i, : len(documents[number])] for leaf in leaves))
+
     for length, numbers in _buckets([len(ids) for ids in documents], size, batch):
         rows = next_token_rows([documents[n] for n in numbers], batch * (size // length), bos_id, length)
-        leaves = jax.device_get(score_batch(policy, params, *shard_prompts(rows, mesh), top_k=top_k, chunk=chunk))
-        for i, number in enumerate(numbers):
-            scores[number] = Scores(*(leaf[i, : len(documents[number])] for leaf in leaves))
+        leaves = score_batch(policy, params, *shard_prompts(rows, mesh), top_k=top_k, chunk=chunk)
+        waiting.append((numbers, leaves))
+        collect(at_most=1)
+    collect(at_most=0)
     return scores
 
 
@@ -150,6 +175,8 @@ def score_shard(
 ) -> None:
     """Write the entropies of one shard that is tokenised, or leave those that are there.
 
+    Of several processes all read and compute, and one writes.
+
     Args:
       proxy: `fingerprint_parameters` of `params`.
       advance: called with a few words after each of `blocks` blocks.
@@ -166,17 +193,23 @@ def score_shard(
         check_same(directory, summary, made_from)
         return
     histogram, size = np.zeros(BINS, np.int64), block_size(experiment)
-    with ShardWriter(directory, "scores", shard, shards) as writer:
+    with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
         for first in range(0, len(tokens), size):
-            windows = [tokens[i] for i in range(first, min(first + size, len(tokens)))]
+            windows = tokens.read(range(first, min(first + size, len(tokens))))
             scores = score_part(experiment, policy, params, tokenizer, mesh, [ids for ids, _ in windows])
             for (_, lengths_S), score in zip(windows, scores, strict=True):
-                asked_S = lengths_S > 0
-                writer.write([np.where(asked_S, e, NOT_ASKED) for e in (score.entropy_S, score.plain_entropy_S)])
-                bins = np.minimum(score.entropy_S[asked_S] / BIN, BINS - 1).astype(np.int64)
+                if writer:
+                    writer.write(stored_entropies(score, lengths_S))
+                bins = np.minimum(score.entropy_S[lengths_S > 0] / BIN, BINS - 1).astype(np.int64)
                 histogram += np.bincount(bins, minlength=BINS)
             advance(f"shard {shard} of {shards}")
-        writer.commit({**made_from, "histogram": histogram.tolist()})
+        if writer:
+            writer.commit({**made_from, "histogram": histogram.tolist()})
+
+
+def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What is kept of a document: both entropies, and `NOT_ASKED` for tokens without bytes, which are special."""
+    return tuple(np.where(lengths_S > 0, e, NOT_ASKED) for e in (score.entropy_S, score.plain_entropy_S))
 
 
 def block_size(experiment: Experiment) -> int:

@@ -17,10 +17,6 @@ from jax.sharding import Mesh
 
 from rpt_jax import report
 from rpt_jax.config import Experiment
-from rpt_jax.data.corpus import source_name
-from rpt_jax.data.files import parse_mixture
-from rpt_jax.data.pipeline import PromptStream, position_order, prompt_stream
-from rpt_jax.data.positions import STAGES, index_positions
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import END_THINK, Tokenizer
 from rpt_jax.errors import UserError
@@ -41,6 +37,7 @@ from rpt_jax.pretrain import cold_start
 from rpt_jax.sampler import Rewarder, Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
 from rpt_jax.score import next_token_rows
 from rpt_jax.setup import Setup, set_up
+from rpt_jax.stream import own_entropies, refresh_is_due, training_order, training_stream
 
 RESULT = "result.json"
 
@@ -92,6 +89,11 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         if not restored:
             metrics.write(0, evaluation_metrics(before["reasoning"], before["direct"]) | clock.scalars())
         for step in range(start + 1, t.total_steps + 1):
+            if refresh_is_due(experiment, step):
+                own = own_entropies(experiment, setup, state.params, step)
+                stream.renew(training_order(experiment, setup, own))
+                counters.count_scored(own.tokens)
+                clock.lap("refresh")
             prompts = next(stream)
             clock.lap("data")
             weights = sample.weights(state.params)
@@ -180,37 +182,6 @@ def is_complete(workdir: Path) -> bool:
         raise UserError(
             f"{path} is damaged. Move it away and run the same command again: it goes on from the last checkpoint."
         ) from None
-
-
-def training_stream(experiment: Experiment, setup: Setup, builder: PromptBuilder) -> PromptStream:
-    """Prompts at the positions of the training documents that `data.positions` names. Raises: UserError."""
-    data, t = experiment.data, experiment.training
-    rows_N = setup.prepared.corpus.rows_W[setup.train.numbers_N]
-    stages = index_positions(data, setup.prepared.scores, setup.train.numbers_N)
-    found, total = sum(map(len, stages)), int(rows_N["tokens"].sum())
-    weights = [weight for weight, _ in parse_mixture(data.path) if weight] if data.source == "path" else []
-    if weights:
-        stages = [stage.only(rows_N["part"] == part) for stage in stages for part in range(len(weights))]
-    if min(map(len, stages)) < t.prompts_per_step:
-        raise UserError(
-            f"{source_name(data)}: only {found} of {total} training positions have an entropy above "
-            f"data.entropy_threshold={data.entropy_threshold} and data.min_context={data.min_context} tokens before them "
-            f"(data.positions='{data.positions}'; of every stage and part must be enough), and a step takes "
-            f"training.prompts_per_step={t.prompts_per_step}: lower one of the three, or give a longer corpus."
-        )
-    print(
-        f"{found:,} of {total:,} training positions are chosen (data.positions='{data.positions}', threshold "
-        f"{data.entropy_threshold} nats over the proxy's {data.entropy_top_k} likeliest tokens)."
-    )
-    order = position_order(
-        stages,
-        weights,
-        stage_prompts=t.total_steps * t.prompts_per_step // STAGES,
-        batch=t.prompts_per_step,
-        per_document=data.positions_per_document,
-        seed=experiment.seed,
-    )
-    return prompt_stream(builder, setup.train, order, batch=t.prompts_per_step, workers=data.workers)
 
 
 def check_corpus(saved: dict[str, Any], setup: Setup) -> None:

@@ -21,7 +21,7 @@ from rpt_jax.evaluate import (
     evaluation_metrics,
 )
 from rpt_jax.infra.sharding import make_mesh
-from rpt_jax.score import Scores, _buckets, score_documents, top_k_entropy
+from rpt_jax.score import Scores, _buckets, largest, score_documents, top_k_entropy
 from tests import policy_reference as reference
 from tests.policy_reference import POLICY, SHAPE, random_params
 
@@ -43,6 +43,14 @@ def test_top_k_entropy_without_renormalising(k):
     logits = np.random.default_rng(0).standard_normal((6, 37)).astype(np.float32) * 3
     shares = -np.sort(-reference.softmax(logits.astype(np.float64)), axis=-1)[:, :k]
     np.testing.assert_allclose(top_k_entropy(logits, k, False), -(shares * np.log(shares)).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "k"), [(1024, 16), (300, 16), (17, 16), (16, 16), (5, 2), (2, 2), (151, 3)])
+def test_the_largest_are_those_of_sorting(size, k):
+    rng = np.random.default_rng(size)
+    values = np.round(rng.normal(size=(40, size)), 1).astype(np.float32)  # With equal ones,
+    values[:, rng.random(size) < 0.1] = -np.inf  # and ids that stand for no token.
+    np.testing.assert_array_equal(largest(values, k), -np.sort(-values, axis=1)[:, :k])
 
 
 def test_top_k_entropy_at_its_ends():

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +93,7 @@ def test_several_shards_are_made_in_processes(
     assert shards == 3 and numbers == [0, 1, 2]
     tokenise(corpus, TOKENIZER, tmp_path / "a", quietly)
     tokenised(corpus, tmp_path / "b", 3)
-    for name in ("tokens-00001-of-00003.array_record", "index-00002-of-00003.npy", "names-00000-of-00003.txt"):
+    for name in ("tokens-00001-of-00003.array_record", "index-00002-of-00003.bin", "names-00000-of-00003.txt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -166,6 +170,15 @@ def test_records_can_be_pickled_and_swapped_ones_are_noticed(tmp_path: Path) -> 
         writer.commit({})
     with pytest.raises(UserError, match="record 0 was altered"):
         Records(tmp_path, "scores", 1)[0]
+
+
+def test_a_corpus_without_a_document_is_a_sentence(tmp_path: Path) -> None:
+    """All of it is rejected, which makes a shard without records; the error says what was wrong with the first line."""
+    path = tmp_path / "none.jsonl"
+    path.write_text('{"problem": "1 + 1 = 2"}\n' * 3)
+    with pytest.raises(UserError, match="gives 0 distinct .* needed, .* has no field data.text_field='text'"):
+        main.run(experiment(path), tmp_path / "run")
+    assert len(Records(tmp_path / "run", "scores", 1)) == 0
 
 
 def test_an_unfinished_shard_is_no_shard(tmp_path: Path) -> None:
@@ -250,8 +263,9 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
     held_out = np.stack(
         [sketch(edited), sketch(rng.integers(0, 1000, 300)), sketch(documents[9]), sketch(np.array([3]))]
     )
-    assert [(p.held_out, p.train) for p in near_duplicates(held_out, train)] == [(0, 7), (2, 9)]
-    assert near_duplicates(held_out, train[:0]) == []
+    for parts in ([train], [train[:8], train[8:8], train[8:]]):
+        assert [(p.held_out, p.train) for p in near_duplicates(held_out, parts)] == [(0, 7), (2, 9)]
+    assert near_duplicates(held_out, [train[:0]]) == near_duplicates(held_out, []) == []
 
 
 # --- the task ----------------------------------------------------------------------------------------
@@ -316,3 +330,36 @@ def test_another_corpus_tokenizer_or_proxy_is_refused(finished: Path, corpus: Da
     assert prepared.open_prepared(elsewhere, TOKENIZER, finished)
     with pytest.raises(UserError, match="does not exist. Run task 'score'"):
         prepared.open_prepared(corpus, TOKENIZER, tmp_path)
+
+
+def test_two_processes_score_what_one_does(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
+    """On one mesh, as training has it: both compute, one writes, and what it writes is the same."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.prepare_child"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(number), "2", port, corpus.path, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        assert "Complete, " in output
+    one, two = (prepared.open_prepared(corpus, TOKENIZER, path) for path in (finished, tmp_path))
+
+    def by_text(opened: prepared.Prepared) -> dict[bytes, np.ndarray]:
+        pairs = zip(opened.corpus.tokens, opened.scores, strict=True)
+        return {ids.tobytes(): np.stack(entropies) for (ids, _), entropies in pairs}
+
+    expected, found = by_text(one), by_text(two)
+    assert expected.keys() == found.keys()
+    for ids, entropies in expected.items():
+        np.testing.assert_allclose(found[ids], entropies, atol=1e-5)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rpt_jax.config import DataConfig, PromptConfig
 from rpt_jax.data.cold_start import BOX, Calculation, TraceWriter, find_calculations, similar, work_out
 from rpt_jax.data.corpus import load_corpus
-from rpt_jax.data.pipeline import example_stream, position_order, prompt_stream
+from rpt_jax.data.pipeline import PromptStream, example_stream, position_order
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import TEMPLATES, PromptBuilder, read_template, stack
 from rpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -254,7 +254,7 @@ def stream(tokenizer, documents):
 
     def start(seed=0, batch=4, count=10):
         order = position_order([positions[:count]], [], stage_prompts=0, batch=batch, per_document=0, seed=seed)
-        return prompt_stream(builder, documents, order, batch=batch)
+        return PromptStream(builder, documents, order, batch=batch)
 
     return start
 

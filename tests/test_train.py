@@ -38,6 +38,7 @@ SMALL = {
     "evaluation.template_positions": 8,
     "checkpoint.every_steps": 2,
 }
+SELF_ENTROPY = {"data.positions": "self_entropy", "data.refresh_steps": 2, "data.refresh_windows": 32}
 
 
 def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
@@ -95,11 +96,24 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
     assert shape.parameters < 2_000_000 and fingerprint == load_tokenizer(finished / "policy").fingerprint
 
 
-@pytest.mark.parametrize("killed_at", (1, 4))
+@pytest.fixture(scope="module")
+def refreshed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("refreshed")
+    main.run(experiment(**SMALL | SELF_ENTROPY), workdir)
+    return workdir
+
+
+def test_positions_are_chosen_anew_while_the_policy_learns(refreshed: Path) -> None:
+    lines = read_metrics(refreshed / "metrics.jsonl")
+    assert [line["step"] for line in lines if line.get("time/refresh")] == [3, 5]
+
+
+@pytest.mark.parametrize(("run", "killed_at"), [("finished", 1), ("finished", 4), ("refreshed", 4)])
 def test_a_killed_run_resumes_to_the_same_metrics(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, request: pytest.FixtureRequest
 ) -> None:
-    write = MetricsWriter.write
+    finished, write = request.getfixturevalue(run), MetricsWriter.write
+    fields = SMALL | (SELF_ENTROPY if run == "refreshed" else {})
 
     def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
         write(self, step, scalars)
@@ -109,9 +123,9 @@ def test_a_killed_run_resumes_to_the_same_metrics(
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", write_and_die)
         with pytest.raises(KeyboardInterrupt):
-            main.run(experiment(**SMALL), tmp_path)
+            main.run(experiment(**fields), tmp_path)
     assert not (tmp_path / "result.json").exists()
-    main.run(experiment(**SMALL), tmp_path)
+    main.run(experiment(**fields), tmp_path)
 
     assert comparable(tmp_path) == comparable(finished)
     mine, theirs = (json.loads((d / "result.json").read_text()) for d in (tmp_path, finished))

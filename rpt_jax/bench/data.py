@@ -1,9 +1,9 @@
 """Speed and memory of the way from text to prompts: preparing tokens, scoring them, drawing prompts from them.
 
 A corpus of so many megabytes is generated in a temporary folder and prepared as task "score" does it. Beside preparing stands
-the tokenizer alone on the same texts, already in memory, on as many threads as it likes; beside scoring, the same program on
-full batches of documents of the longest length. Peak memory is that of the largest process, which is not this one where
-there are several shards.
+the tokenizer alone on the same texts, already in memory, on as many threads as it likes; beside scoring, the policy's forward
+pass over full batches of documents of the longest length, to the log-probability of every token and nothing more. Nothing
+compiles while it is measured. Peak memory is that of the largest process, which is not this one where there are several shards.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
-from rpt_jax.data.pipeline import position_order, prompt_stream
+from rpt_jax.data.pipeline import PromptStream, position_order
 from rpt_jax.data.positions import index_positions
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.infra.sharding import make_mesh, shard_prompts, use_mesh
+from rpt_jax.objective.logprobs import token_logprobs
+from rpt_jax.policy.transformer import Params, head, prefill
 from rpt_jax.prepared import prepare
-from rpt_jax.score import score_batch
+from rpt_jax.score import score_part
 from rpt_jax.setup import load_start
 
 _WORDS = 20_000
@@ -58,9 +61,11 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         experiment = dataclasses.replace(experiment, evaluation=evaluation)
         rows = [_tokenizer_alone(path, tokenizer, min(size, 2**24))]
         full = _full_batches(experiment, policy, params, mesh)
+        lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
+        score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
         times: dict[str, float] = {}
         prepared = prepare(experiment, policy, params, tokenizer, mesh, Path(folder) / "prepared", times)
-        tokens = int(prepared.corpus.rows_W["tokens"].sum())
+        tokens = int(prepared.corpus.sizes_D.sum())
         rows.append(
             ["preparing: reading, tokenising, writing", times["tokenise"], size / times["tokenise"] / 1e6, "MB/s"]
         )
@@ -106,14 +111,16 @@ def _tokenizer_alone(path: Path, tokenizer: Tokenizer, limit: int) -> list[Any]:
 def _full_batches(experiment: Experiment, policy: Any, params: Any, mesh: Any) -> list[Any]:
     shape = (experiment.evaluation.score_documents, experiment.data.max_document_tokens)
     tokens = np.random.default_rng(0).integers(0, policy.shape.vocab, shape).astype(np.int32)
-    arrays = shard_prompts((tokens, tokens, np.full(shape[0], shape[1], np.int32)), mesh)
-    kwargs = {"top_k": experiment.data.entropy_top_k, "chunk": experiment.training.logit_chunk_tokens}
-    jax.block_until_ready(score_batch(policy, params, *arrays, **kwargs))
-    start = time.perf_counter()
-    for _ in range(5):
-        jax.block_until_ready(score_batch(policy, params, *arrays, **kwargs))
-    seconds = time.perf_counter() - start
-    return ["forward passes over full batches", seconds, 5 * tokens.size / seconds, "tokens/s"]
+    tokens, lengths = shard_prompts((tokens, np.full(shape[0], shape[1], np.int32)), mesh)
+
+    @jax.jit
+    def forward(params: Params) -> jax.Array:
+        hidden = prefill(policy, params, tokens, lengths)[0].reshape(tokens.size, -1)
+        chunk = experiment.training.logit_chunk_tokens
+        return token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, chunk)
+
+    seconds = interleaved({"forward": lambda: forward(params)}, repeats=9)["forward"].median
+    return ["forward passes over full batches", seconds, tokens.size / seconds, "tokens/s"]
 
 
 def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batches: int) -> list[Any]:
@@ -121,7 +128,7 @@ def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batche
     stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
     order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_document=0, seed=0)
     builder = PromptBuilder(PromptConfig(open_think=False), tokenizer)
-    stream = prompt_stream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
+    stream = PromptStream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
     next(stream)  # The workers start.
     start = time.perf_counter()
     for _ in range(batches):

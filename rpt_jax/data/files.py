@@ -13,7 +13,7 @@ from rpt_jax.config import DataConfig
 from rpt_jax.errors import UserError
 
 # Text files are read in parts of about so many bytes, each by whoever has time for it; pieces of a .txt end with it.
-UNIT_BYTES = 16 * 2**20
+UNIT_BYTES = 4 * 2**20
 _UNIT_RECORDS = 10_000
 _KINDS = "a .txt, .jsonl (also .gz or .zst), .parquet, .arrow or .array_record file, a folder of them, or a glob"
 _WEIGHTED = re.compile(r"(\d+(?:\.\d+)?)=(.+)")

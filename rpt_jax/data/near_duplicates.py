@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -48,18 +49,22 @@ class Pair(NamedTuple):
     share: float
 
 
-def near_duplicates(held_out_HxK: np.ndarray, train_DxK: np.ndarray) -> list[Pair]:
-    """Of each held-out document return the training document that is most like it, where that is `SIMILAR` or more."""
-    pairs: list[Pair] = []
-    if not len(train_DxK):
-        return pairs
-    for number, one_K in enumerate(held_out_HxK):
-        used_K = one_K != _EMPTY
-        shares_D = np.zeros(len(train_DxK), np.float32)
-        for place in np.flatnonzero(used_K):
-            shares_D += train_DxK[:, place] == one_K[place]
-        best = int(shares_D.argmax())
-        share = float(shares_D[best]) / int(used_K.sum())
-        if share >= SIMILAR:
-            pairs.append(Pair(number, best, share))
-    return pairs
+def near_duplicates(held_out_HxK: np.ndarray, train: Iterable[np.ndarray]) -> list[Pair]:
+    """Of each held-out document return the training document that is most like it, where that is `SIMILAR` or more.
+
+    Args:
+      train: sketches [D, SKETCH], in parts, of which one is in memory at a time.
+    """
+    used_HxK = held_out_HxK != _EMPTY
+    (common_H, best_H), before = np.zeros((2, len(held_out_HxK)), np.int64), 0
+    for part_DxK in train:
+        part_KxD = np.ascontiguousarray(part_DxK.T)
+        for number, one_K in enumerate(held_out_HxK):
+            common_D = np.zeros(part_KxD.shape[1], np.uint8)
+            for place in np.flatnonzero(used_HxK[number]):
+                common_D += part_KxD[place] == one_K[place]
+            if len(common_D) and common_D.max() > common_H[number]:
+                common_H[number], best_H[number] = common_D.max(), before + common_D.argmax()
+        before += len(part_DxK)
+    shares_H = common_H / used_HxK.sum(axis=1)
+    return [Pair(int(h), int(best_H[h]), float(shares_H[h])) for h in np.flatnonzero(shares_H >= SIMILAR)]

@@ -18,18 +18,40 @@ _LONGEST = 2**32 - 1  # Elements that grain's shuffle takes.
 
 
 class PromptStream:
-    """Batches of prompts without end; its state is the number of the next batch.
+    """Batches of prompts, `PromptBatch`es of the positions of an order, without end; its state is the number of the next batch.
 
-    So the stream after a restore is the same stream, with another number of processes or workers too.
+    So the stream after a restore is the same stream, with another number of processes or workers too. A prompt's id is its
+    number in the stream, so that the noise of its samples outlives restarts.
 
     Args:
-      batches: a random-access dataset of them.
+      documents: token ids of those that positions are of.
+      batch: prompts of a step, of all processes together.
       workers: processes that build batches ahead; 0 = a thread of this one.
+      process: (number, count): which equal part of every batch is built.
     """
 
-    def __init__(self, batches: grain.MapDataset, workers: int):
-        self._batches, self._workers = batches, workers
-        self.set_state({"batch": 0})
+    def __init__(
+        self,
+        builder: PromptBuilder,
+        documents: Sequence[Sequence[int]],
+        order: grain.MapDataset,
+        *,
+        batch: int,
+        workers: int = 0,
+        process: tuple[int, int] = (0, 1),
+    ):
+        self._builder, self._documents, self._batch, self._workers = builder, documents, batch, workers
+        number, count = process
+        if batch % count:
+            raise ValueError(f"a batch of {batch} for {count} processes")
+        self._mine = slice(number * batch // count, (number + 1) * batch // count)
+        self._next = 0
+        self.renew(order)
+
+    def renew(self, order: grain.MapDataset) -> None:
+        """Go on with the next batch, but from the beginning of another order."""
+        self._order, self._first = order, self._next
+        self._start()
 
     def __iter__(self) -> PromptStream:
         return self
@@ -44,40 +66,24 @@ class PromptStream:
 
     def set_state(self, state: dict[str, int]) -> None:
         self._next = state["batch"]
-        rest = self._batches[self._next :].to_iter_dataset(_READING)
+        self._start()
+
+    def _start(self) -> None:
+        builder, documents, mine, before = self._builder, self._documents, self._mine, self._first * self._batch
+
+        # Without self: its iterator cannot be sent to other processes.
+        def build(numbered: Sequence[tuple[int, Position]]) -> PromptBatch:
+            return stack([builder.build(i, documents[p.document], p) for i, p in numbered[mine]])
+
+        def pair(index: int, position: Position) -> tuple[int, Position]:
+            return before + index, position
+
+        batches = self._order.map_with_index(pair).batch(self._batch, drop_remainder=True, batch_fn=list).map(build)
+        rest = batches[self._next - self._first :].to_iter_dataset(_READING)
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             rest = rest.mp_prefetch(options)
         self._iterator = iter(rest)
-
-
-def prompt_stream(
-    builder: PromptBuilder,
-    documents: Sequence[Sequence[int]],
-    order: grain.MapDataset,
-    *,
-    batch: int,
-    workers: int = 0,
-    process: tuple[int, int] = (0, 1),
-) -> PromptStream:
-    """Yield `PromptBatch`es of the positions of `order`.
-
-    A prompt's id is its number in the stream, so that the noise of its samples outlives restarts.
-
-    Args:
-      batch: prompts of a step, of all processes together.
-      process: (number, count): which equal part of every batch is built.
-    """
-    number, count = process
-    mine = slice(number * batch // count, (number + 1) * batch // count)
-
-    def build(numbered: Sequence[tuple[int, Position]]) -> PromptBatch:
-        return stack([builder.build(i, documents[p.document], p) for i, p in numbered[mine]])
-
-    def pair(index: int, position: Position) -> tuple[int, Position]:
-        return index, position
-
-    return PromptStream(order.map_with_index(pair).batch(batch, drop_remainder=True, batch_fn=list).map(build), workers)
 
 
 def position_order(
@@ -130,12 +136,12 @@ class DocumentOrder:
 
     def __init__(self, positions: PositionIndex, per_document: int, batch: int, seed: int):
         self._positions, self._per_document, self._seed = positions, per_document, seed
-        self._taken_N = np.minimum(positions.counts_N, per_document)
-        self._epoch = int(self._taken_N.sum()) // batch * batch
+        self._taken_M = np.minimum(positions.counts_M, per_document)
+        self._epoch = int(self._taken_M.sum()) // batch * batch
         self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
         if not self._epoch:
             raise UserError(
-                f"data.positions_per_document={per_document} leaves {int(self._taken_N.sum())} prompts of all documents for "
+                f"data.positions_per_document={per_document} leaves {int(self._taken_M.sum())} prompts of all documents for "
                 f"training.prompts_per_step={batch}: raise it, or give a longer corpus."
             )
 
@@ -146,16 +152,15 @@ class DocumentOrder:
         epoch, slot = divmod(int(index), self._epoch)
         documents, first = self._order(epoch)
         place = int(np.searchsorted(first, slot, side="right")) - 1
-        document, count = int(documents[place]), int(self._positions.counts_N[documents[place]])
+        document, count = int(documents[place]), int(self._positions.counts_M[documents[place]])
         turn = (epoch * self._per_document + slot - int(first[place])) % count
         own = np.random.default_rng((self._seed, document)).permutation(count)[turn]
         return self._positions[self._positions.first(document) + int(own)]
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._cached is None or self._cached[0] != epoch:
-            documents = np.random.default_rng((self._seed, epoch, 1)).permutation(len(self._taken_N))
-            documents = documents[self._taken_N[documents] > 0]
-            self._cached = epoch, documents, np.concatenate([[0], np.cumsum(self._taken_N[documents])])
+            documents = np.random.default_rng((self._seed, epoch, 1)).permutation(len(self._taken_M))
+            self._cached = epoch, documents, np.concatenate([[0], np.cumsum(self._taken_M[documents], dtype=np.int64)])
         return self._cached[1:]
 
 

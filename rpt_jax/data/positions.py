@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,8 +13,12 @@ from rpt_jax.data.shards import Records
 if TYPE_CHECKING:
     from rpt_jax.score import Scores
 
+_BLOCK = 1024  # Records that are read at a time.
 STAGES = 8  # Of the easy-to-hard curriculum, each with as many positions.
 _EVERY = -0.5  # Below every entropy, and above what stands in place of a special token's.
+
+# Of a window, by its number among the records: its positions' entropies, renormalised and not.
+Entropies = Records | Mapping[int, tuple[np.ndarray, ...]]
 
 
 class Position(NamedTuple):
@@ -65,45 +69,63 @@ class Choice(NamedTuple):
 
 
 class PositionIndex(Sequence):
-    """All positions of a choice, in the order of the documents; in memory are 8 bytes a window. Can be pickled.
+    """All positions of a choice, in the order of the documents; in memory are 16 bytes a window. Can be pickled.
 
     Args:
       numbers_N: the windows' numbers among the records; a `Position.document` is an index into it.
-      counts_N: how many positions each has.
+      documents_M: uint32, those of the windows that have positions, in order.
+      counts_M: uint32, how many each has.
     """
 
-    def __init__(self, scores: Records, numbers_N: np.ndarray, choice: Choice, counts_N: np.ndarray):
-        self._scores, self._numbers_N, self._choice, self.counts_N = scores, numbers_N, choice, counts_N
-        self._first_N = np.concatenate([[0], np.cumsum(counts_N)]).astype(np.int64)
+    def __init__(
+        self,
+        scores: Entropies,
+        numbers_N: np.ndarray,
+        choice: Choice,
+        documents_M: np.ndarray,
+        counts_M: np.ndarray,
+    ):
+        self._scores, self._numbers_N, self._choice = scores, numbers_N, choice
+        self._documents_M, self.counts_M = documents_M, counts_M
+        self._first_M = np.concatenate([[0], np.cumsum(counts_M, dtype=np.int64)])
 
     def only(self, kept_N: np.ndarray) -> PositionIndex:
         """The positions of some of the windows, bool [N]; their numbers do not change."""
-        return PositionIndex(self._scores, self._numbers_N, self._choice, self.counts_N * kept_N)
+        kept_M = kept_N[self._documents_M]
+        kept = self._documents_M[kept_M], self.counts_M[kept_M]
+        return PositionIndex(self._scores, self._numbers_N, self._choice, *kept)
 
-    def first(self, document: int) -> int:
-        """The index of the first position of a document."""
-        return int(self._first_N[document])
+    def first(self, place: int) -> int:
+        """The index of the first position of the window that has `counts_M[place]`."""
+        return int(self._first_M[place])
 
     def __len__(self) -> int:
-        return int(self._first_N[-1])
+        return int(self._first_M[-1])
 
     def __getitem__(self, index: int) -> Position:
         index = range(len(self))[index]
-        document = int(np.searchsorted(self._first_N, index, side="right")) - 1
+        place = int(np.searchsorted(self._first_M, index, side="right")) - 1
+        document = int(self._documents_M[place])
         number = int(self._numbers_N[document])
         entropy_S = self._choice.entropy(self._scores[number])
-        place = int(self._choice.places(number, entropy_S)[index - self._first_N[document]])
-        return Position(document, place, float(entropy_S[place]))
+        position = int(self._choice.places(number, entropy_S)[index - self._first_M[place]])
+        return Position(document, position, float(entropy_S[position]))
 
 
-def index_positions(config: DataConfig, scores: Records, numbers_N: np.ndarray) -> list[PositionIndex]:
+def index_positions(
+    config: DataConfig, scores: Entropies, numbers_N: np.ndarray, documents_M: np.ndarray | None = None
+) -> list[PositionIndex]:
     """Find the positions that `data.positions` names in the windows `numbers_N`; reads their entropies, and keeps none.
+
+    Args:
+      documents_M: in these of the windows alone; None = in all.
 
     Returns: one index, or for the curriculum one for each stage, easy ones first.
     """
+    documents_M = np.arange(len(numbers_N), dtype=np.uint32) if documents_M is None else documents_M
 
     def entropies() -> Iterable[np.ndarray]:
-        return (everything.entropy(scores[int(n)])[config.min_context :] for n in numbers_N)
+        return (everything.entropy(record)[config.min_context :] for _, record in _read(scores, numbers_N[documents_M]))
 
     everything = Choice(_EVERY, np.inf, 1.0, config.min_context, config.entropy_renormalised, config.seed)
     above = everything._replace(low=config.entropy_threshold)
@@ -111,19 +133,27 @@ def index_positions(config: DataConfig, scores: Records, numbers_N: np.ndarray) 
         edges = quantiles(entropies, [i / STAGES for i in range(1, STAGES)], above.low)
         lows, highs = [above.low, *edges], [*edges, np.inf]
         choices = [above._replace(low=low, high=high) for low, high in zip(lows, highs, strict=True)]
-    elif config.positions == "quantile":
+    elif config.positions in ("quantile", "self_entropy"):
         choices = [everything._replace(low=quantiles(entropies, [1.0 - config.kept_share], _EVERY)[0])]
     else:
         named = {"threshold": above, "every": everything, "random": everything._replace(share=config.kept_share)}
         choices = [named[config.positions]]
-    counts_CxN = np.zeros((len(choices), len(numbers_N)), np.int64)
-    for i, number in enumerate(numbers_N):
-        record = scores[int(number)]
+    counts_CxM = np.zeros((len(choices), len(documents_M)), np.uint32)
+    for i, (number, record) in enumerate(_read(scores, numbers_N[documents_M])):
         for c, choice in enumerate(choices):
-            counts_CxN[c, i] = len(choice.places(int(number), choice.entropy(record)))
+            counts_CxM[c, i] = len(choice.places(number, choice.entropy(record)))
     return [
-        PositionIndex(scores, numbers_N, choice, counts) for choice, counts in zip(choices, counts_CxN, strict=True)
+        PositionIndex(scores, numbers_N, choice, documents_M[counts_M > 0], counts_M[counts_M > 0])
+        for choice, counts_M in zip(choices, counts_CxM, strict=True)
     ]
+
+
+def _read(scores: Entropies, numbers_M: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Records with their numbers, of which a block is in memory at a time."""
+    for first in range(0, len(numbers_M), _BLOCK):
+        numbers = numbers_M[first : first + _BLOCK].tolist()
+        records = scores.read(numbers) if isinstance(scores, Records) else [scores[number] for number in numbers]
+        yield from zip(numbers, records, strict=True)
 
 
 def quantiles(parts: Callable[[], Iterable[np.ndarray]], shares: Sequence[float], above: float) -> list[float]:

@@ -32,7 +32,7 @@ from rpt_jax.data.shards import (
     Records,
     ShardWriter,
     digest,
-    document_name,
+    document_names,
     read_index,
     read_summary,
     shard_name,
@@ -41,8 +41,8 @@ from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.infra.whole import write_whole
 
-FORMAT = 1
-SHARD_BYTES = 128 * 2**20  # Of files, where data.shard does not say how many shards there are.
+FORMAT = 2
+SHARD_BYTES = 32 * 2**20  # Of files, where data.shard does not say how many shards there are.
 _BATCH = 256  # Documents that are tokenised at a time,
 _BATCH_BYTES = 2**20  # or fewer, where they are long.
 NEAR_DUPLICATES = "near_duplicates.jsonl"
@@ -94,31 +94,32 @@ def tokenise_shard(
     if summary := read_summary(directory, "tokens", shard, shards):
         check_same(directory, summary, made_from)
         return summary
-    rows: list[tuple] = []
     index, names = (
-        directory / f"{shard_name(kind, shard, shards)}{end}" for kind, end in (("index", ".npy"), ("names", ".txt"))
+        directory / f"{shard_name(kind, shard, shards)}{end}" for kind, end in (("index", ".bin"), ("names", ".txt"))
     )
     listing = directory / f"{shard_name(REJECTED.partition('.')[0], shard, shards)}.jsonl"
     with (
         ShardWriter(directory, "tokens", shard, shards) as writer,
         Rejects(config.strict, listing) as rejects,
+        index.open("wb") as index_file,
         names.open("w", encoding="utf-8") as names_file,
     ):
         documents = rejects.keep(read_corpus(config, rejects.counts, shard, shards))
         encoded = rejects.keep(_encode(tokenizer, documents))
-        text_bytes = token_count = 0
-        for number, (document, ids) in enumerate(encoded):
-            names_file.write(json.dumps(document.name) + "\n")
+        counts: collections.Counter = collections.Counter({"documents": 0, "tokens": 0, "text_bytes": 0})
+        for document, ids in encoded:
             key, text = fingerprints(document, config.seed)
-            ids_S, drawn = np.array(ids, np.uint32), sketch(ids)
-            text_bytes, token_count = text_bytes + len(document.text.encode()), token_count + len(ids)
+            ids_S = np.array(ids, np.uint32)
+            index_file.write(
+                np.array([(text, key, len(ids), document.side, document.part, sketch(ids_S))], INDEX).tobytes()
+            )
+            names_file.write(json.dumps(document.name) + "\n")
+            counts.update(documents=1, tokens=len(ids), text_bytes=len(document.text.encode()))
             for start in range(0, len(ids), config.max_document_tokens):
                 window = ids_S[start : start + config.max_document_tokens]
                 writer.write((window, tokenizer.byte_vocab.lengths_V[window]))
-                rows.append((text, key, number, len(window), document.side, document.part, drawn))
-        np.save(index, np.array(rows, INDEX), allow_pickle=False)
+        index_file.flush()
         names_file.flush()
-        counts = {"documents": rows[-1][2] + 1 if rows else 0, "tokens": token_count, "text_bytes": text_bytes}
         rejected = {"rejected": dict(rejects.counts), "first_rejected": rejects.first}
         writer.commit({**made_from, **counts, **rejected}, (index, names))
     return read_summary(directory, "tokens", shard, shards) or {}
@@ -197,17 +198,21 @@ def _status(summary: dict[str, Any]) -> str:
 
 
 class Corpus(NamedTuple):
-    """A prepared corpus: of every window its row and its side, and the records of tokens."""
+    """A prepared corpus: what is known of every document, which one every window is of, and the records of tokens."""
 
     directory: Path
     shards: int
-    rows_W: np.ndarray
-    sides_W: np.ndarray  # int8; LEFT_OUT for windows of repeated documents.
-    documents_W: np.ndarray
+    sides_D: np.ndarray  # int8; LEFT_OUT for repeated documents.
+    parts_D: np.ndarray  # uint16, of a mixture.
+    sizes_D: np.ndarray  # uint32, in tokens.
+    documents_W: np.ndarray  # uint32
     tokens: Records
 
     def windows(self, side: str) -> Windows:
-        return Windows(self.tokens, np.flatnonzero(self.sides_W == SIDES.index(side)))
+        return Windows(self.tokens, np.flatnonzero((self.sides_D == SIDES.index(side))[self.documents_W]))
+
+    def token_count(self, side: str) -> int:
+        return int(self.sizes_D[self.sides_D == SIDES.index(side)].sum())
 
 
 class Windows(Sequence):
@@ -233,49 +238,59 @@ def summaries(directory: Path, kind: str, shards: int) -> list[dict[str, Any]] |
 def open_tokens(config: DataConfig, directory: Path, shards: int) -> Corpus:
     """Open the tokens of all shards, with the sides of the split.
 
-    The split and repetitions are found here, over all shards, because no shard knows the others. In memory are INDEX.itemsize
-    bytes for every window. Raises: UserError, where a shard is missing or damaged and where there are too few documents.
+    The split and repetitions are found here, over all shards, because no shard knows the others. What stays in memory are 7
+    bytes for every document and 4 for every window, of which `Windows` takes 8 more. Raises: UserError, where a shard is
+    missing or damaged and where there are too few documents.
     """
     tokens = Records(directory, "tokens", shards)
-    rows_W, documents_W = read_index(directory, shards)
-    if len(rows_W) != len(tokens):
+    names = ("key", "text", "side", "part", "tokens")
+    columns = [[rows[name].copy() for name in names] for rows in read_index(directory, shards)]
+    keys_D, texts_D, sides_D, parts_D, sizes_D = map(np.concatenate, zip(*columns, strict=True))
+    windows_D = -(-sizes_D.astype(np.int64) // config.max_document_tokens)
+    documents_W = np.repeat(np.arange(len(sizes_D), dtype=np.uint32), windows_D)
+    if len(documents_W) != len(tokens):
         raise UserError(
-            f"{directory}: {len(rows_W)} rows for {len(tokens)} windows. Prepare it again in another directory."
+            f"{directory}: {len(tokens)} windows where its documents have {len(documents_W)}. Prepare it again in another "
+            "directory."
         )
-    first_D = np.unique(documents_W, return_index=True)[1]
     example = next(
         (s["first_rejected"] for s in summaries(directory, "tokens", shards) or [] if s["first_rejected"]), ""
     )
-    documents = rows_W[first_D]
-    sides_D = split(documents["key"], documents["text"], documents["side"], config, example)
-    return Corpus(directory, shards, rows_W, sides_D[documents_W], documents_W, tokens)
+    sides_D = split(keys_D, texts_D, sides_D, config, example)
+    return Corpus(directory, shards, sides_D, parts_D, sizes_D, documents_W, tokens)
 
 
 def report_corpus(corpus: Corpus) -> dict[str, Any]:
     """Print what was left out and which held-out documents training nearly repeats; return the counts."""
     parts = summaries(corpus.directory, "tokens", corpus.shards) or []
     rejected = sum((collections.Counter(part["rejected"]) for part in parts), collections.Counter())
-    first_D = np.unique(corpus.documents_W, return_index=True)[1]
-    sides_D, sketches = corpus.sides_W[first_D], corpus.rows_W["sketch"]
+    sides_D, directory, shards = corpus.sides_D, corpus.directory, corpus.shards
     if repeated := int(np.sum(sides_D == LEFT_OUT)):
         rejected["duplicate"] += repeated
-    listings = sorted(corpus.directory.glob(f"{REJECTED.partition('.')[0]}-*.jsonl"))
+    listings = sorted(directory.glob(f"{REJECTED.partition('.')[0]}-*.jsonl"))
     report_rejects(rejected, ", ".join(map(str, listings[:3])) + ", …" * (len(listings) > 3))
     held_D, train_D = (np.flatnonzero(sides_D == SIDES.index(side)) for side in ("held_out", "train"))
-    pairs = near_duplicates(sketches[first_D[held_D]], sketches[first_D[train_D]])
-    lines = [
-        {
-            "held_out": document_name(corpus.directory, corpus.shards, int(held_D[pair.held_out])),
-            "train": document_name(corpus.directory, corpus.shards, int(train_D[pair.train])),
-            "share": pair.share,
-        }
-        for pair in pairs
+    held_out = np.concatenate(list(_sketches(corpus, "held_out")))
+    pairs = [
+        (int(held_D[pair.held_out]), int(train_D[pair.train]), pair.share)
+        for pair in near_duplicates(held_out, _sketches(corpus, "train"))
     ]
-    if lines:
-        write_whole(corpus.directory / NEAR_DUPLICATES, "".join(json.dumps(line) + "\n" for line in lines))
+    if pairs:
+        names = document_names(directory, shards, (number for pair in pairs for number in pair[:2]))
+        lines = [{"held_out": names[h], "train": names[t], "share": share} for h, t, share in pairs]
+        write_whole(directory / NEAR_DUPLICATES, "".join(json.dumps(line) + "\n" for line in lines))
         print(
-            f"{len(lines):,} of {len(held_D):,} held-out documents are nearly the same as one of training: "
-            f"{corpus.directory / NEAR_DUPLICATES}."
+            f"{len(pairs):,} of {len(held_D):,} held-out documents are nearly the same as one of training: "
+            f"{directory / NEAR_DUPLICATES}."
         )
     counts = {name: sum(part[name] for part in parts) for name in ("documents", "records", "tokens", "text_bytes")}
-    return {**counts, "rejected": dict(rejected), "near_duplicates": len(lines)}
+    return {**counts, "rejected": dict(rejected), "near_duplicates": len(pairs)}
+
+
+def _sketches(corpus: Corpus, side: str) -> Iterator[np.ndarray]:
+    """Those of the documents of one side, shard by shard."""
+    before = 0
+    for rows in read_index(corpus.directory, corpus.shards):
+        sides = corpus.sides_D[before : before + len(rows)]
+        before += len(rows)
+        yield rows["sketch"][sides == SIDES.index(side)]

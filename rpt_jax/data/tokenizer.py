@@ -91,7 +91,7 @@ class Tokenizer:
         """`encode` for many texts at once. Raises `UserError` where the tokenizer cannot express a text exactly."""
         batch = self.encode_ordinary(texts)
         for text, ids in zip(texts, batch, strict=True):
-            if self.token_bytes(ids) != text.encode("utf-8"):
+            if b"".join(map(self.pieces.__getitem__, ids)) != text.encode("utf-8"):
                 raise UserError(
                     f"{self.source} does not give back the bytes of the text that it encodes, here of {text[:60]!r}: "
                     "it drops, adds or replaces something. Use a byte-level BPE, or sentencepiece with byte fallback."
@@ -103,7 +103,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if ids and min(ids) < 0:
             raise IndexError(f"{min(ids)} is not a token id")
-        return b"".join(self.pieces[i] for i in ids)
+        return b"".join(map(self.pieces.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the tokens, with U+FFFD for bytes that are not UTF-8 and nothing for special tokens."""

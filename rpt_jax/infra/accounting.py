@@ -74,7 +74,8 @@ class Counters:
     """Tokens and FLOPs of training so far; saved with every checkpoint.
 
     A forward pass costs 2 FLOPs a token for each of the N parameters that it is multiplied with, and forward plus backward 6;
-    attention is left out. Every rollout costs, also one that dynamic sampling discards; evaluation and scoring are not training.
+    attention is left out. Every rollout costs, also one that dynamic sampling discards, and so do documents that the policy
+    scores to choose positions; evaluation and preparing a corpus are not training.
 
     Args:
       matmul_parameters: N.
@@ -117,6 +118,10 @@ class Counters:
         share = processed / max(size.response_tokens, 1)
         self.flops += self._update * self._n * (share * size.prompt_tokens + processed)
         self.flops += 6.0 * self._n * document_tokens
+
+    def count_scored(self, tokens: int) -> None:
+        """Count documents that ran forward once."""
+        self.flops += 2.0 * self._n * tokens
 
     def scalars(self) -> dict[str, float]:
         return {

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rpt_jax.errors import UserError
@@ -113,6 +114,24 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: M
 def shard_prompts(tree: Any, mesh: Mesh) -> Any:
     """Put arrays on the devices with their first axis split as the batch is."""
     return jax.device_put(tree, _shortest(NamedSharding(mesh, PROMPT_AXIS)))
+
+
+def to_host(tree: Any) -> Any:
+    """Return whole arrays in the memory of every process, wherever on the mesh they are; all processes must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def is_leader() -> bool:
+    """Whether this process is the one of all that writes what they share."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Return when every process has come to the same place, which `what` names."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _init(policy: nn.Module, key: jax.Array) -> Any:
