@@ -35,7 +35,7 @@ class PolicyConfig:
     preset: str = "tiny"  # A name in policy/presets.py; checked against the directory when both are given.
     dtype: str = "float32"  # Compute dtype; parameters and reductions stay float32.
     remat: str = (
-        "none"  # [memory] What each layer's backward pass recomputes: "none", all but projections "dots", all "full".
+        "none"  # [memory] What each layer's backward pass recomputes: "none", all but products "dots", all "full".
     )
     attention: str = "auto"  # [memory] "reference", "blockwise", "cudnn", "splash"; "auto": the platform's best.
 

@@ -308,11 +308,12 @@ def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tre
     tokens, pairs = (sum(part) for part in zip(*tree.parts, strict=True))
     inputs, layers = 0, shape.layers
     if experiment.policy.remat != "none":
-        # A layer's input outlives it and, with "dots", what its projections give. The rest is run again, for stem or branches,
-        # just before its derivative.
+        # A layer's input outlives it and, with "dots", what its projections give and what attention in blocks gave. The rest is
+        # run again, for stem or branches, just before its derivative.
         kept = shape.width
         if experiment.policy.remat == "dots":
-            projected = shape.head_size * (shape.heads + 2 * shape.kv_heads) + 2 * shape.ffn
+            attended = 0 if _dense(experiment) else shape.head_size * shape.heads
+            projected = shape.head_size * (shape.heads + 2 * shape.kv_heads) + 2 * shape.ffn + attended
             kept += 2 * shape.width + projected / mesh.tensor
         inputs, layers = shape.layers * tokens * kept * itemsize, 1
         tokens, pairs = max(tree.parts, key=lambda part: part[0] * token_bytes + part[1] * pair_bytes)

@@ -14,8 +14,9 @@ from rpt_jax.errors import UserError
 from rpt_jax.policy import attention
 from rpt_jax.policy.attention import Context, KeyValues, attend, choose_attention
 from rpt_jax.policy.kernels import attend_cudnn, attend_splash
-from rpt_jax.policy.transformer import segment_starts
+from rpt_jax.policy.transformer import prefill, segment_starts
 from tests import policy_reference as reference
+from tests.policy_reference import SHALLOW, random_params
 
 N, K, G, R, Q, S, C = 2, 2, 3, 2, 10, 9, 6
 RNG = np.random.default_rng(0)
@@ -163,6 +164,23 @@ def test_memory_of_blocks_grows_with_the_length_and_not_with_its_square():
     assert plain[4096] > 10 * plain[1024] > 0
     assert blocks[4096] < 4.1 * blocks[1024]
     assert blocks[4096] < plain[4096] / 50
+
+
+def test_attention_in_blocks_is_run_again_only_where_all_is(monkeypatch):
+    """Its result is small, so "dots" keeps it. Counted in loops: a pass over the queries goes over their keys."""
+    monkeypatch.setattr(attention, "_DENSE_PAIRS", 0)
+    monkeypatch.setattr(attention, "_BLOCK", {"cpu": 4})
+    params = jax.eval_shape(lambda: random_params(SHALLOW, 0))
+
+    def loops(remat):
+        policy = SHALLOW.clone(remat=remat, attention="blockwise")
+
+        def loss(params):
+            return prefill(policy, params, jnp.zeros((1, 9), jnp.int32), jnp.array([9]))[0].sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).as_text().count("stablehlo.while")
+
+    assert loops("full") - 2 == loops("dots") == loops("none")
 
 
 # --- kernels -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from rpt_jax.policy.transformer import Transformer, branch_hidden, head, prefill
 from tests import policy_reference as reference
 from tests.policy_reference import POLICY, SHALLOW, SHAPE, random_params
 
-# Grouped, full and multi-query attention; layers unrolled, and more of them, in a loop.
+# Grouped, full and multi-query attention.
 VARIANTS = {
     "llama": SHAPE,
     "qwen2": dataclasses.replace(SHAPE, kv_heads=4, qkv_bias=True, tied=False, rope_base=1e6, norm_epsilon=1e-5),

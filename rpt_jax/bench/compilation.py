@@ -1,6 +1,6 @@
 """Seconds that XLA takes to compile forward and backward, for policies that differ in depth alone.
 
-Deep policies run their layers in a loop, so the time does not grow with their number; shallow ones are written out.
+Layers run in a loop, so the time does not grow with their number.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+RESULT = "attention"  # The name by which rematerialisation keeps what the backward pass needs of the forward one.
 # Finite, because exp(-inf - -inf) is NaN where a query sees nothing of a block.
 HIDDEN = -1e30
 
@@ -98,7 +100,7 @@ def _forward(q: jax.Array, parts: tuple[Part, ...], block: int) -> tuple[jax.Arr
 
 
 def _saving(q: jax.Array, parts: tuple[Part, ...], block: int) -> tuple[jax.Array, tuple[Any, ...]]:
-    out, log_total = _forward(q, parts, block)
+    out, log_total = (checkpoint_name(x, RESULT) for x in _forward(q, parts, block))
     return out, (q, parts, out, log_total)
 
 

@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from rpt_jax.policy.blockwise import RESULT
+
 # Largest first: the kernel's time is spent in whole blocks, and it takes only lengths that these divide.
 _SPLASH_BLOCKS = (512, 256, 128)
 
@@ -59,5 +61,6 @@ def _splash_kernel(heads: int, length: int, interpret: bool) -> splash.SplashAtt
     return splash.make_splash_mqa_single_device(
         mask=splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        residual_checkpoint_name=RESULT,
         interpret=interpret,
     )

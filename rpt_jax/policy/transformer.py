@@ -22,16 +22,19 @@ import numpy as np
 from flax import linen as nn
 
 from rpt_jax.policy.attention import Context, KeyValues, attend
+from rpt_jax.policy.blockwise import RESULT
 from rpt_jax.policy.presets import Shape
 from rpt_jax.policy.rope import Scaling, rope_frequencies
 
 Params = dict[str, Any]
-UNROLLED_LAYERS = 6
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-# What a layer keeps for its backward pass, by the names of `policy.remat`: the results of its projections (attention is run
-# again: its scores are what takes memory), or nothing but its input. Under "none" it keeps everything.
+# What a layer keeps for its backward pass, by the names of `policy.remat`: the results of its projections and of attention in
+# blocks (never scores, which are what takes memory), or nothing but its input. Under "none" it keeps everything.
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESULT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -186,18 +189,16 @@ class Transformer(nn.Module):
         x_NxGxQxD = embed({"embedding": embedding_VxD}, tokens_NxGxQ, self.dtype)
         rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base, s.rope_scaling)
         since_NxGxQ = None if segments_NxGxQ is None else segment_starts(segments_NxGxQ)
-        layer, unrolled = Layer, s.layers <= UNROLLED_LAYERS
+        layer = Layer
         if self.remat != "none":
             # In a loop XLA cannot undo the recomputation, and the barriers against that would only cost.
-            layer = nn.remat(Layer, policy=_REMAT[self.remat], prevent_cse=unrolled)
+            layer = nn.remat(Layer, policy=_REMAT[self.remat], prevent_cse=False)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=s.layers,
-            # A loop keeps compile time flat in depth, but XLA's CPU backend runs a loop's body a sixth slower.
-            unroll=s.layers if unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(s, self.dtype, self.attention, name="layers")
         kvs = tuple(context.kv for context in contexts)

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.policy.attention import KeyValues
-from rpt_jax.policy.transformer import UNROLLED_LAYERS, Layer, Params, Transformer, embed, rms_norm, rotary_angles
+from rpt_jax.policy.transformer import Layer, Params, Transformer, embed, rms_norm, rotary_angles
 from rpt_jax.rollout.kv_cache import Look
+
+# Every layer more is compiled once more, at every size of the live batch.
+_MOST_TAKEN_APART = 6
 
 
 def split_layers(policy: Transformer, params: Params) -> Params:
     """Take few layers apart, once before the loop: a slice of the stack a token would copy every weight."""
-    if policy.shape.layers > UNROLLED_LAYERS:
+    if policy.shape.layers > _MOST_TAKEN_APART:
         return params
     layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(policy.shape.layers)]
     return params | {"layers": layers}
