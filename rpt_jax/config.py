@@ -99,7 +99,7 @@ class RolloutConfig:
     top_p: float = 1.0  # Draw from the fewest tokens that hold this share only.
     stop_at_box: bool = False  # End a response at the brace that closes its box after thinking.
     decode_slots: int = 0  # [memory] Rollouts that are live at once; 0: all, or as many as fit.
-    prefill_tokens: int = 512  # [memory] Tokens of each prompt that are prefilled at one time.
+    prefill_tokens: int = 4096  # [memory] Tokens of prompts that are prefilled at one time.
 
 
 @dataclasses.dataclass(frozen=True)

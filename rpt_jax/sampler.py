@@ -18,10 +18,10 @@ from rpt_jax.objective.choices import SCORING_REWARDS
 from rpt_jax.objective.reward import Status, prefix_match_reward
 from rpt_jax.objective.rewards import BOX, Evidence, RewardConfig, token_budget, total_reward
 from rpt_jax.objective.update import Documents, TrainState, UpdateBatch
+from rpt_jax.policy.prefixes import Prompts, separate, share_prefixes
 from rpt_jax.policy.transformer import Params, Transformer, in_compute_dtype
-from rpt_jax.rollout.generate import Decoding, Ended, Rollouts, Work, sample_rollouts
+from rpt_jax.rollout.generate import Decoding, Ended, Rollouts, Work, replica_count, sample_rollouts
 from rpt_jax.rollout.memory import device_memory, plan_slots, rollout_memory
-from rpt_jax.rollout.prefill import separate
 from rpt_jax.setup import Setup
 
 
@@ -42,7 +42,9 @@ class Sampled(NamedTuple):
 class Sampler:
     """Samples and rewards batches of prompts with one compiled program each."""
 
-    def __init__(self, experiment: Experiment, setup: Setup):
+    def __init__(self, experiment: Experiment, setup: Setup, builder: PromptBuilder):
+        # Of two positions of a document, one's context begins as the other's; then comes the template's end.
+        self._tail = max(1, len(builder.after)) if experiment.data.positions_per_document > 1 else 0
         self._mesh, self._tokenizer, self._policy = setup.mesh, setup.tokenizer, setup.policy
         self._decoding = decoding_of(experiment, setup)
         self._vocab = jax.device_put(setup.tokenizer.byte_vocab)
@@ -56,10 +58,10 @@ class Sampler:
 
     def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> Sampled:
         """Roll out each prompt G times with the noise of `step`, and reward what was predicted."""
-        prompts = shard_prompts(prompts, self._mesh)
-        separated = separate(prompts.tokens_PxS, prompts.lengths_P, prompts.ids_P)
+        on_roots = self._on_roots(prompts)
+        prompts, on_roots = shard_prompts((prompts, on_roots), self._mesh)
         key = jax.random.fold_in(self._key, step)
-        rollouts, work = sample_rollouts(self._policy, weights, separated, key, self._decoding, self._box_vocab)
+        rollouts, work = sample_rollouts(self._policy, weights, on_roots, key, self._decoding, self._box_vocab)
         reward, status = prefix_match_reward(
             rollouts.tokens_PxGxT,
             rollouts.lengths_PxG,
@@ -71,6 +73,11 @@ class Sampler:
             self._tokenizer.end_think_id,
         )
         return Sampled(prompts, rollouts, reward, status, _decoded(rollouts, work))
+
+    def _on_roots(self, prompts: PromptBatch) -> Prompts:
+        """What is run once: each prompt or, where a step has several positions of a document, each document."""
+        arrays = prompts.tokens_PxS, prompts.lengths_P, prompts.ids_P
+        return share_prefixes(*arrays, self._tail, replica_count()) if self._tail else separate(*arrays)
 
 
 def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:

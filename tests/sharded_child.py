@@ -20,11 +20,12 @@ from rpt_jax.objective.advantage import group_advantages
 from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import prefix_match_reward
 from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, update_policy
-from rpt_jax.rollout.generate import generate
+from rpt_jax.rollout.generate import Rollouts, generate
 from tests.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
+FEWER = ((2, 1, 1), (1, 1, 2), (2, 1, 2))  # Of two and of four devices: the first rollouts alone.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
 CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=64, temperature=0.8, bounds=Bounds(0.2, 0.2))
@@ -42,10 +43,10 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 def prompts() -> tuple[np.ndarray, ...]:
-    """Return tokens, lengths, ids, reference and boundaries."""
+    """Return tokens, lengths, ids, reference and boundaries; two prompts a document, so that replicas of several share."""
     rng = np.random.default_rng(0)
     return (
-        rng.integers(0, SHAPE.vocab, (P, S)).astype(np.int32),
+        rng.integers(0, SHAPE.vocab, (P // 2, S)).astype(np.int32).repeat(2, axis=0),
         rng.integers(1, S + 1, P).astype(np.int32),
         np.arange(P, dtype=np.int32),
         np.tile(np.frombuffer(b"aa", np.uint8), (P, 1)),
@@ -53,12 +54,17 @@ def prompts() -> tuple[np.ndarray, ...]:
     )
 
 
+def roll(params: Any, sharded: tuple[jax.Array, ...], seed: int) -> Rollouts:
+    """Half of the rollouts are live at once."""
+    static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS, "slots": P * G // 2}
+    return generate(SHALLOW, params, *sharded[:3], jax.random.key(seed), **static)
+
+
 def step(
     state: TrainState, layout: Callable[[Any], Any], sharded: tuple[jax.Array, ...], seed: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    tokens, lengths, ids, reference, boundaries = sharded
-    static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS}
-    rollouts = generate(SHALLOW, layout(state.params), tokens, lengths, ids, jax.random.key(seed), **static)
+    tokens, lengths, _, reference, boundaries = sharded
+    rollouts = roll(layout(state.params), sharded, seed)
     ended = rollouts.lengths_PxG, rollouts.stopped_PxG
     reward, status = prefix_match_reward(
         rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_of_thinking_id=-1
@@ -111,6 +117,15 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
+def run_rollouts(sizes: tuple[int, int, int]) -> dict[str, Any]:
+    """Return what the first step of `run` samples."""
+    mesh = make_mesh(*sizes, devices=int(np.prod(sizes)))
+    with use_mesh(mesh):
+        layout = decoding_layout(SHALLOW, mesh, lambda params: params) or (lambda params: params)
+        params = layout(init_parameters(SHALLOW, mesh, seed=0))
+        return {"first": {"rollouts": roll(params, shard_prompts(prompts(), mesh), seed=1)._asdict()}}
+
+
 def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {f"{prefix}/{jax.tree_util.keystr(p, simple=True, separator='.')}": np.asarray(leaf) for p, leaf in leaves}
@@ -122,6 +137,8 @@ def main() -> None:
     results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
     for sizes in MESHES:
         results |= flat(run(sizes), "x".join(map(str, sizes)))
+    for sizes in FEWER:
+        results |= flat(run_rollouts(sizes), "x".join(map(str, sizes)))
     np.savez(sys.argv[1], **results)
 
 

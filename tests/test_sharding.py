@@ -19,6 +19,7 @@ from tests.policy_reference import POLICY
 
 AXES = ("data", "fsdp", "tensor")
 ALONE, *SHARDED = ("x".join(map(str, sizes)) for sizes in sharded_child.MESHES)
+FEWER = ["x".join(map(str, sizes)) for sizes in sharded_child.FEWER]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,12 @@ def test_sharded_equals_unsharded(results, mesh):
     # What the first step changed, a second one samples from.
     assert_equal(results, mesh, "second", 0)
     assert_equal(results, mesh, "params", 1e-5)
+
+
+@pytest.mark.parametrize("mesh", FEWER)
+def test_rollouts_on_fewer_devices_equal_those_on_one(results, mesh):
+    for leaf, tolerance in (("tokens", 0), ("lengths", 0), ("ended", 0), ("logprobs", 1e-5)):
+        assert_equal(results, mesh, f"first.rollouts.{leaf}", tolerance)
 
 
 @pytest.mark.parametrize("mesh", SHARDED)

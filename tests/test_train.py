@@ -24,6 +24,7 @@ SMALL = {
     "data.documents": 60,
     "data.held_out_documents": 20,
     "data.held_out_templates": 2,
+    "data.positions_per_document": 4,
     "data.max_document_tokens": 128,
     "prompt.max_tokens": 128,
     "rollout.samples_per_prompt": 4,

@@ -23,11 +23,11 @@ from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import PolicyConfig
 from rpt_jax.errors import UserError
 from rpt_jax.policy.hf import load_policy
+from rpt_jax.policy.prefixes import Prompts, share_prefixes
 from rpt_jax.policy.transformer import in_compute_dtype
 from rpt_jax.rollout.engine import Decoding, Rollouts, begin, decode_until, live_sizes
 from rpt_jax.rollout.generate import sample_rollouts
 from rpt_jax.rollout.memory import cache_bytes, device_memory, plan_slots, rollout_memory
-from rpt_jax.rollout.prefill import Prompts, share_prefixes
 from rpt_jax.setup import make_policy
 
 _READ = 2**28  # Bytes of the array that is read; more than any cache holds.
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--slots", type=int, default=0, help="rollouts that are live at once; 0: as many as fit")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of a prompt that are prefilled at one time")
+    parser.add_argument("--chunk", type=int, default=4096, help="tokens that are prefilled at one time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
 
@@ -59,9 +59,9 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         )
     policy = make_policy(PolicyConfig(dtype=options.dtype), shape)
     params = jax.jit(in_compute_dtype, static_argnums=0)(policy, params)
-    prompts, _ = share_prefixes(prompts_PxS, lengths_P, np.arange(len(lengths_P), dtype=np.int32))
-    rollouts, tokens = prompts.ids_NxJ.size * options.samples, options.max_new_tokens
-    memory = rollout_memory(shape, options.dtype, *prompts.roots_NxS.shape, options.samples, tokens, 1)
+    prompts = share_prefixes(prompts_PxS, lengths_P, np.arange(len(lengths_P), dtype=np.int32))
+    rollouts, tokens = len(lengths_P) * options.samples, options.max_new_tokens
+    memory = rollout_memory(shape, options.dtype, *prompts_PxS.shape, options.samples, tokens, 1)
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     slots = plan_slots(options.slots, rollouts, memory, weights, device_memory())
     decoding = Decoding(
@@ -138,10 +138,10 @@ def _stop_ids(text: str) -> tuple[int, ...]:
 
 
 def _keys_read(rollouts: Rollouts, prompts: Prompts) -> int:
-    """Keys that decoding has to read, each root's once a step as long as one of its rollouts is live."""
-    lengths_NxW = np.asarray(rollouts.lengths_PxG).reshape(len(prompts.lengths_N), -1).astype(np.int64)
-    own = (lengths_NxW * (lengths_NxW - 1) // 2).sum()
-    return int(own + (np.asarray(prompts.lengths_N, np.int64) * lengths_NxW.max(axis=1)).sum())
+    """Keys that decoding has to read, each prompt's once a step as long as one of its rollouts is live."""
+    lengths_PxG = np.asarray(rollouts.lengths_PxG).astype(np.int64)
+    own = (lengths_PxG * (lengths_PxG - 1) // 2).sum()
+    return int(own + (np.asarray(prompts.lengths_P, np.int64) * lengths_PxG.max(axis=1)).sum())
 
 
 def _peak_memory() -> int:

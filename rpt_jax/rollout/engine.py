@@ -15,14 +15,16 @@ import jax.numpy as jnp
 from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
 from rpt_jax.objective.reward import BoxReader, read_box
 from rpt_jax.policy.attention import KeyValues
+from rpt_jax.policy.prefixes import Prompts
 from rpt_jax.policy.transformer import Params, Transformer, head
 from rpt_jax.rollout.decode import decode_token, split_layers
-from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, look_at
-from rpt_jax.rollout.prefill import Prompts, prefill_prompts
+from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, in_blocks, look_at
+from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, truncate, uniform_at
 
-# Each size of the live batch is a compiled program; the last ones matter where few long responses outlast the others.
-_SHRINK, _SMALLEST = (2, 4, 8, 32), 8
+# Sizes that the live batch shrinks through, in 32nds of the first. Each is compiled for; the last ones matter where few long
+# responses outlast the others.
+_SHRINK, _SMALLEST = (24, 16, 12, 8, 6, 4, 2, 1), 8
 _NOWHERE = 2**30  # An index out of every range.
 
 
@@ -80,7 +82,7 @@ class Decoding(NamedTuple):
       top_k, top_p: what a token is drawn from, see `truncate`; 0 and 1: from everything.
       end_think_id: with a vocabulary's bytes, says where a response ends at its box (see `Ended.BOX`).
       slots: rollouts that are live at once, on all replicas together; 0: all.
-      chunk: tokens of a prompt that are prefilled at one time.
+      chunk: tokens that are prefilled at one time.
     """
 
     samples: int
@@ -91,7 +93,7 @@ class Decoding(NamedTuple):
     top_p: float = 1.0
     end_think_id: int = -1
     slots: int = 0
-    chunk: int = 512
+    chunk: int = 4096
 
 
 class _Live(NamedTuple):
@@ -147,7 +149,7 @@ class _Batch(NamedTuple):
 
     params: Params
     vocab: tuple[jax.Array, jax.Array] | None
-    shared: tuple[Shared, ...]
+    shared: Shared
     flat: bool
     prompt_lengths_R: jax.Array
     keys_R: jax.Array
@@ -164,20 +166,20 @@ def decode_all(
     vocab: tuple[jax.Array, jax.Array] | None,
     decoding: Decoding,
 ) -> tuple[Rollouts, Work]:
-    """Sample G responses to each of P = N·J prompts, on one replica."""
+    """Sample G responses to each of P prompts, on one replica."""
     batch, live = begin(policy, params, prompts, key, vocab, decoding)
     work, sizes = [], live_sizes(decoding.slots, live.rollouts.lengths_PxG.shape[0])
     for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
         if size < sizes[0]:
             slots = jnp.argsort(~live.running_M, stable=True)[:size]
-            if batch.flat or size <= batch.shared[0].end_NxW.shape[0]:
+            if batch.flat or size <= len(batch.shared.end_NxW):
                 places = slots if batch.flat else live.rollout_M[slots]
-                batch = batch._replace(shared=tuple(part.spread(places) for part in batch.shared), flat=True)
+                batch = batch._replace(shared=batch.shared.spread(places), flat=True)
             live = live.take(slots)
         before = live.step
         live = decode_until(policy, decoding, batch, live, smaller)
         work.append(live.step - before)
-    dims = prompts.ids_NxJ.size, decoding.samples
+    dims = len(prompts.ids_P), decoding.samples
     rollouts = jax.tree.map(lambda x: x.reshape(*dims, *x.shape[1:]), live.rollouts)
     steps = jnp.stack(work)[None]
     return rollouts, Work(steps, steps @ jnp.array(sizes))
@@ -186,7 +188,7 @@ def decode_all(
 def live_sizes(slots: int, rollouts: int) -> list[int]:
     """Sizes that the live batch of a replica shrinks through."""
     size = min(slots or rollouts, rollouts)
-    return [size, *(size // factor for factor in _SHRINK if size // factor >= _SMALLEST)]
+    return [size, *(size * part // 32 for part in _SHRINK if size * part // 32 >= _SMALLEST)]
 
 
 def decode_until(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live, running: int) -> _Live:
@@ -211,27 +213,23 @@ def begin(
 ) -> tuple[_Batch, _Live]:
     """Prefill, draw every rollout's first token, and fill the slots."""
     samples, limit, platform = decoding.samples, decoding.max_new_tokens, jax.default_backend()
-    shared, kv, hidden_NxJxD = prefill_prompts(
-        policy, params, prompts, samples, decoding.chunk, block_size(platform, prompts.roots_NxS.shape[1])
-    )
-    ids_P = prompts.ids_NxJ.reshape(-1)
-    keys_PxG, exists_R = rollout_keys(key, ids_P, samples), jnp.repeat(ids_P >= 0, samples)
-    keys_R, count = keys_PxG.reshape(-1), ids_P.size * samples
+    kv, hidden_PxD = prefill_prompts(policy, params, prompts, decoding.chunk)
+    keys_R, count = rollout_keys(key, prompts.ids_P, samples).reshape(-1), len(prompts.ids_P) * samples
     # All samples of a prompt draw their first token from the same distribution.
-    logits_PxV = _logits(policy, params, hidden_NxJxD.reshape(ids_P.size, -1), decoding)
+    logits_PxV = _logits(policy, params, hidden_PxD, decoding)
     uniform_PxG = uniform_at(keys_R, jnp.zeros(count, jnp.int32)).reshape(-1, samples)
     token_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
     logprob_PxG = jax.vmap(chosen_logprobs, in_axes=(None, 1), out_axes=1)(logits_PxV, token_PxG)
-    token_R, logprob_R = (jnp.where(exists_R, x.reshape(-1), 0) for x in (token_PxG, logprob_PxG))
+    token_R = token_PxG.reshape(-1)
     boxes_R = None if vocab is None else BoxReader.start(count)
     ended_R, boxes_R = _ends(token_R, boxes_R, vocab, decoding)
     rollouts = Rollouts(
         tokens_PxGxT=jnp.zeros((count, limit), jnp.int32).at[:, 0].set(token_R),
-        lengths_PxG=exists_R.astype(jnp.int32),
-        logprobs_PxGxT=jnp.zeros((count, limit), jnp.float32).at[:, 0].set(logprob_R),
+        lengths_PxG=jnp.ones(count, jnp.int32),
+        logprobs_PxGxT=jnp.zeros((count, limit), jnp.float32).at[:, 0].set(logprob_PxG.reshape(-1)),
         ended_PxG=ended_R,
     )
-    waits_R = exists_R & (ended_R == Ended.LENGTH) & (limit > 1)
+    waits_R = (ended_R == Ended.LENGTH) & (limit > 1)
     slots = live_sizes(decoding.slots, count)[0]
     idle_M = jnp.full(slots, count, jnp.int32)
     live = _Live(
@@ -248,9 +246,11 @@ def begin(
     batch = _Batch(
         params=split_layers(policy, params),
         vocab=vocab,
-        shared=shared,
+        shared=Shared(
+            in_blocks(kv, block_size(platform, kv.k.shape[4])), jnp.repeat(prompts.lengths_P[:, None], samples, axis=1)
+        ),
         flat=False,
-        prompt_lengths_R=jnp.repeat(prompts.lengths_NxJ.reshape(-1), samples),
+        prompt_lengths_R=jnp.repeat(prompts.lengths_P, samples),
         keys_R=keys_R,
         queue_R=jnp.argsort(~waits_R, stable=True),
         total=waits_R.sum(),

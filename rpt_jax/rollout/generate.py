@@ -14,9 +14,9 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from rpt_jax.policy.prefixes import Prompts, share_prefixes
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
-from rpt_jax.rollout.prefill import Prompts, separate, share_prefixes
 
 __all__ = ["Decoding", "Ended", "Prompts", "Rollouts", "Work", "generate", "sample_rollouts"]
 
@@ -42,11 +42,9 @@ def generate(
       key: fold_in(run's key, step).
       decoding: the fields of `Decoding`.
     """
-    prompts, index_P = share_prefixes(*(np.asarray(x) for x in (prompts_PxS, lengths_P, prompt_ids_P)))
-    if len(prompts.lengths_N) % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _replica_axes()):
-        prompts, index_P = separate(prompts_PxS, lengths_P, prompt_ids_P), np.arange(len(lengths_P))
-    rollouts, _ = sample_rollouts(policy, params, prompts, key, Decoding(**decoding))
-    return jax.tree.map(lambda x: x[index_P], rollouts)
+    host = (np.asarray(x) for x in (prompts_PxS, lengths_P, prompt_ids_P))
+    prompts = share_prefixes(*host, parts=replica_count())
+    return sample_rollouts(policy, params, prompts, key, Decoding(**decoding))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "decoding"))
@@ -58,24 +56,23 @@ def sample_rollouts(
     decoding: Decoding,
     vocab: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[Rollouts, Work]:
-    """Sample G responses to each of the P = N·J prompts.
+    """Sample G responses to each of the P prompts.
 
     The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
     any order of the prompts, any batch they are part of, any number of slots and devices, and whatever is prefilled together.
 
-    On a mesh, the devices that share prompts (axis "tensor") are a replica: it has its own part of the N roots and of the
-    slots, and its loop ends with its own last rollout.
+    On a mesh, the devices that share prompts (axis "tensor") are a replica: it has its own part of the prompts, of their roots
+    and of the slots, and its loop ends with its own last rollout.
 
     Args:
       vocab: bytes [V, X] and lengths [V] of the tokens, where responses are to end at their box; else None.
 
-    Returns: the rollouts (empty where there is no prompt), and what decoding them took.
+    Returns: the rollouts, and what decoding them took.
     """
     axes = _replica_axes()
     if not axes:
         return decode_all(policy, params, prompts, key, vocab, decoding)
-    replicas = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
-    decoding = decoding._replace(slots=-(-decoding.slots // replicas))
+    decoding = decoding._replace(slots=-(-decoding.slots // replica_count()))
 
     def of_one_replica(params: Params, prompts: Prompts, *others: Any) -> tuple[Rollouts, Work]:
         # Inside there is no axis left to split prompts over.
@@ -91,6 +88,11 @@ def sample_rollouts(
         axis_names=set(axes),
         check_vma=False,
     )(params, prompts, key, vocab)
+
+
+def replica_count() -> int:
+    """Replicas of the mesh in context."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _replica_axes())
 
 
 def _replica_axes() -> tuple[str, ...]:

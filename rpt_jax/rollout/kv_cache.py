@@ -83,7 +83,7 @@ def empty_ring(keys: KeyValues, rows: int, length: int, size: int) -> Blocks:
 
 
 class Shared(NamedTuple):
-    """Keys of N rows that W rollouts each share: a document's, or a prompt's.
+    """Keys of N rows that W rollouts each share: a prompt's.
 
     Attributes:
       blocks: of the N rows.
@@ -122,17 +122,17 @@ class _Running(NamedTuple):
         return _Running(peak, self.total * a + other.total * b, self.out * a + other.out * b)
 
 
-def look_at(shared: tuple[Shared, ...], places_M: jax.Array, own: Blocks, step: jax.Array, counts_M: jax.Array) -> Look:
+def look_at(shared: Shared, places_M: jax.Array, own: Blocks, step: jax.Array, counts_M: jax.Array) -> Look:
     """Attention of each live rollout's new token over what it shares, its own last tokens, and itself.
 
     Args:
       shared: what several rollouts look at.
-      places_M: int32 index n·W + w of each rollout in what is shared; out of range where a slot is idle.
+      places_M: int32 index n·W + w of each rollout in it; out of range where a slot is idle.
       own: a ring over decode steps, the same for all rollouts whenever they began: writing it takes no scatter.
       step: the number of this decode step, whose keys are not written yet.
       counts_M: int32, how many of the last steps belong to each rollout.
     """
-    grids = [_grid(part, places_M) for part in shared]
+    slots, end_NxW = _grid(shared, places_M)
 
     def look(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
         q = q_MxKx1xRx1xC[:, :, 0, :, 0]
@@ -140,8 +140,7 @@ def look_at(shared: tuple[Shared, ...], places_M: jax.Array, own: Blocks, step: 
         itself = jnp.einsum("mkrc,mkc->mkr", q, new.k[:, :, 0, 0], preferred_element_type=jnp.float32)[..., None]
         value = jnp.broadcast_to(new.v[:, :, 0].astype(jnp.float32), q.shape)
         running = _over_own(_Running(itself, jnp.ones_like(itself), value), q, own, layer, step, counts_M)
-        for part, slots, end in zip(shared, *zip(*grids, strict=True), strict=True):
-            running = running.merge(_over_shared(q, part.blocks, layer, places_M, slots, end))
+        running = running.merge(_over_shared(q, shared.blocks, layer, places_M, slots, end_NxW))
         return (running.out / running.total).astype(q.dtype)[:, :, None, :, None]
 
     return look
