@@ -148,7 +148,9 @@ class TrainingConfig:
     minibatches_per_step: int = 1  # 1 = exactly on-policy, the paper's choice.
     dynamic_sampling_from: int = 500  # From this step on, groups without variance are replaced by fresh prompts.
     dynamic_sampling_rounds: int = 3  # At most so many rounds of generation a step.
-    microbatch_prompts: int = 256  # [memory] Prompts (with their G responses) per forward and backward pass.
+    microbatch_tokens: int = (
+        65536  # [memory] Tokens of a forward and backward pass on each device: prefixes and responses.
+    )
     logit_chunk_tokens: int = 4096  # [memory] Tokens whose logits exist at one time.
     log_rollouts_every: int = 50  # Steps between the rollouts that are shown as text.
 
@@ -268,15 +270,17 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
         if values[name] < 1 and values[name] != -1:
             raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.")
     t = experiment.training
-    for name, divisor in (
-        ("minibatches_per_step", t.minibatches_per_step),
-        ("microbatch_prompts", t.microbatch_prompts * t.minibatches_per_step),
-    ):
-        if t.prompts_per_step % divisor:
-            raise UserError(
-                f"training.{name}: training.prompts_per_step={t.prompts_per_step} cannot be split into "
-                f"{t.minibatches_per_step} minibatches of whole microbatches of {t.microbatch_prompts} prompts."
-            )
+    if t.prompts_per_step % t.minibatches_per_step:
+        raise UserError(
+            f"training.minibatches_per_step={t.minibatches_per_step} must divide "
+            f"training.prompts_per_step={t.prompts_per_step}."
+        )
+    longest = experiment.prompt.max_tokens + experiment.rollout.max_new_tokens
+    if experiment.task == "rpt" and t.microbatch_tokens < longest:
+        raise UserError(
+            f"training.microbatch_tokens={t.microbatch_tokens} must hold the longest prompt and response, "
+            f"prompt.max_tokens + rollout.max_new_tokens = {longest}."
+        )
     check_objective(experiment.objective, experiment.rollout.max_new_tokens)
     r = experiment.rollout
     if (r.top_k or r.top_p < 1.0) and experiment.objective.importance == "none":
@@ -341,7 +345,7 @@ _BOUNDS = {
     "training.prompts_per_step": (1, _MANY),
     "training.minibatches_per_step": (1, _MANY),
     "training.dynamic_sampling_rounds": (1, _MANY),
-    "training.microbatch_prompts": (1, _MANY),
+    "training.microbatch_tokens": (1, _MANY),
     "training.logit_chunk_tokens": (1, _MANY),
     "training.log_rollouts_every": (1, _MANY),
     "evaluation.every_steps": (1, _MANY),

@@ -7,17 +7,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize
-from rpt_jax.infra.sharding import decoding_layout, shard_prompts
+from rpt_jax.infra.sharding import decoding_layout, prompt_ways, shard_prompts
 from rpt_jax.objective.advantage import group_advantages, has_variance
+from rpt_jax.objective.batch import Documents, UpdateBatch
 from rpt_jax.objective.choices import SCORING_REWARDS
+from rpt_jax.objective.packing import fitting_divisor
 from rpt_jax.objective.reward import Status, prefix_match_reward
 from rpt_jax.objective.rewards import BOX, Evidence, RewardConfig, token_budget, total_reward
-from rpt_jax.objective.update import Documents, TrainState, UpdateBatch
+from rpt_jax.objective.update import TrainState
 from rpt_jax.policy.transformer import Params, Transformer, in_compute_dtype
 from rpt_jax.rollout.generate import Decoding, Ended, Rollouts, Work, sample_rollouts
 from rpt_jax.rollout.memory import device_memory, plan_slots, rollout_memory
@@ -76,7 +79,7 @@ class Sampler:
 def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
     """How the config samples, with as many slots as there is memory for. Raises: UserError, where it asks for more."""
     config, t, mesh = experiment.rollout, experiment.training, setup.mesh.shape
-    replicas, float32_bytes = mesh["data"] * mesh["fsdp"], 4 * setup.policy.shape.parameters
+    replicas, float32_bytes = prompt_ways(setup.mesh), 4 * setup.policy.shape.parameters
     prompts, tokens = -(-t.prompts_per_step // replicas), config.max_new_tokens
     memory = rollout_memory(
         setup.policy.shape,
@@ -132,7 +135,7 @@ class Rewarder:
             after=len(builder.after),
             end_think_id=tokenizer.end_think_id,
             bridge=(tokenizer.end_think_id, *tokenizer.encode(BOX)),
-            microbatch=t.microbatch_prompts,
+            microbatch=_scored_prompts(experiment, setup.mesh),
             chunk=t.logit_chunk_tokens,
         )
         self._is_default = o.reward == "prefix" and not (o.format_weight or o.overlong_weight or o.budget_weight)
@@ -148,6 +151,13 @@ class Rewarder:
         weights = state.params, state.average
         reward_PxG = _training_reward(self._policy, self._config, weights, sampled, self._vocab, self._budget(step))
         return sampled._replace(reward_PxG=reward_PxG)
+
+
+def _scored_prompts(experiment: Experiment, mesh: Mesh) -> int:
+    """How many prompts, with their responses, are asked about at one time: as many as the update has room for."""
+    r, t, devices = experiment.rollout, experiment.training, prompt_ways(mesh)
+    tokens = experiment.prompt.max_tokens + r.samples_per_prompt * r.max_new_tokens
+    return fitting_divisor(t.prompts_per_step, devices * t.microbatch_tokens // tokens, devices)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config"))
@@ -216,6 +226,7 @@ def to_update_batch(
     return UpdateBatch(
         prompts_PxS=sampled.prompts.tokens_PxS,
         lengths_P=sampled.prompts.lengths_P,
+        document_P=sampled.prompts.document_P,
         tokens_PxGxT=sampled.rollouts.tokens_PxGxT,
         mask_PxGxT=sampled.rollouts.mask_PxGxT,
         sampler_logprobs_PxGxT=sampled.rollouts.logprobs_PxGxT,

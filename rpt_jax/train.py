@@ -29,13 +29,14 @@ from rpt_jax.infra.accounting import BatchSize, Clock, Counters
 from rpt_jax.infra.checkpoint import Checkpointer, abstract
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import check_batches, init_optimizer, shard_prompts
+from rpt_jax.infra.sharding import check_batches, init_optimizer, prompt_ways, shard_prompts
 from rpt_jax.infra.whole import write_whole
 from rpt_jax.objective.advantage import has_variance
+from rpt_jax.objective.batch import Documents, UpdateConfig
 from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import Status
 from rpt_jax.objective.rewards import FORWARD_PASSES
-from rpt_jax.objective.update import Documents, TrainState, UpdateConfig, update_policy
+from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.policy.hf import save_policy
 from rpt_jax.pretrain import cold_start
 from rpt_jax.sampler import Rewarder, Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
@@ -70,7 +71,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     params = jax.tree.map(jnp.copy, setup.params)
     average = jax.tree.map(jnp.copy, setup.params) if experiment.objective.reward == "info_gain" else None
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
-    config, reference = update_config(experiment), setup.params if experiment.objective.kl != "none" else None
+    config, reference = (
+        update_config(experiment, prompt_ways(mesh)),
+        setup.params if experiment.objective.kl != "none" else None,
+    )
     counters, start = make_counters(experiment, setup), 0
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep)
     if restored := checkpoints.restore(abstract(state)):
@@ -133,12 +137,13 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     finish(workdir, before, after, clock.seconds, experiment.seed)
 
 
-def update_config(experiment: Experiment) -> UpdateConfig:
-    """The update's part of the config."""
+def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
+    """The update's part of the config; each of `devices` runs one row of packed tokens at a time."""
     o, t = experiment.objective, experiment.training
     return UpdateConfig(
         minibatches=t.minibatches_per_step,
-        microbatch=t.microbatch_prompts,
+        rows=devices,
+        row_tokens=t.microbatch_tokens,
         chunk=t.logit_chunk_tokens,
         temperature=experiment.rollout.temperature,
         bounds=Bounds(o.clip_low, o.clip_high, o.dual_clip),

@@ -34,14 +34,21 @@ class Prefixes(NamedTuple):
 def shared_prefixes(
     prompts_PxS: jax.Array, lengths_P: jax.Array, document_P: jax.Array, wanted_P: jax.Array
 ) -> Prefixes:
-    """Find the roots: of every document the longest prompt in the batch. Who has less than a half of it goes alone."""
-    same_PxP = (document_P[:, None] == document_P) & wanted_P
-    root_P = jnp.argmax(jnp.where(same_PxP, lengths_P, -1), axis=1).astype(jnp.int32)
-    prefix_P, places_S = lengths_P - 1, jnp.arange(prompts_PxS.shape[1])
-    differs_PxS = (prompts_PxS != prompts_PxS[root_P]) | (places_S >= prefix_P[:, None])
-    common_P = jnp.where(differs_PxS.any(axis=1), differs_PxS.argmax(axis=1), prompts_PxS.shape[1]).astype(jnp.int32)
-    alone_P = (2 * common_P < prefix_P) | ~wanted_P
-    return Prefixes(jnp.where(alone_P, jnp.arange(len(root_P)), root_P), jnp.where(alone_P, prefix_P, common_P))
+    """Find the roots: prompts of a document that are as long as any that begin alike, at least for half of the shorter one."""
+    prefix_P, itself_P = lengths_P - 1, jnp.arange(len(lengths_P), dtype=jnp.int32)
+    places_S = jnp.arange(prompts_PxS.shape[1], dtype=jnp.int32)
+    differs_PxPxS = (prompts_PxS[:, None] != prompts_PxS) | (places_S >= prefix_P[:, None, None])
+    differs_PxPxS |= places_S >= prefix_P[None, :, None]
+    common_PxP = jnp.min(jnp.where(differs_PxPxS, places_S, len(places_S)), axis=-1)
+    alike_PxP = (document_P[:, None] == document_P) & wanted_P & (2 * common_PxP >= prefix_P[:, None])
+
+    def longest(choices_PxP: jax.Array) -> jax.Array:
+        best_P = jnp.argmax(jnp.where(choices_PxP, lengths_P, -1), axis=1).astype(jnp.int32)
+        return jnp.where(choices_PxP.any(axis=1), best_P, itself_P)
+
+    # Whose longest has a longer one itself, which it does not begin like, looks among those that have not.
+    root_P = longest(alike_PxP & (longest(alike_PxP) == itself_P))
+    return Prefixes(root_P, common_PxP[itself_P, root_P])
 
 
 class Packing(NamedTuple):
