@@ -196,6 +196,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DivergenceConfig:
+    """Rules on the mean of some steps of task "rpt"; 0 is no rule."""
+
+    action: str = "warn"  # What a broken rule does: "warn", or "stop" (exit code 4).
+    steps: int = 10
+    reward_collapse: float = 0.0  # The reward may not fall below this share of the best that it has been.
+    entropy_floor: float = 0.0  # The policy's entropy may not fall below so many nats a token.
+    mismatch_ceiling: float = 0.0  # Sampler and trainer may differ by no more in a token's log-probability.
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; -1 (at most once) takes all that are left."""
 
@@ -219,6 +230,7 @@ class Experiment:
     pretrain: PretrainConfig = PretrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     mesh: MeshConfig = MeshConfig()
 
 
@@ -256,6 +268,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     experiment = build(Experiment, fields)
     check_choice("task", experiment.task, TASKS)
     check_choice("policy.dtype", experiment.policy.dtype, ("float32", "bfloat16"))
+    check_choice("divergence.action", experiment.divergence.action, ("warn", "stop"))
     check_choice("policy.remat", experiment.policy.remat, REMATS)
     check_choice("policy.attention", experiment.policy.attention, ATTENTIONS)
     check_choice("data.source", experiment.data.source, SOURCES)
@@ -354,6 +367,10 @@ _BOUNDS = {
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
+    "divergence.steps": (1, _MANY),
+    "divergence.reward_collapse": (0.0, 1.0),
+    "divergence.entropy_floor": (0.0, _MANY),
+    "divergence.mismatch_ceiling": (0.0, _MANY),
     "cold_start.total_steps": (0, _MANY),
     "cold_start.learning_rate": (0.0, 1.0),
     "pretrain.documents_per_step": (1, _MANY),

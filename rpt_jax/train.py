@@ -27,6 +27,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
 from rpt_jax.infra.checkpoint import Checkpointer, abstract
+from rpt_jax.infra.divergence import Watch
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, prompt_ways, shard_prompts
@@ -71,17 +72,16 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     params = jax.tree.map(jnp.copy, setup.params)
     average = jax.tree.map(jnp.copy, setup.params) if experiment.objective.reward == "info_gain" else None
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
-    config, reference = (
-        update_config(experiment, prompt_ways(mesh)),
-        setup.params if experiment.objective.kl != "none" else None,
-    )
-    counters, start = make_counters(experiment, setup), 0
+    config = update_config(experiment, prompt_ways(mesh))
+    reference = setup.params if experiment.objective.kl != "none" else None
+    counters, watch, start = make_counters(experiment, setup), Watch(experiment.divergence), 0
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep)
     if restored := checkpoints.restore(abstract(state)):
         start, state, saved = restored
         check_corpus(saved, setup)
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
+        watch.restore(saved["watch"])
         clock.earlier, before = saved["seconds"], saved["before"]
         print(f"Going on from step {start} of {workdir}.")
     else:
@@ -96,25 +96,27 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         if not restored:
             metrics.write(0, evaluation_metrics(before["reasoning"], before["direct"]) | clock.scalars())
         for step in range(start + 1, t.total_steps + 1):
-            prompts = next(stream)
+            prompts, spent = next(stream), counters.flops
             clock.lap("data")
             weights = sample.weights(state.params)
             clock.lap("reshard")
-            sampled = reward(state, sample(weights, prompts, step), step)
+            sampled = reward(state, sample(weights, prompts, step, clock), step)
             generated = counters.count_rollouts(sampled.size())
             dynamic, rounds = step >= t.dynamic_sampling_from, 1
             while dynamic and rounds < t.dynamic_sampling_rounds and not has_variance(sampled.reward_PxG).all():
-                fresh = reward(state, sample(weights, next(stream), step), step)
+                clock.lap("reward")
+                fresh = reward(state, sample(weights, next(stream), step, clock), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
                 sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
             scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
-            clock.lap("rollout")
+            clock.lap("reward")
             documents = load_documents(experiment, setup, sampled) if config.document_weight else None
             batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
             state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
             scalars |= jax.device_get(losses)
             text = int(documents.mask_NxS.sum()) if documents else 0
-            counters.count_update(sampled.size(), int(scalars["update/tokens"]), generated, text)
+            learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
+            counters.count_update(sampled.size(), learnt, trunk, generated, text)
             clock.lap("update")
             if step == t.total_steps:
                 after = evaluator.full(state.params)
@@ -122,11 +124,19 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
             elif step % experiment.evaluation.every_steps == 0:
                 scalars |= evaluation_metrics(evaluator.reasoning(state.params, evaluator.held_out)[0])
             clock.lap("evaluation")
-            metrics.write(step, scalars | counters.scalars() | clock.scalars())
+            speed = clock.speed(counters.flops - spent, generated.response_tokens)
+            metrics.write(step, scalars | counters.scalars() | speed | clock.scalars())
+            for text in watch.check(step, scalars):
+                print(f"warning: {text}")
             if step % t.log_rollouts_every == 0:
                 show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
             if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
-                run = {"stream": stream.get_state(), "counters": counters.state(), "seconds": clock.seconds}
+                run = {
+                    "stream": stream.get_state(),
+                    "counters": counters.state(),
+                    "watch": watch.state(),
+                    "seconds": clock.seconds,
+                }
                 run |= {"corpus": setup.prepared.fingerprint}
                 checkpoints.save(step, state, run | {"before": before})
             clock.lap("checkpoint")

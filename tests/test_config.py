@@ -94,6 +94,8 @@ def test_values_arrive_where_they_belong():
         ({"training__minibatches_per_step": 0}, ("training.minibatches_per_step=0",)),
         ({"objective__reward": "prefx"}, ("objective.reward='prefx'", "'prefix'")),
         ({"objective__loss": "gsop"}, ("objective.loss='gsop'", "'gspo'")),
+        ({"objective__loss": "gspo"}, ("objective.aggregation='token_mean'", "'sequence_mean'")),
+        ({"divergence__action": "stopp"}, ("divergence.action='stopp'", "'stop'")),
         ({"objective__advantage": "rlo"}, ("objective.advantage='rlo'", "'rloo'")),
         ({"objective__aggregation": "mean"}, ("objective.aggregation='mean'", "token_mean")),
         ({"objective__importance": "masked"}, ("objective.importance='masked'", "'mask'")),

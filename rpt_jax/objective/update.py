@@ -56,7 +56,8 @@ def update_policy(
         state, metrics = step(state, (batch, None))
     else:
         state, metrics = jax.lax.scan(step, state, (minibatches, old))
-        metrics = jax.tree.map(jnp.mean, metrics)
+        counted = {name: metrics[name].sum() for name in ("update/tokens", "update/trunk_tokens")}
+        metrics = jax.tree.map(jnp.mean, metrics) | counted
     if state.average is not None:
         state = state._replace(average=moving_average(state.average, state.params, config.average_decay))
     return state, metrics
