@@ -12,6 +12,7 @@ import pytest
 from rpt_jax.objective import choices, rewards
 from rpt_jax.objective.reward import Status
 from rpt_jax.objective.rewards import FORWARD_PASSES, REWARDS, Evidence, RewardConfig, total_reward
+from rpt_jax.sampler import distinct_share
 from tests import policy_reference as reference
 from tests.policy_reference import SHALLOW, SHAPE, random_params
 
