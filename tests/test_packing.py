@@ -93,11 +93,16 @@ def test_who_is_cut_off_from_the_longest_has_another_root():
     """Long contexts begin in the middle of their document: the others still have each other."""
     prompts = np.array([[9, 8, 7, 6, 5, 4], [1, 2, 3, 4, 5, 0], [1, 2, 3, 4, 0, 0], [1, 9, 9, 9, 9, 9]], np.int32)
     lengths, everyone = np.array([6, 5, 4, 6], np.int32), np.ones(4, bool)
-    found = shared_prefixes(prompts, lengths, np.zeros(4, np.int32), everyone)
+    found = shared_prefixes(prompts, lengths, np.zeros(4, np.int32), everyone, 9)
     assert found.root_P.tolist() == [0, 1, 1, 3] and found.shared_P.tolist() == [5, 4, 3, 5]
     # Who is not wanted is nobody's root.
-    found = shared_prefixes(prompts, lengths, np.zeros(4, np.int32), np.array([True, False, True, True]))
+    found = shared_prefixes(prompts, lengths, np.zeros(4, np.int32), np.array([True, False, True, True]), 9)
     assert found.root_P.tolist()[2] == 2
+    # Nor is there sharing where the root and what is beside it would leave no room for a response.
+    longer = np.array([[1, 2, 3, 4, 5, 6], [1, 2, 9, 9, 0, 0]], np.int32), np.array([6, 4], np.int32)
+    for room, root in ((6, 0), (5, 1)):
+        found = shared_prefixes(*longer, np.zeros(2, np.int32), np.ones(2, bool), room)
+        assert found.root_P.tolist() == [0, root]
 
 
 def test_what_does_not_fit_in_a_row_is_refused():

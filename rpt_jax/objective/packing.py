@@ -32,15 +32,19 @@ class Prefixes(NamedTuple):
 
 
 def shared_prefixes(
-    prompts_PxS: jax.Array, lengths_P: jax.Array, document_P: jax.Array, wanted_P: jax.Array
+    prompts_PxS: jax.Array, lengths_P: jax.Array, document_P: jax.Array, wanted_P: jax.Array, room: int
 ) -> Prefixes:
-    """Find the roots: prompts of a document that are as long as any that begin alike, at least for half of the shorter one."""
+    """Find the roots: prompts of a document that are as long as any that begin alike, at least for half of the shorter one.
+
+    Who would take more than `room` tokens of a row together with the root goes alone.
+    """
     prefix_P, itself_P = lengths_P - 1, jnp.arange(len(lengths_P), dtype=jnp.int32)
     places_S = jnp.arange(prompts_PxS.shape[1], dtype=jnp.int32)
     differs_PxPxS = (prompts_PxS[:, None] != prompts_PxS) | (places_S >= prefix_P[:, None, None])
     differs_PxPxS |= places_S >= prefix_P[None, :, None]
     common_PxP = jnp.min(jnp.where(differs_PxPxS, places_S, len(places_S)), axis=-1)
     alike_PxP = (document_P[:, None] == document_P) & wanted_P & (2 * common_PxP >= prefix_P[:, None])
+    alike_PxP &= prefix_P + prefix_P[:, None] - common_PxP <= room
 
     def longest(choices_PxP: jax.Array) -> jax.Array:
         best_P = jnp.argmax(jnp.where(choices_PxP, lengths_P, -1), axis=1).astype(jnp.int32)
@@ -220,7 +224,7 @@ def pack_groups(
     row = row_size(min(row_tokens, groups * (size - 1 + samples * limit)))
     if row < size - 1 + limit:
         raise ValueError(f"a row of {row} tokens does not hold a prompt of {size} and a response of {limit} tokens.")
-    prefixes = shared_prefixes(prompts_PxS, lengths_P, document_P, wanted_P)
+    prefixes = shared_prefixes(prompts_PxS, lengths_P, document_P, wanted_P, row - limit)
     most = min(groups * samples, max(1, _CROWD * row // limit))
     packing = pack(lengths_P, response_lengths_PxG, wanted_P, prefixes, row, most)
     return Packed(prompts_PxS, lengths_P, tokens_PxGxT, response_lengths_PxG, prefixes, packing, (rows, row, most))
