@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-5
     config.optimizer.warmup_steps = 10
 
-    config.training.microbatch_prompts = 2
+    config.training.microbatch_tokens = 2048
     config.training.logit_chunk_tokens = 512
     config.evaluation.every_steps = 50
     config.evaluation.positions = 64

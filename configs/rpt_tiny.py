@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10
 
-    config.training.microbatch_prompts = 8
+    config.training.microbatch_tokens = 2048
     config.evaluation.every_steps = 65
     config.evaluation.positions = 320
     config.evaluation.template_positions = 128

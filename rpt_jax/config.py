@@ -151,7 +151,9 @@ class TrainingConfig:
     minibatches_per_step: int = 1  # 1 = exactly on-policy, the paper's choice.
     dynamic_sampling_from: int = 500  # From this step on, groups without variance are replaced by fresh prompts.
     dynamic_sampling_rounds: int = 3  # At most so many rounds of generation a step.
-    microbatch_prompts: int = 256  # [memory] Prompts (with their G responses) per forward and backward pass.
+    microbatch_tokens: int = (
+        65536  # [memory] Tokens of a forward and backward pass on each device: prefixes and responses.
+    )
     logit_chunk_tokens: int = 4096  # [memory] Tokens whose logits exist at one time.
     log_rollouts_every: int = 50  # Steps between the rollouts that are shown as text.
 
@@ -197,6 +199,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DivergenceConfig:
+    """Rules on the mean of some steps of task "rpt"; 0 is no rule."""
+
+    action: str = "warn"  # What a broken rule does: "warn", or "stop" (exit code 4).
+    steps: int = 10
+    reward_collapse: float = 0.0  # The reward may not fall below this share of the best that it has been.
+    entropy_floor: float = 0.0  # The policy's entropy may not fall below so many nats a token.
+    mismatch_ceiling: float = 0.0  # Sampler and trainer may differ by no more in a token's log-probability.
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; -1 (at most once) takes all that are left."""
 
@@ -220,6 +233,7 @@ class Experiment:
     pretrain: PretrainConfig = PretrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     mesh: MeshConfig = MeshConfig()
 
 
@@ -257,6 +271,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     experiment = build(Experiment, fields)
     check_choice("task", experiment.task, TASKS)
     check_choice("policy.dtype", experiment.policy.dtype, ("float32", "bfloat16"))
+    check_choice("divergence.action", experiment.divergence.action, ("warn", "stop"))
     check_choice("policy.remat", experiment.policy.remat, REMATS)
     check_choice("policy.attention", experiment.policy.attention, ATTENTIONS)
     check_choice("data.source", experiment.data.source, SOURCES)
@@ -271,15 +286,17 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
         if values[name] < 1 and values[name] != -1:
             raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.")
     t = experiment.training
-    for name, divisor in (
-        ("minibatches_per_step", t.minibatches_per_step),
-        ("microbatch_prompts", t.microbatch_prompts * t.minibatches_per_step),
-    ):
-        if t.prompts_per_step % divisor:
-            raise UserError(
-                f"training.{name}: training.prompts_per_step={t.prompts_per_step} cannot be split into "
-                f"{t.minibatches_per_step} minibatches of whole microbatches of {t.microbatch_prompts} prompts."
-            )
+    if t.prompts_per_step % t.minibatches_per_step:
+        raise UserError(
+            f"training.minibatches_per_step={t.minibatches_per_step} must divide "
+            f"training.prompts_per_step={t.prompts_per_step}."
+        )
+    longest = experiment.prompt.max_tokens + experiment.rollout.max_new_tokens
+    if experiment.task == "rpt" and t.microbatch_tokens < longest:
+        raise UserError(
+            f"training.microbatch_tokens={t.microbatch_tokens} must hold the longest prompt and response, "
+            f"prompt.max_tokens + rollout.max_new_tokens = {longest}."
+        )
     every = experiment.checkpoint.every_steps
     if experiment.data.positions == "self_entropy" and every % experiment.data.refresh_steps:
         raise UserError(
@@ -352,7 +369,7 @@ _BOUNDS = {
     "training.prompts_per_step": (1, _MANY),
     "training.minibatches_per_step": (1, _MANY),
     "training.dynamic_sampling_rounds": (1, _MANY),
-    "training.microbatch_prompts": (1, _MANY),
+    "training.microbatch_tokens": (1, _MANY),
     "training.logit_chunk_tokens": (1, _MANY),
     "training.log_rollouts_every": (1, _MANY),
     "evaluation.every_steps": (1, _MANY),
@@ -361,6 +378,10 @@ _BOUNDS = {
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
+    "divergence.steps": (1, _MANY),
+    "divergence.reward_collapse": (0.0, 1.0),
+    "divergence.entropy_floor": (0.0, _MANY),
+    "divergence.mismatch_ceiling": (0.0, _MANY),
     "cold_start.total_steps": (0, _MANY),
     "cold_start.learning_rate": (0.0, 1.0),
     "pretrain.documents_per_step": (1, _MANY),

@@ -5,6 +5,7 @@ Nothing is run and no array of the run's size is made, so a config for a pod can
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ _FLOAT32 = 4  # Bytes.
 _BYTES = "bytes"  # Begins the name of every row whose value is a size in memory or on disk.
 _SAMPLES = "rollout.samples_per_prompt"
 _PROMPTS = "training.prompts_per_step"
+_MICROBATCH = "training.microbatch_tokens"
 _WEIGHTS = "policy, mesh.fsdp, mesh.tensor"
 
 
@@ -163,16 +165,18 @@ def _tree(experiment: Experiment) -> _Tree:
 
 def _batch_rows(experiment: Experiment, mesh: _Mesh) -> list[Row]:
     t, samples = experiment.training, experiment.rollout.samples_per_prompt
-    microbatches = t.prompts_per_step // t.microbatch_prompts
+    # A row holds a prompt and at least so many of its responses.
+    whole = (t.microbatch_tokens - experiment.prompt.max_tokens) // experiment.rollout.max_new_tokens
+    microbatches = math.ceil(t.prompts_per_step * math.ceil(samples / max(1, whole)) / mesh.batch_ways)
     mine = mesh.share(t.prompts_per_step)
     return [
         Row("prompts per step", t.prompts_per_step, _PROMPTS),
         Row("rollouts per step", t.prompts_per_step * samples, f"{_PROMPTS}, {_SAMPLES}"),
         Row("minibatches per step", t.minibatches_per_step, "training.minibatches_per_step"),
-        Row("microbatches per step, at most", microbatches, f"{_PROMPTS}, training.microbatch_prompts"),
+        Row("microbatches per step, at most", microbatches, f"{_PROMPTS}, rollout, {_MICROBATCH}"),
         Row("prompts per device", mine, f"{_PROMPTS}, mesh.data, mesh.fsdp"),
         Row("rollouts per device", mine * samples, f"{_PROMPTS}, {_SAMPLES}, mesh.data, mesh.fsdp"),
-        Row("prompts per device, microbatch", mesh.share(t.microbatch_prompts), "training.microbatch_prompts, mesh"),
+        Row("tokens per device, microbatch", t.microbatch_tokens, _MICROBATCH),
     ]
 
 
@@ -239,7 +243,6 @@ def _document_flops(experiment: Experiment, shape: Shape) -> int:
 def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
     tree, token = _tree(experiment), cache_bytes(shape, experiment.policy.dtype)
     prompts = mesh.share(experiment.training.prompts_per_step)
-    microbatch = mesh.share(experiment.training.microbatch_prompts)
     parameters = _FLOAT32 * shape.parameters // mesh.weight_ways
     state = [
         Row("bytes per device: parameters, and those of the start", 2 * parameters, _WEIGHTS),
@@ -254,7 +257,8 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
     scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
     copy = _decoding_copy(experiment, shape, mesh)
     gradients = Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS)
-    backward = _backward_rows(experiment, shape, mesh, tree, microbatch, "training.microbatch_prompts")
+    row = _Tree(experiment.training.microbatch_tokens, 0, 0)
+    backward = _backward_rows(experiment, shape, mesh, row, 1, _MICROBATCH)
     resident = _sum(state)
     sampled = f"policy, mesh, {_PROMPTS}"
     return [

@@ -2,7 +2,8 @@
 
 Loads and checks a config and runs its task. No logic of its own, so that everything can be imported and tested.
 
-Exit codes: 0 complete, 2 something to mend (a sentence says what), 3 a number became NaN or infinite, 130 interrupted.
+Exit codes: 0 complete, 2 something to mend (a sentence says what), 3 a number became NaN or infinite, 4 a rule of
+section divergence stopped the run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
         return 0
+    from rpt_jax.infra.divergence import Diverged
+
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:
@@ -73,6 +76,9 @@ def main(argv: list[str]) -> int:
     except FloatingPointError as error:
         print(f"error: a number is not finite at {error}. Nothing was saved after it.", file=sys.stderr)
         return 3
+    except Diverged as error:
+        print(f"error: the run diverged at {error}. The last checkpoint is from before.", file=sys.stderr)
+        return 4
     except OSError as error:
         print(
             f"error: {error}. Mend it and run the same command again: it goes on from the last checkpoint.",

@@ -7,17 +7,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder
 from rpt_jax.errors import UserError
-from rpt_jax.infra.accounting import BatchSize
-from rpt_jax.infra.sharding import decoding_layout, shard_prompts
+from rpt_jax.infra.accounting import BatchSize, Clock
+from rpt_jax.infra.sharding import decoding_layout, prompt_ways, shard_prompts
 from rpt_jax.objective.advantage import group_advantages, has_variance
+from rpt_jax.objective.batch import Documents, UpdateBatch
 from rpt_jax.objective.choices import SCORING_REWARDS
+from rpt_jax.objective.packing import fitting_divisor
 from rpt_jax.objective.reward import Status, prefix_match_reward
 from rpt_jax.objective.rewards import BOX, Evidence, RewardConfig, token_budget, total_reward
-from rpt_jax.objective.update import Documents, TrainState, UpdateBatch
+from rpt_jax.objective.update import TrainState
 from rpt_jax.policy.prefixes import Prompts, separate, share_prefixes
 from rpt_jax.policy.transformer import Params, Transformer, in_compute_dtype
 from rpt_jax.rollout.generate import Decoding, Ended, Rollouts, Work, replica_count, sample_rollouts
@@ -56,12 +59,18 @@ class Sampler:
         """Lay parameters out for decoding: what `__call__` samples from."""
         return jax.block_until_ready(self._layout(params)) if self._layout else params
 
-    def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> Sampled:
-        """Roll out each prompt G times with the noise of `step`, and reward what was predicted."""
+    def __call__(self, weights: Params, prompts: PromptBatch, step: int, clock: Clock | None = None) -> Sampled:
+        """Roll out each prompt G times with the noise of `step`, and reward what was predicted.
+
+        The time of the rollouts is counted by `clock`; what it counts next is the reward's.
+        """
         on_roots = self._on_roots(prompts)
         prompts, on_roots = shard_prompts((prompts, on_roots), self._mesh)
         key = jax.random.fold_in(self._key, step)
         rollouts, work = sample_rollouts(self._policy, weights, on_roots, key, self._decoding, self._box_vocab)
+        if clock:
+            jax.block_until_ready(rollouts)
+            clock.lap("rollout")
         reward, status = prefix_match_reward(
             rollouts.tokens_PxGxT,
             rollouts.lengths_PxG,
@@ -83,7 +92,7 @@ class Sampler:
 def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
     """How the config samples, with as many slots as there is memory for. Raises: UserError, where it asks for more."""
     config, t, mesh = experiment.rollout, experiment.training, setup.mesh.shape
-    replicas, float32_bytes = mesh["data"] * mesh["fsdp"], 4 * setup.policy.shape.parameters
+    replicas, float32_bytes = prompt_ways(setup.mesh), 4 * setup.policy.shape.parameters
     prompts, tokens = -(-t.prompts_per_step // replicas), config.max_new_tokens
     memory = rollout_memory(
         setup.policy.shape,
@@ -139,7 +148,7 @@ class Rewarder:
             after=len(builder.after),
             end_think_id=tokenizer.end_think_id,
             bridge=(tokenizer.end_think_id, *tokenizer.encode(BOX)),
-            microbatch=t.microbatch_prompts,
+            microbatch=_scored_prompts(experiment, setup.mesh),
             chunk=t.logit_chunk_tokens,
         )
         self._is_default = o.reward == "prefix" and not (o.format_weight or o.overlong_weight or o.budget_weight)
@@ -155,6 +164,13 @@ class Rewarder:
         weights = state.params, state.average
         reward_PxG = _training_reward(self._policy, self._config, weights, sampled, self._vocab, self._budget(step))
         return sampled._replace(reward_PxG=reward_PxG)
+
+
+def _scored_prompts(experiment: Experiment, mesh: Mesh) -> int:
+    """How many prompts, with their responses, are asked about at one time: as many as the update has room for."""
+    r, t, devices = experiment.rollout, experiment.training, prompt_ways(mesh)
+    tokens = experiment.prompt.max_tokens + r.samples_per_prompt * r.max_new_tokens
+    return fitting_divisor(t.prompts_per_step, devices * t.microbatch_tokens // tokens, devices)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config"))
@@ -194,12 +210,34 @@ def prefer_variance(kept: Sampled, fresh: Sampled) -> Sampled:
     return jax.tree.map(lambda x: x[order], both)._replace(decoded=kept.decoded + fresh.decoded)
 
 
+def distinct_share(tokens_PxGxT: jax.Array, lengths_PxG: jax.Array, n: int) -> jax.Array:
+    """Distinct-n: different runs of n tokens among the samples of a prompt, over all runs of n, in the mean (1510.03055).
+
+    Runs are told apart by a hash of 32 bits. Prompts whose samples are all shorter than n are left out.
+    """
+    starts = tokens_PxGxT.shape[2] - n + 1
+    if starts < 1:
+        return jnp.float32(1.0)
+    hashed = jnp.zeros((*tokens_PxGxT.shape[:2], starts), jnp.uint32)
+    for i in range(n):
+        hashed = (hashed ^ tokens_PxGxT[..., i : i + starts].astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
+        hashed ^= hashed >> 15
+    real = jnp.arange(starts) <= lengths_PxG[..., None] - n
+    last = jnp.uint32(2**32 - 1)
+    sorted_PxM = jnp.sort(jnp.where(real, jnp.minimum(hashed, last - 1), last).reshape(len(tokens_PxGxT), -1), axis=1)
+    new_PxM = jnp.diff(sorted_PxM, axis=1, prepend=last) != 0
+    total_P = real.sum(axis=(1, 2))
+    share_P = (new_PxM & (sorted_PxM != last)).sum(axis=1) / jnp.maximum(total_P, 1)
+    return jnp.sum(jnp.where(total_P > 0, share_P, 0.0)) / jnp.maximum((total_P > 0).sum(), 1)
+
+
 @jax.jit
 def rollout_metrics(sampled: Sampled) -> dict[str, jax.Array]:
     """Scalars that describe a batch of rollouts, under the names that metrics.jsonl uses."""
     lengths, status, mask = sampled.rollouts.lengths_PxG, sampled.status_PxG, sampled.rollouts.mask_PxGxT
     metrics = {f"status/{s.name.lower()}": (status == s).mean() for s in Status}
     metrics |= {f"ended/{e.name.lower()}": (sampled.rollouts.ended_PxG == e).mean() for e in Ended}
+    metrics |= {f"distinct/{n}": distinct_share(sampled.rollouts.tokens_PxGxT, lengths, n) for n in (1, 2, 3)}
     return metrics | {
         "reward/mean": sampled.reward_PxG.mean(),
         "format/rate": 1.0 - jnp.isin(status, jnp.array([Status.NO_BOX, Status.NOT_FINISHED])).mean(),
@@ -223,6 +261,7 @@ def to_update_batch(
     return UpdateBatch(
         prompts_PxS=sampled.prompts.tokens_PxS,
         lengths_P=sampled.prompts.lengths_P,
+        document_P=sampled.prompts.document_P,
         tokens_PxGxT=sampled.rollouts.tokens_PxGxT,
         mask_PxGxT=sampled.rollouts.mask_PxGxT,
         sampler_logprobs_PxGxT=sampled.rollouts.logprobs_PxGxT,

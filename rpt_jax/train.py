@@ -23,15 +23,17 @@ from rpt_jax.errors import UserError
 from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
 from rpt_jax.infra.checkpoint import Checkpointer, abstract
+from rpt_jax.infra.divergence import Watch
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import check_batches, init_optimizer, shard_prompts
+from rpt_jax.infra.sharding import check_batches, init_optimizer, prompt_ways, shard_prompts
 from rpt_jax.infra.whole import write_whole
 from rpt_jax.objective.advantage import has_variance
+from rpt_jax.objective.batch import Documents, UpdateConfig
 from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import Status
 from rpt_jax.objective.rewards import FORWARD_PASSES
-from rpt_jax.objective.update import Documents, TrainState, UpdateConfig, update_policy
+from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.policy.hf import save_policy
 from rpt_jax.pretrain import cold_start
 from rpt_jax.sampler import Rewarder, Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
@@ -68,14 +70,16 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     params = jax.tree.map(jnp.copy, setup.params)
     average = jax.tree.map(jnp.copy, setup.params) if experiment.objective.reward == "info_gain" else None
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
-    config, reference = update_config(experiment), setup.params if experiment.objective.kl != "none" else None
-    counters, start = make_counters(experiment, setup), 0
+    config = update_config(experiment, prompt_ways(mesh))
+    reference = setup.params if experiment.objective.kl != "none" else None
+    counters, watch, start = make_counters(experiment, setup), Watch(experiment.divergence), 0
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep)
     if restored := checkpoints.restore(abstract(state)):
         start, state, saved = restored
         check_corpus(saved, setup)
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
+        watch.restore(saved["watch"])
         clock.earlier, before = saved["seconds"], saved["before"]
         print(f"Going on from step {start} of {workdir}.")
     else:
@@ -90,6 +94,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         if not restored:
             metrics.write(0, evaluation_metrics(before["reasoning"], before["direct"]) | clock.scalars())
         for step in range(start + 1, t.total_steps + 1):
+            spent = counters.flops
             if refresh_is_due(experiment, step):
                 own = own_entropies(experiment, setup, state.params, step)
                 stream.renew(training_order(experiment, setup, own))
@@ -99,21 +104,23 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
             clock.lap("data")
             weights = sample.weights(state.params)
             clock.lap("reshard")
-            sampled = reward(state, sample(weights, prompts, step), step)
+            sampled = reward(state, sample(weights, prompts, step, clock), step)
             generated = counters.count_rollouts(sampled.size())
             dynamic, rounds = step >= t.dynamic_sampling_from, 1
             while dynamic and rounds < t.dynamic_sampling_rounds and not has_variance(sampled.reward_PxG).all():
-                fresh = reward(state, sample(weights, next(stream), step), step)
+                clock.lap("reward")
+                fresh = reward(state, sample(weights, next(stream), step, clock), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
                 sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
             scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
-            clock.lap("rollout")
+            clock.lap("reward")
             documents = load_documents(experiment, setup, sampled) if config.document_weight else None
             batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
             state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
             scalars |= jax.device_get(losses)
             text = int(documents.mask_NxS.sum()) if documents else 0
-            counters.count_update(sampled.size(), int(scalars["update/tokens"]), generated, text)
+            learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
+            counters.count_update(sampled.size(), learnt, trunk, generated, text)
             clock.lap("update")
             if step == t.total_steps:
                 after = evaluator.full(state.params)
@@ -121,11 +128,19 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
             elif step % experiment.evaluation.every_steps == 0:
                 scalars |= evaluation_metrics(evaluator.reasoning(state.params, evaluator.held_out)[0])
             clock.lap("evaluation")
-            metrics.write(step, scalars | counters.scalars() | clock.scalars())
+            speed = clock.speed(counters.flops - spent, generated.response_tokens)
+            metrics.write(step, scalars | counters.scalars() | speed | clock.scalars())
+            for warning in watch.check(step, scalars):
+                print(f"warning: {warning}")
             if step % t.log_rollouts_every == 0:
                 show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
             if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
-                run = {"stream": stream.get_state(), "counters": counters.state(), "seconds": clock.seconds}
+                run = {
+                    "stream": stream.get_state(),
+                    "counters": counters.state(),
+                    "watch": watch.state(),
+                    "seconds": clock.seconds,
+                }
                 run |= {"corpus": setup.prepared.fingerprint}
                 checkpoints.save(step, state, run | {"before": before})
             clock.lap("checkpoint")
@@ -136,12 +151,13 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     finish(workdir, before, after, clock.seconds, experiment.seed)
 
 
-def update_config(experiment: Experiment) -> UpdateConfig:
-    """The update's part of the config."""
+def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
+    """The update's part of the config; each of `devices` runs one row of packed tokens at a time."""
     o, t = experiment.objective, experiment.training
     return UpdateConfig(
         minibatches=t.minibatches_per_step,
-        microbatch=t.microbatch_prompts,
+        rows=devices,
+        row_tokens=t.microbatch_tokens,
         chunk=t.logit_chunk_tokens,
         temperature=experiment.rollout.temperature,
         bounds=Bounds(o.clip_low, o.clip_high, o.dual_clip),

@@ -15,11 +15,20 @@ import numpy as np
 
 from rpt_jax.config import OptimizerConfig
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import decoding_layout, init_optimizer, init_parameters, make_mesh, shard_prompts, use_mesh
+from rpt_jax.infra.sharding import (
+    decoding_layout,
+    init_optimizer,
+    init_parameters,
+    make_mesh,
+    prompt_ways,
+    shard_prompts,
+    use_mesh,
+)
 from rpt_jax.objective.advantage import group_advantages
+from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
 from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import prefix_match_reward
-from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, update_policy
+from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.rollout.generate import Rollouts, generate
 from tests.policy_reference import SHALLOW, SHAPE
 
@@ -28,7 +37,7 @@ MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
 FEWER = ((2, 1, 1), (1, 1, 2), (2, 1, 2))  # Of two and of four devices: the first rollouts alone.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
-CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=64, temperature=0.8, bounds=Bounds(0.2, 0.2))
+CONFIG = UpdateConfig(minibatches=1, rows=1, row_tokens=16, chunk=64, temperature=0.8, bounds=Bounds(0.2, 0.2))
 # A large epsilon: dividing tiny gradients by their own size would blow up the rounding of their sums.
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=1e9), total_steps=2)
 # A token says a whole answer, so that random ones are sometimes right; the continuation is "a", "a".
@@ -61,9 +70,9 @@ def roll(params: Any, sharded: tuple[jax.Array, ...], seed: int) -> Rollouts:
 
 
 def step(
-    state: TrainState, layout: Callable[[Any], Any], sharded: tuple[jax.Array, ...], seed: int
+    state: TrainState, layout: Callable[[Any], Any], sharded: tuple[jax.Array, ...], seed: int, rows: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    tokens, lengths, _, reference, boundaries = sharded
+    tokens, lengths, ids, reference, boundaries = sharded
     rollouts = roll(layout(state.params), sharded, seed)
     ended = rollouts.lengths_PxG, rollouts.stopped_PxG
     reward, status = prefix_match_reward(
@@ -73,13 +82,16 @@ def step(
     batch = UpdateBatch(
         prompts_PxS=tokens,
         lengths_P=lengths,
+        document_P=ids // 2,
         tokens_PxGxT=rollouts.tokens_PxGxT,
         mask_PxGxT=rollouts.mask_PxGxT,
         sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,
         advantages_PxG=group_advantages("grpo", reward, rollouts.lengths_PxG, counted, 1e-6),
         counted_P=counted,
     )
-    state, metrics = update_policy(SHALLOW, OPTIMIZER, CONFIG, state, batch)
+    state, metrics = update_policy(SHALLOW, OPTIMIZER, CONFIG._replace(rows=rows), state, batch)
+    # How the groups were packed is the one thing that a mesh decides on.
+    metrics = {name: value for name, value in metrics.items() if name not in ("update/filled", "update/trunk_tokens")}
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
 
 
@@ -95,10 +107,10 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
         start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
         sharded = shard_prompts(prompts(), mesh)
         layout = decoding_layout(SHALLOW, mesh, lambda params: params) or (lambda params: params)
-        state, first = step(state, layout, sharded, seed=1)
+        state, first = step(state, layout, sharded, seed=1, rows=prompt_ways(mesh))
         moments = jax.device_get(state.optimizer[1][0].mu)
         COMPILED.clear()
-        state, second = step(state, layout, sharded, seed=2)
+        state, second = step(state, layout, sharded, seed=2, rows=prompt_ways(mesh))
     moved = jax.tree.map(lambda x, sharding: not x.sharding.is_equivalent_to(sharding, x.ndim), state, before)
 
     def stored(tree: Any) -> Any:

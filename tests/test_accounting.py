@@ -15,13 +15,12 @@ def test_discarded_rollouts_are_counted_in_tokens_and_flops():
     first = counters.count_rollouts(BatchSize(100, 50))
     generated = first.plus(counters.count_rollouts(BatchSize(80, 40)))
     assert generated == (180, 90)
-    counters.count_update(BatchSize(90, 60), processed=30, generated=generated)
-    # Half of the batch's response tokens were learnt from, and so half of its prompts' are counted.
+    counters.count_update(BatchSize(90, 60), learnt=30, trunk=75, generated=generated)
     assert counters.scalars() == {
         "tokens/generated_total": 90,
         "tokens/discarded_total": 30,
         "tokens/learnt_total": 30,
-        "flops/train_total": 2 * N * (180 + 90) + 6 * N * (45 + 30),
+        "flops/train_total": 2 * N * (180 + 90) + 6 * N * 75,
         "flops/discarded_total": 2 * N * (90 + 30),
     }
 
@@ -31,7 +30,7 @@ def test_what_the_objective_adds():
     counters = Counters(N, BatchSize(3, 2), update_forward=2)
     size = counters.count_rollouts(BatchSize(100, 50))
     assert counters.flops == 2 * N * (300 + 100)
-    counters.count_update(size, processed=50, generated=size, document_tokens=7)
+    counters.count_update(size, learnt=50, trunk=150, generated=size, document_tokens=7)
     assert counters.flops == 2 * N * 400 + 10 * N * 150 + 6 * N * 7
     assert counters.discarded == counters.discarded_flops == 0
 

@@ -63,7 +63,7 @@ def test_reward_is_read_alike_by_kernel_and_loop(tmp_path):
 
 
 def test_update_with_and_without_sharing(tmp_path):
-    sizes = ["--prompts=2", "--samples=2", "--context=8", "--response=4", "--microbatch=1", "--repeats=1"]
+    sizes = ["--prompts=2", "--samples=2", "--context=8", "--response=4", "--microbatch-tokens=24", "--repeats=1"]
     shared, alone, _ = figures(tmp_path, "update", *(x for x in SMALL if "batch" not in x), *sizes)
     # By hand: matrices 1536 in the trunk and 512 in the head; causal attention of 8 prompt and 4 response tokens.
     for row, runs in ((shared, 1), (alone, 2)):
@@ -75,12 +75,10 @@ def test_update_with_and_without_sharing(tmp_path):
 
 def test_an_update_of_repeated_prompts_is_the_same(tmp_path):
     """What is compared is one computation: sharing changes no gradient."""
-    options = bench_options("--prompts=2", "--samples=2", "--context=8", "--response=4", "--microbatch=1")
+    options = bench_options("--prompts=2", "--samples=2", "--context=8", "--response=4", "--microbatch-tokens=24")
     shape = update.chosen_shape(options)
     batch = update.make_batch(options, shape)
-    norms = [
-        float(update.update_call(options, shape, part, m)()) for part, m in ((batch, 1), (update.unshared(batch), 2))
-    ]
+    norms = [float(update.update_call(options, shape, part)()) for part in (batch, update.unshared(batch))]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 

@@ -94,6 +94,8 @@ def test_values_arrive_where_they_belong():
         ({"training__minibatches_per_step": 0}, ("training.minibatches_per_step=0",)),
         ({"objective__reward": "prefx"}, ("objective.reward='prefx'", "'prefix'")),
         ({"objective__loss": "gsop"}, ("objective.loss='gsop'", "'gspo'")),
+        ({"objective__loss": "gspo"}, ("objective.aggregation='token_mean'", "'sequence_mean'")),
+        ({"divergence__action": "stopp"}, ("divergence.action='stopp'", "'stop'")),
         ({"objective__advantage": "rlo"}, ("objective.advantage='rlo'", "'rloo'")),
         ({"objective__aggregation": "mean"}, ("objective.aggregation='mean'", "token_mean")),
         ({"objective__importance": "masked"}, ("objective.importance='masked'", "'mask'")),
@@ -242,12 +244,16 @@ def test_a_config_file_that_is_not_there(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_batch_that_cannot_be_split_is_refused():
-    sizes = {"training__prompts_per_step": 48, "training__microbatch_prompts": 8}
-    from_config_dict(changed(**sizes, training__minibatches_per_step=3))
-    message = refusal(**sizes, training__minibatches_per_step=5)
+    from_config_dict(changed(training__prompts_per_step=48, training__minibatches_per_step=3))
+    message = refusal(training__prompts_per_step=48, training__minibatches_per_step=5)
     assert "training.minibatches_per_step" in message and "prompts_per_step=48" in message
-    message = refusal(**sizes, training__minibatches_per_step=4)
-    assert "training.microbatch_prompts" in message and "prompts_per_step=48" in message
+
+
+def test_microbatch_that_holds_no_rollout_is_refused():
+    sizes = {"prompt__max_tokens": 100, "rollout__max_new_tokens": 50}
+    from_config_dict(changed(**sizes, training__microbatch_tokens=150))
+    message = refusal(**sizes, training__microbatch_tokens=149)
+    assert "training.microbatch_tokens=149" in message and "rollout.max_new_tokens = 150" in message
 
 
 def test_whole_number_is_a_fine_float():

@@ -23,8 +23,9 @@ from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.describe import describe, print_description
 from rpt_jax.errors import UserError
 from rpt_jax.fields import leaves
+from rpt_jax.policy.packed import see
 from rpt_jax.policy.presets import preset
-from rpt_jax.policy.transformer import Transformer, branch_hidden
+from rpt_jax.policy.transformer import Transformer
 from tests.conftest import ROOT
 from tests.test_config import CONFIGS, load
 
@@ -54,7 +55,7 @@ def test_14b_sizes_by_hand():
         "microbatches per step, at most": 32,
         "prompts per device": 32,
         "rollouts per device": 256,
-        "prompts per device, microbatch": 1,
+        "tokens per device, microbatch": 69_632,
         "prompt tokens per step, at most": 256 * 4096,
         "response tokens per step, at most": 2048 * 8192,
         "trunk tokens per prompt, its samples sharing it: S + G*T": 69_632,
@@ -100,8 +101,8 @@ def test_14b_memory_by_hand():
     copy = 8 * share - 2 * matrices // 8
     assert found["bytes per device: parameters laid out for decoding"] == copy
     assert found["bytes per device in all while sampling, at least"] == 4 * share + copy + 51 * GIB
-    # One prompt a device; of both its parts, the layers' inputs.
-    other = 48 * 69_632 * 5120 * 2 + 65_536 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
+    # One prompt with its responses a device, in a row.
+    other = 48 * 69_632 * 5120 * 2 + 69_632 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
     assert found["bytes per device: attention scores for the backward pass"] == 0
     assert found["bytes per device: other activations for it"] == other
     total = 6 * share + other + 4096 * 152_064 * 4 // 8
@@ -113,7 +114,7 @@ def test_plain_attention_keeps_its_scores():
     """Of a prompt: five of the forty heads, in float32, and for the backward pass in bfloat16 too."""
     found = values(replaced(PAPER, "policy", attention="reference"), 64)
     assert found["bytes per device: a layer's attention scores, prompts"] == 32 * 5 * 4 * 4096**2
-    assert found["bytes per device: attention scores for the backward pass"] == 5 * (4 + 2) * 65_536 * 12_288
+    assert found["bytes per device: attention scores for the backward pass"] == 5 * (4 + 2) * 69_632**2
 
 
 def test_14b_label_says_what_describe_says():
@@ -170,23 +171,20 @@ def test_pretraining_by_hand():
 def test_activations_are_nearly_what_the_derivative_keeps(dtype: str):
     """Without rematerialisation JAX can say what it keeps; the formula may forget small things, never invent any."""
     plain = replaced(Experiment(), "policy", dtype=dtype, attention="reference")
-    experiment = replaced(plain, "training", microbatch_prompts=4)
+    experiment = replaced(plain, "training", microbatch_tokens=512)
     found = values(experiment)
-    policy = Transformer(preset("tiny"), jnp.dtype(dtype))
+    policy = Transformer(preset("tiny"), jnp.dtype(dtype), attention="reference")
 
-    def kept(params: Any, prompts: jax.Array, lengths: jax.Array, responses: jax.Array) -> Any:
-        return jax.vjp(lambda params: branch_hidden(policy, params, prompts, lengths, responses), params)[1]
+    def kept(params: Any, tokens_NxW: jax.Array) -> Any:
+        places_NxMxW = jnp.zeros((1, 3, 512), jnp.int32)
+        rows = tokens_NxW[:, None], tokens_NxW[:, None], (), None, see(places_NxMxW, places_NxMxW + 1)
+        return jax.vjp(lambda params: policy.apply({"params": params}, *rows)[0], params)[1]
 
     one = jnp.zeros((1, 1, 1), jnp.int32)
     params = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), one, one)["params"]))
-    inputs = (jax.ShapeDtypeStruct(dims, jnp.int32) for dims in ((4, 256), (4,), (4, 8, 49)))
-    residuals = jax.tree.leaves(jax.eval_shape(kept, params, *inputs))
-    # Four layers of four prompts, or of as many rows as these have tokens in the stem or in the branches.
-    in_layers = sum(
-        x.size * x.dtype.itemsize
-        for x in residuals
-        if (x.shape[:2] == (4, 4) and x.ndim > 4) or x.shape[:2] in ((4, 4 * 256), (4, 4 * 8 * 48))
-    )
+    residuals = jax.tree.leaves(jax.eval_shape(kept, params, jax.ShapeDtypeStruct((1, 512), jnp.int32)))
+    # Of four layers, what there is of every token.
+    in_layers = sum(x.size * x.dtype.itemsize for x in residuals if x.shape[:1] == (4,) and 512 in x.shape)
     ours = found["bytes per device: attention scores for the backward pass"]
     ours += found["bytes per device: other activations for it"]
     assert 0.7 < ours / in_layers <= 1.0

@@ -1,136 +1,27 @@
-"""Log-probabilities, the gradient of a batch, and one update as a whole, each against its equation."""
+"""The gradient of a batch, and one update as a whole, against the equations written down once more."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rpt_jax.objective import update
-from rpt_jax.objective.logprobs import (
-    chosen_logprobs,
-    over_token_chunks,
-    scaled_logits,
-    token_logprobs,
-    token_logprobs_and_entropies,
-)
+from rpt_jax.objective.batch import Documents, UpdateConfig
+from rpt_jax.objective.gradient import document_gradient, policy_gradient, response_logprobs
 from rpt_jax.objective.loss import Bounds
-from rpt_jax.objective.update import (
-    Documents,
-    TrainState,
-    UpdateBatch,
-    UpdateConfig,
-    document_gradient,
-    policy_gradient,
-    update_policy,
-)
-from rpt_jax.policy.transformer import Head, Params, head
+from rpt_jax.objective.update import TrainState, update_policy
+from tests import dense_objective
 from tests import policy_reference as reference
+from tests.dense_objective import BAND, HIGH, LIMIT, LOW, TEMPERATURE, UNCOUNTED, ZERO_VARIANCE, Dense, G, P, S, T
 from tests.policy_reference import SHALLOW, SHAPE, random_params
 
-# --- log-probabilities -------------------------------------------------------------------------------
-
-
-def logprob_inputs(tokens: int, vocab: int = 11, width: int = 4):
-    rng = np.random.default_rng(tokens)
-    head_VxD, hidden_MxD = rng.standard_normal((vocab, width)), rng.standard_normal((tokens, width)) * 3
-    return head_VxD.astype(np.float32), hidden_MxD.astype(np.float32), rng.integers(0, vocab, tokens).astype(np.int32)
-
-
-@given(st.integers(1, 7), st.integers(1, 9), st.sampled_from([0.5, 0.8, 1.0, 2.0]))
-@settings(deadline=None, max_examples=12)
-def test_token_logprobs_for_any_chunk(tokens, chunk, temperature):
-    head_VxD, hidden_MxD, tokens_M = logprob_inputs(tokens)
-    ours = token_logprobs(Head(head_VxD), hidden_MxD, tokens_M, temperature, chunk)
-    logits = hidden_MxD.astype(np.float64) @ head_VxD.T.astype(np.float64) / temperature
-    np.testing.assert_allclose(ours, reference.log_softmax(logits)[np.arange(tokens), tokens_M], atol=1e-5)
-
-
-def test_the_head_is_float32_whatever_the_trunk():
-    """With logits of a bfloat16 head "on-policy" would be off by about 1e-2."""
-    head_VxD, hidden_MxD, tokens_M = logprob_inputs(5, width=64)
-    rounded = jnp.asarray(hidden_MxD, jnp.bfloat16)
-    logits = scaled_logits(Head(head_VxD), rounded, 0.8)
-    assert logits.dtype == jnp.float32
-    expected = np.asarray(rounded, np.float64) @ head_VxD.T.astype(np.float64) / 0.8
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    ours = chosen_logprobs(logits, tokens_M)
-    np.testing.assert_allclose(ours, reference.log_softmax(expected)[np.arange(5), tokens_M], atol=1e-4)
-
-
-def test_absent_ids_have_no_probability():
-    """Not a little: none, for the others as if they did not exist; and padding of an absent id does no harm under a mask."""
-    head_VxD, hidden_MxD, _ = logprob_inputs(6)
-    absent_V = np.isin(np.arange(11), [0, 4, 9, 10])
-    head_VxD[absent_V] *= 100  # The likeliest by far, if they could be.
-    tokens_M, mask_M = np.array([1, 2, 3, 8, 0, 10], np.int32), np.array([1, 1, 1, 1, 0, 0], np.float32)
-
-    def loss(head_VxD, hidden_MxD):
-        logprobs_M = token_logprobs(Head(head_VxD, absent_V), hidden_MxD, tokens_M, 0.8, 4)
-        return jnp.sum(logprobs_M * mask_M), logprobs_M
-
-    grads, ours = jax.grad(loss, argnums=(0, 1), has_aux=True)(head_VxD, hidden_MxD)
-    logits = hidden_MxD.astype(np.float64) @ head_VxD[~absent_V].T.astype(np.float64) / 0.8
-    places = np.cumsum(~absent_V)[tokens_M] - 1
-    np.testing.assert_allclose(ours[:4], reference.log_softmax(logits)[np.arange(4), places[:4]], atol=1e-5)
-    assert (jnp.exp(ours[4:]) == 0).all() and all(jnp.isfinite(grad).all() for grad in grads)
-    assert (grads[0][absent_V] == 0).all() and (grads[0][~absent_V] != 0).all()
-    assert (jax.nn.softmax(scaled_logits(Head(head_VxD, absent_V), hidden_MxD, 0.8))[:, absent_V] == 0).all()
-
-
-def test_over_token_chunks_glues_any_tree_together():
-    """Sizes that are no multiple of the chunk, outputs of several ranks and dtypes, and gradients through both."""
-    x, n = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32), np.arange(7, dtype=np.int32)
-
-    def fn(x, n):
-        return {"sum": x.sum(-1) * n, "both": (jnp.sin(x), n > 3)}
-
-    for chunk in (1, 2, 3, 7, 100):
-        ours = over_token_chunks(fn, chunk, x, n)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, fn(x, n))
-        assert ours["both"][1].dtype == bool
-    gradient = jax.grad(lambda x: over_token_chunks(fn, 3, x, n)["both"][0].sum())(x)
-    np.testing.assert_allclose(gradient, np.cos(x), rtol=1e-5)
-
-
-def largest_logits(jaxpr: jax.extend.core.Jaxpr, vocab: int) -> int:
-    """Return the largest number of tokens that any intermediate array holds logits of."""
-    largest = 0
-    for equation in jaxpr.eqns:
-        shapes = [v.aval.shape for v in equation.outvars]
-        largest = max([largest, *(int(np.prod(s[:-1])) for s in shapes if s and s[-1] == vocab)])
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            largest = max(largest, largest_logits(inner, vocab))
-    return largest
-
-
-def test_logits_exist_for_one_chunk_at_a_time():
-    """Forward and backward: 64 tokens in chunks of 8, by the shapes of everything that the program computes."""
-    head_VxD, hidden_MxD, tokens_M = logprob_inputs(64, vocab=97)
-
-    def loss(head, hidden, chunk):
-        return token_logprobs(Head(head), hidden, tokens_M, 0.8, chunk).sum()
-
-    for chunk in (8, 64):
-        program = jax.make_jaxpr(jax.grad(functools.partial(loss, chunk=chunk), argnums=(0, 1)))(head_VxD, hidden_MxD)
-        assert largest_logits(program.jaxpr, 97) == chunk
-
-
-# --- the gradient of a batch -------------------------------------------------------------------------
-
-LOW, HIGH = 0.2, 0.3
-P, G, S, T = 8, 3, 6, 5
-ZERO_VARIANCE, UNCOUNTED = (1, 5), (2, 6)
-CONFIG = UpdateConfig(minibatches=1, microbatch=8, chunk=16, temperature=0.8, bounds=Bounds(LOW, HIGH))
+CONFIG = UpdateConfig(minibatches=1, rows=1, row_tokens=24, chunk=16, temperature=TEMPERATURE, bounds=Bounds(LOW, HIGH))
+# Rows, and tokens of each: as few as there can be, so that prefixes stand again and again; several; and all in one.
+ROWS = [(1, S - 1 + T), (2, 17), (1, 1000), (3, 40)]
 gradient = jax.jit(policy_gradient, static_argnums=(0, 4))
 
 
@@ -140,76 +31,18 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def batch() -> UpdateBatch:
-    """Every group counts, two have no variance, and all that is not real is poison."""
-    rng = np.random.default_rng(0)
-    advantages = rng.standard_normal((P, G)).astype(np.float32)
-    advantages[list(ZERO_VARIANCE)] = 0
-    mask = np.arange(T) < rng.integers(1, T + 1, (P, G))[..., None]
-    return UpdateBatch(
-        prompts_PxS=rng.integers(0, SHAPE.vocab, (P, S)).astype(np.int32),
-        lengths_P=np.array([1, 6, 3, 4, 6, 2, 5, 1], np.int32),
-        tokens_PxGxT=rng.integers(0, SHAPE.vocab, (P, G, T)).astype(np.int32),
-        mask_PxGxT=mask,
-        sampler_logprobs_PxGxT=np.where(mask, rng.standard_normal((P, G, T)) - 3, -np.inf).astype(np.float32),
-        advantages_PxG=advantages,
-        counted_P=np.ones(P, bool),
-    )
-
-
-class Dense(NamedTuple):
-    logprobs_PxGxT: jax.Array
-    loss: jax.Array  # The clipped one,
-    gradient: Params  # and its gradient.
-    reinforce: Params  # The gradient of A · log-probability.
+def batch():
+    return dense_objective.make_batch()
 
 
 @pytest.fixture(scope="module")
-def scores(batch) -> Callable[[Params], tuple[jax.Array, jax.Array]]:
-    """Return a function of the parameters: log-probabilities and entropies [P · G, T] of every full sequence on its own.
-
-    No prompt is shared, nothing is chunked or skipped.
-    """
-    sequences = np.zeros((P * G, 1, S + T), np.int32)
-    for row, (p, g) in enumerate(np.ndindex(P, G)):
-        sequence = [*batch.prompts_PxS[p, : batch.lengths_P[p]], *batch.tokens_PxGxT[p, g]]
-        sequences[row, 0, : len(sequence)] = sequence
-    places = np.repeat(batch.lengths_P, G)[:, None] + np.arange(T) - 1
-    tokens = batch.tokens_PxGxT.reshape(-1, T)
-
-    def score(params):
-        positions = jnp.broadcast_to(jnp.arange(S + T, dtype=jnp.int32), sequences.shape)
-        hidden, _ = SHALLOW.apply({"params": params}, sequences, positions)
-        logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(SHALLOW, params).matrix_VxD) / CONFIG.temperature
-        predicting = jnp.take_along_axis(logits, places[..., None], axis=1)
-        logprobs = jax.nn.log_softmax(predicting)
-        entropies = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-        return jnp.take_along_axis(logprobs, tokens[..., None], axis=2)[..., 0], entropies
-
-    return score
+def scores(batch):
+    return dense_objective.make_scores(batch)
 
 
 @pytest.fixture(scope="module")
-def dense(params, batch, scores) -> Callable[[np.ndarray, np.ndarray], Dense]:
-    """Return a function of (old_logprobs, counted_P): the default's equations, where the token mean is one division."""
-    mask, advantages = batch.mask_PxGxT.reshape(-1, T), jnp.asarray(batch.advantages_PxG).reshape(-1, 1)
-
-    def clipped(params, old, counted):
-        current = scores(params)[0]
-        ratio = jnp.exp(current - old.reshape(-1, T))
-        objective = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - LOW, 1 + HIGH) * advantages)
-        return -jnp.sum(objective * counted) / counted.sum(), current.reshape(P, G, T)
-
-    def reinforce(params, counted):
-        return -jnp.sum(scores(params)[0] * advantages * counted) / counted.sum()
-
-    @jax.jit
-    def everything(old, counted_P):
-        counted = mask & jnp.repeat(counted_P, G)[:, None]
-        (loss, current), gradient = jax.value_and_grad(clipped, has_aux=True)(params, old, counted)
-        return Dense(current, loss, gradient, jax.grad(reinforce)(params, counted))
-
-    return everything
+def dense(params, batch, scores):
+    return dense_objective.make_dense(params, batch, scores)
 
 
 @pytest.fixture(scope="module")
@@ -235,35 +68,42 @@ def assert_close(ours, theirs, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * scale), ours, theirs)
 
 
-@pytest.mark.parametrize("microbatch", [1, 4, 8])
-def test_gradient_is_that_of_the_dense_equation(params, batch, old, expected, microbatch):
-    """For any microbatch, groups without variance skipped or not."""
-    grads, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(microbatch=microbatch))
+@pytest.mark.parametrize(("rows", "row_tokens"), ROWS)
+def test_gradient_is_that_of_the_dense_equation(params, batch, old, expected, rows, row_tokens):
+    """For any rows, groups without variance left out, prefixes of one document shared."""
+    grads, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(rows=rows, row_tokens=row_tokens))
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
     assert metrics["ratio/clipped"] > 0.05, "the fixture tests too little"
+    assert 0.1 < metrics["update/filled"] <= 1
+
+
+def test_nothing_shared_is_the_same_gradient(params, batch, old, expected):
+    """Every prompt of another document: more tokens run, and no result changes."""
+    alone = batch._replace(document_P=np.arange(P, dtype=np.int32))
+    config = CONFIG._replace(row_tokens=1000)
+    (theirs, metrics), (_, shared) = (gradient(SHALLOW, params, part, old, config) for part in (alone, batch))
+    assert_close(theirs, expected.gradient)
+    assert metrics["update/trunk_tokens"] > shared["update/trunk_tokens"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_chunks_of_logits_change_nothing(params, batch, old, expected, chunk):
+    grads, _ = gradient(SHALLOW, params, batch, old, CONFIG._replace(chunk=chunk))
+    assert_close(grads, expected.gradient)
 
 
 def test_group_order_changes_nothing(params, batch, old, expected):
     order = np.random.default_rng(2).permutation(P)
     shuffled = jax.tree.map(lambda x: x[order], batch)
-    grads, metrics = gradient(SHALLOW, params, shuffled, old[order], CONFIG._replace(microbatch=4))
+    grads, metrics = gradient(SHALLOW, params, shuffled, old[order], CONFIG)
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("prompt", "response", "microbatch"), [(3, 2, 8), (2, 3 * T - 4, 1), (2, 3 * T - 4, 4)])
-def test_padding_changes_nothing(params, batch, old, expected, monkeypatch, prompt, response, microbatch):
-    """Longer prompts and responses, filled up with other tokens and with log-probabilities that are no numbers.
-
-    Where there is much of it, microbatches of short groups run in less room than others.
-    """
-    if response > T:
-        monkeypatch.setattr(update, "_SMALLEST_PROMPT", 1)
-        monkeypatch.setattr(update, "_SMALLEST_RESPONSE", 1)
-        fits = [(batch.lengths_P <= (S + prompt) // 2), (batch.longest_P <= (T + response) // 4)]
-        rooms = {(bool(s), bool(t)) for s, t in zip(*fits, strict=True)}
-        assert len(rooms) >= 3, "the fixture tests too little"
+def test_padding_changes_nothing(params, batch, old, expected):
+    """Longer prompts and responses, filled up with other tokens and with log-probabilities that are no numbers."""
+    prompt, response = 3, 11
     rng = np.random.default_rng(3)
     real_PxS = np.arange(S + prompt) < batch.lengths_P[:, None]
     mask = np.pad(batch.mask_PxGxT, ((0, 0), (0, 0), (0, response)))
@@ -279,27 +119,25 @@ def test_padding_changes_nothing(params, batch, old, expected, monkeypatch, prom
         mask_PxGxT=mask,
         sampler_logprobs_PxGxT=widen(batch.sampler_logprobs_PxGxT, response, mask),
     )
-    config = CONFIG._replace(microbatch=microbatch)
-    grads, metrics = gradient(SHALLOW, params, wider, widen(old, response, mask), config)
+    grads, metrics = gradient(SHALLOW, params, wider, widen(old, response, mask), CONFIG)
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
     assert np.isfinite(metrics["mismatch/max"])
 
 
-@pytest.mark.parametrize("microbatch", [1, 4, 8])
-def test_groups_that_do_not_count_leave_numerator_and_denominator(params, batch, old, dense, microbatch):
+def test_groups_that_do_not_count_leave_numerator_and_denominator(params, batch, old, dense):
     counted = ~np.isin(np.arange(P), UNCOUNTED)
     theirs = dense(old, counted)
     part = batch._replace(counted_P=counted)
-    grads, metrics = gradient(SHALLOW, params, part, old, CONFIG._replace(microbatch=microbatch))
+    grads, metrics = gradient(SHALLOW, params, part, old, CONFIG)
     assert_close(grads, theirs.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], theirs.loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("microbatch", [1, 4, 8])
-def test_metrics_are_those_of_the_groups_that_can_teach_something(params, batch, old, current, microbatch):
+@pytest.mark.parametrize(("rows", "row_tokens"), ROWS[:2])
+def test_metrics_are_those_of_the_groups_that_can_teach_something(params, batch, old, current, rows, row_tokens):
     used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
-    _, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(microbatch=microbatch))
+    _, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(rows=rows, row_tokens=row_tokens))
     distance = np.abs(current - batch.sampler_logprobs_PxGxT)[used]
     np.testing.assert_allclose(metrics["mismatch/mean"], distance.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["mismatch/max"], distance.max(), rtol=1e-4)
@@ -307,6 +145,13 @@ def test_metrics_are_those_of_the_groups_that_can_teach_something(params, batch,
     assert p99 <= metrics["mismatch/p99"] * (1 + 1e-4) and metrics["mismatch/p99"] < 1.13 * p99
     np.testing.assert_allclose(metrics["ratio/mean"], np.exp(current - old)[used].mean(), rtol=1e-4)
     assert metrics["update/tokens"] == used.sum()
+
+
+def test_response_logprobs_come_back_to_their_places(params, batch, current):
+    for rows, row_tokens in ROWS[:2]:
+        config = CONFIG._replace(rows=rows, row_tokens=row_tokens)
+        ours = jax.jit(response_logprobs, static_argnums=(0, 3))(SHALLOW, params, batch, config)
+        np.testing.assert_allclose(np.where(batch.mask_PxGxT, ours - current, 0), 0, atol=1e-5)
 
 
 def test_a_batch_without_anything_to_learn_has_no_gradient(params, batch, old):
@@ -333,41 +178,6 @@ OPTIONS = {
     "dual clip, truncated, k1": {"loss": "dual_clip", "importance": "truncate", "kl": "k1", "kl_weight": 0.1},
     "reinforce, masked": {"loss": "reinforce", "importance": "mask", "entropy_weight": 0.1},
 }
-BAND, LIMIT = (0.7, 1.4), 9
-
-
-def objective(scores, params, batch, old, theirs, counted, options):
-    """The loss of one batch, written down once more: one sum over all counted tokens and one division."""
-    current, entropies = (x.reshape(P, G, T) for x in scores(params))
-    mask, advantages = batch.mask_PxGxT & counted[:, None, None], batch.advantages_PxG[..., None]
-    ratio, x = jnp.exp(current - old), jnp.where(mask, current, 0.0)
-    if options["loss"] == "gspo":
-        share = jnp.where(mask, current - old, 0.0)
-        ratio = jnp.exp(share.sum(-1, keepdims=True) / batch.mask_PxGxT.sum(-1, keepdims=True)) * jnp.ones(T)
-        # As in its paper every sequence counts once: its tokens share one gradient.
-        ratio = jax.lax.stop_gradient(ratio) * jnp.exp(share - jax.lax.stop_gradient(share))
-    bounded = jnp.clip(ratio, 1 - LOW, 1 + HIGH)
-    terms = -jnp.minimum(ratio * advantages, bounded * advantages)
-    if options["loss"] == "dual_clip":
-        terms = jnp.where(advantages < 0, jnp.minimum(terms, -3.0 * advantages), terms)
-    if options["loss"] in ("cispo", "reinforce"):
-        terms = -advantages * x * (jax.lax.stop_gradient(bounded) if options["loss"] == "cispo" else 1.0)
-    kept, importance = mask, jnp.exp(jnp.where(mask, old - batch.sampler_logprobs_PxGxT, 0.0))
-    if options.get("importance") == "truncate":
-        terms = terms * jnp.minimum(importance, BAND[1])
-    if options.get("importance") == "mask":
-        kept = mask & (importance > BAND[0]) & (importance < BAND[1])
-        terms = terms * importance
-    if options.get("kl"):
-        difference = current - theirs
-        k1 = jax.lax.stop_gradient(difference) * current
-        kl = k1 if options["kl"] == "k1" else jnp.exp(-difference) - 1 + difference
-        terms = terms + options["kl_weight"] * kl
-    terms = jnp.where(kept, terms - options.get("entropy_weight", 0) * entropies, 0.0)
-    if options.get("aggregation") == "sequence_mean":
-        per_sequence = terms.sum(-1) / jnp.maximum(kept.sum(-1), 1)
-        return per_sequence.sum() / kept.any(-1).sum()
-    return terms.sum() / (LIMIT * kept.any(-1).sum() if options.get("aggregation") == "constant" else kept.sum())
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -382,11 +192,17 @@ def test_gradient_of_every_option(params, batch, old, current, scores, name):
     reference_params = random_params(SHALLOW, 5)
     theirs = scores(reference_params)[0].reshape(P, G, T)
     loss = functools.partial(
-        objective, scores, batch=batch, old=old, theirs=theirs, counted=batch.counted_P, options=OPTIONS[name]
+        dense_objective.objective,
+        scores,
+        batch=batch,
+        old=old,
+        theirs=theirs,
+        counted=batch.counted_P,
+        options=OPTIONS[name],
     )
     value, expected = jax.jit(jax.value_and_grad(loss))(params)
     band = {"importance_low": BAND[0], "importance_high": BAND[1]}
-    options = CONFIG._replace(microbatch=2, response_limit=LIMIT, **band, **OPTIONS[name])
+    options = CONFIG._replace(response_limit=LIMIT, **band, **OPTIONS[name])
     order = rng.permutation(P)
     part = jax.tree.map(lambda x: x[order], batch)
     grads, metrics = gradient(SHALLOW, params, part, old[order], options, reference_params)
@@ -395,15 +211,6 @@ def test_gradient_of_every_option(params, batch, old, current, scores, name):
         np.testing.assert_allclose(metrics["loss/policy"], value, rtol=1e-4)
     if options.importance == "mask":
         assert 0.2 < metrics["importance/rejected"] < 0.8, "the example tests too little"
-
-
-def test_entropies():
-    """Against the definition, in chunks, with a token that cannot be drawn."""
-    head_VxD, hidden_MxD, tokens_M = logprob_inputs(7)
-    logprobs, entropies = token_logprobs_and_entropies(Head(head_VxD), hidden_MxD, tokens_M, 0.8, 3)
-    theirs = reference.log_softmax(hidden_MxD.astype(np.float64) @ head_VxD.T / 0.8)
-    np.testing.assert_allclose(entropies, -(np.exp(theirs) * theirs).sum(-1), rtol=1e-4)
-    np.testing.assert_allclose(logprobs, theirs[np.arange(7), tokens_M], atol=1e-4)
 
 
 def test_document_gradient(params):
@@ -416,14 +223,14 @@ def test_document_gradient(params):
         logits = reference.logits(params, SHALLOW.shape, row[:length].tolist())
         total -= reference.log_softmax(logits)[np.arange(length), row[1 : length + 1]].sum()
     learn = jax.jit(document_gradient, static_argnums=(0, 3))
-    results = [learn(SHALLOW, params, documents, CONFIG._replace(microbatch=m)) for m in (2, 8)]
+    results = [learn(SHALLOW, params, documents, CONFIG._replace(row_tokens=S * m)) for m in (3, 8)]
     for _, loss in results:
         np.testing.assert_allclose(loss, total / lengths.sum(), rtol=1e-5)
     assert_close(results[0][0], results[1][0])
     assert optax.tree.norm(results[0][0]) > 0.1
 
 
-# --- the update --------------------------------------------------------------------------------------
+# --- the update ---
 
 SGD = optax.sgd(0.5, momentum=0.9)  # State that must be carried along, and steps large enough to leave the old policy.
 
@@ -443,11 +250,11 @@ def test_one_minibatch_is_one_step_of_reinforce(params, batch, expected):
 
 def test_two_minibatches_are_two_steps_against_the_sampler(params, batch, current):
     """The old log-probabilities are those from before the first step, so the second step's ratio is not 1."""
-    state, metrics = update_policy(SHALLOW, SGD, CONFIG._replace(minibatches=2, microbatch=4), start(params), batch)
+    state, metrics = update_policy(SHALLOW, SGD, CONFIG._replace(minibatches=2), start(params), batch)
     by_hand, steps = start(params), []
     for half in (np.arange(P) < P // 2, np.arange(P) >= P // 2):
         part = batch._replace(counted_P=half)
-        grads, step = gradient(SHALLOW, by_hand.params, part, current, CONFIG._replace(microbatch=4))
+        grads, step = gradient(SHALLOW, by_hand.params, part, current, CONFIG)
         updates, optimizer = SGD.update(grads, by_hand.optimizer, by_hand.params)
         by_hand = TrainState(optax.apply_updates(by_hand.params, updates), optimizer)
         steps.append(step)

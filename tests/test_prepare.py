@@ -273,7 +273,7 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
 
 def experiment(folder: Path, **fields: object) -> Experiment:
     values = {"source": "path", "path": str(folder), "max_document_tokens": 64, "held_out_documents": 7, **fields}
-    small = {"prompts_per_step": 8, "microbatch_prompts": 8, "logit_chunk_tokens": 1024}
+    small = {"prompts_per_step": 8, "logit_chunk_tokens": 1024}
     return from_config_dict(
         {
             "task": "score",

@@ -12,6 +12,7 @@ import pytest
 from rpt_jax.objective import choices, rewards
 from rpt_jax.objective.reward import Status
 from rpt_jax.objective.rewards import FORWARD_PASSES, REWARDS, Evidence, RewardConfig, total_reward
+from rpt_jax.sampler import distinct_share
 from tests import policy_reference as reference
 from tests.policy_reference import SHALLOW, SHAPE, random_params
 
@@ -142,3 +143,19 @@ def test_terms_are_added(evidence):
         overlong = -min(1.0, max(0.0, (len(tokens) - (T - 4)) / 4))
         np.testing.assert_allclose(ours.ravel()[i], 0.75 * i + 0.25 * triangle + 0.5 * boxed + 2 * overlong, rtol=1e-5)
     np.testing.assert_array_equal(total_reward(evidence, 4), evidence.matched_PxG)
+
+
+def test_distinct_n_counts_what_a_group_repeats():
+    """Against sets of tuples; one prompt repeats itself, another never, and of a third all samples are too short."""
+    rng, n, samples, limit = np.random.default_rng(0), 2, 3, 9
+    tokens = rng.integers(0, 6, (3, samples, limit)).astype(np.int32)
+    tokens[1] = np.arange(samples * limit).reshape(samples, limit)
+    lengths = rng.integers(n, limit + 1, (3, samples)).astype(np.int32)
+    lengths[2] = 1
+    shares = []
+    for p in range(2):
+        runs = [tuple(tokens[p, g, t : t + n]) for g in range(samples) for t in range(lengths[p, g] - n + 1)]
+        shares.append(len(set(runs)) / len(runs))
+    assert shares[1] == 1 and shares[0] < 1
+    np.testing.assert_allclose(distinct_share(tokens, lengths, n), np.mean(shares), rtol=1e-6)
+    assert distinct_share(tokens[..., :1], np.minimum(lengths, 1), 2) == 1.0

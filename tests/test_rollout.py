@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rpt_jax.objective.update import UpdateBatch, response_logprobs
+from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
+from rpt_jax.objective.gradient import response_logprobs
+from rpt_jax.objective.loss import Bounds
 from rpt_jax.rollout.generate import Rollouts, generate
 from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, uniform_at
 from tests import policy_reference as reference
@@ -179,12 +181,16 @@ def test_the_sampler_and_numpy_agree(params, rollouts):
         np.testing.assert_allclose(rollouts.logprobs_PxGxT[p, g, :length], expected, atol=1e-5)
 
 
+def trainer_logprobs(policy, params, tokens_PxGxT, mask_PxGxT, temperature):
+    none, everyone = np.zeros(tokens_PxGxT.shape[:2], np.float32), np.ones(len(LENGTHS), bool)
+    batch = UpdateBatch(PROMPTS, LENGTHS, np.arange(len(LENGTHS)), tokens_PxGxT, mask_PxGxT, mask_PxGxT, none, everyone)
+    config = UpdateConfig(1, rows=1, row_tokens=64, chunk=16, temperature=temperature, bounds=Bounds(0.2, 0.2))
+    return jax.jit(response_logprobs, static_argnums=(0, 3))(policy, params, batch, config)
+
+
 def test_the_sampler_and_the_trainer_agree(params, rollouts):
-    batch = UpdateBatch(
-        PROMPTS, LENGTHS, rollouts.tokens_PxGxT, rollouts.mask_PxGxT, rollouts.logprobs_PxGxT, None, None
-    )  # fmt: skip
-    trainer = jax.jit(response_logprobs, static_argnums=(0, 3, 4))(POLICY, params, batch, TEMPERATURE, 16)
     mask = rollouts.mask_PxGxT
+    trainer = trainer_logprobs(POLICY, params, rollouts.tokens_PxGxT, mask, TEMPERATURE)
     np.testing.assert_allclose(np.where(mask, trainer, 0), rollouts.logprobs_PxGxT, atol=1e-5)
 
 
@@ -196,8 +202,7 @@ def test_absent_ids_are_neither_sampled_nor_scored(params):
     ours = generate(policy, *arguments, samples=64, max_new_tokens=T, temperature=10.0, stop_ids=STOPS)
     tokens, mask = jax.device_get((ours.tokens_PxGxT, ours.mask_PxGxT))
     assert set(tokens[mask].tolist()) == set(range(SHAPE.vocab)) - set(absent)
-    batch = UpdateBatch(PROMPTS, LENGTHS, tokens, mask, ours.logprobs_PxGxT, None, None)
-    trainer = jax.jit(response_logprobs, static_argnums=(0, 3, 4))(policy, params, batch, 10.0, 16)
+    trainer = trainer_logprobs(policy, params, tokens, mask, 10.0)
     np.testing.assert_allclose(np.where(mask, trainer, 0), ours.logprobs_PxGxT, atol=1e-5)
     shares = reference.softmax(reference.logits(params, SHAPE, PROMPTS[2])[-1] / 10)
     first = tokens[2, :, 0]

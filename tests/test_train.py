@@ -30,7 +30,7 @@ SMALL = {
     "rollout.samples_per_prompt": 4,
     "rollout.max_new_tokens": 24,
     "training.prompts_per_step": 8,
-    "training.microbatch_prompts": 4,
+    "training.microbatch_tokens": 512,
     "training.total_steps": 5,
     "training.dynamic_sampling_from": 3,
     "training.log_rollouts_every": 2,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rpt_jax.errors import UserError
-from rpt_jax.objective.update import UpdateBatch
+from rpt_jax.objective.batch import UpdateBatch
 from rpt_jax.policy.presets import Shape
 
 

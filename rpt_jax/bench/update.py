@@ -21,9 +21,10 @@ from rpt_jax.config import ATTENTIONS, REMATS, OptimizerConfig, PolicyConfig
 from rpt_jax.describe import attention_flops
 from rpt_jax.errors import UserError
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import init_optimizer, init_parameters, make_mesh, shard_prompts, use_mesh
+from rpt_jax.infra.sharding import init_optimizer, init_parameters, make_mesh, prompt_ways, shard_prompts, use_mesh
+from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
 from rpt_jax.objective.loss import Bounds
-from rpt_jax.objective.update import TrainState, UpdateBatch, UpdateConfig, update_policy
+from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.policy.presets import Shape
 from rpt_jax.setup import make_policy
 
@@ -36,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=8, help="responses to a prompt")
     parser.add_argument("--context", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--response", type=int, default=128, help="tokens of a response")
-    parser.add_argument("--microbatch", type=int, default=4, help="prompts, with their responses, of a pass")
+    parser.add_argument("--microbatch-tokens", type=int, default=4608, help="tokens of a pass on each device")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
     parser.add_argument("--remat", choices=REMATS, default="none")
@@ -47,18 +48,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and the rows of the table. Raises: UserError, where a choice does not run here."""
-    if options.prompts % options.microbatch:
-        raise UserError(f"--microbatch={options.microbatch} does not divide --prompts={options.prompts}.")
+    if options.microbatch_tokens < options.context + options.response:
+        raise UserError(f"--microbatch-tokens={options.microbatch_tokens} does not hold a prompt and a response.")
     shape = chosen_shape(options)
     batch = make_batch(options, shape)
     calls = {
-        "shared": update_call(options, shape, batch, options.microbatch),
-        "not shared": update_call(options, shape, unshared(batch), options.microbatch * options.samples),
+        "shared": update_call(options, shape, batch),
+        "not shared": update_call(options, shape, unshared(batch)),
     }
     if options.beside:
         from rpt_jax.bench.peer import transformers_updates
 
-        calls |= transformers_updates(shape, batch, options.microbatch * options.samples)
+        calls |= transformers_updates(shape, batch, 32)
     calls[_CEILING], ceiling_flops = matmul_call(options.dtype)
     seconds = interleaved(calls, options.repeats)
     ceiling = ceiling_flops / seconds[_CEILING].low
@@ -79,6 +80,7 @@ def make_batch(options: argparse.Namespace, shape: Shape) -> UpdateBatch:
     return UpdateBatch(
         prompts_PxS=rng.integers(0, shape.vocab, (options.prompts, options.context)).astype(np.int32),
         lengths_P=np.full(options.prompts, options.context, np.int32),
+        document_P=np.arange(options.prompts, dtype=np.int32),
         tokens_PxGxT=tokens,
         mask_PxGxT=np.ones(tokens.shape, bool),
         sampler_logprobs_PxGxT=np.zeros(tokens.shape, np.float32),
@@ -90,18 +92,20 @@ def make_batch(options: argparse.Namespace, shape: Shape) -> UpdateBatch:
 def unshared(batch: UpdateBatch) -> UpdateBatch:
     """The same responses, each with a prompt of its own."""
     samples = batch.tokens_PxGxT.shape[1]
-    repeated = {
-        name: np.repeat(getattr(batch, name), samples, axis=0) for name in ("prompts_PxS", "lengths_P", "counted_P")
-    }
+    names = ("prompts_PxS", "lengths_P", "counted_P")
+    repeated = {name: np.repeat(getattr(batch, name), samples, axis=0) for name in names}
+    repeated["document_P"] = np.arange(len(repeated["lengths_P"]), dtype=np.int32)
     alone = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), batch._replace(**dict.fromkeys(repeated)))
     return alone._replace(**repeated)
 
 
-def update_call(options: argparse.Namespace, shape: Shape, batch: UpdateBatch, microbatch: int) -> Callable[[], Any]:
+def update_call(options: argparse.Namespace, shape: Shape, batch: UpdateBatch) -> Callable[[], Any]:
     """One optimiser step a call, each from where the last one ended."""
     policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), shape)
     mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(OptimizerConfig(), total_steps=1)
-    config = UpdateConfig(1, microbatch, options.chunk, temperature=1.0, bounds=Bounds(0.2, 0.2))
+    config = UpdateConfig(
+        1, prompt_ways(mesh), options.microbatch_tokens, options.chunk, temperature=1.0, bounds=Bounds(0.2, 0.2)
+    )
     with use_mesh(mesh):
         params = init_parameters(policy, mesh, seed=0)
         states = [TrainState(params, init_optimizer(optimizer, params, mesh))]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import functools
 import resource
 import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 _compiling: collections.Counter[str] = collections.Counter()
 
@@ -18,6 +20,35 @@ def _count_compilation(event: str, seconds: float, **_: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+# The stages of a step that MFU is of.
+_TRAINING = ("data", "reshard", "rollout", "reward", "update")
+# FLOP/s of one device in bfloat16, without sparsity, as their makers say.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@functools.cache
+def peak_flops() -> float:
+    """FLOP/s of one device: its maker's figure in bfloat16 or, of devices not listed, what the best of five products reaches."""
+    if peak := _PEAKS.get(jax.devices()[0].device_kind):
+        return peak
+    x, seconds = jnp.ones((1024, 1024), jnp.float32), []
+    multiply = jax.jit(jnp.matmul)
+    for _ in range(6):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(x, x))
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * 1024**3 / min(seconds[1:]) / jax.local_device_count()
 
 
 class BatchSize(NamedTuple):
@@ -55,6 +86,12 @@ class Clock:
     def seconds(self) -> float:
         """Wall-clock so far, that of earlier runs included."""
         return self.earlier + time.monotonic() - self._start
+
+    def speed(self, flops: float, tokens: int) -> dict[str, float]:
+        """Generated tokens a second and the share of the devices' peak, of the stages that train, since the last `scalars`."""
+        seconds = max(1e-9, sum(seconds for stage, seconds in self._laps.items() if stage in _TRAINING))
+        peak = jax.device_count() * peak_flops()
+        return {"speed/tokens_per_second": tokens / seconds, "speed/mfu": flops / seconds / peak}
 
     def scalars(self) -> dict[str, float]:
         """Return `time/<stage>` since the last call, what of it was compiling, and the peak of the process's memory in MB.
@@ -102,21 +139,23 @@ class Counters:
         self.flops += self._rollout_flops(*size)
         return size
 
-    def count_update(self, size: BatchSize, processed: int, generated: BatchSize, document_tokens: int = 0) -> None:
+    def count_update(
+        self, size: BatchSize, learnt: int, trunk: int, generated: BatchSize, document_tokens: int = 0
+    ) -> None:
         """Count one update.
 
         Args:
           size: of the batch that was learnt from.
-          processed: response tokens of it that went through the trunk; groups without a gradient do not.
+          learnt: response tokens of it that have a gradient.
+          trunk: tokens that the trunk ran over for these; what they share counts once.
           generated: all of this step's rollouts; more than the batch holds where dynamic sampling replaced groups.
           document_tokens: tokens of documents whose cross-entropy was learnt beside.
         """
         left = generated.prompt_tokens - size.prompt_tokens, generated.response_tokens - size.response_tokens
         self.discarded += left[1]
         self.discarded_flops += self._rollout_flops(*left)
-        self.learnt += processed
-        share = processed / max(size.response_tokens, 1)
-        self.flops += self._update * self._n * (share * size.prompt_tokens + processed)
+        self.learnt += learnt
+        self.flops += self._update * self._n * trunk
         self.flops += 6.0 * self._n * document_tokens
 
     def count_scored(self, tokens: int) -> None:

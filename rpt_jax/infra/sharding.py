@@ -50,9 +50,14 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> 
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
+def prompt_ways(mesh: Mesh) -> int:
+    """How many devices, or groups of devices that share them, prompts are split over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batches(mesh: Mesh, sizes: Mapping[str, int]) -> None:
     """Refuse batches (config field -> size) that do not split evenly over the mesh. Raises: UserError."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = prompt_ways(mesh)
     for name, size in sizes.items():
         if size % ways:
             raise UserError(

@@ -58,6 +58,11 @@ def check_objective(config: ObjectiveConfig, response_limit: int) -> None:
                 raise UserError(f"objective.{field}={values[field]} does nothing while objective.{weight} is 0.")
         if values[weight] and values[fields[0]] == defaults[fields[0]]:
             raise UserError(f"objective.{weight}={values[weight]:g} needs objective.{fields[0]} too.")
+    if config.loss == "gspo" and config.aggregation != "sequence_mean":
+        raise UserError(
+            f"objective.loss='gspo' is a mean over sequences (2507.18071, Equation 5), not "
+            f"objective.aggregation='{config.aggregation}': set that to 'sequence_mean'."
+        )
     if config.overlong_tokens > response_limit:
         raise UserError(
             f"objective.overlong_tokens={config.overlong_tokens} must be at most rollout.max_new_tokens={response_limit}."

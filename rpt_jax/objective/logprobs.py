@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -39,16 +40,39 @@ def over_token_chunks(fn: Callable[..., Output], chunk: int, *arrays: jax.Array)
     The backward pass recomputes each chunk, so that what `fn` forms inside (logits) exists for one chunk at a time.
     M need not be a multiple of `chunk`; the last chunk is filled up with zeros, which are cut off again.
     """
-    size = arrays[0].shape[0]
-    chunk = min(chunk, size)
-    chunks = -(-size // chunk)
+    outputs = over_row_chunks(fn, chunk, None, *(x[None] for x in arrays))
+    return jax.tree.map(lambda y: y[0], outputs)
+
+
+def over_row_chunks(fn: Callable[..., Output], chunk: int, filled_N: jax.Array | None, *arrays: jax.Array) -> Output:
+    """`over_token_chunks` for `arrays` [N, W, …], rows that devices share: a chunk is some columns, so all have their part in it.
+
+    `filled_N` tells how many tokens at the beginning of each row count (None: all). Chunks in which none does are not run:
+    there the outputs are zeros.
+    """
+    rows, size = arrays[0].shape[:2]
+    width = min(max(1, chunk // rows), size)
+    chunks = -(-size // width)
 
     def split(x: jax.Array) -> jax.Array:
-        padding = [(0, chunks * chunk - size)] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(chunks, chunk, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, chunks * width - size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, chunks, width, *x.shape[2:]), 1, 0)
 
-    outputs = jax.lax.map(lambda xs: jax.checkpoint(fn)(*xs), tuple(split(x) for x in arrays))
-    return jax.tree.map(lambda y: y.reshape(chunks * chunk, *y.shape[2:])[:size], outputs)
+    def run(inputs: tuple[jax.Array, ...]) -> Output:
+        first, *xs = inputs
+        flat = [x.reshape(rows * width, *x.shape[2:]) for x in xs]
+        if filled_N is None:
+            return jax.checkpoint(fn)(*flat)
+        zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(fn, *flat))
+        return jax.lax.cond(first < filled_N.max(), jax.checkpoint(fn), lambda *_: zeros, *flat)
+
+    outputs = jax.lax.map(run, (jnp.arange(chunks) * width, *(split(x) for x in arrays)))
+
+    def glue(y: jax.Array) -> jax.Array:
+        y = jnp.moveaxis(y.reshape(chunks, rows, width, *y.shape[2:]), 0, 1)
+        return y.reshape(rows, chunks * width, *y.shape[3:])[:, :size]
+
+    return jax.tree.map(glue, outputs)
 
 
 def token_logprobs(head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, temperature: float, chunk: int) -> jax.Array:
@@ -61,23 +85,19 @@ def token_logprobs(head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, tempe
       temperature: of the sampler; 1 for next-token cross-entropy.
       chunk: tokens whose logits exist at one time.
     """
-
-    def score(hidden_MxD: jax.Array, tokens_M: jax.Array) -> jax.Array:
-        return chosen_logprobs(scaled_logits(head, hidden_MxD, temperature), tokens_M)
-
-    return over_token_chunks(score, chunk, hidden_MxD, tokens_M)
+    score = functools.partial(scores, head, temperature=temperature)
+    return over_token_chunks(score, chunk, hidden_MxD, tokens_M)[0]
 
 
-def token_logprobs_and_entropies(
-    head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, temperature: float, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs`, and the entropy in nats of the distribution that each token was drawn from, float32 [M] each."""
-
-    def score(hidden_MxD: jax.Array, tokens_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_MxV = scaled_logits(head, hidden_MxD, temperature)
-        probs_MxV = jax.nn.softmax(logits_MxV, axis=-1)
-        # Where a logit is -inf its probability is zero, and zero times it would be no number.
-        mean_M = jnp.sum(probs_MxV * jnp.where(probs_MxV > 0, logits_MxV, 0.0), axis=-1)
-        return chosen_logprobs(logits_MxV, tokens_M), jax.nn.logsumexp(logits_MxV, axis=-1) - mean_M
-
-    return over_token_chunks(score, chunk, hidden_MxD, tokens_M)
+def scores(
+    head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, *, temperature: float, entropies: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """Log-probability of each token and, where asked, the entropy in nats of what it was drawn from, float32 [M] each."""
+    logits_MxV = scaled_logits(head, hidden_MxD, temperature)
+    logprobs_M = chosen_logprobs(logits_MxV, tokens_M)
+    if not entropies:
+        return logprobs_M, None
+    probs_MxV = jax.nn.softmax(logits_MxV, axis=-1)
+    # Where a logit is -inf its probability is zero, and zero times it would be no number.
+    mean_M = jnp.sum(probs_MxV * jnp.where(probs_MxV > 0, logits_MxV, 0.0), axis=-1)
+    return logprobs_M, jax.nn.logsumexp(logits_MxV, axis=-1) - mean_M

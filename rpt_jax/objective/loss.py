@@ -66,7 +66,7 @@ def gspo_loss(
 ) -> TokenLoss:
     """GSPO: the clipped surrogate with one ratio a sequence, s = (π / π_old)^(1 / |o|) (2507.18071).
 
-    Written for tokens (its GSPO-token), whose sequence mean is the paper's loss: aggregate it with "sequence_mean".
+    Written for tokens (its GSPO-token), whose sequence mean is the paper's loss: the config refuses another aggregation.
     """
     log_ratio = _where(mask, logprobs - old_logprobs)
     length = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)

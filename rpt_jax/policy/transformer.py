@@ -5,9 +5,8 @@ other comes as contexts: the prompt's keys, shared by its branches, and the bran
 
     prefill   Q = S, G = 1, no context
     decode    Q = 1, contexts = (prompt, past)
-    training  Q = S, G = 1 for the prompts, then Q = T with context (prompt,) for their responses
-
-and the trunk of a training step runs over S + G·T tokens a prompt instead of G·(S + T).
+    scoring   Q = S, G = 1 for the prompts, then Q = T with context (prompt,) for their continuations
+    training  Q = W, G = 1: rows of prompts and responses, each token of which sees its own part of the row (packed.py)
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from flax import linen as nn
 
 from rpt_jax.policy.attention import Context, KeyValues, attend
 from rpt_jax.policy.blockwise import RESULT
+from rpt_jax.policy.packed import Seen, attend_packed
 from rpt_jax.policy.presets import Shape
 from rpt_jax.policy.rope import Scaling, rope_frequencies
 
@@ -98,7 +98,7 @@ class Layer(nn.Module):
         self,
         x_NxGxQxD: jax.Array,
         kvs: tuple[KeyValues, ...],
-        ranges: tuple[tuple[jax.Array | None, jax.Array | None], ...],
+        ranges: tuple[tuple[jax.Array | None, jax.Array | None], ...] | Seen,
         rotary: tuple[jax.Array, jax.Array],
         look: Callable[[jax.Array, KeyValues], jax.Array] | None = None,
     ) -> tuple[jax.Array, KeyValues]:
@@ -137,7 +137,9 @@ class Layer(nn.Module):
         q, k = rotate(q, cos[:, :, :, None], sin[:, :, :, None]), rotate(k, cos, sin)
         q, k, v = (nn.with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
         new = KeyValues(k, v)
-        if look is None:
+        if isinstance(ranges, Seen):
+            out_NxKxGxRxQxC = attend_packed(q, k, v, ranges, self.attention)
+        elif look is None:
             contexts = [Context(kv, *seen) for kv, seen in zip((*kvs, new), ranges, strict=True)]
             out_NxKxGxRxQxC = attend(q, contexts, self.attention)
         else:
@@ -169,6 +171,7 @@ class Transformer(nn.Module):
         positions_NxGxQ: jax.Array,
         contexts: Sequence[Context] = (),
         segments_NxGxQ: jax.Array | None = None,
+        seen: Seen | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """Run the trunk.
 
@@ -178,6 +181,7 @@ class Transformer(nn.Module):
           contexts: earlier keys (with a leading L axis) and which of them each new token sees.
           segments_NxGxQ: where several sequences are packed into one branch, one after the other, a number for each: tokens see
             their own only.
+          seen: what the tokens see of each other, for rows of another order than left to right; G is 1, and nothing else is seen.
 
         Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
         """
@@ -202,7 +206,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(s, self.dtype, self.attention, name="layers")
         kvs = tuple(context.kv for context in contexts)
-        ranges = (*((context.begin_NxGxQ, context.end_NxGxQ) for context in contexts), (since_NxGxQ, None))
+        ranges = seen or (*((context.begin_NxGxQ, context.end_NxGxQ) for context in contexts), (since_NxGxQ, None))
         x_NxGxQxD, new = layers(x_NxGxQxD, kvs, ranges, rotary)
         scale = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (s.width,), jnp.float32)
         return rms_norm(x_NxGxQxD, scale, s.norm_epsilon), new
