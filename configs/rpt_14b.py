@@ -4,7 +4,7 @@ Command   python -m rpt_jax.main --config=configs/rpt_14b.py
 Sizes     python -m rpt_jax.main --config=configs/rpt_14b.py --config.mesh.fsdp=8 --describe   (on any machine)
 Needs     models/DeepSeek-R1-Distill-Qwen-14B: the directory as Hugging Face has it, with its shards of weights;
           data/omnimath: OmniMATH's .jsonl, with a problem and its solution in each line;
-          64 accelerators of 95 GiB or more (by arithmetic 58 GiB while sampling and 47 GiB in the update, on each,
+          64 accelerators of 95 GiB or more (by arithmetic 58 GiB while sampling and 48 GiB in the update, on each,
           where every response is as long as it may be; XLA's temporaries come on top); 500 GiB of disk.
 Hardware  not run. So many devices stand in several hosts, where rpt_jax has not been run at all.
 Time      not measured

@@ -305,9 +305,9 @@ def _sum(rows: list[Row]) -> int:
 def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tree, count: int, field: str) -> list[Row]:
     """What the pass forward and backward over `count` trees a device keeps, beside parameters and gradients."""
     itemsize = jnp.dtype(experiment.policy.dtype).itemsize
-    # What a layer's derivative needs. Of plain attention: its weights in float32 and, where that is another, in the compute
-    # dtype. Else: what goes in and out of both norms, which work in float32, and six products of the feed-forward part.
-    pair_bytes = _dense(experiment) * shape.heads * sum({_FLOAT32, itemsize}) / mesh.tensor
+    # What a layer's derivative needs. Of plain attention: its exponentials in float32 and its weights in the compute dtype.
+    # Else: what goes in and out of both norms, which work in float32, and six products of the feed-forward part.
+    pair_bytes = _dense(experiment) * shape.heads * (_FLOAT32 + itemsize) / mesh.tensor
     token_bytes = shape.width * (6 * _FLOAT32 + 2 * itemsize) + 6 * shape.ffn * itemsize / mesh.tensor
     tokens, pairs = (sum(part) for part in zip(*tree.parts, strict=True))
     inputs, layers = 0, shape.layers
@@ -323,13 +323,10 @@ def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tre
         tokens, pairs = max(tree.parts, key=lambda part: part[0] * token_bytes + part[1] * pair_bytes)
     logits = _FLOAT32 * experiment.training.logit_chunk_tokens * shape.vocab // mesh.tensor
     fields = f"policy, mesh, {field}"
+    scores, others = count * layers * pairs * pair_bytes, count * (inputs + layers * tokens * token_bytes)
     return [
-        Row(
-            "bytes per device: attention scores for the backward pass", int(count * layers * pairs * pair_bytes), fields
-        ),
-        Row(
-            "bytes per device: other activations for it", int(count * (inputs + layers * tokens * token_bytes)), fields
-        ),
+        Row("bytes per device: attention scores for the backward pass", int(scores), fields),
+        Row("bytes per device: other activations for it", int(others), fields),
         Row("bytes per device: a chunk of logits", logits, "policy, mesh.tensor, training.logit_chunk_tokens"),
     ]
 
