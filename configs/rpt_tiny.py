@@ -27,6 +27,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.held_out_documents = 200
     config.data.max_document_tokens = 256
     config.data.entropy_threshold = 0.5
+    # A problem's names and numbers are nobody's to know; most documents are at their solution by then.
+    config.data.min_context = 64
 
     config.prompt.template = "plain"
     config.prompt.open_think = True
