@@ -203,7 +203,7 @@ class DivergenceConfig:
     """Rules on the mean of some steps of task "rpt"; 0 is no rule."""
 
     action: str = "warn"  # What a broken rule does: "warn", or "stop" (exit code 4).
-    steps: int = 10
+    window: int = 10  # Steps.
     reward_collapse: float = 0.0  # The reward may not fall below this share of the best that it has been.
     entropy_floor: float = 0.0  # The policy's entropy may not fall below so many nats a token.
     mismatch_ceiling: float = 0.0  # Sampler and trainer may differ by no more in a token's log-probability.
@@ -378,7 +378,7 @@ _BOUNDS = {
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
-    "divergence.steps": (1, _MANY),
+    "divergence.window": (1, _MANY),
     "divergence.reward_collapse": (0.0, 1.0),
     "divergence.entropy_floor": (0.0, _MANY),
     "divergence.mismatch_ceiling": (0.0, _MANY),

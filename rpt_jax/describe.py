@@ -165,7 +165,6 @@ def _tree(experiment: Experiment) -> _Tree:
 
 def _batch_rows(experiment: Experiment, mesh: _Mesh) -> list[Row]:
     t, samples = experiment.training, experiment.rollout.samples_per_prompt
-    # A row holds a prompt and at least so many of its responses.
     whole = (t.microbatch_tokens - experiment.prompt.max_tokens) // experiment.rollout.max_new_tokens
     microbatches = math.ceil(t.prompts_per_step * math.ceil(samples / max(1, whole)) / mesh.batch_ways)
     mine = mesh.share(t.prompts_per_step)
@@ -257,8 +256,9 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
     scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
     copy = _decoding_copy(experiment, shape, mesh)
     gradients = Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS)
-    row = _Tree(experiment.training.microbatch_tokens, 0, 0)
-    backward = _backward_rows(experiment, shape, mesh, row, 1, _MICROBATCH)
+    backward = _backward_rows(
+        experiment, shape, mesh, _Tree(experiment.training.microbatch_tokens, 0, 0), 1, _MICROBATCH
+    )
     resident = _sum(state)
     sampled = f"policy, mesh, {_PROMPTS}"
     return [

@@ -12,7 +12,7 @@ from rpt_jax.config import DivergenceConfig
 from rpt_jax.infra.divergence import Diverged, Watch
 
 GOOD = {"reward/mean": 0.5, "policy/entropy": 1.0, "mismatch/mean": 1e-4}
-RULES = DivergenceConfig(steps=2, reward_collapse=0.5, entropy_floor=0.3, mismatch_ceiling=0.1)
+RULES = DivergenceConfig(window=2, reward_collapse=0.5, entropy_floor=0.3, mismatch_ceiling=0.1)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ RULES = DivergenceConfig(steps=2, reward_collapse=0.5, entropy_floor=0.3, mismat
     ],
 )
 def test_a_rule_speaks_once_when_the_mean_breaks_it(name: str, value: float, field: str) -> None:
-    watch, off = Watch(RULES), Watch(DivergenceConfig(steps=2))
+    watch, off = Watch(RULES), Watch(DivergenceConfig(window=2))
     bad = GOOD | {name: value}
     said = [
         watch.check(step, scalars) for step, scalars in enumerate([GOOD, GOOD, bad, bad, bad, GOOD, GOOD, bad, bad])

@@ -37,7 +37,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         "refresh_steps": 5,
         "refresh_windows": 8,
     }
-    training = {"prompts_per_step": 4, "microbatch_prompts": 4, "logit_chunk_tokens": 1024}
+    training = {"prompts_per_step": 4, "logit_chunk_tokens": 1024}
     values = {"policy": {"path": str(TINY)}, "data": fields, "training": training, "evaluation": {"score_documents": 4}}
     return from_config_dict(values)
 

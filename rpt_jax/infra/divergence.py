@@ -13,7 +13,7 @@ class Diverged(Exception):
 
 
 class Watch:
-    """Holds the mean of the last `divergence.steps` steps against the rules; says nothing before there are so many.
+    """Holds the mean of the last `divergence.window` steps against the rules; says nothing before there are so many.
 
     A rule that is broken warns once, and again after it has been kept in between.
     """
@@ -26,28 +26,33 @@ class Watch:
 
     def check(self, step: int, scalars: Mapping[str, Any]) -> list[str]:
         """Return a sentence for every rule that is newly broken. Raises: Diverged, where these are to stop the run."""
-        c, means = self._config, {}
+        means = {}
         for name in ("reward/mean", "policy/entropy", "mismatch/mean"):
-            self.recent[name] = [*self.recent.get(name, []), float(scalars[name])][-c.steps :]
-            means[name] = sum(self.recent[name]) / c.steps
-        if len(self.recent["reward/mean"]) < c.steps:
+            self.recent[name] = [*self.recent.get(name, []), float(scalars[name])][-self._config.window :]
+            means[name] = sum(self.recent[name]) / self._config.window
+        if len(self.recent["reward/mean"]) < self._config.window:
             return []
         reward, entropy, mismatch = means.values()
         self.best_reward = max(self.best_reward, reward)
-        floor = c.reward_collapse * self.best_reward
+        floor = self._config.reward_collapse * self.best_reward
         rules = {
             f"reward/mean {reward:.4g} < {floor:.4g}, divergence.reward_collapse of its best {self.best_reward:.4g}": (
                 reward < floor
             ),
-            f"policy/entropy {entropy:.4g} < divergence.entropy_floor={c.entropy_floor:g}": entropy < c.entropy_floor,
-            f"mismatch/mean {mismatch:.4g} > divergence.mismatch_ceiling={c.mismatch_ceiling:g}": (
-                0 < c.mismatch_ceiling < mismatch
+            f"policy/entropy {entropy:.4g} < divergence.entropy_floor={self._config.entropy_floor:g}": entropy
+            < self._config.entropy_floor,
+            f"mismatch/mean {mismatch:.4g} > divergence.mismatch_ceiling={self._config.mismatch_ceiling:g}": (
+                0 < self._config.mismatch_ceiling < mismatch
             ),
         }
-        said = {text.split()[0]: f"step {step}, mean of {c.steps} steps: {text}" for text, bad in rules.items() if bad}
+        said = {
+            text.split()[0]: f"step {step}, mean of {self._config.window} steps: {text}"
+            for text, bad in rules.items()
+            if bad
+        }
         new = [text for metric, text in said.items() if metric not in self.broken]
         self.broken = [*said]
-        if new and c.action == "stop":
+        if new and self._config.action == "stop":
             raise Diverged("; ".join(new))
         return new
 
