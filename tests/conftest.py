@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,7 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # In the environment rather than in jax.config, so that the processes that tests start have them too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 # grain reads flags, which only absl.app.run parses.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go() -> Iterator[None]:
+    """Every program on the CPU holds several memory maps; at 65,530 of them, Linux's default, XLA aborts Python."""
+    yield
+    jax.clear_caches()
+    gc.collect()
