@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 
 def rollout_keys(key: jax.Array, prompt_ids_P: jax.Array, samples: int) -> jax.Array:
@@ -53,7 +54,9 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     rows, vocab = logits_MxV.shape
     width = math.isqrt(vocab - 1) + 1
     blocks = -(-vocab // width)
-    weights = jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True))
+    # Gathered before it is filled up: to shift the borders of a split vocabulary, XLA would move parts between devices by an
+    # operation that its CPU backend lets all replicas wait for, whose loops are not equally long: they would wait for ever.
+    weights = nn.with_logical_constraint(jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True)), (None, None))
     weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
     sums_MxB = weights.sum(axis=-1)
     ends_MxB = jnp.cumsum(sums_MxB, axis=-1)
