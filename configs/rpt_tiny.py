@@ -2,9 +2,9 @@
 
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 processor cores, 4 GB
-Time      8.9 minutes on a shared machine (23 November 2026)
-Results   by reasoning, held out: easy 24.7 -> 33.2, medium 18.5 -> 27.8, hard 15.0 -> 21.4 % (seed 0); the base policy's direct
-          guess 26.9, 19.4, 16.2 %. README.md has the other seeds.
+Time      8.9 minutes on a shared machine (24 November 2026)
+Results   by reasoning, held out: easy 35.4 -> 45.2, medium 25.8 -> 37.5, hard 21.7 -> 31.3 % (seed 0); the base policy's direct
+          guess 43.4, 30.5, 22.4 %. README.md has another seed.
 """
 
 from pathlib import Path
