@@ -415,7 +415,7 @@ def long_quotient(text: str, left: int, right: int) -> int:
 
 
 def check_work(left: int, sign: str, right: int) -> None:
-    heading, _, steps = work_out(left, sign, right).partition(": ")
+    heading, _, steps = work_out((left, right), sign).partition(": ")
     assert heading == f"{left}{sign}{right}"
     if sign in "+-":
         result = long_sum(steps, left, right, 1 if sign == "+" else -1)
@@ -442,7 +442,7 @@ def test_every_written_step_is_right(sign, left, right):
 @settings(deadline=None, max_examples=300)
 def test_similar_calculations_are_whole_and_as_long(sign, left, right, seed):
     result = left if sign == "/" else 0
-    first, other, second = similar(Calculation(left, sign, right, result, 0, 0), np.random.default_rng(seed))
+    (first, second), other = similar(Calculation((left, right), sign, result, 0, 0), np.random.default_rng(seed))
     assert other == sign
     check_work(first, sign, second)
     if sign == "/":
@@ -452,14 +452,15 @@ def test_similar_calculations_are_whole_and_as_long(sign, left, right, seed):
 
 
 def test_what_the_steps_look_like():
-    assert work_out(93, "-", 38) == "93-38: 3-8-0=5b 9-3-1=5 55"
-    assert work_out(8, "+", 95) == "8+95: 8+5+0=13 0+9+1=10 103"
+    assert work_out((93, 38), "-") == "93-38: 3-8-0=5b 9-3-1=5 55"
+    assert work_out((8, 95), "+") == "8+95: 8+5+0=13 0+9+1=10 103"
     product = "4*2+0=8 3*2+0=6 68 4*1+0=4 3*1+0=3 340 68+340: 8+0+0=8 6+4+0=10 0+3+1=4 408"
-    assert work_out(12, "*", 34) == f"12*34: {product}"
-    assert work_out(84, "/", 7) == "84/7: 8/7=1r1 14/7=2r0 12"
+    assert work_out((12, 34), "*") == f"12*34: {product}"
+    assert work_out((3, 9, 14), "+") == "3+9+14: 3+9=12+4=16 1+1=2 26"
+    assert work_out((84, 7), "/") == "84/7: 8/7=1r1 14/7=2r0 12"
 
 
-@given(st.sampled_from("+-*/x×"), operands, operands, st.sampled_from(["", " ", " $", " apples "]), st.booleans())
+@given(st.sampled_from("+-*/x×"), operands, operands, st.sampled_from(["", " ", " $", " apples ", " kg/cow "]), st.booleans())
 @settings(deadline=None, max_examples=300)
 def test_calculations_are_found_where_they_hold(sign, left, right, between, right_result):
     arithmetic = {"x": "*", "×": "*"}.get(sign, sign)
@@ -473,7 +474,7 @@ def test_calculations_are_found_where_they_hold(sign, left, right, between, righ
         assert found == []
     else:
         [calculation] = found
-        assert calculation[:4] == (left, arithmetic, right, result)
+        assert calculation[:3] == ((left, right), arithmetic, result)
         assert text[calculation.start : calculation.end] == str(result)
         assert text[: calculation.start].endswith(f"={between}")
 
@@ -489,7 +490,43 @@ def test_what_is_no_whole_number_calculation(text):
 
 def test_several_calculations_in_a_line():
     text = "He paid 3 * $4 = $12, so 20 - 12 = 8 and 8 - 12 = -4."
-    assert [calculation[:4] for calculation in find_calculations(text)] == [(3, "*", 4, 12), (20, "-", 12, 8)]
+    assert [calculation[:3] for calculation in find_calculations(text)] == [((3, 4), "*", 12), ((20, 12), "-", 8)]
+
+
+def test_of_what_is_no_sum_the_last_two_numbers_count():
+    text = "With 2 * 3 + 4 = 7 and 9 - 5 - 4 = 1 and 1 + 9 + 3 = 12."
+    assert [calculation[:3] for calculation in find_calculations(text)] == [((3, 4), "+", 7), ((5, 4), "-", 1), ((9, 3), "+", 12)]
+
+
+def check_column_sum(text: str, numbers: tuple[int, ...]) -> None:
+    """Check that every column runs through its digits, from what the one before carries, and that the result is right."""
+    *columns, result = text.split()
+    assert int(result) == sum(numbers) and len(columns) == max(len(str(number)) for number in numbers)
+    carry = None
+    for place, column in enumerate(columns):
+        total, *steps = re.split(r"\+", column)
+        running, seen = int(total), [] if place else [int(total)]
+        assert place == 0 or running == carry
+        for step in steps:
+            digit, after = map(int, step.split("="))
+            running += digit
+            assert after == running
+            seen.append(digit)
+        assert seen == [int(str(n)[::-1][place]) for n in numbers if len(str(n)) > place]
+        carry = running // 10
+
+
+@given(st.lists(operands, min_size=3, max_size=6).map(tuple), st.sampled_from(["", " ", " £", " red balls "]))
+@settings(deadline=None, max_examples=300)
+def test_longer_sums_are_found_and_go_down_the_columns(numbers, between):
+    text = f"In all {f'{between}+{between}'.join(map(str, numbers))}{between}={between}{sum(numbers)} of them."
+    [calculation] = find_calculations(text)
+    assert calculation[:3] == (numbers, "+", sum(numbers))
+    heading, _, steps = work_out(numbers, "+").partition(": ")
+    assert heading == "+".join(map(str, numbers))
+    check_column_sum(steps, numbers)
+    others, operator = similar(calculation, np.random.default_rng(sum(numbers)))
+    assert operator == "+" and [len(str(n)) for n in others] == [len(str(n)) for n in numbers]
 
 
 # --- traces ------------------------------------------------------------------------------------------
@@ -547,7 +584,7 @@ def test_calculation_carries_it_out_and_predicts_the_rest_of_the_result(tokenize
     assert tokenizer.decode(ids[:first]).endswith("= ") and second == first + 1
     for position, rest in ((first, "55"), (second, "5")):
         reasoning, prediction = parts(tokenizer, writer.write(position, np.random.default_rng(0)))
-        assert tokenizer.decode(reasoning) == work_out(93, "-", 38)
+        assert tokenizer.decode(reasoning) == work_out((93, 38), "-")
         assert tokenizer.decode(prediction) == rest
 
 
@@ -586,7 +623,7 @@ def test_a_drill_poses_a_calculation_and_carries_it_out(tokenizer):
         reasoning, prediction = parts(tokenizer, ids)
         question = tokenizer.decode(reasoning[:given])
         left, right = map(int, re.fullmatch(r"(\d\d)-(\d\d):", question).groups())
-        assert tokenizer.decode(reasoning) == work_out(left, "-", right)
+        assert tokenizer.decode(reasoning) == work_out((left, right), "-")
         assert tokenizer.decode(prediction) == str(left - right)
         posed.add(question)
     assert len(posed) > 15

@@ -13,6 +13,7 @@ how to calculate, not that it pays. Finding that out is left to the reward.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -23,37 +24,48 @@ from rpt_jax.data.tokenizer import END_THINK, Tokenizer
 
 BOX = "\\boxed{"
 
-# operand, operator, operand, "=", result; a few words or a currency sign may stand in between.
-_WORDS = r"[^\d=+*/×\n.%-]{0,16}?"
+# Operands with operators between them, "=", result; a few words, units such as kg/cow or a currency sign may stand in between.
+_WORDS = r"(?:[^\d=+*/×\n.%-]|/(?=[a-z])){0,16}?"
+_TERM = rf"{_WORDS}([-+*/×x]){_WORDS}(\d{{1,4}})(?![\d.,%])"
 _CALCULATION = re.compile(
-    rf"(?<![\d.,])(\d{{1,4}}){_WORDS}([-+*/×x]){_WORDS}(\d{{1,4}})(?![\d.,%]){_WORDS}={_WORDS}(\d{{1,6}})(?![\d.,/]*\d)"
+    rf"(?<![\d.,])(\d{{1,4}})((?:{_TERM})+){_WORDS}={_WORDS}(\d{{1,6}})(?![\d.,/]*\d)"
 )
 _ASCII = {"×": "*", "x": "*"}
 
 
 class Calculation(NamedTuple):
-    """`left operator right = result` as written in a document; the result's digits are text[start:end]."""
+    """`numbers` with `operator` between them are `result`, as written in a document; its digits are text[start:end].
 
-    left: int
+    Sums have two numbers or more, everything else has two.
+    """
+
+    numbers: tuple[int, ...]
     operator: str
-    right: int
     result: int
     start: int
     end: int
 
 
 def find_calculations(text: str) -> Iterator[Calculation]:
-    """Yield the binary whole-number calculations in `text` whose written result is right."""
+    """Yield the whole-number calculations in `text` whose written result is right.
+
+    Of what is neither a sum nor has two numbers, the last two alone are looked at.
+    """
     for match in _CALCULATION.finditer(text):
-        left, right, result = int(match[1]), int(match[3]), int(match[4])
-        operator = _ASCII.get(match[2], match[2])
-        if _holds(left, operator, right, result):
-            yield Calculation(left, operator, right, result, match.start(4), match.end(4))
+        terms = re.findall(_TERM, match[2])
+        numbers = [int(match[1]), *(int(number) for _, number in terms)]
+        operators = [_ASCII.get(operator, operator) for operator, _ in terms]
+        result = int(match[match.re.groups])
+        if set(operators) != {"+"} or sum(numbers) != result:
+            numbers, operators = numbers[-2:], operators[-1:]
+        if _holds(numbers, operators[0], result):
+            yield Calculation(tuple(numbers), operators[0], result, *match.span(match.re.groups))
 
 
-def _holds(left: int, operator: str, right: int, result: int) -> bool:
+def _holds(numbers: Sequence[int], operator: str, result: int) -> bool:
     if operator == "+":
-        return left + right == result
+        return sum(numbers) == result
+    left, right = numbers
     if operator == "-":
         return left - right == result
     if operator == "*":
@@ -61,24 +73,28 @@ def _holds(left: int, operator: str, right: int, result: int) -> bool:
     return right > 0 and left == right * result
 
 
-def work_out(left: int, operator: str, right: int) -> str:
-    """Carry `left operator right` out by the written method, units first (division: from the left).
+def work_out(numbers: Sequence[int], operator: str) -> str:
+    """Carry a calculation out by the written method, units first (division: from the left).
 
-    Each step is digits, carry and result: `3-8-0=5b` reads "3 minus 8 minus borrow 0 is 5, borrow one".
+    Each step is digits, carry and result: `3-8-0=5b` reads "3 minus 8 minus borrow 0 is 5, borrow one". A longer sum goes
+    down each column, beginning with what is carried: `1+3=4+2=6`.
     """
-    steps = {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[operator](left, right)
-    return f"{left}{operator}{right}: {steps}"
+    if len(numbers) > 2:
+        steps = _add_columns(numbers)
+    else:
+        steps = {"+": _add, "-": _subtract, "*": _multiply, "/": _divide}[operator](*numbers)
+    return f"{operator.join(map(str, numbers))}: {steps}"
 
 
-def similar(calculation: Calculation, rng: np.random.Generator) -> tuple[int, str, int]:
+def similar(calculation: Calculation, rng: np.random.Generator) -> tuple[tuple[int, ...], str]:
     """Draw another calculation of the same kind: numbers of as many digits, and a whole result that is not negative."""
-    left, right = (_number(x, rng) for x in (calculation.left, calculation.right))
-    if calculation.operator == "-":
-        return max(left, right), "-", min(left, right)
-    if calculation.operator == "/":
-        right = max(right, 1)
-        return right * _number(calculation.result, rng), "/", right
-    return left, calculation.operator, right
+    numbers, operator = tuple(_number(x, rng) for x in calculation.numbers), calculation.operator
+    if operator == "-":
+        numbers = max(numbers), min(numbers)
+    elif operator == "/":
+        right = max(numbers[1], 1)
+        numbers = right * _number(calculation.result, rng), right
+    return numbers, operator
 
 
 def _number(like: int, rng: np.random.Generator) -> int:
@@ -99,6 +115,21 @@ def _add(left: int, right: int) -> str:
         steps.append(f"{a}+{b}+{carry}={a + b + carry}")
         carry = (a + b + carry) // 10
     return " ".join([*steps, str(left + right)])
+
+
+def _add_columns(numbers: Sequence[int]) -> str:
+    steps, carry = [], 0
+    for column in itertools.zip_longest(*(str(number)[::-1] for number in numbers)):
+        digits = [int(digit) for digit in column if digit is not None]
+        # Nothing is carried into the units: they begin with a digit.
+        total = carry if steps else digits.pop(0)
+        step = f"{total}"
+        for digit in digits:
+            total += digit
+            step += f"+{digit}={total}"
+        steps.append(step)
+        carry = total // 10
+    return " ".join([*steps, str(sum(numbers))])
 
 
 def _subtract(left: int, right: int) -> str:
@@ -189,14 +220,13 @@ class TraceWriter:
         """
         if not self._calculations:
             return None
-        left, operator, right = similar(self._calculations[int(rng.choice(self.calculation_positions))][0], rng)
-        steps = work_out(left, operator, right)
-        question, result = (self._tokenizer.encode(x) for x in (f"{left}{operator}{right}:", steps.split(" ")[-1]))
+        steps = work_out(*similar(self._calculations[int(rng.choice(self.calculation_positions))][0], rng))
+        question, result = (self._tokenizer.encode(x) for x in (steps.split(" ")[0], steps.split(" ")[-1]))
         return self._close(self._tokenizer.encode(steps), result), len(question)
 
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]
-        steps = work_out(calculation.left, calculation.operator, calculation.right)
+        steps = work_out(calculation.numbers, calculation.operator)
         rest = self._text.encode()[self._byte_offsets[position] : end].decode()
         return self._close(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
 
