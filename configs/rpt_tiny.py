@@ -52,7 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10
 
-    config.training.microbatch_tokens = 2048
+    # A device a core: rollouts divided among them. The update's rows are short, for as many to be run as are needed.
+    config.mesh.cpu_devices = 2
+    config.training.microbatch_tokens = 512
     config.evaluation.every_steps = 65
     config.evaluation.positions = 320
     config.evaluation.template_positions = 128

@@ -216,6 +216,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    cpu_devices: int = 0  # Where there is no accelerator, have the CPU count as so many devices; 0: as JAX does, as one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,13 +286,13 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if values[name] < 1 and values[name] != -1:
             raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.")
-    t = experiment.training
+    t, r = experiment.training, experiment.rollout
     if t.prompts_per_step % t.minibatches_per_step:
         raise UserError(
             f"training.minibatches_per_step={t.minibatches_per_step} must divide "
             f"training.prompts_per_step={t.prompts_per_step}."
         )
-    longest = experiment.prompt.max_tokens + experiment.rollout.max_new_tokens
+    longest = experiment.prompt.max_tokens + r.max_new_tokens
     if experiment.task == "rpt" and t.microbatch_tokens < longest:
         raise UserError(
             f"training.microbatch_tokens={t.microbatch_tokens} must hold the longest prompt and response, "
@@ -303,8 +304,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
             f"data.refresh_steps={experiment.data.refresh_steps} must divide checkpoint.every_steps={every}: a run goes on from "
             "a checkpoint by choosing its positions again, with the policy that is in it."
         )
-    check_objective(experiment.objective, experiment.rollout.max_new_tokens)
-    r = experiment.rollout
+    check_objective(experiment.objective, r.max_new_tokens)
     if (r.top_k or r.top_p < 1.0) and experiment.objective.importance == "none":
         raise UserError(
             f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p} draw from another distribution than the one that is trained: "
@@ -333,6 +333,7 @@ _BOUNDS = {
     "data.kept_share": (1e-6, 1.0),
     "prompt.max_tokens": (2, _MANY),
     "prompt.reference_bytes": (1, _MANY),
+    "mesh.cpu_devices": (0, 1024),
     "rollout.samples_per_prompt": (2, _MANY),
     "rollout.temperature": (1e-3, 100.0),
     "rollout.max_new_tokens": (1, _MANY),

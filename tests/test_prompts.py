@@ -460,7 +460,13 @@ def test_what_the_steps_look_like():
     assert work_out((84, 7), "/") == "84/7: 8/7=1r1 14/7=2r0 12"
 
 
-@given(st.sampled_from("+-*/x×"), operands, operands, st.sampled_from(["", " ", " $", " apples ", " kg/cow "]), st.booleans())
+@given(
+    st.sampled_from("+-*/x×"),
+    operands,
+    operands,
+    st.sampled_from(["", " ", " $", " apples ", " kg/cow "]),
+    st.booleans(),
+)
 @settings(deadline=None, max_examples=300)
 def test_calculations_are_found_where_they_hold(sign, left, right, between, right_result):
     arithmetic = {"x": "*", "×": "*"}.get(sign, sign)
@@ -495,7 +501,11 @@ def test_several_calculations_in_a_line():
 
 def test_of_what_is_no_sum_the_last_two_numbers_count():
     text = "With 2 * 3 + 4 = 7 and 9 - 5 - 4 = 1 and 1 + 9 + 3 = 12."
-    assert [calculation[:3] for calculation in find_calculations(text)] == [((3, 4), "+", 7), ((5, 4), "-", 1), ((9, 3), "+", 12)]
+    assert [calculation[:3] for calculation in find_calculations(text)] == [
+        ((3, 4), "+", 7),
+        ((5, 4), "-", 1),
+        ((9, 3), "+", 12),
+    ]
 
 
 def check_column_sum(text: str, numbers: tuple[int, ...]) -> None:

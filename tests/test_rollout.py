@@ -14,7 +14,7 @@ from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
 from rpt_jax.objective.gradient import response_logprobs
 from rpt_jax.objective.loss import Bounds
 from rpt_jax.rollout.generate import Rollouts, generate
-from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, uniform_at
+from rpt_jax.rollout.sampling import sample_tokens, uniform_noise
 from tests import policy_reference as reference
 from tests.policy_reference import POLICY, SHAPE, random_params
 
@@ -105,11 +105,8 @@ def test_the_ends_of_the_unit_interval(vocab):
 
 def test_noise_is_uniform_and_its_own_for_every_token():
     """4 x 8 x 64 tokens: all different, evenly spread, and independent of their neighbours in every direction."""
-    keys = rollout_keys(jax.random.key(0), jnp.arange(4), 8)
-    numbers = jax.vmap(uniform_at, in_axes=(None, 0), out_axes=-1)(
-        keys.reshape(-1), jnp.tile(jnp.arange(64)[:, None], 32)
-    )
-    uniforms = np.asarray(numbers).reshape(4, 8, 64)
+    uniforms = np.asarray(uniform_noise(jax.random.key(0), jnp.arange(4), 8, 64)).reshape(4, 8, 64)
+    assert (uniforms[2] == uniform_noise(jax.random.key(0), jnp.array([2]), 9, 65)[:8, :64]).all()
     assert uniforms.shape == (4, 8, 64) and len(np.unique(uniforms)) == uniforms.size
     assert scipy.stats.kstest(uniforms.ravel(), "uniform").pvalue > 1e-3
     for axis in range(3):

@@ -20,7 +20,7 @@ from rpt_jax.policy.transformer import Params, Transformer, head
 from rpt_jax.rollout.decode import decode_token, split_layers
 from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, in_blocks, look_at
 from rpt_jax.rollout.prefill import prefill_prompts
-from rpt_jax.rollout.sampling import rollout_keys, sample_tokens, truncate, uniform_at
+from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
 
 # Sizes that the live batch shrinks through, in 32nds of the first. Each is compiled for; the last ones matter where few long
 # responses outlast the others.
@@ -142,7 +142,7 @@ class _Batch(NamedTuple):
     Attributes:
       params: as `split_layers` returns them; vocab: the tokens' bytes and lengths, or None.
       shared: what rollouts share; flat: whether each slot has its own row of it.
-      prompt_lengths_R, keys_R: of every rollout.
+      prompt_lengths_R, noise_RxT: of every rollout.
       queue_R: those that need more than their first token, first; total: how many these are.
       boxes_R: how far the box has been read after the first token.
     """
@@ -152,7 +152,7 @@ class _Batch(NamedTuple):
     shared: Shared
     flat: bool
     prompt_lengths_R: jax.Array
-    keys_R: jax.Array
+    noise_RxT: jax.Array
     queue_R: jax.Array
     total: jax.Array
     boxes_R: BoxReader | None
@@ -214,10 +214,10 @@ def begin(
     """Prefill, draw every rollout's first token, and fill the slots."""
     samples, limit, platform = decoding.samples, decoding.max_new_tokens, jax.default_backend()
     kv, hidden_PxD = prefill_prompts(policy, params, prompts, decoding.chunk)
-    keys_R, count = rollout_keys(key, prompts.ids_P, samples).reshape(-1), len(prompts.ids_P) * samples
+    noise_RxT, count = uniform_noise(key, prompts.ids_P, samples, limit), len(prompts.ids_P) * samples
     # All samples of a prompt draw their first token from the same distribution.
     logits_PxV = _logits(policy, params, hidden_PxD, decoding)
-    uniform_PxG = uniform_at(keys_R, jnp.zeros(count, jnp.int32)).reshape(-1, samples)
+    uniform_PxG = noise_RxT[:, 0].reshape(-1, samples)
     token_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
     logprob_PxG = jax.vmap(chosen_logprobs, in_axes=(None, 1), out_axes=1)(logits_PxV, token_PxG)
     token_R = token_PxG.reshape(-1)
@@ -251,7 +251,7 @@ def begin(
         ),
         flat=False,
         prompt_lengths_R=jnp.repeat(prompts.lengths_P, samples),
-        keys_R=keys_R,
+        noise_RxT=noise_RxT,
         queue_R=jnp.argsort(~waits_R, stable=True),
         total=waits_R.sum(),
         boxes_R=boxes_R,
@@ -279,16 +279,18 @@ def _ends(
 
 def _decode(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live) -> tuple[_Live, jax.Array]:
     """Run the last token of every live rollout and draw its next one; return also which slots are free after it."""
-    running_M, at_M = live.running_M, live.rollout_M
-    places_M = jnp.arange(at_M.shape[0], dtype=jnp.int32) if batch.flat else at_M
+    running_M, at_M, shared = live.running_M, live.rollout_M, batch.shared
     # Idle slots would make everyone read what they once looked at.
     behind_M = jnp.where(running_M, live.count_M - 1, 0)
+    if batch.flat:
+        shared = shared._replace(end_NxW=jnp.where(running_M[:, None], shared.end_NxW, 0))
     own = live.own.write(live.new, live.step - 1)
-    look = look_at(batch.shared, jnp.where(running_M, places_M, _NOWHERE), own, live.step, behind_M)
+    places_M = None if batch.flat else jnp.where(running_M, at_M, _NOWHERE)
+    look = look_at(shared, places_M, own, live.step, behind_M)
     positions_M = batch.prompt_lengths_R.at[at_M].get(mode="clip") + behind_M
     hidden_MxD, new = decode_token(policy, batch.params, live.token_M, positions_M, look)
     logits_MxV = _logits(policy, batch.params, hidden_MxD, decoding)
-    token_M = sample_tokens(logits_MxV, uniform_at(batch.keys_R.at[at_M].get(mode="clip"), live.count_M))
+    token_M = sample_tokens(logits_MxV, batch.noise_RxT.at[at_M, live.count_M].get(mode="clip"))
     ended_M, box_M = _ends(token_M, live.box_M, batch.vocab, decoding)
 
     old, count_M = live.rollouts, live.count_M + 1

@@ -122,17 +122,18 @@ class _Running(NamedTuple):
         return _Running(peak, self.total * a + other.total * b, self.out * a + other.out * b)
 
 
-def look_at(shared: Shared, places_M: jax.Array, own: Blocks, step: jax.Array, counts_M: jax.Array) -> Look:
+def look_at(shared: Shared, places_M: jax.Array | None, own: Blocks, step: jax.Array, counts_M: jax.Array) -> Look:
     """Attention of each live rollout's new token over what it shares, its own last tokens, and itself.
 
     Args:
       shared: what several rollouts look at.
-      places_M: int32 index n·W + w of each rollout in it; out of range where a slot is idle.
+      places_M: int32 index n·W + w of each rollout in it; out of range where a slot is idle. None: every slot has a row of
+        its own, in their order.
       own: a ring over decode steps, the same for all rollouts whenever they began: writing it takes no scatter.
       step: the number of this decode step, whose keys are not written yet.
       counts_M: int32, how many of the last steps belong to each rollout.
     """
-    slots, end_NxW = _grid(shared, places_M)
+    grid = None if places_M is None else _grid(shared, places_M)
 
     def look(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
         q = q_MxKx1xRx1xC[:, :, 0, :, 0]
@@ -140,7 +141,7 @@ def look_at(shared: Shared, places_M: jax.Array, own: Blocks, step: jax.Array, c
         itself = jnp.einsum("mkrc,mkc->mkr", q, new.k[:, :, 0, 0], preferred_element_type=jnp.float32)[..., None]
         value = jnp.broadcast_to(new.v[:, :, 0].astype(jnp.float32), q.shape)
         running = _over_own(_Running(itself, jnp.ones_like(itself), value), q, own, layer, step, counts_M)
-        running = running.merge(_over_shared(q, shared.blocks, layer, places_M, slots, end_NxW))
+        running = running.merge(_over_shared(q, shared, layer, places_M, grid))
         return (running.out / running.total).astype(q.dtype)[:, :, None, :, None]
 
     return look
@@ -165,29 +166,37 @@ def _over_own(
         seen_MxB = age_B < counts_M[:, None]
         return running.add(q, *own.block(layer, index), seen_MxB[:, None, None])
 
+    if blocks == 1:  # A loop costs more than what it may save.
+        return add(jnp.int32(0), running)
     first, last = (step - counts_M.max()) // size, -(-step // size)
     # The oldest and the newest keys may lie in the same block, which is gone over once.
     return jax.lax.fori_loop(first, jnp.minimum(last, first + blocks), add, running)
 
 
 def _over_shared(
-    q: jax.Array, keys: Blocks, layer: jax.Array | int, places_M: jax.Array, slots: jax.Array, end_NxW: jax.Array
+    q: jax.Array,
+    shared: Shared,
+    layer: jax.Array | int,
+    places_M: jax.Array | None,
+    grid: tuple[jax.Array, jax.Array] | None,
 ) -> _Running:
     """Go over each row's keys once for all of its rollouts."""
-    (n, width), (_, kv_heads, group, c) = end_NxW.shape, q.shape
-    grid = q[slots].reshape(n, width, kv_heads, group, c).transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, -1, c)
+    slots, end_NxW = grid or (None, shared.end_NxW)
+    (n, width), (_, kv_heads, group, c), keys = end_NxW.shape, q.shape, shared.blocks
+    rows = q if slots is None else q[slots]
+    rows = rows.reshape(n, width, kv_heads, group, c).transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, -1, c)
     end_NxQ = jnp.repeat(end_NxW, group, axis=1)[:, None, :, None]
 
     def add(i: jax.Array, running: _Running) -> _Running:
         seen = i * keys.size + jnp.arange(keys.size) < end_NxQ
-        return running.add(grid, *keys.block(layer, i), seen)
+        return running.add(rows, *keys.block(layer, i), seen)
 
-    peak = jnp.full((*grid.shape[:-1], 1), HIDDEN, jnp.float32)
-    running = _Running(peak, jnp.zeros_like(peak), jnp.zeros(grid.shape, jnp.float32))
+    peak = jnp.full((*rows.shape[:-1], 1), HIDDEN, jnp.float32)
+    running = _Running(peak, jnp.zeros_like(peak), jnp.zeros(rows.shape, jnp.float32))
     running = jax.lax.fori_loop(0, -(-end_NxW.max() // keys.size), add, running)
 
     def back(x: jax.Array) -> jax.Array:
         x = x.reshape(n, kv_heads, width, group, -1).transpose(0, 2, 1, 3, 4).reshape(n * width, kv_heads, group, -1)
-        return x.at[places_M].get(mode="clip")
+        return x if places_M is None else x.at[places_M].get(mode="clip")
 
     return jax.tree.map(back, running)

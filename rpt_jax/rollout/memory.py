@@ -12,6 +12,8 @@ from rpt_jax.errors import UserError
 from rpt_jax.policy.presets import Shape
 
 _FLOAT32 = 4
+# Of each token there may be: the id, its log-probability and the number it is drawn with.
+_RESULTS = 3
 # Logits of a slot exist several times over: as they are, as weights to draw from, and as a sum.
 _LOGITS = 3
 # Share of a device's memory to plan with: compiled programs, fragments and the host's own data want the rest.
@@ -41,7 +43,7 @@ def rollout_memory(
     token = cache_bytes(shape, dtype) // tensor
     # While they are laid out in blocks, the prompts' keys are there twice.
     prompt_keys = 2 * prompts * prompt_tokens * token
-    results = prompts * samples * max_new_tokens * 2 * _FLOAT32
+    results = prompts * samples * max_new_tokens * _RESULTS * _FLOAT32
     return RolloutMemory(prompt_keys + results, max_new_tokens * token + _LOGITS * _FLOAT32 * shape.vocab // tensor)
 
 

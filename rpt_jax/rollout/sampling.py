@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -9,23 +10,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def rollout_keys(key: jax.Array, prompt_ids_P: jax.Array, samples: int) -> jax.Array:
-    """One key a rollout, [P, G]: a function of the step's key, the prompt's id and the sample's number alone."""
+def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, tokens: int) -> jax.Array:
+    """One uniform number in [0, 1) for every token that there may be of R = P·G rollouts, float32 [R, T].
 
-    def one(prompt_id: jax.Array, sample: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, prompt_id), sample)
+    A function of the step's key, the prompt's id, the sample's and the token's number alone. All at once: a token's at a time,
+    the generator's rounds were a quarter of the operations of a decoding step.
+    """
 
-    per_prompt = jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(per_prompt, in_axes=(0, None))(prompt_ids_P, jnp.arange(samples))
+    def one(prompt_id: jax.Array, sample: jax.Array, token: jax.Array) -> jax.Array:
+        ours = functools.reduce(jax.random.fold_in, (prompt_id, sample, token), key)
+        return jax.random.uniform(ours, dtype=jnp.float32)
 
-
-def uniform_at(keys_M: jax.Array, count_M: jax.Array) -> jax.Array:
-    """One uniform number in [0, 1) a rollout for its token number `count`, float32 [M]."""
-
-    def one(key: jax.Array, count: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(key, count), dtype=jnp.float32)
-
-    return jax.vmap(one)(keys_M, count_M)
+    for axes in ((None, None, 0), (None, 0, None), (0, None, None)):
+        one = jax.vmap(one, in_axes=axes)
+    return one(prompt_ids_P, jnp.arange(samples), jnp.arange(tokens)).reshape(-1, tokens)
 
 
 def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
