@@ -45,17 +45,15 @@ def get_config() -> ml_collections.ConfigDict:
     # Scaled to the small policy: the paper has 256 prompts, 1,000 steps, 8,192 tokens and a learning rate of 1e-6.
     config.rollout.max_new_tokens = 64
     config.training.prompts_per_step = 32
-    config.training.total_steps = 260
-    config.training.dynamic_sampling_from = 220
+    config.training.total_steps = 210
+    config.training.dynamic_sampling_from = 180
     config.training.dynamic_sampling_rounds = 2
     config.optimizer.learning_rate = 3e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10
 
-    # A device a core: rollouts divided among them. The update's rows are short, for as many to be run as are needed.
-    config.mesh.cpu_devices = 2
     config.training.microbatch_tokens = 512
-    config.evaluation.every_steps = 65
+    config.evaluation.every_steps = 70
     config.evaluation.positions = 320
     config.evaluation.template_positions = 128
     config.checkpoint.every_steps = 20

@@ -216,7 +216,6 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    cpu_devices: int = 0  # Where there is no accelerator, have the CPU count as so many devices; 0: as JAX does, as one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +332,6 @@ _BOUNDS = {
     "data.kept_share": (1e-6, 1.0),
     "prompt.max_tokens": (2, _MANY),
     "prompt.reference_bytes": (1, _MANY),
-    "mesh.cpu_devices": (0, 1024),
     "rollout.samples_per_prompt": (2, _MANY),
     "rollout.temperature": (1e-3, 100.0),
     "rollout.max_new_tokens": (1, _MANY),

@@ -59,11 +59,9 @@ def main(argv: list[str]) -> int:
         print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
         return 0
     from rpt_jax.infra.divergence import Diverged
-    from rpt_jax.infra.sharding import split_cpu
 
     try:
         experiment = load_experiment(argv)
-        split_cpu(experiment.mesh)
         if _DESCRIBE.value:
             from rpt_jax.describe import print_description
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rpt_jax.config import MeshConfig
 from rpt_jax.errors import UserError
 
 Axes = str | tuple[str, ...] | None
@@ -34,27 +32,6 @@ TRAINING = {
 # group of tensor-parallel devices is a replica that holds them whole.
 DECODING = TRAINING | {"width": None}
 PROMPT_AXIS = PartitionSpec(("data", "fsdp"))
-
-
-def split_cpu(config: MeshConfig) -> None:
-    """Have the CPU count as `mesh.cpu_devices` devices, where there is no accelerator; before anything is computed.
-
-    A small policy's operations are too short to share among cores: rollouts that are divided among them keep all of them busy.
-    Raises: UserError, where JAX has begun with another number.
-    """
-    if not (devices := config.cpu_devices):
-        return
-    try:
-        jax.config.update("jax_num_cpu_devices", devices)
-    except RuntimeError:
-        if jax.default_backend() == "cpu" and jax.local_device_count() != devices:
-            raise UserError(
-                f"mesh.cpu_devices={devices} must be set before JAX computes anything, and it has begun with "
-                f"{jax.local_device_count()}: start a new process, or leave it at 0."
-            ) from None
-    # A device that waits for another one holds a thread of the pool in which all work is done, with one thread a core: with
-    # none to spare, two wait for ever.
-    os.environ.setdefault("PJRT_NPROC", str(devices + (os.cpu_count() or 1)))
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> Mesh:
