@@ -3,7 +3,7 @@
 # those of the repository:
 #
 #   bash launch/test.sh                       everything but the slow tests
-#   bash launch/test.sh -m slow               the slow tests
+#   bash launch/test.sh -m slow -n 0          the slow tests, one after the other: some measure
 #   bash launch/test.sh tests/test_reward.py  one file
 set -euo pipefail
 # shellcheck source=launch/setup.sh
