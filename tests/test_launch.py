@@ -310,7 +310,6 @@ def test_slow_tests_run_only_where_asked_for(tmp_path: Path, arguments: tuple[st
     )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-v", "-n", "0", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert f"test_{passed} PASSED" in result.stdout and "1 passed, 1 deselected" in result.stdout
