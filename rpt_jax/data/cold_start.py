@@ -27,9 +27,7 @@ BOX = "\\boxed{"
 # Operands with operators between them, "=", result; a few words, units such as kg/cow or a currency sign may stand in between.
 _WORDS = r"(?:[^\d=+*/×\n.%-]|/(?=[a-z])){0,16}?"
 _TERM = rf"{_WORDS}([-+*/×x]){_WORDS}(\d{{1,4}})(?![\d.,%])"
-_CALCULATION = re.compile(
-    rf"(?<![\d.,])(\d{{1,4}})((?:{_TERM})+){_WORDS}={_WORDS}(\d{{1,6}})(?![\d.,/]*\d)"
-)
+_CALCULATION = re.compile(rf"(?<![\d.,])(\d{{1,4}})((?:{_TERM})+){_WORDS}={_WORDS}(\d{{1,6}})(?![\d.,/]*\d)")
 _ASCII = {"×": "*", "x": "*"}
 
 
