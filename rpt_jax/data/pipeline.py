@@ -18,12 +18,10 @@ _LONGEST = 2**32 - 1  # Elements that grain's shuffle takes.
 
 
 class PromptStream:
-    """Batches of prompts, `PromptBatch`es of the positions of an order, without end; its state is two numbers of batches: the
-    next, and the first
-    of its order.
+    """Batches of prompts, `PromptBatch`es of the positions of an order, without end.
 
-    So the stream after a restore is the same stream, with another number of processes or workers too. A prompt's id is its
-    number in the stream, so that the noise of its samples outlives restarts.
+    Its state is the numbers of the next batch and of the order's first. So the stream after a restore is the same stream, with
+    another number of processes or workers too. A prompt's id is its number in the stream: its noise outlives restarts.
 
     Args:
       documents: token ids of those that positions are of.
