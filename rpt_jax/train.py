@@ -25,6 +25,7 @@ from rpt_jax.infra.accounting import BatchSize, Clock, Counters
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.divergence import Watch
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, as_floats, show_rollouts, table
+from rpt_jax.infra.numerics import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, prompt_ways, shard_prompts
 from rpt_jax.infra.stopping import unstoppable
@@ -45,8 +46,11 @@ from rpt_jax.stream import OwnEntropies, own_entropies, refresh_is_due, training
 RESULT = "result.json"
 
 
-def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
+def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = False) -> None:
     """Run reinforcement pre-training in `workdir`; resumes from the newest checkpoint there.
+
+    Args:
+      replay: stop after the step that `infra.numerics` has a record of.
 
     Raises: UserError, for what the user can mend; FloatingPointError, where a number becomes NaN or infinite.
     """
@@ -54,6 +58,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
+    last = recorded_step(workdir) if replay else t.total_steps
     sizes = {
         "training.prompts_per_step": t.prompts_per_step,
         "evaluation.score_documents": experiment.evaluation.score_documents,
@@ -119,6 +124,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
                 show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
             if step == t.total_steps:
                 break
+            if step >= last:
+                print(f"Every number of step {step} is finite.")
+                return checkpoints.close()
             step, spent = step + 1, counters.flops
             if refresh_is_due(experiment, step):
                 own = own_entropies(experiment, setup, state.params, step)
@@ -137,13 +145,19 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
                 fresh = reward(state, sample(weights, next(stream), step, clock), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
                 sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
-            scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
+            rolled = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
             clock.lap("reward")
             documents = load_documents(experiment, setup, sampled) if config.document_weight else None
             batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
             with unstoppable():
-                state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
-                scalars = as_floats(step, scalars | jax.device_get(losses))
+                try:
+                    as_floats(step, rolled)
+                    state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
+                    scalars = as_floats(step, rolled | jax.device_get(losses))
+                except FloatingPointError as error:
+                    record_failure(workdir, step, error, experiment.seed, sampled)
+                    checkpoints.save_unchanged(state)
+                    raise
                 text = int(documents.mask_NxS.sum()) if documents else 0
                 learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
                 counters.count_update(sampled.size(), learnt, trunk, generated, text)
@@ -161,6 +175,12 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     save_policy(workdir / "policy", setup.policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
     finish(workdir, before, after, clock.seconds, experiment.seed)
     checkpoints.close()
+
+
+def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, sampled: Sampled) -> None:
+    """Say which prompts a step had that met a number which is not finite."""
+    p = sampled.prompts
+    write_record(workdir, step, error, seed, ids=p.ids_P, documents=p.document_P, positions=p.position_P)
 
 
 def update_config(experiment: Experiment, devices: int) -> UpdateConfig:

@@ -55,6 +55,12 @@ class Checkpointer:
             )
             _explained(functools.partial(self._manager.save, step, args=arguments))
 
+    def save_unchanged(self, state: Any) -> None:
+        """Write what is held, and wait for it; `state` is that of `hold`, whose own arrays were donated."""
+        step, _, run = self._held
+        self.hold(step, state, run)
+        self._save_and_wait()
+
     def check(self) -> None:
         """Raises: OSError, where a write in the background has failed."""
         if not self._manager.is_saving_in_progress():
