@@ -9,6 +9,7 @@ ended it at once: start the same command again. 2 something to mend (a sentence 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -60,8 +61,9 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt"])
         tasks["rpt"] = functools.partial(train.train, replay=True)
+    checks = jax.debug_nans(True) if replay else contextlib.nullcontext()
     mesh = start_mesh(experiment)
-    with claimed_workdir(workdir, experiment, force), use_mesh(mesh), jax.debug_nans(replay):
+    with claimed_workdir(workdir, experiment, force), use_mesh(mesh), checks:
         tasks[experiment.task](experiment, workdir, mesh)
 
 

@@ -37,6 +37,7 @@ from rpt_jax.objective.reward import Status
 from rpt_jax.objective.rewards import FORWARD_PASSES
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.policy.hf import save_policy
+from rpt_jax.policy.transformer import Params
 from rpt_jax.pretrain import cold_start
 from rpt_jax.sampler import Rewarder, Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
 from rpt_jax.score import next_token_rows
@@ -59,10 +60,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         return
     clock, t = Clock(), experiment.training
     last = recorded_step(workdir) if replay else t.total_steps
-    sizes = {
-        "training.prompts_per_step": t.prompts_per_step,
-        "evaluation.score_documents": experiment.evaluation.score_documents,
-    }
+    sizes = {"training.prompts_per_step": t.prompts_per_step}
+    sizes["evaluation.score_documents"] = experiment.evaluation.score_documents
     check_batches(mesh, sizes)
     experiment = cold_start(experiment, workdir, mesh)
     setup = set_up(experiment, mesh, workdir)
@@ -100,8 +99,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         run = {"stream": stream.get_state(), "counters": counters.state(), "watch": watch.state()}
         run |= {"seconds": clock.seconds, "corpus": setup.prepared.fingerprint}
         run |= {"scalars": scalars, "before": before, "evaluated": evaluator.counts}
-        run["own"] = own.state() if own else None
-        checkpoints.hold(step, state, run)
+        checkpoints.hold(step, state, run | {"own": own.state() if own else None})
 
     hold()
     with MetricsWriter(workdir, step - 1) as metrics, Progress("rpt", t.total_steps, step) as progress:
@@ -110,14 +108,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                 before = evaluator.full(setup.params)
                 show_evaluation("before", before)
                 hold()
-            evaluation: dict[str, float] = {}
-            if step == 0:
-                evaluation = evaluation_metrics(before["reasoning"], before["direct"])
-            elif step == t.total_steps:
-                after = evaluator.full(state.params)
-                evaluation = evaluation_metrics(after["reasoning"], after["direct"])
-            elif step % experiment.evaluation.every_steps == 0:
-                evaluation = evaluation_metrics(evaluator.reasoning(state.params, evaluator.held_out)[0])
+            evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
             clock.lap("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if sampled and step % t.log_rollouts_every == 0:
@@ -155,8 +146,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                     state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
                     scalars = as_floats(step, rolled | jax.device_get(losses))
                 except FloatingPointError as error:
-                    record_failure(workdir, step, error, experiment.seed, sampled)
-                    checkpoints.save_unchanged(state)
+                    if not replay:  # Which has donated its state, and needs no other record.
+                        record_failure(workdir, step, error, experiment.seed, sampled)
+                        checkpoints.save_unchanged(state)
                     raise
                 text = int(documents.mask_NxS.sum()) if documents else 0
                 learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
@@ -171,10 +163,24 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                 checkpoints.save()
             clock.lap("checkpoint")
             progress.advance(status(scalars, dynamic))
-    tokenizer = setup.tokenizer
-    save_policy(workdir / "policy", setup.policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
+    source, mark = setup.tokenizer.source, setup.tokenizer.fingerprint
+    save_policy(workdir / "policy", setup.policy.shape, state.params, source, mark)
     finish(workdir, before, after, clock.seconds, experiment.seed)
     checkpoints.close()
+
+
+def evaluate(
+    experiment: Experiment, evaluator: Evaluator, step: int, params: Params, before: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Return the evaluation scalars of a step, none where it has none, and the full evaluation of the last step."""
+    if step == 0:
+        return evaluation_metrics(before["reasoning"], before["direct"]), None
+    if step == experiment.training.total_steps:
+        after = evaluator.full(params)
+        return evaluation_metrics(after["reasoning"], after["direct"]), after
+    if step % experiment.evaluation.every_steps == 0:
+        return evaluation_metrics(evaluator.reasoning(params, evaluator.held_out)[0]), None
+    return {}, None
 
 
 def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, sampled: Sampled) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.optimizer import make_optimizer, make_schedule
 from rpt_jax.objective.update import TrainState
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # --- the optimiser -----------------------------------------------------------------------------------
 
@@ -285,3 +289,12 @@ def test_a_cut_inside_the_numbers_of_a_large_array(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged"):
         restore(tmp_path, state)
     assert contents(tmp_path) == before
+
+
+def test_what_was_saved_on_one_mesh_comes_back_on_another(tmp_path):
+    """Eight devices, then two, then one: the digests of a checkpoint do not depend on where its arrays lie."""
+    for what, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        run = [sys.executable, "-m", "tests.checkpoint_child", what, str(tmp_path), str(fsdp), str(tensor)]
+        done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=120)
+        assert done.stdout == f"{what} {devices}\n", done.stderr

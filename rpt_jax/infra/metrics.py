@@ -43,11 +43,13 @@ def _parse(line: bytes) -> dict[str, float] | None:
 
     try:
         scalars = json.loads(line, parse_constant=refuse)
-    except ValueError:
+        if not isinstance(scalars, dict) or type(scalars.get("step")) is not int:
+            return None
+        # Also 1e999 is infinite, and an integer may be more than a float can be.
+        finite = all(type(value) in (int, float) and math.isfinite(value) for value in scalars.values())
+    except (OverflowError, RecursionError, ValueError):
         return None
-    if not isinstance(scalars, dict) or type(scalars.get("step")) is not int:
-        return None
-    return scalars if all(type(value) in (int, float) for value in scalars.values()) else None
+    return scalars if finite else None
 
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, float]]]:
