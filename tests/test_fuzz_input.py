@@ -44,6 +44,7 @@ def altered(draw: st.DrawFn, data: bytes) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @many
 @given(st.dictionaries(names | st.text(max_size=20), values, max_size=4))
 def test_configs(changes: dict[str, object]) -> None:
@@ -60,6 +61,7 @@ def test_configs(changes: dict[str, object]) -> None:
         assert isinstance(experiment, Experiment)
 
 
+@pytest.mark.slow
 @many
 @given(st.text(max_size=60) | st.builds(lambda n, s, v: f"{n}{s}{v}", names, st.sampled_from(["=", "", " = "]), values))
 def test_command_lines(assignment: str) -> None:
@@ -72,6 +74,7 @@ def test_command_lines(assignment: str) -> None:
 LINES = b"".join(json.dumps({"step": step, "loss/a": 0.5 * step}).encode() + b"\n" for step in range(4))
 
 
+@pytest.mark.slow
 @many
 @given(altered(LINES) | st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode() + b"\n"))
 def test_metrics_files(tmp_path: Path, data: bytes) -> None:
@@ -88,6 +91,7 @@ def test_metrics_files(tmp_path: Path, data: bytes) -> None:
 SAVED = json.dumps(dict(leaves(Experiment()))).encode()
 
 
+@pytest.mark.slow
 @many
 @given(altered(SAVED) | values.map(lambda value: json.dumps(value).encode()))
 def test_configs_of_workdirs(tmp_path: Path, data: bytes) -> None:

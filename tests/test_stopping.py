@@ -21,7 +21,7 @@ from tests.test_train import ROOT, SMALL, comparable
 KILLS = 50
 TINY = SMALL | {
     "training.prompts_per_step": 2,
-    "training.total_steps": 12,
+    "training.total_steps": 40,
     "training.dynamic_sampling_from": 6,
     "rollout.max_new_tokens": 16,
     "evaluation.every_steps": 3,
@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_at_random_moments_is_the_run_that_was_not(uninter
     while True:
         process = start_run(workdir, cache)
         # Late enough to see every phase over and over, early enough that the run does not end before it was killed so often.
-        delay = rng.uniform(0.2, 1.0) * seconds if kills < KILLS else 1800
+        delay = rng.uniform(0.1, 0.7) * seconds if kills < KILLS else 1800
         try:
             code = process.wait(timeout=delay)
         except subprocess.TimeoutExpired:
@@ -136,5 +136,5 @@ def test_a_run_that_was_killed_at_random_moments_is_the_run_that_was_not(uninter
     assert comparable(workdir) == comparable(whole)
     steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
     curves = tensorboard_steps(workdir)
-    assert steps == list(range(13)) and curves["reward/mean"] == steps[1:] and curves["time/step"] == steps
+    assert steps == list(range(41)) and curves["reward/mean"] == steps[1:] and curves["time/step"] == steps
     assert not (workdir / "damaged").exists()
