@@ -67,6 +67,12 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
         tasks[experiment.task](experiment, workdir, mesh)
 
 
+def run_until_stopped(experiment: Experiment, workdir: Path) -> None:
+    """`run` with the flags of the command line, and with signals that save it."""
+    with stops_on_signals(experiment.checkpoint.grace_seconds):
+        run(experiment, workdir, _FORCE.value, _REPLAY.value)
+
+
 def main(argv: list[str]) -> int:
     """Return the exit code."""
     if {"-h", "--help"} & set(argv):
@@ -83,8 +89,7 @@ def main(argv: list[str]) -> int:
             return 0
         # The shell leaves the ~ of --workdir=~/runs as it is.
         workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}").expanduser()
-        with stops_on_signals(experiment.checkpoint.grace_seconds):
-            run(experiment, workdir, _FORCE.value, _REPLAY.value)
+        run_until_stopped(experiment, workdir)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
