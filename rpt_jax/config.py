@@ -70,7 +70,7 @@ class DataConfig:
     # all: the baseline), "curriculum" (those above the threshold, easy ones first, in eight stages over the run),
     # "self_entropy" (the hardest kept_share for the policy itself, which scores documents anew every refresh_steps).
     positions: str = "threshold"
-    refresh_steps: int = 100  # "self_entropy": checkpoint.every_steps must be so many, or a multiple.
+    refresh_steps: int = 100  # Steps from one choice of "self_entropy" to the next.
     refresh_windows: int = 1024  # "self_entropy": documents, or windows of them, that are scored each time.
     positions_per_document: int = 0  # At most so many in a step's batch; 0 = as chance has it.
     workers: int = 0  # Processes that build prompts ahead; 0 = a thread of the run's own.
@@ -196,6 +196,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     every_steps: int = 100
     keep: int = 2
+    grace_seconds: float = 60.0  # How long a first SIGTERM or SIGINT may take to save the run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,12 +298,6 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
             f"training.microbatch_tokens={t.microbatch_tokens} must hold the longest prompt and response, "
             f"prompt.max_tokens + rollout.max_new_tokens = {longest}."
         )
-    every = experiment.checkpoint.every_steps
-    if experiment.data.positions == "self_entropy" and every % experiment.data.refresh_steps:
-        raise UserError(
-            f"data.refresh_steps={experiment.data.refresh_steps} must divide checkpoint.every_steps={every}: a run goes on from "
-            "a checkpoint by choosing its positions again, with the policy that is in it."
-        )
     check_objective(experiment.objective, r.max_new_tokens)
     if (r.top_k or r.top_p < 1.0) and experiment.objective.importance == "none":
         raise UserError(
@@ -377,6 +372,7 @@ _BOUNDS = {
     "evaluation.score_documents": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
+    "checkpoint.grace_seconds": (0.0, _MANY),
     "divergence.window": (1, _MANY),
     "divergence.reward_collapse": (0.0, 1.0),
     "divergence.entropy_floor": (0.0, _MANY),

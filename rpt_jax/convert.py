@@ -28,7 +28,8 @@ from rpt_jax.data.gguf_header import is_gguf
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.data.tokenizer_files import read_tokenizer_files
 from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import CHECKPOINTS, open_parameters
+from rpt_jax.infra.checkpoint import open_parameters
+from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.policy.hf import load_shape, open_weights, params_as_tensors, write_policy
 from rpt_jax.policy.hf_config import CONFIG, FINGERPRINT, read_config, to_config
 from rpt_jax.policy.presets import Shape, preset

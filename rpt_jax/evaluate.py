@@ -103,6 +103,7 @@ class Evaluator:
         """Raises: UserError, where no held-out position is above the entropy threshold."""
         self._experiment, self._setup, self._sample, self._builder = experiment, setup, sample, builder
         e = experiment.evaluation
+        self.counts = [e.positions, e.template_positions]  # What two evaluations must have alike to be compared.
         held_out, unseen = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen_templates))
         self.held_out = self._hold(setup.held_out, held_out, e.positions)
         self.unseen = self._hold(setup.unseen_templates, unseen, e.template_positions) if unseen else None

@@ -2,12 +2,15 @@
 
 Loads and checks a config and runs its task. No logic of its own, so that everything can be imported and tested.
 
-Exit codes: 0 complete, 2 something to mend (a sentence says what), 3 a number became NaN or infinite, 4 a rule of
-section divergence stopped the run, 130 interrupted.
+Exit codes: 0 complete; 75 stopped by SIGTERM or SIGINT with everything saved, and 128 + the signal's number where a second one
+ended it at once: start the same command again. 2 something to mend (a sentence says what), 3 a number became NaN or infinite,
+4 a rule of section divergence stopped the run, 1 a bug: again would end alike.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -15,13 +18,18 @@ from pathlib import Path
 from absl import flags
 
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
-from rpt_jax.errors import UserError
+from rpt_jax.errors import UserError, check_choice
+from rpt_jax.infra.stopping import stops_on_signals
 
 _OVERRIDE = "--config."
 _CONFIG = flags.DEFINE_string(
     "config", None, "Config file: one of configs/, or your own. --config.section.field=value changes a field of it."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<name of the config>_seed<seed>.")
+_FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir although its config was another one.")
+_REPLAY = flags.DEFINE_bool(
+    "replay", False, "Run the step again in which a number was not finite, and stop at the operation that makes it."
+)
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that follows from the config, and stop.")
 
 
@@ -39,18 +47,30 @@ def load_experiment(argv: list[str]) -> Experiment:
     return from_config_dict(load_config_file(_CONFIG.value), overrides)
 
 
-def run(experiment: Experiment, workdir: Path) -> None:
-    """Run the experiment's task in `workdir`."""
+def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool = False) -> None:
+    """Run the experiment's task in `workdir`; `force` as in `claimed_workdir`, `replay` as in `train`. Raises: UserError."""
     # Late imports: a mistyped flag should not wait for JAX.
+    import jax
+
     from rpt_jax import prepare, pretrain, train
-    from rpt_jax.infra.checkpoint import claimed_workdir
     from rpt_jax.infra.sharding import use_mesh
+    from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import start_mesh
 
     tasks = {"rpt": train.train, "pretrain": pretrain.pretrain, "score": prepare.prepare_corpus}
+    if replay:
+        check_choice("--replay: task", experiment.task, ["rpt"])
+        tasks["rpt"] = functools.partial(train.train, replay=True)
+    checks = jax.debug_nans(True) if replay else contextlib.nullcontext()
     mesh = start_mesh(experiment)
-    with claimed_workdir(workdir, experiment), use_mesh(mesh):
+    with claimed_workdir(workdir, experiment, force), use_mesh(mesh), checks:
         tasks[experiment.task](experiment, workdir, mesh)
+
+
+def run_until_stopped(experiment: Experiment, workdir: Path) -> None:
+    """`run` with the flags of the command line, and with signals that save it."""
+    with stops_on_signals(experiment.checkpoint.grace_seconds):
+        run(experiment, workdir, _FORCE.value, _REPLAY.value)
 
 
 def main(argv: list[str]) -> int:
@@ -67,14 +87,18 @@ def main(argv: list[str]) -> int:
 
             print_description(experiment)
             return 0
-        workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}")
-        run(experiment, workdir.expanduser())  # The shell leaves the ~ of --workdir=~/runs as it is.
+        # The shell leaves the ~ of --workdir=~/runs as it is.
+        workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}").expanduser()
+        run_until_stopped(experiment, workdir)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"error: a number is not finite at {error}. Nothing was saved after it.", file=sys.stderr)
+        print(
+            f"error: a number is not finite at {error}. The step changed nothing; --replay runs it again, with checks on.",
+            file=sys.stderr,
+        )
         return 3
     except Diverged as error:
         print(f"error: the run diverged at {error}. The last checkpoint is from before.", file=sys.stderr)

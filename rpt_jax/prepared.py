@@ -20,14 +20,15 @@ from rpt_jax.data.prepare import (
     summaries,
     tokenise,
 )
-from rpt_jax.data.shards import MANIFEST, Records, digest, read_json, read_summary, write_json
+from rpt_jax.data.shards import MANIFEST, Records, read_json, read_summary, write_json
 from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.errors import UserError
+from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
 from rpt_jax.infra.metrics import Progress
 from rpt_jax.infra.sharding import is_leader, wait_for_all
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.report import write_entropy_plot
-from rpt_jax.score import BIN, block_size, fingerprint_parameters, kept_share, score_shard
+from rpt_jax.score import BIN, block_size, kept_share, score_shard
 
 THRESHOLDS = (0.5, 1.0, 1.5)  # Nats; the borders of the paper's splits (section 4.1).
 
@@ -65,7 +66,7 @@ def prepare(
             tokenise(experiment.data, tokenizer, directory, progress.advance)
     wait_for_all("tokenised")
     seconds_tokenising = time.perf_counter() - start
-    proxy, size = fingerprint_parameters(params), block_size(experiment)
+    proxy, size = fingerprint_arrays(params), block_size(experiment)
     start = time.perf_counter()
     records = [read_summary(directory, "tokens", shard, shards)["records"] for shard in mine]
     with Progress("score, blocks of documents", sum(-(-count // size) for count in records)) as progress:

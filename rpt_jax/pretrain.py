@@ -22,10 +22,12 @@ from rpt_jax.data.pipeline import example_stream
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import CHECKPOINTS, Checkpointer, abstract
-from rpt_jax.infra.metrics import MetricsWriter, Progress
+from rpt_jax.infra.checkpoint import Checkpointer
+from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, init_parameters, shard_prompts
+from rpt_jax.infra.stopping import unstoppable
+from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState
 from rpt_jax.policy.hf import save_policy
@@ -172,8 +174,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     maker = ExampleMaker(experiment, tokenizer, documents)
     stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
 
-    checkpoints, start = Checkpointer(workdir, experiment.checkpoint.keep), 0
-    if restored := checkpoints.restore(abstract(state)):
+    checkpoints, start = Checkpointer(workdir, experiment.checkpoint.keep, state), 0
+    if restored := checkpoints.restore():
         start, state, run = restored
         stream.set_state(run["stream"])
     weights, chunk = (config.document_weight, config.trace_weight), experiment.training.logit_chunk_tokens
@@ -181,12 +183,15 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         for step in range(start + 1, total + 1):
             began = time.monotonic()
             batch = shard_prompts(next(stream), mesh)
-            state, scalars = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
-            scalars = {name: float(value) for name, value in scalars.items()}
-            metrics.write(step, scalars | {"time/step": time.monotonic() - began})
+            with unstoppable():
+                state, losses = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
+                scalars = as_floats(step, jax.device_get(losses))
+                metrics.write(step, scalars | {"time/step": time.monotonic() - began})
+                checkpoints.hold(step, state, {"stream": stream.get_state()})
+            checkpoints.check()
             progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats a token")
             if step % experiment.checkpoint.every_steps == 0 or step == total:
-                checkpoints.save(step, state, {"stream": stream.get_state()})
+                checkpoints.save()
     checkpoints.close()
     save_policy(directory, policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
     print(f"The policy is in {directory}.")

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.data.prepare import check_same
-from rpt_jax.data.shards import Records, ShardWriter, digest, read_summary
+from rpt_jax.data.shards import Records, ShardWriter, read_summary
 from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.sharding import is_leader, shard_prompts, to_host
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
@@ -178,7 +179,7 @@ def score_shard(
     Of several processes all read and compute, and one writes.
 
     Args:
-      proxy: `fingerprint_parameters` of `params`.
+      proxy: `fingerprint_arrays` of `params`.
       advance: called with a few words after each of `blocks` blocks.
 
     Raises: UserError, where those that are there are of other tokens, another proxy or another k.
@@ -237,27 +238,6 @@ def score_part(
         chunk=experiment.training.logit_chunk_tokens,
         mesh=mesh,
     )
-
-
-def fingerprint_parameters(params: Params) -> str:
-    """A digest of every parameter's name, shape and bits, whatever mesh they lie on, in hexadecimal."""
-
-    @jax.jit
-    def sums(params: Params) -> Any:
-        def leaf(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-            place = jnp.zeros(x.shape, jnp.uint32)
-            for axis, size in enumerate(x.shape):
-                place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            # Sums of integers do not depend on their order, and an odd factor loses no bit of what it multiplies.
-            mixed = (bits ^ (bits >> 15)) * (place * jnp.uint32(0x9E3779B2) + jnp.uint32(1))
-            return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
-
-        return jax.tree.map(leaf, params)
-
-    found, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(sums(params)))
-    names = {jax.tree_util.keystr(path): list(x.shape) for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-    return digest(names, [(jax.tree_util.keystr(path), int(value)) for path, value in found])
 
 
 def kept_share(histogram_N: np.ndarray, threshold: float) -> float:

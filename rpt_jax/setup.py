@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment, PolicyConfig
 from rpt_jax.data.corpus import SIDES, check_source
 from rpt_jax.data.prepare import content, files_digest
-from rpt_jax.data.shards import digest
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError, check_all
+from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
 from rpt_jax.policy.attention import choose_attention
 from rpt_jax.policy.hf import check_files, load_policy, load_shape

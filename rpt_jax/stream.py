@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -32,6 +33,24 @@ class OwnEntropies(NamedTuple):
     documents_M: np.ndarray
     records: Mapping[int, tuple[np.ndarray, ...]]
     tokens: int
+
+    def state(self) -> dict[str, Any]:
+        """Return what `from_state` takes, as JSON can hold it."""
+        rows_2xT = np.concatenate([np.stack(record) for record in self.records.values()], axis=1, dtype="<f4")
+        return {
+            "documents": self.documents_M.tolist(),
+            "numbers": [*self.records],
+            "lengths": [len(record[0]) for record in self.records.values()],
+            "entropies": base64.b64encode(rows_2xT.tobytes()).decode(),
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> OwnEntropies:
+        rows_2xT = np.frombuffer(base64.b64decode(state["entropies"]), "<f4").reshape(2, -1)
+        parts = np.split(rows_2xT, np.cumsum(state["lengths"])[:-1], axis=1)
+        records = {number: tuple(part) for number, part in zip(state["numbers"], parts, strict=True)}
+        return cls(np.array(state["documents"], np.uint32), records, state["tokens"])
 
 
 def training_stream(experiment: Experiment, setup: Setup, builder: PromptBuilder) -> PromptStream:
@@ -89,7 +108,7 @@ def own_entropies(experiment: Experiment, setup: Setup, params: Params, step: in
     """Score `data.refresh_windows` training documents with the policy before `step`, of all parts of a mixture alike many.
 
     Which ones is a function of the seed and of how many refreshes there were: in an order of each part's own, shuffled anew
-    when it is through. So a run that goes on from a checkpoint, which only lies between two refreshes, needs no more than that.
+    when it is through.
     """
     data, numbers_N = experiment.data, setup.train.numbers_N
     weights, parts_N = _mixture(experiment, setup)

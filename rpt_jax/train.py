@@ -22,11 +22,13 @@ from rpt_jax.data.tokenizer import END_THINK, Tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
-from rpt_jax.infra.checkpoint import Checkpointer, abstract
+from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.divergence import Watch
-from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, show_rollouts, table
+from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, as_floats, show_rollouts, table
+from rpt_jax.infra.numerics import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, prompt_ways, shard_prompts
+from rpt_jax.infra.stopping import unstoppable
 from rpt_jax.infra.whole import write_whole
 from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.batch import Documents, UpdateConfig
@@ -35,17 +37,21 @@ from rpt_jax.objective.reward import Status
 from rpt_jax.objective.rewards import FORWARD_PASSES
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.policy.hf import save_policy
+from rpt_jax.policy.transformer import Params
 from rpt_jax.pretrain import cold_start
 from rpt_jax.sampler import Rewarder, Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
 from rpt_jax.score import next_token_rows
 from rpt_jax.setup import Setup, set_up
-from rpt_jax.stream import own_entropies, refresh_is_due, training_order, training_stream
+from rpt_jax.stream import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
 
 RESULT = "result.json"
 
 
-def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
+def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = False) -> None:
     """Run reinforcement pre-training in `workdir`; resumes from the newest checkpoint there.
+
+    Args:
+      replay: stop after the step that `infra.numerics` has a record of.
 
     Raises: UserError, for what the user can mend; FloatingPointError, where a number becomes NaN or infinite.
     """
@@ -53,10 +59,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
-    sizes = {
-        "training.prompts_per_step": t.prompts_per_step,
-        "evaluation.score_documents": experiment.evaluation.score_documents,
-    }
+    last = recorded_step(workdir) if replay else t.total_steps
+    sizes = {"training.prompts_per_step": t.prompts_per_step}
+    sizes["evaluation.score_documents"] = experiment.evaluation.score_documents
     check_batches(mesh, sizes)
     experiment = cold_start(experiment, workdir, mesh)
     setup = set_up(experiment, mesh, workdir)
@@ -72,29 +77,48 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
     config = update_config(experiment, prompt_ways(mesh))
     reference = setup.params if experiment.objective.kl != "none" else None
-    counters, watch, start = make_counters(experiment, setup), Watch(experiment.divergence), 0
-    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep)
-    if restored := checkpoints.restore(abstract(state)):
-        start, state, saved = restored
-        check_corpus(saved, setup)
+    counters, watch = make_counters(experiment, setup), Watch(experiment.divergence)
+    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
+    step, scalars, before, own, sampled = 0, {}, None, None, None
+    if restored := checkpoints.restore():
+        step, state, saved = restored
+        check_saved(step, saved, experiment, setup)
+        if saved["own"]:
+            own = OwnEntropies.from_state(saved["own"])
+            stream.renew(training_order(experiment, setup, own))
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
         watch.restore(saved["watch"])
-        clock.earlier, before = saved["seconds"], saved["before"]
-        print(f"Going on from step {start} of {workdir}.")
-    else:
-        before = evaluator.full(setup.params)
-        show_evaluation("before", before)
+        clock.earlier, scalars = saved["seconds"], saved["scalars"]
+        before = saved["before"] if saved["evaluated"] == evaluator.counts else None
+        print(f"Going on from step {step} of {workdir}.")
     clock.lap("setup")
 
-    with (
-        MetricsWriter(workdir, start if restored else -1) as metrics,
-        Progress("rpt", t.total_steps, start) as progress,
-    ):
-        if not restored:
-            metrics.write(0, evaluation_metrics(before["reasoning"], before["direct"]) | clock.scalars())
-        for step in range(start + 1, t.total_steps + 1):
-            spent = counters.flops
+    def hold() -> None:
+        """What a checkpoint holds: the step as it is after its update, and before it is evaluated and reported."""
+        run = {"stream": stream.get_state(), "counters": counters.state(), "watch": watch.state()}
+        run |= {"seconds": clock.seconds, "corpus": setup.prepared.fingerprint}
+        run |= {"scalars": scalars, "before": before, "evaluated": evaluator.counts}
+        checkpoints.hold(step, state, run | {"own": own.state() if own else None})
+
+    hold()
+    with MetricsWriter(workdir, step - 1) as metrics, Progress("rpt", t.total_steps, step) as progress:
+        while True:
+            if before is None:
+                before = evaluator.full(setup.params)
+                show_evaluation("before", before)
+                hold()
+            evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
+            clock.lap("evaluation")
+            metrics.write(step, scalars | evaluation | clock.scalars())
+            if sampled and step % t.log_rollouts_every == 0:
+                show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
+            if step == t.total_steps:
+                break
+            if step >= last:
+                print(f"Every number of step {step} is finite.")
+                return checkpoints.close()
+            step, spent = step + 1, counters.flops
             if refresh_is_due(experiment, step):
                 own = own_entropies(experiment, setup, state.params, step)
                 stream.renew(training_order(experiment, setup, own))
@@ -112,43 +136,57 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
                 fresh = reward(state, sample(weights, next(stream), step, clock), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
                 sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
-            scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
+            rolled = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
             clock.lap("reward")
             documents = load_documents(experiment, setup, sampled) if config.document_weight else None
             batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
-            state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
-            scalars |= jax.device_get(losses)
-            text = int(documents.mask_NxS.sum()) if documents else 0
-            learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
-            counters.count_update(sampled.size(), learnt, trunk, generated, text)
-            clock.lap("update")
-            if step == t.total_steps:
-                after = evaluator.full(state.params)
-                scalars |= evaluation_metrics(after["reasoning"], after["direct"])
-            elif step % experiment.evaluation.every_steps == 0:
-                scalars |= evaluation_metrics(evaluator.reasoning(state.params, evaluator.held_out)[0])
-            clock.lap("evaluation")
-            speed = clock.speed(counters.flops - spent, generated.response_tokens)
-            metrics.write(step, scalars | counters.scalars() | speed | clock.scalars())
-            for warning in watch.check(step, scalars):
-                print(f"warning: {warning}")
-            if step % t.log_rollouts_every == 0:
-                show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
+            with unstoppable():
+                try:
+                    as_floats(step, rolled)
+                    state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
+                    scalars = as_floats(step, rolled | jax.device_get(losses))
+                except FloatingPointError as error:
+                    if not replay:  # Which has donated its state, and needs no other record.
+                        record_failure(workdir, step, error, experiment.seed, sampled)
+                        checkpoints.save_unchanged(state)
+                    raise
+                text = int(documents.mask_NxS.sum()) if documents else 0
+                learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
+                counters.count_update(sampled.size(), learnt, trunk, generated, text)
+                clock.lap("update")
+                for warning in watch.check(step, scalars):
+                    print(f"warning: {warning}")
+                scalars |= counters.scalars() | clock.speed(counters.flops - spent, generated.response_tokens)
+                hold()
+            checkpoints.check()
             if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
-                run = {
-                    "stream": stream.get_state(),
-                    "counters": counters.state(),
-                    "watch": watch.state(),
-                    "seconds": clock.seconds,
-                }
-                run |= {"corpus": setup.prepared.fingerprint}
-                checkpoints.save(step, state, run | {"before": before})
+                checkpoints.save()
             clock.lap("checkpoint")
             progress.advance(status(scalars, dynamic))
-    checkpoints.close()
-    tokenizer = setup.tokenizer
-    save_policy(workdir / "policy", setup.policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
+    source, mark = setup.tokenizer.source, setup.tokenizer.fingerprint
+    save_policy(workdir / "policy", setup.policy.shape, state.params, source, mark)
     finish(workdir, before, after, clock.seconds, experiment.seed)
+    checkpoints.close()
+
+
+def evaluate(
+    experiment: Experiment, evaluator: Evaluator, step: int, params: Params, before: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Any] | None]:
+    """Return the evaluation scalars of a step, none where it has none, and the full evaluation of the last step."""
+    if step == 0:
+        return evaluation_metrics(before["reasoning"], before["direct"]), None
+    if step == experiment.training.total_steps:
+        after = evaluator.full(params)
+        return evaluation_metrics(after["reasoning"], after["direct"]), after
+    if step % experiment.evaluation.every_steps == 0:
+        return evaluation_metrics(evaluator.reasoning(params, evaluator.held_out)[0]), None
+    return {}, None
+
+
+def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, sampled: Sampled) -> None:
+    """Say which prompts a step had that met a number which is not finite."""
+    p = sampled.prompts
+    write_record(workdir, step, error, seed, ids=p.ids_P, documents=p.document_P, positions=p.position_P)
 
 
 def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
@@ -201,8 +239,12 @@ def is_complete(workdir: Path) -> bool:
         ) from None
 
 
-def check_corpus(saved: dict[str, Any], setup: Setup) -> None:
-    """Raises: UserError, where the checkpoint was made on another prepared corpus than the run has now."""
+def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup: Setup) -> None:
+    """Raises: UserError, where the checkpoint is beyond the last step, or was made on another corpus than the run has now."""
+    if step > experiment.training.total_steps:
+        raise UserError(
+            f"training.total_steps={experiment.training.total_steps} must be at least {step}: so many steps this run has made."
+        )
     if saved["corpus"] != setup.prepared.fingerprint:
         raise UserError(
             f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… then, "

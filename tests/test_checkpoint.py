@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,11 +17,13 @@ import numpy as np
 import optax
 import pytest
 
-from rpt_jax.config import Experiment, OptimizerConfig, TrainingConfig
+from rpt_jax.config import OptimizerConfig
 from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import CONFIG, Checkpointer, abstract, claimed_workdir
+from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.optimizer import make_optimizer, make_schedule
 from rpt_jax.objective.update import TrainState
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # --- the optimiser -----------------------------------------------------------------------------------
 
@@ -63,94 +67,6 @@ def test_adamw_by_hand():
             np.testing.assert_allclose(ours[name], params[name], rtol=1e-4, atol=1e-6)
 
 
-# --- the workdir -------------------------------------------------------------------------------------
-
-
-def claim(workdir: Path, experiment: Experiment) -> None:
-    with claimed_workdir(workdir, experiment):
-        pass
-
-
-def test_a_workdir_belongs_to_one_config(tmp_path):
-    experiment, workdir = Experiment(seed=3), tmp_path / "a" / "b"
-    claim(workdir, experiment)
-    written = (workdir / CONFIG).read_text()
-    claim(workdir, Experiment(seed=3))
-    assert (workdir / CONFIG).read_text() == written and json.loads(written)["training.total_steps"] == 1000
-    other = dataclasses.replace(experiment, training=TrainingConfig(total_steps=7))
-    with pytest.raises(UserError, match=r"training.total_steps: 1000 there, 7 now.*another --workdir"):
-        claim(workdir, other)
-    assert (workdir / CONFIG).read_text() == written
-    assert [path.name for path in workdir.iterdir()] == [CONFIG]
-
-
-def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device", str(tmp_path / CONFIG))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=f"--workdir={tmp_path} cannot be used .*No space left"):
-            claim(tmp_path, Experiment())
-    assert not (tmp_path / CONFIG).exists()
-    claim(tmp_path, Experiment())
-    assert json.loads((tmp_path / CONFIG).read_text())["seed"] == 0
-
-
-def test_bad_input_before_anything_is_made_gives_the_workdir_up(tmp_path):
-    with pytest.raises(UserError, match="no such corpus"), claimed_workdir(tmp_path, Experiment(seed=1)):
-        raise UserError("no such corpus")
-    claim(tmp_path, Experiment(seed=2))
-    with pytest.raises(UserError, match="later"), claimed_workdir(tmp_path, Experiment(seed=2)):
-        raise UserError("later")
-    assert json.loads((tmp_path / CONFIG).read_text())["seed"] == 2, "an earlier run's config is not ours to remove"
-
-
-@pytest.mark.parametrize("output", ["metrics.jsonl", "result.json", "checkpoints/20"])
-def test_a_run_that_has_begun_keeps_its_workdir(tmp_path, output):
-    with pytest.raises(UserError, match="damaged"), claimed_workdir(tmp_path, Experiment(seed=1)):
-        (tmp_path / output).parent.mkdir(exist_ok=True)
-        (tmp_path / output).write_text("")
-        raise UserError("damaged")
-    with pytest.raises(UserError, match="seed: 1 there, 2 now"):
-        claim(tmp_path, Experiment(seed=2))
-
-
-def test_what_nobody_says_the_origin_of_is_left_alone(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 5}\n')
-    with pytest.raises(UserError, match=f"{tmp_path / 'metrics.jsonl'} is there.*another --workdir"):
-        claim(tmp_path, Experiment())
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_field_that_one_config_lacks_is_named(tmp_path):
-    claim(tmp_path, Experiment())
-    fields = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(fields | {"gone.field": 1}))
-    with pytest.raises(UserError, match="gone.field: 1 there, None now"):
-        claim(tmp_path, Experiment())
-    (tmp_path / CONFIG).write_text(json.dumps({name: value for name, value in fields.items() if name != "seed"}))
-    with pytest.raises(UserError, match="seed: None there, 0 now"):
-        claim(tmp_path, Experiment())
-
-
-@pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"\xff\xfe", b"[]", b"3"])
-def test_a_config_that_is_damaged(tmp_path, content):
-    (tmp_path / CONFIG).write_bytes(content)
-    with pytest.raises(UserError, match=f"{CONFIG} is damaged.*another --workdir"):
-        claim(tmp_path, Experiment())
-    assert (tmp_path / CONFIG).read_bytes() == content
-
-
-@pytest.mark.parametrize("inside", ["", "inside", "two/inside"])
-def test_a_workdir_that_cannot_be_made(tmp_path, inside):
-    (tmp_path / "file").write_text("in the way")
-    workdir = tmp_path / "file" / inside
-    with pytest.raises(UserError, match=f"--workdir={workdir} cannot be used .*{tmp_path / 'file'}"):
-        claim(workdir, Experiment())
-    assert (tmp_path / "file").read_text() == "in the way"
-
-
 # --- checkpoints -------------------------------------------------------------------------------------
 
 RUN = {"stream": {"next_index": 37, "nested": [1, 2.5, None]}, "counters": {"tokens": 2**40}, "fingerprint": "ab12"}
@@ -171,9 +87,10 @@ def same(ours, theirs) -> bool:
 def saved(tmp_path_factory) -> Path:
     """Return a workdir with checkpoints of steps 2 and 4; that of step 1 has made way for them."""
     workdir = tmp_path_factory.mktemp("saved")
-    checkpointer = Checkpointer(workdir, keep=2)
+    checkpointer = Checkpointer(workdir, 2, make_state(0))
     for step in (1, 2, 4):
-        checkpointer.save(step, make_state(step), RUN | {"step": step})
+        checkpointer.hold(step, make_state(step), RUN | {"step": step})
+        checkpointer.save()
     checkpointer.close()
     return workdir
 
@@ -184,9 +101,9 @@ def copy(saved, tmp_path) -> Path:
 
 
 def restore(workdir: Path, state: TrainState):
-    checkpointer = Checkpointer(workdir, keep=2)
+    checkpointer = Checkpointer(workdir, 2, state)
     try:
-        return checkpointer.restore(abstract(state))
+        return checkpointer.restore()
     finally:
         checkpointer.close()
 
@@ -212,9 +129,10 @@ def test_nothing_saved_is_nothing_restored(tmp_path):
 
 def test_what_is_saved_later_is_what_comes_back(copy):
     """Restored, changed by a donating step, saved again: the write in the background has its own copy."""
-    checkpointer = Checkpointer(copy, keep=2)
-    _, state, run = checkpointer.restore(abstract(make_state(0)))
-    checkpointer.save(5, state, run | {"step": 5})
+    checkpointer = Checkpointer(copy, 2, make_state(0))
+    _, state, run = checkpointer.restore()
+    checkpointer.hold(5, state, run | {"step": 5})
+    checkpointer.save()
     jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
     checkpointer.close()
     step, state, run = restore(copy, make_state(0))
@@ -236,41 +154,106 @@ def damaged_files(saved: Path) -> list[Path]:
     return sorted(files, key=lambda path: -path.stat().st_size)
 
 
+def damage(kind: str, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "flipped" and data:
+        data[len(data) // 2] ^= 4
+    elif kind == "half":
+        del data[len(data) // 2 :]
+    elif kind == "empty":
+        data.clear()
+    path.write_bytes(data)
+
+
 # Where one read fails, orbax drops the others, and what is left of them complains.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_checkpoint_that_was_cut_short_is_refused_and_left_alone(saved, tmp_path):
-    """Each of its files in turn, emptied or cut in half: an error that names the directory, or the state as it was."""
-    refused, expected = set(), make_state(4)
+@pytest.mark.parametrize("kind", ["empty", "half", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_set_aside(saved, tmp_path, capsys, kind):
+    """Each of its files in turn: the state as it was, or the checkpoint before it, and the damaged one kept."""
+    set_aside = set()
     for number, victim in enumerate(damaged_files(saved)):
-        for keep in (0.0, 0.5):
-            workdir = Path(shutil.copytree(saved, tmp_path / f"{number}-{keep}"))
-            path = workdir / victim.relative_to(saved)
-            os.truncate(path, int(path.stat().st_size * keep))
-            before = contents(workdir)
-            try:
-                step, state, run = restore(workdir, make_state(0))
-            except UserError as error:
-                assert str(workdir / "checkpoints" / "4") in str(error) and "damaged" in str(error)
-                refused.add(path.parent.name if path.name == "metadata" else path.name)
-            else:
-                # Files that the state does not depend on, such as orbax's notes.
-                assert step == 4 and same(state, expected) and run == RUN | {"step": 4}, victim
-            assert contents(workdir) == before, victim
-    assert len(refused) >= 3, refused
+        workdir = Path(shutil.copytree(saved, tmp_path / str(number)))
+        path = workdir / victim.relative_to(saved)
+        damage(kind, path)
+        before = contents(workdir)
+        step, state, run = restore(workdir, make_state(0))
+        assert same(state, make_state(step)) and run == RUN | {"step": step}, victim
+        said = capsys.readouterr().out
+        if step == 4:
+            # Files that the state does not depend on, such as orbax's notes.
+            assert contents(workdir) == before and not said, victim
+        else:
+            assert step == 2 and "checkpoint of step 4 is damaged" in said and str(workdir / "damaged" / "4-0") in said
+            moved = {name.replace("checkpoints/4/", "damaged/4-0/"): digest for name, digest in before.items()}
+            assert contents(workdir) == moved, victim
+            set_aside.add(path.parent.name if path.name == "metadata" else path.name)
+    assert len(set_aside) >= 3, set_aside
 
 
-def test_the_older_checkpoint_serves_where_the_newer_is_moved_away(copy):
-    """As the message on a damaged one says."""
-    shutil.move(copy / "checkpoints" / "4", copy / "damaged")
-    step, state, run = restore(copy, make_state(0))
-    assert step == run["step"] == 2 and same(state, make_state(2))
+def test_every_flipped_bit_of_what_was_saved_is_noticed(tmp_path):
+    """The largest file holds the numbers themselves, where no format complains of one that is another number."""
+    state = {"embedding": jax.random.normal(jax.random.key(0), (64, 256))}
+    checkpointer = Checkpointer(tmp_path / "good", 2, state)
+    for step in (1, 2):
+        checkpointer.hold(step, state, {})
+        checkpointer.save()
+    checkpointer.close()
+    files = [path for path in (tmp_path / "good" / "checkpoints" / "2").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size).relative_to(tmp_path / "good")
+    size, noticed = (tmp_path / "good" / largest).stat().st_size, 0
+    for number in range(10):
+        workdir = Path(shutil.copytree(tmp_path / "good", tmp_path / str(number)))
+        data = bytearray((workdir / largest).read_bytes())
+        data[number * size // 10 + 7] ^= 1 << number % 8
+        (workdir / largest).write_bytes(data)
+        step, restored, _ = restore(workdir, state)
+        assert same(restored, state)
+        noticed += step == 1
+    assert noticed >= 8, noticed
 
 
 @pytest.mark.parametrize("part", ["state", "run"])
 def test_a_checkpoint_without_one_of_its_parts(copy, part):
     shutil.rmtree(copy / "checkpoints" / "4" / part)
-    with pytest.raises(UserError, match=f"{copy / 'checkpoints' / '4'} is damaged"):
-        restore(copy, make_state(0))
+    step, state, _ = restore(copy, make_state(0))
+    assert step == 2 and same(state, make_state(2)) and (copy / "damaged" / "4-0").is_dir()
+
+
+def save_until_it_fails(checkpointer: Checkpointer) -> None:
+    """Save as a loop does: an error comes with the save itself, or with a later step."""
+    checkpointer.save()
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        checkpointer.check()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("cause", ["vanished", "full"])
+def test_a_failed_write_surfaces_with_the_next_step(tmp_path, cause):
+    state = {"embedding": jax.random.normal(jax.random.key(0), (512, 256))}
+    checkpointer = Checkpointer(tmp_path, 2, state)
+    checkpointer.hold(1, state, RUN)
+    checkpointer.save()
+    checkpointer.check()
+    while not (tmp_path / "checkpoints" / "1").exists():
+        time.sleep(0.01)
+    checkpointer.hold(2, state, RUN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if cause == "full":  # Of what a disk without room does, the part that needs no disk: files stop growing.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        else:
+            (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+            (tmp_path / "checkpoints").write_text("in the way")
+        with pytest.raises(OSError, match="a checkpoint could not be written .*the one before it stands"):
+            save_until_it_fails(checkpointer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if cause == "vanished":
+        (tmp_path / "checkpoints").unlink()
+        (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    step, restored, _ = restore(tmp_path, state)
+    assert step == 1 and same(restored, state)
 
 
 def test_a_checkpoint_of_other_parameters(copy):
@@ -283,8 +266,9 @@ def test_a_checkpoint_of_other_parameters(copy):
 
 def test_a_checkpoint_of_another_shape(tmp_path):
     """Refused, not cut or filled up with zeros. One array: orbax would drop its reads of others, and complain of that."""
-    checkpointer = Checkpointer(tmp_path, keep=1)
-    checkpointer.save(3, {"width": jnp.ones(5)}, {})
+    checkpointer = Checkpointer(tmp_path, 1, {"width": jnp.ones(5)})
+    checkpointer.hold(3, {"width": jnp.ones(5)}, {})
+    checkpointer.save()
     checkpointer.close()
     for size in (4, 6):
         with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged or not this run's"):
@@ -295,8 +279,9 @@ def test_a_checkpoint_of_another_shape(tmp_path):
 def test_a_cut_inside_the_numbers_of_a_large_array(tmp_path):
     """Small arrays lie inside orbax's index; large ones in files of their own, whose loss it reports in another way."""
     state = {"embedding": jax.random.normal(jax.random.key(0), (512, 256))}
-    checkpointer = Checkpointer(tmp_path, keep=1)
-    checkpointer.save(3, state, {})
+    checkpointer = Checkpointer(tmp_path, 1, state)
+    checkpointer.hold(3, state, {})
+    checkpointer.save()
     checkpointer.close()
     largest = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(largest, 300_000)
@@ -304,3 +289,12 @@ def test_a_cut_inside_the_numbers_of_a_large_array(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged"):
         restore(tmp_path, state)
     assert contents(tmp_path) == before
+
+
+def test_what_was_saved_on_one_mesh_comes_back_on_another(tmp_path):
+    """Eight devices, then two, then one: the digests of a checkpoint do not depend on where its arrays lie."""
+    for what, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        run = [sys.executable, "-m", "tests.checkpoint_child", what, str(tmp_path), str(fsdp), str(tensor)]
+        done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=120)
+        assert done.stdout == f"{what} {devices}\n", done.stderr

@@ -21,8 +21,9 @@ from rpt_jax.config import Experiment, PolicyConfig
 from rpt_jax.convert import convert
 from rpt_jax.data.tokenizer import byte_level_alphabet, load_tokenizer
 from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import Checkpointer, claimed_workdir
+from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.sharding import make_mesh, parameter_shardings
+from rpt_jax.infra.workdir import claimed_workdir
 from rpt_jax.objective.update import TrainState
 from rpt_jax.policy import tensors as tensors_module
 from rpt_jax.policy.hf import load_policy, load_shape, save_policy
@@ -152,10 +153,15 @@ def workdir(tmp_path, theirs):
     """Return a run with two checkpoints, and the parameters in each."""
     path, saved = tmp_path / "run", {}
     with claimed_workdir(path, Experiment(policy=PolicyConfig(path=str(theirs), preset=""))):
-        checkpoints, optimizer = Checkpointer(path, keep=2), optax.adam(1.0)
+        optimizer = optax.adam(1.0)
+        states = {}
         for step in (5, 10):
             saved[step] = random_params(Transformer(SHAPE), step)
-            checkpoints.save(step, TrainState(saved[step], optimizer.init(saved[step])), {"stream": step})
+            states[step] = TrainState(saved[step], optimizer.init(saved[step]))
+        checkpoints = Checkpointer(path, 2, states[5])
+        for step, state in states.items():
+            checkpoints.hold(step, state, {"stream": step})
+            checkpoints.save()
         checkpoints.close()
     return path, saved
 

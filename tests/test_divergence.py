@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rpt_jax import main
-from rpt_jax.config import DivergenceConfig
+from rpt_jax.config import DivergenceConfig, Experiment
 from rpt_jax.infra.divergence import Diverged, Watch
 
 GOOD = {"reward/mean": 0.5, "policy/entropy": 1.0, "mismatch/mean": 1e-4}
@@ -52,7 +52,7 @@ def test_main_exits_with_code_4(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         raise Diverged("step 7, mean of 5 steps: policy/entropy 0.1 < divergence.entropy_floor=0.3")
 
     monkeypatch.setattr(main, "run", diverge)
-    monkeypatch.setattr(main, "load_experiment", lambda argv: DivergenceConfig())
+    monkeypatch.setattr(main, "load_experiment", lambda argv: Experiment())
     monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": str(tmp_path)}))
     monkeypatch.setattr(main, "_DESCRIBE", type("Flag", (), {"value": False}))
     assert main.main(["main"]) == 4

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from rpt_jax import main, train
@@ -145,12 +146,44 @@ def test_a_finished_run_says_so_and_a_changed_config_is_refused(
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_nan_stops_the_run_before_anything_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_stops_the_run_before_the_update_and_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Advantages that are NaN in step 4: what is saved is the end of step 3, and goes on as if nothing had been."""
+    fields, advantages, steps = SMALL | {"checkpoint.every_steps": 100}, train.to_update_batch, []
+
+    def spoilt(*arguments: object, **options: object) -> object:
+        batch, _ = advantages(*arguments, **options), steps.append(0)
+        return batch._replace(advantages_PxG=batch.advantages_PxG * (jnp.nan if len(steps) >= 4 else 1.0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "to_update_batch", spoilt)
+        with pytest.raises(FloatingPointError, match="step 4: .*gradient/norm=nan"):
+            main.run(experiment(**fields), tmp_path)
+        assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+        assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["3"]
+        record = json.loads((tmp_path / "not_finite.json").read_text())
+        assert record["step"] == 4 and record["seed"] == 0 and len(record["ids"]) == 8 == len(record["positions"])
+        with pytest.raises(FloatingPointError):
+            main.run(experiment(**fields), tmp_path, replay=True)
+    main.run(experiment(**fields), tmp_path, replay=True)
+    assert "Every number of step 4 is finite" in capsys.readouterr().out
+    assert not (tmp_path / "result.json").exists()
+    main.run(experiment(**fields), tmp_path)
+    assert comparable(tmp_path) == comparable(finished)
+
+
+def test_there_is_nothing_to_replay(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not_finite.json does not exist"):
+        main.run(experiment(**SMALL), tmp_path, replay=True)
+
+
+def test_a_number_of_a_rollout_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "rollout_metrics", lambda sampled: {"reward/mean": float("nan")})
     with pytest.raises(FloatingPointError, match="step 1: reward/mean"):
         main.run(experiment(**SMALL | {"checkpoint.every_steps": 1}), tmp_path)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]
-    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+    assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["0"]
 
 
 def test_pretraining_resumes_and_exports_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

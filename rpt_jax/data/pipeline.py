@@ -18,10 +18,10 @@ _LONGEST = 2**32 - 1  # Elements that grain's shuffle takes.
 
 
 class PromptStream:
-    """Batches of prompts, `PromptBatch`es of the positions of an order, without end; its state is the number of the next batch.
+    """Batches of prompts, `PromptBatch`es of the positions of an order, without end.
 
-    So the stream after a restore is the same stream, with another number of processes or workers too. A prompt's id is its
-    number in the stream, so that the noise of its samples outlives restarts.
+    Its state is the numbers of the next batch and of the order's first. So the stream after a restore is the same stream, with
+    another number of processes or workers too. A prompt's id is its number in the stream: its noise outlives restarts.
 
     Args:
       documents: token ids of those that positions are of.
@@ -62,10 +62,11 @@ class PromptStream:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        return {"batch": self._next}
+        return {"batch": self._next, "first": self._first}
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._next = state["batch"]
+        """Go on where another stream was, which had the same order."""
+        self._next, self._first = state["batch"], state["first"]
         self._start()
 
     def _start(self) -> None:

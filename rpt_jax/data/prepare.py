@@ -31,7 +31,6 @@ from rpt_jax.data.shards import (
     INDEX,
     Records,
     ShardWriter,
-    digest,
     document_names,
     read_index,
     read_summary,
@@ -39,6 +38,7 @@ from rpt_jax.data.shards import (
 )
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError
+from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.whole import write_whole
 
 FORMAT = 2

@@ -9,7 +9,6 @@ Every record has a checksum of its number and content, every other file one of i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -225,8 +224,3 @@ def _read_checked(directory: Path, kind: str, ending: str, shard: int, shards: i
         f"{path} was altered or is damaged ({reason}). Delete {shard_name('tokens', shard, shards)}.json and prepare again: "
         "only this shard is made again."
     )
-
-
-def digest(*values: Any) -> str:
-    """SHA-256 of values that JSON can hold, in hexadecimal."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,98 +11,110 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
-from rpt_jax.fields import leaves
-from rpt_jax.infra.whole import write_whole
+from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
+from rpt_jax.infra.stopping import save_on_stop, unstoppable
+from rpt_jax.infra.workdir import CHECKPOINTS
 
-CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
-# What a run leaves in its workdir, and another would go on from or write over.
-_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy", "cold_start")
-
-
-@contextlib.contextmanager
-def claimed_workdir(workdir: Path, experiment: Experiment) -> Iterator[None]:
-    """Make `workdir` this experiment's while it runs: write its config there, or check that the one there is the same.
-
-    Bad input that ends a first run before it has begun gives the workdir up again: whoever mends a path in the command may
-    keep its workdir. Raises: UserError, naming the fields that differ, or the file or directory that is in the way.
-    """
-    fresh = _claim(workdir, experiment)
-    try:
-        yield
-    except UserError:
-        if fresh and not _outputs(workdir):
-            (workdir / CONFIG).unlink(missing_ok=True)
-        raise
-
-
-def _claim(workdir: Path, experiment: Experiment) -> bool:
-    """Return whether the workdir was nobody's before."""
-    path, mine = workdir / CONFIG, dict(leaves(experiment))
-    del mine["data.shard"]  # Which part of the work a process does, not what the work is: all parts share a workdir.
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if outputs := _outputs(workdir):
-                raise UserError(
-                    f"{outputs[0]} is there, but no {path} that says what made it: choose another --workdir."
-                )
-            write_whole(path, json.dumps(mine, indent=1) + "\n")
-            return True
-        theirs = {**json.loads(path.read_text())}
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be used ({error.filename}: {error.strerror}). Choose another --workdir."
-        ) from None
-    except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged, or not the config of a run; choose another --workdir.") from None
-    differing = [name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)]
-    if differing:
-        changes = "; ".join(f"{n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in sorted(differing)[:5])
-        raise UserError(f"--workdir={workdir} was made with another config ({changes}). Choose another --workdir.")
-    return False
-
-
-def _outputs(workdir: Path) -> list[Path]:
-    return sorted(found for output in _OUTPUTS for found in workdir.glob(output))
+DAMAGED = "damaged"
 
 
 class Checkpointer:
     """Saves and restores (state, run) under `workdir/checkpoints`.
 
-    `state` is a tree of arrays; `run` is what JSON can hold (data-iterator state, counters, fingerprints).
+    `state` is a tree of arrays; `run` is what JSON can hold (data-iterator state, counters, fingerprints). While it is open,
+    a signal saves what is held before the process ends.
+
+    Args:
+      state: a tree of arrays like those that are to be saved; restored ones have its shardings.
     """
 
-    def __init__(self, workdir: Path, keep: int):
-        self._directory = (workdir / CHECKPOINTS).resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    def __init__(self, workdir: Path, keep: int, state: Any):
+        self._directory, self._aside = (workdir / CHECKPOINTS).resolve(), (workdir / DAMAGED).resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "run"))
+        self._abstract = _abstract(state)
+        fingerprint_arrays(state)  # Compiled now, and not when a signal has left little time.
+        self._held: tuple[int, Any, dict[str, Any]] | None = None
+        save_on_stop(self._save_and_wait)
 
-    def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
-        """Write in the background; an error of the previous write surfaces here."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        self._manager.save(step, args=items)
+    def hold(self, step: int, state: Any, run: dict[str, Any]) -> None:
+        """Name what is saved next, by `save` or by a signal. What changes or donates `state` is inside `unstoppable`."""
+        self._held = (step, state, run)
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Return (step, state, run) of the newest checkpoint in the shardings of `abstract_state`; None where there is none.
+    def save(self) -> None:
+        """Write what is held in the background. Raises: OSError, where the write before it failed."""
+        with unstoppable():
+            step, state, run = self._held
+            self.check()
+            marks = {"state": fingerprint_arrays(state), "run": digest(run)}
+            arguments = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"run": run, "marks": marks})
+            )
+            _explained(functools.partial(self._manager.save, step, args=arguments))
 
-        Raises: UserError, naming the checkpoint, where it cannot be read whole.
+    def save_unchanged(self, state: Any) -> None:
+        """Write what is held, and wait for it; `state` is that of `hold`, whose own arrays were donated."""
+        step, _, run = self._held
+        self.hold(step, state, run)
+        self._save_and_wait()
+
+    def check(self) -> None:
+        """Raises: OSError, where a write in the background has failed."""
+        if not self._manager.is_saving_in_progress():
+            _explained(self._manager.wait_until_finished)
+
+    def _save_and_wait(self) -> str:
+        if self._held is None:
+            return "no step was complete"
+        self.save()
+        _explained(self._manager.wait_until_finished)
+        return f"everything up to step {self._held[0]} is in {self._directory}"
+
+    def restore(self) -> tuple[int, Any, dict[str, Any]] | None:
+        """Return (step, state, run) of the newest good checkpoint; None where there is no checkpoint.
+
+        Damaged ones that are newer are moved to `workdir/damaged`, and said. Raises: UserError, naming the newest, where none
+        is good; nothing is moved then.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), run=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
-            raise _damaged(self._directory / str(step), error) from None
-        return step, restored.state, restored.run
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = step, *self._read(step)
+            except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
+                damaged[step] = _reason(error)
+                continue
+            for bad, reason in damaged.items():
+                self._set_aside(bad, reason, instead=step)
+            return found
+        if damaged:
+            newest = max(damaged)
+            raise _damaged(self._directory / str(newest), damaged[newest])
+        return None
+
+    def _read(self, step: int) -> tuple[Any, dict[str, Any]]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(self._abstract), run=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        run, marks = restored.run["run"], restored.run["marks"]
+        found = {"state": fingerprint_arrays(restored.state), "run": digest(run)}
+        if altered := [part for part, mark in marks.items() if found[part] != mark]:
+            raise ValueError(f"its {' and '.join(altered)} differ from what was saved")
+        return restored.state, run
+
+    def _set_aside(self, step: int, reason: str, instead: int) -> None:
+        number = sum(path.name.startswith(f"{step}-") for path in self._aside.glob("*"))
+        place = self._aside / f"{step}-{number}"
+        self._aside.mkdir(exist_ok=True)
+        (self._directory / str(step)).rename(place)
+        self._manager.reload()
+        print(f"warning: the checkpoint of step {step} is damaged ({reason}): step {instead} is used, {place} kept.")
 
     def close(self) -> None:
-        """Wait for the last write."""
-        self._manager.wait_until_finished()
+        """Wait for the last write. Raises: OSError, where it fails."""
+        save_on_stop(None)
+        _explained(self._manager.wait_until_finished)
         self._manager.close()
 
 
@@ -137,20 +147,32 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
             args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
             [array] = jax.tree.leaves(reader.restore(directory / str(chosen) / "state", args=args))
         except Exception as error:  # noqa: BLE001 - as above.
-            raise _damaged(directory / str(chosen), error) from None
+            raise _damaged(directory / str(chosen), _reason(error)) from None
         return array
 
     return chosen, read
 
 
-def _damaged(checkpoint: Path, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _explained(write: Callable[[], Any]) -> None:
+    """Run a step of a write. Raises: OSError in place of whatever orbax raises, which has the same cause."""
+    try:
+        write()
+    except Exception as error:  # noqa: BLE001 - of several classes, ValueError among them for a full disk.
+        raise OSError(f"a checkpoint could not be written ({_reason(error)}); the one before it stands") from error
+
+
+def _damaged(checkpoint: Path, reason: str) -> UserError:
     return UserError(
-        f"the checkpoint {checkpoint} is damaged or not this run's ({reason[:200]}). Move that directory away to go on from "
-        "the one before it; nothing was changed."
+        f"the checkpoint {checkpoint} is damaged or not this run's ({reason}). Choose another one, or another "
+        "--workdir; nothing was changed."
     )
 
 
-def abstract(tree: Any) -> Any:
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _abstract(tree: Any) -> Any:
     """Return shapes, dtypes and shardings of `tree`, to restore into."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -11,11 +11,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import rich
 from rich import box
@@ -42,11 +43,13 @@ def _parse(line: bytes) -> dict[str, float] | None:
 
     try:
         scalars = json.loads(line, parse_constant=refuse)
-    except ValueError:
+        if not isinstance(scalars, dict) or type(scalars.get("step")) is not int:
+            return None
+        # Also 1e999 is infinite, and an integer may be more than a float can be.
+        finite = all(type(value) in (int, float) and math.isfinite(value) for value in scalars.values())
+    except (OverflowError, RecursionError, ValueError):
         return None
-    if not isinstance(scalars, dict) or type(scalars.get("step")) is not int:
-        return None
-    return scalars if all(type(value) in (int, float) for value in scalars.values()) else None
+    return scalars if finite else None
 
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, float]]]:
@@ -104,12 +107,15 @@ class MetricsWriter:
 
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / FILE_NAME
-        if path.exists():
-            _truncate(path, resume_step)
+        self._path = workdir / FILE_NAME
+        kept = _truncate(self._path, resume_step) if self._path.exists() else []
         self._step = resume_step
-        self._file = path.open("a", encoding="utf-8", newline="\n")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        # Event files are written late and in blocks: those of a killed run lack steps, or have some of them twice.
+        shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
+        for values in kept:
+            self._show(values.pop("step"), values)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append the scalars of `step`; they are in the file when this returns.
@@ -124,16 +130,18 @@ class MetricsWriter:
         """
         if step <= self._step or "step" in scalars:
             raise ValueError(f"step {step} must follow step {self._step}, and no scalar may be called 'step'")
-        values = {key: float(scalars[key]) for key in sorted(scalars)}
-        bad = [f"{key}={value}" for key, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(f"step {step}: {', '.join(bad)}")
+        values = as_floats(step, scalars)
+        if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+            raise OSError(f"{self._path} was replaced while the run wrote to it")
         line = json.dumps({"step": int(step), **values}, sort_keys=True, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
+        self._show(step, values)
+        self._step = step
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._tensorboard.add_scalar(key, value, step)
-        self._step = step
 
     def close(self) -> None:
         self._file.close()
@@ -146,15 +154,28 @@ class MetricsWriter:
         self.close()
 
 
-def _truncate(path: Path, resume_step: int) -> None:
-    """Drop the lines after `resume_step`; a run killed in the middle of this leaves the old file or the new one."""
-    kept = [raw + b"\n" for raw, scalars in _read(path) if scalars["step"] <= resume_step]
+def as_floats(step: int, scalars: Mapping[str, Any]) -> dict[str, float]:
+    """Return scalars as floats, by name. Raises: FloatingPointError, with the step and the names, where one is not finite."""
+    values = {key: float(scalars[key]) for key in sorted(scalars)}
+    bad = [f"{key}={value}" for key, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)}")
+    return values
+
+
+def _truncate(path: Path, resume_step: int) -> list[dict[str, float]]:
+    """Drop the lines after `resume_step`, and return the others' scalars.
+
+    A run that is killed in the middle of this leaves the old file or the new one.
+    """
+    kept = [(raw, scalars) for raw, scalars in _read(path) if scalars["step"] <= resume_step]
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.write(b"".join(kept))
+        file.write(b"".join(raw + b"\n" for raw, _ in kept))
         file.flush()
         os.fsync(file.fileno())  # Without it a power cut after the rename can leave an empty file.
     os.replace(temporary, path)
+    return [scalars for _, scalars in kept]
 
 
 class Progress:

@@ -35,8 +35,9 @@ def update_policy(
 
     With one minibatch the update is exactly on-policy: the old log-probabilities are the new ones, without another forward
     pass. With several, they are computed once before the first step. `reference` are the parameters that the KL term holds
-    the policy to.
+    the policy to. An update that meets a number which is not finite changes nothing, and its metrics are not finite either.
     """
+    begin = state
     minibatches = jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), batch)
     old = None
     if config.minibatches > 1:
@@ -49,7 +50,7 @@ def update_policy(
             grads = jax.tree.map(lambda g, d: g + config.document_weight * d, grads, more)
             metrics["loss/document"] = loss
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics["gradient/norm"] = optax.tree.norm(grads)
+        metrics["gradient/norm"], metrics["update/norm"] = optax.tree.norm(grads), optax.tree.norm(updates)
         return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer_state), metrics
 
     if config.minibatches == 1:
@@ -60,7 +61,8 @@ def update_policy(
         metrics = jax.tree.map(jnp.mean, metrics) | counted
     if state.average is not None:
         state = state._replace(average=moving_average(state.average, state.params, config.average_decay))
-    return state, metrics
+    finite = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), state, begin), metrics
 
 
 def moving_average(average: Params, params: Params, decay: float) -> Params:
