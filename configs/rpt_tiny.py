@@ -2,9 +2,9 @@
 
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 processor cores, 4 GB
-Time      8.9 minutes on a shared machine (24 November 2026)
-Results   by reasoning, held out: easy 35.4 -> 45.2, medium 25.8 -> 37.5, hard 21.7 -> 31.3 % (seed 0); the base policy's direct
-          guess 43.4, 30.5, 22.4 %. README.md has another seed.
+Time      7.7 minutes on a shared machine (24 November 2026)
+Results   by reasoning, held out: easy 31.8 -> 43.6, medium 23.3 -> 36.5, hard 16.9 -> 29.5 % (seed 0); the base policy's direct
+          guess 39.1, 28.6, 19.0 %. README.md has three seeds.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.task = "rpt"
 
-    # Made by configs/pretrain_tiny.py, whose training documents these are too.
+    # Made by configs/pretrain_tiny.py and what follows it; their training documents are these, too.
     config.policy.path = str(Path(__file__).parent / "tiny")
     config.policy.preset = "tiny"
 

@@ -13,8 +13,8 @@ from flax import linen as nn
 def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, tokens: int) -> jax.Array:
     """One uniform number in [0, 1) for every token that there may be of R = P·G rollouts, float32 [R, T].
 
-    A function of the step's key, the prompt's id, the sample's and the token's number alone. All at once: a token's at a time,
-    the generator's rounds were a quarter of the operations of a decoding step.
+    A function of the step's key, the prompt's id, the sample's and the token's number alone. All at once: the generator's rounds
+    are two loops of small operations, which every decoding step would go through for a number a rollout.
     """
 
     def one(prompt_id: jax.Array, sample: jax.Array, token: jax.Array) -> jax.Array:
