@@ -59,8 +59,8 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
 
     tasks = {"rpt": train.train, "pretrain": pretrain.pretrain, "score": prepare.prepare_corpus}
     if replay:
-        check_choice("--replay: task", experiment.task, ["rpt"])
-        tasks["rpt"] = functools.partial(train.train, replay=True)
+        check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
+        tasks = {name: functools.partial(task, replay=True) for name, task in tasks.items()}
     checks = jax.debug_nans(True) if replay else contextlib.nullcontext()
     mesh = start_mesh(experiment)
     with claimed_workdir(workdir, experiment, force), use_mesh(mesh), checks:

@@ -23,13 +23,15 @@ from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
+from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
+from rpt_jax.infra.numerics import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, init_parameters, shard_prompts
 from rpt_jax.infra.stopping import unstoppable
 from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.objective.logprobs import token_logprobs
-from rpt_jax.objective.update import TrainState
+from rpt_jax.objective.update import TrainState, if_finite
 from rpt_jax.policy.hf import save_policy
 from rpt_jax.policy.hf_config import CONFIG
 from rpt_jax.policy.presets import preset
@@ -59,9 +61,10 @@ class ExampleMaker:
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return one example, random in where its traces stand and what its drills ask.
 
-        `inputs`, `targets`, `mask`: the document behind the beginning of the template, [S]. `trace_inputs`, `trace_targets`,
-        `trace_mask`: K rows of T tokens of packed traces behind its end, [K, T], and for each of their tokens `trace_segment`
-        (which trace of its row), `trace_prefix` (how many of the inputs its trace continues) and `trace_position`.
+        `document`: its number. `inputs`, `targets`, `mask`: its tokens behind the beginning of the template, [S].
+        `trace_inputs`, `trace_targets`, `trace_mask`: K rows of T tokens of packed traces behind its end, [K, T], and for each of
+        their tokens `trace_segment` (which trace of its row), `trace_prefix` (how many of the inputs its trace continues) and
+        `trace_position`.
         """
         before, ids, writer = self._prompt.before, self._ids[document], self._writers[document]
         size = len(before) - 1 + self._limit
@@ -72,7 +75,7 @@ class ExampleMaker:
         traces = [([*before, *ids[:p], *self._prompt.after], writer.write(p, rng), 0) for p in places]
         drills = [drill for _ in range(self._config.drills_per_document) if (drill := writer.drill(rng))]
         packed = self._pack([*traces, *((self._prompt.after, *drill) for drill in drills)])
-        return {"inputs": padded[:-1], "targets": padded[1:], "mask": mask} | packed
+        return {"document": np.int32(document), "inputs": padded[:-1], "targets": padded[1:], "mask": mask} | packed
 
     def _places(self, document: int, rng: np.random.Generator) -> list[int]:
         """Positions to reason at: a share, where there are such, inside the result of a calculation, the rest anywhere.
@@ -151,18 +154,19 @@ def pretrain_step(
     weights: tuple[float, float],
     chunk: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One AdamW step on `mixed_loss`."""
+    """One AdamW step on `mixed_loss`, which changes nothing where it meets a number that is not finite."""
     loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, chunk=chunk)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    metrics["gradient/norm"] = optax.tree.norm(grads)
-    return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
+    metrics["gradient/norm"], metrics["update/norm"] = optax.tree.norm(grads), optax.tree.norm(updates)
+    return if_finite(metrics, TrainState(optax.apply_updates(state.params, updates), optimizer_state), state), metrics
 
 
-def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
+def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = False) -> None:
     """Train a base policy, from random weights or from `policy.path`; resumes from the newest checkpoint in `workdir`.
 
-    The finished policy is written to `pretrain.export`, or to `workdir/policy` where that is empty. Raises: UserError.
+    The finished policy is written to `pretrain.export`, or to `workdir/policy` where that is empty; with `replay` it ends after
+    the step that `infra.numerics` has a record of. Raises: UserError; FloatingPointError, where a number is not finite.
     """
     config, total = experiment.pretrain, experiment.training.total_steps
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
@@ -178,35 +182,51 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     if restored := checkpoints.restore():
         start, state, run = restored
         stream.set_state(run["stream"])
+    checkpoints.hold(start, state, {"stream": stream.get_state()})
     weights, chunk = (config.document_weight, config.trace_weight), experiment.training.logit_chunk_tokens
-    with MetricsWriter(workdir, start) as metrics, Progress("pretrain", total, start) as progress:
-        for step in range(start + 1, total + 1):
+    last = recorded_step(workdir) if replay else total
+    bar = Progress("pretrain", total, start)
+    with MetricsWriter(workdir, start) as metrics, bar as progress, guarded_loop() as compiled_again:
+        for step in range(start + 1, last + 1):
             began = time.monotonic()
             batch = shard_prompts(next(stream), mesh)
             with unstoppable():
-                state, losses = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
-                scalars = as_floats(step, jax.device_get(losses))
+                try:
+                    state, losses = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
+                    scalars = as_floats(step, jax.device_get(losses))
+                except FloatingPointError as error:
+                    if not replay:
+                        write_record(workdir, step, error, experiment.seed, documents=batch["document"])
+                        checkpoints.save_unchanged(state)
+                    raise
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
                 checkpoints.hold(step, state, {"stream": stream.get_state()})
+            for warning in compiled_again():
+                print(f"warning: {warning}")
             checkpoints.check()
             progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats a token")
             if step % experiment.checkpoint.every_steps == 0 or step == total:
                 checkpoints.save()
     checkpoints.close()
+    if replay:
+        print(f"Every number of step {last} is finite.")
+        return
     save_policy(directory, policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
     print(f"The policy is in {directory}.")
 
 
-def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> Experiment:
+def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = False) -> Experiment | None:
     """Pre-train as `cold_start` says, in `workdir/cold_start`, unless that was done; return the experiment from there on.
 
-    Its metrics are in that directory. Raises: UserError.
+    Its metrics are in that directory. None, where `replay` was of one of its steps. Raises: UserError.
     """
     if not experiment.cold_start.total_steps:
         return experiment
     directory = workdir / "cold_start"
     if not (directory / "policy" / CONFIG).is_file():
-        pretrain(cold_start_of(experiment), directory, mesh)
+        pretrain(cold_start_of(experiment), directory, mesh, replay)
+        if replay:
+            return None
     # The policy is whole: what it was made from is of no more use, and three times as large.
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     policy = dataclasses.replace(experiment.policy, path=str(directory / "policy"))

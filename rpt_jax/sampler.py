@@ -39,7 +39,12 @@ class Sampled(NamedTuple):
 
     def size(self) -> BatchSize:
         """Real tokens in the batch, fetched from the device."""
-        return BatchSize(int(self.prompts.lengths_P.sum()), int(self.rollouts.lengths_PxG.sum()))
+        prompt_tokens, response_tokens = jax.device_get((self.prompts.lengths_P.sum(), self.rollouts.lengths_PxG.sum()))
+        return BatchSize(int(prompt_tokens), int(response_tokens))
+
+    def all_vary(self) -> bool:
+        """Whether every group has samples that were rewarded differently, fetched from the device."""
+        return bool(jax.device_get(has_variance(self.reward_PxG).all()))
 
 
 class Sampler:

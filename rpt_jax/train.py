@@ -24,13 +24,13 @@ from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.divergence import Watch
+from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, as_floats, show_rollouts, table
 from rpt_jax.infra.numerics import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.sharding import check_batches, init_optimizer, prompt_ways, shard_prompts
 from rpt_jax.infra.stopping import unstoppable
 from rpt_jax.infra.whole import write_whole
-from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.batch import Documents, UpdateConfig
 from rpt_jax.objective.loss import Bounds
 from rpt_jax.objective.reward import Status
@@ -59,11 +59,12 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
-    last = recorded_step(workdir) if replay else t.total_steps
     sizes = {"training.prompts_per_step": t.prompts_per_step}
     sizes["evaluation.score_documents"] = experiment.evaluation.score_documents
     check_batches(mesh, sizes)
-    experiment = cold_start(experiment, workdir, mesh)
+    if (experiment := cold_start(experiment, workdir, mesh, replay)) is None:
+        return
+    last = recorded_step(workdir) if replay else t.total_steps
     setup = set_up(experiment, mesh, workdir)
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
     sample = Sampler(experiment, setup, builder)
@@ -102,7 +103,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         checkpoints.hold(step, state, run | {"own": own.state() if own else None})
 
     hold()
-    with MetricsWriter(workdir, step - 1) as metrics, Progress("rpt", t.total_steps, step) as progress:
+    bar = Progress("rpt", t.total_steps, step)
+    with MetricsWriter(workdir, step - 1) as metrics, bar as progress, guarded_loop() as compiled_again:
         while True:
             if before is None:
                 before = evaluator.full(setup.params)
@@ -131,7 +133,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
             sampled = reward(state, sample(weights, prompts, step, clock), step)
             generated = counters.count_rollouts(sampled.size())
             dynamic, rounds = step >= t.dynamic_sampling_from, 1
-            while dynamic and rounds < t.dynamic_sampling_rounds and not has_variance(sampled.reward_PxG).all():
+            while dynamic and rounds < t.dynamic_sampling_rounds and not sampled.all_vary():
                 clock.lap("reward")
                 fresh = reward(state, sample(weights, next(stream), step, clock), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
@@ -150,11 +152,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                         record_failure(workdir, step, error, experiment.seed, sampled)
                         checkpoints.save_unchanged(state)
                     raise
-                text = int(documents.mask_NxS.sum()) if documents else 0
-                learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
-                counters.count_update(sampled.size(), learnt, trunk, generated, text)
+                count_update(counters, sampled, generated, documents, scalars)
                 clock.lap("update")
-                for warning in watch.check(step, scalars):
+                for warning in watch.check(step, scalars) + compiled_again():
                     print(f"warning: {warning}")
                 scalars |= counters.scalars() | clock.speed(counters.flops - spent, generated.response_tokens)
                 hold()
@@ -218,6 +218,15 @@ def make_counters(experiment: Experiment, setup: Setup) -> Counters:
     o, minibatches = experiment.objective, experiment.training.minibatches_per_step
     passes = BatchSize(*FORWARD_PASSES[o.reward])
     return Counters(setup.policy.shape.matmul_parameters, passes, (minibatches > 1) + (o.kl != "none"))
+
+
+def count_update(
+    counters: Counters, sampled: Sampled, generated: BatchSize, documents: Documents | None, scalars: dict[str, float]
+) -> None:
+    """Count the update that left `scalars`."""
+    text = int(jax.device_get(documents.mask_NxS.sum())) if documents else 0
+    learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
+    counters.count_update(sampled.size(), learnt, trunk, generated, text)
 
 
 def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> Documents:

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     """Return the exit code: 0, or 2 where a sentence says what to mend."""
     # The first line of XLA's chatter would land in the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from rpt_jax.bench import compilation, data, policy, reward, rollout, update
+    from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.metrics import table
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
         "reward": reward,
         "update": update,
         "data": data,
+        "soak": soak,
     }
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.bench", description=__doc__.splitlines()[2])
     commands = parser.add_subparsers(dest="name", required=True)

@@ -1,15 +1,16 @@
 """Tokens a second of the policy: forward, forward and backward, prefill; and the share of the machine's matmul ceiling.
 
 Forward and backward end in the mean log-probability of the next tokens, so they hold the head; prefill ends in the keys and
-values of every token and the last token's state. FLOPs are those of the matrices and of causal attention, nothing
-recomputed counted. The ceiling is the fastest of as many runs of one large matrix product. With --beside=transformers the
-same shape runs in PyTorch between our runs.
+values of every token and the last token's state. The batch runs in passes of --microbatch sequences, as an update runs in rows.
+FLOPs are those of the matrices and of causal attention, nothing recomputed counted. The ceiling is the fastest of as many runs
+of one large matrix product. With --beside=transformers the same shape runs in PyTorch between our runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,16 @@ import numpy as np
 from rpt_jax.bench.measure import interleaved, matmul_call
 from rpt_jax.config import ATTENTIONS, REMATS, PolicyConfig
 from rpt_jax.describe import attention_flops
+from rpt_jax.errors import UserError
 from rpt_jax.infra.sharding import init_parameters, make_mesh, use_mesh
 from rpt_jax.objective.logprobs import token_logprobs
+from rpt_jax.objective.packing import fitting_divisor
 from rpt_jax.policy.presets import Shape, preset
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
 from rpt_jax.setup import make_policy
 
 _SHAPE = Shape(layers=6, width=384, heads=6, kv_heads=2, head_size=64, ffn=1024, vocab=4096, qkv_bias=True)
+_CACHED_TOKENS = 2048  # Of a pass on a CPU: with more, what a layer leaves for the next is no longer in the caches.
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_size", "ffn", "vocab")
 
 
@@ -47,9 +51,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shape_options(parser)
     parser.add_argument("--batch", type=int, default=64, help="sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument(
+        "--microbatch", type=int, help="sequences of one pass; default: about 2,048 tokens on a CPU, else all of them"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
-    parser.add_argument("--remat", choices=REMATS, default="none")
+    parser.add_argument("--remat", choices=REMATS, default="dots")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist at one time")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--beside", choices=("transformers",), help="measure this one too, in turns")
@@ -62,7 +69,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     mesh = make_mesh(-1, 1, 1)
     with use_mesh(mesh):
         params = init_parameters(policy, mesh, seed=0)
-        calls = policy_calls(policy, params, options.batch, options.length, options.chunk)
+        calls = policy_calls(policy, params, options.batch, options.length, _microbatch(options), options.chunk)
         if options.beside:
             from rpt_jax.bench.peer import transformers_calls
 
@@ -79,25 +86,45 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     return ["program", "seconds", "fastest", "slowest", "tokens/s", "GFLOP/s", "of the ceiling"], rows
 
 
+def _microbatch(options: argparse.Namespace) -> int:
+    """Sequences of one pass. Raises: UserError, where they do not divide the batch."""
+    if not options.microbatch:
+        tokens = _CACHED_TOKENS if jax.default_backend() == "cpu" else options.batch * options.length
+        return fitting_divisor(options.batch, tokens // options.length, 1)
+    if options.batch % options.microbatch:
+        raise UserError(f"--microbatch={options.microbatch} must divide --batch={options.batch}.")
+    return options.microbatch
+
+
 def policy_calls(
-    policy: Transformer, params: Params, batch: int, length: int, chunk: int
+    policy: Transformer, params: Params, batch: int, length: int, microbatch: int, chunk: int
 ) -> dict[str, Callable[[], Any]]:
     """The three programs, on random tokens."""
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, policy.shape.vocab, (batch, length + 1)), jnp.int32)
-    inputs, targets, lengths = tokens[:, :-1], tokens[:, 1:], jnp.full(batch, length, jnp.int32)
+    tokens = jnp.asarray(rng.integers(0, policy.shape.vocab, (batch // microbatch, microbatch, length + 1)), jnp.int32)
+    lengths = jnp.full(microbatch, length, jnp.int32)
 
-    def loss(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        hidden, _, _ = prefill(policy, params, inputs, lengths)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return -token_logprobs(head(policy, params), flat, targets.reshape(-1), 1.0, chunk).mean()
+    def loss(params: Params, tokens_NxS: jax.Array) -> jax.Array:
+        hidden, _, _ = prefill(policy, params, tokens_NxS[:, :-1], lengths)
+        flat, targets = hidden.reshape(-1, hidden.shape[-1]), tokens_NxS[:, 1:].reshape(-1)
+        return -token_logprobs(head(policy, params), flat, targets, 1.0, chunk).mean()
 
-    forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
-    fill = jax.jit(lambda params, inputs: prefill(policy, params, inputs, lengths)[1:])
+    def add(params: Params, total: Any, tokens_NxS: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, tokens_NxS)), None
+
+    @jax.jit
+    def gradient(params: Params, tokens: jax.Array) -> Any:
+        start = jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(functools.partial(add, params), start, tokens)[0]
+
+    forward = jax.jit(lambda params, tokens: jax.lax.map(functools.partial(loss, params), tokens).mean())
+    fill = jax.jit(
+        lambda params, tokens: jax.lax.map(lambda some: prefill(policy, params, some[:, :-1], lengths)[1:], tokens)
+    )
     return {
-        "forward": lambda: forward(params, inputs, targets),
-        "forward and backward": lambda: gradient(params, inputs, targets),
-        "prefill": lambda: fill(params, inputs),
+        "forward": lambda: forward(params, tokens),
+        "forward and backward": lambda: gradient(params, tokens),
+        "prefill": lambda: fill(params, tokens),
     }
 
 

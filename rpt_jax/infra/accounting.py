@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import resource
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +53,23 @@ def peak_flops() -> float:
     return 2.0 * 1024**3 / min(seconds[1:]) / jax.local_device_count()
 
 
+def memory_scalars() -> dict[str, float]:
+    """The most memory that this process had at one time, in MB; on Linux also what it has now, and what else it may run out of.
+
+    Every compiled program holds memory maps, of which Linux allows 65,530.
+    """
+    scalars = {
+        "memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    }  # Linux counts kilobytes here.
+    process = Path("/proc/self")
+    if (process / "statm").exists():
+        pages = int((process / "statm").read_text().split()[1])
+        scalars["memory/resident_mb"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        scalars["memory/maps"] = (process / "maps").read_bytes().count(b"\n")
+        scalars["memory/open_files"] = len(os.listdir(process / "fd"))
+    return scalars
+
+
 class BatchSize(NamedTuple):
     """Real tokens of a batch of rollouts, without padding."""
 
@@ -94,7 +113,7 @@ class Clock:
         return {"speed/tokens_per_second": tokens / seconds, "speed/mfu": flops / seconds / peak}
 
     def scalars(self) -> dict[str, float]:
-        """Return `time/<stage>` since the last call, what of it was compiling, and the peak of the process's memory in MB.
+        """Return `time/<stage>` since the last call, what of it was compiling, and what the process holds.
 
         A program that is compiled again in the middle of a run has met a new shape or placement: steps become slow.
         """
@@ -102,9 +121,7 @@ class Clock:
         compiling = {"time/compile": _compiling["seconds"], "time/compiled_programs": _compiling["programs"]}
         self._laps.clear()
         _compiling.clear()
-        # Linux counts kilobytes here.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return laps | compiling | {"time/step": sum(laps.values()), "memory/peak_mb": peak}
+        return laps | compiling | {"time/step": sum(laps.values())} | memory_scalars()
 
 
 class Counters:

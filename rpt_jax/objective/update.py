@@ -61,8 +61,13 @@ def update_policy(
         metrics = jax.tree.map(jnp.mean, metrics) | counted
     if state.average is not None:
         state = state._replace(average=moving_average(state.average, state.params, config.average_decay))
+    return if_finite(metrics, state, begin), metrics
+
+
+def if_finite(metrics: dict[str, jax.Array], new: TrainState, old: TrainState) -> TrainState:
+    """`new` where every metric is finite, else `old`. The norms among them are not where any number of `new` is not."""
     finite = jnp.stack([jnp.isfinite(value) for value in metrics.values()]).all()
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), state, begin), metrics
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 
 def moving_average(average: Params, params: Params, decay: float) -> Params:

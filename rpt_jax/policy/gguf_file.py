@@ -10,12 +10,11 @@ import numpy as np
 
 from rpt_jax.data.gguf_header import header_value, open_gguf
 from rpt_jax.errors import UserError
-from rpt_jax.policy.hf_config import from_config
+from rpt_jax.policy.hf_config import check_family, from_config
 from rpt_jax.policy.presets import Shape
 from rpt_jax.policy.rope import Llama3, llama3_divisors, rope_frequencies
 from rpt_jax.policy.tensors import Spec, Tensors
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
 _ROPE_DIVISORS = "rope_freqs.weight"
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -43,8 +42,7 @@ _LAYER = {
 def gguf_shape(path: Path) -> Shape:
     """Read the shape from the header. Raises: UserError, for an architecture or a scaling that we do not have."""
     family = header_value(path, "general.architecture")
-    if family not in _FAMILIES:
-        raise UserError(f"{path}: general.architecture={family!r} is not one of: {', '.join(_FAMILIES)}.")
+    check_family(f"{path}: general.architecture", family)
 
     def value(key: str, default: Any = None) -> Any:
         return header_value(path, f"{family}.{key}", default)

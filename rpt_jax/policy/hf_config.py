@@ -14,7 +14,8 @@ from rpt_jax.policy.rope import SCALINGS, Scaling
 
 CONFIG = "config.json"
 FINGERPRINT = "tokenizer_sha256"  # Our own field; other readers ignore it.
-_FAMILIES = ("llama", "qwen2", "qwen3")
+# What model_type may be -> the models of that kind, for people who know these by their names only.
+_FAMILIES = {"llama": "Llama 3 and SmolLM2", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3 without experts"}
 # What the families could have and none of those we know of does: (field, the values that mean that it has not).
 _ABSENT = {
     "attention_bias": (None, False),
@@ -61,11 +62,17 @@ def to_config(s: Shape) -> dict[str, Any]:
     return config
 
 
+def check_family(where: str, family: Any) -> None:
+    """Refuse a family that is not ours, with those that are. Raises: UserError."""
+    if not isinstance(family, str) or family not in _FAMILIES:
+        ours = ", ".join(f"'{name}' ({models})" for name, models in _FAMILIES.items())
+        raise UserError(f"{where}={family!r} is not among the architectures of rpt_jax: {ours}.")
+
+
 def from_config(config: dict[str, Any], path: Path) -> Shape:
     """Read a shape. Raises: UserError, naming `path` and the field, for anything that we do not have or cannot read."""
     kind = config.get("model_type")
-    if kind not in _FAMILIES:
-        raise UserError(f"{path}: model_type={kind!r} is not one of: {', '.join(_FAMILIES)}.")
+    check_family(f"{path}: model_type", kind)
     _refuse_options(config, path)
 
     def number(name: str, expected: type, default: Any = None) -> Any:

@@ -1,0 +1,267 @@
+"""Malformed files of every kind: a right result or a UserError that names the file, never another exception."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rpt_jax.config import DataConfig
+from rpt_jax.data import prepare
+from rpt_jax.data.corpus import load_corpus
+from rpt_jax.data.files import find_units
+from rpt_jax.data.prepare import files_digest, tokenise
+from rpt_jax.data.readers import Document, Rejected, read_unit
+from rpt_jax.data.shards import MANIFEST, ShardWriter, write_json
+from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.errors import UserError
+from rpt_jax.policy.hf import load_shape, open_weights, save_policy
+from rpt_jax.policy.tensors import INDEX, WEIGHTS
+from rpt_jax.policy.transformer import Transformer
+from rpt_jax.prepared import _digest, open_prepared
+from tests.conftest import ROOT
+from tests.policy_reference import random_params
+from tests.test_convert import SHAPE, tokenizer_spec, write_gguf
+from tests.test_fuzz_input import altered, many, values
+from tests.test_readers import write_all
+
+pytestmark = pytest.mark.slow
+TINY = ROOT / "configs" / "tiny"
+TEXTS = ["Tom has 3 apples.\nHe buys 4 more.", "naïve \U0001f9ee", "a b c " * 40, "12 + 30 = 42"]
+
+
+def refused_or(path: Path, use: Callable[[], object]) -> None:
+    """Let `use` give what it may, or a UserError that names `path` or what is beside it."""
+    try:
+        use()
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+@st.composite
+def altered_json(draw: st.DrawFn, content: dict) -> bytes:
+    """JSON with some of its values, at any depth, replaced, renamed or taken out."""
+    content = json.loads(json.dumps(content))
+    for _ in range(draw(st.integers(1, 3))):
+        place = content
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if isinstance(place[key], dict | list) and place[key] and draw(st.booleans()):
+                place = place[key]
+                continue
+            change = draw(st.sampled_from(["value", "gone", "other name"]))
+            if change == "gone":
+                del place[key]
+            elif change == "other name" and isinstance(place, dict):
+                place[draw(st.text(max_size=8))] = place.pop(key)
+            else:
+                place[key] = draw(values)
+            break
+    return json.dumps(content).encode()
+
+
+# --- corpora -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("corpora")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in _every_file(folder)}
+
+
+def _every_file(folder: Path) -> list[Path]:
+    write_all(folder, [{"text": text} for text in TEXTS])
+    (folder / "h.txt").write_text("\n\n".join(TEXTS))
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def read_all(config: DataConfig) -> None:
+    for unit in find_units(config):
+        for found in read_unit(unit, config):
+            assert isinstance(found, Document | Rejected)
+
+
+@many
+@given(st.data())
+def test_corpora(corpora: dict[str, bytes], tmp_path: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(corpora)))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data.draw(altered(corpora[name]) | st.binary(max_size=300)))
+    refused_or(path, lambda: read_all(DataConfig(source="path", path=str(path), max_document_bytes=1000)))
+
+
+@many
+@given(st.lists(values | st.dictionaries(st.just("text"), values), max_size=5))
+def test_lines_of_json(tmp_path: Path, records: list[object]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    refused_or(path, lambda: load_corpus(DataConfig(source="path", path=str(path))))
+
+
+# --- tokenizers --------------------------------------------------------------------------------------
+
+
+def use_tokenizer(directory: Path) -> Tokenizer:
+    tokenizer = load_tokenizer(directory)
+    for text in TEXTS:
+        assert tokenizer.token_bytes(tokenizer.encode(text)) == text.encode()
+    return tokenizer
+
+
+@many
+@given(altered_json(tokenizer_spec()) | altered(json.dumps(tokenizer_spec()).encode()))
+def test_byte_level_tokenizers(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 259]}))
+    refused_or(tmp_path, lambda: use_tokenizer(tmp_path))
+
+
+BESIDE = {
+    "tokenizer_config.json": {
+        "eos_token": {"content": "<|im_end|>"},
+        "bos_token": "<|im_start|>",
+        "chat_template": "x",
+    },
+    "generation_config.json": {"eos_token_id": [258, 259], "pad_token_id": 257},
+}
+
+
+@many
+@given(st.data())
+def test_files_beside_a_tokenizer(tmp_path: Path, data: st.DataObject) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_spec()))
+    for name, content in BESIDE.items():
+        (tmp_path / name).write_bytes(
+            data.draw(altered_json(content) | values.map(lambda v: json.dumps(v).encode()) | st.binary(max_size=50))
+        )
+    refused_or(tmp_path, lambda: use_tokenizer(tmp_path))
+
+
+@many
+@given(altered((TINY / "tokenizer.model").read_bytes()))
+def test_sentencepiece_models(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    refused_or(tmp_path, lambda: use_tokenizer(tmp_path))
+
+
+# --- weights -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("policy")
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_spec()))
+    (directory / "generation_config.json").write_text(json.dumps(BESIDE["generation_config.json"]))
+    save_policy(directory, SHAPE, random_params(Transformer(SHAPE), 0), directory / "tokenizer.json", "")
+    write_gguf(directory / "tiny.gguf")
+    return directory
+
+
+def read_weights(source: Path) -> None:
+    shape, _ = load_shape(source)
+    tensors = open_weights(source, shape)
+    for name, spec in tensors.specs.items():
+        tensor = tensors.read(name)
+        assert tensor.shape == spec.dims and np.isfinite(tensor).all()
+
+
+@many
+@given(st.data())
+def test_safetensors(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
+    whole = (policy / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    # Most of a file is numbers, in which nothing can be wrong but infinity; so most changes are to its header.
+    header = data.draw(altered(whole[:end]) | altered_json(json.loads(whole[8:end])).map(_with_length))
+    (tmp_path / "config.json").write_bytes((policy / "config.json").read_bytes())
+    (tmp_path / WEIGHTS).write_bytes(header + data.draw(st.just(whole[end:]) | altered(whole[end:])))
+    refused_or(tmp_path, lambda: read_weights(tmp_path))
+
+
+def _with_length(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+@many
+@given(st.data())
+def test_indices_of_safetensors_and_shapes(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
+    file = "model-00001-of-00001.safetensors"
+    (tmp_path / file).write_bytes((policy / WEIGHTS).read_bytes())
+    tensors = open_weights(policy, SHAPE)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors.specs, file)}
+    config = json.loads((policy / "config.json").read_text())
+    whole = json.dumps(index).encode()
+    (tmp_path / INDEX).write_bytes(data.draw(st.just(whole) | altered_json(index) | altered(whole)))
+    (tmp_path / "config.json").write_bytes(
+        data.draw(altered_json(config) | altered_json(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))
+    )
+    refused_or(tmp_path, lambda: read_weights(tmp_path))
+
+
+@many
+@given(st.data())
+def test_gguf_files(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
+    whole = (policy / "tiny.gguf").read_bytes()
+    end = data.draw(st.sampled_from([200, 2_000, 12_000, len(whole)]))
+    path = tmp_path / "altered.gguf"
+    path.write_bytes(data.draw(altered(whole[:end])) + whole[end:])
+
+    def use() -> None:
+        read_weights(path)
+        use_tokenizer(path)
+
+    refused_or(path, use)
+
+
+# --- prepared corpora --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path]:
+    directory = tmp_path_factory.mktemp("prepared")
+    (directory / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    config = DataConfig(source="path", path=str(directory / "a.jsonl"), held_out_documents=1)
+    tokenizer = load_tokenizer(TINY)
+    tokenise(config, tokenizer, directory / "whole", lambda words: None)
+    with ShardWriter(directory / "whole", "scores", 0, 1) as writer:
+        for _ in TEXTS:
+            writer.write([np.zeros(4), np.zeros(4)])
+        writer.commit({"histogram": [4], "proxy": "p"})
+    manifest = {
+        "content": prepare.content(config),
+        "files": files_digest(config),
+        "tokenizer": {"fingerprint": tokenizer.fingerprint},
+        "proxy": {"fingerprint": "p"},
+        "data.entropy_top_k": config.entropy_top_k,
+        "shards": 1,
+        "summaries": _digest(directory / "whole", 1),
+    }
+    write_json(directory / "whole" / MANIFEST, manifest)
+    return config, directory / "whole"
+
+
+@many
+@given(st.data())
+def test_manifests_and_shards(prepared: tuple[DataConfig, Path], tmp_path: Path, data: st.DataObject) -> None:
+    config, whole = prepared
+    changed = data.draw(st.sampled_from(sorted(path.name for path in whole.iterdir())))
+    for path in whole.iterdir():
+        content = path.read_bytes()
+        if path.name == changed:
+            by_value = [altered_json(json.loads(content))] if path.suffix == ".json" else []
+            content = data.draw(st.one_of(altered(content), *by_value))
+        (tmp_path / path.name).write_bytes(content)
+
+    def use() -> None:
+        opened = open_prepared(config, load_tokenizer(TINY), tmp_path)
+        opened.corpus.tokens.read(range(len(opened.corpus.tokens)))
+
+    refused_or(tmp_path, use)
