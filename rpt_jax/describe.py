@@ -248,18 +248,20 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: Adam's two moments", 2 * parameters, _WEIGHTS),
     ]
     if experiment.objective.reward == "info_gain":
-        fields = f"{_WEIGHTS}, objective.reward"
-        state.append(Row("bytes per device: moving average of the parameters", parameters, fields))
+        state.append(Row("bytes per device: moving average of the parameters", parameters, "policy, objective.reward"))
     rollouts = prompts * tree.branches
     slots = min(mesh.share(experiment.rollout.decode_slots) or rollouts, rollouts)
     prompt_cache, response_cache = (n * token // mesh.tensor for n in (prompts * tree.stem, slots * tree.length))
     scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
     copy = _decoding_copy(experiment, shape, mesh)
-    gradients = Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS)
-    backward = _backward_rows(
-        experiment, shape, mesh, _Tree(experiment.training.microbatch_tokens, 0, 0), 1, _MICROBATCH
-    )
-    resident = _sum(state)
+    resident, t = _sum(state), experiment.training
+    # Of several minibatches, any may meet a number that is not finite; then none has changed anything.
+    begin = resident - parameters if t.minibatches_per_step > 1 else 0
+    update = [
+        Row("bytes per device: gradients, sum and microbatch's", 2 * parameters, _WEIGHTS),
+        Row("bytes per device: the state before the step", begin, f"{_WEIGHTS}, training.minibatches_per_step"),
+        *_backward_rows(experiment, shape, mesh, _Tree(t.microbatch_tokens, 0, 0), 1, _MICROBATCH),
+    ]
     sampled = f"policy, mesh, {_PROMPTS}"
     return [
         *state,
@@ -274,12 +276,11 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
             resident + copy + prompt_cache + max(response_cache, scores),
             "parameters, moments, layout, prompts, the larger of responses and scores",
         ),
-        gradients,
-        *backward,
+        *update,
         Row(
             "bytes per device in all in the update, at least",
-            resident + _sum([gradients, *backward]),
-            "parameters, moments, gradients and the three above",
+            resident + _sum(update),
+            "parameters, moments, and the above",
         ),
     ]
 

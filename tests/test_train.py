@@ -13,7 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from rpt_jax import main, train
+from rpt_jax import main, pretrain, train
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.data.tokenizer import load_tokenizer
 from rpt_jax.errors import UserError
@@ -186,17 +186,50 @@ def test_a_number_of_a_rollout_that_is_not_finite(tmp_path: Path, monkeypatch: p
     assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["0"]
 
 
-def test_pretraining_resumes_and_exports_a_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {
-        "data.documents": 200,
-        "data.max_document_tokens": 64,
-        "pretrain.documents_per_step": 2,
-        "pretrain.rows_per_document": 2,
-        "training.total_steps": 3,
-        "checkpoint.every_steps": 1,
-    }
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    main.run(experiment("pretrain_tiny", **small), whole)
+PRETRAIN = {
+    "data.documents": 200,
+    "data.max_document_tokens": 64,
+    "pretrain.documents_per_step": 2,
+    "pretrain.rows_per_document": 2,
+    "training.total_steps": 3,
+    "checkpoint.every_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("pretrained")
+    main.run(experiment("pretrain_tiny", **PRETRAIN), workdir)
+    return workdir
+
+
+def test_nan_stops_pretraining_and_is_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields, step, calls = PRETRAIN | {"checkpoint.every_steps": 100}, pretrain.pretrain_step, []
+
+    def spoilt(*arguments: object, **options: object) -> object:
+        calls.append(0)
+        return step(*arguments, **options | ({"weights": (float("nan"), 1.0)} if len(calls) >= 2 else {}))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "pretrain_step", spoilt)
+        with pytest.raises(FloatingPointError, match="step 2: "):
+            main.run(experiment("pretrain_tiny", **fields), tmp_path)
+        assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["1"]
+        record = json.loads((tmp_path / "not_finite.json").read_text())
+        assert record["step"] == 2 and len(record["documents"]) == 2
+        with pytest.raises(FloatingPointError):
+            main.run(experiment("pretrain_tiny", **fields), tmp_path, replay=True)
+    main.run(experiment("pretrain_tiny", **fields), tmp_path, replay=True)
+    assert "Every number of step 2 is finite" in capsys.readouterr().out
+    main.run(experiment("pretrain_tiny", **fields), tmp_path)
+    assert comparable(tmp_path) == comparable(pretrained)
+
+
+def test_pretraining_resumes_and_exports_a_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: Path
+) -> None:
     write = MetricsWriter.write
 
     def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
@@ -207,11 +240,11 @@ def test_pretraining_resumes_and_exports_a_policy(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", write_and_die)
         with pytest.raises(KeyboardInterrupt):
-            main.run(experiment("pretrain_tiny", **small), broken)
-    main.run(experiment("pretrain_tiny", **small), broken)
-    assert comparable(broken) == comparable(whole)
+            main.run(experiment("pretrain_tiny", **PRETRAIN), tmp_path)
+    main.run(experiment("pretrain_tiny", **PRETRAIN), tmp_path)
+    assert comparable(tmp_path) == comparable(pretrained)
     for name in ("model.safetensors", "config.json", "tokenizer.model"):
-        assert (broken / "policy" / name).read_bytes() == (whole / "policy" / name).read_bytes()
+        assert (tmp_path / "policy" / name).read_bytes() == (pretrained / "policy" / name).read_bytes()
 
 
 def wait_for(path: Path, seconds: float = 60.0) -> None:
