@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,10 +94,11 @@ def read_all(config: DataConfig) -> None:
 @given(st.data())
 def test_corpora(corpora: dict[str, bytes], tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(corpora)))
+    shutil.rmtree(tmp_path)
     path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True)
     path.write_bytes(data.draw(altered(corpora[name]) | st.binary(max_size=300)))
-    refused_or(path, lambda: read_all(DataConfig(source="path", path=str(path), max_document_bytes=1000)))
+    refused_or(tmp_path, lambda: read_all(DataConfig(source="path", path=str(path), max_document_bytes=1000)))
 
 
 @many

@@ -264,6 +264,7 @@ def _read_arrow(unit: Unit, config: DataConfig) -> Found:
 
 def _rows(batches: Iterable[Any], config: DataConfig, number: int) -> Found:
     for batch in batches:
+        batch.validate(full=True)  # Else a damaged file may be read beyond its buffers, which ends the process.
         names = [name for name in batch.schema.names if name in _fields(config)] or batch.schema.names
         for record in batch.select(names).to_pylist():
             number += 1

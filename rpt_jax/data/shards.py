@@ -143,7 +143,12 @@ class Records(Sequence):
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         # An empty file of records cannot be opened.
         paths = [self._path(shard) for shard, count in zip(self._numbers, counts, strict=True) if count]
-        self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else ()
+        try:
+            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else ()
+        except Exception as error:  # noqa: BLE001 - the library's, of a C++ reader.
+            raise UserError(
+                f"{directory}: the records of {kind} cannot be read ({' '.join(str(error).split())[:200]}). Prepare it again."
+            ) from None
         if len(self._source) != len(self):
             raise UserError(
                 f"{directory}: {len(self._source)} records where {len(self)} were written. Prepare it again."

@@ -185,10 +185,10 @@ def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data + identity)
         size = processor.vocab_size()
-    except RuntimeError as error:
-        raise UserError(f"{path} is not a sentencepiece model: {error}.") from error
-    names = [processor.id_to_piece(i) for i in range(size)]
-    byte_ids = {int(name[1:-1], 16): i for i, name in enumerate(names) if processor.is_byte(i)}
+        names = [processor.id_to_piece(i) for i in range(size)]
+        byte_ids = {int(name[1:-1], 16): i for i, name in enumerate(names) if processor.is_byte(i)}
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is not a sentencepiece model, or damaged: {error}.") from error
     if len(byte_ids) < 256:
         raise UserError(
             f"{path} has no byte fallback ({len(byte_ids)} of 256 byte tokens), so it cannot express every text. "
@@ -354,11 +354,11 @@ def _special_ids(path: Path, files: Files, ids: dict[str, int]) -> dict[str, int
     def find(kind: str) -> int | None:
         name = names.get(f"{kind}_token")
         name = name.get("content") if isinstance(name, dict) else name
-        if name in ids:
+        if isinstance(name, str) and name in ids:
             return ids[name]
         number = numbers.get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        return number if number in ids.values() else None
+        return number if type(number) is int and number in ids.values() else None
 
     eos_id = find("eos")
     if eos_id is None:
@@ -377,7 +377,7 @@ def _stop_ids(path: Path, files: Files, eos_id: int, size: int) -> tuple[int, ..
     """Return `eos_id` and what else generation_config.json ends a response with."""
     others = _parse_optional(path, files, "generation_config.json").get("eos_token_id")
     others = others if isinstance(others, list) else [others]
-    known = [i for i in others if isinstance(i, int) and 0 <= i < size]
+    known = [i for i in others if type(i) is int and 0 <= i < size]
     return tuple(dict.fromkeys([eos_id, *known]))
 
 
