@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder
+from rpt_jax.data.tokenizer import ByteVocab
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize, Clock
 from rpt_jax.infra.sharding import decoding_layout, prompt_ways, shard_prompts
@@ -71,22 +73,12 @@ class Sampler:
         """
         on_roots = self._on_roots(prompts)
         prompts, on_roots = shard_prompts((prompts, on_roots), self._mesh)
-        key = jax.random.fold_in(self._key, step)
+        key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
         rollouts, work = sample_rollouts(self._policy, weights, on_roots, key, self._decoding, self._box_vocab)
         if clock:
             jax.block_until_ready(rollouts)
             clock.lap("rollout")
-        reward, status = prefix_match_reward(
-            rollouts.tokens_PxGxT,
-            rollouts.lengths_PxG,
-            rollouts.stopped_PxG,
-            prompts.reference_PxR,
-            prompts.boundaries_PxRp1,
-            self._vocab.bytes_VxX,
-            self._vocab.lengths_V,
-            self._tokenizer.end_think_id,
-        )
-        return Sampled(prompts, rollouts, reward, status, _decoded(rollouts, work))
+        return Sampled(prompts, rollouts, *_judged(prompts, rollouts, work, self._vocab, self._tokenizer.end_think_id))
 
     def _on_roots(self, prompts: PromptBatch) -> Prompts:
         """What is run once: each prompt or, where a step has several positions of a document, each document."""
@@ -125,10 +117,24 @@ def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
     )
 
 
-@jax.jit
-def _decoded(rollouts: Rollouts, work: Work) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="end_think_id")
+def _judged(
+    prompts: PromptBatch, rollouts: Rollouts, work: Work, vocab: ByteVocab, end_think_id: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rewards and statuses [P, G], and `Sampled.decoded`."""
+    reward_PxG, status_PxG = prefix_match_reward(
+        rollouts.tokens_PxGxT,
+        rollouts.lengths_PxG,
+        rollouts.stopped_PxG,
+        prompts.reference_PxR,
+        prompts.boundaries_PxRp1,
+        vocab.bytes_VxX,
+        vocab.lengths_V,
+        end_think_id,
+    )
     # The first token of each comes from the prefill.
-    return jnp.stack([jnp.maximum(rollouts.lengths_PxG - 1, 0).sum(), work.slots.sum()])
+    decoded = jnp.stack([jnp.maximum(rollouts.lengths_PxG - 1, 0).sum(), work.slots.sum()])
+    return reward_PxG, status_PxG, decoded
 
 
 class Rewarder:
@@ -256,6 +262,7 @@ def rollout_metrics(sampled: Sampled) -> dict[str, jax.Array]:
     }
 
 
+@functools.partial(jax.jit, static_argnames=("config", "only_informative"))
 def to_update_batch(
     sampled: Sampled, config: ObjectiveConfig, only_informative: bool, documents: Documents | None = None
 ) -> UpdateBatch:

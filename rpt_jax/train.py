@@ -271,7 +271,7 @@ def status(scalars: dict[str, Any], dynamic: bool) -> str:
 
 def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
     """The first sample of the first `count` prompts, as text."""
-    rows = jax.device_get(jax.tree.map(lambda x: x[:count], sampled))
+    rows = jax.device_get(sampled)
     texts = []
     for i in range(count):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _compiling: collections.Counter[str] = collections.Counter()
 
@@ -44,7 +45,7 @@ def peak_flops() -> float:
     """FLOP/s of one device: its maker's figure in bfloat16 or, of devices not listed, what the best of five products reaches."""
     if peak := _PEAKS.get(jax.devices()[0].device_kind):
         return peak
-    x, seconds = jnp.ones((1024, 1024), jnp.float32), []
+    x, seconds = jax.device_put(np.ones((1024, 1024), np.float32)), []
     multiply = jax.jit(jnp.matmul)
     for _ in range(6):
         start = time.perf_counter()
