@@ -186,7 +186,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = F
     weights, chunk = (config.document_weight, config.trace_weight), experiment.training.logit_chunk_tokens
     last = recorded_step(workdir) if replay else total
     bar = Progress("pretrain", total, start)
-    with MetricsWriter(workdir, start) as metrics, bar as progress, guarded_loop() as compiled_again:
+    with MetricsWriter(workdir, start) as metrics, bar as progress, guarded_loop(replay) as compiled_again:
         for step in range(start + 1, last + 1):
             began = time.monotonic()
             batch = shard_prompts(next(stream), mesh)

@@ -173,7 +173,8 @@ class Rewarder:
         if self._is_default:
             return sampled
         weights = state.params, state.average
-        reward_PxG = _training_reward(self._policy, self._config, weights, sampled, self._vocab, self._budget(step))
+        budget = jax.device_put(np.int32(self._budget(step)))
+        reward_PxG = _training_reward(self._policy, self._config, weights, sampled, self._vocab, budget)
         return sampled._replace(reward_PxG=reward_PxG)
 
 

@@ -104,7 +104,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
 
     hold()
     bar = Progress("rpt", t.total_steps, step)
-    with MetricsWriter(workdir, step - 1) as metrics, bar as progress, guarded_loop() as compiled_again:
+    with MetricsWriter(workdir, step - 1) as metrics, bar as progress, guarded_loop(replay) as compiled_again:
         while True:
             if before is None:
                 before = evaluator.full(setup.params)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -154,7 +155,11 @@ def test_nan_stops_the_run_before_the_update_and_is_replayed(
 
     def spoilt(*arguments: object, **options: object) -> object:
         batch, _ = advantages(*arguments, **options), steps.append(0)
-        return batch._replace(advantages_PxG=batch.advantages_PxG * (jnp.nan if len(steps) >= 4 else 1.0))
+        return (
+            batch._replace(advantages_PxG=jax.jit(lambda x: x * jnp.nan)(batch.advantages_PxG))
+            if len(steps) >= 4
+            else batch
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "to_update_batch", spoilt)

@@ -50,17 +50,20 @@ def _difference(earlier: list[str], now: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def guarded_loop() -> Iterator[Callable[[], list[str]]]:
+def guarded_loop(replay: bool = False) -> Iterator[Callable[[], list[str]]]:
     """Inside, this thread moves arrays only where the code says `jax.device_put` or `jax.device_get`; else JAX raises.
 
     Yields what a step ends with: a function that returns sentences on the programs which this step compiled again, for shapes
     or placements that they had not met. None in the first step. Each costs seconds to minutes.
+
+    Args:
+      replay: a step that is run again under checks of JAX, which look for the operation at fault with transfers of their own.
     """
     compilations, level = _Compilations(), _LOGGER.level
     _LOGGER.addFilter(compilations)
     _LOGGER.setLevel(logging.DEBUG)
     try:
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("allow" if replay else "disallow"):
             yield compilations.take
     finally:
         _LOGGER.setLevel(level)
