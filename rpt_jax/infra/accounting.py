@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.infra.meeting import at
+
 _compiling: collections.Counter[str] = collections.Counter()
 
 
@@ -100,6 +102,7 @@ class Clock:
         now = time.monotonic()
         self._laps[stage] += now - self._last
         self._last = now
+        at(stage)
 
     @property
     def seconds(self) -> float:
