@@ -56,13 +56,13 @@ def guarded_loop() -> Iterator[Callable[[], list[str]]]:
     Yields what a step ends with: a function that returns sentences on the programs which this step compiled again, for shapes
     or placements that they had not met. None in the first step. Each costs seconds to minutes.
 
-    With several processes arrays move as they like: there JAX puts every scalar onto all of their devices, unasked.
+    With several devices arrays move as they like: there JAX puts every scalar onto all of them, unasked.
     """
     compilations, level = _Compilations(), _LOGGER.level
     _LOGGER.addFilter(compilations)
     _LOGGER.setLevel(logging.DEBUG)
     try:
-        with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
+        with jax.transfer_guard("disallow" if jax.device_count() == 1 else "allow"):
             yield compilations.take
     finally:
         _LOGGER.setLevel(level)

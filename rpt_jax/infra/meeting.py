@@ -220,6 +220,7 @@ def _gather(hosts: Hosts, facts: Mapping[str, Any], seconds: float) -> tuple[dic
             "--coordinator another port, the same for all."
         ) from None
     start, said = time.monotonic(), False
+    came: list[_Line] = []
     problem = ""
     with server:
         while len(names) < hosts.processes and not problem:
@@ -231,7 +232,9 @@ def _gather(hosts: Hosts, facts: Mapping[str, Any], seconds: float) -> tuple[dic
                 line = _Line(server.accept()[0])
                 words = line.receive(_SAY_AFTER)
                 problem = _differences(words, names, hosts.processes, facts)
-                lines[words["process"]], names[words["process"]] = line, words["host"]
+                came.append(line)
+                if not problem:
+                    lines[words["process"]], names[words["process"]] = line, words["host"]
             except TimeoutError:
                 if time.monotonic() - start >= seconds:
                     problem = (
@@ -243,7 +246,7 @@ def _gather(hosts: Hosts, facts: Mapping[str, Any], seconds: float) -> tuple[dic
                     said = True
             except (KeyError, TypeError, ValueError):
                 continue  # A stranger: something that tries ports.
-    for line in lines.values():
+    for line in came:
         line.send(**({"end": 2, "why": problem} if problem else {"names": names}))
     if problem:
         raise UserError(problem)
