@@ -1,4 +1,4 @@
-"""One of several processes that meet and do what the first argument says: `python -m tests.multihost_child WHAT PROCESS OF PORT`."""
+"""One of several processes that meet and do what WHAT says: `python -m tests.multihost_child WHAT PROCESS PROCESSES PORT`."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ def test_sigterm_to_one_of_four_saves_all_and_one_and_two_go_on(start, alone: Pa
     assert [line["step"] for line in comparable(copy)] == [line["step"] for line in comparable(alone)]
     for ours, theirs in zip(comparable(copy), comparable(alone), strict=True):
         if ours["step"] <= int(saved.name):
-            assert ours["step"] == 0 or ours["loss/mean"] == theirs["loss/mean"]
+            assert ours["step"] == 0 or ours["loss/policy"] == theirs["loss/policy"]
         assert np.isclose(ours.get("reward/mean", 0), theirs.get("reward/mean", 0), atol=0.1)
 
 
