@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ from rpt_jax.infra.hosts import Hosts, find_hosts
 from rpt_jax.infra.meeting import _gather, _report
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.stopping import RESTART
+from rpt_jax.policy.hf import load_policy
 from tests.test_train import ROOT, SMALL, comparable
 
 HERE = socket.gethostname()
@@ -277,8 +279,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def weights(workdir: Path) -> bytes:
-    return (workdir / "policy" / "model.safetensors").read_bytes()
+def assert_alike(ours: Path, theirs: Path) -> None:
+    """The same metrics and weights, but for the order in which processes, or devices of one, add up."""
+    for mine, other in zip(comparable(ours), comparable(theirs), strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            np.testing.assert_allclose(value, other[name], rtol=1e-3, atol=1e-4, err_msg=f"step {mine['step']}: {name}")
+    mine, other = (load_policy(workdir / "policy")[1] for workdir in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), mine, other)
 
 
 @pytest.mark.slow
@@ -287,8 +295,7 @@ def test_several_processes_learn_what_one_does_with_as_many_devices(
     start, alone: Path, tmp_path: Path, processes: int, devices: int
 ) -> None:
     outputs = finish(start_run(start, tmp_path / "run", processes, devices))
-    assert comparable(tmp_path / "run") == comparable(alone)
-    assert weights(tmp_path / "run") == weights(alone)
+    assert_alike(tmp_path / "run", alone)
     assert "Complete in" in outputs[0][0], "process 0 says how it went"
     for out, _ in outputs[1:]:
         assert all(line.startswith("[Gloo]") for line in out.splitlines()), "and the others say nothing"
@@ -308,17 +315,14 @@ def test_sigterm_to_one_of_four_saves_all_and_one_and_two_go_on(start, alone: Pa
     assert all("Stopped: everything up to step" in err for _, err in outputs)
     [saved] = (run / "checkpoints").glob("[0-9]*")
     assert 1 < int(saved.name) < RUN["training.total_steps"]
-    assert b"process" in b"".join(path.name.encode() for path in saved.rglob("*")), "all of them have written"
+    assert len(list(saved.rglob("ocdbt.process_*"))) == 4, "all of them have written"
     shutil.copytree(run, copy)
     [(out, _)] = finish(start_run(start, run, 1, 4))
     assert f"Going on from step {saved.name}" in out
-    assert comparable(run) == comparable(alone) and weights(run) == weights(alone)
-    finish(start_run(start, copy, 2, 1, **{"mesh.fsdp": 1}))
+    assert_alike(run, alone)
+    [(out, _), _] = finish(start_run(start, copy, 2, 1, **{"mesh.fsdp": 1}))
+    assert f"Going on from step {saved.name}" in out
     assert [line["step"] for line in comparable(copy)] == [line["step"] for line in comparable(alone)]
-    for ours, theirs in zip(comparable(copy), comparable(alone), strict=True):
-        if ours["step"] <= int(saved.name):
-            assert ours["step"] == 0 or ours["loss/policy"] == theirs["loss/policy"]
-        assert np.isclose(ours.get("reward/mean", 0), theirs.get("reward/mean", 0), atol=0.1)
 
 
 @pytest.mark.slow
