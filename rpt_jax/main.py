@@ -113,8 +113,8 @@ def main(argv: list[str]) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever ends one of several processes ends all.
         code, text = ending(error)
-        print(text, file=sys.stderr)
         end_all(code, text)
+        print(text, file=sys.stderr)
         return code
 
 

@@ -24,6 +24,8 @@ def main(what: str, process: int, processes: int, port: int) -> int:
         with joined(Hosts("127.0.0.1", port, processes, process), {"seed": 0}, 60.0, STALL_SECONDS):
             wait_for_all("here")
             at("data")
+            if what == "leader is frozen" and process == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
             if what == "leader is killed" and process == 0 or what == "another is killed" and process == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "another fails" and process == 1:
@@ -34,8 +36,7 @@ def main(what: str, process: int, processes: int, port: int) -> int:
             total = multihost_utils.process_allgather(np.array(process)).sum()
             print(f"{jax.process_count()} processes, sum {total}")  # Said by process 0 alone.
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        end_all(2, str(error))
+        end_all(2, f"error: {error}")
     return 0
 
 

@@ -201,7 +201,7 @@ def start() -> Iterator[object]:
     [
         ("nothing", [0, 0, 0], ""),
         ("another is killed", [RESTART, -signal.SIGKILL, RESTART], "process 1 on {} is gone: killed"),
-        ("another fails", [2, 2, 2], "process 1 on {} ended: data.path is not here."),
+        ("another fails", [2, 2, 2], "process 1 on {} ended: error: data.path is not here."),
         (
             "another stalls",
             [RESTART] * 3,
@@ -217,7 +217,9 @@ def test_all_end_with_what_ended_one_and_say_who(start, what: str, codes: list[i
     said = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
     assert said == ([["3 processes, sum 3"], [], []] if what == "nothing" else [[], [], []])
     for number, (_, err) in enumerate(outputs):
-        if codes[number] > 0 and not (what == "another fails" and number == 1):
+        if what == "another fails" and number == 1:
+            assert "error: data.path is not here." in err
+        elif codes[number] > 0:
             assert f"error: {sentence.format(HERE)}" in err, err
 
 
@@ -228,6 +230,13 @@ def test_the_end_of_process_0_is_noticed(start) -> None:
     _, (_, err) = (process.communicate(timeout=120) for process in processes)
     assert processes[1].returncode in (RESTART, -signal.SIGABRT)
     assert f"process 0 on {HERE} is gone" in err or "JAX distributed service" in err
+
+
+def test_a_process_0_that_is_frozen_is_noticed(start) -> None:
+    port = str(free_port())
+    _, other = start("tests.multihost_child", [["leader is frozen", str(n), "2", port] for n in range(2)])
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == RESTART and f"nothing moved for 4 s (--stall_seconds), and process 0 on {HERE}" in err
 
 
 # --- whole runs --------------------------------------------------------------------------------------

@@ -60,10 +60,6 @@ class _Line:
             raise ValueError(text)
         return words
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-
 
 class _Meeting:
     """This process's lines to the others: of process 0 one to each, of the others one to process 0."""
@@ -92,10 +88,14 @@ class _Meeting:
             count, place = self._places[self._hosts.process]
             for line in self._lines.values():
                 line.send(count=count, place=place)
-            if self._hosts.process == 0 and time.monotonic() - self._moved > self._stall:
+            late = time.monotonic() - self._moved - self._stall
+            if late > (0.0 if self._hosts.process == 0 else 0.1 * self._stall + 2 * _BEAT):
                 self.end(RESTART, self._stalled())
 
     def _stalled(self) -> str:
+        """Who is behind, as process 0 knows; the others wait a little longer for its word."""
+        if self._hosts.process:
+            return f"nothing moved for {self._stall:g} s (--stall_seconds), and {self._name(0)} says nothing."
         last = min(count for count, _ in self._places.values())
         behind = {process: place for process, (count, place) in self._places.items() if count == last}
         if len(behind) == len(self._places):
@@ -120,16 +120,13 @@ class _Meeting:
             self._move(process, words["count"], words["place"])
 
     def end(self, code: int, why: str, own: bool = False) -> None:
-        """End this process, and by a word to them the others; `why` is said here, unless it was (`own`)."""
+        """End this process, and by a word to them the others; `own`: for what happened here."""
         if not self._ending.acquire(blocking=False):
             if not own:
                 return
             threading.Event().wait()  # What ends this process just now is the cause.
-        if own:
-            why = f"{self._name(self._hosts.process)} ended: {why}"
-        else:
-            print(f"error: {why}", file=sys.stderr, flush=True)
-        self.tell(code, why)
+        print(why if own else f"error: {why}", file=sys.stderr, flush=True)
+        self.tell(code, f"{self._name(self._hosts.process)} ended: {why}" if own else why)
         sys.stdout.flush()
         os._exit(code)  # JAX would wait for the others, which may be inside a collective.
 
@@ -175,7 +172,7 @@ def joined(hosts: Hosts | None, facts: Mapping[str, Any], join_seconds: float, s
         hosts.process,
         initialization_timeout=math.ceil(join_seconds),
         # What is noticed here first ends with a sentence; this is for when these threads have died.
-        heartbeat_timeout_seconds=math.ceil(2 * stall_seconds),
+        heartbeat_timeout_seconds=math.ceil(2 * stall_seconds) + 60,
     )
     with contextlib.ExitStack() as stack:
         if hosts.process:
@@ -197,9 +194,9 @@ def leave() -> None:
 
 
 def end_all(code: int, why: str) -> None:
-    """With several processes, end them all: this one failed. Does not return then."""
+    """With several processes, say why and end them all: this one failed. Does not return then."""
     if _meeting:
-        time.sleep(_BEAT)  # Where a collective failed because another process ended, that one is the cause.
+        time.sleep(_BEAT)  # Where a collective failed because another process ended, that is the cause, and heard of.
         _meeting.end(code, why, own=True)
 
 
