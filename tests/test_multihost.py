@@ -193,7 +193,7 @@ def start() -> Iterator[object]:
     yield start_all
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_several_processes_learn_what_one_does_with_as_many_devices(
     assert_alike(tmp_path / "run", alone)
     assert "Complete in" in outputs[0][0], "process 0 says how it went"
     for out, _ in outputs[1:]:
-        assert all(line.startswith("[Gloo]") for line in out.splitlines()), "and the others say nothing"
+        assert "rpt" not in out and "Next-token" not in out, f"and the others say nothing: {out}"
     assert json.loads((tmp_path / "run" / "result.json").read_text())["after"]
     curves = list((tmp_path / "run" / "tensorboard").iterdir())
     assert len(curves) == 1 and list((tmp_path / "run" / "plots").glob("*.png"))
