@@ -22,7 +22,7 @@ import pytest
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra.hosts import Hosts, find_hosts
-from rpt_jax.infra.meeting import _gather, _report
+from rpt_jax.infra.meeting import _gather, _Line, _report
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.stopping import RESTART
 from rpt_jax.policy.hf import load_policy
@@ -155,6 +155,25 @@ def test_whoever_cannot_reach_process_0_says_where_and_why() -> None:
     [told] = meet((Hosts("127.0.0.1", port, 2, 1), {}), seconds=1.0)
     assert told.startswith(f"process 1 of 2 on {HERE} waited 1 s (--join_seconds) for process 0 at 127.0.0.1:{port} (")
     assert "Connection refused" in told
+
+
+def test_a_blocked_second_port_is_told_to_process_0() -> None:
+    port, heard = free_port(), []
+    server = socket.create_server(("127.0.0.1", port))
+
+    def answer() -> None:
+        line = _Line(server.accept()[0])
+        line.receive()
+        line.send(names={0: "a", 1: "b"})  # And nobody listens on the next port.
+        heard.append(line.receive())
+
+    leader = threading.Thread(target=answer)
+    leader.start()
+    [told] = meet((Hosts("127.0.0.1", port, 2, 1), {}), seconds=1.0)
+    leader.join()
+    server.close()
+    assert f"for process 0 at 127.0.0.1:{port + 1} (Connection refused)" in told
+    assert heard == [{"end": 2, "why": told}]
 
 
 def test_a_port_in_use_is_named() -> None:

@@ -281,7 +281,11 @@ def _report(hosts: Hosts, facts: Mapping[str, Any], seconds: float) -> tuple[dic
     if "end" in words:
         raise UserError(words["why"])
     # JAX, where it cannot reach its service, ends by a stack trace.
-    _reach(hosts.address, hosts.port + 1, who, seconds, time.monotonic() + seconds).close()
+    try:
+        _reach(hosts.address, hosts.port + 1, who, seconds, time.monotonic() + seconds).close()
+    except UserError as error:
+        line.send(end=2, why=str(error))
+        raise
     return {int(process): host for process, host in words["names"].items()}, {0: line}
 
 
