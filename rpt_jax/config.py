@@ -196,7 +196,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     every_steps: int = 100
     keep: int = 2
-    grace_seconds: float = 60.0  # How long a first SIGTERM or SIGINT may take to save the run.
+    grace_seconds: float = 60.0  # To save after a first SIGTERM or SIGINT; with several processes to end the step, too.
 
 
 @dataclasses.dataclass(frozen=True)

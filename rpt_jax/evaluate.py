@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from rpt_jax.config import Experiment
@@ -13,6 +12,7 @@ from rpt_jax.data.corpus import source_name
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
 from rpt_jax.errors import UserError
+from rpt_jax.infra.sharding import to_host
 from rpt_jax.objective.reward import Status
 from rpt_jax.policy.transformer import Params
 from rpt_jax.sampler import Sampler
@@ -142,7 +142,7 @@ class Evaluator:
         parts, weights = [], self._sample.weights(params)
         for prompts in held.evaluation.batches:
             sampled = self._sample(weights, prompts, _NOISE)
-            parts.append(jax.device_get((sampled.reward_PxG, sampled.status_PxG, sampled.rollouts.lengths_PxG)))
+            parts.append(to_host((sampled.reward_PxG, sampled.status_PxG, sampled.rollouts.lengths_PxG)))
         count = len(held.evaluation.positions)
         reward, status, length = (np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True))
         return reward, status, length

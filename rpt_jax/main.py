@@ -13,12 +13,17 @@ import contextlib
 import functools
 import os
 import sys
+import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 from absl import flags
 
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.errors import UserError, check_choice
+from rpt_jax.fields import leaves
+from rpt_jax.infra.hosts import find_hosts
+from rpt_jax.infra.meeting import end_all, joined
 from rpt_jax.infra.stopping import stops_on_signals
 
 _OVERRIDE = "--config."
@@ -29,6 +34,20 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: 
 _FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir although its config was another one.")
 _REPLAY = flags.DEFINE_bool(
     "replay", False, "Run the step again in which a number was not finite, and stop at the operation that makes it."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, which listens there and on the next port, where a run has several processes. "
+    "Slurm, a TPU's hosts on Kubernetes and JAX's own variables say it themselves.",
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many processes the run has.")
+_PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which of them this one is, from 0.")
+_JOIN_SECONDS = flags.DEFINE_float(
+    "join_seconds", 300.0, "How long processes wait for each other at the start.", lower_bound=1.0
+)
+_STALL_SECONDS = flags.DEFINE_float(
+    "stall_seconds", 3600.0, "How long none of several processes may come any further; all end then.", lower_bound=1.0
 )
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that follows from the config, and stop.")
 
@@ -68,8 +87,11 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
 
 
 def run_until_stopped(experiment: Experiment, workdir: Path) -> None:
-    """`run` with the flags of the command line, and with signals that save it."""
-    with stops_on_signals(experiment.checkpoint.grace_seconds):
+    """`run` with the flags of the command line, as one of the processes that they name, and with signals that save it."""
+    hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
+    facts = {"--workdir": str(workdir), "--replay": _REPLAY.value, "jax": version("jax"), **dict(leaves(experiment))}
+    meeting = joined(hosts, facts, _JOIN_SECONDS.value, _STALL_SECONDS.value)
+    with stops_on_signals(experiment.checkpoint.grace_seconds), meeting:
         run(experiment, workdir, _FORCE.value, _REPLAY.value)
 
 
@@ -78,8 +100,6 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
         return 0
-    from rpt_jax.infra.divergence import Diverged
-
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:
@@ -91,27 +111,30 @@ def main(argv: list[str]) -> int:
         workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}").expanduser()
         run_until_stopped(experiment, workdir)
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(
-            f"error: a number is not finite at {error}. The step changed nothing; --replay runs it again, with checks on.",
-            file=sys.stderr,
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever ends one of several processes ends all.
+        code, text = ending(error)
+        end_all(code, text)
+        print(text, file=sys.stderr)
+        return code
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """Return the exit code of what ended a run, and what to say of it."""
+    from rpt_jax.infra.divergence import Diverged
+
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, FloatingPointError):
+        return 3, (
+            f"error: a number is not finite at {error}. The step changed nothing; --replay runs it again, with checks on."
         )
-        return 3
-    except Diverged as error:
-        print(f"error: the run diverged at {error}. The last checkpoint is from before.", file=sys.stderr)
-        return 4
-    except OSError as error:
-        print(
-            f"error: {error}. Mend it and run the same command again: it goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+    if isinstance(error, Diverged):
+        return 4, f"error: the run diverged at {error}. The last checkpoint is from before."
+    if isinstance(error, OSError):
+        return 2, f"error: {error}. Mend it and run the same command again: it goes on from the last checkpoint."
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped. The same command goes on from the last checkpoint."
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 if __name__ == "__main__":

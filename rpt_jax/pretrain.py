@@ -27,7 +27,14 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
 from rpt_jax.infra.numerics import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import check_batches, init_optimizer, init_parameters, shard_prompts
+from rpt_jax.infra.sharding import (
+    check_batches,
+    init_optimizer,
+    init_parameters,
+    is_leader,
+    shard_prompts,
+    wait_for_all,
+)
 from rpt_jax.infra.stopping import unstoppable
 from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.objective.logprobs import token_logprobs
@@ -171,7 +178,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = F
     config, total = experiment.pretrain, experiment.training.total_steps
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
     directory = Path(config.export or workdir / "policy")
-    documents = load_corpus(experiment.data, workdir / REJECTED).train
+    documents = load_corpus(experiment.data, workdir / REJECTED if is_leader() else None).train
     policy, params, tokenizer = _start(experiment, workdir, documents, mesh)
     optimizer = make_optimizer(experiment.optimizer, total)
     state = TrainState(params, init_optimizer(optimizer, params, mesh))
@@ -228,7 +235,9 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool =
         if replay:
             return None
     # The policy is whole: what it was made from is of no more use, and three times as large.
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    wait_for_all("cold start")
+    if is_leader():
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     policy = dataclasses.replace(experiment.policy, path=str(directory / "policy"))
     return dataclasses.replace(experiment, policy=policy)
 
@@ -246,8 +255,9 @@ def _start(
             f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
             f"{shape.vocab}."
         )
-    if not path.exists():
+    if is_leader() and not path.exists():
         train_sentencepiece((d.text for d in documents), vocab_size, path)
+    wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
     policy = make_policy(experiment.policy, shape, tokenizer)
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer

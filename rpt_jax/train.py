@@ -28,7 +28,7 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, as_floats, show_rollouts, table
 from rpt_jax.infra.numerics import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import check_batches, init_optimizer, prompt_ways, shard_prompts
+from rpt_jax.infra.sharding import check_batches, init_optimizer, is_leader, prompt_ways, shard_prompts, to_host
 from rpt_jax.infra.stopping import unstoppable
 from rpt_jax.infra.whole import write_whole
 from rpt_jax.objective.batch import Documents, UpdateConfig
@@ -231,7 +231,7 @@ def count_update(
 
 def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> Documents:
     """The documents that the prompts are from, one a prompt, as next-token prediction reads them."""
-    rows = [setup.train[i] for i in jax.device_get(sampled.prompts.document_P)]
+    rows = [setup.train[i] for i in to_host(sampled.prompts.document_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
     return shard_prompts(Documents(inputs, targets, np.arange(size) < lengths[:, None]), setup.mesh)
@@ -271,7 +271,7 @@ def status(scalars: dict[str, Any], dynamic: bool) -> str:
 
 def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
     """The first sample of the first `count` prompts, as text."""
-    rows = jax.device_get(sampled)
+    rows = to_host(sampled)
     texts = []
     for i in range(count):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
@@ -315,6 +315,8 @@ def _interval(split: dict[str, Any]) -> str:
 
 def finish(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds: float, seed: int) -> None:
     """Write result.json, the last thing of a complete run, then show the table and draw the plots."""
+    if not is_leader():
+        return
     result: dict[str, Any] = {"wall_seconds": seconds, "seed": seed}
     for part in ("details", "unseen_templates"):
         result[part] = {"before": before.pop(part, None), "after": after.pop(part, None)}

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpt_jax.infra.meeting import at
+
 _compiling: collections.Counter[str] = collections.Counter()
 
 
@@ -101,6 +103,7 @@ class Clock:
         now = time.monotonic()
         self._laps[stage] += now - self._last
         self._last = now
+        at(stage)
 
     @property
     def seconds(self) -> float:

@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
-from rpt_jax.infra.stopping import save_on_stop, unstoppable
+from rpt_jax.infra.meeting import leave
+from rpt_jax.infra.sharding import in_any_process, is_leader, wait_for_all
+from rpt_jax.infra.stopping import end_stopped, save_on_stop, unstoppable, was_asked
 from rpt_jax.infra.workdir import CHECKPOINTS
 
 DAMAGED = "damaged"
@@ -23,7 +25,7 @@ class Checkpointer:
     """Saves and restores (state, run) under `workdir/checkpoints`.
 
     `state` is a tree of arrays; `run` is what JSON can hold (data-iterator state, counters, fingerprints). While it is open,
-    a signal saves what is held before the process ends.
+    a signal saves what is held before the process ends; of several processes all do, in the next `check`.
 
     Args:
       state: a tree of arrays like those that are to be saved; restored ones have its shardings.
@@ -38,7 +40,7 @@ class Checkpointer:
         self._abstract = _abstract(state)
         fingerprint_arrays(state)  # Compiled now, and not when a signal has left little time.
         self._held: tuple[int, Any, dict[str, Any]] | None = None
-        save_on_stop(self._save_and_wait)
+        save_on_stop(self._save_and_wait, together=jax.process_count() > 1)
 
     def hold(self, step: int, state: Any, run: dict[str, Any]) -> None:
         """Name what is saved next, by `save` or by a signal. What changes or donates `state` is inside `unstoppable`."""
@@ -48,7 +50,7 @@ class Checkpointer:
         """Write what is held in the background. Raises: OSError, where the write before it failed."""
         with unstoppable():
             step, state, run = self._held
-            self.check()
+            self._check_write()
             marks = {"state": fingerprint_arrays(state), "run": digest(run)}
             arguments = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"run": run, "marks": marks})
@@ -62,7 +64,17 @@ class Checkpointer:
         self._save_and_wait()
 
     def check(self) -> None:
-        """Raises: OSError, where a write in the background has failed."""
+        """To be called in every step; ends several processes where one had a signal.
+
+        Raises: OSError, where a write in the background has failed.
+        """
+        self._check_write()
+        if jax.process_count() > 1 and in_any_process(was_asked()):
+            saved = self._save_and_wait()
+            leave()
+            end_stopped(saved)
+
+    def _check_write(self) -> None:
         if not self._manager.is_saving_in_progress():
             _explained(self._manager.wait_until_finished)
 
@@ -106,8 +118,10 @@ class Checkpointer:
     def _set_aside(self, step: int, reason: str, instead: int) -> None:
         number = sum(path.name.startswith(f"{step}-") for path in self._aside.glob("*"))
         place = self._aside / f"{step}-{number}"
-        self._aside.mkdir(exist_ok=True)
-        (self._directory / str(step)).rename(place)
+        if is_leader():
+            self._aside.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(place)
+        wait_for_all("set aside")
         self._manager.reload()
         print(f"warning: the checkpoint of step {step} is damaged ({reason}): step {instead} is used, {place} kept.")
 

@@ -59,12 +59,14 @@ def guarded_loop(replay: bool = False) -> Iterator[Callable[[], list[str]]]:
     Args:
       replay: a step that is run again under checks of JAX, which look for the operation at fault with transfers of their own.
     """
-    compilations, level = _Compilations(), _LOGGER.level
+    compilations, verbosity = _Compilations(), _LOGGER.level
+    level = "allow" if replay else "disallow"
     _LOGGER.addFilter(compilations)
     _LOGGER.setLevel(logging.DEBUG)
     try:
-        with jax.transfer_guard("allow" if replay else "disallow"):
+        # Between devices arrays may move: JAX puts scalars onto all of a mesh, unasked.
+        with jax.transfer_guard_host_to_device(level), jax.transfer_guard_device_to_host(level):
             yield compilations.take
     finally:
-        _LOGGER.setLevel(level)
+        _LOGGER.setLevel(verbosity)
         _LOGGER.removeFilter(compilations)

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rpt_jax.errors import UserError
+from rpt_jax.infra.meeting import at
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -93,7 +94,7 @@ class MetricsWriter:
     but for keys under `time/`, `speed/` and `memory/`: nothing else may depend on the machine's pace.
 
     Args:
-      workdir: directory of the run; made where it is missing. Only one process may write to it.
+      workdir: directory of the run; made where it is missing. Of several processes of a run, the leader writes there.
       resume_step: last completed step of the run that is continued; -1 for a fresh one. What an earlier run wrote for
         later steps is dropped, so that the file has neither a gap nor a repeat.
 
@@ -102,14 +103,18 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, resume_step: int) -> None:
-        # Late, because the tools that only print need no TensorBoard.
+        # Late, because the tools that only print need neither.
         from tensorboardX import SummaryWriter
 
+        from rpt_jax.infra.sharding import is_leader
+
+        self._step, self._writes = resume_step, is_leader()
+        if not self._writes:
+            return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / FILE_NAME
         kept = _truncate(self._path, resume_step) if self._path.exists() else []
-        self._step = resume_step
         self._file = self._path.open("a", encoding="utf-8", newline="\n")
         # Event files are written late and in blocks: those of a killed run lack steps, or have some of them twice.
         shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
@@ -131,21 +136,24 @@ class MetricsWriter:
         if step <= self._step or "step" in scalars:
             raise ValueError(f"step {step} must follow step {self._step}, and no scalar may be called 'step'")
         values = as_floats(step, scalars)
+        self._step = step
+        if not self._writes:
+            return
         if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
             raise OSError(f"{self._path} was replaced while the run wrote to it")
         line = json.dumps({"step": int(step), **values}, sort_keys=True, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
         self._show(step, values)
-        self._step = step
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._tensorboard.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self
@@ -230,6 +238,7 @@ class Progress:
         self._done += 1
         self._status = _encodable(status)
         self._unsaid = True
+        at(f"{self._name} {self._done}/{self._total}")
         if self._live:
             eta = _duration(self.seconds_left)
             self._live.update(self._task, completed=self._done, eta=eta, status=self._status)

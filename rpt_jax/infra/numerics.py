@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from rpt_jax.errors import UserError
+from rpt_jax.infra.sharding import is_leader, to_host
 from rpt_jax.infra.whole import write_whole
 
 RECORD = "not_finite.json"
@@ -17,8 +18,9 @@ RECORD = "not_finite.json"
 def write_record(workdir: Path, step: int, error: FloatingPointError, seed: int, **ids_P: jax.Array) -> None:
     """Write the step that failed, why, its seed and arrays of integers that say what was in its batch."""
     record: dict[str, Any] = {"step": step, "error": str(error), "seed": seed}
-    record |= {name: ids.tolist() for name, ids in jax.device_get(ids_P).items()}
-    write_whole(workdir / RECORD, json.dumps(record, indent=1) + "\n")
+    record |= {name: ids.tolist() for name, ids in to_host(ids_P).items()}
+    if is_leader():
+        write_whole(workdir / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def recorded_step(workdir: Path) -> int:

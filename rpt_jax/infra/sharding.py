@@ -118,14 +118,23 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: M
 
 def shard_prompts(tree: Any, mesh: Mesh) -> Any:
     """Put arrays on the devices with their first axis split as the batch is."""
-    return jax.device_put(tree, _shortest(NamedSharding(mesh, PROMPT_AXIS)))
+    sharding = _shortest(NamedSharding(mesh, PROMPT_AXIS))
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    # Every process has the whole and gives its own devices their part; `device_put` would first compare the processes'.
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
 def to_host(tree: Any) -> Any:
     """Return whole arrays in the memory of every process, wherever on the mesh they are; all processes must ask."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+
+    def replicated(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return x if here else jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+
+    return jax.device_get(jax.tree.map(replicated, tree))
 
 
 def is_leader() -> bool:
@@ -137,6 +146,13 @@ def wait_for_all(what: str) -> None:
     """Return when every process has come to the same place, which `what` names."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether `flag` is true in one of the processes; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def _init(policy: nn.Module, key: jax.Array) -> Any:

@@ -22,13 +22,36 @@ _SAVED, _FAILED = 0, 255  # No signals have these numbers.
 
 _changing = threading.RLock()
 _save: Callable[[], str] | None = None
+_together = False
+_asked = threading.Event()
+_before_end: Callable[[int, str], None] | None = None
 
 
-def save_on_stop(save: Callable[[], str] | None) -> None:
-    """Name what a signal runs, in another thread, before the process ends; it returns a few words on what was saved."""
-    global _save
+def save_on_stop(save: Callable[[], str] | None, together: bool = False) -> None:
+    """Name what a signal runs, in another thread, before the process ends; it returns a few words on what was saved.
+
+    With `together`, which is for several processes that can only save at once, a signal runs nothing: the main thread is to
+    look at `was_asked` in every step, and to end with `end_stopped`.
+    """
+    global _save, _together
     with _changing:
-        _save = save
+        _save, _together = save, together
+
+
+def was_asked() -> bool:
+    """Whether this process has had a signal."""
+    return _asked.is_set()
+
+
+def end_stopped(saved: str) -> None:
+    """End the process, which has saved what `saved` says, with `RESTART`."""
+    _end(RESTART, f"Stopped: {saved}. The same command goes on.")
+
+
+def before_end(tell: Callable[[int, str], None] | None) -> None:
+    """Name what is told the exit code and why before a signal ends this process."""
+    global _before_end
+    _before_end = tell
 
 
 @contextlib.contextmanager
@@ -72,8 +95,11 @@ def _watch(incoming: int, outgoing: int, grace: float, stopping: threading.Event
         os.close(incoming)
         return
     stopping.set()
-    _say(f"{signal.Signals(number).name}: stopping within {grace:g} s; another one stops at once.")
-    threading.Thread(target=_run_save, args=(outgoing,), daemon=True).start()
+    _asked.set()
+    where = ", with the other processes after this step," if _together else ""
+    _say(f"{signal.Signals(number).name}: stopping{where} within {grace:g} s; another one stops at once.")
+    if not _together:
+        threading.Thread(target=_run_save, args=(outgoing,), daemon=True).start()
     end = time.monotonic() + grace
     while select.select([incoming], [], [], max(0.0, end - time.monotonic()))[0]:
         number = _read(incoming, (*_SIGNALS, _SAVED, _FAILED))
@@ -108,6 +134,8 @@ def _run_save(outgoing: int) -> None:
 def _end(code: int, text: str) -> None:
     if text:
         _say(text)
+    if _before_end:
+        _before_end(code, text or "it was asked to stop before anything had begun that all save")
     sys.stdout.flush()
     os._exit(code)  # The main thread may be inside XLA for minutes to come.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -12,11 +14,13 @@ from typing import IO, Any
 from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
 from rpt_jax.fields import leaves
+from rpt_jax.infra.sharding import is_leader, wait_for_all
 from rpt_jax.infra.whole import write_whole
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 _LOCK = "lock"  # Holds nothing; stays.
+_LOOKS = 10  # At a workdir that another host has claimed, a second apart.
 # What a run leaves in its workdir, and another would go on from or write over.
 _OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy", "cold_start")
 # Fields and sections that a run may go on with other values of: none is part of what is learnt from what, but for the number of
@@ -46,10 +50,18 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
     Fields that a run may go on with other values of are taken as they are now; others too, with `force`. Bad input that ends a
     first run before it has begun gives the workdir up again: whoever mends a path in the command may keep its workdir.
 
+    Of several processes of one run the leader does so, and the others look whether they see the same directory.
+
     Raises: UserError, naming the fields that differ, or the file, directory or process that is in the way.
     """
+    if not is_leader():
+        wait_for_all("claimed")
+        _find(workdir, experiment)
+        yield
+        return
     with _lock(workdir, experiment):
         fresh = _claim(workdir, experiment, force)
+        wait_for_all("claimed")
         try:
             yield
         except UserError:
@@ -75,10 +87,28 @@ def _lock(workdir: Path, experiment: Experiment) -> IO[str]:
     return file
 
 
+def _find(workdir: Path, experiment: Experiment) -> None:
+    """Raises: UserError, where the leader's config is not in this process's workdir, also not a little later."""
+    for _ in range(_LOOKS):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((workdir / CONFIG).read_bytes()) == _values(experiment):
+                return
+        time.sleep(1.0)  # File systems of several hosts may show a file late.
+    raise UserError(
+        f"--workdir={workdir} is not the same directory on {socket.gethostname()} as on the host of process 0: it must be on "
+        "a file system that all hosts share."
+    )
+
+
+def _values(experiment: Experiment) -> dict[str, Any]:
+    values = dict(leaves(experiment))
+    del values["data.shard"]  # Which part of the work a process does, not what the work is: all parts share a workdir.
+    return values
+
+
 def _claim(workdir: Path, experiment: Experiment, force: bool) -> bool:
     """Return whether the workdir was nobody's before."""
-    path, mine = workdir / CONFIG, dict(leaves(experiment))
-    del mine["data.shard"]  # Which part of the work a process does, not what the work is: all parts share a workdir.
+    path, mine = workdir / CONFIG, _values(experiment)
     try:
         if not path.exists():
             if outputs := _outputs(workdir):

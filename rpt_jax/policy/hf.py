@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rpt_jax.data.gguf_header import is_gguf
 from rpt_jax.data.tokenizer_files import read_tokenizer_files
 from rpt_jax.errors import UserError
+from rpt_jax.infra.sharding import is_leader, to_host
 from rpt_jax.policy.gguf_file import gguf_shape, gguf_tensors
 from rpt_jax.policy.hf_config import CONFIG, FINGERPRINT, from_config, read_config, to_config
 from rpt_jax.policy.presets import Shape
@@ -180,11 +181,15 @@ def save_policy(
     """Write a directory that `load_policy` and `transformers` read, in float32, one tensor after the other.
 
     `fingerprint` is the tokenizer's: token ids mean nothing to these weights under another one. The files beside
-    `tokenizer_file` that belong to it (chat template, special and stop ids) come along.
+    `tokenizer_file` that belong to it (chat template, special and stop ids) come along. Of several processes one writes.
     """
     tensors = params_as_tensors(shape, lambda path: functools.reduce(operator.getitem, path, params))
     config = to_config(shape) | {"torch_dtype": "float32", FINGERPRINT: fingerprint}
-    write_policy(Path(directory), config, tensors, read_tokenizer_files(tokenizer_file))
+    if is_leader():
+        write_policy(Path(directory), config, tensors, read_tokenizer_files(tokenizer_file))
+    else:
+        for name in tensors.specs:
+            tensors.read(name)  # Every process must ask for what lies with several.
 
 
 def write_policy(directory: Path, config: dict[str, Any], tensors: Tensors, files: dict[str, bytes]) -> None:
@@ -214,7 +219,7 @@ def params_as_tensors(shape: Shape, leaf: Callable[[tuple[str, ...]], Any]) -> T
         expected = ours[parameter] if layer is None else (shape.layers, *ours[parameter])
         if array.shape != expected:
             raise UserError(f"the parameter {parameter} has shape {array.shape}, expected {expected} of its policy.")
-        array = np.asarray(array if layer is None else array[layer])
+        array = to_host(array if layer is None else array[layer])
         return array.reshape(dims[::-1]).T if layer is not None and _LAYER[parameter][1] else array.reshape(dims)
 
     return Tensors("the policy", {n: Spec(np.dtype(np.float32), place[0]) for n, place in places.items()}, fetch)

@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+# A run on all hosts of a TPU slice, from asking for it to giving it back:
+#
+#   bash launch/tpu_pod.sh create                   ask for the slice, as a queued resource
+#   bash launch/tpu_pod.sh wait                     until it is there
+#   bash launch/tpu_pod.sh setup                    mount the shared directory, copy the repository, install, on all hosts
+#   bash launch/tpu_pod.sh run --config=configs/rpt_14b.py --workdir=/mnt/rpt/runs/14b
+#                                                   start rpt_jax.main on all hosts, and again where it ends with 75
+#   bash launch/tpu_pod.sh status                   the slice's state, and what runs on each host
+#   bash launch/tpu_pod.sh logs [WORKER]            the last lines of a host's log and those that come (default: of 0)
+#   bash launch/tpu_pod.sh stop                     SIGTERM to all: the run saves and ends
+#   bash launch/tpu_pod.sh delete                   give the slice back
+#
+# --dry-run in front of any of them prints the commands and runs none. Settings, in the environment:
+#
+#   RPT_TPU_NAME     name of the slice (default: rpt)
+#   RPT_TPU_ZONE     zone (default: that of gcloud's configuration)
+#   RPT_TPU_TYPE     accelerator type, such as v5p-128 (64 chips) or v6e-64 (default: v6e-64)
+#   RPT_TPU_RUNTIME  software of the hosts (default: v2-alpha-tpuv6e, v2-alpha-tpuv5 or v2-alpha-tpuv5-lite, by the type)
+#   RPT_TPU_SPOT     1 = may be taken away at any time, for less
+#   RPT_TPU_SHARE    NFS export for --workdir, such as 10.0.0.2:/rpt, mounted at /mnt/rpt; every host must see the same files
+#   RPT_TPU_PORT     where process 0 listens, with the next one (default: 8476)
+set -euo pipefail
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+name=${RPT_TPU_NAME:-rpt} type=${RPT_TPU_TYPE:-v6e-64} port=${RPT_TPU_PORT:-8476} share=${RPT_TPU_SHARE:-}
+place=(${RPT_TPU_ZONE:+"--zone=$RPT_TPU_ZONE"})
+dry_run=''
+[ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
+
+die() {
+    printf 'launch: %s\n' "$1" >&2
+    exit 2
+}
+
+# Prints a command as a shell would take it.
+show() {
+    local word line=''
+    for word; do
+        [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+        line+=" $word"
+    done
+    echo "${line:1}"
+}
+
+# Prints a command in a dry run, else runs it.
+gcloud_() {
+    if [ "$dry_run" ]; then
+        show gcloud "$@"
+    else
+        command -v gcloud >/dev/null || die "gcloud is not on PATH: install the Google Cloud CLI and log in."
+        gcloud "$@"
+    fi
+}
+
+on_hosts() { # Arguments: which workers, a command.
+    gcloud_ compute tpus tpu-vm ssh "$name" ${place[@]+"${place[@]}"} "--worker=$1" "--command=$2"
+}
+
+runtime() {
+    case $type in
+        v6e-*) echo v2-alpha-tpuv6e ;;
+        v5p-*) echo v2-alpha-tpuv5 ;;
+        v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+        *) die "RPT_TPU_TYPE=$type is none of v6e-N, v5p-N and v5litepod-N: set RPT_TPU_RUNTIME for it." ;;
+    esac
+}
+
+create() {
+    local software=${RPT_TPU_RUNTIME:-}
+    [ -n "$software" ] || software=$(runtime)
+    gcloud_ compute tpus queued-resources create "$name" "--node-id=$name" ${place[@]+"${place[@]}"} \
+        "--accelerator-type=$type" "--runtime-version=$software" ${RPT_TPU_SPOT:+--spot}
+}
+
+state() {
+    gcloud_ compute tpus queued-resources describe "$name" ${place[@]+"${place[@]}"} '--format=value(state.state)'
+}
+
+wait_for_slice() {
+    local now before=''
+    while :; do
+        now=$(state)
+        [ "$now" = "$before" ] || echo "$now"
+        before=$now
+        case $now in
+            ACTIVE) return ;;
+            FAILED | SUSPEND*) die "the slice $name is $now: delete it and create it again, in another zone perhaps." ;;
+        esac
+        [ -z "$dry_run" ] || return 0
+        sleep "${RPT_PAUSE:-30}"
+    done
+}
+
+set_up_hosts() {
+    local archive=rpt_jax.tgz
+    # Tracked files as they are now, not what lies around.
+    if [ "$dry_run" ]; then
+        echo "git ls-files -z | tar --null -czf $archive -T -"
+    else
+        archive=$(mktemp "${TMPDIR:-/tmp}/rpt_jax.XXXXXX")
+        (cd -- "$root" && git ls-files -z | tar --null -czf "$archive" -T -)
+    fi
+    on_hosts all "sudo apt-get -qq update && \
+sudo apt-get -qq install -y python3.11 python3.11-venv python3.11-dev gcc nfs-common"
+    if [ -n "$share" ]; then
+        on_hosts all "sudo mkdir -p /mnt/rpt && (mountpoint -q /mnt/rpt || sudo mount -t nfs $share /mnt/rpt)"
+    fi
+    gcloud_ compute tpus tpu-vm scp "$archive" "$name:rpt_jax.tgz" ${place[@]+"${place[@]}"} --worker=all
+    [ "$dry_run" ] || rm -f -- "$archive"
+    on_hosts all "mkdir -p rpt_jax && tar -xzf rpt_jax.tgz -C rpt_jax && cd rpt_jax && (. launch/setup.sh && \
+set_up 1200 requirements.txt && \$python -m pip install -q 'jax[tpu]<0.13')"
+}
+
+run() {
+    [ $# -gt 0 ] || die "run needs the arguments of rpt_jax.main, such as --config=configs/rpt_14b.py --workdir=/mnt/rpt/14b."
+    local addresses
+    addresses=$(gcloud_ compute tpus tpu-vm describe "$name" ${place[@]+"${place[@]}"} \
+        '--format=value(networkEndpoints[].ipAddress)')
+    if [ "$dry_run" ]; then
+        echo "$addresses"
+        addresses='FIRST;OTHERS'
+    fi
+    local hosts=()
+    IFS=$';,\n\t ' read -r -d '' -a hosts <<<"$addresses" || true
+    [ ${#hosts[@]} -gt 0 ] || die "the slice $name has no hosts: see 'status'."
+    local attributes=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+    local number="\$(curl -sH Metadata-Flavor:Google $attributes/agent-worker-number)"
+    local joint='' count=${#hosts[@]}
+    [ -z "$dry_run" ] || count=N
+    [ ${#hosts[@]} = 1 ] || joint=" --coordinator=${hosts[0]}:$port --processes=$count --process=$number"
+    # setsid, so that it outlives the connection.
+    on_hosts all "cd rpt_jax && { setsid bash -c 'echo \$\$ >~/rpt.pid; exec \"\$@\"' rpt bash launch/again.sh \
+bash launch/local.sh$(printf ' %q' "$@")$joint >>~/rpt.log 2>&1 </dev/null & }"
+}
+
+case ${1:-} in
+    create) create ;;
+    wait) wait_for_slice ;;
+    setup) set_up_hosts ;;
+    run) run "${@:2}" ;;
+    status)
+        state
+        on_hosts all "hostname; pgrep -af rpt_jax.main || echo 'nothing runs'; tail -n 1 ~/rpt.log"
+        ;;
+    logs) on_hosts "${2:-0}" 'tail -n 50 -f ~/rpt.log' ;;
+    stop) on_hosts all "kill -TERM \$(cat ~/rpt.pid)" ;;
+    delete) gcloud_ compute tpus queued-resources delete "$name" ${place[@]+"${place[@]}"} --force --quiet ;;
+    *) die "'${1:-}' is none of create, wait, setup, run, status, logs, stop, delete; this file's head says what they do." ;;
+esac

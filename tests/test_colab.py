@@ -1,0 +1,77 @@
+"""The notebook, from top to bottom, on the CPU and with small sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from rpt_jax.policy.hf import load_shape
+from tests.test_train import ROOT, SMALL
+
+NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
+SMOLLM2 = {
+    "policy.dtype": "float32",  # Which a CPU is faster with.
+    "data.documents": 12,
+    "data.held_out_documents": 8,
+    "data.held_out_templates": 1,
+    "data.max_document_tokens": 64,
+    "prompt.template": "plain",
+    "prompt.max_tokens": 64,
+    "cold_start.total_steps": 1,
+    "pretrain.documents_per_step": 2,
+    "pretrain.traces_per_document": 4,
+    "pretrain.rows_per_document": 1,
+    "rollout.samples_per_prompt": 2,
+    "rollout.max_new_tokens": 8,
+    "training.prompts_per_step": 2,
+    "training.total_steps": 1,
+    "training.dynamic_sampling_rounds": 1,
+    "training.microbatch_tokens": 128,
+    "evaluation.positions": 2,
+    "evaluation.template_positions": 2,
+}
+
+
+def cells(kind: str) -> list[str]:
+    notebook = json.loads(NOTEBOOK.read_text())
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_notebook_is_small_without_outputs_and_python() -> None:
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert notebook["nbformat"] == 4 and NOTEBOOK.stat().st_size < 10_000
+    for cell in notebook["cells"]:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"] == [] and cell["execution_count"] is None)
+    for number, source in enumerate(cells("code")):
+        compile(source, f"cell {number}", "exec")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rpt_jax", "configs", "requirements.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    shown: list[str] = []
+    display = types.ModuleType("IPython.display")
+    display.Image, display.display = str, shown.append
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    namespace: dict[str, object] = {}
+    settings, *rest = cells("code")
+    exec(compile(settings, "settings", "exec"), namespace)
+    for name, fields in (("TINY", SMALL), ("SMOLLM2", SMOLLM2)):
+        assert namespace[name] == []
+        namespace[name] = [f"--config.{field}={value}" for field, value in fields.items()]
+    for number, source in enumerate(rest, start=1):
+        exec(compile(source, f"cell {number}", "exec"), namespace)
+    assert [Path(plot).parts[:2] for plot in shown] == [("runs", "tiny")] * 4 + [("runs", "smollm2")] * 4
+    assert all(os.path.getsize(plot) for plot in shown)
+    assert load_shape(tmp_path / "exported" / "smollm2")[0].layers == 30
+    assert "config.json" in zipfile.ZipFile(tmp_path / "smollm2.zip").namelist()
