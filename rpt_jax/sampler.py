@@ -54,7 +54,7 @@ class Sampler:
         # Of two positions of a document, one's context begins as the other's; then comes the template's end.
         self._tail = max(1, len(builder.after)) if experiment.data.positions_per_document > 1 else 0
         self._mesh, self._tokenizer, self._policy = setup.mesh, setup.tokenizer, setup.policy
-        self._decoding = decoding_of(experiment, setup)
+        self._decoding = decoding_of(experiment, setup, device_memory())
         self._vocab = jax.device_put(setup.tokenizer.byte_vocab)
         self._key = jax.random.key(experiment.seed)
         self._box_vocab = tuple(self._vocab) if experiment.rollout.stop_at_box else None
@@ -94,12 +94,15 @@ class Sampler:
         return share_prefixes(*arrays, self._tail, replica_count()) if self._tail else separate(*arrays)
 
 
-def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
-    """How the config samples, with as many slots as there is memory for. Raises: UserError, where it asks for more."""
+def decoding_of(experiment: Experiment, setup: Setup, memory: int) -> Decoding:
+    """How the config samples, with as many slots as `memory`, bytes a device, has room for.
+
+    Raises: UserError, where it asks for more.
+    """
     config, t, mesh = experiment.rollout, experiment.training, setup.mesh.shape
     replicas, float32_bytes = prompt_ways(setup.mesh), 4 * setup.policy.shape.parameters
     prompts, tokens = -(-t.prompts_per_step // replicas), config.max_new_tokens
-    memory = rollout_memory(
+    rollouts = rollout_memory(
         setup.policy.shape,
         experiment.policy.dtype,
         prompts,
@@ -111,7 +114,7 @@ def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
     # Parameters, those of the start and two moments, and a copy laid out for decoding.
     resident = 4 * float32_bytes // (mesh["fsdp"] * mesh["tensor"]) + float32_bytes // mesh["tensor"]
     asked = -(-config.decode_slots // replicas)
-    slots = plan_slots(asked, prompts * config.samples_per_prompt, memory, resident, device_memory())
+    slots = plan_slots(asked, prompts * config.samples_per_prompt, rollouts, resident, memory)
     return Decoding(
         samples=config.samples_per_prompt,
         max_new_tokens=tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rpt_jax.errors import UserError
@@ -34,9 +34,13 @@ DECODING = TRAINING | {"width": None}
 PROMPT_AXIS = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> Mesh:
-    """Arrange all devices as data × fsdp × tensor; one -1 takes what is left. Raises: UserError, where it does not fit."""
-    count = jax.device_count() if devices is None else devices
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange all devices, or those given, as data × fsdp × tensor; one -1 takes what is left.
+
+    Raises: UserError, where it does not fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     unknown = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -47,7 +51,16 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> 
     for name in unknown:
         sizes[name] = count // known
     # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices so that neighbours on an axis of the mesh are neighbours in the network, where JAX finds such an order."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        # An axis is no product of whole axes of the network, as 8 of 64 chips in a cube: it takes a part of one.
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def prompt_ways(mesh: Mesh) -> int:
