@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -109,6 +110,34 @@ def decoding_layout(policy: nn.Module, mesh: Mesh, convert: Callable[[Any], Any]
     if training == decoding and jax.eval_shape(convert, abstract) == abstract:
         return None
     return jax.jit(convert, out_shardings=decoding)
+
+
+def abstract_parameters(policy: nn.Module, mesh: Mesh) -> Any:
+    """Shape, dtype and place of every parameter, for programs that are compiled and not run."""
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
+    return jax.tree.map(_placed, shapes, parameter_shardings(policy, mesh))
+
+
+def abstract_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> optax.OptState:
+    """What `init_optimizer` makes of parameters that are abstract."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    init = functools.partial(jax.eval_shape, optimizer.init)
+    return optax.tree_utils.tree_map_params(
+        init,
+        lambda moment, param: _placed(moment, param.sharding),
+        init(params),
+        params,
+        transform_non_params=lambda x: _placed(x, everywhere),
+    )
+
+
+def abstract_prompts(tree: Any, mesh: Mesh) -> Any:
+    """What `shard_prompts` makes of arrays that are abstract."""
+    return jax.tree.map(lambda x: _placed(x, _shortest(NamedSharding(mesh, PROMPT_AXIS))), tree)
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:

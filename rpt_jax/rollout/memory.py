@@ -17,7 +17,7 @@ _RESULTS = 3
 # Logits of a slot exist several times over: as they are, as weights to draw from, and as a sum.
 _LOGITS = 3
 # Share of a device's memory to plan with: compiled programs, fragments and the host's own data want the rest.
-_USABLE = 0.9
+USABLE = 0.9
 
 
 class RolloutMemory(NamedTuple):
@@ -51,7 +51,7 @@ def device_memory() -> int:
     """Bytes to plan with on each device: an accelerator's own, or its share of this machine's."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
-    return int(_USABLE * statistics.get("bytes_limit", machine))
+    return int(USABLE * statistics.get("bytes_limit", machine))
 
 
 def plan_slots(asked: int, rollouts: int, memory: RolloutMemory, resident: int, available: int) -> int:
