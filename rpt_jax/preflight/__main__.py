@@ -37,9 +37,10 @@ def main(argv: list[str]) -> int:
         topology = parse_topology(options.topology)
         prepare_process(topology)
         # Late, because what libtpu reads must be set before.
-        from rpt_jax.preflight import report
+        from rpt_jax.preflight.report import preflight
+        from rpt_jax.preflight.sweep import sweep
 
-        result = (report.sweep if options.sweep else report.preflight)(experiment, topology)
+        result = (sweep if options.sweep else preflight)(experiment, topology)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,6 +74,8 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
     slots = live_sizes(-(-step.decoding.slots // ways), prompts * samples)[0] if step.decoding else 1
     in_a_row = max(1, (row - prompt) // response)
     passes = -(-e.training.prompts_per_step * -(-samples // in_a_row) // ways)
+    # A panel of queries goes over as many blocks as the one of them that sees most: its prompt and half of a response.
+    packed = (prompt + (response + min(panel, response)) / 2) / block
     own, shared = (-(-length // block_size(platform, length)) for length in (response, prompt))
     return {
         # All live until the last one ends; the smaller batches have no turn.
@@ -85,7 +87,7 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
         "blockwise._over_keys": (max(1.0, prompt / block / 2),),
         "gradient.policy_gradient": (passes,),
         "gradient.response_logprobs": (passes,),
-        # A panel of queries goes over as many blocks as the one of them that sees most: its prompt and half of a response.
-        "packed.attend_packed": ((prompt + (response + min(panel, response)) / 2) / block,),
+        "packed.attend_packed": (packed,),
+        "layers._attention/shard_map": (packed,),
         "reward._read": (4 * response,),  # A byte a turn, of which text has about four a token.
     }

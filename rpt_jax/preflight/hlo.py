@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def traffic(text: str, turns: Mapping[str, Sequence[float]], host: int) -> Traff
     Args:
       text: optimised HLO, as `Compiled.as_text()` gives it.
       turns: of loops that end when the data say so, how often they go round, by the function that they are written in
-        ("engine.decode_until"): of several one after the other, the last number being that of all that are left.
+        ("engine.decode_until") or by a part of the operation's name, which has a slash: of several one after the other, the last number being that of all that are left.
       host: devices of a host, numbered one after the other.
     """
     return _Reader(text, turns, host).total()
@@ -120,13 +120,12 @@ class _Reader:
         loops = [i for c in self._computations.values() for i in c.values() if i.opcode == "while"]
         for loop in loops:
             if (count := self._written_turns(loop)) is None:
-                frame = re.search(r"stack_frame_id=(\d+)", loop.attributes)
-                function = functions.get(int(frame[1]), "?") if frame else "?"
-                if function not in known:
-                    guessed.add(function)
-                numbers = known.get(function, (1.0,))
-                count = numbers[min(met[function], len(numbers) - 1)]
-                met[function] += 1
+                place = _place(loop, functions, known)
+                if place not in known:
+                    guessed.add(place)
+                numbers = known.get(place, (1.0,))
+                count = numbers[min(met[place], len(numbers) - 1)]
+                met[place] += 1
             turns[loop.name] = count
         return turns, guessed
 
@@ -204,6 +203,15 @@ class _Reader:
         share = (n - 1) / n
         sent = {"all-gather": size * (n - 1), "all-reduce": 2 * size * share, "collective-permute": size}
         return Collective(kind, n, in_host), sent.get(kind, size * share)
+
+
+def _place(loop: _Instruction, functions: Mapping[int, str], known: Mapping[str, Any]) -> str:
+    """By what a loop is known: the function that it is written in or, where that was lost, a part of its operation's name."""
+    frame = re.search(r"stack_frame_id=(\d+)", loop.attributes)
+    function = functions.get(int(frame[1]), "?") if frame else "?"
+    operation = re.search(r'op_name="([^"]*)"', loop.attributes)
+    parts = [name for name in known if operation and "/" in name and name in operation[1]]
+    return function if function in known or not parts else parts[0]
 
 
 def _computations(text: str) -> Iterator[tuple[str, _Computation]]:

@@ -24,18 +24,21 @@ _ONCE = ("score",)  # Before the first step, and not in each.
 
 def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     """Compile for the config's mesh, print all, and return it. Raises: UserError, where the config does not fit the topology."""
-    if experiment.task == "pretrain":
-        raise UserError("task='pretrain' has no preflight yet; it knows the programs of 'rpt' and 'score'.")
     experiment = for_topology(experiment, topology)
     mesh = make_mesh(experiment.mesh.data, experiment.mesh.fsdp, experiment.mesh.tensor, devices(topology))
-    check_batches(mesh, _batches(experiment))
+    check_batches(mesh, batches(experiment))
     step, verdicts = judge(experiment, topology, mesh)
     show(experiment, topology, mesh, step, verdicts)
     return as_result(topology, mesh, step, verdicts)
 
 
 def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
-    """The experiment as it can be compiled here: a GPU's attention kernel cannot be without one."""
+    """The experiment as it can be compiled here: a GPU's attention kernel cannot be without one.
+
+    Raises: UserError, where its task has no preflight.
+    """
+    if experiment.task == "pretrain":
+        raise UserError("task='pretrain' has no preflight: it knows the programs of 'rpt' and 'score'.")
     if topology.is_compiled_for:
         return experiment
     return dataclasses.replace(experiment, policy=dataclasses.replace(experiment.policy, attention="blockwise"))
@@ -53,10 +56,14 @@ def devices(topology: Topology) -> list[Any]:
         raise UserError(f"--topology={topology.name}: libtpu knows no such slice: {str(error).splitlines()[0]}") from None
 
 
-def judge(experiment: Experiment, topology: Topology, mesh: Mesh) -> tuple[Step, list[Verdict]]:
-    """Compile the programs of a step on a mesh. Raises: UserError, where not even the plan of its decode slots fits."""
+def judge(experiment: Experiment, topology: Topology, mesh: Mesh, only: str = "") -> tuple[Step, list[Verdict]]:
+    """Compile the programs of a step on a mesh, or the one called `only`.
+
+    Raises: UserError, where the config does not fit the mesh, or not even the plan of its decode slots.
+    """
     with use_mesh(mesh):
         step = make_step(experiment, mesh, int(USABLE * topology.chip.memory))
+        step = step._replace(programs=tuple(p for p in step.programs if only in ("", p.name)))
     # Outside of a mesh whose devices are not here: it runs an operation or two.
     flops = flops_a_chip(experiment, step)
     with use_mesh(mesh):
@@ -145,7 +152,8 @@ def _conclude(experiment: Experiment, topology: Topology, verdicts: list[Verdict
         print("It does not fit.")
 
 
-def _batches(experiment: Experiment) -> dict[str, int]:
+def batches(experiment: Experiment) -> dict[str, int]:
+    """The sizes that must split evenly over a mesh, by field."""
     sizes = {"evaluation.score_documents": experiment.evaluation.score_documents}
     return sizes if experiment.task == "score" else sizes | {"training.prompts_per_step": experiment.training.prompts_per_step}
 
@@ -153,6 +161,3 @@ def _batches(experiment: Experiment) -> dict[str, int]:
 def _gib(size: float) -> float:
     return round(size / GIB, 3)
 
-
-def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
-    raise NotImplementedError
