@@ -102,7 +102,8 @@ ENTRY %main (a: f32[4,16], k: s32[]) -> f32[1,16] {
 
 
 @pytest.mark.parametrize(
-    "text, kind, count", [("v5p:4x4x4", "v5p", 64), ("v6e:8x8", "v6e", 64), ("v4:2x2x2", "v4", 8), ("h100:8", "h100", 8)]
+    "text, kind, count",
+    [("v5p:4x4x4", "v5p", 64), ("v6e:8x8", "v6e", 64), ("v4:2x2x2", "v4", 8), ("h100:8", "h100", 8)],
 )
 def test_topologies(text, kind, count):
     parsed = parse_topology(text)
@@ -141,7 +142,7 @@ def test_gpus_are_simulated_cpu_devices(monkeypatch):
 
 
 def test_collectives_as_often_as_their_loops_go_round():
-    moved = traffic(PROGRAM, {"engine.decode_until": (5, 0)}, host=2)
+    moved = traffic(PROGRAM, {"engine.decode_until": (5, 0)}, hosts=[0, 0, 1, 1])
     gather, everywhere, passing = (
         Collective("all-gather", 2, True),
         Collective("all-reduce", 4, False),
@@ -154,7 +155,7 @@ def test_collectives_as_often_as_their_loops_go_round():
 
 
 def test_loops_that_nobody_knows_are_counted_once_and_named():
-    moved = traffic(PROGRAM, {}, host=4)
+    moved = traffic(PROGRAM, {}, hosts=[0] * 4)
     assert moved.guessed == {"engine.decode_until"}
     assert moved.runs[Collective("collective-permute", 2, True)] == 2
 
@@ -162,7 +163,7 @@ def test_loops_that_nobody_knows_are_counted_once_and_named():
 def test_of_an_array_that_is_sliced_the_slice_is_read():
     # A row of 64 bytes read and written, an index of 4 read; in each of three turns, a gather (64 + 128), a broadcast (64 + 256)
     # and a sum (256 + 256), and the comparison of two numbers of 4 bytes to 1.
-    alone = traffic(PROGRAM, {"engine.decode_until": (0,)}, host=4)
+    alone = traffic(PROGRAM, {"engine.decode_until": (0,)}, hosts=[0] * 4)
     assert alone.memory == 64 + 64 + 4 + 3 * (192 + 320 + 512 + 9)
 
 
@@ -171,7 +172,7 @@ def test_a_compiled_loop_reads_its_own_weights_each_turn():
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
     x, w = jnp.zeros((256, 256)), jnp.zeros((20, 256, 256))
-    moved = traffic(jax.jit(run).lower(x, w).compile().as_text(), {}, host=1).memory
+    moved = traffic(jax.jit(run).lower(x, w).compile().as_text(), {}, hosts=[0]).memory
     # What goes in, the weights of the turn, what comes out; and as much again where XLA copies.
     assert 20 * 3 * x.nbytes <= moved <= 2.5 * 20 * 3 * x.nbytes
 
@@ -193,7 +194,9 @@ def test_groups_of_devices(written, group):
 
 def test_the_longest_part_is_the_bound():
     chip = CHIPS["h100"]
-    moved = Traffic(3350e9, {Collective("all-reduce", 8, True): 45e9, Collective("all-gather", 16, False): 100e9}, {}, frozenset())
+    moved = Traffic(
+        3350e9, {Collective("all-reduce", 8, True): 45e9, Collective("all-gather", 16, False): 100e9}, {}, frozenset()
+    )
     seconds = times(chip, 989e12 / 2, moved)
     np.testing.assert_allclose(seconds, (0.5, 1.0, 2.1))
     assert seconds.bound == "network" and seconds.seconds == pytest.approx(2.1)
@@ -309,7 +312,13 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 @pytest.mark.slow
 @needs_libtpu
 def test_a_tpu_slice(tmp_path):
-    done = run("--topology=v5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2", f"--json={tmp_path / 'o'}")
+    done = run(
+        "--topology=v5e:2x2",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        f"--json={tmp_path / 'o'}",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "o").read_text())
     assert result["fits"] is True and result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}

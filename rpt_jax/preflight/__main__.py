@@ -3,7 +3,7 @@
 Compiles the programs of a run for chips that are not here, and says whether they fit, what they move and what bounds them.
 TPUs, such as v5e:4x4, v6e:8x8, v5p:4x4x4, v4:2x2x4, need libtpu (`pip install "jax[tpu]"` of the range in requirements.txt); for
 GPUs, such as h100:8, as many simulated CPU devices are compiled for in their place. JAX_OPTIMIZATION_LEVEL=O0 in the environment
-compiles faster, and less well. Exit codes: 0 it fits, 1 it does not, 2 something to mend.
+compiles faster, and less well. Exit codes: 0 it fits, 2 something to mend: a sentence says what.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     summary, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight", description=details, usage=summary)
-    parser.add_argument("--config", required=True, help="config file; --config.section.field=value changes a field of it")
+    parser.add_argument(
+        "--config", required=True, help="config file; --config.section.field=value changes a field of it"
+    )
     parser.add_argument("--topology", required=True, help="chips and how they are arranged: v5p:4x4x4, v6e:8x8, h100:8")
-    parser.add_argument("--sweep", action="store_true", help="try meshes and numbers of decode slots, and recommend one")
+    parser.add_argument(
+        "--sweep", action="store_true", help="try meshes and numbers of decode slots, and recommend one"
+    )
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     overrides = [argument.removeprefix(_OVERRIDE) for argument in argv[1:] if argument.startswith(_OVERRIDE)]
     options = parser.parse_args([argument for argument in argv[1:] if not argument.startswith(_OVERRIDE)])
@@ -45,8 +49,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        options.json.write_text(json.dumps({"config": options.config, "overrides": overrides} | result, indent=2) + "\n")
-    return 0 if result["fits"] else 1
+        options.json.write_text(
+            json.dumps({"config": options.config, "overrides": overrides} | result, indent=2) + "\n"
+        )
+    return 0 if result["fits"] else 2
 
 
 if __name__ == "__main__":

@@ -65,7 +65,12 @@ def flops_a_chip(experiment: Experiment, step: Step) -> dict[str, float]:
 
 def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]:
     """How often the loops go round whose end the data decide on, where every prompt and every response is as long as may be."""
-    e, platform, prompt, response = experiment, target_platform(), experiment.prompt.max_tokens, experiment.rollout.max_new_tokens
+    e, platform, prompt, response = (
+        experiment,
+        target_platform(),
+        experiment.prompt.max_tokens,
+        experiment.rollout.max_new_tokens,
+    )
     row, panel, block = e.training.microbatch_tokens, PANEL[platform], BLOCK[platform]
     ways = prompt_ways(step.setup.mesh)
     prompts, samples = -(-e.training.prompts_per_step // ways), e.rollout.samples_per_prompt

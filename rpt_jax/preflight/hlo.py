@@ -18,7 +18,17 @@ _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = ")
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota", "opt-barrier"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "iota",
+    "opt-barrier",
+}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
@@ -62,24 +72,24 @@ class _Instruction(NamedTuple):
 _Computation = Mapping[str, _Instruction]
 
 
-def traffic(text: str, turns: Mapping[str, Sequence[float]], host: int) -> Traffic:
+def traffic(text: str, turns: Mapping[str, Sequence[float]], hosts: Sequence[int]) -> Traffic:
     """Add up what the program of `text` moves.
 
     Args:
       text: optimised HLO, as `Compiled.as_text()` gives it.
       turns: of loops that end when the data say so, how often they go round, by the function that they are written in
-        ("engine.decode_until") or by a part of the operation's name, which has a slash: of several one after the other, the last number being that of all that are left.
-      host: devices of a host, numbered one after the other.
+        ("engine.decode_until") or by a part of the operation's name, which has a slash. Of several loops there, each has a
+        number, and all that are left the last one.
+      hosts: of each device of the mesh, in its order, the number of its host.
     """
-    return _Reader(text, turns, host).total()
+    return _Reader(text, turns, hosts).total()
 
 
 class _Reader:
-    def __init__(self, text: str, turns: Mapping[str, Sequence[float]], host: int):
+    def __init__(self, text: str, turns: Mapping[str, Sequence[float]], hosts: Sequence[int]):
         self._computations: dict[str, _Computation] = dict(_computations(text))
         self._entry = re.search(r"^ENTRY %(\S+) ", text, re.MULTILINE)[1]
-        found = re.search(r"num_partitions=(\d+)", text)
-        self._host, self._devices = host, int(found[1]) if found else 1
+        self._hosts = hosts
         self._turns, self._guessed = self._turns_of_all(_functions(text), turns)
 
     def total(self) -> Traffic:
@@ -106,7 +116,11 @@ class _Reader:
                     turns = self._turns[instruction.name]
                     yield from self._run(instruction.called(part)[0], weight * turns, into_fusions)
             elif instruction.opcode == "conditional":
-                branches = [b for part in ("branch_computations", "true_computation", "false_computation") for b in instruction.called(part)]
+                branches = [
+                    b
+                    for part in ("branch_computations", "true_computation", "false_computation")
+                    for b in instruction.called(part)
+                ]
                 yield from self._run(max(branches, key=lambda b: len(self._computations[b])), weight, into_fusions)
             elif instruction.opcode in ("call", "async-start") or (into_fusions and instruction.opcode == "fusion"):
                 for called in instruction.called("to_apply") + instruction.called("calls"):
@@ -198,8 +212,8 @@ class _Reader:
 
     def _sent(self, kind: str, instruction: _Instruction, computation: _Computation) -> tuple[Collective, float]:
         size = sum(_bytes(computation[name].shape, everywhere=True) for name in instruction.operands)
-        group = _group(instruction.attributes, self._devices)
-        n, in_host = len(group), len({device // self._host for device in group}) == 1
+        group = _group(instruction.attributes, len(self._hosts))
+        n, in_host = len(group), len({self._hosts[device] for device in group}) == 1
         share = (n - 1) / n
         sent = {"all-gather": size * (n - 1), "all-reduce": 2 * size * share, "collective-permute": size}
         return Collective(kind, n, in_host), sent.get(kind, size * share)
@@ -250,7 +264,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _bytes(shape: str, everywhere: bool = False) -> float:
-    """Bytes of an array, or of all in a tuple; those that lie in a core's own memory, S(1) and above, unless `everywhere`, not."""
+    """Bytes of an array, or of all in a tuple; unless `everywhere`, without those in a core's own memory, S(1) and above."""
     total = 0.0
     for dtype, dims, layout in _ARRAY.findall(shape):
         if everywhere or "S(" not in layout:
@@ -288,6 +302,9 @@ def _functions(text: str) -> dict[int, str]:
     files = dict(re.findall(r'^(\d+) "[^"]*?([^"/]+)\.py"$', text, re.MULTILINE))
     head = text[: text.find("\n%")]
     names = dict(re.findall(r'^(\d+) "([^"]+)"$', head[head.find("FunctionNames") :], re.MULTILINE))
-    locations = {n: (files.get(f), names.get(g)) for n, f, g in re.findall(r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", head, re.MULTILINE)}
+    locations = {
+        n: (files.get(f), names.get(g))
+        for n, f, g in re.findall(r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", head, re.MULTILINE)
+    }
     frames = re.findall(r"^(\d+) \{file_location_id=(\d+)", head, re.MULTILINE)
     return {int(frame): ".".join(map(str, locations[location])) for frame, location in frames if location in locations}

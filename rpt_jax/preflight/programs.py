@@ -136,7 +136,11 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
     layout = decoding_layout(setup.policy, mesh, lambda p: in_compute_dtype(setup.policy, p))
     weights = _decoding_weights(setup, layout) if layout else params
     sampled = _sampled(experiment, mesh)
-    kept, laid_out, drawn = bytes_a_device((state, params)), bytes_a_device(weights) if layout else 0, bytes_a_device(sampled)
+    kept, laid_out, drawn = (
+        bytes_a_device((state, params)),
+        bytes_a_device(weights) if layout else 0,
+        bytes_a_device(sampled),
+    )
     vocab = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in setup.tokenizer.byte_vocab)
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
 
@@ -167,7 +171,9 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
     programs.append(Program("sample", sampling, kept - own))
     programs.append(Program("reward", rewarding, kept + laid_out))
     if not is_prefix_match(o):
-        programs.append(Program("training reward", training_rewarding, kept + laid_out - bytes_a_device((params, average))))
+        programs.append(
+            Program("training reward", training_rewarding, kept + laid_out - bytes_a_device((params, average)))
+        )
     reference = bytes_a_device(params) if o.kl != "none" else 0
     programs.append(Program("update", updating, kept - bytes_a_device(state) - reference + drawn))
     return programs
@@ -220,7 +226,9 @@ def _update_batch(experiment: Experiment, sampled: Sampled) -> UpdateBatch:
     documents = None
     if experiment.objective.document_weight:
         ids = _ids(len(prompts.lengths_P.shape) and prompts.lengths_P.shape[0], experiment.data.max_document_tokens)
-        documents = abstract_prompts(Documents(ids, ids, jax.ShapeDtypeStruct(ids.shape, bool)), prompts.lengths_P.sharding.mesh)
+        documents = abstract_prompts(
+            Documents(ids, ids, jax.ShapeDtypeStruct(ids.shape, bool)), prompts.lengths_P.sharding.mesh
+        )
     return UpdateBatch(
         prompts_PxS=prompts.tokens_PxS,
         lengths_P=prompts.lengths_P,

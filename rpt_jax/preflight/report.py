@@ -53,7 +53,9 @@ def devices(topology: Topology) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={topology.name}: libtpu knows no such slice: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"--topology={topology.name}: libtpu knows no such slice: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def judge(experiment: Experiment, topology: Topology, mesh: Mesh, only: str = "") -> tuple[Step, list[Verdict]]:
@@ -135,8 +137,8 @@ def _conclude(experiment: Experiment, topology: Topology, verdicts: list[Verdict
     )
     if not topology.is_compiled_for:
         print(
-            f"There is no compiler for {topology.kind} here: memory, bytes and collectives are those of {topology.count} simulated "
-            "CPU devices with blockwise attention, and are estimates, too."
+            f"There is no compiler for {topology.kind} here: memory, bytes and collectives are those of {topology.count} "
+            "simulated CPU devices with blockwise attention, and are estimates, too."
         )
     unknown = sorted(set().union(*(v.moved.guessed for v in verdicts if v.moved)))
     if unknown:
@@ -155,9 +157,12 @@ def _conclude(experiment: Experiment, topology: Topology, verdicts: list[Verdict
 def batches(experiment: Experiment) -> dict[str, int]:
     """The sizes that must split evenly over a mesh, by field."""
     sizes = {"evaluation.score_documents": experiment.evaluation.score_documents}
-    return sizes if experiment.task == "score" else sizes | {"training.prompts_per_step": experiment.training.prompts_per_step}
+    return (
+        sizes
+        if experiment.task == "score"
+        else sizes | {"training.prompts_per_step": experiment.training.prompts_per_step}
+    )
 
 
 def _gib(size: float) -> float:
     return round(size / GIB, 3)
-

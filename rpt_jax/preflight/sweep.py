@@ -43,7 +43,9 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
         trials.append(try_mesh(_on(experiment, mesh), topology, mesh))
         print(f"{_words(mesh)}: {_outcome(trials[-1])}", flush=True)
     if not trials:
-        raise UserError(f"--topology={topology.name}: no mesh of {topology.count} chips divides the policy and the batch.")
+        raise UserError(
+            f"--topology={topology.name}: no mesh of {topology.count} chips divides the policy and the batch."
+        )
     rows = [_row(trial) for trial in trials]
     columns = ["data x fsdp x tensor", "decode slots", "fits", "fullest", "s sample", "s update", "s a step", "note"]
     table(f"Meshes of {topology.name}, times estimated", columns, rows)

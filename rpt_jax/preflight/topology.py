@@ -20,7 +20,7 @@ class Chip(NamedTuple):
       memory_speed: bytes a second of its memory.
       link_speed: bytes a second that it sends while a ring of neighbours passes data on: over the two links of one axis of a
         torus, or to the other GPUs of its host.
-      host: devices of a host; far_speed: bytes a second that a GPU sends to others, None where the network has no such border.
+      host: GPUs of a host; far_speed: bytes a second that a device sends to other hosts, None where that is no border.
       dimensions: of the network; 0 where devices are only counted.
     """
 
@@ -91,14 +91,17 @@ def parse_topology(text: str) -> Topology:
     kind, _, rest = text.partition(":")
     if kind not in CHIPS:
         raise UserError(
-            f"--topology={text}: '{kind}' is not one of: {', '.join(CHIPS)}.{nearest(kind, CHIPS)} Write it as v5p:4x4x4 or h100:8."
+            f"--topology={text}: '{kind}' is not one of: {', '.join(CHIPS)}.{nearest(kind, CHIPS)} "
+            "Write it as v5p:4x4x4 or h100:8."
         )
     dimensions = CHIPS[kind].dimensions or 1
     example = {1: "8", 2: "4x4", 3: "2x2x4"}[dimensions]
     sizes = rest.split("x")
     if len(sizes) != dimensions or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         wanted = "a number" if dimensions == 1 else f"{dimensions} numbers"
-        raise UserError(f"--topology={text}: after '{kind}:' come{'s' * (dimensions == 1)} {wanted}, as in {kind}:{example}.")
+        raise UserError(
+            f"--topology={text}: after '{kind}:' come{'s' * (dimensions == 1)} {wanted}, as in {kind}:{example}."
+        )
     return Topology(kind, tuple(map(int, sizes)))
 
 

@@ -71,16 +71,17 @@ class Verdict(NamedTuple):
         return self.moved is not None and self.memory.total <= self.limit
 
 
-def judge_step(
-    experiment: Experiment, step: Step, topology: Topology, flops: Mapping[str, float]
-) -> list[Verdict]:
+def judge_step(experiment: Experiment, step: Step, topology: Topology, flops: Mapping[str, float]) -> list[Verdict]:
     """Compile all programs of a step, in the context of their mesh; `flops` are of each chip, by program."""
     loops, verdicts = turns(experiment, step), []
+    # Simulated devices are all of one process: there the hosts are counted off.
+    places = enumerate(step.setup.mesh.devices.flat)
+    hosts = [d.process_index if topology.is_compiled_for else i // topology.chip.host for i, d in places]
     for program in step.programs:
         start = time.perf_counter()
         memory, text = _compiled(program)
         seconds = time.perf_counter() - start
-        moved = text and traffic(text, loops, topology.chip.host)
+        moved = text and traffic(text, loops, hosts)
         work = flops.get(program.name, 0.0)
         verdict = Verdict(program.name, seconds, memory, topology.chip.memory, work, None, None, "")
         if moved:
@@ -95,13 +96,17 @@ def advise(experiment: Experiment, step: Step, verdict: Verdict) -> str:
     """Name the field that would make a program fit, and the value that does so by arithmetic."""
     t, excess = experiment.training, verdict.memory.total - verdict.limit
     mesh = step.setup.mesh.shape
-    deeper = f"mesh.tensor={2 * mesh['tensor']} or mesh.fsdp={2 * mesh['fsdp']} (each with as many more chips, or less of the other axes)"
+    deeper = (
+        f"mesh.tensor={2 * mesh['tensor']} or mesh.fsdp={2 * mesh['fsdp']} (with more chips, or less of another axis)"
+    )
     if verdict.program == "sample":
         ways = prompt_ways(step.setup.mesh)
         each = _bytes_a_slot(experiment, step)
         slots = step.decoding.slots // ways - int(-(-excess // each))
         if slots >= 1:
-            return f"rollout.decode_slots={slots * ways} in place of {step.decoding.slots}, at {each / GIB:.3g} GiB a slot"
+            return (
+                f"rollout.decode_slots={slots * ways} in place of {step.decoding.slots}, at {each / GIB:.3g} GiB a slot"
+            )
         return f"no number of rollout.decode_slots is small enough: shorter prompts or responses, or {deeper}"
     if verdict.program == "update":
         if experiment.policy.remat in _LESS_REMAT:
@@ -134,7 +139,8 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
         record |= {
             "memory_traffic_bytes": verdict.moved.memory,
             "collectives": [
-                c._asdict() | {"sent_bytes": sent, "runs": verdict.moved.runs[c]} for c, sent in verdict.moved.sent.items()
+                c._asdict() | {"sent_bytes": sent, "runs": verdict.moved.runs[c]}
+                for c, sent in verdict.moved.sent.items()
             ],
             "loops_counted_once": sorted(verdict.moved.guessed),
             "bound": verdict.times.bound,
@@ -159,9 +165,7 @@ def _compiled(program: Program) -> tuple[Memory, str | None]:
     # The fullest moment, where the backend tells it: the sum of all temporaries would overstate it.
     peak = m.peak_memory_in_bytes or known + m.temp_size_in_bytes
     return (
-        Memory(
-            m.argument_size_in_bytes, results, max(0, peak - known), m.generated_code_size_in_bytes, program.beside
-        ),
+        Memory(m.argument_size_in_bytes, results, max(0, peak - known), m.generated_code_size_in_bytes, program.beside),
         compiled.as_text(),
     )
 
@@ -170,4 +174,6 @@ def _bytes_a_slot(experiment: Experiment, step: Step) -> int:
     r = experiment.rollout
     prompts = -(-experiment.training.prompts_per_step // prompt_ways(step.setup.mesh))
     sizes = prompts, experiment.prompt.max_tokens, r.samples_per_prompt, r.max_new_tokens
-    return rollout_memory(step.setup.policy.shape, experiment.policy.dtype, *sizes, step.setup.mesh.shape["tensor"]).per_slot
+    return rollout_memory(
+        step.setup.policy.shape, experiment.policy.dtype, *sizes, step.setup.mesh.shape["tensor"]
+    ).per_slot
