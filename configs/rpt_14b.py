@@ -68,7 +68,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.training.minibatches_per_step = 1  # P Table 5: minibatch 256 = batch, exactly on-policy
     config.training.dynamic_sampling_from = 500  # P §3.3
     config.training.dynamic_sampling_rounds = 3  # ours
-    config.training.microbatch_tokens = 69_632  # ours: on each device one prompt with its responses, of full length
+    config.training.microbatch_tokens = (
+        20_480  # ours: on each device one prompt with two of its responses, of full length
+    )
     config.training.logit_chunk_tokens = 4096  # ours
 
     config.evaluation.every_steps = 100  # P §4.2 evaluates at multiples of 100

@@ -29,7 +29,7 @@ def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     check_batches(mesh, batches(experiment))
     step, verdicts = judge(experiment, topology, mesh)
     show(experiment, topology, mesh, step, verdicts)
-    return as_result(topology, mesh, step, verdicts)
+    return as_result(experiment, topology, mesh, step, verdicts)
 
 
 def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
@@ -82,11 +82,15 @@ def step_seconds(verdicts: list[Verdict]) -> float:
     return sum(v.times.seconds for v in verdicts if v.times and v.program not in _ONCE)
 
 
-def as_result(topology: Topology, mesh: Mesh, step: Step, verdicts: list[Verdict]) -> dict[str, Any]:
+def as_result(
+    experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, verdicts: list[Verdict]
+) -> dict[str, Any]:
     """What `--json` writes of one mesh."""
     return {
         "fits": fits(verdicts),
         "topology": topology.name,
+        "chips": topology.count,
+        "prompts_per_step": experiment.training.prompts_per_step,
         "compiled_for": "the topology" if topology.is_compiled_for else "simulated CPU devices",
         "mesh": dict(mesh.shape),
         "decode_slots": step.decoding.slots if step.decoding else None,

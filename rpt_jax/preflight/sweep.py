@@ -54,11 +54,11 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     if best:
         slots = f" --config.rollout.decode_slots={best.step.decoding.slots}" if best.step.decoding else ""
         chosen = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.mesh.shape.items())
-        result["recommended"] = as_result(topology, best.mesh, best.step, best.verdicts)
+        result["recommended"] = as_result(experiment, topology, best.mesh, best.step, best.verdicts)
         print(f"\nRecommended: {chosen}{slots}, {step_seconds(best.verdicts):.4g} s a step or more (estimate).")
     else:
         print("\nNone fits: take more chips, or chips with more memory, or shorter prompts and responses.")
-    tried = [as_result(topology, t.mesh, t.step, t.verdicts) for t in trials if t.step]
+    tried = [as_result(experiment, topology, t.mesh, t.step, t.verdicts) for t in trials if t.step]
     return result | {"tried": tried}
 
 

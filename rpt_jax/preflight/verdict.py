@@ -88,6 +88,8 @@ def judge_step(experiment: Experiment, step: Step, topology: Topology, flops: Ma
             verdict = verdict._replace(moved=moved, times=times(topology.chip, work, moved))
         if not verdict.fits:
             verdict = verdict._replace(advice=advise(experiment, step, verdict))
+        # Minutes may pass until the tables are there.
+        print(f"{program.name}: {seconds:.0f} s to compile, {memory.total / GIB:.2f} GiB a chip", flush=True)
         verdicts.append(verdict)
     return verdicts
 

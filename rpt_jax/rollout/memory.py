@@ -16,6 +16,8 @@ _FLOAT32 = 4
 _RESULTS = 3
 # Logits of a slot exist several times over: as they are, as weights to draw from, and as a sum.
 _LOGITS = 3
+# As the live batch shrinks for the first time, the keys of three quarters of it are there twice, and then the values.
+_SHRINKING = 1 + 3 / 8
 # Share of a device's memory to plan with: compiled programs, fragments and the host's own data want the rest.
 USABLE = 0.9
 
@@ -44,7 +46,8 @@ def rollout_memory(
     # While they are laid out in blocks, the prompts' keys are there twice.
     prompt_keys = 2 * prompts * prompt_tokens * token
     results = prompts * samples * max_new_tokens * _RESULTS * _FLOAT32
-    return RolloutMemory(prompt_keys + results, max_new_tokens * token + _LOGITS * _FLOAT32 * shape.vocab // tensor)
+    own_keys = int(_SHRINKING * max_new_tokens * token)
+    return RolloutMemory(prompt_keys + results, own_keys + _LOGITS * _FLOAT32 * shape.vocab // tensor)
 
 
 def device_memory() -> int:
