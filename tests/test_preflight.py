@@ -18,7 +18,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.sharding import make_mesh, use_mesh
 from rpt_jax.policy.target import target_platform
 from rpt_jax.preflight import hlo, topology
-from rpt_jax.preflight.costs import flops_a_chip, times, turns
+from rpt_jax.preflight.costs import flops_a_chip, times, turns, update_rows
 from rpt_jax.preflight.hlo import Collective, Traffic, traffic
 from rpt_jax.preflight.programs import bytes_a_device, make_step
 from rpt_jax.preflight.topology import CHIPS, parse_topology, prepare_process
@@ -177,6 +177,14 @@ def test_a_compiled_loop_reads_its_own_weights_each_turn():
     assert 20 * 3 * x.nbytes <= moved <= 2.5 * 20 * 3 * x.nbytes
 
 
+def test_without_loops_it_counts_as_xla_does():
+    x, w = jnp.zeros((128, 256)), jnp.zeros((256, 256))
+    compiled = jax.jit(lambda x, w: jnp.tanh(x @ w) @ w[:128].T).lower(x, w).compile()
+    assert traffic(compiled.as_text(), {}, hosts=[0]).memory == pytest.approx(
+        compiled.cost_analysis()["bytes accessed"], rel=0.1
+    )
+
+
 @pytest.mark.parametrize(
     "written, group",
     [
@@ -207,32 +215,49 @@ def small(*overrides):
 
 
 @pytest.fixture(scope="module")
-def judged():
-    """The programs of a small step, compiled for this machine's CPU as if it were an H100."""
+def made():
+    """A small step on this machine's CPU, and its mesh."""
     experiment, mesh = small(), make_mesh(1, 1, 1, jax.devices()[:1])
     with use_mesh(mesh):
-        step = make_step(experiment, mesh, 10**9)
+        return experiment, make_step(experiment, mesh, 10**9), mesh
+
+
+def judged(made, *names):
+    """Programs of the small step, compiled as if for an H100."""
+    experiment, step, mesh = made
+    chosen = step._replace(programs=tuple(p for p in step.programs if p.name in names))
+    with use_mesh(mesh):
         flops = flops_a_chip(experiment, step)
-        return experiment, step, judge_step(experiment, step, parse_topology("h100:1"), flops)
+        return {v.program: v for v in judge_step(experiment, chosen, parse_topology("h100:1"), flops)}
 
 
-def test_every_program_of_a_step_is_judged(judged):
-    _, _, verdicts = judged
-    assert [v.program for v in verdicts] == ["score", "sample", "reward", "update"]  # Nothing to reshard on one device.
-    by_name = {v.program: v for v in verdicts}
-    assert all(v.fits and v.memory.total < 10**9 for v in verdicts)
-    assert by_name["update"].flops == pytest.approx(3 * by_name["sample"].flops)
-    # Each of the seven steps of decoding reads the layers' matrices.
-    matrices = 4 * (judged[1].setup.policy.shape.matmul_parameters)
-    assert by_name["sample"].moved.memory > 7 * matrices
-    assert json.loads(json.dumps(as_record(by_name["update"])))["fits"] is True
+def test_programs_are_compiled_and_judged(made):
+    verdicts = judged(made, "score", "reward")
+    assert list(verdicts) == ["score", "reward"]
+    assert all(v.fits and v.memory.total < 10**9 for v in verdicts.values())
+    shape = made[1].setup.policy.shape
+    assert verdicts["score"].memory.arguments > 4 * shape.parameters
+    assert verdicts["score"].flops > 2 * 2 * 32 * shape.matmul_parameters  # Two documents of 32 tokens, and attention.
+    assert json.loads(json.dumps(as_record(verdicts["score"])))["fits"] is True
+    tight = verdicts["score"].memory.total - 1
+    assert not verdicts["score"]._replace(limit=tight).fits
+    assert not verdicts["score"]._replace(moved=None).fits
 
 
-def test_what_lives_beside_a_program_is_counted(judged):
-    _, step, verdicts = judged
+@pytest.mark.slow
+def test_a_step_reads_its_weights_for_every_token(made):
+    verdicts = judged(made, "sample", "update")
+    assert verdicts["update"].flops == pytest.approx(3 * verdicts["sample"].flops)
+    # Seven steps of decoding after the first token.
+    assert verdicts["sample"].moved.memory > 7 * 4 * made[1].setup.policy.shape.matmul_parameters
+
+
+def test_what_lives_beside_a_program_is_counted(made):
+    _, step, _ = made
     parameters = bytes_a_device(step.setup.params)
     assert parameters == 4 * step.setup.policy.shape.parameters
-    beside = {v.program: v.memory.beside for v in verdicts}
+    beside = {program.name: program.beside for program in step.programs}
+    assert list(beside) == ["score", "sample", "reward", "update"]  # Nothing to reshard on one device.
     # Those of the start and two moments beside the parameters that are sampled from; all four beside the reward; and of the
     # update, whose state is its argument, those of the start and the batch.
     assert beside["sample"] == pytest.approx(3 * parameters, rel=1e-3)
@@ -250,18 +275,11 @@ def test_what_lives_beside_a_program_is_counted(judged):
         ("reshard", [], "mesh.tensor=2 or mesh.fsdp=2"),
     ],
 )
-def test_what_does_not_fit_is_told_what_to_change(judged, program, overrides, said):
+def test_what_does_not_fit_is_told_what_to_change(made, program, overrides, said):
     memory = Memory(0, 0, 1000, 0, 0)
     verdict = Verdict(program, 0.0, memory, 751.0, 0.0, None, None, "")
     assert not verdict.fits
-    assert said in advise(small(*overrides), judged[1], verdict)
-
-
-def test_a_larger_total_than_the_limit_does_not_fit(judged):
-    verdict = judged[2][0]
-    assert verdict.fits
-    assert not verdict._replace(limit=verdict.memory.total - 1).fits
-    assert not verdict._replace(moved=None).fits
+    assert said in advise(small(*overrides), made[1], verdict)
 
 
 def test_loops_go_round_as_often_as_full_lengths_take():
@@ -272,7 +290,13 @@ def test_loops_go_round_as_often_as_full_lengths_take():
             step = make_step(experiment, mesh, 10**9)
             found = turns(experiment, step)
         assert found["engine.decode_until"] == (waves * 7, 0)
-        assert found["gradient.policy_gradient"] == (2,)
+        assert found["gradient.policy_gradient"] == (1,)
+
+
+@pytest.mark.parametrize("tokens, rows", [(64, 1), (32, 2), (24, 4), (63, 2)])
+def test_rows_of_an_update(tokens, rows):
+    """Two prompts of 16 tokens with two responses of 8 each: both in one row, one a row, or a row for each response."""
+    assert update_rows(small(f"training.microbatch_tokens={tokens}")) == rows
 
 
 def test_programs_are_traced_for_their_mesh():

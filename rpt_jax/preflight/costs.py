@@ -48,8 +48,21 @@ def times(chip: Chip, flops: float, moved: Traffic) -> Times:
     return Times(flops / chip.flops, moved.memory / chip.memory_speed, network)
 
 
+def update_rows(experiment: Experiment) -> int:
+    """Rows of `training.microbatch_tokens` that an update's groups take: whole groups or, where none fits, parts of one."""
+    t, prompt, response = experiment.training, experiment.prompt.max_tokens, experiment.rollout.max_new_tokens
+    samples, in_a_row = experiment.rollout.samples_per_prompt, (t.microbatch_tokens - prompt) // response
+    if in_a_row >= samples:
+        return -(-t.prompts_per_step // (t.microbatch_tokens // (prompt + samples * response)))
+    return t.prompts_per_step * -(-samples // max(1, in_a_row))
+
+
 def flops_a_chip(experiment: Experiment, step: Step) -> dict[str, float]:
-    """FLOPs of each program on each chip, what rematerialisation repeats included; none where there are hardly any."""
+    """FLOPs of each program on each chip, where it has more than a few.
+
+    Beyond what `describe` counts, an update runs a prompt again in each row that has responses to it, and with
+    rematerialisation everything forward again.
+    """
     setup, chips = step.setup, step.setup.mesh.size
     documents, size = experiment.evaluation.score_documents, experiment.data.max_document_tokens
     shape = setup.policy.shape
@@ -60,25 +73,23 @@ def flops_a_chip(experiment: Experiment, step: Step) -> dict[str, float]:
         flops[name] = sum(row.value for row in rows if row.what.startswith(begins)) / chips
     if experiment.policy.remat == "full":
         flops["update"] *= 4 / 3  # Forward, forward again and backward in place of forward and backward.
+    tree = experiment.prompt.max_tokens + experiment.rollout.samples_per_prompt * experiment.rollout.max_new_tokens
+    trees = experiment.training.prompts_per_step * tree
+    flops["update"] *= max(1.0, update_rows(experiment) * experiment.training.microbatch_tokens / trees)
     return flops
 
 
 def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]:
     """How often the loops go round whose end the data decide on, where every prompt and every response is as long as may be."""
-    e, platform, prompt, response = (
-        experiment,
-        target_platform(),
-        experiment.prompt.max_tokens,
-        experiment.rollout.max_new_tokens,
-    )
-    row, panel, block = e.training.microbatch_tokens, PANEL[platform], BLOCK[platform]
+    e, platform = experiment, target_platform()
+    prompt, response = e.prompt.max_tokens, e.rollout.max_new_tokens
+    panel, block = PANEL[platform], BLOCK[platform]
     ways = prompt_ways(step.setup.mesh)
     prompts, samples = -(-e.training.prompts_per_step // ways), e.rollout.samples_per_prompt
     parts = -(-prompt // e.rollout.prefill_tokens)
     rows = min(prompts, max(1, e.rollout.prefill_tokens // -(-prompt // parts)))
     slots = live_sizes(-(-step.decoding.slots // ways), prompts * samples)[0] if step.decoding else 1
-    in_a_row = max(1, (row - prompt) // response)
-    passes = -(-e.training.prompts_per_step * -(-samples // in_a_row) // ways)
+    passes = -(-update_rows(e) // ways)
     # A panel of queries goes over as many blocks as the one of them that sees most: its prompt and half of a response.
     packed = (prompt + (response + min(panel, response)) / 2) / block
     own, shared = (-(-length // block_size(platform, length)) for length in (response, prompt))
