@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,10 @@ from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.errors import UserError
 from rpt_jax.infra.sharding import make_mesh, use_mesh
 from rpt_jax.policy.target import target_platform
-from rpt_jax.preflight import hlo, topology
+from rpt_jax.preflight import hlo, scaling, topology
 from rpt_jax.preflight.costs import flops_a_chip, times, turns, update_rows
 from rpt_jax.preflight.hlo import Collective, Traffic, traffic
-from rpt_jax.preflight.programs import bytes_a_device, make_step
+from rpt_jax.preflight.programs import Program, bytes_a_device, make_step
 from rpt_jax.preflight.topology import CHIPS, parse_topology, prepare_process
 from rpt_jax.preflight.verdict import Memory, Verdict, advise, as_record, judge_step
 from tests.conftest import ROOT
@@ -307,6 +310,27 @@ def test_programs_are_traced_for_their_mesh():
         assert target_platform() == "tpu"
 
 
+@pytest.mark.parametrize(
+    "said, size",
+    [
+        (
+            "Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            20.5 * 2**30,
+        ),
+        ("the total memory required for HLO temporaries (400.00G) exceeds available HBM (30.75G).", 400 * 2**30),
+    ],
+)
+def test_what_the_compiler_says_is_too_large(made, said, size):
+    def refuse():
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
+
+    too_large = types.SimpleNamespace(compile=refuse)
+    step = made[1]._replace(programs=(Program("score", lambda: too_large, beside=5),))
+    verdict = judge_step(made[0], step, parse_topology("v5e:1x1"), {})[0]
+    assert not verdict.fits and verdict.memory.total == size + 5
+    assert verdict.advice and as_record(verdict)["fits"] is False
+
+
 def run(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_OPTIMIZATION_LEVEL": "O0"}
     overrides = [f"--config.{field}" for field in SMALL]
@@ -328,6 +352,32 @@ def test_gpus_by_count(tmp_path):
     assert result["fits"] is True and result["compiled_for"] == "simulated CPU devices"
     assert "simulated CPU devices" in done.stdout and "It fits." in done.stdout
     assert {p["program"] for p in result["programs"]} == {"score", "sample", "reward", "update"}
+
+
+def test_numbers_of_chips_side_by_side(tmp_path, capsys):
+    def record(chips, prompts):
+        collective = {"kind": "all-gather", "size": 4, "in_host": True, "sent_bytes": 3e12, "runs": 1}
+        program = {"flops": 2e12 * prompts / chips, "memory_traffic_bytes": 5e12, "collectives": [collective]}
+        programs = [program | {"program": name} for name in ("score", "sample", "update")]
+        found = {"topology": f"v6e:{chips}", "chips": chips, "prompts_per_step": prompts, "programs": programs}
+        path = tmp_path / f"{chips}-{prompts}.json"
+        path.write_text(json.dumps(found | {"estimated_step_seconds": 7.0}))
+        return str(path)
+
+    runs = [record(*sizes) for sizes in ((16, 256), (64, 256), (64, 1024), (256, 4096))]
+    assert scaling.main(["scaling", *runs, f"--plot={tmp_path / 'plot.png'}"]) == 0
+    out = capsys.readouterr().out
+    # Two programs belong to a step; of 256 prompts, 64 chips have a quarter of the FLOPs that 16 have.
+    for row in ("v6e:16 | 16 | 256 | 64 | 10 | 6 | 7", "v6e:64 | 64 | 256 | 16 | 10 | 6 | 7"):
+        assert row in re.sub(r" +", " ", out)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [len(scaling.alike([scaling.read(Path(r)) for r in runs], key)) for key in scaling.LINES.values()] == [2, 3]
+
+
+def test_files_that_preflight_did_not_write(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("{}")
+    assert scaling.main(["scaling", str(tmp_path / "other.json")]) == 2
+    assert "other.json is not what preflight writes" in capsys.readouterr().err
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -49,7 +49,10 @@ def devices(topology: Topology) -> list[Any]:
     if not topology.is_compiled_for:
         return jax.devices()
     # Both cores of a v4 are one device, as on machines that have them.
-    options = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    if topology.count < topology.chip.host:
+        # A part of a host, such as one chip: libtpu takes hosts to be whole.
+        options["chips_per_host_bounds"] = (*topology.sizes, 1)[:3]
     try:
         return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
@@ -130,7 +133,8 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, ver
         if v.moved
         for c, sent in sorted(v.moved.sent.items(), key=lambda item: -item[1])
     ]
-    table("Collectives", ["program", "kind", "among", "in a host", "runs", "GB sent a chip"], rows)
+    if rows:
+        table("Collectives", ["program", "kind", "among", "in a host", "runs", "GB sent a chip"], rows)
     _conclude(experiment, topology, verdicts)
 
 

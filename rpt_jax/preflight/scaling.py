@@ -10,6 +10,7 @@ import argparse
 import collections
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 
 _STEP = ("reshard", "sample", "reward", "training reward", "update")
+# What the runs of a line have in common.
+LINES = {"strong": lambda run: run["prompts"], "weak": lambda run: run["prompts"] / run["chips"]}
 _PARTS = {"TFLOPs": 1e12, "TB of memory": 1e12, "TB sent": 1e12}
 
 
@@ -67,14 +70,10 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = {
-        "strong": _largest(runs, lambda r: r["prompts"]),
-        "weak": _largest(runs, lambda r: r["prompts"] / r["chips"]),
-    }
     figure, panels = plt.subplots(1, len(_PARTS), figsize=(4 * len(_PARTS), 3.2), layout="constrained")
     for panel, part in zip(panels, _PARTS, strict=True):
-        for name, line in lines.items():
-            line = sorted(line, key=lambda r: r["chips"])
+        for name, key in LINES.items():
+            line = sorted(alike(runs, key), key=lambda r: r["chips"])
             panel.loglog([r["chips"] for r in line], [r[part] for r in line], "o-", base=2, label=name)
         panel.set(title=f"{part} a chip and step", xlabel="chips")
         panel.grid(alpha=0.3)
@@ -82,12 +81,12 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _largest(runs: list[dict[str, Any]], key: Any) -> list[dict[str, Any]]:
-    """The most runs that have `key` alike."""
-    alike = collections.defaultdict(list)
+def alike(runs: list[dict[str, Any]], key: Callable[[dict[str, Any]], float]) -> list[dict[str, Any]]:
+    """The most runs that have `key` in common."""
+    groups = collections.defaultdict(list)
     for run in runs:
-        alike[key(run)].append(run)
-    return max(alike.values(), key=len)
+        groups[key(run)].append(run)
+    return max(groups.values(), key=len)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import rollout_memory
 
 GIB = 2**30
-# What libtpu says where a program needs more than a chip has.
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What libtpu says where a program needs more than a chip has, in either of two sentences.
+_TOO_LARGE = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)\)? (?:of|exceeds)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _LESS_REMAT = {"none": "full", "dots": "full"}
 
