@@ -4,13 +4,30 @@ Command   python -m rpt_jax.main --config=configs/rpt_14b.py
 Sizes     python -m rpt_jax.main --config=configs/rpt_14b.py --config.mesh.fsdp=8 --describe   (on any machine)
 Needs     models/DeepSeek-R1-Distill-Qwen-14B: the directory as Hugging Face has it, with its shards of weights;
           data/omnimath: OmniMATH's .jsonl, with a problem and its solution in each line;
-          64 accelerators of 95 GiB or more (by arithmetic 58 GiB while sampling and 48 GiB in the update, on each,
-          where every response is as long as it may be; XLA's temporaries come on top); 500 GiB of disk.
-Hardware  not run. So many devices stand in several hosts, where rpt_jax has not been run at all.
+          64 accelerators of 31 GiB or more (on each, by arithmetic 58 GiB while sampling and 18 GiB in the update where all
+          rollouts are live at once; where memory is less, fewer are; XLA's temporaries come on top); 500 GiB of disk.
+Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --config=configs/rpt_14b.py --topology=v6e:8x8`,
+          24 November 2026, jax 0.10.2, libtpu 0.0.42.1; mesh 1 x 8 x 8. GiB a chip, what lives beside a program included;
+          seconds are estimates at the makers' figures, where every response is as long as it may be:
+
+          v6e:8x8, 360 decode slots              GiB of 31.25   compute   memory   network   bound by
+          score (before the first step)                   6.3      0.02     0.14      0.18   network
+          reshard                                        11.0      0        0.01      0.02   network
+          sample                                         27.0     12.0    322.6      26.4    memory
+          reward                                          7.3      0        0.01      0      memory
+          update                                         23.1     56.5    220.7      86.7    memory
+          v5p:4x4x4, 2,048 decode slots          GiB of 95.74   with --config.training.microbatch_tokens=69632
+          score (before the first step)                   6.3      0.04     0.08      0.17   network
+          reshard                                        11.0      0        0.01      0.02   network
+          sample                                         81.5     24.0    136.7      25.1    memory
+          reward                                          7.3      0        0.01      0      memory
+          update                                         64.4     96.1    263.2      66.5    memory
+          That is 543 s a step on v6e and 400 s on v5p, or more. Of the bytes that bound the update on v5p, 53 % are
+          attention's, whose blocks plain XLA writes to memory: there is no kernel for its rows yet.
 Time      not measured
 Results   not measured. The paper's, section 4.1: next-token accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions
           with an entropy above 0.5 / 1.0 / 1.5, from 3.31 / 1.66 / 1.41 % before.
-Written   2026-11-22
+Written   2026-11-22, preflight 2026-11-24
 
 "P" is the paper; "verl", where the paper is silent, the default of the framework that it used, in June 2025; "ours" is
 neither. Different from the paper: the policy itself, as it starts, scores the corpus (P §3.3: a distilled 1.5B model).
@@ -68,7 +85,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.training.minibatches_per_step = 1  # P Table 5: minibatch 256 = batch, exactly on-policy
     config.training.dynamic_sampling_from = 500  # P §3.3
     config.training.dynamic_sampling_rounds = 3  # ours
-    config.training.microbatch_tokens = 69_632  # ours: on each device one prompt with its responses, of full length
+    config.training.microbatch_tokens = (
+        20_480  # ours: on each device one prompt with two of its responses, of full length
+    )
     config.training.logit_chunk_tokens = 4096  # ours
 
     config.evaluation.every_steps = 100  # P §4.2 evaluates at multiples of 100

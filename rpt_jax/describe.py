@@ -100,7 +100,7 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
 
     Raises: UserError, where the mesh, the preset, the policy's config.json or the schedule is at fault.
     """
-    shape, source = _shape(experiment)
+    shape, source = shape_of(experiment)
     mesh = _resolve(experiment.mesh, devices)
     rows = [
         Row("policy: layers x width, vocabulary", f"{shape.layers} x {shape.width}, {shape.vocab}", source),
@@ -128,7 +128,7 @@ def attention_flops(shape: Shape, pairs: int) -> int:
     return 4 * shape.layers * shape.heads * shape.head_size * pairs
 
 
-def _shape(experiment: Experiment) -> tuple[Shape, str]:
+def shape_of(experiment: Experiment) -> tuple[Shape, str]:
     policy = experiment.policy
     if experiment.task == "pretrain" or not policy.path:
         return preset(policy.preset), f"policy.preset={policy.preset}"

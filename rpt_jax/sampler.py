@@ -53,10 +53,9 @@ class Sampler:
     """Samples and rewards batches of prompts with one compiled program each."""
 
     def __init__(self, experiment: Experiment, setup: Setup, builder: PromptBuilder):
-        # Of two positions of a document, one's context begins as the other's; then comes the template's end.
-        self._tail = max(1, len(builder.after)) if experiment.data.positions_per_document > 1 else 0
+        self._tail = shared_tail(experiment, builder)
         self._mesh, self._tokenizer, self._policy = setup.mesh, setup.tokenizer, setup.policy
-        self._decoding = decoding_of(experiment, setup)
+        self._decoding = decoding_of(experiment, setup, device_memory())
         self._vocab = jax.device_put(setup.tokenizer.byte_vocab)
         self._key = jax.random.key(experiment.seed)
         self._box_vocab = tuple(self._vocab) if experiment.rollout.stop_at_box else None
@@ -71,7 +70,7 @@ class Sampler:
 
         The time of the rollouts is counted by `clock`; what it counts next is the reward's.
         """
-        on_roots = self._on_roots(prompts)
+        on_roots = on_their_roots(prompts, self._tail)
         prompts, on_roots = shard_prompts((prompts, on_roots), self._mesh)
         key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
         rollouts, work = sample_rollouts(self._policy, weights, on_roots, key, self._decoding, self._box_vocab)
@@ -80,18 +79,30 @@ class Sampler:
             clock.lap("rollout")
         return Sampled(prompts, rollouts, *_judged(prompts, rollouts, work, self._vocab, self._tokenizer.end_think_id))
 
-    def _on_roots(self, prompts: PromptBatch) -> Prompts:
-        """What is run once: each prompt or, where a step has several positions of a document, each document."""
-        arrays = prompts.tokens_PxS, prompts.lengths_P, prompts.ids_P
-        return share_prefixes(*arrays, self._tail, replica_count()) if self._tail else separate(*arrays)
+
+def shared_tail(experiment: Experiment, builder: PromptBuilder) -> int:
+    """The most tokens that a prompt has of its own, where a step has several positions of a document; else 0.
+
+    Of two positions of a document, one's context begins as the other's; then comes the template's end.
+    """
+    return max(1, len(builder.after)) if experiment.data.positions_per_document > 1 else 0
 
 
-def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
-    """How the config samples, with as many slots as there is memory for. Raises: UserError, where it asks for more."""
+def on_their_roots(prompts: PromptBatch, tail: int) -> Prompts:
+    """What is run once: each prompt or, with a `tail`, each document."""
+    arrays = prompts.tokens_PxS, prompts.lengths_P, prompts.ids_P
+    return share_prefixes(*arrays, tail, replica_count()) if tail else separate(*arrays)
+
+
+def decoding_of(experiment: Experiment, setup: Setup, memory: int) -> Decoding:
+    """How the config samples, with as many slots as `memory`, bytes a device, has room for.
+
+    Raises: UserError, where it asks for more.
+    """
     config, t, mesh = experiment.rollout, experiment.training, setup.mesh.shape
     replicas, float32_bytes = prompt_ways(setup.mesh), 4 * setup.policy.shape.parameters
     prompts, tokens = -(-t.prompts_per_step // replicas), config.max_new_tokens
-    memory = rollout_memory(
+    rollouts = rollout_memory(
         setup.policy.shape,
         experiment.policy.dtype,
         prompts,
@@ -103,7 +114,7 @@ def decoding_of(experiment: Experiment, setup: Setup) -> Decoding:
     # Parameters, those of the start and two moments, and a copy laid out for decoding.
     resident = 4 * float32_bytes // (mesh["fsdp"] * mesh["tensor"]) + float32_bytes // mesh["tensor"]
     asked = -(-config.decode_slots // replicas)
-    slots = plan_slots(asked, prompts * config.samples_per_prompt, memory, resident, device_memory())
+    slots = plan_slots(asked, prompts * config.samples_per_prompt, rollouts, resident, memory)
     return Decoding(
         samples=config.samples_per_prompt,
         max_new_tokens=tokens,
@@ -142,28 +153,9 @@ class Rewarder:
 
     def __init__(self, experiment: Experiment, setup: Setup, builder: PromptBuilder):
         """Raises: UserError, where the tokenizer lacks what the reward needs."""
-        o, t, tokenizer = experiment.objective, experiment.training, setup.tokenizer
-        if tokenizer.end_think_id < 0 and (o.reward in SCORING_REWARDS or o.budget_weight):
-            wanted = f"objective.reward='{o.reward}'" if o.reward in SCORING_REWARDS else "objective.budget_weight"
-            raise UserError(f"{wanted} needs to know where reasoning ends: a tokenizer with a </think> token.")
-        self._config = RewardConfig(
-            reward=o.reward,
-            reference_tokens=o.reference_tokens,
-            format_weight=o.format_weight,
-            overlong_weight=o.overlong_weight,
-            overlong_tokens=o.overlong_tokens,
-            budget_weight=o.budget_weight,
-            response_limit=experiment.rollout.max_new_tokens,
-            bos_id=tokenizer.bos_id,
-            before=len(builder.before),
-            after=len(builder.after),
-            end_think_id=tokenizer.end_think_id,
-            bridge=(tokenizer.end_think_id, *tokenizer.encode(BOX)),
-            microbatch=_scored_prompts(experiment, setup.mesh),
-            chunk=t.logit_chunk_tokens,
-        )
-        self._is_default = o.reward == "prefix" and not (o.format_weight or o.overlong_weight or o.budget_weight)
-        self._policy, self._vocab = setup.policy, jax.device_put(tuple(tokenizer.byte_vocab))
+        o, t = experiment.objective, experiment.training
+        self._config, self._is_default = reward_config(experiment, setup, builder), is_prefix_match(o)
+        self._policy, self._vocab = setup.policy, jax.device_put(tuple(setup.tokenizer.byte_vocab))
         self._budget = functools.partial(
             token_budget, total=t.total_steps, start=o.budget_start, decay=o.budget_decay, least=o.budget_min
         )
@@ -174,8 +166,38 @@ class Rewarder:
             return sampled
         weights = state.params, state.average
         budget = jax.device_put(np.int32(self._budget(step)))
-        reward_PxG = _training_reward(self._policy, self._config, weights, sampled, self._vocab, budget)
+        reward_PxG = training_reward(self._policy, self._config, weights, sampled, self._vocab, budget)
         return sampled._replace(reward_PxG=reward_PxG)
+
+
+def is_prefix_match(objective: ObjectiveConfig) -> bool:
+    """Whether the training reward is Equation 3's alone, which rollouts come with."""
+    o = objective
+    return o.reward == "prefix" and not (o.format_weight or o.overlong_weight or o.budget_weight)
+
+
+def reward_config(experiment: Experiment, setup: Setup, builder: PromptBuilder) -> RewardConfig:
+    """The config's part of the training reward. Raises: UserError, where the tokenizer lacks what it needs."""
+    o, tokenizer = experiment.objective, setup.tokenizer
+    if tokenizer.end_think_id < 0 and (o.reward in SCORING_REWARDS or o.budget_weight):
+        wanted = f"objective.reward='{o.reward}'" if o.reward in SCORING_REWARDS else "objective.budget_weight"
+        raise UserError(f"{wanted} needs to know where reasoning ends: a tokenizer with a </think> token.")
+    return RewardConfig(
+        reward=o.reward,
+        reference_tokens=o.reference_tokens,
+        format_weight=o.format_weight,
+        overlong_weight=o.overlong_weight,
+        overlong_tokens=o.overlong_tokens,
+        budget_weight=o.budget_weight,
+        response_limit=experiment.rollout.max_new_tokens,
+        bos_id=tokenizer.bos_id,
+        before=len(builder.before),
+        after=len(builder.after),
+        end_think_id=tokenizer.end_think_id,
+        bridge=(tokenizer.end_think_id, *tokenizer.encode(BOX)),
+        microbatch=_scored_prompts(experiment, setup.mesh),
+        chunk=experiment.training.logit_chunk_tokens,
+    )
 
 
 def _scored_prompts(experiment: Experiment, mesh: Mesh) -> int:
@@ -186,7 +208,7 @@ def _scored_prompts(experiment: Experiment, mesh: Mesh) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "config"))
-def _training_reward(
+def training_reward(
     policy: Transformer,
     config: RewardConfig,
     weights: tuple[Params, Params | None],

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -22,6 +21,7 @@ from rpt_jax.infra.sharding import make_mesh, parameter_shardings
 from rpt_jax.policy.attention import choose_attention
 from rpt_jax.policy.hf import check_files, load_policy, load_shape
 from rpt_jax.policy.presets import Shape, check_preset
+from rpt_jax.policy.target import target_platform
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.prepared import Prepared, open_prepared, prepare
 
@@ -55,7 +55,7 @@ def make_policy(config: PolicyConfig, shape: Shape, tokenizer: Tokenizer | None 
 
     Raises: UserError, where its attention does not run here.
     """
-    attention = choose_attention(config.attention, jax.default_backend(), config.dtype)
+    attention = choose_attention(config.attention, target_platform(), config.dtype)
     absent_ids = tokenizer.absent_ids(shape.vocab) if tokenizer else ()
     return Transformer(shape, jnp.dtype(config.dtype), config.remat, attention, absent_ids)
 
@@ -98,7 +98,7 @@ def start_mesh(experiment: Experiment) -> Mesh:
             )
 
     arrange = functools.partial(make_mesh, mesh.data, mesh.fsdp, mesh.tensor)
-    attention = functools.partial(choose_attention, policy.attention, jax.default_backend(), policy.dtype)
+    attention = functools.partial(choose_attention, policy.attention, target_platform(), policy.dtype)
 
     def check_data() -> None:
         if not experiment.data.prepared:

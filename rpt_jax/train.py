@@ -138,6 +138,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                 fresh = reward(state, sample(weights, next(stream), step, clock), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
                 sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
+            del weights  # The update needs the room.
             rolled = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
             clock.lap("reward")
             documents = load_documents(experiment, setup, sampled) if config.document_weight else None

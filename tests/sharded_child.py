@@ -100,7 +100,7 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
 
     Adam's first moment after the first step is a tenth of the gradient.
     """
-    mesh = make_mesh(*sizes, devices=int(np.prod(sizes)))
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     with use_mesh(mesh):
         params = init_parameters(SHALLOW, mesh, seed=0)
         state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
@@ -131,7 +131,7 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
 
 def run_rollouts(sizes: tuple[int, int, int]) -> dict[str, Any]:
     """Return what the first step of `run` samples."""
-    mesh = make_mesh(*sizes, devices=int(np.prod(sizes)))
+    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     with use_mesh(mesh):
         layout = decoding_layout(SHALLOW, mesh, lambda params: params) or (lambda params: params)
         params = layout(init_parameters(SHALLOW, mesh, seed=0))
@@ -145,7 +145,7 @@ def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
 
 def main() -> None:
     assert jax.device_count() == DEVICES
-    alone = make_mesh(1, 1, 1, devices=1)
+    alone = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
     for sizes in MESHES:
         results |= flat(run(sizes), "x".join(map(str, sizes)))

@@ -52,10 +52,10 @@ def test_14b_sizes_by_hand():
         "parameters that a token is multiplied with (N)": n,
         "mesh: data x fsdp x tensor": "1 x 8 x 8 = 64 devices",
         "rollouts per step": 2048,
-        "microbatches per step, at most": 32,
+        "microbatches per step, at most": 128,
         "prompts per device": 32,
         "rollouts per device": 256,
-        "tokens per device, microbatch": 69_632,
+        "tokens per device, microbatch": 20_480,
         "prompt tokens per step, at most": 256 * 4096,
         "response tokens per step, at most": 2048 * 8192,
         "trunk tokens per prompt, its samples sharing it: S + G*T": 69_632,
@@ -101,8 +101,8 @@ def test_14b_memory_by_hand():
     copy = 8 * share - 2 * matrices // 8
     assert found["bytes per device: parameters laid out for decoding"] == copy
     assert found["bytes per device in all while sampling, at least"] == 4 * share + copy + 51 * GIB
-    # One prompt with its responses a device, in a row.
-    other = 48 * 69_632 * 5120 * 2 + 69_632 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
+    # One prompt with two of its responses a device, in a row.
+    other = 48 * 20_480 * 5120 * 2 + 20_480 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
     assert found["bytes per device: attention scores for the backward pass"] == 0
     assert found["bytes per device: other activations for it"] == other
     total = 6 * share + other + 4096 * 152_064 * 4 // 8
@@ -114,7 +114,7 @@ def test_plain_attention_keeps_its_scores():
     """Of a prompt: five of the forty heads, in float32, and for the backward pass in bfloat16 too."""
     found = values(replaced(PAPER, "policy", attention="reference"), 64)
     assert found["bytes per device: a layer's attention scores, prompts"] == 32 * 5 * 4 * 4096**2
-    assert found["bytes per device: attention scores for the backward pass"] == 5 * (4 + 2) * 69_632**2
+    assert found["bytes per device: attention scores for the backward pass"] == 5 * (4 + 2) * 20_480**2
 
 
 def test_14b_label_says_what_describe_says():

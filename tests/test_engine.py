@@ -338,12 +338,13 @@ def test_slots_are_planned_from_memory():
 
 
 def test_planned_memory_is_what_the_arrays_take():
-    """Per slot the ring's, to its blocks' size; for the prompts no less than their blocks'."""
+    """Per slot the ring's, to its blocks' size, and three eighths of it for when the live batch shrinks."""
     size = {"prompts": P, "prompt_tokens": 64, "samples": G, "max_new_tokens": 64}
     memory = rollout_memory(SHAPE, "float32", **size, tensor=1)
     dims = (SHAPE.layers, 1, SHAPE.kv_heads, 1, 64, SHAPE.head_size)
     ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32)
-    assert 0 <= 10 * memory.per_slot - sum(x.nbytes for x in ring) <= 10 * 12 * SHAPE.vocab
+    rings = sum(x.nbytes for x in ring) * 11 // 8
+    assert 0 <= 10 * memory.per_slot - rings <= 10 * 12 * SHAPE.vocab
     halved = rollout_memory(SHAPE, "bfloat16", **size, tensor=2)
     assert halved.per_slot < memory.per_slot / 3 and halved.fixed < memory.fixed / 2
 

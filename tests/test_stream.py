@@ -43,7 +43,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 
 @pytest.fixture(scope="module")
 def setup(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    mesh = make_mesh(1, 1, 1, devices=1)
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with use_mesh(mesh):
         return set_up(experiment, mesh, tmp_path_factory.mktemp("run"))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rpt_jax.errors import UserError
@@ -34,9 +35,13 @@ DECODING = TRAINING | {"width": None}
 PROMPT_AXIS = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> Mesh:
-    """Arrange all devices as data × fsdp × tensor; one -1 takes what is left. Raises: UserError, where it does not fit."""
-    count = jax.device_count() if devices is None else devices
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange all devices, or those given, as data × fsdp × tensor; one -1 takes what is left.
+
+    Raises: UserError, where it does not fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     unknown = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -47,7 +52,16 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: int | None = None) -> 
     for name in unknown:
         sizes[name] = count // known
     # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices so that neighbours on an axis of the mesh are neighbours in the network, where JAX finds such an order."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        # An axis is no product of whole axes of the network, as 8 of 64 chips in a cube: it takes a part of one.
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def prompt_ways(mesh: Mesh) -> int:
@@ -96,6 +110,34 @@ def decoding_layout(policy: nn.Module, mesh: Mesh, convert: Callable[[Any], Any]
     if training == decoding and jax.eval_shape(convert, abstract) == abstract:
         return None
     return jax.jit(convert, out_shardings=decoding)
+
+
+def abstract_parameters(policy: nn.Module, mesh: Mesh) -> Any:
+    """Shape, dtype and place of every parameter, for programs that are compiled and not run."""
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
+    return jax.tree.map(_placed, shapes, parameter_shardings(policy, mesh))
+
+
+def abstract_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> optax.OptState:
+    """What `init_optimizer` makes of parameters that are abstract."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    init = functools.partial(jax.eval_shape, optimizer.init)
+    return optax.tree_utils.tree_map_params(
+        init,
+        lambda moment, param: _placed(moment, param.sharding),
+        init(params),
+        params,
+        transform_non_params=lambda x: _placed(x, everywhere),
+    )
+
+
+def abstract_prompts(tree: Any, mesh: Mesh) -> Any:
+    """What `shard_prompts` makes of arrays that are abstract."""
+    return jax.tree.map(lambda x: _placed(x, _shortest(NamedSharding(mesh, PROMPT_AXIS))), tree)
+
+
+def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:

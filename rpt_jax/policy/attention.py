@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rpt_jax.errors import UserError
 from rpt_jax.policy.blockwise import Part, attend_blockwise, masked_scores, weighted_sums
 from rpt_jax.policy.kernels import attend_cudnn, attend_splash
+from rpt_jax.policy.target import target_platform
 
 
 class _Kernel(NamedTuple):
@@ -95,7 +96,7 @@ def attend(q_NxKxGxRxQxC: jax.Array, contexts: Sequence[Context], attention: str
         return _KERNELS[attention].attend(q_NxKxGxRxQxC, *contexts[0].kv)
     q = q_NxKxGxRxQxC * q_NxKxGxRxQxC.shape[-1] ** -0.5
     parts = tuple(_part(context, queries) for context in contexts)
-    return _attend_reference(q, parts) if dense else attend_blockwise(q, parts, _BLOCK[jax.default_backend()])
+    return _attend_reference(q, parts) if dense else attend_blockwise(q, parts, _BLOCK[target_platform()])
 
 
 def _part(context: Context, queries: int) -> Part:

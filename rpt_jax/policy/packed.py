@@ -16,11 +16,12 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from rpt_jax.policy.blockwise import HIDDEN
+from rpt_jax.policy.target import target_platform
 
 # Tokens of a block, and of the blocks of queries that are run at one time: what stays in a core's cache is fastest on a CPU, an
 # accelerator wants large products.
-_BLOCK = {"cpu": 64, "gpu": 256, "tpu": 256}
-_PANEL = {"cpu": 512, "gpu": 4096, "tpu": 4096}
+BLOCK = {"cpu": 64, "gpu": 256, "tpu": 256}
+PANEL = {"cpu": 512, "gpu": 4096, "tpu": 4096}
 
 
 class Seen(NamedTuple):
@@ -40,15 +41,15 @@ class Seen(NamedTuple):
 
 def row_size(tokens: int) -> int:
     """The least size of a row, at least `tokens`, that is made of whole blocks."""
-    platform = jax.default_backend()
-    multiple = next((m for m in (_PANEL[platform], _BLOCK[platform]) if tokens > m), 1)
+    platform = target_platform()
+    multiple = next((m for m in (PANEL[platform], BLOCK[platform]) if tokens > m), 1)
     return -(-tokens // multiple) * multiple
 
 
 def see(begin_NxMxW: jax.Array, end_NxMxW: jax.Array, block: int | None = None) -> Seen:
     """Find out which blocks see each other. `block`, a platform's own by default, must divide W if it is smaller."""
     n, _, size = begin_NxMxW.shape
-    block = min(block or _BLOCK[jax.default_backend()], size)
+    block = min(block or BLOCK[target_platform()], size)
     first_B = jnp.arange(0, size, block, dtype=jnp.int32)
 
     def sees(range_: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -171,7 +172,7 @@ _attend_blocks.defvjp(_saving, _backward)
 def _over_queries(rows: Any, carry: Any, queries: _Queries) -> Any:
     """Fold `rows(some blocks of queries, carry, index of the first)` over all of them."""
     blocks, size = queries.q.shape[0], queries.q.shape[4]
-    panel = max(1, _PANEL[jax.default_backend()] // size)
+    panel = max(1, PANEL[target_platform()] // size)
     panel = panel if blocks % panel == 0 else 1
 
     def step(i: jax.Array, carry: Any) -> Any:

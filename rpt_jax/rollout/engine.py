@@ -16,6 +16,7 @@ from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
 from rpt_jax.objective.reward import BoxReader, read_box
 from rpt_jax.policy.attention import KeyValues
 from rpt_jax.policy.prefixes import Prompts
+from rpt_jax.policy.target import target_platform
 from rpt_jax.policy.transformer import Params, Transformer, head
 from rpt_jax.rollout.decode import decode_token, split_layers
 from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, in_blocks, look_at
@@ -212,7 +213,7 @@ def begin(
     decoding: Decoding,
 ) -> tuple[_Batch, _Live]:
     """Prefill, draw every rollout's first token, and fill the slots."""
-    samples, limit, platform = decoding.samples, decoding.max_new_tokens, jax.default_backend()
+    samples, limit, platform = decoding.samples, decoding.max_new_tokens, target_platform()
     kv, hidden_PxD = prefill_prompts(policy, params, prompts, decoding.chunk)
     noise_RxT, count = uniform_noise(key, prompts.ids_P, samples, limit), len(prompts.ids_P) * samples
     # All samples of a prompt draw their first token from the same distribution.

@@ -16,8 +16,10 @@ _FLOAT32 = 4
 _RESULTS = 3
 # Logits of a slot exist several times over: as they are, as weights to draw from, and as a sum.
 _LOGITS = 3
+# As the live batch shrinks for the first time, the keys of three quarters of it are there twice, and then the values.
+_SHRINKING = 1 + 3 / 8
 # Share of a device's memory to plan with: compiled programs, fragments and the host's own data want the rest.
-_USABLE = 0.9
+USABLE = 0.9
 
 
 class RolloutMemory(NamedTuple):
@@ -44,14 +46,15 @@ def rollout_memory(
     # While they are laid out in blocks, the prompts' keys are there twice.
     prompt_keys = 2 * prompts * prompt_tokens * token
     results = prompts * samples * max_new_tokens * _RESULTS * _FLOAT32
-    return RolloutMemory(prompt_keys + results, max_new_tokens * token + _LOGITS * _FLOAT32 * shape.vocab // tensor)
+    own_keys = int(_SHRINKING * max_new_tokens * token)
+    return RolloutMemory(prompt_keys + results, own_keys + _LOGITS * _FLOAT32 * shape.vocab // tensor)
 
 
 def device_memory() -> int:
     """Bytes to plan with on each device: an accelerator's own, or its share of this machine's."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
-    return int(_USABLE * statistics.get("bytes_limit", machine))
+    return int(USABLE * statistics.get("bytes_limit", machine))
 
 
 def plan_slots(asked: int, rollouts: int, memory: RolloutMemory, resident: int, available: int) -> int:
