@@ -15,6 +15,8 @@ again() {
     for ((number = 1; ; number++)); do
         "$@" &
         child=$!
+        # The trap may have come before its number was known.
+        [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null
         # A trap ends the wait; the command has not ended yet.
         while :; do
             wait "$child"

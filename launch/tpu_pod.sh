@@ -140,7 +140,7 @@ case ${1:-} in
     run) run "${@:2}" ;;
     status)
         state
-        on_hosts all "hostname; pgrep -af rpt_jax.main || echo 'nothing runs'; tail -n 1 ~/rpt.log"
+        on_hosts all "hostname; pgrep -af '[r]pt_jax.main' || echo 'nothing runs'; tail -n 1 ~/rpt.log"
         ;;
     logs) on_hosts "${2:-0}" 'tail -n 50 -f ~/rpt.log' ;;
     stop) on_hosts all "kill -TERM \$(cat ~/rpt.pid)" ;;

@@ -27,6 +27,7 @@ printf '%s\n' "${{*//$'\n'/ }}" >>"{calls}"
 case "$*" in
     *'tpu-vm describe'*) echo '{addresses}' ;;
     *'queued-resources describe'*) head -n 1 "{states}"; sed -i 1d "{states}" ;;
+    *'tpu-vm scp'*) for worker in 0 1 2; do cp "$5" "{hosts}/$worker/${{6#*:}}"; done ;;
     *'tpu-vm ssh'*)
         for word; do
             case $word in --command=*) text=${{word#--command=}} ;; --worker=*) which=${{word#--worker=}} ;; esac
@@ -187,6 +188,24 @@ def test_a_run_starts_on_all_hosts_goes_on_after_75_and_stops(clone: Clone, slic
                 break
             time.sleep(0.05)
         assert state == "Z" and (slice_ / worker / "starts").read_text() == "\n", "stopped, and not started again"
+
+
+def test_setup_mounts_copies_and_installs_on_every_host(clone: Clone, slice_: Path) -> None:
+    clone.add_python("python3")
+    bash, sudo = shutil.which("bash"), clone.root.parent / "sudo"
+    clone.add_tool("sudo", f'#!{bash}\necho "$WORKER $*" >>"{sudo}"\n')
+    clone.add_tool("mountpoint", f"#!{bash}\nexit 1\n")
+    for arguments in (["init", "-q"], ["add", "requirements.txt", "launch"]):
+        subprocess.run(["git", *arguments], cwd=clone.root, check=True)
+    (clone.root / "lies around").touch()
+    code, _, err = clone.run("launch/tpu_pod.sh", "setup", **SETTINGS)
+    assert code == 0, err
+    for worker in range(3):
+        there = slice_ / str(worker) / "rpt_jax"
+        assert (there / "requirements.txt").read_text() == "jax\n" and not (there / "lies around").exists()
+        assert (there / ".venv" / "requirements.stamp").exists()
+        assert f"{worker} mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in sudo.read_text()
+    assert clone.calls.read_text().splitlines().count("-m pip install -q jax[tpu]<0.13") == 3
 
 
 def test_waiting_ends_with_the_slice(clone: Clone, slice_: Path, tmp_path: Path) -> None:
