@@ -271,7 +271,7 @@ def test_what_lives_beside_a_program_is_counted(made):
 @pytest.mark.parametrize(
     "program, overrides, said",
     [
-        ("sample", [], "rollout.decode_slots=3 in place of 4"),
+        ("sample", [], "set rollout.decode_slots=3 in place of 4"),
         ("update", [], "policy.remat='full' in place of 'none'"),
         ("update", ["policy.remat=full"], "training.microbatch_tokens=48 in place of 64"),
         ("score", ["evaluation.score_documents=4"], "evaluation.score_documents=3 in place of 4"),

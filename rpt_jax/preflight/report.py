@@ -153,7 +153,7 @@ def _conclude(experiment: Experiment, topology: Topology, verdicts: list[Verdict
         print(f"Counted once, because nothing says how often they run: loops of {', '.join(unknown)}.")
     for v in verdicts:
         if not v.fits:
-            print(f"{v.program}: {_gib(v.memory.total - v.limit):.2f} GiB a chip too much. Change {v.advice}.")
+            print(f"{v.program}: {_gib(v.memory.total - v.limit):.2f} GiB a chip too much: {v.advice}.")
     if fits(verdicts):
         seconds = step_seconds(verdicts)
         said = f" A step takes {seconds:.4g} s or more (estimate)." if experiment.task == "rpt" else ""

@@ -20,7 +20,7 @@ class Chip(NamedTuple):
       memory_speed: bytes a second of its memory.
       link_speed: bytes a second that it sends while a ring of neighbours passes data on: over the two links of one axis of a
         torus, or to the other GPUs of its host.
-      host: GPUs of a host; far_speed: bytes a second that a device sends to other hosts, None where that is no border.
+      host: devices of a host; far_speed: bytes a second that a device sends to other hosts, None where that is no border.
       dimensions: of the network; 0 where devices are only counted.
     """
 
@@ -115,7 +115,7 @@ def prepare_process(topology: Topology) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={topology.name} is compiled for by libtpu, which is not installed. On Linux: "
-            'pip install "jax[tpu]>=0.10.2,<0.13" (0.3 GB; no TPU is needed).'
+            'pip install "jax[tpu]>=0.10.2,<0.13" (0.7 GB more; no TPU is needed).'
         )
     for name, value in _WITHOUT_TPU.items():
         os.environ.setdefault(name, value)

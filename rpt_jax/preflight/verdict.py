@@ -21,7 +21,6 @@ GIB = 2**30
 # What libtpu says where a program needs more than a chip has, in either of two sentences.
 _TOO_LARGE = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)\)? (?:of|exceeds)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_LESS_REMAT = {"none": "full", "dots": "full"}
 
 
 class Memory(NamedTuple):
@@ -98,31 +97,32 @@ def advise(experiment: Experiment, step: Step, verdict: Verdict) -> str:
     """Name the field that would make a program fit, and the value that does so by arithmetic."""
     t, excess = experiment.training, verdict.memory.total - verdict.limit
     mesh = step.setup.mesh.shape
-    deeper = (
-        f"mesh.tensor={2 * mesh['tensor']} or mesh.fsdp={2 * mesh['fsdp']} (with more chips, or less of another axis)"
-    )
+    tensor = f"mesh.tensor={2 * mesh['tensor']} or "
+    # Heads are not divided.
+    tensor = tensor if step.setup.policy.shape.kv_heads % (2 * mesh["tensor"]) == 0 else ""
+    deeper = f"set {tensor}mesh.fsdp={2 * mesh['fsdp']} (with more chips, or less of another axis)"
     if verdict.program == "sample":
         ways = prompt_ways(step.setup.mesh)
         each = _bytes_a_slot(experiment, step)
         slots = step.decoding.slots // ways - int(-(-excess // each))
         if slots >= 1:
-            return (
-                f"rollout.decode_slots={slots * ways} in place of {step.decoding.slots}, at {each / GIB:.3g} GiB a slot"
-            )
-        return f"no number of rollout.decode_slots is small enough: shorter prompts or responses, or {deeper}"
+            asked = f"rollout.decode_slots={slots * ways} in place of {step.decoding.slots}"
+            return f"set {asked}, at {each / GIB:.3g} GiB a slot"
+        return f"no rollout.decode_slots is small enough: shorten prompts or responses, or {deeper}"
     if verdict.program == "update":
-        if experiment.policy.remat in _LESS_REMAT:
-            return f"policy.remat='{_LESS_REMAT[experiment.policy.remat]}' in place of '{experiment.policy.remat}'"
+        if experiment.policy.remat != "full":
+            return f"set policy.remat='full' in place of '{experiment.policy.remat}'"
         least = experiment.prompt.max_tokens + experiment.rollout.max_new_tokens
         tokens = int(t.microbatch_tokens * (1 - excess / verdict.memory.temporaries))
         if tokens >= least:
-            return f"training.microbatch_tokens={tokens} in place of {t.microbatch_tokens}, by proportion"
-        return f"training.microbatch_tokens={least}, the least that holds a prompt and a response, and {deeper}"
+            return f"set training.microbatch_tokens={tokens} in place of {t.microbatch_tokens}, by proportion"
+        return f"set training.microbatch_tokens={least}, the least that holds a prompt and a response, and {deeper}"
     if verdict.program == "score":
         documents = int(experiment.evaluation.score_documents * (1 - excess / verdict.memory.temporaries))
         ways = prompt_ways(step.setup.mesh)
         if documents >= ways:
-            return f"evaluation.score_documents={documents // ways * ways} in place of {experiment.evaluation.score_documents}"
+            now = experiment.evaluation.score_documents
+            return f"set evaluation.score_documents={documents // ways * ways} in place of {now}"
     return deeper
 
 
