@@ -59,9 +59,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
-    sizes = {"training.prompts_per_step": t.prompts_per_step}
-    sizes["evaluation.score_documents"] = experiment.evaluation.score_documents
-    check_batches(mesh, sizes)
+    scored = experiment.evaluation.score_documents
+    check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step, "evaluation.score_documents": scored})
     if (experiment := cold_start(experiment, workdir, mesh, replay)) is None:
         return
     last = recorded_step(workdir) if replay else t.total_steps
