@@ -235,6 +235,12 @@ def training_reward(
     return total_reward(evidence, budget)
 
 
+@functools.partial(jax.jit, static_argnames="count")
+def first_prompts(sampled: Sampled, count: int) -> Sampled:
+    """The first `count` prompts with their rollouts: all that is fetched from the devices where a few are shown."""
+    return jax.tree.map(lambda x: x[:count], sampled)
+
+
 @jax.jit
 def prefer_variance(kept: Sampled, fresh: Sampled) -> Sampled:
     """Of two batches of P groups return one: those with variance first, older ones before newer ones."""

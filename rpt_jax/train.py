@@ -39,7 +39,7 @@ from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.policy.hf import save_policy
 from rpt_jax.policy.transformer import Params
 from rpt_jax.pretrain import cold_start
-from rpt_jax.sampler import Rewarder, Sampled, Sampler, prefer_variance, rollout_metrics, to_update_batch
+from rpt_jax.sampler import Rewarder, Sampled, Sampler, first_prompts, prefer_variance, rollout_metrics, to_update_batch
 from rpt_jax.score import next_token_rows
 from rpt_jax.setup import Setup, set_up
 from rpt_jax.stream import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
@@ -271,7 +271,7 @@ def status(scalars: dict[str, Any], dynamic: bool) -> str:
 
 def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
     """The first sample of the first `count` prompts, as text."""
-    rows = to_host(sampled)
+    rows = to_host(first_prompts(sampled, count))
     texts = []
     for i in range(count):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()

@@ -71,13 +71,6 @@ def slice_(clone: Clone, tmp_path: Path) -> Path:
     return hosts
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_script_is_well_formed(script: str) -> None:
-    subprocess.run(["bash", "-n", ROOT / script], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-x", "-P", ROOT, ROOT / script], check=True, cwd=ROOT)
-
-
 def wait_for(path: Path, text: str) -> None:
     for _ in range(300):
         if path.exists() and text in path.read_text():

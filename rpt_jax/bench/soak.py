@@ -8,6 +8,7 @@ steps, leaving out the very first tenth, in which programs are compiled. Linux o
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -56,10 +57,10 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         run(experiment, Path(directory) / "run")
         lines = read_metrics(Path(directory) / "run" / FILE_NAME)
     settled, fifth = lines[len(lines) // 10 :], len(lines) // 5
+    held = {name: [line[name] for line in settled] for name in _HELD}
+    held["programs compiled"] = list(itertools.accumulate(line["time/compiled_programs"] for line in settled))
     rows = []
-    for name in _HELD:
-        values = [line[name] for line in settled]
+    for name, values in held.items():
         first, last = statistics.median(values[:fifth]), statistics.median(values[-fifth:])
         rows.append([name, *(round(x, 1) for x in (first, last, last - first, max(values)))])
-    again = sum(line["time/compiled_programs"] for line in settled)
-    return ["held", "at first", "at last", "growth", "most"], [*rows, ["programs compiled", 0, again, again, again]]
+    return ["held", "at first", "at last", "growth", "most"], rows

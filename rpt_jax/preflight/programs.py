@@ -93,7 +93,7 @@ def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
     params = abstract_parameters(policy, mesh)
     setup = Setup(policy, params, mesh, tokenizer, (), (), (), None)
     if experiment.task == "score":
-        return Step((_scoring(experiment, setup, beside=0),), setup, None)
+        return Step((_scoring(experiment, setup),), setup, None)
     decoding = decoding_of(experiment, setup, memory)
     return Step(tuple(_rpt_programs(experiment, setup, decoding)), setup, decoding)
 
@@ -157,14 +157,14 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
 
     def training_rewarding() -> jax.stages.Lowered:
         config = reward_config(experiment, setup, builder)
-        return training_reward.lower(setup.policy, config, (params, average), sampled, vocab, jnp.float32(0))
+        return training_reward.lower(setup.policy, config, (params, average), sampled, vocab, _ids())
 
     def updating() -> jax.stages.Lowered:
         reference = params if o.kl != "none" else None
         config, batch = update_config(experiment, prompt_ways(mesh)), _update_batch(experiment, sampled)
         return update_policy.lower(setup.policy, optimizer, config, state, batch, reference)
 
-    programs = [_scoring(experiment, setup, beside=0)]
+    programs = [_scoring(experiment, setup)]
     if layout:
         programs.append(Program("reshard", lambda: layout.lower(params), kept - bytes_a_device(params)))
     own = 0 if layout else bytes_a_device(params)
@@ -179,7 +179,7 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
     return programs
 
 
-def _scoring(experiment: Experiment, setup: Setup, beside: int) -> Program:
+def _scoring(experiment: Experiment, setup: Setup) -> Program:
     documents, size = experiment.evaluation.score_documents, experiment.data.max_document_tokens
 
     def lower() -> jax.stages.Lowered:
@@ -188,7 +188,7 @@ def _scoring(experiment: Experiment, setup: Setup, beside: int) -> Program:
         sizes = {"top_k": experiment.data.entropy_top_k, "chunk": experiment.training.logit_chunk_tokens}
         return score_batch.lower(setup.policy, setup.params, *rows, **sizes)
 
-    return Program("score", lower, beside)
+    return Program("score", lower, beside=0)
 
 
 def _decoding_weights(setup: Setup, layout: Any) -> Any:
@@ -225,7 +225,7 @@ def _update_batch(experiment: Experiment, sampled: Sampled) -> UpdateBatch:
 
     documents = None
     if experiment.objective.document_weight:
-        ids = _ids(len(prompts.lengths_P.shape) and prompts.lengths_P.shape[0], experiment.data.max_document_tokens)
+        ids = _ids(*prompts.lengths_P.shape, experiment.data.max_document_tokens)
         documents = abstract_prompts(
             Documents(ids, ids, jax.ShapeDtypeStruct(ids.shape, bool)), prompts.lengths_P.sharding.mesh
         )
