@@ -9,8 +9,8 @@ ended it at once: start the same command again. 2 something to mend (a sentence 
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import logging
 import os
 import sys
 import traceback
@@ -80,9 +80,8 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
         tasks = {name: functools.partial(task, replay=True) for name, task in tasks.items()}
-    checks = jax.debug_nans(True) if replay else contextlib.nullcontext()
     mesh = start_mesh(experiment)
-    with claimed_workdir(workdir, experiment, force), use_mesh(mesh), checks:
+    with claimed_workdir(workdir, experiment, force), use_mesh(mesh), jax.debug_nans(replay), jax.debug_infs(replay):
         tasks[experiment.task](experiment, workdir, mesh)
 
 
@@ -137,7 +136,19 @@ def ending(error: BaseException) -> tuple[int, str]:
     return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
+def without_late_writes(failure: sys.UnraisableHookArgs) -> None:
+    """Show what nobody can catch, but for the writes of a checkpoint that come after one that failed."""
+    if str(failure.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(failure)
+
+
 if __name__ == "__main__":
     # Chatter of the libraries below would bury the one sentence that matters.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.exit(main(sys.argv))
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # What fails there fails here too, and is said once.
+    sys.unraisablehook = without_late_writes
+    exit_code = main(sys.argv)
+    sys.stdout.flush()
+    if exit_code == 2:
+        os._exit(exit_code)  # At a normal exit libraries would write once more to what could not be written.
+    sys.exit(exit_code)

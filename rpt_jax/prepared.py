@@ -26,6 +26,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
 from rpt_jax.infra.metrics import Progress
 from rpt_jax.infra.sharding import is_leader, wait_for_all
+from rpt_jax.infra.stopping import save_on_stop
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.report import write_entropy_plot
 from rpt_jax.score import BIN, block_size, kept_share, score_shard
@@ -60,6 +61,7 @@ def prepare(
     Returns: the corpus, where no other shard is missing. Raises: UserError.
     """
     mine, shards = parse_shard(experiment.data)
+    save_on_stop(lambda: f"the shards that were complete are in {directory}")
     start = time.perf_counter()
     if is_leader():
         with Progress("tokenise, shards", len(mine)) as progress:

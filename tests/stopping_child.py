@@ -10,6 +10,10 @@ import jax
 from rpt_jax.infra.stopping import save_on_stop, stops_on_signals
 
 
+def write() -> None:
+    raise OSError("No space left on device")
+
+
 def save() -> str:
     if sys.argv[1] == "fails":
         raise OSError("No space left on device")
@@ -25,4 +29,6 @@ with stops_on_signals(grace=float(sys.argv[2])):
         jax.jit(lambda x: jax.lax.while_loop(lambda i: i >= 0, lambda i: (i + 1) % 1_000_003, x)).lower(0).compile()
     )
     print("ready", flush=True)
+    if sys.argv[1] == "writes":
+        threading.Thread(target=write).start()
     jax.block_until_ready(program(0))

@@ -78,6 +78,12 @@ def test_a_save_that_fails_is_something_to_mend(child):
     assert "could not be saved (OSError: No space left on device)" in process.stderr.read()
 
 
+def test_a_thread_that_cannot_write_ends_the_process(child):
+    process = child("writes", "60")
+    assert process.wait(timeout=60) == 2
+    assert process.stderr.read().startswith("error: No space left on device. Mend it")
+
+
 # --- whole runs --------------------------------------------------------------------------------------
 
 

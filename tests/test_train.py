@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -145,6 +146,21 @@ def test_a_finished_run_says_so_and_a_changed_config_is_refused(
     with pytest.raises(UserError, match="optimizer.learning_rate"):
         main.run(experiment(**SMALL | {"optimizer.learning_rate": 1e-5}), finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_in_another_precision_and_for_longer(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    main.run(experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6}), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in said
+    assert "Going on from step 4" in said, "the newest checkpoint: the last step leaves a policy instead"
+    # The sampler and the trainer agree less well than in float32, which shows that the new precision is used.
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(7))
+    assert lines[4]["mismatch/max"] < 1e-4 < lines[6]["mismatch/max"] < 1
 
 
 def test_nan_stops_the_run_before_the_update_and_is_replayed(

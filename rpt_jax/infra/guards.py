@@ -45,7 +45,7 @@ def _difference(earlier: list[str], now: list[str]) -> str:
     return (
         f"for other shapes ({'; '.join(changed[:_SHOWN])}{more})"
         if changed
-        else "for the same shapes, placed otherwise"
+        else "for the same shapes, placed otherwise or with other options"
     )
 
 

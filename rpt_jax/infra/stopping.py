@@ -66,7 +66,8 @@ def stops_on_signals(grace: float) -> Iterator[None]:
     """Inside, a first SIGTERM or SIGINT ends the process with `RESTART` within `grace` seconds, a second one at once.
 
     What is not saved by then is lost, and the checkpoint before it stands. The exit code of a second signal is 128 + its
-    number. To be entered in the main thread.
+    number. A thread that could not write ends the process too, with 2: whoever waits for it would wait for ever. To be
+    entered in the main thread.
     """
     incoming, outgoing = os.pipe()
     os.set_blocking(outgoing, False)
@@ -74,6 +75,7 @@ def stops_on_signals(grace: float) -> Iterator[None]:
     # The one thing that happens in the moment of a signal, whatever the main thread is at.
     earlier = signal.set_wakeup_fd(outgoing, warn_on_full_buffer=False)
     stopping = threading.Event()
+    earlier_hook, threading.excepthook = threading.excepthook, _end_unwritten
     watcher = threading.Thread(target=_watch, args=(incoming, outgoing, grace, stopping), daemon=True)
     watcher.start()
     try:
@@ -81,6 +83,7 @@ def stops_on_signals(grace: float) -> Iterator[None]:
     finally:
         if stopping.is_set():
             watcher.join()  # It ends the process, and with its own exit code.
+        threading.excepthook = earlier_hook
         signal.set_wakeup_fd(earlier)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -129,6 +132,12 @@ def _run_save(outgoing: int) -> None:
         reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         _say(f"error: the last state could not be saved ({reason}); the checkpoint before it stands.")
         os.write(outgoing, bytes([result]))
+
+
+def _end_unwritten(thread: threading.ExceptHookArgs) -> None:
+    if not isinstance(thread.exc_value, OSError):
+        return threading.__excepthook__(thread)
+    _end(2, f"error: {thread.exc_value}. Mend it and run the same command again: it goes on from the last checkpoint.")
 
 
 def _end(code: int, text: str) -> None:
