@@ -212,11 +212,18 @@ class DivergenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 (at most once) takes all that are left."""
+    """Devices along each mesh axis; -1 (at most once) takes all that are left.
+
+    Attributes:
+      decode_tensor: that share a policy while it samples, of one host where they can be; 0 = as many as mesh.tensor.
+      split_rows: the tokens of an update's row over the devices of mesh.tensor, for long contexts.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    decode_tensor: int = 0
+    split_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,8 +296,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     t, r = experiment.training, experiment.rollout
     if t.prompts_per_step % t.minibatches_per_step:
         raise UserError(
-            f"training.minibatches_per_step={t.minibatches_per_step} must divide "
-            f"training.prompts_per_step={t.prompts_per_step}."
+            f"training.minibatches_per_step={t.minibatches_per_step} must divide training.prompts_per_step={t.prompts_per_step}."
         )
     longest = experiment.prompt.max_tokens + r.max_new_tokens
     if experiment.task == "rpt" and t.microbatch_tokens < longest:
@@ -310,6 +316,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
 _MANY = 10**12
 _SEEDS = 2**32 - 1  # The largest that grain takes.
 _BOUNDS = {
+    "mesh.decode_tensor": (0, _MANY),
     "seed": (0, _SEEDS),
     "data.seed": (0, _SEEDS),
     "data.documents": (1, _MANY),

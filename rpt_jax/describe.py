@@ -42,6 +42,12 @@ class _Mesh(NamedTuple):
     data: int
     fsdp: int
     tensor: int
+    decode_tensor: int
+
+    @property
+    def replicas(self) -> int:
+        """Parts that prompts are split into while the policy samples."""
+        return self.batch_ways * self.tensor // self.decode_tensor
 
     @property
     def batch_ways(self) -> int:
@@ -143,12 +149,11 @@ def _resolve(config: MeshConfig, devices: int) -> _Mesh:
     """Fill in the -1; where `devices` are too few for the other axes, take the smallest mesh that has those."""
     sizes = (config.data, config.fsdp, config.tensor)
     if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
-        named = ", ".join(f"mesh.{name}={size}" for name, size in zip(_Mesh._fields, sizes, strict=True))
+        named = ", ".join(f"mesh.{name}={size}" for name, size in zip(_Mesh._fields, sizes, strict=False))
         raise UserError(f"{named}: every axis must be 1 or more, but for at most one -1.")
-    known = 1
-    for size in sizes:
-        known *= abs(size)
-    return _Mesh(*(max(1, devices // known) if size == -1 else size for size in sizes))
+    known = abs(math.prod(sizes))
+    data, fsdp, tensor = (max(1, devices // known) if size == -1 else size for size in sizes)
+    return _Mesh(data, fsdp, tensor, config.decode_tensor or tensor)
 
 
 def _mesh_text(mesh: _Mesh, devices: int) -> str:
@@ -241,7 +246,7 @@ def _document_flops(experiment: Experiment, shape: Shape) -> int:
 
 def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
     tree, token = _tree(experiment), cache_bytes(shape, experiment.policy.dtype)
-    prompts = mesh.share(experiment.training.prompts_per_step)
+    prompts = -(-experiment.training.prompts_per_step // mesh.replicas)
     parameters = _FLOAT32 * shape.parameters // mesh.weight_ways
     state = [
         Row("bytes per device: parameters, and those of the start", 2 * parameters, _WEIGHTS),
@@ -250,9 +255,9 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
     if experiment.objective.reward == "info_gain":
         state.append(Row("bytes per device: moving average of the parameters", parameters, "policy, objective.reward"))
     rollouts = prompts * tree.branches
-    slots = min(mesh.share(experiment.rollout.decode_slots) or rollouts, rollouts)
-    prompt_cache, response_cache = (n * token // mesh.tensor for n in (prompts * tree.stem, slots * tree.length))
-    scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.tensor
+    slots = min(-(-experiment.rollout.decode_slots // mesh.replicas) or rollouts, rollouts)
+    prompt_cache, response_cache = (n * token // mesh.decode_tensor for n in (prompts * tree.stem, slots * tree.length))
+    scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.decode_tensor
     copy = _decoding_copy(experiment, shape, mesh)
     resident, t = _sum(state), experiment.training
     # Of several minibatches, any may meet a number that is not finite; then none has changed anything.
@@ -269,7 +274,7 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: keys and values of prompts", prompt_cache, f"{sampled}, prompt.max_tokens"),
         Row("bytes per device: keys and values of responses", response_cache, f"{sampled}, rollout"),
         Row("bytes per device: a layer's attention scores, prompts", scores, f"{sampled}, prompt.max_tokens"),
-        Row("bytes per device: parameters laid out for decoding", copy, f"{_WEIGHTS}, policy.dtype"),
+        Row("bytes per device: parameters laid out for decoding", copy, "policy, mesh.decode_tensor"),
         # The prompts have run before the responses' cache is made.
         Row(
             "bytes per device in all while sampling, at least",
@@ -278,9 +283,7 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         ),
         *update,
         Row(
-            "bytes per device in all in the update, at least",
-            resident + _sum(update),
-            "parameters, moments, and the above",
+            "bytes per device in all in the update, at least", resident + _sum(update), "parameters, moments, the above"
         ),
     ]
 
@@ -288,10 +291,10 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
 def _decoding_copy(experiment: Experiment, shape: Shape, mesh: _Mesh) -> int:
     """Bytes a device of the parameters that decoding reads: whole where training splits them over fsdp, in policy.dtype."""
     dtype = jnp.dtype(experiment.policy.dtype)
-    if mesh.fsdp == 1 and dtype == jnp.float32:
+    if mesh.fsdp == 1 and mesh.tensor == mesh.decode_tensor and dtype == jnp.float32:
         return 0
     matrices = shape.matmul_parameters - shape.vocab * shape.width
-    return (matrices * dtype.itemsize + (shape.parameters - matrices) * _FLOAT32) // mesh.tensor
+    return (matrices * dtype.itemsize + (shape.parameters - matrices) * _FLOAT32) // mesh.decode_tensor
 
 
 def _dense(experiment: Experiment) -> bool:

@@ -81,7 +81,8 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
         tasks = {name: functools.partial(task, replay=True) for name, task in tasks.items()}
     mesh = start_mesh(experiment)
-    with claimed_workdir(workdir, experiment, force), use_mesh(mesh), jax.debug_nans(replay), jax.debug_infs(replay):
+    in_mesh = use_mesh(mesh, experiment.mesh.split_rows)
+    with claimed_workdir(workdir, experiment, force), in_mesh, jax.debug_nans(replay), jax.debug_infs(replay):
         tasks[experiment.task](experiment, workdir, mesh)
 
 

@@ -15,7 +15,7 @@ from rpt_jax.data.prompts import PromptBatch, PromptBuilder
 from rpt_jax.data.tokenizer import ByteVocab
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize, Clock
-from rpt_jax.infra.sharding import decoding_layout, prompt_ways, shard_prompts
+from rpt_jax.infra.sharding import DECODING, decoding_layout, mesh_fields, prompt_ways, shard_prompts
 from rpt_jax.objective.advantage import group_advantages, has_variance
 from rpt_jax.objective.batch import Documents, UpdateBatch
 from rpt_jax.objective.choices import SCORING_REWARDS
@@ -71,7 +71,7 @@ class Sampler:
         The time of the rollouts is counted by `clock`; what it counts next is the reward's.
         """
         on_roots = on_their_roots(prompts, self._tail)
-        prompts, on_roots = shard_prompts((prompts, on_roots), self._mesh)
+        prompts, on_roots = shard_prompts(prompts, self._mesh), shard_prompts(on_roots, self._mesh, DECODING)
         key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
         rollouts, work = sample_rollouts(self._policy, weights, on_roots, key, self._decoding, self._box_vocab)
         if clock:
@@ -99,8 +99,9 @@ def decoding_of(experiment: Experiment, setup: Setup, memory: int) -> Decoding:
 
     Raises: UserError, where it asks for more.
     """
-    config, t, mesh = experiment.rollout, experiment.training, setup.mesh.shape
-    replicas, float32_bytes = prompt_ways(setup.mesh), 4 * setup.policy.shape.parameters
+    config, t, mesh = experiment.rollout, experiment.training, setup.mesh
+    replicas, tensor = prompt_ways(mesh, DECODING), mesh_fields(mesh)["decode_tensor"]
+    laid_out = jax.eval_shape(functools.partial(in_compute_dtype, setup.policy), setup.params)
     prompts, tokens = -(-t.prompts_per_step // replicas), config.max_new_tokens
     rollouts = rollout_memory(
         setup.policy.shape,
@@ -109,10 +110,11 @@ def decoding_of(experiment: Experiment, setup: Setup, memory: int) -> Decoding:
         experiment.prompt.max_tokens,
         config.samples_per_prompt,
         tokens,
-        mesh["tensor"],
+        tensor,
     )
     # Parameters, those of the start and two moments, and a copy laid out for decoding.
-    resident = 4 * float32_bytes // (mesh["fsdp"] * mesh["tensor"]) + float32_bytes // mesh["tensor"]
+    resident = 4 * 4 * setup.policy.shape.parameters // (mesh.size // mesh.shape["data"])
+    resident += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(laid_out)) // tensor
     asked = -(-config.decode_slots // replicas)
     slots = plan_slots(asked, prompts * config.samples_per_prompt, rollouts, resident, memory)
     return Decoding(

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rpt_jax.config import Experiment, PolicyConfig
+from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.data.corpus import SIDES, check_source
 from rpt_jax.data.prepare import content, files_digest
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.fingerprint import digest
-from rpt_jax.infra.sharding import make_mesh, parameter_shardings
+from rpt_jax.infra.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
 from rpt_jax.policy.attention import choose_attention
 from rpt_jax.policy.hf import check_files, load_policy, load_shape
 from rpt_jax.policy.presets import Shape, check_preset
@@ -85,6 +86,22 @@ def check_top_k(top_k: int, policy: Transformer) -> None:
         raise UserError(f"data.entropy_top_k={top_k} must be at most the policy's vocabulary, {policy.shape.vocab}.")
 
 
+def mesh_of(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a config, of all devices or those given. Raises: UserError, where it does not fit them."""
+    return make_mesh(config.data, config.fsdp, config.tensor, devices, config.decode_tensor)
+
+
+def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
+    """Raises: UserError, where what is sampled, or what is learnt from it, does not split evenly over the mesh."""
+    t, ways = experiment.training, mesh_fields(mesh)["tensor"]
+    check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step})
+    check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step}, DECODING)
+    if experiment.mesh.split_rows and t.microbatch_tokens % ways:
+        raise UserError(
+            f"mesh.split_rows: training.microbatch_tokens={t.microbatch_tokens} must be a multiple of mesh.tensor={ways}."
+        )
+
+
 def start_mesh(experiment: Experiment) -> Mesh:
     """Return the mesh of a run, where devices and files for it are here. Raises: UserError, with all that is missing."""
     mesh, policy = experiment.mesh, experiment.policy
@@ -97,7 +114,7 @@ def start_mesh(experiment: Experiment) -> Mesh:
                 "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports."
             )
 
-    arrange = functools.partial(make_mesh, mesh.data, mesh.fsdp, mesh.tensor)
+    arrange = functools.partial(mesh_of, mesh)
     attention = functools.partial(choose_attention, policy.attention, target_platform(), policy.dtype)
 
     def check_data() -> None:

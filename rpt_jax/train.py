@@ -41,7 +41,7 @@ from rpt_jax.policy.transformer import Params
 from rpt_jax.pretrain import cold_start
 from rpt_jax.sampler import Rewarder, Sampled, Sampler, first_prompts, prefer_variance, rollout_metrics, to_update_batch
 from rpt_jax.score import next_token_rows
-from rpt_jax.setup import Setup, set_up
+from rpt_jax.setup import Setup, check_sampling, set_up
 from rpt_jax.stream import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
 
 RESULT = "result.json"
@@ -59,8 +59,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
-    scored = experiment.evaluation.score_documents
-    check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step, "evaluation.score_documents": scored})
+    check_batches(mesh, {"evaluation.score_documents": experiment.evaluation.score_documents})
+    check_sampling(experiment, mesh)
     if (experiment := cold_start(experiment, workdir, mesh, replay)) is None:
         return
     last = recorded_step(workdir) if replay else t.total_steps

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rpt_jax.config import OptimizerConfig
 from rpt_jax.infra.optimizer import make_optimizer
@@ -33,8 +34,10 @@ from rpt_jax.rollout.generate import Rollouts, generate
 from tests.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
-MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
-FEWER = ((2, 1, 1), (1, 1, 2), (2, 1, 2))  # Of two and of four devices: the first rollouts alone.
+# data, fsdp, tensor, and how many share a policy while it samples: as many, fewer, more.
+MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 2), (1, 4, 2, 2), (1, 4, 2, 1), (2, 4, 1, 2))
+SPLIT_ROWS = (1, 4, 2, 1)  # The one whose update splits the tokens of its rows.
+FEWER = ((2, 1, 1, 1), (1, 1, 2, 2), (2, 1, 2, 2))  # Of two and of four devices: the first rollouts alone.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
 CONFIG = UpdateConfig(minibatches=1, rows=1, row_tokens=16, chunk=64, temperature=0.8, bounds=Bounds(0.2, 0.2))
@@ -95,13 +98,18 @@ def step(
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
 
 
-def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
+def mesh_of(sizes: tuple[int, int, int, int]) -> Mesh:
+    *axes, together = sizes
+    return make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))], decode_tensor=together)
+
+
+def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """Return what both steps computed, where the state lies, and how often the second step compiled anything.
 
     Adam's first moment after the first step is a tenth of the gradient.
     """
-    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    with use_mesh(mesh):
+    mesh = mesh_of(sizes)
+    with use_mesh(mesh, split_rows=sizes == SPLIT_ROWS):
         params = init_parameters(SHALLOW, mesh, seed=0)
         state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
         start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
@@ -129,9 +137,9 @@ def run(sizes: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
-def run_rollouts(sizes: tuple[int, int, int]) -> dict[str, Any]:
+def run_rollouts(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """Return what the first step of `run` samples."""
-    mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    mesh = mesh_of(sizes)
     with use_mesh(mesh):
         layout = decoding_layout(SHALLOW, mesh, lambda params: params) or (lambda params: params)
         params = layout(init_parameters(SHALLOW, mesh, seed=0))
@@ -145,7 +153,7 @@ def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
 
 def main() -> None:
     assert jax.device_count() == DEVICES
-    alone = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    alone = mesh_of((1, 1, 1, 1))
     results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
     for sizes in MESHES:
         results |= flat(run(sizes), "x".join(map(str, sizes)))

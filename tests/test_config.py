@@ -161,7 +161,10 @@ def test_an_override_needs_no_field_in_the_file():
         ("sed=1", "unknown config field 'sed'. Did you mean 'seed'?"),
         ("seed.value=1", "unknown config field 'seed.value'. There are: task, seed, checkpoint.*, cold_start.*"),
         ("mesh.tensor.size=1", "unknown config field 'mesh.tensor.size'. Did you mean 'mesh.tensor'?"),
-        ("mesh.xyzzy=1", "unknown config field 'mesh.xyzzy'. There are: mesh.data, mesh.fsdp, mesh.tensor."),
+        (
+            "mesh.xyzzy=1",
+            "unknown config field 'mesh.xyzzy'. There are: mesh.data, mesh.fsdp, mesh.tensor, mesh.decode_tensor,",
+        ),
         ("xyzzy=1", "unknown config field 'xyzzy'. There are: task, seed, checkpoint.*, cold_start.*"),
         ("=1", "unknown config field ''. There are: task"),
         ("trainin=1", "unknown config field 'trainin'. Did you mean 'training'?"),

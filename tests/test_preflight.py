@@ -338,10 +338,12 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def test_what_is_to_mend_ends_with_2():
-    done = run("--topology=v9:2x2")
+def test_what_is_to_mend_ends_with_2(tmp_path):
+    done = run("--topology=v9:2x2", f"--json={tmp_path / 'out.json'}")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --topology=v9:2x2") and "Traceback" not in done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["fits"] is False and result["error"].startswith("--topology=v9:2x2")
 
 
 @pytest.mark.slow
@@ -395,7 +397,7 @@ def test_a_tpu_slice(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "o").read_text())
-    assert result["fits"] is True and result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert result["fits"] is True and result["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2, "decode_tensor": 2}
     by_name = {p["program"]: p for p in result["programs"]}
     assert set(by_name) == {"score", "reshard", "sample", "reward", "update"}
     assert by_name["reshard"]["collectives"] and by_name["update"]["collectives"]
@@ -408,5 +410,10 @@ def test_a_sweep_recommends_a_mesh_that_fits(tmp_path):
     done = run("--topology=v5e:1x1", "--sweep", f"--json={tmp_path / 'o'}")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "o").read_text())
-    assert result["fits"] is True and result["recommended"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert result["fits"] is True and result["recommended"]["mesh"] == {
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 1,
+        "decode_tensor": 1,
+    }
     assert "Recommended: --config.mesh.data=1" in done.stdout

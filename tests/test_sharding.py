@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,12 +13,28 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.sharding import DECODING, check_batches, make_mesh, parameter_shardings
+from rpt_jax.infra.sharding import (
+    DECODING,
+    MESH_AXES,
+    check_batches,
+    make_mesh,
+    mesh_fields,
+    parameter_shardings,
+)
 from tests import sharded_child
 from tests.conftest import ROOT
 from tests.policy_reference import POLICY
 
-AXES = ("data", "fsdp", "tensor")
+FIELDS = ("data", "fsdp", "tensor", "decode_tensor")
+
+
+def abstract(data: int, fsdp: int, tensor: int, together: int = 0) -> AbstractMesh:
+    """What `make_mesh` makes, of devices that are not there."""
+    together = together or tensor
+    gather, spread = max(1, together // tensor), max(1, tensor // together)
+    return AbstractMesh((data, fsdp // gather, gather, spread, tensor // spread), MESH_AXES)
+
+
 ALONE, *SHARDED = ("x".join(map(str, sizes)) for sizes in sharded_child.MESHES)
 FEWER = ["x".join(map(str, sizes)) for sizes in sharded_child.FEWER]
 
@@ -78,7 +95,7 @@ def test_rollouts_on_fewer_devices_equal_those_on_one(results, mesh):
 @pytest.mark.parametrize("mesh", SHARDED)
 def test_every_device_keeps_its_part_alone(results, mesh):
     """Matrices and Adam's moments are stored once per data-parallel replica; only vectors are copied to every device."""
-    data, fsdp, _ = map(int, mesh.split("x"))
+    data, fsdp, *_ = map(int, mesh.split("x"))
     for name, stored in results[mesh].items():
         if name.startswith("stored."):
             whole, copies = results[ALONE][name], sharded_child.DEVICES if "norm" in name else data
@@ -99,7 +116,7 @@ def test_meshes_that_do_not_fit(sizes):
     devices = list(range(8)) if sizes != (2, 1, 1) else None  # Their number alone counts.
     with pytest.raises(UserError) as error:
         make_mesh(*sizes, devices=devices)
-    for axis, size in zip(AXES, sizes, strict=True):
+    for axis, size in zip(FIELDS, sizes, strict=False):
         assert f"mesh.{axis}={size}" in str(error.value)
     assert f"{8 if devices else jax.device_count()} devices" in str(error.value)
 
@@ -107,13 +124,16 @@ def test_meshes_that_do_not_fit(sizes):
 def test_the_one_that_is_left_open_takes_all_devices():
     for sizes in ((-1, 1, 1), (1, -1, 1), (1, 1, -1), (1, 1, 1)):
         mesh = make_mesh(*sizes)
-        assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
-        assert mesh.axis_names == AXES
+        assert mesh_fields(mesh) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1, "decode_tensor": 1}
+        assert mesh.axis_names == MESH_AXES
 
 
 def test_batches_that_a_mesh_cannot_split():
-    mesh = AbstractMesh((2, 4, 2), AXES)
+    mesh = abstract(2, 4, 2)
     check_batches(mesh, {"training.prompts_per_step": 8, "evaluation.score_documents": 32})
+    with pytest.raises(UserError, match=r"n=8 cannot be split over devices / mesh.decode_tensor = 16 .* is 16"):
+        check_batches(abstract(2, 4, 2, 1), {"n": 8}, DECODING)
+    check_batches(abstract(2, 4, 2, 1), {"n": 8})
     for size, nearest in ((1, 8), (11, 8), (13, 16), (31, 32)):
         with pytest.raises(UserError, match=f"some.field={size} cannot be split .* = 8 devices; .* is {nearest}"):
             check_batches(mesh, {"fits": 16, "some.field": size})
@@ -127,24 +147,65 @@ def test_sizes_that_a_mesh_cannot_divide():
         (1, 6, 4): (r"mesh.fsdp=6 does not divide the 16 of parameter embedding", (6, 2, 2)),
     }
     for asked, (problem, nearest) in cases.items():
-        offered = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, nearest, strict=True))
+        offered = ", ".join(f"mesh.{field}={size}" for field, size in zip(FIELDS, nearest, strict=False))
         with pytest.raises(UserError, match=f"{problem}; the nearest mesh that works is {offered}."):
-            parameter_shardings(POLICY, AbstractMesh(asked, AXES))
-        parameter_shardings(POLICY, AbstractMesh(nearest, AXES))
+            parameter_shardings(POLICY, abstract(*asked))
+        parameter_shardings(POLICY, abstract(*nearest))
+    with pytest.raises(UserError, match=r"mesh.decode_tensor=4 does not divide .* mesh.tensor=1, mesh.decode_tensor=2"):
+        parameter_shardings(POLICY, abstract(1, 8, 1, 4), DECODING)
 
 
 def test_parameters_are_split_over_fsdp_and_tensor():
-    shardings = parameter_shardings(POLICY, AbstractMesh((1, 4, 2), AXES))
+    shardings = parameter_shardings(POLICY, abstract(1, 4, 2))
     assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
     assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor")
 
 
 def test_decoding_keeps_parameters_whole_but_for_tensor():
-    shardings = parameter_shardings(POLICY, AbstractMesh((1, 4, 2), AXES), DECODING)
+    shardings = parameter_shardings(POLICY, abstract(1, 4, 2), DECODING)
     assert shardings["embedding"].spec == PartitionSpec("tensor")
     assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor")
     assert shardings["layers"]["q"].spec == PartitionSpec(None, None, "tensor")
+
+
+def test_decoding_splits_parameters_otherwise_where_it_was_asked_to():
+    wider, narrower = (
+        parameter_shardings(POLICY, abstract(*sizes), DECODING) for sizes in ((1, 8, 1, 2), (1, 4, 2, 1))
+    )
+    assert wider["layers"]["q"].spec == PartitionSpec(None, None, "gather")
+    assert parameter_shardings(POLICY, abstract(1, 8, 1, 2))["layers"]["q"].spec == PartitionSpec(
+        None, ("fsdp", "gather")
+    )
+    assert narrower["layers"]["q"].spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(("sizes", "together"), [((1, 4, 2), 3), ((4, 1, 2), 4), ((1, 2, 4), 3), ((1, 8, 1), 16)])
+def test_devices_that_cannot_share_a_policy(sizes, together):
+    with pytest.raises(UserError, match=rf"mesh.decode_tensor={together} must divide mesh.tensor={sizes[2]}, or"):
+        make_mesh(*sizes, devices=list(range(8)), decode_tensor=together)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a slice whose hosts have 2 x 2 chips each."""
+
+    id: int
+    process_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+
+
+def test_devices_that_share_a_policy_while_it_samples_are_of_one_host():
+    """A row of four chips, which the network's order would take, is of two hosts."""
+    places = [(x, y) for x in range(8) for y in range(8)]
+    chips = [Chip(8 * x + y, x // 2 * 4 + y // 2, (x, y, 0)) for x, y in places]
+    mesh = make_mesh(1, 8, 8, chips, decode_tensor=4)
+    assert len(set(mesh.devices.flat)) == 64
+    for group in mesh.devices.reshape(-1, 4):
+        assert len({chip.process_index for chip in group}) == 1
 
 
 def test_another_seed_gives_other_parameters(results):

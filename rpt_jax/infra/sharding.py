@@ -19,24 +19,42 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rpt_jax.errors import UserError
 
 Axes = str | tuple[str, ...] | None
+# Of the mesh. "gather" is a part of fsdp in training and of tensor in decoding, "spread" a part of tensor in training and of
+# the replicas in decoding: one of them is 1, and both are where the two phases split the policy alike. They come after tensor,
+# so that what a device holds in one phase is a part of what it holds in the other.
+MESH_AXES = ("data", "fsdp", "gather", "spread", "tensor")
 # Logical axis -> mesh axes, one line each. Training: the batch is split over data and fsdp alike; parameters and what the
 # optimiser keeps of them over fsdp, and inside a layer over tensor.
-TRAINING = {
-    "prompt": ("data", "fsdp"),
-    "width": "fsdp",
-    "kv_heads": "tensor",
-    "ffn": "tensor",
-    "vocab": "tensor",
+TRAINING: dict[str, Axes] = {
+    "prompt": ("data", "fsdp", "gather"),
+    "width": ("fsdp", "gather"),
+    "kv_heads": ("tensor", "spread"),
+    "ffn": ("tensor", "spread"),
+    "vocab": ("tensor", "spread"),
     "layers": None,
+    "sequence": None,  # Or as kv_heads: `use_mesh`.
 }
 # Decoding reads every parameter once a token: fetching the shards of others for that would cost more than all else, so each
 # group of tensor-parallel devices is a replica that holds them whole.
-DECODING = TRAINING | {"width": None}
-PROMPT_AXIS = PartitionSpec(("data", "fsdp"))
+DECODING: dict[str, Axes] = {
+    "prompt": ("data", "fsdp", "spread"),
+    "width": None,
+    "kv_heads": ("tensor", "gather"),
+    "ffn": ("tensor", "gather"),
+    "vocab": ("tensor", "gather"),
+    "layers": None,
+    "sequence": None,
+}
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None, decode_tensor: int = 0
+) -> Mesh:
     """Arrange all devices, or those given, as data × fsdp × tensor; one -1 takes what is left.
+
+    Args:
+      decode_tensor: devices that share a policy while it samples, next to each other and, where they can be, of one host;
+        0 for as many as in training.
 
     Raises: UserError, where it does not fit.
     """
@@ -51,40 +69,101 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] |
         raise UserError(f"{asked} does not fit {count} devices: it takes {needed}, with at most one -1.")
     for name in unknown:
         sizes[name] = count // known
+    together = decode_tensor or sizes["tensor"]
+    gather, spread = max(1, together // sizes["tensor"]), max(1, sizes["tensor"] // together)
+    if sizes["tensor"] * gather != together * spread or sizes["fsdp"] % gather:
+        raise UserError(
+            f"mesh.decode_tensor={decode_tensor} must divide mesh.tensor={sizes['tensor']}, or be a multiple of it that "
+            f"divides mesh.fsdp × mesh.tensor = {sizes['fsdp'] * sizes['tensor']}."
+        )
+    shape = sizes["data"], sizes["fsdp"] // gather, gather, spread, sizes["tensor"] // spread
     # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.
-    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_arranged(shape, devices, together), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices so that neighbours on an axis of the mesh are neighbours in the network, where JAX finds such an order."""
+def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device], together: int) -> np.ndarray:
+    """Devices so that neighbours on an axis of the mesh are neighbours in the network, where JAX finds such an order.
+
+    But `together` next to each other are of one host, where hosts have so many.
+    """
     try:
-        return mesh_utils.create_device_mesh(sizes, devices)
+        mesh = mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:
         # An axis is no product of whole axes of the network, as 8 of 64 chips in a cube: it takes a part of one.
-        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        mesh = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    by_host = np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(sizes)
+    return by_host if _hosts_of(mesh, together) > 1 == _hosts_of(by_host, together) else mesh
 
 
-def prompt_ways(mesh: Mesh) -> int:
-    """How many devices, or groups of devices that share them, prompts are split over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def _hosts_of(mesh: np.ndarray, together: int) -> int:
+    """The most hosts that `together` devices next to each other are of."""
+    return max(len({device.process_index for device in group}) for group in mesh.reshape(-1, together))
 
 
-def check_batches(mesh: Mesh, sizes: Mapping[str, int]) -> None:
-    """Refuse batches (config field -> size) that do not split evenly over the mesh. Raises: UserError."""
-    ways = prompt_ways(mesh)
+def mesh_fields(mesh: Mesh) -> dict[str, int]:
+    """The fields of the config's section `mesh` that make such a mesh."""
+    tensor = _ways(mesh, TRAINING["kv_heads"])
+    data = mesh.shape["data"]
+    sizes = {"data": data, "fsdp": prompt_ways(mesh) // data, "tensor": tensor}
+    return sizes | {"decode_tensor": _ways(mesh, DECODING["kv_heads"])}
+
+
+def prompt_ways(mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> int:
+    """How many devices, or groups of devices that share them, prompts are split over in a phase."""
+    return _ways(mesh, table["prompt"])
+
+
+def _ways(mesh: Mesh, axes: Axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes or ())
+
+
+def check_batches(mesh: Mesh, sizes: Mapping[str, int], table: Mapping[str, Axes] = TRAINING) -> None:
+    """Refuse batches (config field -> size) that do not split evenly over the mesh in a phase. Raises: UserError."""
+    ways = prompt_ways(mesh, table)
+    split = "devices / mesh.decode_tensor" if table is DECODING else "mesh.data × mesh.fsdp"
     for name, size in sizes.items():
         if size % ways:
             raise UserError(
-                f"{name}={size} cannot be split over mesh.data × mesh.fsdp = {ways} devices; the nearest size that can is "
+                f"{name}={size} cannot be split over {split} = {ways} devices; the nearest size that can is "
                 f"{max(1, round(size / ways)) * ways}."
             )
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Make `mesh` what the policy's logical axes refer to; its activations lie alike in training and decoding."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(TRAINING.items())):
+def use_mesh(mesh: Mesh, split_rows: bool = False) -> Iterator[None]:
+    """Make `mesh` what the policy's logical axes refer to, as training lays them out.
+
+    Args:
+      split_rows: whether the tokens of an update's row are split, between one product of matrices and the next, over the
+        devices that share it (sequence parallelism): each keeps its part of what a layer begins with.
+    """
+    rows = {"sequence": TRAINING["kv_heads"]} if split_rows else {}
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple((TRAINING | rows).items())):
         yield
+
+
+def decoding_axes() -> tuple[str, ...]:
+    """Axes of the mesh in context that make replicas, each with prompts of its own, while a policy samples."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in DECODING["prompt"] if mesh.shape.get(axis, 1) > 1)
+
+
+@contextlib.contextmanager
+def in_one_replica() -> Iterator[None]:
+    """Make the logical axes those of decoding inside of a replica, where no axis is left to split prompts over."""
+    if jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    with nn.logical_axis_rules(tuple((DECODING | {"prompt": None}).items())):
+        yield
+
+
+def as_training_splits(tree: Any) -> Any:
+    """Split the first axis of arrays that decoding has made as training does, in a program."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("gather") == mesh.shape.get("spread"):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_longer_than_one(mesh, TRAINING["prompt"])))
 
 
 def parameter_shardings(policy: nn.Module, mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> Any:
@@ -96,7 +175,8 @@ def parameter_shardings(policy: nn.Module, mesh: Mesh, table: Mapping[str, Axes]
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, tuple(table.items()))
     # Unboxed inside, since on a mesh that constrains what must not be abstract.
     abstract = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
-    _check_divisible(mesh, shardings, abstract)
+    tensor = "tensor" if table is TRAINING else "decode_tensor"
+    _check_divisible(mesh, shardings, abstract, {table["width"]: "fsdp", table["kv_heads"]: tensor})
     return jax.tree.map(_shortest, shardings)
 
 
@@ -109,7 +189,10 @@ def decoding_layout(policy: nn.Module, mesh: Mesh, convert: Callable[[Any], Any]
     abstract = jax.eval_shape(lambda: nn.meta.unbox(_init(policy, jax.random.key(0))))
     if training == decoding and jax.eval_shape(convert, abstract) == abstract:
         return None
-    return jax.jit(convert, out_shardings=decoding)
+    # On the way, what was split by width over "gather" is split by heads over it, each part sent once. In one go XLA would first
+    # copy every parameter whole to every device.
+    between = parameter_shardings(policy, mesh, DECODING | {"width": "fsdp"})
+    return jax.jit(lambda x: jax.lax.with_sharding_constraint(convert(x), between), out_shardings=decoding)
 
 
 def abstract_parameters(policy: nn.Module, mesh: Mesh) -> Any:
@@ -131,9 +214,9 @@ def abstract_optimizer(optimizer: optax.GradientTransformation, params: Any, mes
     )
 
 
-def abstract_prompts(tree: Any, mesh: Mesh) -> Any:
+def abstract_prompts(tree: Any, mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> Any:
     """What `shard_prompts` makes of arrays that are abstract."""
-    return jax.tree.map(lambda x: _placed(x, _shortest(NamedSharding(mesh, PROMPT_AXIS))), tree)
+    return jax.tree.map(lambda x: _placed(x, prompt_sharding(mesh, table)), tree)
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -158,9 +241,14 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Any, mesh: M
     )
 
 
-def shard_prompts(tree: Any, mesh: Mesh) -> Any:
-    """Put arrays on the devices with their first axis split as the batch is."""
-    sharding = _shortest(NamedSharding(mesh, PROMPT_AXIS))
+def prompt_sharding(mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> NamedSharding:
+    """Where arrays lie whose first axis is split as the batch of a phase is."""
+    return _shortest(NamedSharding(mesh, PartitionSpec(table["prompt"])))
+
+
+def shard_prompts(tree: Any, mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> Any:
+    """Put arrays on the devices with their first axis split as the batch of a phase is."""
+    sharding = prompt_sharding(mesh, table)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     # Every process has the whole and gives its own devices their part; `device_put` would first compare the processes'.
@@ -207,27 +295,35 @@ def _shortest(sharding: NamedSharding) -> NamedSharding:
 
     In other words it would be another key, and whatever takes an array both fresh and from a program would compile twice.
     """
-    spec = []
-    for axes in sharding.spec:
-        axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if sharding.mesh.shape[a] > 1)
-        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    spec = [_longer_than_one(sharding.mesh, axes) for axes in sharding.spec]
     while spec and spec[-1] is None:
         spec.pop()
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _check_divisible(mesh: Mesh, shardings: Any, abstract: Any) -> None:
-    fitting, problem = dict(mesh.shape), ""
+def _longer_than_one(mesh: Mesh, axes: Axes) -> Axes:
+    axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
+    return axes if len(axes) > 1 else axes[0] if axes else None
+
+
+def _check_divisible(mesh: Mesh, shardings: Any, abstract: Any, fields: Mapping[Axes, str]) -> None:
+    """`fields` are those of the config that say how many devices mesh axes have together."""
+    sizes = mesh_fields(mesh)
+    fitting, problem = dict(sizes), ""
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         for size, axes in zip(leaf.shape, sharding.spec, strict=False):
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axes:
+                field = fields[axes]
                 # A divisor of what was asked for leaves a mesh of the same number of devices.
-                fitting[axis] = math.gcd(fitting[axis], size)
-                if size % mesh.shape[axis] and not problem:
+                fitting[field] = math.gcd(fitting[field], size)
+                if size % sizes[field] and not problem:
                     name = jax.tree_util.keystr(path, simple=True, separator=".")
-                    problem = f"mesh.{axis}={mesh.shape[axis]} does not divide the {size} of parameter {name}"
+                    problem = f"mesh.{field}={sizes[field]} does not divide the {size} of parameter {name}"
     if problem:
         fitting["data"] = mesh.size // (fitting["fsdp"] * fitting["tensor"])
-        nearest = ", ".join(f"mesh.{axis}={size}" for axis, size in fitting.items())
+        if sizes["decode_tensor"] <= sizes["tensor"]:
+            fitting["decode_tensor"] = math.gcd(fitting["decode_tensor"], fitting["tensor"])
+        shown = list(fitting) if sizes["decode_tensor"] != sizes["tensor"] else ["data", "fsdp", "tensor"]
+        nearest = ", ".join(f"mesh.{name}={fitting[name]}" for name in shown)
         raise UserError(f"{problem}; the nearest mesh that works is {nearest}.")

@@ -11,6 +11,7 @@ other comes as contexts: the prompt's keys, shared by its branches, and the bran
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -71,6 +72,28 @@ def project(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*rows, *kept)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def laid_out(x: jax.Array, axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...]) -> jax.Array:
+    """`x` along logical axes, and its gradient along others: what is gathered one way is summed and split the other way.
+
+    With the same ones both ways, XLA would look for a way to multiply a gradient whose tokens are split, and copy it whole.
+    """
+    return nn.with_logical_constraint(x, axes)
+
+
+def _lay_out(
+    x: jax.Array, axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...]
+) -> tuple[jax.Array, None]:
+    return nn.with_logical_constraint(x, axes), None
+
+
+def _lay_gradient_out(axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...], _: None, dx: jax.Array):
+    return (nn.with_logical_constraint(dx, gradient_axes),)
+
+
+laid_out.defvjp(_lay_out, _lay_gradient_out)
+
+
 def segment_starts(segments_NxGxQ: jax.Array) -> jax.Array:
     """Index at which the run of equal numbers that each token is part of begins, int32 [N, G, Q]."""
     indices_Q = jnp.arange(segments_NxGxQ.shape[-1], dtype=jnp.int32)
@@ -107,12 +130,16 @@ class Layer(nn.Module):
         `look`, of queries and new keys, takes the place of attention over `kvs`: for caches laid out in another way.
         """
         s = self.shape
+        # Rows of an update are long, and as many tokens as were asked for: what else runs may be of any length.
+        between = ("prompt", None, "sequence" if isinstance(ranges, Seen) else None, None)
+        inside = ("prompt", None, None, None)
         scale = self._constant("attention_norm", (s.width,), (None,), 1.0)
-        y, kv = self._attention(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), kvs, ranges, rotary, look)
-        x_NxGxQxD = nn.with_logical_constraint(x_NxGxQxD + y, ("prompt", None, None, None))
+        y_NxGxQxD = laid_out(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), inside, between)
+        y_NxGxQxD, kv = self._attention(y_NxGxQxD, kvs, ranges, rotary, look)
+        x_NxGxQxD = x_NxGxQxD + laid_out(y_NxGxQxD, between, inside)
         scale = self._constant("ffn_norm", (s.width,), (None,), 1.0)
-        x_NxGxQxD = x_NxGxQxD + self._ffn(rms_norm(x_NxGxQxD, scale, s.norm_epsilon))
-        return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None)), kv
+        y_NxGxQxD = laid_out(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), inside, between)
+        return x_NxGxQxD + laid_out(self._ffn(y_NxGxQxD), between, inside), kv
 
     def _attention(self, x_NxGxQxD, kvs, ranges, rotary, look) -> tuple[jax.Array, KeyValues]:
         s, group = self.shape, self.shape.heads // self.shape.kv_heads

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         result = (sweep if options.sweep else preflight)(experiment, topology)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        result = {"fits": False, "error": str(error)}
     if options.json:
         options.json.write_text(
             json.dumps({"config": options.config, "overrides": overrides} | result, indent=2) + "\n"

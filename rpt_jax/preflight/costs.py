@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rpt_jax.config import Experiment
 from rpt_jax.describe import attention_flops, describe
-from rpt_jax.infra.sharding import prompt_ways
+from rpt_jax.infra.sharding import DECODING, prompt_ways
 from rpt_jax.policy.packed import BLOCK, PANEL
 from rpt_jax.policy.target import target_platform
 from rpt_jax.preflight.hlo import Traffic
@@ -84,12 +84,12 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
     e, platform = experiment, target_platform()
     prompt, response = e.prompt.max_tokens, e.rollout.max_new_tokens
     panel, block = PANEL[platform], BLOCK[platform]
-    ways = prompt_ways(step.setup.mesh)
-    prompts, samples = -(-e.training.prompts_per_step // ways), e.rollout.samples_per_prompt
+    replicas = prompt_ways(step.setup.mesh, DECODING)
+    prompts, samples = -(-e.training.prompts_per_step // replicas), e.rollout.samples_per_prompt
     parts = -(-prompt // e.rollout.prefill_tokens)
     rows = min(prompts, max(1, e.rollout.prefill_tokens // -(-prompt // parts)))
-    slots = live_sizes(-(-step.decoding.slots // ways), prompts * samples)[0] if step.decoding else 1
-    passes = -(-update_rows(e) // ways)
+    slots = live_sizes(-(-step.decoding.slots // replicas), prompts * samples)[0] if step.decoding else 1
+    passes = -(-update_rows(e) // prompt_ways(step.setup.mesh))
     # A panel of queries goes over as many blocks as the one of them that sees most: its prompt and half of a response.
     packed = (prompt + (response + min(panel, response)) / 2) / block
     own, shared = (-(-length // block_size(platform, length)) for length in (response, prompt))

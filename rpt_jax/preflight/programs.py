@@ -145,7 +145,8 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
 
     def sampling() -> jax.stages.Lowered:
-        roots = abstract_prompts(on_their_roots(_blank(sampled.prompts), shared_tail(experiment, builder)), mesh)
+        roots = on_their_roots(_blank(sampled.prompts), shared_tail(experiment, builder))
+        roots = abstract_prompts(roots, mesh, DECODING)
         box_vocab = vocab if experiment.rollout.stop_at_box else None
         return sample_rollouts.lower(setup.policy, weights, roots, _key(), decoding, box_vocab)
 

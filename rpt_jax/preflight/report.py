@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
-from rpt_jax.infra.sharding import check_batches, make_mesh, use_mesh
+from rpt_jax.infra.sharding import check_batches, mesh_fields, use_mesh
 from rpt_jax.preflight.costs import flops_a_chip
 from rpt_jax.preflight.programs import Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.preflight.verdict import GIB, Memory, Verdict, as_record, judge_step
 from rpt_jax.rollout.memory import USABLE
+from rpt_jax.setup import check_sampling, mesh_of
 
 _ONCE = ("score",)  # Before the first step, and not in each.
 
@@ -25,8 +26,8 @@ _ONCE = ("score",)  # Before the first step, and not in each.
 def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     """Compile for the config's mesh, print all, and return it. Raises: UserError, where the config does not fit the topology."""
     experiment = for_topology(experiment, topology)
-    mesh = make_mesh(experiment.mesh.data, experiment.mesh.fsdp, experiment.mesh.tensor, devices(topology))
-    check_batches(mesh, batches(experiment))
+    mesh = mesh_of(experiment.mesh, devices(topology))
+    check_split(experiment, mesh)
     step, verdicts = judge(experiment, topology, mesh)
     show(experiment, topology, mesh, step, verdicts)
     return as_result(experiment, topology, mesh, step, verdicts)
@@ -66,12 +67,12 @@ def judge(experiment: Experiment, topology: Topology, mesh: Mesh, only: str = ""
 
     Raises: UserError, where the config does not fit the mesh, or not even the plan of its decode slots.
     """
-    with use_mesh(mesh):
+    with use_mesh(mesh, experiment.mesh.split_rows):
         step = make_step(experiment, mesh, int(USABLE * topology.chip.memory))
         step = step._replace(programs=tuple(p for p in step.programs if only in ("", p.name)))
     # Outside of a mesh whose devices are not here: it runs an operation or two.
     flops = flops_a_chip(experiment, step)
-    with use_mesh(mesh):
+    with use_mesh(mesh, experiment.mesh.split_rows):
         return step, judge_step(experiment, step, topology, flops)
 
 
@@ -95,7 +96,7 @@ def as_result(
         "chips": topology.count,
         "prompts_per_step": experiment.training.prompts_per_step,
         "compiled_for": "the topology" if topology.is_compiled_for else "simulated CPU devices",
-        "mesh": dict(mesh.shape),
+        "mesh": mesh_fields(mesh),
         "decode_slots": step.decoding.slots if step.decoding else None,
         "estimated_step_seconds": step_seconds(verdicts),
         "programs": [as_record(verdict) for verdict in verdicts],
@@ -104,7 +105,7 @@ def as_result(
 
 def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, verdicts: list[Verdict]) -> None:
     """Print tables of memory and time, the collectives, and the verdict in a sentence or two."""
-    arranged = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    arranged = " x ".join(f"{name} {size}" for name, size in mesh_fields(mesh).items())
     slots = f", {step.decoding.slots} decode slots" if step.decoding else ""
     where = f"{topology.name}, {arranged}{slots}"
     rows = [
@@ -162,14 +163,11 @@ def _conclude(experiment: Experiment, topology: Topology, verdicts: list[Verdict
         print("It does not fit.")
 
 
-def batches(experiment: Experiment) -> dict[str, int]:
-    """The sizes that must split evenly over a mesh, by field."""
-    sizes = {"evaluation.score_documents": experiment.evaluation.score_documents}
-    return (
-        sizes
-        if experiment.task == "score"
-        else sizes | {"training.prompts_per_step": experiment.training.prompts_per_step}
-    )
+def check_split(experiment: Experiment, mesh: Mesh) -> None:
+    """Raises: UserError, where what the experiment runs does not split evenly over the mesh."""
+    check_batches(mesh, {"evaluation.score_documents": experiment.evaluation.score_documents})
+    if experiment.task == "rpt":
+        check_sampling(experiment, mesh)
 
 
 def _gib(size: float) -> float:

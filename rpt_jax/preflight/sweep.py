@@ -12,9 +12,9 @@ from rpt_jax.config import Experiment
 from rpt_jax.describe import describe, shape_of
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
-from rpt_jax.infra.sharding import check_batches, make_mesh
+from rpt_jax.infra.sharding import make_mesh, mesh_fields
 from rpt_jax.preflight.programs import Step
-from rpt_jax.preflight.report import as_result, batches, devices, fits, for_topology, judge, step_seconds
+from rpt_jax.preflight.report import as_result, check_split, devices, fits, for_topology, judge, step_seconds
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.preflight.verdict import Verdict
 
@@ -47,13 +47,22 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
             f"--topology={topology.name}: no mesh of {topology.count} chips divides the policy and the batch."
         )
     rows = [_row(trial) for trial in trials]
-    columns = ["data x fsdp x tensor", "decode slots", "fits", "fullest", "s sample", "s update", "s a step", "note"]
+    columns = [
+        "data x fsdp x tensor, decoding",
+        "decode slots",
+        "fits",
+        "fullest",
+        "s sample",
+        "s update",
+        "s a step",
+        "note",
+    ]
     table(f"Meshes of {topology.name}, times estimated", columns, rows)
     best = min((t for t in trials if t.fits), key=lambda t: step_seconds(t.verdicts), default=None)
     result = {"fits": best is not None, "topology": topology.name, "recommended": None}
     if best:
         slots = f" --config.rollout.decode_slots={best.step.decoding.slots}" if best.step.decoding else ""
-        chosen = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.mesh.shape.items())
+        chosen = " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh_fields(best.mesh).items())
         result["recommended"] = as_result(experiment, topology, best.mesh, best.step, best.verdicts)
         print(f"\nRecommended: {chosen}{slots}, {step_seconds(best.verdicts):.4g} s a step or more (estimate).")
     else:
@@ -69,12 +78,14 @@ def meshes(experiment: Experiment, topology: Topology) -> Iterator[Mesh]:
         for data in _REPLICAS:
             if topology.count % (tensor * data) or shape.width % (topology.count // (tensor * data)):
                 continue
-            mesh = make_mesh(data, -1, tensor, here)
-            try:
-                check_batches(mesh, batches(experiment))
-            except UserError:
-                continue
-            yield mesh
+            # While it samples, a policy may also be shared by no more chips than a host has.
+            for together in dict.fromkeys((tensor, min(tensor, topology.chip.host))):
+                try:
+                    mesh = make_mesh(data, -1, tensor, here, together)
+                    check_split(experiment, mesh)
+                except UserError:
+                    continue
+                yield mesh
 
 
 def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
@@ -102,11 +113,12 @@ def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
 
 
 def _on(experiment: Experiment, mesh: Mesh) -> Experiment:
-    return dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, **mesh.shape))
+    return dataclasses.replace(experiment, mesh=dataclasses.replace(experiment.mesh, **mesh_fields(mesh)))
 
 
 def _words(mesh: Mesh) -> str:
-    return " x ".join(map(str, mesh.shape.values()))
+    *sizes, together = mesh_fields(mesh).values()
+    return f"{' x '.join(map(str, sizes))}, {together}"
 
 
 def _outcome(trial: Trial) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rpt_jax.config import Experiment
-from rpt_jax.infra.sharding import prompt_ways
+from rpt_jax.infra.sharding import DECODING, mesh_fields, prompt_ways
 from rpt_jax.preflight.costs import Times, times, turns
 from rpt_jax.preflight.hlo import Traffic, traffic
 from rpt_jax.preflight.programs import Program, Step
@@ -96,13 +96,13 @@ def judge_step(experiment: Experiment, step: Step, topology: Topology, flops: Ma
 def advise(experiment: Experiment, step: Step, verdict: Verdict) -> str:
     """Name the field that would make a program fit, and the value that does so by arithmetic."""
     t, excess = experiment.training, verdict.memory.total - verdict.limit
-    mesh = step.setup.mesh.shape
+    mesh = mesh_fields(step.setup.mesh)
     tensor = f"mesh.tensor={2 * mesh['tensor']} or "
     # Heads are not divided.
     tensor = tensor if step.setup.policy.shape.kv_heads % (2 * mesh["tensor"]) == 0 else ""
     deeper = f"set {tensor}mesh.fsdp={2 * mesh['fsdp']} (with more chips, or less of another axis)"
     if verdict.program == "sample":
-        ways = prompt_ways(step.setup.mesh)
+        ways = prompt_ways(step.setup.mesh, DECODING)
         each = _bytes_a_slot(experiment, step)
         slots = step.decoding.slots // ways - int(-(-excess // each))
         if slots >= 1:
@@ -174,8 +174,7 @@ def _compiled(program: Program) -> tuple[Memory, str | None]:
 
 def _bytes_a_slot(experiment: Experiment, step: Step) -> int:
     r = experiment.rollout
-    prompts = -(-experiment.training.prompts_per_step // prompt_ways(step.setup.mesh))
+    prompts = -(-experiment.training.prompts_per_step // prompt_ways(step.setup.mesh, DECODING))
     sizes = prompts, experiment.prompt.max_tokens, r.samples_per_prompt, r.max_new_tokens
-    return rollout_memory(
-        step.setup.policy.shape, experiment.policy.dtype, *sizes, step.setup.mesh.shape["tensor"]
-    ).per_slot
+    tensor = mesh_fields(step.setup.mesh)["decode_tensor"]
+    return rollout_memory(step.setup.policy.shape, experiment.policy.dtype, *sizes, tensor).per_slot

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import PartitionSpec
 
+from rpt_jax.infra.sharding import as_training_splits, decoding_axes, in_one_replica
 from rpt_jax.policy.prefixes import Prompts, share_prefixes
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
@@ -61,42 +61,34 @@ def sample_rollouts(
     The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
     any order of the prompts, any batch they are part of, any number of slots and devices, and whatever is prefilled together.
 
-    On a mesh, the devices that share prompts (axis "tensor") are a replica: it has its own part of the prompts, of their roots
-    and of the slots, and its loop ends with its own last rollout.
+    On a mesh, the devices that share a policy while it samples (mesh.decode_tensor) are a replica: it has its own part of the
+    prompts, of their roots and of the slots, and its loop ends with its own last rollout.
 
     Args:
       vocab: bytes [V, X] and lengths [V] of the tokens, where responses are to end at their box; else None.
 
     Returns: the rollouts, and what decoding them took.
     """
-    axes = _replica_axes()
-    if not axes:
-        return decode_all(policy, params, prompts, key, vocab, decoding)
+    axes = decoding_axes()
     decoding = decoding._replace(slots=-(-decoding.slots // replica_count()))
 
     def of_one_replica(params: Params, prompts: Prompts, *others: Any) -> tuple[Rollouts, Work]:
-        # Inside there is no axis left to split prompts over.
-        rules = [rule for rule in nn.get_logical_axis_rules() if rule[0] != "prompt"]
-        with nn.logical_axis_rules(rules):
+        with in_one_replica():
             return decode_all(policy, params, prompts, *others, decoding)
 
+    if not axes:
+        return of_one_replica(params, prompts, key, vocab)
     everywhere, split = PartitionSpec(), PartitionSpec(axes)
-    return jax.shard_map(
+    rollouts, work = jax.shard_map(
         of_one_replica,
         in_specs=(everywhere, split, everywhere, everywhere),
         out_specs=split,
         axis_names=set(axes),
         check_vma=False,
     )(params, prompts, key, vocab)
+    return as_training_splits(rollouts), work
 
 
 def replica_count() -> int:
     """Replicas of the mesh in context."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _replica_axes())
-
-
-def _replica_axes() -> tuple[str, ...]:
-    """Mesh axes that prompts are split over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = () if mesh.empty else nn.logical_to_mesh_axes(("prompt",))[0]
-    return tuple(axis for axis in axes or () if mesh.shape[axis] > 1)
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in decoding_axes())
