@@ -93,27 +93,33 @@ class Checkpointer:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                found = step, *self._read(step)
-            except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
-                damaged[step] = _reason(error)
+            state, run, reason = self._read(step)
+            if reason:
+                damaged[step] = reason
                 continue
             for bad, reason in damaged.items():
                 self._set_aside(bad, reason, instead=step)
-            return found
+            return step, state, run
         if damaged:
             newest = max(damaged)
             raise _damaged(self._directory / str(newest), damaged[newest])
         return None
 
-    def _read(self, step: int) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int) -> tuple[Any, dict[str, Any], str]:
+        """Return the state, the run and, where it is damaged for this process or another, why."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(self._abstract), run=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        run, marks = restored.run["run"], restored.run["marks"]
+        reason = ""
+        try:
+            restored = self._manager.restore(step, args=items)
+            run, marks = restored.run["run"], dict(restored.run["marks"])
+        except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
+            reason = _reason(error)
+        # Each process reads its own part: one that cannot must not leave the others waiting for the digest of all.
+        if in_any_process(bool(reason)):
+            return None, {}, reason or "another process cannot read its part"
         found = {"state": fingerprint_arrays(restored.state), "run": digest(run)}
-        if altered := [part for part, mark in marks.items() if found[part] != mark]:
-            raise ValueError(f"its {' and '.join(altered)} differ from what was saved")
-        return restored.state, run
+        altered = [part for part, mark in marks.items() if found.get(part) != mark]
+        return restored.state, run, f"its {' and '.join(altered)} differ from what was saved" if altered else ""
 
     def _set_aside(self, step: int, reason: str, instead: int) -> None:
         number = sum(path.name.startswith(f"{step}-") for path in self._aside.glob("*"))
