@@ -4,26 +4,28 @@ Command   python -m rpt_jax.main --config=configs/rpt_14b.py
 Sizes     python -m rpt_jax.main --config=configs/rpt_14b.py --config.mesh.fsdp=8 --describe   (on any machine)
 Needs     models/DeepSeek-R1-Distill-Qwen-14B: the directory as Hugging Face has it, with its shards of weights;
           data/omnimath: OmniMATH's .jsonl, with a problem and its solution in each line;
-          64 accelerators of 31 GiB or more (on each, by arithmetic 58 GiB while sampling and 18 GiB in the update where all
+          64 accelerators of 31 GiB or more (on each, by arithmetic 62 GiB while sampling and 18 GiB in the update where all
           rollouts are live at once; where memory is less, fewer are; XLA's temporaries come on top); 500 GiB of disk.
-Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --config=configs/rpt_14b.py --topology=v6e:8x8`,
+Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --config=configs/rpt_14b.py --topology=v5p:4x4x4`,
           24 November 2026, jax 0.10.2, libtpu 0.0.42.1; mesh 1 x 8 x 8. GiB a chip, what lives beside a program included;
           seconds are estimates at the makers' figures, where every response is as long as it may be:
 
-          v6e:8x8, 360 decode slots              GiB of 31.25   compute   memory   network   bound by
-          score (before the first step)                   6.3      0.02     0.14      0.18   network
-          reshard                                        11.0      0        0.01      0.02   network
-          sample                                         27.0     12.0    322.6      26.4    memory
-          reward                                          7.3      0        0.01      0      memory
-          update                                         23.1     56.5    220.7      86.7    memory
-          v5p:4x4x4, 2,048 decode slots          GiB of 95.74   with --config.training.microbatch_tokens=69632
+          v5p:4x4x4, 2,048 decode slots          GiB of 95.74   compute   memory   network   bound by
           score (before the first step)                   6.3      0.04     0.08      0.17   network
-          reshard                                        11.0      0        0.01      0.02   network
-          sample                                         81.5     24.0    136.7      25.1    memory
-          reward                                          7.3      0        0.01      0      memory
-          update                                         64.4     96.1    263.2      66.5    memory
-          That is 543 s a step on v6e and 400 s on v5p, or more. Of the bytes that bound the update on v5p, 53 % are
-          attention's, whose blocks plain XLA writes to memory: there is no kernel for its rows yet.
+          reshard                                        15.3      0        0.01      0.04   network
+          sample                                         81.1     24.0    140.4      10.8    memory
+          reward                                         11.1      0        0.01      0      memory
+          update                                         23.1    113.0    260.8      86.7    memory
+          v6e:8x8, 336 decode slots              GiB of 31.25
+          score (before the first step)                   6.3      0.02     0.14      0.18   network
+          reshard                                        15.3      0        0.02      0.04   network
+          sample                                         25.6     12.0    454.4      12.3    memory
+          reward                                         11.1      0        0.01      0      memory
+          update                                         23.1     56.5    217.5      86.7    memory
+          That is 401 s a step on v5p and 672 s on v6e, or more. On v6e, where a chip has room for few rollouts and reads the
+          policy for them over and over, --config.mesh.decode_tensor=8 would take 543 s, with 360 slots and collectives between
+          hosts. Of the bytes that bound the update on v5p, 53 % are attention's, whose blocks plain XLA writes to memory: there
+          is no kernel for its rows yet. launch/README.md has the figures of 16 and of 256 chips.
 Time      not measured
 Results   not measured. The paper's, section 4.1: next-token accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions
           with an entropy above 0.5 / 1.0 / 1.5, from 3.31 / 1.66 / 1.41 % before.
@@ -99,4 +101,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 1  # ours
     config.mesh.fsdp = -1  # ours: replicas of the activations, shards of the parameters
     config.mesh.tensor = 8  # ours: every kv head on a device of its own, or attention scores would not fit
+    config.mesh.decode_tensor = 4  # ours: a TPU's host, so that a token's collectives stay inside
     return config

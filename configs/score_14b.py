@@ -22,5 +22,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation.score_documents = 64
     config.mesh.data = -1
     config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.tensor = config.mesh.decode_tensor = 1
     return config

@@ -16,6 +16,7 @@ from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
+from rpt_jax.infra.sharding import gather_and_spread
 from rpt_jax.objective.rewards import FORWARD_PASSES
 from rpt_jax.policy.hf import load_shape
 from rpt_jax.policy.presets import Shape, check_preset, preset
@@ -39,6 +40,8 @@ class Row(NamedTuple):
 
 
 class _Mesh(NamedTuple):
+    """Devices along each axis, and into how many parts they split a batch and a matrix."""
+
     data: int
     fsdp: int
     tensor: int
@@ -46,17 +49,15 @@ class _Mesh(NamedTuple):
 
     @property
     def replicas(self) -> int:
-        """Parts that prompts are split into while the policy samples."""
+        """Parts of a batch while the policy samples."""
         return self.batch_ways * self.tensor // self.decode_tensor
 
     @property
     def batch_ways(self) -> int:
-        """Parts that prompts are split into."""
         return self.data * self.fsdp
 
     @property
     def weight_ways(self) -> int:
-        """Parts that a weight matrix is split into."""
         return self.fsdp * self.tensor
 
     def share(self, count: int) -> int:
@@ -151,16 +152,17 @@ def _resolve(config: MeshConfig, devices: int) -> _Mesh:
     if sizes.count(-1) > 1 or any(size < 1 for size in sizes if size != -1):
         named = ", ".join(f"mesh.{name}={size}" for name, size in zip(_Mesh._fields, sizes, strict=False))
         raise UserError(f"{named}: every axis must be 1 or more, but for at most one -1.")
-    known = abs(math.prod(sizes))
-    data, fsdp, tensor = (max(1, devices // known) if size == -1 else size for size in sizes)
-    return _Mesh(data, fsdp, tensor, config.decode_tensor or tensor)
+    left = max(1, devices // abs(math.prod(sizes)))
+    mesh = _Mesh(*(left if size == -1 else size for size in sizes), config.decode_tensor)
+    mesh = mesh._replace(decode_tensor=mesh.decode_tensor or mesh.tensor)
+    gather_and_spread(*mesh[1:])
+    return mesh
 
 
 def _mesh_text(mesh: _Mesh, devices: int) -> str:
     count = mesh.batch_ways * mesh.tensor
-    counted = f"{count} device{'s' if count > 1 else ''}"
     missing = "" if count == devices else f"; here are {devices}, so this will not run here"
-    return f"{mesh.data} x {mesh.fsdp} x {mesh.tensor} = {counted}{missing}"
+    return f"{mesh.data} x {mesh.fsdp} x {mesh.tensor} = {count} device{'s' * (count > 1)}{missing}"
 
 
 def _tree(experiment: Experiment) -> _Tree:
@@ -212,11 +214,9 @@ def _compute_rows(experiment: Experiment, shape: Shape) -> list[Row]:
         Row(f"FLOPs of the update: {2 * passes}*N a token", float(passes * matmuls), f"{step}, {kl}"),
         Row("FLOPs of the update: attention", float(passes * attention), f"{step}, {kl}"),
     ]
-    reward = _reward_flops(experiment, shape)
-    if reward:
+    if reward := _reward_flops(experiment, shape):
         rows.append(Row("FLOPs of the reward: forward passes", float(reward), f"{step}, objective.reward"))
-    documents = _document_flops(experiment, shape)
-    if documents:
+    if documents := _document_flops(experiment, shape):
         fields = f"policy, {_PROMPTS}, data.max_document_tokens, objective.document_weight"
         rows.append(Row("FLOPs of the documents: 6*N a token, and attention", float(documents), fields))
     total = sampling + update + reward + documents
@@ -282,9 +282,7 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
             "parameters, moments, layout, prompts, the larger of responses and scores",
         ),
         *update,
-        Row(
-            "bytes per device in all in the update, at least", resident + _sum(update), "parameters, moments, the above"
-        ),
+        Row("bytes per device in all in the update, at least", resident + _sum(update), "parameters, moments, these"),
     ]
 
 
@@ -381,8 +379,8 @@ def _score_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
 
 def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:
     steps, optimizer = experiment.training.total_steps, experiment.optimizer
-    schedule = make_schedule(optimizer, steps)
-    marks = sorted({0, min(optimizer.warmup_steps, steps - 1), steps - 1})
+    schedule, last = make_schedule(optimizer, steps), steps - 1
+    marks = sorted({0, min(optimizer.warmup_steps, last), last})
     rates = ", ".join(f"{float(schedule(mark)):.3g} in step {mark + 1}" for mark in marks)
     trees = 4 if experiment.task == "rpt" and experiment.objective.reward == "info_gain" else 3
     kept = trees * _FLOAT32 * shape.parameters * experiment.checkpoint.keep

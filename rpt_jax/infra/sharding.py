@@ -70,15 +70,21 @@ def make_mesh(
     for name in unknown:
         sizes[name] = count // known
     together = decode_tensor or sizes["tensor"]
-    gather, spread = max(1, together // sizes["tensor"]), max(1, sizes["tensor"] // together)
-    if sizes["tensor"] * gather != together * spread or sizes["fsdp"] % gather:
-        raise UserError(
-            f"mesh.decode_tensor={decode_tensor} must divide mesh.tensor={sizes['tensor']}, or be a multiple of it that "
-            f"divides mesh.fsdp × mesh.tensor = {sizes['fsdp'] * sizes['tensor']}."
-        )
+    gather, spread = gather_and_spread(sizes["fsdp"], sizes["tensor"], together)
     shape = sizes["data"], sizes["fsdp"] // gather, gather, spread, sizes["tensor"] // spread
     # Explicit axes, jax.make_mesh's default, would refuse the embedding look-up.
     return Mesh(_arranged(shape, devices, together), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def gather_and_spread(fsdp: int, tensor: int, together: int) -> tuple[int, int]:
+    """Sizes of the mesh axes of those names, where `together` devices share a policy while it samples. Raises: UserError."""
+    gather, spread = max(1, together // tensor), max(1, tensor // together)
+    if tensor * gather != together * spread or fsdp % gather:
+        raise UserError(
+            f"mesh.decode_tensor={together} must divide mesh.tensor={tensor}, or be a multiple of it that divides "
+            f"mesh.fsdp × mesh.tensor = {fsdp * tensor}."
+        )
+    return gather, spread
 
 
 def _arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device], together: int) -> np.ndarray:
