@@ -9,12 +9,12 @@ import time
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from rpt_jax.errors import UserError
+from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.hosts import Hosts
 from rpt_jax.infra.meeting import at, end_all, joined
-from rpt_jax.infra.sharding import wait_for_all
+from rpt_jax.infra.sharding import in_any_process, make_mesh, shard_prompts, to_host, wait_for_all
 
 STALL_SECONDS = 4.0
 
@@ -33,7 +33,10 @@ def main(what: str, process: int, processes: int, port: int) -> int:
             if what == "another stalls" and process == 1:
                 time.sleep(60)
             at("rollout")
-            total = multihost_utils.process_allgather(np.array(process)).sum()
+            with guarded_loop():  # As training is: what the processes tell each other must be allowed there.
+                ids = shard_prompts(np.arange(processes), make_mesh(-1, 1, 1))
+                total, stopping = to_host(ids).sum(), in_any_process(process == 1)
+            assert stopping
             print(f"{jax.process_count()} processes, sum {total}")  # Said by process 0 alone.
     except UserError as error:
         end_all(2, f"error: {error}")

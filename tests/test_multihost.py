@@ -287,8 +287,9 @@ def finish(processes: Sequence[subprocess.Popen[str]], code: int = 0) -> list[tu
     return outputs
 
 
-def wait_for_step(workdir: Path, step: int) -> None:
+def wait_for_step(workdir: Path, step: int, processes: Sequence[subprocess.Popen[str]]) -> None:
     for _ in range(1800):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
         with contextlib.suppress(UserError, IndexError):
             if read_metrics(workdir / "metrics.jsonl")[-1]["step"] >= step:
                 return
@@ -336,7 +337,7 @@ def test_several_processes_learn_what_one_does_with_as_many_devices(
 def test_sigterm_to_one_of_four_saves_all_and_one_and_two_go_on(start, alone: Path, tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     processes = start_run(start, run, 4, 1)
-    wait_for_step(run, 1)
+    wait_for_step(run, 1, processes)
     processes[2].send_signal(signal.SIGTERM)
     outputs = finish(processes, RESTART)
     assert "SIGTERM: stopping, with the other processes after this step, within" in outputs[2][1]

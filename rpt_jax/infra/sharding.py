@@ -258,7 +258,8 @@ def shard_prompts(tree: Any, mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     # Every process has the whole and gives its own devices their part; `device_put` would first compare the processes'.
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
 
 
 def to_host(tree: Any) -> Any:
@@ -281,14 +282,16 @@ def is_leader() -> bool:
 def wait_for_all(what: str) -> None:
     """Return when every process has come to the same place, which `what` names."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        with jax.transfer_guard("allow"):
+            multihost_utils.sync_global_devices(what)
 
 
 def in_any_process(flag: bool) -> bool:
     """Whether `flag` is true in one of the processes; all must ask."""
     if jax.process_count() == 1:
         return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+    with jax.transfer_guard("allow"):
+        return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def _init(policy: nn.Module, key: jax.Array) -> Any:
