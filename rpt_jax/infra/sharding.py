@@ -148,6 +148,20 @@ def use_mesh(mesh: Mesh, split_rows: bool = False) -> Iterator[None]:
         yield
 
 
+def on_own_prompts(fn: Callable[..., Any], shared: Any, *arrays: Any) -> Any:
+    """Call `fn(shared, *arrays)` on all devices that prompts are split over while training, with their own part of the arrays.
+
+    What each device's part adds to the gradient of `shared` is summed over the devices once, at the end.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in TRAINING["prompt"] if mesh.shape.get(axis, 1) > 1)
+    if not axes:
+        return fn(shared, *arrays)
+    split = PartitionSpec(axes)
+    specs = PartitionSpec(), *[split] * len(arrays)
+    return jax.shard_map(fn, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False)(shared, *arrays)
+
+
 def decoding_axes() -> tuple[str, ...]:
     """Axes of the mesh in context that make replicas, each with prompts of its own, while a policy samples."""
     mesh = jax.sharding.get_abstract_mesh()

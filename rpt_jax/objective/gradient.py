@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpt_jax.infra.sharding import on_own_prompts
 from rpt_jax.objective.batch import Documents, UpdateBatch, UpdateConfig
 from rpt_jax.objective.logprobs import over_row_chunks, scores, token_logprobs
 from rpt_jax.objective.loss import AGGREGATIONS, IMPORTANCES, KLS, LOSSES
 from rpt_jax.objective.packing import Packed, Rows, fitting_divisor, pack_groups
-from rpt_jax.policy.transformer import Params, Transformer, head, prefill
+from rpt_jax.policy.transformer import Head, Params, Transformer, head, prefill
 
 # Distances of log-probabilities are counted in bins, each an eighth wider than the one before: counts add up, quantiles do not.
 _DISTANCES = np.logspace(-9, 1, 197, dtype=np.float32)
@@ -45,8 +46,16 @@ def row_scores(
     """
     tokens, positions = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
     hidden, _ = policy.apply({"params": params}, tokens, positions, seen=rows.seen)
-    score = functools.partial(scores, head(policy, params), temperature=config.temperature, entropies=entropies)
-    both = over_row_chunks(score, config.chunk, rows.filled_N, hidden[:, 0], rows.targets_NxW)
+
+    def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        chunk = (
+            config.chunk * len(filled_N) // config.rows
+        )  # A device's part of the tokens whose logits exist at one time.
+        each = functools.partial(scores, head, temperature=config.temperature, entropies=entropies)
+        return over_row_chunks(each, chunk, filled_N, *arrays)
+
+    # Or the devices would add their gradients of the head up after every chunk.
+    both = on_own_prompts(score, head(policy, params), rows.filled_N, hidden[:, 0], rows.targets_NxW)
     return jax.tree.map(lambda x_NxW: rows.split(x_NxW, limit), both)
 
 
