@@ -11,21 +11,21 @@ Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --confi
           seconds are estimates at the makers' figures, where every response is as long as it may be:
 
           v5p:4x4x4, 2,048 decode slots          GiB of 95.74   compute   memory   network   bound by
-          score (before the first step)                   6.3      0.04     0.08      0.17   network
+          score (before the first step)                   6.3      0.04     0.07      0.16   network
           reshard                                        15.3      0        0.01      0.04   network
           sample                                         81.1     24.0    140.4      10.8    memory
           reward                                         11.1      0        0.01      0      memory
-          update                                         23.1    113.0    260.8      86.7    memory
+          update                                         22.8    113.0    216.4      66.7    memory
           v6e:8x8, 336 decode slots              GiB of 31.25
-          score (before the first step)                   6.3      0.02     0.14      0.18   network
+          score (before the first step)                   6.3      0.02     0.10      0.16   network
           reshard                                        15.3      0        0.02      0.04   network
           sample                                         25.6     12.0    454.4      12.3    memory
           reward                                         11.1      0        0.01      0      memory
-          update                                         23.1     56.5    217.5      86.7    memory
-          That is 401 s a step on v5p and 672 s on v6e, or more. On v6e, where a chip has room for few rollouts and reads the
-          policy for them over and over, --config.mesh.decode_tensor=8 would take 543 s, with 360 slots and collectives between
-          hosts. Of the bytes that bound the update on v5p, 53 % are attention's, whose blocks plain XLA writes to memory: there
-          is no kernel for its rows yet. launch/README.md has the figures of 16 and of 256 chips.
+          update                                         22.8     56.5    148.4      66.7    memory
+          That is 357 s a step on v5p and 603 s on v6e, or more. On v6e, where a chip has room for few rollouts and reads the
+          policy for them over and over, --config.mesh.decode_tensor=8 would sample in 323 s, with 360 slots and collectives
+          between hosts. In the update, plain XLA writes attention's blocks to memory: there is no kernel for its rows yet.
+          launch/README.md has the figures of 16 and of 256 chips.
 Time      not measured
 Results   not measured. The paper's, section 4.1: next-token accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions
           with an entropy above 0.5 / 1.0 / 1.5, from 3.31 / 1.66 / 1.41 % before.
