@@ -18,7 +18,7 @@ def test_the_tree_lists_every_module_config_and_launcher() -> None:
         if path.is_file() and path.name != "__init__.py"
     }
     tree = README[README.index("## The tree") : README.index("## Limits")]
-    listed = set(re.findall(r"^ {6}(\S+\.(?:py|sh|yaml|md|ipynb)|Containerfile) ", tree, re.MULTILINE))
+    listed = set(re.findall(r"^ {6}(\S+\.(?:py|sh|yaml|md|ipynb|png)|Containerfile) ", tree, re.MULTILINE))
     assert listed == files
 
 
