@@ -3,9 +3,9 @@
 Command   python -m rpt_jax.main --config=configs/rpt_1b5.py
 Needs     models/DeepSeek-R1-Distill-Qwen-1.5B, as Hugging Face has it; data/omnimath, see rpt_14b.py
 Hardware  not run. It fits: compiled by `python -m rpt_jax.preflight --config=configs/rpt_1b5.py --topology=v6e:2x2`, at
-          JAX_OPTIMIZATION_LEVEL=O0, 24 November 2026, jax 0.10.2, libtpu 0.0.42.1; mesh 1 x 2 x 2, 432 decode slots.
-          GiB of 31.25 a chip: score 7.1, reshard 10.8, sample 26.8, reward 8.7, update 16.0
-Time      not measured; by estimate 155 s a step or more, bound by memory, where every response is as long as it may be
+          JAX_OPTIMIZATION_LEVEL=O0, 24 November 2026, jax 0.10.2, libtpu 0.0.42.1; mesh 1 x 2 x 2, 464 decode slots.
+          GiB of 31.25 a chip: score 7.1, reshard 10.8, sample 28.0, reward 8.7, update 16.0
+Time      not measured; by estimate 160 s a step or more, bound by memory, where every response is as long as it may be
 """
 
 import ml_collections
