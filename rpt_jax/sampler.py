@@ -15,7 +15,14 @@ from rpt_jax.data.prompts import PromptBatch, PromptBuilder
 from rpt_jax.data.tokenizer import ByteVocab
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize, Clock
-from rpt_jax.infra.sharding import DECODING, decoding_layout, mesh_fields, prompt_ways, shard_prompts
+from rpt_jax.infra.sharding import (
+    DECODING,
+    as_training_splits,
+    decoding_layout,
+    mesh_fields,
+    prompt_ways,
+    shard_prompts,
+)
 from rpt_jax.objective.advantage import group_advantages, has_variance
 from rpt_jax.objective.batch import Documents, UpdateBatch
 from rpt_jax.objective.choices import SCORING_REWARDS
@@ -147,7 +154,7 @@ def _judged(
     )
     # The first token of each comes from the prefill.
     decoded = jnp.stack([jnp.maximum(rollouts.lengths_PxG - 1, 0).sum(), work.slots.sum()])
-    return reward_PxG, status_PxG, decoded
+    return *as_training_splits((reward_PxG, status_PxG)), decoded
 
 
 class Rewarder:
@@ -249,7 +256,8 @@ def prefer_variance(kept: Sampled, fresh: Sampled) -> Sampled:
     kept_fresh = (sampled._replace(decoded=None) for sampled in (kept, fresh))
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *kept_fresh)
     order = jnp.argsort(~has_variance(both.reward_PxG), stable=True)[: kept.reward_PxG.shape[0]]
-    return jax.tree.map(lambda x: x[order], both)._replace(decoded=kept.decoded + fresh.decoded)
+    chosen = as_training_splits(jax.tree.map(lambda x: x[order], both))
+    return chosen._replace(decoded=kept.decoded + fresh.decoded)
 
 
 def distinct_share(tokens_PxGxT: jax.Array, lengths_PxG: jax.Array, n: int) -> jax.Array:
@@ -301,7 +309,7 @@ def to_update_batch(
     varied_P = has_variance(sampled.reward_PxG)
     counted_P = varied_P if only_informative else jnp.ones_like(varied_P)
     lengths_PxG, epsilon = sampled.rollouts.lengths_PxG, config.advantage_epsilon
-    return UpdateBatch(
+    batch = UpdateBatch(
         prompts_PxS=sampled.prompts.tokens_PxS,
         lengths_P=sampled.prompts.lengths_P,
         document_P=sampled.prompts.document_P,
@@ -312,3 +320,4 @@ def to_update_batch(
         counted_P=counted_P,
         documents=documents,
     )
+    return as_training_splits(batch)

@@ -179,11 +179,13 @@ def in_one_replica() -> Iterator[None]:
 
 
 def as_training_splits(tree: Any) -> Any:
-    """Split the first axis of arrays that decoding has made as training does, in a program."""
+    """Split the first axis of arrays as training does, in a program: what decoding made, or XLA would lay out in its own way.
+
+    What takes it next would be compiled once more for another layout.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("gather") == mesh.shape.get("spread"):
-        return tree
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_longer_than_one(mesh, TRAINING["prompt"])))
+    axes = tuple(axis for axis in TRAINING["prompt"] if mesh.shape.get(axis, 1) > 1)
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_longer_than_one(mesh, axes))) if axes else tree
 
 
 def parameter_shardings(policy: nn.Module, mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> Any:
