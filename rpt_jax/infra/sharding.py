@@ -153,8 +153,7 @@ def on_own_prompts(fn: Callable[..., Any], shared: Any, *arrays: Any) -> Any:
 
     What each device's part adds to the gradient of `shared` is summed over the devices once, at the end.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in TRAINING["prompt"] if mesh.shape.get(axis, 1) > 1)
+    axes = prompt_axes(TRAINING)
     if not axes:
         return fn(shared, *arrays)
     split = PartitionSpec(axes)
@@ -162,10 +161,10 @@ def on_own_prompts(fn: Callable[..., Any], shared: Any, *arrays: Any) -> Any:
     return jax.shard_map(fn, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False)(shared, *arrays)
 
 
-def decoding_axes() -> tuple[str, ...]:
-    """Axes of the mesh in context that make replicas, each with prompts of its own, while a policy samples."""
+def prompt_axes(table: Mapping[str, Axes]) -> tuple[str, ...]:
+    """Axes of the mesh in context that prompts are split over in a phase, without those of one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(axis for axis in DECODING["prompt"] if mesh.shape.get(axis, 1) > 1)
+    return tuple(axis for axis in table["prompt"] if mesh.shape.get(axis, 1) > 1)
 
 
 @contextlib.contextmanager
@@ -183,9 +182,10 @@ def as_training_splits(tree: Any) -> Any:
 
     What takes it next would be compiled once more for another layout.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in TRAINING["prompt"] if mesh.shape.get(axis, 1) > 1)
-    return jax.lax.with_sharding_constraint(tree, PartitionSpec(_longer_than_one(mesh, axes))) if axes else tree
+    if not (axes := prompt_axes(TRAINING)):
+        return tree
+    # One axis by its name alone, as `_shortest` has it.
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(axes if len(axes) > 1 else axes[0]))
 
 
 def parameter_shardings(policy: nn.Module, mesh: Mesh, table: Mapping[str, Axes] = TRAINING) -> Any:

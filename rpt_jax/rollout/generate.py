@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rpt_jax.infra.sharding import as_training_splits, decoding_axes, in_one_replica
+from rpt_jax.infra.sharding import DECODING, as_training_splits, in_one_replica, prompt_axes
 from rpt_jax.policy.prefixes import Prompts, share_prefixes
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
@@ -69,7 +69,7 @@ def sample_rollouts(
 
     Returns: the rollouts, and what decoding them took.
     """
-    axes = decoding_axes()
+    axes = prompt_axes(DECODING)
     decoding = decoding._replace(slots=-(-decoding.slots // replica_count()))
 
     def of_one_replica(params: Params, prompts: Prompts, *others: Any) -> tuple[Rollouts, Work]:
@@ -91,4 +91,4 @@ def sample_rollouts(
 
 def replica_count() -> int:
     """Replicas of the mesh in context."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in decoding_axes())
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in prompt_axes(DECODING))
