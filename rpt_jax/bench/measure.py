@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.infra.metrics import Progress
+
 # Large enough that a device is busy, small enough that a CPU is done in a tenth of a second.
 _MATRIX = {"cpu": 2048}
 _LARGE_MATRIX = 8192
@@ -28,15 +30,15 @@ class Seconds(NamedTuple):
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
     """Time each call `repeats` times after one that compiles, in turns: a busy minute then hits all of them."""
-    for call in calls.values():
-        jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Seconds(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+    with Progress("turn", repeats + 1) as progress:
+        for turn in range(repeats + 1):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                jax.block_until_ready(call())
+                seconds[name].append(time.perf_counter() - start)
+            progress.advance(", ".join(f"{name} {s[-1]:.3g} s" for name, s in seconds.items()) if turn else "compiled")
+    return {name: Seconds(statistics.median(s), min(s), max(s)) for name, (_, *s) in seconds.items()}
 
 
 def matmul_call(dtype: str) -> tuple[Callable[[], Any], float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +30,10 @@ def transformers_calls(shape: Shape, batch: int, length: int, dtype: str) -> dic
     return {"transformers: forward": forward, "transformers: forward and backward": both}
 
 
-def transformers_updates(shape: Shape, batch: UpdateBatch, microbatch: int) -> dict[str, Callable[[], Any]]:
-    """One AdamW step on the batch in plain PyTorch, `microbatch` responses a pass: float32, and under bfloat16 autocast.
+def transformers_update(
+    shape: Shape, batch: UpdateBatch, microbatch: int, autocast: bool
+) -> dict[str, Callable[[], Any]]:
+    """One AdamW step on the batch in plain PyTorch, `microbatch` responses a pass: float32, or under bfloat16 autocast.
 
     Logits are computed where responses are predicted; every response has a prompt of its own. Raises: UserError.
     """
@@ -44,7 +45,7 @@ def transformers_updates(shape: Shape, batch: UpdateBatch, microbatch: int) -> d
     advantages = torch.from_numpy(batch.advantages_PxG.reshape(-1, 1)).to(model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
-    def update(autocast: bool) -> float:
+    def update() -> float:
         optimizer.zero_grad(set_to_none=True)
         for first in range(0, len(ids), microbatch):
             part = slice(first, first + microbatch)
@@ -58,10 +59,7 @@ def transformers_updates(shape: Shape, batch: UpdateBatch, microbatch: int) -> d
         optimizer.step()
         return norm.item()
 
-    return {
-        "transformers: float32": functools.partial(update, autocast=False),
-        "transformers: bfloat16 autocast": functools.partial(update, autocast=True),
-    }
+    return {f"transformers: {'bfloat16 autocast' if autocast else 'float32'}": update}
 
 
 def _random_qwen2(shape: Shape, length: int, dtype: str) -> tuple[Any, Any]:

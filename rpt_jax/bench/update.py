@@ -3,7 +3,8 @@
 One AdamW step on --prompts groups of --samples responses, all of full length, with random advantages. FLOPs are those of the
 matrices and of attention, forward and backward, nothing recomputed counted, and of the head at response positions alone. The
 ceiling is the fastest of as many runs of one large matrix product. With --beside=transformers the same update of the same shape
-runs in PyTorch between our runs, in float32 and under bfloat16 autocast.
+runs in PyTorch between our runs, in float32; with --beside=autocast under bfloat16 autocast, which takes minutes on a CPU that
+has to emulate it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call
+from rpt_jax.bench.peer import transformers_update
 from rpt_jax.bench.policy import add_shape_options, chosen_shape
 from rpt_jax.config import ATTENTIONS, REMATS, OptimizerConfig, PolicyConfig
 from rpt_jax.describe import attention_flops
@@ -43,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=REMATS, default="none")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist at one time")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--beside", choices=("transformers",), help="measure this one too, in turns")
+    parser.add_argument("--beside", choices=("transformers", "autocast"), help="measure this one too, in turns")
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
@@ -57,9 +59,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         "not shared": update_call(options, shape, unshared(batch)),
     }
     if options.beside:
-        from rpt_jax.bench.peer import transformers_updates
-
-        calls |= transformers_updates(shape, batch, 32)
+        calls |= transformers_update(shape, batch, 32, options.beside == "autocast")
     calls[_CEILING], ceiling_flops = matmul_call(options.dtype)
     seconds = interleaved(calls, options.repeats)
     ceiling = ceiling_flops / seconds[_CEILING].low

@@ -11,13 +11,14 @@ The reading rule, where the paper says only "the last \\boxed{} following the sp
 * `\\boxed{}}` reads as `}`. Nothing is stripped.
 
 A response is read as a stream, one byte of every rollout per step, by a parser whose state is a few scalars. So
-memory does not depend on the longest token of the vocabulary. Reading begins where the answer may begin, at the last
-special token, and the number of steps is the longest answer in bytes (a token without bytes counts as one).
+memory does not depend on the longest token of the vocabulary. Reading begins where the answer may begin, in the block
+of the last special token, and the number of steps is the longest answer in bytes (a token without bytes counts as one).
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ _THINK_END = b"</think>"
 _BOX = b"\\boxed{"
 _BACKSLASH, _OPEN, _CLOSE = b"\\{}"
 _NO_PREDICTION = -1
+_BLOCK = 16  # Tokens in which a special token is looked for at one time.
 
 
 class Status(enum.IntEnum):
@@ -301,22 +303,28 @@ def _first_to_read(
     vocab_lengths_V: jax.Array,
     end_of_thinking_id: int | jax.Array,
 ) -> jax.Array:
-    """Return the token of every response before which nothing can matter, int32 [P, G].
+    """Return a token of every response before which nothing can matter, int32 [P, G].
 
-    That is the last special marker: the parser forgets there what came before. A response without one can only spell it, and
-    not before its first `<`.
+    That is one shortly before the last special marker, where the parser forgets what came before. A response without one can
+    only spell it, and not before its first `<`.
     """
     length = tokens_PxGxT.shape[-1]
-    places_PxGxT = jax.lax.broadcasted_iota(jnp.int32, tokens_PxGxT.shape, 2)
-    live_PxGxT = places_PxGxT < lengths_PxG[..., None]
-    special_PxGxT = live_PxGxT & (tokens_PxGxT == end_of_thinking_id) & (tokens_PxGxT >= 0)
-    last_PxG = jnp.max(jnp.where(special_PxGxT, places_PxGxT, -1), axis=-1)
+    places_T = jnp.arange(length, dtype=jnp.int32)
+    special_PxGxT = (
+        (tokens_PxGxT == end_of_thinking_id) & (end_of_thinking_id >= 0) & (places_T < lengths_PxG[..., None])
+    )
+    # To a block: a CPU finds out whether a block holds one in a fifth of the time that it takes for the last one's place.
+    block = math.gcd(length, _BLOCK)
+    special_PxGxB = special_PxGxT.reshape(*lengths_PxG.shape, length // block, block).any(axis=-1)
+    last_PxG = jnp.max(jnp.where(special_PxGxB, jnp.arange(0, length, block, dtype=jnp.int32), -1), axis=-1)
 
     def first_that_may_spell() -> jax.Array:
+        # Formed in here: what a branch takes from outside is in memory whether it runs or not.
+        live_PxGxT = places_T < lengths_PxG[..., None]
         real_VxX = jnp.arange(vocab_bytes_VxX.shape[1]) < vocab_lengths_V[:, None]
         begins_V = jnp.any((vocab_bytes_VxX == _THINK_END[0]) & real_VxX, axis=1)
         known_PxGxT = live_PxGxT & (tokens_PxGxT >= 0) & (tokens_PxGxT < vocab_lengths_V.shape[0])
-        return jnp.min(jnp.where(known_PxGxT & begins_V[tokens_PxGxT], places_PxGxT, length), axis=-1)
+        return jnp.min(jnp.where(known_PxGxT & begins_V[tokens_PxGxT], places_T, length), axis=-1)
 
     # Looking every token up takes longer than all the rest, and hardly a batch needs it.
     spelt_PxG = jax.lax.cond(
