@@ -17,8 +17,8 @@ from rpt_jax.objective.reward import BoxReader, read_box
 from rpt_jax.policy.attention import KeyValues
 from rpt_jax.policy.prefixes import Prompts
 from rpt_jax.policy.target import target_platform
-from rpt_jax.policy.transformer import Params, Transformer, head
-from rpt_jax.rollout.decode import decode_token, split_layers
+from rpt_jax.policy.transformer import Head, Params, Transformer, head
+from rpt_jax.rollout.decode import decode_head, decode_token, lay_out
 from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, in_blocks, look_at
 from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
@@ -141,7 +141,7 @@ class _Batch(NamedTuple):
     """What stays as it is while rollouts are decoded.
 
     Attributes:
-      params: as `split_layers` returns them; vocab: the tokens' bytes and lengths, or None.
+      params: as `lay_out` returns them; vocab: the tokens' bytes and lengths, or None.
       shared: what rollouts share; flat: whether each slot has its own row of it.
       prompt_lengths_R, noise_RxT: of every rollout.
       queue_R: those that need more than their first token, first; total: how many these are.
@@ -217,7 +217,7 @@ def begin(
     kv, hidden_PxD = prefill_prompts(policy, params, prompts, decoding.chunk)
     noise_RxT, count = uniform_noise(key, prompts.ids_P, samples, limit), len(prompts.ids_P) * samples
     # All samples of a prompt draw their first token from the same distribution.
-    logits_PxV = _logits(policy, params, hidden_PxD, decoding)
+    logits_PxV = _logits(head(policy, params), hidden_PxD, decoding)
     uniform_PxG = noise_RxT[:, 0].reshape(-1, samples)
     token_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
     logprob_PxG = jax.vmap(chosen_logprobs, in_axes=(None, 1), out_axes=1)(logits_PxV, token_PxG)
@@ -245,7 +245,7 @@ def begin(
         rollouts=rollouts,
     )
     batch = _Batch(
-        params=split_layers(policy, params),
+        params=lay_out(policy, params),
         vocab=vocab,
         shared=Shared(
             in_blocks(kv, block_size(platform, kv.k.shape[4])), jnp.repeat(prompts.lengths_P[:, None], samples, axis=1)
@@ -260,9 +260,9 @@ def begin(
     return batch, _refill(live, jnp.ones(slots, bool), batch)
 
 
-def _logits(policy: Transformer, params: Params, hidden_MxD: jax.Array, decoding: Decoding) -> jax.Array:
+def _logits(head: Head, hidden_MxD: jax.Array, decoding: Decoding) -> jax.Array:
     """What tokens are drawn from, float32 [M, V]."""
-    logits_MxV = scaled_logits(head(policy, params), hidden_MxD, decoding.temperature)
+    logits_MxV = scaled_logits(head, hidden_MxD, decoding.temperature)
     return truncate(logits_MxV, decoding.top_k, decoding.top_p)
 
 
@@ -290,7 +290,7 @@ def _decode(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live)
     look = look_at(shared, places_M, own, live.step, behind_M)
     positions_M = batch.prompt_lengths_R.at[at_M].get(mode="clip") + behind_M
     hidden_MxD, new = decode_token(policy, batch.params, live.token_M, positions_M, look)
-    logits_MxV = _logits(policy, batch.params, hidden_MxD, decoding)
+    logits_MxV = _logits(decode_head(policy, batch.params), hidden_MxD, decoding)
     token_M = sample_tokens(logits_MxV, batch.noise_RxT.at[at_M, live.count_M].get(mode="clip"))
     ended_M, box_M = _ends(token_M, live.box_M, batch.vocab, decoding)
 
