@@ -187,7 +187,9 @@ def looked(block, shared, own, q, new, end_NxW, places_M, step, counts_M):
         return ring.write(token, i)
 
     ring = jax.lax.fori_loop(jnp.maximum(step - RING, 0), step, write, ring)
-    look = look_at(Shared(in_blocks(shared, block), end_NxW), places_M, ring, step, counts_M)
+    look = look_at(
+        (Shared(in_blocks(shared, block), end_NxW, jnp.arange(end_NxW.size)),), places_M, ring, step, counts_M
+    )
     return look(1, q, new)
 
 
@@ -215,9 +217,9 @@ def test_attention_over_caches_equals_the_reference(block, data):
 def test_rows_of_their_own_see_what_the_grid_saw():
     shared, own, q, new = cache_inputs(0)
     places, end = np.array([11, 2, 5, 6, 0, 9], np.int32), np.arange(12, dtype=np.int32).reshape(N, W) + 3
-    ring, grid = empty_ring(own, M, RING, B), Shared(in_blocks(shared, B), end)
-    a = look_at(grid, places, ring, 0, np.zeros(M, np.int32))(0, q, new)
-    b = look_at(grid.spread(places), None, ring, 0, np.zeros(M, np.int32))(0, q, new)
+    ring, grid = empty_ring(own, M, RING, B), Shared(in_blocks(shared, B), end, jnp.arange(end.size))
+    a = look_at((grid,), places, ring, 0, np.zeros(M, np.int32))(0, q, new)
+    b = look_at((grid.spread(places),), None, ring, 0, np.zeros(M, np.int32))(0, q, new)
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert isinstance(grid.blocks, Blocks) and grid.spread(places).end_NxW.shape == (M, 1)
 

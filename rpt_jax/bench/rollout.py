@@ -138,10 +138,14 @@ def _stop_ids(text: str) -> tuple[int, ...]:
 
 
 def _keys_read(rollouts: Rollouts, prompts: Prompts) -> int:
-    """Keys that decoding has to read, each prompt's once a step as long as one of its rollouts is live."""
+    """Keys that decoding has to read, each prompt's or root's once a step as long as one of its rollouts is live."""
     lengths_PxG = np.asarray(rollouts.lengths_PxG).astype(np.int64)
     own = (lengths_PxG * (lengths_PxG - 1) // 2).sum()
-    return int(own + (np.asarray(prompts.lengths_P, np.int64) * lengths_PxG.max(axis=1)).sum())
+    steps_P, members_NxW = lengths_PxG.max(axis=1), prompts.members_NxW
+    if members_NxW is None:
+        return int(own + (prompts.lengths_P * steps_P).sum())
+    steps_N = np.append(steps_P, 0)[members_NxW].max(axis=1)
+    return int(own + (prompts.lengths_N * steps_N).sum() + (prompts.tail_lengths_P * steps_P).sum())
 
 
 def _peak_memory() -> int:

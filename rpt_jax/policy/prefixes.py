@@ -17,6 +17,8 @@ class Prompts(NamedTuple):
       ends_P: int32, how many tokens of its root a prompt begins with.
       tails_PxU: int32 ids after those, padded on the right; tail_lengths_P: int32, at least 1.
       ids_P: int32, tells prompts apart for the noise.
+      members_NxW: int32, the prompts of each root, and the number of prompts of a part where there are fewer than W. None: each
+        prompt is given a copy of what its root computed.
     """
 
     roots_NxS: jax.Array
@@ -26,6 +28,7 @@ class Prompts(NamedTuple):
     tails_PxU: jax.Array
     tail_lengths_P: jax.Array
     ids_P: jax.Array
+    members_NxW: jax.Array | None = None
 
     @property
     def lengths_P(self) -> jax.Array:
@@ -108,4 +111,20 @@ def _as_prompts(
     padded = np.pad(np.maximum(prompts_PxS, 0), ((0, 0), (0, size)))
     tails_PxU = np.take_along_axis(padded, ends_P[:, None] + np.arange(size), axis=1)
     root_P = np.concatenate([inverse for _, inverse in found]).astype(np.int32)
-    return Prompts(roots_NxS, lengths_N, root_P, ends_P, tails_PxU, tail_lengths_P, ids_P)
+    members_NxW = None if tail else _members(root_P.reshape(parts, -1), rows)
+    return Prompts(roots_NxS, lengths_N, root_P, ends_P, tails_PxU, tail_lengths_P, ids_P, members_NxW)
+
+
+def _members(root_xP: np.ndarray, rows: int) -> np.ndarray | None:
+    """The prompts of each root, for the parts x one after the other; None, where most of that would be empty."""
+    parts, prompts = root_xP.shape
+    counts_xN = np.stack([np.bincount(root_P, minlength=rows) for root_P in root_xP])
+    width = counts_xN.max()
+    if rows * width > 2 * prompts:
+        return None
+    members_NxW = np.full((parts * rows, width), prompts, np.int32)
+    for part, (root_P, counts_N) in enumerate(zip(root_xP, counts_xN, strict=True)):
+        order = np.argsort(root_P, kind="stable")
+        turn = np.arange(prompts) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
+        members_NxW[part * rows + root_P[order], turn] = order
+    return members_NxW

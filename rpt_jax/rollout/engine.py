@@ -19,7 +19,7 @@ from rpt_jax.policy.prefixes import Prompts
 from rpt_jax.policy.target import target_platform
 from rpt_jax.policy.transformer import Head, Params, Transformer, head
 from rpt_jax.rollout.decode import decode_head, decode_token, lay_out
-from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, in_blocks, look_at
+from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, look_at
 from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
 
@@ -142,7 +142,7 @@ class _Batch(NamedTuple):
 
     Attributes:
       params: as `lay_out` returns them; vocab: the tokens' bytes and lengths, or None.
-      shared: what rollouts share; flat: whether each slot has its own row of it.
+      shared: what rollouts share, a part each; flat: whether each slot has its own row of each.
       prompt_lengths_R, noise_RxT: of every rollout.
       queue_R: those that need more than their first token, first; total: how many these are.
       boxes_R: how far the box has been read after the first token.
@@ -150,7 +150,7 @@ class _Batch(NamedTuple):
 
     params: Params
     vocab: tuple[jax.Array, jax.Array] | None
-    shared: Shared
+    shared: tuple[Shared, ...]
     flat: bool
     prompt_lengths_R: jax.Array
     noise_RxT: jax.Array
@@ -173,9 +173,10 @@ def decode_all(
     for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
         if size < sizes[0]:
             slots = jnp.argsort(~live.running_M, stable=True)[:size]
-            if batch.flat or size <= len(batch.shared.end_NxW):
-                places = slots if batch.flat else live.rollout_M[slots]
-                batch = batch._replace(shared=batch.shared.spread(places), flat=True)
+            if batch.flat or size <= len(prompts.ids_P):
+                places = [slots if batch.flat else part.place_R[live.rollout_M[slots]] for part in batch.shared]
+                shared = tuple(part.spread(place_M) for part, place_M in zip(batch.shared, places, strict=True))
+                batch = batch._replace(shared=shared, flat=True)
             live = live.take(slots)
         before = live.step
         live = decode_until(policy, decoding, batch, live, smaller)
@@ -213,8 +214,8 @@ def begin(
     decoding: Decoding,
 ) -> tuple[_Batch, _Live]:
     """Prefill, draw every rollout's first token, and fill the slots."""
-    samples, limit, platform = decoding.samples, decoding.max_new_tokens, target_platform()
-    kv, hidden_PxD = prefill_prompts(policy, params, prompts, decoding.chunk)
+    shape, samples, limit = policy.shape, decoding.samples, decoding.max_new_tokens
+    shared, hidden_PxD = prefill_prompts(policy, params, prompts, samples, decoding.chunk)
     noise_RxT, count = uniform_noise(key, prompts.ids_P, samples, limit), len(prompts.ids_P) * samples
     # All samples of a prompt draw their first token from the same distribution.
     logits_PxV = _logits(head(policy, params), hidden_PxD, decoding)
@@ -233,6 +234,8 @@ def begin(
     waits_R = (ended_R == Ended.LENGTH) & (limit > 1)
     slots = live_sizes(decoding.slots, count)[0]
     idle_M = jnp.full(slots, count, jnp.int32)
+    nothing = jnp.zeros((shape.layers, slots, shape.kv_heads, 1, 1, shape.head_size), policy.dtype)
+    new = KeyValues(nothing, nothing)
     live = _Live(
         step=jnp.int32(0),
         next=jnp.int32(0),
@@ -240,16 +243,14 @@ def begin(
         token_M=idle_M,
         count_M=idle_M,
         box_M=None if vocab is None else BoxReader.start(slots),
-        own=empty_ring(kv, slots, max(limit - 1, 1), block_size(platform, limit)),
-        new=jax.tree.map(lambda x: jnp.zeros((x.shape[0], slots, x.shape[2], 1, 1, x.shape[-1]), x.dtype), kv),
+        own=empty_ring(new, slots, max(limit - 1, 1), block_size(target_platform(), limit)),
+        new=new,
         rollouts=rollouts,
     )
     batch = _Batch(
         params=lay_out(policy, params),
         vocab=vocab,
-        shared=Shared(
-            in_blocks(kv, block_size(platform, kv.k.shape[4])), jnp.repeat(prompts.lengths_P[:, None], samples, axis=1)
-        ),
+        shared=shared,
         flat=False,
         prompt_lengths_R=jnp.repeat(prompts.lengths_P, samples),
         noise_RxT=noise_RxT,
@@ -284,10 +285,10 @@ def _decode(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live)
     # Idle slots would make everyone read what they once looked at.
     behind_M = jnp.where(running_M, live.count_M - 1, 0)
     if batch.flat:
-        shared = shared._replace(end_NxW=jnp.where(running_M[:, None], shared.end_NxW, 0))
+        shared = tuple(part._replace(end_NxW=jnp.where(running_M[:, None], part.end_NxW, 0)) for part in shared)
     own = live.own.write(live.new, live.step - 1)
-    places_M = None if batch.flat else jnp.where(running_M, at_M, _NOWHERE)
-    look = look_at(shared, places_M, own, live.step, behind_M)
+    rollout_M = None if batch.flat else jnp.where(running_M, at_M, _NOWHERE)
+    look = look_at(shared, rollout_M, own, live.step, behind_M)
     positions_M = batch.prompt_lengths_R.at[at_M].get(mode="clip") + behind_M
     hidden_MxD, new = decode_token(policy, batch.params, live.token_M, positions_M, look)
     logits_MxV = _logits(decode_head(policy, batch.params), hidden_MxD, decoding)

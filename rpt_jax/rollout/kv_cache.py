@@ -18,6 +18,9 @@ from rpt_jax.policy.blockwise import HIDDEN
 
 # Keys of a block. A core's cache holds what a block makes; an accelerator wants fewer and larger products.
 _BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
+# Of a root: more rollouts share its keys, and products are larger as it is (on a CPU 64 took a tenth longer for 32 of them; 128
+# for what fewer share, a third longer).
+ROOT_BLOCK = 128
 _AXES = (None, None, "prompt", "kv_heads", None, None)
 
 # Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, its own KeyValues [M, K, 1, 1, C]) -> like q.
@@ -83,20 +86,24 @@ def empty_ring(keys: KeyValues, rows: int, length: int, size: int) -> Blocks:
 
 
 class Shared(NamedTuple):
-    """Keys of N rows that W rollouts each share: a prompt's.
+    """Keys of N rows that up to W rollouts each share: those of a prompt, of a root or of a tail.
 
     Attributes:
       blocks: of the N rows.
       end_NxW: int32, how many of its row's keys each rollout sees.
+      place_R: int32 index n·W + w of each of all rollouts.
     """
 
     blocks: Blocks
     end_NxW: jax.Array
+    place_R: jax.Array
 
     def spread(self, places_M: jax.Array) -> Shared:
         """Return a row of its own for each of the rollouts at `places_M`: cheaper than the grid, once few are left."""
         width = self.end_NxW.shape[1]
-        return Shared(self.blocks.take(places_M // width), self.end_NxW.reshape(-1)[places_M][:, None])
+        return self._replace(
+            blocks=self.blocks.take(places_M // width), end_NxW=self.end_NxW.reshape(-1)[places_M][:, None]
+        )
 
 
 class _Running(NamedTuple):
@@ -122,18 +129,20 @@ class _Running(NamedTuple):
         return _Running(peak, self.total * a + other.total * b, self.out * a + other.out * b)
 
 
-def look_at(shared: Shared, places_M: jax.Array | None, own: Blocks, step: jax.Array, counts_M: jax.Array) -> Look:
+def look_at(
+    shared: tuple[Shared, ...], rollout_M: jax.Array | None, own: Blocks, step: jax.Array, counts_M: jax.Array
+) -> Look:
     """Attention of each live rollout's new token over what it shares, its own last tokens, and itself.
 
     Args:
-      shared: what several rollouts look at.
-      places_M: int32 index n·W + w of each rollout in it; out of range where a slot is idle. None: every slot has a row of
-        its own, in their order.
+      shared: what several rollouts look at, a part each.
+      rollout_M: int32, which of all rollouts is in each slot; out of range where a slot is idle. None: every slot has a row
+        of its own in each part, in their order.
       own: a ring over decode steps, the same for all rollouts whenever they began: writing it takes no scatter.
       step: the number of this decode step, whose keys are not written yet.
       counts_M: int32, how many of the last steps belong to each rollout.
     """
-    grid = None if places_M is None else _grid(shared, places_M)
+    levels = [(level, *_places(level, rollout_M)) for level in shared]
 
     def look(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
         q = q_MxKx1xRx1xC[:, :, 0, :, 0]
@@ -141,18 +150,24 @@ def look_at(shared: Shared, places_M: jax.Array | None, own: Blocks, step: jax.A
         itself = jnp.einsum("mkrc,mkc->mkr", q, new.k[:, :, 0, 0], preferred_element_type=jnp.float32)[..., None]
         value = jnp.broadcast_to(new.v[:, :, 0].astype(jnp.float32), q.shape)
         running = _over_own(_Running(itself, jnp.ones_like(itself), value), q, own, layer, step, counts_M)
-        running = running.merge(_over_shared(q, shared, layer, places_M, grid))
+        for level, places_M, grid in levels:
+            running = running.merge(_over_shared(q, level, layer, places_M, grid))
         return (running.out / running.total).astype(q.dtype)[:, :, None, :, None]
 
     return look
 
 
-def _grid(shared: Shared, places_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each place of the grid the slot that is there, and how many keys it sees: none where there is no slot."""
+def _places(
+    shared: Shared, rollout_M: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]] | tuple[None, None]:
+    """The place of each slot in the grid; and of each place the slot that is there, and how many keys it sees, 0 without one."""
+    if rollout_M is None:
+        return None, None
     n, width = shared.end_NxW.shape
+    places_M = shared.place_R.at[rollout_M].get(mode="fill", fill_value=n * width)
     slots = jnp.zeros(n * width, jnp.int32).at[places_M].set(jnp.arange(len(places_M)), mode="drop")
     taken = jnp.zeros(n * width, bool).at[places_M].set(True, mode="drop")
-    return slots, jnp.where(taken.reshape(n, width), shared.end_NxW, 0)
+    return places_M, (slots, jnp.where(taken.reshape(n, width), shared.end_NxW, 0))
 
 
 def _over_own(

@@ -7,32 +7,88 @@ import jax.numpy as jnp
 
 from rpt_jax.policy.attention import Context, KeyValues
 from rpt_jax.policy.prefixes import Prompts
+from rpt_jax.policy.target import target_platform
 from rpt_jax.policy.transformer import Layer, Params, Transformer, embed, rotary_angles
+from rpt_jax.rollout.kv_cache import ROOT_BLOCK, Shared, block_size, in_blocks
 
 
-def prefill_prompts(policy: Transformer, params: Params, prompts: Prompts, chunk: int) -> tuple[KeyValues, jax.Array]:
+def prefill_prompts(
+    policy: Transformer, params: Params, prompts: Prompts, samples: int, chunk: int
+) -> tuple[tuple[Shared, ...], jax.Array]:
     """Run every root, and every prompt's tail behind its root, once.
 
     Args:
+      samples: G rollouts of each prompt.
       chunk: the most tokens that are run at one time.
 
-    Returns: the prompts' keys [L, P, K, 1, S, C], and hidden_PxD, the state that predicts each prompt's first token.
+    Returns: what the P·G rollouts share: their prompts, or, where `prompts` tells each root's, roots and tails; and
+    hidden_PxD, the state that predicts each prompt's first token.
     """
-    kv = _run_roots(policy, params, prompts, chunk)
-    if prompts.root_P is not None:
-        kv = jax.tree.map(lambda x: x[:, prompts.root_P], kv)
-    ends_Px1, size = prompts.ends_P[:, None], prompts.tails_PxU.shape[1]
-    context = Context(kv, end_NxGxQ=ends_Px1[..., None])
-    positions = (ends_Px1 + jnp.arange(size))[:, None]
-    hidden, tails = policy.apply({"params": params}, prompts.tails_PxU[:, None], positions, (context,))
-    last = (prompts.tail_lengths_P - 1)[:, None, None]
+    roots = _run_roots(policy, params, prompts, chunk)
+    if prompts.members_NxW is not None:
+        tails, hidden_PxD = _run_tails(policy, params, prompts, roots, prompts.members_NxW)
+        return (_of_roots(roots, prompts, samples), _of_each(tails, prompts.tail_lengths_P, samples)), hidden_PxD
+    kv = roots if prompts.root_P is None else jax.tree.map(lambda x: x[:, prompts.root_P], roots)
+    each_Px1 = jnp.arange(len(prompts.ids_P), dtype=jnp.int32)[:, None]
+    tails, hidden_PxD = _run_tails(policy, params, prompts, kv, each_Px1)
 
     def behind(root: jax.Array, tail: jax.Array) -> jax.Array:
-        index_PxS = jnp.arange(root.shape[4]) - ends_Px1
-        of_tail = jnp.take_along_axis(tail, jnp.clip(index_PxS, 0, size - 1)[None, :, None, None, :, None], axis=4)
+        index_PxS = jnp.arange(root.shape[4]) - prompts.ends_P[:, None]
+        of_tail = jnp.take_along_axis(
+            tail, jnp.clip(index_PxS, 0, tail.shape[4] - 1)[None, :, None, None, :, None], axis=4
+        )
         return jnp.where((index_PxS < 0)[None, :, None, None, :, None], root, of_tail)
 
-    return jax.tree.map(behind, kv, tails), jnp.take_along_axis(hidden[:, 0], last, axis=1)[:, 0]
+    return (_of_each(jax.tree.map(behind, kv, tails), prompts.lengths_P, samples),), hidden_PxD
+
+
+def _run_tails(
+    policy: Transformer, params: Params, prompts: Prompts, kv: KeyValues, members_NxW: jax.Array
+) -> tuple[KeyValues, jax.Array]:
+    """Run the tails of the prompts `members_NxW`, which begin with `kv` [L, N, K, 1, S, C], as branches of these.
+
+    Returns: keys [L, P, K, 1, U, C], and hidden_PxD of each prompt's last token.
+    """
+    ends_NxWx1 = _of_members(prompts.ends_P, members_NxW)[..., None]
+    positions_NxWxU = ends_NxWx1 + jnp.arange(prompts.tails_PxU.shape[1])
+    context = Context(kv, end_NxGxQ=ends_NxWx1)
+    tokens_NxWxU = _of_members(prompts.tails_PxU, members_NxW)
+    hidden_NxWxUxD, tails = policy.apply({"params": params}, tokens_NxWxU, positions_NxWxU, (context,))
+    place_P = _places(prompts, members_NxW)
+
+    def of_prompts(x: jax.Array) -> jax.Array:
+        layers, _, kv_heads, _, size, c = x.shape
+        return x.swapaxes(2, 3).reshape(layers, -1, kv_heads, 1, size, c)[:, place_P]
+
+    hidden_PxUxD = hidden_NxWxUxD.reshape(-1, *hidden_NxWxUxD.shape[2:])[place_P]
+    last_Px1x1 = (prompts.tail_lengths_P - 1)[:, None, None]
+    return jax.tree.map(of_prompts, tails), jnp.take_along_axis(hidden_PxUxD, last_Px1x1, axis=1)[:, 0]
+
+
+def _of_members(x_P: jax.Array, members_NxW: jax.Array) -> jax.Array:
+    """Give each member its own of `x_P` [P, …], and 0 where there is none."""
+    return x_P.at[members_NxW].get(mode="fill", fill_value=0)
+
+
+def _places(prompts: Prompts, members_NxW: jax.Array) -> jax.Array:
+    """The index n·W + w of each prompt, int32 [P]."""
+    places = jnp.arange(members_NxW.size, dtype=jnp.int32)
+    return jnp.zeros_like(prompts.ends_P).at[members_NxW.reshape(-1)].set(places, mode="drop")
+
+
+def _of_each(kv: KeyValues, lengths_P: jax.Array, samples: int) -> Shared:
+    """What each prompt has for its own rollouts."""
+    end_PxG = jnp.repeat(lengths_P[:, None], samples, axis=1)
+    blocks = in_blocks(kv, block_size(target_platform(), kv.k.shape[4]))
+    return Shared(blocks, end_PxG, jnp.arange(end_PxG.size, dtype=jnp.int32))
+
+
+def _of_roots(kv: KeyValues, prompts: Prompts, samples: int) -> Shared:
+    """What each root has for the rollouts of all of its prompts, of each as much as its prompt begins with."""
+    end_NxW = _of_members(prompts.ends_P, prompts.members_NxW)
+    place_PxG = _places(prompts, prompts.members_NxW)[:, None] * samples + jnp.arange(samples)
+    blocks = in_blocks(kv, min(ROOT_BLOCK, kv.k.shape[4]))
+    return Shared(blocks, jnp.repeat(end_NxW, samples, axis=1), place_PxG.reshape(-1))
 
 
 def _run_roots(policy: Transformer, params: Params, prompts: Prompts, chunk: int) -> KeyValues:
