@@ -141,6 +141,13 @@ def test_every_prompt_is_the_beginning_of_its_root_and_its_tail(rows, tail, part
     assert prompts.ids_P.tolist() == [*range(len(rows))] and prompts.lengths_P.tolist() == lengths.tolist()
     assert not tail or (prompts.roots_NxS.shape == padded.shape and prompts.tails_PxU.shape == (len(rows), tail))
     assert len(prompts.roots_NxS) % parts == 0 and prompts.tail_lengths_P.min() >= 1
+    assert not tail or prompts.members_NxW is None
+    if prompts.members_NxW is not None:
+        each = prompts.members_NxW.reshape(parts, -1, prompts.members_NxW.shape[1])
+        assert prompts.members_NxW.size <= 2 * len(rows) and len(prompts.members_NxW) == len(prompts.roots_NxS)
+        for members_NxW, root_P in zip(each, prompts.root_P.reshape(parts, -1), strict=True):
+            listed = [(n, p) for n, of_root in enumerate(members_NxW) for p in of_root if p < len(root_P)]
+            assert sorted(listed) == sorted((n, p) for p, n in enumerate(root_P))
     root_P = np.arange(len(rows)) if prompts.root_P is None else prompts.root_P
     for part in range(parts if prompts.root_P is not None else 0):
         filled = prompts.lengths_N.reshape(parts, -1)[part] > 0
