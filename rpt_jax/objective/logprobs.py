@@ -62,11 +62,12 @@ def over_row_chunks(fn: Callable[..., Output], chunk: int, filled_N: jax.Array |
         first, *xs = inputs
         flat = [x.reshape(rows * width, *x.shape[2:]) for x in xs]
         if filled_N is None:
-            return jax.checkpoint(fn)(*flat)
+            return fn(*flat)
         zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(fn, *flat))
-        return jax.lax.cond(first < filled_N.max(), jax.checkpoint(fn), lambda *_: zeros, *flat)
+        return jax.lax.cond(first < filled_N.max(), fn, lambda *_: zeros, *flat)
 
-    outputs = jax.lax.map(run, (jnp.arange(chunks) * width, *(split(x) for x in arrays)))
+    # Recomputed around the condition, not in it: what `fn` reads (the head) would be kept once for every chunk.
+    outputs = jax.lax.map(jax.checkpoint(run), (jnp.arange(chunks) * width, *(split(x) for x in arrays)))
 
     def glue(y: jax.Array) -> jax.Array:
         y = jnp.moveaxis(y.reshape(chunks, rows, width, *y.shape[2:]), 0, 1)
