@@ -71,9 +71,13 @@ def _of_members(x_P: jax.Array, members_NxW: jax.Array) -> jax.Array:
 
 
 def _places(prompts: Prompts, members_NxW: jax.Array) -> jax.Array:
-    """The index n·W + w of each prompt, int32 [P]."""
-    places = jnp.arange(members_NxW.size, dtype=jnp.int32)
-    return jnp.zeros_like(prompts.ends_P).at[members_NxW.reshape(-1)].set(places, mode="drop")
+    """The index n·W + w of each prompt, int32 [P].
+
+    Not by a scatter: where each prompt is its own only member, indices and values would be one array, on which XLA's compiler
+    for TPUs stops.
+    """
+    each_Px1 = jnp.arange(len(prompts.ids_P), dtype=jnp.int32)[:, None]
+    return jnp.argmax(members_NxW.reshape(-1) == each_Px1, axis=-1).astype(jnp.int32)
 
 
 def _of_each(kv: KeyValues, lengths_P: jax.Array, samples: int) -> Shared:
