@@ -24,6 +24,8 @@ from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
 
 _SHORTEST = 64  # Tokens of the shortest bucket: shorter ones would save little and take a program each.
+_GROUPS = 128  # In which the largest logits are looked for; 64 and 256 take longer, but for small vocabularies.
+_ROUNDS = 32  # So many at most are taken one after the other.
 _BLOCK = 64  # Batches whose documents are sorted by length together.
 BIN = 0.05  # Width of the histogram's bins, in nats.
 BINS = 80  # Up to 4 nats; the last holds what is beyond.
@@ -35,7 +37,7 @@ class Scores(NamedTuple):
 
     Attributes:
       entropy_S: float32, nats, over the likeliest next tokens, renormalised among them.
-      right_S: bool, the likeliest next token is the true one (the paper's standard next-token prediction).
+      right_S: bool, no next token is likelier than the true one (the paper's standard next-token prediction).
       plain_entropy_S: float32, nats, the same tokens' share of the entropy, not renormalised.
     """
 
@@ -44,32 +46,46 @@ class Scores(NamedTuple):
     plain_entropy_S: np.ndarray
 
 
-def top_k_entropy(logits_MxV: jax.Array, k: int, renormalised: bool = True) -> jax.Array:
-    """Entropy in nats of the k likeliest next tokens, [M] (paper, section 3.3).
+def top_k_entropy(top_MxK: jax.Array, total_M: jax.Array | None = None) -> jax.Array:
+    """Entropy in nats of the k likeliest next tokens, from their logits, [M] (paper, section 3.3).
 
-    The paper takes k = 16 and does not say whether it renormalises among them, which makes it an entropy; without, it is what
-    these tokens contribute to the entropy over the whole vocabulary.
+    The paper takes k = 16 and does not say whether it renormalises among them, which makes it an entropy. With `total_M`, the
+    logsumexp of all logits, it is what these tokens contribute to the entropy over the whole vocabulary.
     """
-    top_MxK = largest(logits_MxV, k)
-    if renormalised:
-        logprobs_MxK = jax.nn.log_softmax(top_MxK, axis=-1)
-    else:
-        logprobs_MxK = top_MxK - jax.nn.logsumexp(logits_MxV, axis=-1, keepdims=True)
+    if total_M is None:
+        total_M = jax.nn.logsumexp(top_MxK, axis=-1)
+    logprobs_MxK = top_MxK - total_M[:, None]
     return -jnp.sum(jnp.exp(logprobs_MxK) * logprobs_MxK, axis=-1)
 
 
 def largest(values_MxV: jax.Array, k: int) -> jax.Array:
     """The k largest values of each row, [M, k], in falling order.
 
-    They are in the k groups whose own largest values are the largest: only those are sorted, far fewer than a vocabulary.
+    A few are taken one after the other, from all rows at once and without sorting, which a CPU does row by row on one core: the
+    largest is at the head of one of the groups that a row is cut into, and what follows it there becomes the group's new head.
     """
-    rows, size = values_MxV.shape[0], max(1, math.isqrt(values_MxV.shape[1] // k))
-    padding = -values_MxV.shape[1] % size
-    padded = jnp.pad(values_MxV, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    groups = padded.reshape(rows, size, -1)  # Along the last axis lie groups: their maxima take no shuffling of lanes.
-    chosen_MxK = jax.lax.top_k(groups.max(axis=1), min(k, groups.shape[2]))[1]
-    found = jnp.take_along_axis(groups, chosen_MxK[:, None, :], axis=2).reshape(rows, -1)
-    return jax.lax.top_k(found, k)[0]
+    rows, size = values_MxV.shape
+    if k > _ROUNDS:
+        return jax.lax.top_k(values_MxV, k)[0]
+    groups = min(_GROUPS, 2 ** math.ceil(math.log2(2 * math.sqrt(size))))
+    padded = jnp.pad(values_MxV, ((0, 0), (0, -size % groups)), constant_values=-jnp.inf)
+    grouped_MxGxS = padded.reshape(rows, groups, -1)
+    rows_M, places_Gx1 = jnp.arange(rows), jnp.arange(groups)[:, None]
+
+    def take(state: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        heads_GxM, last_M, last_place_M, equal_M = state
+        value_M = heads_GxM.max(axis=0)
+        place_M = jnp.where(heads_GxM == value_M, places_Gx1, groups - 1).min(axis=0)
+        group_MxS = grouped_MxGxS.at[rows_M, place_M].get(mode="promise_in_bounds", unique_indices=True)
+        # Of equal values in one group, how many were taken: they follow each other.
+        equal_M = jnp.where((value_M == last_M) & (place_M == last_place_M), equal_M, 0) + 1
+        below_M = jnp.where(group_MxS < value_M[:, None], group_MxS, -jnp.inf).max(axis=1)
+        head_M = jnp.where((group_MxS == value_M[:, None]).sum(axis=1) > equal_M, value_M, below_M)
+        return (jnp.where(places_Gx1 == place_M, head_M, heads_GxM), value_M, place_M, equal_M), value_M
+
+    none_M = jnp.full(rows, -1)
+    start = (grouped_MxGxS.max(axis=2).T, jnp.full(rows, jnp.nan, values_MxV.dtype), none_M, none_M)
+    return jax.lax.scan(take, start, None, length=k)[1].T
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "top_k", "chunk"))
@@ -88,8 +104,10 @@ def score_batch(
 
     def score(hidden_MxD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits_MxV = scaled_logits(head(policy, params), hidden_MxD, 1.0)
-        right_M = jnp.argmax(logits_MxV, axis=-1) == targets_M
-        return top_k_entropy(logits_MxV, top_k), right_M, top_k_entropy(logits_MxV, top_k, renormalised=False)
+        top_MxK = largest(logits_MxV, top_k)
+        right_M = jnp.take_along_axis(logits_MxV, targets_M[:, None], axis=-1)[:, 0] == top_MxK[:, 0]
+        total_M = jax.nn.logsumexp(logits_MxV, axis=-1)
+        return top_k_entropy(top_MxK), right_M, top_k_entropy(top_MxK, total_M)
 
     flat = hidden_NxSxD.reshape(-1, hidden_NxSxD.shape[-1])
     leaves = over_token_chunks(score, chunk, flat, targets_NxS.reshape(-1))

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
@@ -29,7 +30,7 @@ from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.infra.sharding import make_mesh, shard_prompts, use_mesh
 from rpt_jax.objective.logprobs import token_logprobs
-from rpt_jax.policy.transformer import Params, head, prefill
+from rpt_jax.policy.transformer import Params, Transformer, head, prefill
 from rpt_jax.prepared import prepare
 from rpt_jax.score import score_part
 from rpt_jax.setup import load_start
@@ -60,7 +61,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         evaluation = dataclasses.replace(experiment.evaluation, score_documents=options.documents)
         experiment = dataclasses.replace(experiment, evaluation=evaluation)
         rows = [_tokenizer_alone(path, tokenizer, min(size, 2**24))]
-        full = _full_batches(experiment, policy, params, mesh)
+        full = _full_batches(experiment, policy, params, tokenizer, mesh)
         lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
         score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
         times: dict[str, float] = {}
@@ -69,7 +70,10 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         rows.append(
             ["preparing: reading, tokenising, writing", times["tokenise"], size / times["tokenise"] / 1e6, "MB/s"]
         )
-        rows += [full, ["scoring the corpus", times["score"], tokens / times["score"], "tokens/s"]]
+        rows += [
+            *full,
+            ["scoring the corpus, with reading and writing", times["score"], tokens / times["score"], "tokens/s"],
+        ]
         rows.append(_prompts(experiment, tokenizer, prepared, options.batches))
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e3
     rows.append(["peak memory of a process", 0.0, peak, "MB"])
@@ -108,10 +112,12 @@ def _tokenizer_alone(path: Path, tokenizer: Tokenizer, limit: int) -> list[Any]:
     return ["the tokenizer alone", seconds, size / seconds / 1e6, "MB/s"]
 
 
-def _full_batches(experiment: Experiment, policy: Any, params: Any, mesh: Any) -> list[Any]:
+def _full_batches(
+    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh
+) -> list[list[Any]]:
     shape = (experiment.evaluation.score_documents, experiment.data.max_document_tokens)
-    tokens = np.random.default_rng(0).integers(0, policy.shape.vocab, shape).astype(np.int32)
-    tokens, lengths = shard_prompts((tokens, np.full(shape[0], shape[1], np.int32)), mesh)
+    documents = np.random.default_rng(0).integers(0, policy.shape.vocab, shape).astype(np.int32)
+    tokens, lengths = shard_prompts((documents, np.full(shape[0], shape[1], np.int32)), mesh)
 
     @jax.jit
     def forward(params: Params) -> jax.Array:
@@ -119,8 +125,12 @@ def _full_batches(experiment: Experiment, policy: Any, params: Any, mesh: Any) -
         chunk = experiment.training.logit_chunk_tokens
         return token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, chunk)
 
-    seconds = interleaved({"forward": lambda: forward(params)}, repeats=9)["forward"].median
-    return ["forward passes over full batches", seconds, tokens.size / seconds, "tokens/s"]
+    def score() -> None:
+        score_part(experiment, policy, params, tokenizer, mesh, documents)
+
+    seconds = interleaved({"forward": lambda: forward(params), "score": score}, repeats=21)
+    names = {"forward": "forward passes over full batches", "score": "scoring full batches, in turns with them"}
+    return [[names[key], s.median, tokens.size / s.median, "tokens/s"] for key, s in seconds.items()]
 
 
 def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batches: int) -> list[Any]:
