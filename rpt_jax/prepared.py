@@ -63,10 +63,7 @@ def prepare(
     mine, shards = parse_shard(experiment.data)
     save_on_stop(lambda: f"the shards that were complete are in {directory}")
     start = time.perf_counter()
-    if is_leader():
-        with Progress("tokenise, shards", len(mine)) as progress:
-            tokenise(experiment.data, tokenizer, directory, progress.advance)
-    wait_for_all("tokenised")
+    tokenise_on_leader(experiment.data, tokenizer, directory)
     seconds_tokenising = time.perf_counter() - start
     proxy, size = fingerprint_arrays(params), block_size(experiment)
     start = time.perf_counter()
@@ -83,6 +80,14 @@ def prepare(
     if not (directory / MANIFEST).exists():
         return None
     return open_prepared(experiment.data, tokenizer, directory, proxy)
+
+
+def tokenise_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
+    """`tokenise` with its progress, in one process of all; the others wait for it. Raises: UserError."""
+    if is_leader():
+        with Progress("tokenise, shards", len(parse_shard(data)[0])) as progress:
+            tokenise(data, tokenizer, directory, progress.advance)
+    wait_for_all("tokenised")
 
 
 def _write_manifest(experiment: Experiment, tokenizer: Tokenizer, proxy: str, directory: Path, shards: int) -> None:

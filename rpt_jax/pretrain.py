@@ -15,14 +15,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rpt_jax.config import Experiment
+from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.data.cold_start import TraceWriter
-from rpt_jax.data.corpus import REJECTED, Document, load_corpus
+from rpt_jax.data.corpus import training_texts
 from rpt_jax.data.pipeline import example_stream
+from rpt_jax.data.prepare import Windows, content, files_digest, open_tokens, parse_shard, report_corpus
 from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.data.tokenizer_training import train_sentencepiece
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
+from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
 from rpt_jax.infra.numerics import recorded_step, write_record
@@ -43,7 +46,12 @@ from rpt_jax.policy.hf import save_policy
 from rpt_jax.policy.hf_config import CONFIG
 from rpt_jax.policy.presets import preset
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
+from rpt_jax.prepared import open_prepared, tokenise_on_leader
 from rpt_jax.setup import cold_start_of, load_start, make_policy
+
+_TOKENIZER_BYTES = (
+    2**26
+)  # Of text that a tokenizer is trained on: the trainer keeps all of it in memory, many times over.
 
 
 class ExampleMaker:
@@ -53,17 +61,13 @@ class ExampleMaker:
     sampling; only that contexts which are too long for a prompt are not cut.
     """
 
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[Document]):
+    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[np.ndarray]):
+        """`documents`: token ids of each, at most `data.max_document_tokens`; read when they are asked for."""
         self._config, self._limit = experiment.pretrain, experiment.data.max_document_tokens
         self._min_context = experiment.data.min_context
         self._tokenizer = tokenizer
         self._prompt = PromptBuilder(experiment.prompt, tokenizer)
-        self._ids = tokenizer.encode_batch([d.text for d in documents])
-        longest_trace = self._config.row_tokens + 1 - max(1, len(self._prompt.after))
-        traces = (self._config.calculation_share, longest_trace, self._config.recalled_tokens)
-        self._writers = [
-            TraceWriter(tokenizer, d.text, ids, *traces) for d, ids in zip(documents, self._ids, strict=True)
-        ]
+        self._documents = documents
 
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return one example, random in where its traces stand and what its drills ask.
@@ -73,25 +77,28 @@ class ExampleMaker:
         their tokens `trace_segment` (which trace of its row), `trace_prefix` (how many of the inputs its trace continues) and
         `trace_position`.
         """
-        before, ids, writer = self._prompt.before, self._ids[document], self._writers[document]
+        before, ids = self._prompt.before, self._documents[document].tolist()
+        longest_trace = self._config.row_tokens + 1 - max(1, len(self._prompt.after))
+        traces = (self._config.calculation_share, longest_trace, self._config.recalled_tokens)
+        writer = TraceWriter(self._tokenizer, ids, *traces)
         size = len(before) - 1 + self._limit
         tokens = np.array([*before, *ids, self._tokenizer.eos_id], np.int32)[: size + 1]
         padded, place = np.pad(tokens, (0, size + 1 - len(tokens))), np.arange(size)
         mask = (place >= len(before) - 1) & (place < len(tokens) - 1)
-        places = [p for p in self._places(document, rng) if writer.can_box(p)]
+        places = [p for p in self._places(len(ids), writer.calculation_positions, rng) if writer.can_box(p)]
         traces = [([*before, *ids[:p], *self._prompt.after], writer.write(p, rng), 0) for p in places]
         drills = [drill for _ in range(self._config.drills_per_document) if (drill := writer.drill(rng))]
         packed = self._pack([*traces, *((self._prompt.after, *drill) for drill in drills)])
         return {"document": np.int32(document), "inputs": padded[:-1], "targets": padded[1:], "mask": mask} | packed
 
-    def _places(self, document: int, rng: np.random.Generator) -> list[int]:
+    def _places(self, size: int, calculated: Sequence[int], rng: np.random.Generator) -> list[int]:
         """Positions to reason at: a share, where there are such, inside the result of a calculation, the rest anywhere.
 
         Calculations are rare, and how to carry them out is learnt from examples.
         """
-        last = min(len(self._ids[document]), self._limit) - 1
+        last = size - 1
         first, count = min(self._min_context, last), self._config.traces_per_document
-        due = [p for p in self._writers[document].calculation_positions if first <= p <= last]
+        due = [p for p in calculated if first <= p <= last]
         places = rng.integers(first, last + 1, size=count)
         if due:
             share = round(count * self._config.due_share)
@@ -178,8 +185,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = F
     config, total = experiment.pretrain, experiment.training.total_steps
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
     directory = Path(config.export or workdir / "policy")
-    documents = load_corpus(experiment.data, workdir / REJECTED if is_leader() else None).train
-    policy, params, tokenizer = _start(experiment, workdir, documents, mesh)
+    policy, params, tokenizer = _start(experiment, workdir, mesh)
+    documents = _documents(experiment.data, workdir, tokenizer)
     optimizer = make_optimizer(experiment.optimizer, total)
     state = TrainState(params, init_optimizer(optimizer, params, mesh))
     maker = ExampleMaker(experiment, tokenizer, documents)
@@ -242,9 +249,7 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool =
     return dataclasses.replace(experiment, policy=policy)
 
 
-def _start(
-    experiment: Experiment, workdir: Path, documents: Sequence[Document], mesh: Mesh
-) -> tuple[Transformer, Params, Tokenizer]:
+def _start(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
     """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_start(experiment.policy, mesh)
@@ -256,8 +261,21 @@ def _start(
             f"{shape.vocab}."
         )
     if is_leader() and not path.exists():
-        train_sentencepiece((d.text for d in documents), vocab_size, path)
+        train_sentencepiece(training_texts(experiment.data, _TOKENIZER_BYTES), vocab_size, path)
     wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
     policy = make_policy(experiment.policy, shape, tokenizer)
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
+
+
+def _documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer) -> Windows:
+    """The training documents of `data.prepared`, or of the corpus tokenised in `workdir/corpus`. Raises: UserError."""
+    if data.prepared:
+        return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
+    data = dataclasses.replace(data, shard="")
+    directory = workdir / "corpus" / digest(content(data), files_digest(data), tokenizer.fingerprint)[:12]
+    tokenise_on_leader(data, tokenizer, directory)
+    corpus = open_tokens(data, directory, parse_shard(data)[1])
+    if is_leader():
+        report_corpus(corpus)
+    return corpus.windows("train")

@@ -26,7 +26,7 @@ from rpt_jax.policy.transformer import Params, Transformer, head, prefill
 _SHORTEST = 64  # Tokens of the shortest bucket: shorter ones would save little and take a program each.
 _GROUPS = 128  # In which the largest logits are looked for; 64 and 256 take longer, but for small vocabularies.
 _ROUNDS = 32  # So many at most are taken one after the other.
-_BLOCK = 64  # Batches whose documents are sorted by length together.
+_BLOCK = 128  # Batches whose documents are sorted by length together.
 BIN = 0.05  # Width of the histogram's bins, in nats.
 BINS = 80  # Up to 4 nats; the last holds what is beyond.
 NOT_ASKED = -1.0  # In place of the entropy of a special token, which is no position to predict.

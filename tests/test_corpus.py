@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig, from_config_dict
 from rpt_jax.data import corpus, pieces
-from rpt_jax.data.corpus import load_corpus
+from rpt_jax.data.corpus import training_texts
 from rpt_jax.data.pieces import split_text
 from rpt_jax.errors import UserError
+from tests.whole_corpus import load_corpus
 
 GSM = DataConfig(documents=200, held_out_documents=60, held_out_templates=7)
 
@@ -250,3 +251,18 @@ def test_paths_that_lead_nowhere(tmp_path):
 def test_unknown_source_gets_a_suggestion():
     with pytest.raises(UserError, match="data.source='gsm_symbolc' is not one of.*Did you mean 'gsm_symbolic'"):
         from_config_dict({"data": {"source": "gsm_symbolc"}})
+
+
+# --- texts that a tokenizer is trained on ------------------------------------------------------------
+
+
+def test_training_texts_are_those_of_training(tmp_path):
+    config = write_jsonl(tmp_path / "a.jsonl", [f"text {i} {'é' * (i % 7)}" for i in range(50)] + ["text 3 ééé", ""])
+    train = [document.text for document in load_corpus(config).train]
+    assert list(training_texts(config, 2**20)) == train
+    some = list(training_texts(config, 200))
+    assert 150 < sum(len(text.encode()) for text in some) <= 200 and some == [text for text in train if text in some]
+    backward = write_jsonl(tmp_path / "b.jsonl", [f"text {i} {'é' * (i % 7)}" for i in range(50)][::-1])
+    assert list(training_texts(backward, 200)) == some[::-1]
+    assert len(list(training_texts(config, 1))) == 1
+    assert list(training_texts(GSM, 2**30)) == [document.text for document in load_corpus(GSM).train]

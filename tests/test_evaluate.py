@@ -11,7 +11,8 @@ import pytest
 from rpt_jax.config import PromptConfig
 from rpt_jax.data.positions import Position
 from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from rpt_jax.data.tokenizer import load_tokenizer
+from rpt_jax.data.tokenizer_training import train_sentencepiece
 from rpt_jax.evaluate import (
     EvaluationSet,
     Evaluator,
@@ -207,7 +208,7 @@ def choose(tmp_path_factory):
     texts = [f"Ann has {n} apples and {n + 3} pears, {2 * n + 3} in all." for n in range(40)]
     train_sentencepiece(texts, 300, directory / "tokenizer.model")
     tokenizer = load_tokenizer(directory)
-    documents = tokenizer.encode_batch(texts[:2])
+    documents = [tokenizer.encode(text) for text in texts[:2]]
     builder = PromptBuilder(PromptConfig(max_tokens=16, reference_bytes=8), tokenizer)
     asked = [Position(i % 2, i, 1.0 + i) for i in range(20)]
     return lambda count, batch, seed=0: choose_evaluation_set(

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig
 from rpt_jax.data import prepare
-from rpt_jax.data.corpus import load_corpus
 from rpt_jax.data.files import find_units
 from rpt_jax.data.prepare import files_digest, tokenise
 from rpt_jax.data.readers import Document, Rejected, read_unit
@@ -30,6 +29,7 @@ from tests.policy_reference import random_params
 from tests.test_convert import SHAPE, tokenizer_spec, write_gguf
 from tests.test_fuzz_input import altered, many, values
 from tests.test_readers import write_all
+from tests.whole_corpus import load_corpus
 
 pytestmark = pytest.mark.slow
 TINY = ROOT / "configs" / "tiny"

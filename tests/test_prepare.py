@@ -21,13 +21,14 @@ from hypothesis.extra.numpy import arrays
 from rpt_jax import main, prepared
 from rpt_jax.config import DataConfig, Experiment, from_config_dict
 from rpt_jax.data import prepare
-from rpt_jax.data.corpus import SIDES, load_corpus
-from rpt_jax.data.near_duplicates import near_duplicates, sketch
+from rpt_jax.data.corpus import SIDES
+from rpt_jax.data.near_duplicates import _PRIMES, _SHINGLE, near_duplicates, sketches
 from rpt_jax.data.positions import STAGES, index_positions, quantiles
 from rpt_jax.data.prepare import open_tokens, parse_shard, tokenise
-from rpt_jax.data.shards import Records, ShardWriter, read_summary
+from rpt_jax.data.shards import SKETCH, Records, ShardWriter, read_summary
 from rpt_jax.data.tokenizer import load_tokenizer
 from rpt_jax.errors import UserError
+from tests.whole_corpus import load_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny"
@@ -263,15 +264,33 @@ def test_quantiles_are_exact(parts: list[np.ndarray], shares: list[float]) -> No
 # --- near-duplicates ---------------------------------------------------------------------------------
 
 
+def sketch_reference(ids: list[int]) -> list[int]:
+    """One run of tokens after the other, in Python's integers."""
+    primes, least = [int(prime) for prime in _PRIMES], [2**32 - 1] * SKETCH
+    for start in range(max(1, len(ids) - _SHINGLE + 1)):
+        run = zip(ids[start : start + _SHINGLE], primes, strict=False)
+        value = sum((token + 1) * prime for token, prime in run) % 2**64
+        value = (value ^ (value >> 29)) * primes[1] % 2**64
+        value = (value ^ (value >> 32)) * primes[2] % 2**64
+        least[value >> 60] = min(least[value >> 60], (value >> 20) % 2**32)
+    return least
+
+
+@given(st.lists(st.lists(st.integers(0, 2**18), min_size=1, max_size=40), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=200)
+def test_sketches_are_those_of_each_document_alone(documents: list[list[int]]) -> None:
+    ids_T, sizes_D = np.concatenate(documents).astype(np.uint32), np.array([len(ids) for ids in documents])
+    assert sketches(ids_T, sizes_D).tolist() == [sketch_reference(ids) for ids in documents]
+
+
 def test_near_duplicates_are_found_and_others_are_not() -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 1000, 300) for _ in range(50)]
-    train = np.stack([sketch(ids) for ids in documents])
+    train = sketches(np.concatenate(documents), np.full(50, 300))
     edited = documents[7].copy()
     edited[150] += 1
-    held_out = np.stack(
-        [sketch(edited), sketch(rng.integers(0, 1000, 300)), sketch(documents[9]), sketch(np.array([3]))]
-    )
+    asked = [edited, rng.integers(0, 1000, 300), documents[9], np.array([3])]
+    held_out = sketches(np.concatenate(asked), np.array([len(ids) for ids in asked]))
     for parts in ([train], [train[:8], train[8:8], train[8:]]):
         assert [(p.held_out, p.train) for p in near_duplicates(held_out, parts)] == [(0, 7), (2, 9)]
     assert near_duplicates(held_out, [train[:0]]) == near_duplicates(held_out, []) == []

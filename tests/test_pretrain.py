@@ -10,7 +10,6 @@ import pytest
 
 from rpt_jax.config import Experiment, PretrainConfig, PromptConfig
 from rpt_jax.data.cold_start import BOX, TraceWriter
-from rpt_jax.data.corpus import Document
 from rpt_jax.data.positions import Position
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import END_THINK, load_tokenizer
@@ -25,7 +24,7 @@ DOCUMENT = (
 def example(prompt: PromptConfig = PromptConfig(), **changes: object) -> dict[str, np.ndarray]:  # noqa: B008
     config = PretrainConfig(traces_per_document=6, rows_per_document=4, row_tokens=64)
     experiment = Experiment(prompt=prompt, pretrain=dataclasses.replace(config, **changes))
-    return ExampleMaker(experiment, TOKENIZER, [Document(DOCUMENT, "a")]).make(0, np.random.default_rng(0))
+    return ExampleMaker(experiment, TOKENIZER, [np.array(TOKENIZER.encode(DOCUMENT))]).make(0, np.random.default_rng(0))
 
 
 def segments(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -69,9 +68,9 @@ def test_a_trace_follows_the_prompt_that_asks_for_its_place(prompt: PromptConfig
     """Token for token, in a template and for a tokenizer without <think>; what is learnt is the response, all of it."""
     tokenizer = TOKENIZER if known else dataclasses.replace(TOKENIZER, think_id=-1, end_think_id=-1)
     experiment = Experiment(prompt=dataclasses.replace(prompt, max_tokens=512), pretrain=PretrainConfig())
-    documents = [Document(DOCUMENT, "a")]
+    documents = [np.array(tokenizer.encode(DOCUMENT))]
     arrays = ExampleMaker(experiment, tokenizer, documents).make(0, np.random.default_rng(0))
-    builder, [ids] = PromptBuilder(experiment.prompt, tokenizer), tokenizer.encode_batch([DOCUMENT])
+    builder, ids = PromptBuilder(experiment.prompt, tokenizer), tokenizer.encode(DOCUMENT)
     prompts = {}
     for position in range(len(ids)):
         built = builder.build(0, ids, Position(0, position, 1.0))
@@ -106,6 +105,19 @@ def test_drills_stand_alone_and_their_question_is_given() -> None:
 def test_what_cannot_be_boxed_is_not_shown() -> None:
     """The last opening of a box counts: a predicted one would hide the prediction, and teach what earns nothing."""
     ids = TOKENIZER.encode("a box \\boxed{5} here")
-    writer = TraceWriter(TOKENIZER, "a box \\boxed{5} here", ids, 0.0, 64)
+    writer = TraceWriter(TOKENIZER, ids, 0.0, 64)
     boxes = [i for i in range(len(ids)) if not writer.can_box(i)]
     assert [TOKENIZER.token_bytes([ids[i]]) for i in boxes] == [BOX.encode()]
+
+
+def test_a_window_that_begins_inside_of_a_character_keeps_its_calculations() -> None:
+    """Bytes that are no text by themselves take as many places in the text that is searched as they are."""
+    ids = TOKENIZER.encode("\U0001f9ee" + DOCUMENT)
+    whole = TraceWriter(TOKENIZER, ids, 1.0, 64)
+    for cut in (1, 2, 3):
+        assert len(TOKENIZER.token_bytes(ids[:cut])) == cut
+        writer = TraceWriter(TOKENIZER, ids[cut:], 1.0, 64)
+        assert writer.calculation_positions == [p - cut for p in whole.calculation_positions] != []
+        for position in writer.calculation_positions:
+            traces = [w.write(p, np.random.default_rng(0)) for w, p in ((writer, position), (whole, position + cut))]
+            assert traces[0] == traces[1]

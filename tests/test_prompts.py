@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig, PromptConfig
 from rpt_jax.data.cold_start import BOX, Calculation, TraceWriter, find_calculations, similar, work_out
-from rpt_jax.data.corpus import load_corpus
 from rpt_jax.data.pipeline import PromptStream, example_stream, position_order
 from rpt_jax.data.positions import Position, choose_positions
 from rpt_jax.data.prompts import TEMPLATES, PromptBuilder, read_template, stack
-from rpt_jax.data.tokenizer import load_tokenizer, train_sentencepiece
+from rpt_jax.data.tokenizer import load_tokenizer
+from rpt_jax.data.tokenizer_training import train_sentencepiece
 from rpt_jax.errors import UserError
 from rpt_jax.objective.reward import Status, prefix_match_reward
 from rpt_jax.score import Scores
 from tests.test_tokenizer import any_text, byte_level_bpe, write_hf
+from tests.whole_corpus import load_corpus
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def tokenizer(texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def documents(texts, tokenizer):
-    return tokenizer.encode_batch(texts)
+    return [tokenizer.encode(text) for text in texts]
 
 
 # --- positions ---------------------------------------------------------------------------------------
@@ -555,8 +556,8 @@ def test_every_trace_earns_the_reward(tokenizer, texts, documents):
     """Recalled and calculated, at every position of documents: the reward kernel reads what the traces teach."""
     builder = PromptBuilder(PromptConfig(max_tokens=16, reference_bytes=64), tokenizer)
     prompts, traces, calculated = [], [], 0
-    for number, (text, ids) in enumerate(zip(texts[:15], documents, strict=False)):
-        writers = [TraceWriter(tokenizer, text, ids, share, max_tokens=500) for share in (0.0, 1.0)]
+    for number, ids in enumerate(documents[:15]):
+        writers = [TraceWriter(tokenizer, ids, share, max_tokens=500) for share in (0.0, 1.0)]
         calculated += len(writers[0].calculation_positions)
         for position in range(len(ids)):
             prompts.append(builder.build(0, ids, Position(number, position, 1.0)))
@@ -578,7 +579,7 @@ def test_every_trace_earns_the_reward(tokenizer, texts, documents):
 
 
 def test_recall_repeats_the_context_and_predicts_one_token(tokenizer, texts, documents):
-    writer = TraceWriter(tokenizer, texts[0], documents[0], 0.0, max_tokens=500)
+    writer = TraceWriter(tokenizer, documents[0], 0.0, max_tokens=500)
     for position in (0, 1, 20):
         reasoning, prediction = parts(tokenizer, writer.write(position, np.random.default_rng(0)))
         assert prediction == [documents[0][position]]
@@ -589,7 +590,7 @@ def test_recall_repeats_the_context_and_predicts_one_token(tokenizer, texts, doc
 def test_calculation_carries_it_out_and_predicts_the_rest_of_the_result(tokenizer):
     text = "He had 93 - 38 = 55 left."
     ids = tokenizer.encode(text)
-    writer = TraceWriter(tokenizer, text, ids, 1.0, max_tokens=500)
+    writer = TraceWriter(tokenizer, ids, 1.0, max_tokens=500)
     first, second = writer.calculation_positions
     assert tokenizer.decode(ids[:first]).endswith("= ") and second == first + 1
     for position, rest in ((first, "55"), (second, "5")):
@@ -601,24 +602,24 @@ def test_calculation_carries_it_out_and_predicts_the_rest_of_the_result(tokenize
 def test_bytes_and_characters_before_a_calculation_are_told_apart(tokenizer):
     text = "Zoë — 漢字 — had 93 - 38 = 55 left."
     ids = tokenizer.encode(text)
-    positions = TraceWriter(tokenizer, text, ids, 1.0, max_tokens=500).calculation_positions
+    positions = TraceWriter(tokenizer, ids, 1.0, max_tokens=500).calculation_positions
     assert tokenizer.decode([ids[i] for i in positions]) == "55"
 
 
 def test_long_calculations_are_recalled(tokenizer):
     text = "That is 987 * 12 = 11844 in all."
     ids = tokenizer.encode(text)
-    free = TraceWriter(tokenizer, text, ids, 1.0, max_tokens=500)
+    free = TraceWriter(tokenizer, ids, 1.0, max_tokens=500)
     trace = free.write(free.calculation_positions[0], np.random.default_rng(0))
     for limit, calculates in ((len(trace), True), (len(trace) - 1, False)):
-        writer = TraceWriter(tokenizer, text, ids, 1.0, limit)
+        writer = TraceWriter(tokenizer, ids, 1.0, limit)
         again = writer.write(free.calculation_positions[0], np.random.default_rng(0))
         assert (again == trace) == calculates and len(again) <= limit
 
 
 def test_calculation_share(tokenizer):
     text = "He had 93 - 38 = 55 left."
-    writer = TraceWriter(tokenizer, text, tokenizer.encode(text), 0.3, max_tokens=500)
+    writer = TraceWriter(tokenizer, tokenizer.encode(text), 0.3, max_tokens=500)
     rng = np.random.default_rng(0)
     lengths = [len(writer.write(writer.calculation_positions[0], rng)) for _ in range(1000)]
     assert 250 < sum(length > min(lengths) for length in lengths) < 350
@@ -626,7 +627,7 @@ def test_calculation_share(tokenizer):
 
 def test_a_drill_poses_a_calculation_and_carries_it_out(tokenizer):
     text = "He had 93 - 38 = 55 left."
-    writer = TraceWriter(tokenizer, text, tokenizer.encode(text), 0.0, max_tokens=500)
+    writer = TraceWriter(tokenizer, tokenizer.encode(text), 0.0, max_tokens=500)
     posed = set()
     for seed in range(20):
         ids, given = writer.drill(np.random.default_rng(seed))
@@ -637,7 +638,4 @@ def test_a_drill_poses_a_calculation_and_carries_it_out(tokenizer):
         assert tokenizer.decode(prediction) == str(left - right)
         posed.add(question)
     assert len(posed) > 15
-    assert (
-        TraceWriter(tokenizer, "No sums.", tokenizer.encode("No sums."), 0.0, 500).drill(np.random.default_rng(0))
-        is None
-    )
+    assert TraceWriter(tokenizer, tokenizer.encode("No sums."), 0.0, 500).drill(np.random.default_rng(0)) is None

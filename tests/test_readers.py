@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig
 from rpt_jax.data import files, readers
-from rpt_jax.data.corpus import load_corpus
 from rpt_jax.data.files import find_units, parse_mixture
 from rpt_jax.data.readers import Document, read_unit
 from rpt_jax.errors import UserError
+from tests.whole_corpus import load_corpus
 
 TEXTS = ["plain", "crlf\r\nlone\rend\n", "e\u0301 \ufb01 \U0001f9ee", "漢字\u2028\x85", "nul\x00 bell\x07", " spaces  "]
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.data.tokenizer_training import train_sentencepiece
 from rpt_jax.objective.reward import Status, predicted_first_token, prefix_match_reward
 from tests import reward_reference
 from tests.test_reward import (

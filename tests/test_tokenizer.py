@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from rpt_jax.data.tokenizer import byte_level_alphabet, load_tokenizer, train_sentencepiece
+from rpt_jax.data.tokenizer import byte_level_alphabet, load_tokenizer
+from rpt_jax.data.tokenizer_training import train_sentencepiece
 from rpt_jax.errors import UserError
 
 TEXTS = [
@@ -95,8 +97,26 @@ def test_byte_vocab_is_the_pieces(kind, request):
 @pytest.mark.parametrize("kind", ["spm", "bpe"])
 def test_batch_equals_single(kind, request):
     tokenizer = request.getfixturevalue(kind)
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
-    assert tokenizer.encode_batch([]) == [] and tokenizer.encode("") == []
+    ids_T, sizes_D = tokenizer.encode_batch(TEXTS)
+    assert ids_T.dtype == np.uint32 and sizes_D.sum() == len(ids_T)
+    parts = [part.tolist() for part in np.split(ids_T, np.cumsum(sizes_D)[:-1])]
+    assert parts == [tokenizer.encode(text) for text in TEXTS]
+    assert [len(part) for part in tokenizer.encode_batch([])] == [0, 0] and tokenizer.encode("") == []
+
+
+@pytest.mark.parametrize("wrong", ["dropped", "replaced", "given to the next text", "given to the text before"])
+def test_a_batch_of_other_bytes_is_refused(spm, wrong):
+    """The bytes of all texts together may be right where those of each are not."""
+    first, second = spm.encode("one"), spm.encode("two ")
+    batch = {
+        "dropped": [first, second[:-1]],
+        "replaced": [first, [*spm.encode("twa"), second[-1]]],
+        "given to the next text": [first[:-1], [first[-1], *second]],
+        "given to the text before": [[*first, second[0]], second[1:]],
+    }[wrong]
+    tokenizer = dataclasses.replace(spm, encode_ordinary=lambda texts: batch[: len(texts)])
+    with pytest.raises(UserError, match="does not give back the bytes"):
+        tokenizer.encode_batch(["one", "two "])
 
 
 def test_ids_that_are_no_tokens(spm):

@@ -319,7 +319,7 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     policy.mkdir()
     for file in (ROOT / "configs" / "tiny").iterdir():
         (policy / file.name).write_bytes(file.read_bytes())
-    from rpt_jax.data.tokenizer import train_sentencepiece
+    from rpt_jax.data.tokenizer_training import train_sentencepiece
 
     train_sentencepiece(["other words than those of the policy, many enough 123"] * 50, 300, policy / "tokenizer.model")
     with pytest.raises(UserError, match="is not the tokenizer of the policy"):

@@ -171,25 +171,23 @@ class TraceWriter:
     """Writes the reasoning and the boxed prediction for positions of one document."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        text: str,
-        ids: Sequence[int],
-        calculation_share: float,
-        max_tokens: int,
-        recalled: int = 4,
+        self, tokenizer: Tokenizer, ids: Sequence[int], calculation_share: float, max_tokens: int, recalled: int = 4
     ):
-        """`ids` is the document's one tokenisation; `max_tokens` bounds a trace (longer calculations are recalled).
+        """`ids` are the document's; `max_tokens` bounds a trace (longer calculations are recalled).
 
         `recalled` is how many tokens of context a recall repeats.
         """
-        self._tokenizer, self._text, self._ids = tokenizer, text, list(ids)
+        self._tokenizer, self._ids, self._bytes = tokenizer, list(ids), tokenizer.token_bytes(ids)
         self._share, self._max_tokens, self._recalled = calculation_share, max_tokens, recalled
         lengths = tokenizer.byte_vocab.lengths_V[np.asarray(self._ids, dtype=np.int64)]
         self._byte_offsets = np.concatenate([[0], np.cumsum(lengths)])
         self._calculations = {}
+        # A window of a document may begin and end inside of a character.
+        text = self._bytes.decode("utf-8", "surrogateescape")
         for calculation in find_calculations(text):
-            start, end = (len(text[:i].encode()) for i in (calculation.start, calculation.end))
+            start, end = (
+                len(text[:i].encode("utf-8", "surrogateescape")) for i in (calculation.start, calculation.end)
+            )
             for position in np.flatnonzero((self._byte_offsets[:-1] >= start) & (self._byte_offsets[:-1] < end)):
                 self._calculations[int(position)] = (calculation, end)
 
@@ -225,7 +223,7 @@ class TraceWriter:
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]
         steps = work_out(calculation.numbers, calculation.operator)
-        rest = self._text.encode()[self._byte_offsets[position] : end].decode()
+        rest = self._bytes[self._byte_offsets[position] : end].decode()
         return self._close(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
 
     def _recall(self, position: int) -> list[int]:

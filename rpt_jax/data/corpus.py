@@ -7,6 +7,7 @@ and of what a document says, so it does not move when files or lines change plac
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
 import dataclasses
@@ -29,26 +30,11 @@ from rpt_jax.data.readers import BY_HASH, Document, Rejected, read_unit
 from rpt_jax.errors import UserError
 
 HELD_OUT_SHARE = 0.2
-REJECTED = "rejected.jsonl"  # In the workdir: what was found where a document should be.
 SIDES = ("train", "held_out", "held_out_templates")
 LEFT_OUT = -2  # In place of the number of a side: a repetition.
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _FLOAT_NOISE = re.compile(r"\d\.\d{7}")  # 14.500000000000002: an artefact of the generator that nobody could predict.
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Documents by what they are for; no text occurs twice.
-
-    `held_out_templates` holds documents of templates that neither `train` nor `held_out` contains, and is empty
-    where the source has no templates. `skipped` counts, by reason, what was found or generated and left out.
-    """
-
-    train: tuple[Document, ...]
-    held_out: tuple[Document, ...]
-    held_out_templates: tuple[Document, ...]
-    skipped: dict[str, int]
 
 
 _T = TypeVar("_T")
@@ -101,25 +87,23 @@ def report_rejects(counts: dict[str, int], where: str) -> None:
         print(f"Left out of the corpus: {reasons}.{f' Listed in {where}.' if where else ''}")
 
 
-def load_corpus(config: DataConfig, listing: Path | None = None) -> Corpus:
-    """Read or generate the corpus that `config` describes into memory; the same config always gives the same corpus.
+def training_texts(config: DataConfig, most_bytes: int) -> Iterator[str]:
+    """Yield the texts of the training documents, in order; of a corpus with more than `most_bytes`, some of them.
 
-    Args:
-      listing: file in which everything is listed that stood where a document should be and is none.
-
-    Raises: UserError, for a source that is not known or not installed, for unreadable files, with `data.strict` for anything
-    that is no document, and for a corpus too small to hold anything out.
+    Which ones depends on `data.seed` and on what they say. The corpus is read twice, and what stays in memory are 32 bytes for
+    every document. Raises: UserError, as `read_corpus` and `split` do, and with `data.strict` for what is no document.
     """
-    with Rejects(config.strict, listing) as rejects:
-        documents = list(rejects.keep(read_corpus(config, rejects.counts)))
-    report_rejects(rejects.counts, f"{listing}" if listing else "")
-    hashes = [fingerprints(document, config.seed) for document in documents]
-    keys_D, texts_D = np.array(hashes, np.uint64).reshape(-1, 2).T
-    sides_D = split(keys_D, texts_D, np.array([d.side for d in documents], np.int8), config, rejects.first)
-    if repeated := int(np.sum(sides_D == LEFT_OUT)):
-        rejects.counts["duplicate"] += repeated
-    parts = {name: tuple(documents[i] for i in np.flatnonzero(sides_D == side)) for side, name in enumerate(SIDES)}
-    return Corpus(**parts, skipped=dict(rejects.counts))
+    rejects, rows = Rejects(config.strict), array.array("Q")
+    for document in rejects.keep(read_corpus(config, collections.Counter())):
+        rows.extend((*fingerprints(document, config.seed), len(document.text.encode()), document.side - BY_HASH))
+    keys_D, texts_D, sizes_D, sides_D = np.frombuffer(rows, np.uint64).reshape(-1, 4).T
+    sides_D = split(keys_D, texts_D, sides_D.astype(np.int8) + np.int8(BY_HASH), config, rejects.first)
+    train_M = np.flatnonzero(sides_D == SIDES.index("train"))
+    by_key_M = train_M[np.argsort(keys_D[train_M], kind="stable")]
+    chosen_D = np.zeros(len(keys_D), bool)
+    chosen_D[by_key_M[: max(1, np.searchsorted(np.cumsum(sizes_D[by_key_M]), most_bytes, side="right"))]] = True
+    again = Rejects(False).keep(read_corpus(config, collections.Counter()))
+    yield from (document.text for document, chosen in zip(again, chosen_D, strict=True) if chosen)
 
 
 def read_corpus(

@@ -17,28 +17,31 @@ _PRIMES = np.array(
 )
 
 
-def sketch(ids: np.ndarray) -> np.ndarray:
-    """Return uint32 [SKETCH] of a document's token ids.
+def sketches(ids_T: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
+    """Return uint32 [D, SKETCH] of documents whose token ids stand in a row, `sizes_D` of each, none empty.
 
     Two sketches agree in a place with about the probability of the share of runs of five tokens that the documents have in
     common (Jaccard). Every run falls into one of the places, and a place keeps its least hash (one permutation hashing;
-    Li, Owen and Zhang 2012).
+    Li, Owen and Zhang 2012). A document of fewer than five tokens is one run.
     """
-    ids = np.asarray(ids, np.uint64)
-    count = max(1, len(ids) - _SHINGLE + 1)
-    hashes = np.zeros(count, np.uint64)
+    gap, documents_T = _SHINGLE - 1, np.repeat(np.arange(len(sizes_D)), sizes_D)
+    inside_T = np.arange(len(ids_T)) - (np.cumsum(sizes_D) - sizes_D)[documents_T]
+    # With zeros behind every document, which add nothing to a hash.
+    places_T = np.arange(len(ids_T)) + gap * documents_T
+    spread = np.zeros(len(ids_T) + gap * len(sizes_D), np.uint64)
+    spread[places_T] = np.asarray(ids_T, np.uint64) + np.uint64(1)
+    begins_T = inside_T < np.maximum(1, sizes_D - gap)[documents_T]
     with np.errstate(over="ignore"):
-        for i, prime in enumerate(_PRIMES):
-            part = ids[i : i + count]
-            hashes[: len(part)] += (part + np.uint64(1)) * prime
-        hashes ^= hashes >> np.uint64(29)
-        hashes *= _PRIMES[1]
-        hashes ^= hashes >> np.uint64(32)
-        hashes *= _PRIMES[2]
-    result = np.full(SKETCH, _EMPTY, np.uint32)
-    places = (hashes >> np.uint64(60)).astype(np.int64) % SKETCH
-    np.minimum.at(result, places, ((hashes >> np.uint64(20)) & np.uint64(_EMPTY)).astype(np.uint32))
-    return result
+        hashes = sum(spread[i : len(spread) - gap + i] * prime for i, prime in enumerate(_PRIMES))
+        hashes_R = hashes[places_T[begins_T]]
+        hashes_R ^= hashes_R >> np.uint64(29)
+        hashes_R *= _PRIMES[1]
+        hashes_R ^= hashes_R >> np.uint64(32)
+        hashes_R *= _PRIMES[2]
+    result_DxK = np.full((len(sizes_D), SKETCH), _EMPTY, np.uint32)
+    slots_R = documents_T[begins_T] * SKETCH + (hashes_R >> np.uint64(60)).astype(np.int64) % SKETCH
+    np.minimum.at(result_DxK.reshape(-1), slots_R, (hashes_R >> np.uint64(20)).astype(np.uint32))
+    return result_DxK
 
 
 class Pair(NamedTuple):

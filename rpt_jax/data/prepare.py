@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import os
@@ -16,7 +17,6 @@ import numpy as np
 from rpt_jax.config import DataConfig
 from rpt_jax.data.corpus import (
     LEFT_OUT,
-    REJECTED,
     SIDES,
     Rejects,
     fingerprints,
@@ -25,7 +25,7 @@ from rpt_jax.data.corpus import (
     split,
 )
 from rpt_jax.data.files import find_units
-from rpt_jax.data.near_duplicates import near_duplicates, sketch
+from rpt_jax.data.near_duplicates import near_duplicates, sketches
 from rpt_jax.data.readers import Document, Rejected
 from rpt_jax.data.shards import (
     INDEX,
@@ -45,6 +45,7 @@ FORMAT = 2
 SHARD_BYTES = 32 * 2**20  # Of files, where data.shard does not say how many shards there are.
 _BATCH = 256  # Documents that are tokenised at a time,
 _BATCH_BYTES = 2**20  # or fewer, where they are long.
+_REJECTED = "rejected"  # What was found where a document should be.
 NEAR_DUPLICATES = "near_duplicates.jsonl"
 # What decides which tokens a prepared corpus holds, and in which windows.
 _CONTENT = ("source", "text_field", "document_template", "max_document_bytes", "seed", "max_document_tokens")
@@ -89,7 +90,7 @@ def tokenise_shard(
     Raises: UserError, where a file cannot be read, with `data.strict` for the first bad document, and where the shard that is
     there was made from another corpus or with another tokenizer.
     """
-    tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    tokenizer = _load(tokenizer) if isinstance(tokenizer, str) else tokenizer
     made_from = {"content": content(config), "files": files_digest(config), "tokenizer": tokenizer.fingerprint}
     if summary := read_summary(directory, "tokens", shard, shards):
         check_same(directory, summary, made_from)
@@ -97,7 +98,7 @@ def tokenise_shard(
     index, names = (
         directory / f"{shard_name(kind, shard, shards)}{end}" for kind, end in (("index", ".bin"), ("names", ".txt"))
     )
-    listing = directory / f"{shard_name(REJECTED.partition('.')[0], shard, shards)}.jsonl"
+    listing = directory / f"{shard_name(_REJECTED, shard, shards)}.jsonl"
     with (
         ShardWriter(directory, "tokens", shard, shards) as writer,
         Rejects(config.strict, listing) as rejects,
@@ -105,24 +106,28 @@ def tokenise_shard(
         names.open("w", encoding="utf-8") as names_file,
     ):
         documents = rejects.keep(read_corpus(config, rejects.counts, shard, shards))
-        encoded = rejects.keep(_encode(tokenizer, documents))
         counts: collections.Counter = collections.Counter({"documents": 0, "tokens": 0, "text_bytes": 0})
-        for document, ids in encoded:
-            key, text = fingerprints(document, config.seed)
-            ids_S = np.array(ids, np.uint32)
-            index_file.write(
-                np.array([(text, key, len(ids), document.side, document.part, sketch(ids_S))], INDEX).tobytes()
-            )
-            names_file.write(json.dumps(document.name) + "\n")
-            counts.update(documents=1, tokens=len(ids), text_bytes=len(document.text.encode()))
-            for start in range(0, len(ids), config.max_document_tokens):
-                window = ids_S[start : start + config.max_document_tokens]
-                writer.write((window, tokenizer.byte_vocab.lengths_V[window]))
+        for batch in rejects.keep(_encode(tokenizer, documents)):
+            index_file.write(_index(batch, config.seed).tobytes())
+            names_file.writelines(json.dumps(document.name) + "\n" for document in batch.documents)
+            lengths_T = tokenizer.byte_vocab.lengths_V[batch.ids_T].astype(np.uint16)
+            counts["documents"] += len(batch.documents)
+            counts["tokens"] += len(lengths_T)
+            counts["text_bytes"] += int(lengths_T.sum())
+            first = 0
+            for size in batch.sizes_D.tolist():
+                for start in range(first, first + size, config.max_document_tokens):
+                    window = slice(start, min(start + config.max_document_tokens, first + size))
+                    writer.write((batch.ids_T[window], lengths_T[window]))
+                first += size
         index_file.flush()
         names_file.flush()
         rejected = {"rejected": dict(rejects.counts), "first_rejected": rejects.first}
         writer.commit({**made_from, **counts, **rejected}, (index, names))
     return read_summary(directory, "tokens", shard, shards) or {}
+
+
+_load = functools.lru_cache(maxsize=1)(load_tokenizer)  # Of a process that makes one shard after the other.
 
 
 def check_same(directory: Path, summary: Mapping[str, Any], made_from: Mapping[str, Any]) -> None:
@@ -135,18 +140,35 @@ def check_same(directory: Path, summary: Mapping[str, Any], made_from: Mapping[s
             )
 
 
-def _encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, list[int]] | Rejected]:
+class _Encoded(NamedTuple):
+    """Documents, all their token ids in a row, and how many are of each."""
+
+    documents: list[Document]
+    ids_T: np.ndarray
+    sizes_D: np.ndarray
+
+
+def _encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[_Encoded | Rejected]:
     for batch in _batches(documents):
         try:
-            yield from zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True)
+            yield _Encoded(batch, *tokenizer.encode_batch([d.text for d in batch]))
         except UserError:  # One of them holds what the tokenizer has no token for.
             for document in batch:
                 try:
-                    yield document, tokenizer.encode(document.text)
+                    yield _Encoded([document], *tokenizer.encode_batch([document.text]))
                 except UserError as error:
                     file, _, line = document.name.partition(":")
                     number = int(line.partition(":")[0]) if line.partition(":")[0].isdecimal() else 0
                     yield Rejected(file, number, "not in the tokenizer", f"{document.name}: {error}")
+
+
+def _index(batch: _Encoded, seed: int) -> np.ndarray:
+    """What is kept of each document, INDEX [D]."""
+    rows_D = np.empty(len(batch.documents), INDEX)
+    rows_D["key"], rows_D["text"] = np.array([fingerprints(d, seed) for d in batch.documents], np.uint64).T
+    rows_D["side"], rows_D["part"] = np.array([(d.side, d.part) for d in batch.documents]).T
+    rows_D["tokens"], rows_D["sketch"] = batch.sizes_D, sketches(batch.ids_T, batch.sizes_D)
+    return rows_D
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -267,7 +289,7 @@ def report_corpus(corpus: Corpus) -> dict[str, Any]:
     sides_D, directory, shards = corpus.sides_D, corpus.directory, corpus.shards
     if repeated := int(np.sum(sides_D == LEFT_OUT)):
         rejected["duplicate"] += repeated
-    listings = sorted(directory.glob(f"{REJECTED.partition('.')[0]}-*.jsonl"))
+    listings = sorted(directory.glob(f"{_REJECTED}-*.jsonl"))
     report_rejects(rejected, ", ".join(map(str, listings[:3])) + ", …" * (len(listings) > 3))
     held_D, train_D = (np.flatnonzero(sides_D == SIDES.index(side)) for side in ("held_out", "train"))
     held_out = np.concatenate(list(_sketches(corpus, "held_out")))

@@ -43,7 +43,7 @@ def shard_name(kind: str, shard: int, shards: int) -> str:
 
 def pack(number: int, arrays: Sequence[np.ndarray], kind: str) -> bytes:
     """Write a record: a checksum of 4 bytes, then the arrays."""
-    data = b"".join(np.asarray(a).astype(t).tobytes() for a, t in zip(arrays, FIELDS[kind], strict=True))
+    data = b"".join(np.asarray(a, t).tobytes() for a, t in zip(arrays, FIELDS[kind], strict=True))
     return _checksum(number, data) + data
 
 
