@@ -1,15 +1,18 @@
 """Speed and memory of the way from text to prompts: preparing tokens, scoring them, drawing prompts from them.
 
 A corpus of so many megabytes is generated in a temporary folder and prepared as task "score" does it. Beside preparing stands
-the tokenizer alone on the same texts, already in memory, on as many threads as it likes; beside scoring, the policy's forward
-pass over full batches of documents of the longest length, to the log-probability of every token and nothing more. Nothing
-compiles while it is measured. Peak memory is that of the largest process, which is not this one where there are several shards.
+the tokenizer alone on the same texts, already in memory: that of `tokenizer.json` as its library encodes batches on all cores.
+Beside scoring, in turns, the policy's forward pass over full batches of documents of the longest length, to the log-probability
+of every token and nothing more. Nothing compiles while it is measured. Peak memory is that of the largest process, which is not
+this one where there are several shards.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import resource
 import tempfile
@@ -20,28 +23,37 @@ from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 from jax.sharding import Mesh
 
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
 from rpt_jax.data.pipeline import PromptStream, position_order
 from rpt_jax.data.positions import index_positions
+from rpt_jax.data.prepare import Corpus, open_tokens, parse_shard, report_corpus
 from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import Tokenizer
+from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.infra.sharding import make_mesh, shard_prompts, use_mesh
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.prepared import prepare
+from rpt_jax.prepared import prepare, tokenise_on_leader
 from rpt_jax.score import score_part
 from rpt_jax.setup import load_start
 
 _WORDS = 20_000
 _DOCUMENT_WORDS = 300
 _BATCH = 256
+_ALONE, _ALONE_BATCH = (
+    10_000,
+    4096,
+)  # Texts that the tokenizer alone encodes, and at a time: smaller batches are slower.
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", default="configs/tiny", help="directory of a policy with its tokenizer")
+    parser.add_argument(
+        "--tokenizer", default="", help="directory of another tokenizer: preparing alone is measured, with it"
+    )
     parser.add_argument("--megabytes", type=float, default=4.0, help="of generated text")
     parser.add_argument("--documents", type=int, default=32, help="of the longest length, in a batch that is scored")
     parser.add_argument("--tokens", type=int, default=256, help="of a window")
@@ -50,34 +62,55 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of the table. Raises: UserError, where the policy cannot be loaded."""
-    mesh = make_mesh(-1, 1, 1)
-    with tempfile.TemporaryDirectory() as folder, use_mesh(mesh):
-        policy, params, tokenizer = load_start(PolicyConfig(path=options.policy, preset=""), mesh)
+    """Return the columns and the rows of the table. Raises: UserError, where policy or tokenizer cannot be loaded."""
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.jsonl"
-        size = _generate(path, int(options.megabytes * 1e6))
+        _generate(path, int(options.megabytes * 1e6))
         data = DataConfig(source="path", path=str(path), max_document_tokens=options.tokens, workers=options.workers)
-        experiment = Experiment(data=data)
-        evaluation = dataclasses.replace(experiment.evaluation, score_documents=options.documents)
-        experiment = dataclasses.replace(experiment, evaluation=evaluation)
-        rows = [_tokenizer_alone(path, tokenizer, min(size, 2**24))]
-        full = _full_batches(experiment, policy, params, tokenizer, mesh)
-        lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
-        score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
-        times: dict[str, float] = {}
-        prepared = prepare(experiment, policy, params, tokenizer, mesh, Path(folder) / "prepared", times)
-        tokens = int(prepared.corpus.sizes_D.sum())
-        rows.append(
-            ["preparing: reading, tokenising, writing", times["tokenise"], size / times["tokenise"] / 1e6, "MB/s"]
-        )
-        rows += [
-            *full,
-            ["scoring the corpus, with reading and writing", times["score"], tokens / times["score"], "tokens/s"],
-        ]
-        rows.append(_prompts(experiment, tokenizer, prepared, options.batches))
+        tokenizer = load_tokenizer(options.tokenizer or options.policy)
+        rows, corpus = _preparing(data, tokenizer, Path(folder) / "prepared")
+        if not options.tokenizer:
+            rows += _scoring(options, data, corpus)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e3
     rows.append(["peak memory of a process", 0.0, peak, "MB"])
     return ["stage", "seconds", "figure", "unit"], rows
+
+
+def _preparing(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> tuple[list[list[Any]], Corpus]:
+    """Tokenise the corpus and open it."""
+    size = Path(data.path).stat().st_size
+    alone = _tokenizer_alone(Path(data.path), tokenizer)
+    start = time.perf_counter()
+    tokenise_on_leader(data, tokenizer, directory)
+    tokenised = time.perf_counter() - start
+    corpus = open_tokens(data, directory, parse_shard(data)[1])
+    report_corpus(corpus)
+    opened = time.perf_counter() - start - tokenised
+    rows = [
+        alone,
+        ["preparing: reading, tokenising, writing", tokenised, size / tokenised / 1e6, "MB/s"],
+        ["opening, splitting, looking for near-duplicates", opened, len(corpus.sizes_D) / opened, "documents/s"],
+    ]
+    return rows, corpus
+
+
+def _scoring(options: argparse.Namespace, data: DataConfig, corpus: Corpus) -> list[list[Any]]:
+    """Score the tokenised corpus and draw prompts from it."""
+    mesh, experiment = make_mesh(-1, 1, 1), Experiment(data=data)
+    evaluation = dataclasses.replace(experiment.evaluation, score_documents=options.documents)
+    experiment = dataclasses.replace(experiment, evaluation=evaluation)
+    with use_mesh(mesh):
+        policy, params, tokenizer = load_start(PolicyConfig(path=options.policy, preset=""), mesh)
+        rows = _full_batches(experiment, policy, params, tokenizer, mesh)
+        lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
+        score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
+        times: dict[str, float] = {}
+        prepared = prepare(experiment, policy, params, tokenizer, mesh, corpus.directory, times)
+        tokens = int(corpus.sizes_D.sum())
+        rows.append(
+            ["scoring the corpus, with reading and writing", times["score"], tokens / times["score"], "tokens/s"]
+        )
+        return [*rows, _prompts(experiment, tokenizer, prepared, options.batches)]
 
 
 def _generate(path: Path, size: int) -> int:
@@ -98,16 +131,18 @@ def _texts(path: Path) -> Iterator[str]:
         yield from (json.loads(line)["text"] for line in lines)
 
 
-def _tokenizer_alone(path: Path, tokenizer: Tokenizer, limit: int) -> list[Any]:
+def _tokenizer_alone(path: Path, tokenizer: Tokenizer) -> list[Any]:
     texts, size = [], 0
-    for text in _texts(path):
+    for text in itertools.islice(_texts(path), _ALONE):
         texts.append(text)
         size += len(text)
-        if size >= limit:
-            break
+    encode = tokenizer.encode_ordinary
+    if tokenizer.source.endswith(".json"):
+        library = tokenizers.Tokenizer.from_file(tokenizer.source)
+        encode = functools.partial(library.encode_batch, add_special_tokens=False)
     start = time.perf_counter()
-    for first in range(0, len(texts), _BATCH):
-        tokenizer.encode_ordinary(texts[first : first + _BATCH])
+    for first in range(0, len(texts), _ALONE_BATCH):
+        encode(texts[first : first + _ALONE_BATCH])
     seconds = time.perf_counter() - start
     return ["the tokenizer alone", seconds, size / seconds / 1e6, "MB/s"]
 
