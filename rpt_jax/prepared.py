@@ -16,7 +16,9 @@ from rpt_jax.data.prepare import (
     files_digest,
     open_tokens,
     parse_shard,
+    parts_to_prepare,
     report_corpus,
+    steps,
     summaries,
     tokenise,
 )
@@ -85,7 +87,7 @@ def prepare(
 def tokenise_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
     """`tokenise` with its progress, in one process of all; the others wait for it. Raises: UserError."""
     if is_leader():
-        with Progress("tokenise, shards", len(parse_shard(data)[0])) as progress:
+        with Progress("tokenise, parts of files", sum(map(steps, parts_to_prepare(data)))) as progress:
             tokenise(data, tokenizer, directory, progress.advance)
     wait_for_all("tokenised")
 

@@ -93,7 +93,11 @@ def test_several_shards_are_made_in_processes(
     monkeypatch.setattr(prepare, "SHARD_BYTES", 3000)
     numbers, shards = parse_shard(corpus)
     assert shards == 3 and numbers == [0, 1, 2]
-    tokenise(corpus, TOKENIZER, tmp_path / "a", quietly)
+    for there in (False, True):
+        told: list[str] = []
+        tokenise(corpus, TOKENIZER, tmp_path / "a", told.append)
+        assert len(told) == sum(map(prepare.steps, prepare.parts_to_prepare(corpus))) == 3
+        assert all(("is there" in words) == there for words in told)
     tokenised(corpus, tmp_path / "b", 3)
     for name in ("tokens-00001-of-00003.array_record", "index-00002-of-00003.bin", "names-00000-of-00003.txt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -16,15 +16,15 @@ import importlib.util
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from rpt_jax.config import DataConfig
-from rpt_jax.data.files import find_units
+from rpt_jax.data.files import Unit, find_units
 from rpt_jax.data.pieces import PIECE_CHARACTERS
 from rpt_jax.data.readers import BY_HASH, Document, Rejected, read_unit
 from rpt_jax.errors import UserError
@@ -37,6 +37,15 @@ _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _FLOAT_NOISE = re.compile(r"\d\.\d{7}")  # 14.500000000000002: an artefact of the generator that nobody could predict.
 
 
+class Part(NamedTuple):
+    """One of `shards` parts of a corpus; `units` are those of the files that it has, None for all."""
+
+    shard: int = 0
+    shards: int = 1
+    units: Sequence[Unit] | None = None
+
+
+WHOLE = Part()
 _T = TypeVar("_T")
 
 
@@ -107,15 +116,21 @@ def training_texts(config: DataConfig, most_bytes: int) -> Iterator[str]:
 
 
 def read_corpus(
-    config: DataConfig, skipped: collections.Counter, shard: int = 0, shards: int = 1
+    config: DataConfig, skipped: collections.Counter, part: Part = WHOLE, advance: Callable[[], None] = lambda: None
 ) -> Iterator[Document | Rejected]:
-    """Yield the documents of one of `shards` parts of the corpus, in order; what a generator skips is counted."""
+    """Yield the documents of a part of the corpus, in order; what a generator skips is counted in `skipped`.
+
+    Args:
+      advance: called after each unit of the part; where there are none, after all of it.
+    """
     if config.source == "path":
-        for unit in find_units(config)[shard::shards]:
+        for unit in find_units(config) if part.units is None else part.units:
             yield from read_unit(unit, config)
+            advance()
     else:
         generate = {"gsm_symbolic": _gsm_symbolic, "champ": _champ}[config.source]
-        yield from generate(config, skipped)[shard::shards]
+        yield from generate(config, skipped)[part.shard :: part.shards]
+        advance()
 
 
 def fingerprints(document: Document, seed: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from rpt_jax.config import DataConfig
 from rpt_jax.data.corpus import (
     LEFT_OUT,
     SIDES,
+    Part,
     Rejects,
     fingerprints,
     read_corpus,
@@ -67,6 +68,18 @@ def parse_shard(config: DataConfig) -> tuple[list[int], int]:
     return list(range(shards)), shards
 
 
+def parts_to_prepare(config: DataConfig) -> list[Part]:
+    """What `parse_shard` names, with the files that each shard is made of. Raises: UserError."""
+    mine, shards = parse_shard(config)
+    units = find_units(config) if config.source == "path" else None
+    return [Part(shard, shards, units and units[shard::shards]) for shard in mine]
+
+
+def steps(part: Part) -> int:
+    """How often `tokenise_shard` tells that it got further."""
+    return 1 if part.units is None else len(part.units)
+
+
 def content(config: DataConfig) -> dict[str, Any]:
     """The fields that decide which tokens a prepared corpus holds."""
     names = (*_CONTENT, *(_GENERATED if config.source == "gsm_symbolic" else ()))
@@ -80,21 +93,36 @@ def files_digest(config: DataConfig) -> str:
 
 
 def tokenise_shard(
-    config: DataConfig, tokenizer: Tokenizer | str, directory: Path, shard: int, shards: int
-) -> dict[str, Any]:
-    """Write one shard of tokens, or leave the one that is there, and return its summary.
+    config: DataConfig,
+    tokenizer: Tokenizer | str,
+    directory: Path,
+    part: Part,
+    files: str,
+    advance: Callable[[str], None],
+) -> None:
+    """Write one shard of tokens, or leave the one that is there.
 
     Args:
       tokenizer: or where to load it from, in another process.
+      files: `files_digest`.
+      advance: called with a few words, `steps(part)` times.
 
     Raises: UserError, where a file cannot be read, with `data.strict` for the first bad document, and where the shard that is
     there was made from another corpus or with another tokenizer.
     """
     tokenizer = _load(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    made_from = {"content": content(config), "files": files_digest(config), "tokenizer": tokenizer.fingerprint}
+    made_from = {"content": content(config), "files": files, "tokenizer": tokenizer.fingerprint}
+    shard, shards, _ = part
     if summary := read_summary(directory, "tokens", shard, shards):
         check_same(directory, summary, made_from)
-        return summary
+        for _ in range(steps(part)):
+            advance(f"shard {shard} is there")
+        return
+    counts: collections.Counter = collections.Counter({"documents": 0, "tokens": 0, "text_bytes": 0})
+
+    def tell() -> None:
+        advance(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of shard {shard}/{shards}")
+
     index, names = (
         directory / f"{shard_name(kind, shard, shards)}{end}" for kind, end in (("index", ".bin"), ("names", ".txt"))
     )
@@ -105,8 +133,7 @@ def tokenise_shard(
         index.open("wb") as index_file,
         names.open("w", encoding="utf-8") as names_file,
     ):
-        documents = rejects.keep(read_corpus(config, rejects.counts, shard, shards))
-        counts: collections.Counter = collections.Counter({"documents": 0, "tokens": 0, "text_bytes": 0})
+        documents = rejects.keep(read_corpus(config, rejects.counts, part, tell))
         for batch in rejects.keep(_encode(tokenizer, documents)):
             index_file.write(_index(batch, config.seed).tobytes())
             names_file.writelines(json.dumps(document.name) + "\n" for document in batch.documents)
@@ -124,7 +151,6 @@ def tokenise_shard(
         names_file.flush()
         rejected = {"rejected": dict(rejects.counts), "first_rejected": rejects.first}
         writer.commit({**made_from, **counts, **rejected}, (index, names))
-    return read_summary(directory, "tokens", shard, shards) or {}
 
 
 _load = functools.lru_cache(maxsize=1)(load_tokenizer)  # Of a process that makes one shard after the other.
@@ -187,33 +213,36 @@ def tokenise(config: DataConfig, tokenizer: Tokenizer, directory: Path, advance:
     """Tokenise the shards that `data.shard` names, each in a process of its own where there are several.
 
     Args:
-      advance: called with a few words after each shard.
+      advance: see `tokenise_shard`.
 
     Raises: UserError, as `tokenise_shard` does.
     """
-    mine, shards = parse_shard(config)
+    parts, files = parts_to_prepare(config), files_digest(config)
     directory.mkdir(parents=True, exist_ok=True)
-    if len(mine) == 1:
-        advance(_status(tokenise_shard(config, tokenizer, directory, mine[0], shards)))
+    if len(parts) == 1:
+        tokenise_shard(config, tokenizer, directory, parts[0], files, advance)
         return
-    workers = min(len(mine), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(len(parts), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     # Spawned, because a fork of a process in which JAX has threads may hang.
     context = multiprocessing.get_context("spawn")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Of the workers: each is one of as many as there are cores.
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        jobs = [pool.submit(tokenise_shard, config, tokenizer.source, directory, shard, shards) for shard in mine]
+    with context.Manager() as manager, concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        told = manager.Queue()
+        fixed = (config, tokenizer.source, directory)
+        jobs = [pool.submit(tokenise_shard, *fixed, part, files, told.put) for part in parts]
+        for job in jobs:
+            job.add_done_callback(lambda _: told.put(""))  # After what it told itself.
+        completed = concurrent.futures.as_completed(jobs)
         try:
-            for job in concurrent.futures.as_completed(jobs):
-                advance(_status(job.result()))
+            for _ in jobs:
+                while words := told.get():
+                    advance(words)
+                next(completed).result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         finally:
             del os.environ["TOKENIZERS_PARALLELISM"]
-
-
-def _status(summary: dict[str, Any]) -> str:
-    return f"{summary['documents']:,} documents, {summary['tokens']:,} tokens in the last shard"
 
 
 # --- the whole ------------------------------------------------------------------------------------
