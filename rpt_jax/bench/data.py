@@ -33,6 +33,7 @@ from rpt_jax.data.positions import index_positions
 from rpt_jax.data.prepare import Corpus, open_tokens, parse_shard, report_corpus
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.infra.metrics import Progress
 from rpt_jax.infra.sharding import make_mesh, shard_prompts, use_mesh
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
@@ -42,6 +43,7 @@ from rpt_jax.setup import load_start
 
 _WORDS = 20_000
 _DOCUMENT_WORDS = 300
+_PART = 16 * 10**6
 _BATCH = 256
 _ALONE, _ALONE_BATCH = (
     10_000,
@@ -113,17 +115,18 @@ def _scoring(options: argparse.Namespace, data: DataConfig, corpus: Corpus) -> l
         return [*rows, _prompts(experiment, tokenizer, prepared, options.batches)]
 
 
-def _generate(path: Path, size: int) -> int:
-    """Write documents of made-up words, frequent and rare, until `size` bytes; return how many there are."""
+def _generate(path: Path, size: int) -> None:
+    """Write documents of made-up words, frequent and rare, until `size` bytes."""
     rng = np.random.default_rng(0)
     letters = rng.integers(ord("a"), ord("z") + 1, (_WORDS, 9)).astype(np.uint8)
     words = [row[: 2 + i % 8].tobytes().decode() for i, row in enumerate(letters)]
-    written = 0
-    with path.open("w") as file:
-        while written < size:
-            chosen = np.minimum(rng.zipf(1.3, _DOCUMENT_WORDS), _WORDS) - 1
-            written += file.write(json.dumps({"text": " ".join(words[i] for i in chosen)}) + "\n")
-    return written
+    written, parts = 0, -(-size // _PART)
+    with path.open("w") as file, Progress("generate, parts of a corpus", parts) as progress:
+        for part in range(1, parts + 1):
+            while written < min(size, part * _PART):
+                chosen = np.minimum(rng.zipf(1.3, _DOCUMENT_WORDS), _WORDS) - 1
+                written += file.write(json.dumps({"text": " ".join(words[i] for i in chosen)}) + "\n")
+            progress.advance(f"{written / 1e6:,.0f} MB")
 
 
 def _texts(path: Path) -> Iterator[str]:
