@@ -13,6 +13,8 @@
 # overrule those above, arguments behind it are those of rpt_jax.main:
 #
 #   sbatch --nodes=8 launch/slurm_gpu.sh --config=configs/rpt_14b.py --workdir=/shared/runs/14b
+#   sbatch --array=0-63 --nodes=1 launch/slurm_gpu.sh --config=configs/score_14b.py --workdir=/shared/omnimath \
+#       --config.data.shard=%a/64                       %a is the number in the array: a corpus is prepared in parts
 #   bash launch/slurm_gpu.sh --dry-run --config=...     prints what would be run, and runs nothing
 #
 # Repository, environment (see setup.sh) and --workdir must be on a file system that all nodes share. 300 s before its time is
@@ -34,6 +36,7 @@ root=${SLURM_SUBMIT_DIR:-$PWD}
 # shellcheck source=launch/again.sh
 . "$root/launch/again.sh"
 
+set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # The tasks end by themselves when one of them does, and each with its own exit code.
 command=(srun --kill-on-bad-exit=0 "$python" -P -m rpt_jax.main "--config.checkpoint.grace_seconds=${RPT_GRACE:-240}" "$@")

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rpt_jax.config import DataConfig
+from rpt_jax.data.prepare import parse_shard
 from rpt_jax.infra.hosts import Hosts, find_hosts
 from tests.test_launch import ROOT, Clone
 
@@ -264,6 +266,16 @@ def test_slurm_runs_a_task_a_node_and_goes_on_after_75(clone: Clone) -> None:
     assert others == [call, call], "and nothing goes back into the queue"
 
 
+@pytest.mark.parametrize(
+    ("environ", "shard"), [({"SLURM_ARRAY_TASK_ID": "3"}, "3/64"), ({}, "%a/64")], ids=["array", "none"]
+)
+def test_slurm_s_array_prepares_a_part_each(clone: Clone, environ: dict[str, str], shard: str) -> None:
+    process, calls = submit(clone, "--workdir=/my runs/%a", "--config.data.shard=%a/64", codes="0\n", **environ)
+    process.communicate(timeout=60)
+    workdir = "/my runs/" + shard.partition("/")[0]
+    assert process.returncode == 0 and calls.read_text().endswith(f" --workdir={workdir} --config.data.shard={shard}\n")
+
+
 def test_slurm_puts_a_job_that_has_to_go_back_into_the_queue(clone: Clone) -> None:
     process, calls = submit(clone, "--config=c.py", codes="hang\n")
     wait_for(calls, "srun")
@@ -322,6 +334,23 @@ def test_the_jobset_has_what_its_schema_requires_and_fits_together() -> None:
     assert find_hosts(None, None, None, environ) == Hosts(address, 8476, job["parallelism"], 3)
     grace = next(int(a.partition("=")[2]) for a in container["args"] if "grace_seconds" in a)
     assert grace < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_job_prepares_every_part_of_a_corpus() -> None:
+    job = yaml.safe_load((ROOT / "launch" / "gke_prepare.yaml").read_text())
+    assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    pod, parts = job["spec"]["template"]["spec"], job["spec"]["completions"]
+    [container] = pod["containers"]
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy takes no other"
+    assert job["spec"]["maxFailedIndexes"] <= parts, "asked for by backoffLimitPerIndex"
+    failing, _ = job["spec"]["podFailurePolicy"]["rules"]
+    assert failing["onExitCodes"]["containerName"] == container["name"] and 75 not in failing["onExitCodes"]["values"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    [variable] = container["env"]
+    asked = dict(argument.removeprefix("--config.data.").partition("=")[::2] for argument in container["args"])
+    for index in range(parts):
+        shard = asked["shard"].replace(f"$({variable['name']})", str(index))
+        assert parse_shard(DataConfig(shard=shard)) == ([index], parts)
 
 
 def test_the_image_holds_what_a_run_needs() -> None:
