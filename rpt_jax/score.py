@@ -70,13 +70,13 @@ def largest(values_MxV: jax.Array, k: int) -> jax.Array:
     groups = min(_GROUPS, 2 ** math.ceil(math.log2(2 * math.sqrt(size))))
     padded = jnp.pad(values_MxV, ((0, 0), (0, -size % groups)), constant_values=-jnp.inf)
     grouped_MxGxS = padded.reshape(rows, groups, -1)
-    rows_M, places_Gx1 = jnp.arange(rows), jnp.arange(groups)[:, None]
+    places_Gx1 = jnp.arange(groups)[:, None]
 
     def take(state: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], jax.Array]:
         heads_GxM, last_M, last_place_M, equal_M = state
         value_M = heads_GxM.max(axis=0)
         place_M = jnp.where(heads_GxM == value_M, places_Gx1, groups - 1).min(axis=0)
-        group_MxS = grouped_MxGxS.at[rows_M, place_M].get(mode="promise_in_bounds", unique_indices=True)
+        group_MxS = jnp.take_along_axis(grouped_MxGxS, place_M[:, None, None], axis=1, mode="promise_in_bounds")[:, 0]
         # Of equal values in one group, how many were taken: they follow each other.
         equal_M = jnp.where((value_M == last_M) & (place_M == last_place_M), equal_M, 0) + 1
         below_M = jnp.where(group_MxS < value_M[:, None], group_MxS, -jnp.inf).max(axis=1)
