@@ -19,7 +19,16 @@ from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.data.cold_start import TraceWriter
 from rpt_jax.data.corpus import training_texts
 from rpt_jax.data.pipeline import example_stream
-from rpt_jax.data.prepare import Windows, content, files_digest, open_tokens, parse_shard, report_corpus
+from rpt_jax.data.prepare import (
+    Windows,
+    content,
+    files_digest,
+    open_tokens,
+    parse_shard,
+    parts_to_prepare,
+    report_corpus,
+    steps,
+)
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.data.tokenizer_training import train_sentencepiece
@@ -261,7 +270,10 @@ def _start(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Transform
             f"{shape.vocab}."
         )
     if is_leader() and not path.exists():
-        train_sentencepiece(training_texts(experiment.data, _TOKENIZER_BYTES), vocab_size, path)
+        whole = dataclasses.replace(experiment.data, shard="")
+        with Progress("read for a tokenizer, parts of files", 2 * sum(map(steps, parts_to_prepare(whole)))) as progress:
+            texts = training_texts(whole, _TOKENIZER_BYTES, progress.advance)
+            train_sentencepiece(texts, vocab_size, path)
     wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
     policy = make_policy(experiment.policy, shape, tokenizer)

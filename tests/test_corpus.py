@@ -256,13 +256,17 @@ def test_unknown_source_gets_a_suggestion():
 # --- texts that a tokenizer is trained on ------------------------------------------------------------
 
 
+def quietly():
+    pass
+
+
 def test_training_texts_are_those_of_training(tmp_path):
     config = write_jsonl(tmp_path / "a.jsonl", [f"text {i} {'é' * (i % 7)}" for i in range(50)] + ["text 3 ééé", ""])
     train = [document.text for document in load_corpus(config).train]
-    assert list(training_texts(config, 2**20)) == train
-    some = list(training_texts(config, 200))
+    assert list(training_texts(config, 2**20, quietly)) == train
+    some = list(training_texts(config, 200, quietly))
     assert 150 < sum(len(text.encode()) for text in some) <= 200 and some == [text for text in train if text in some]
     backward = write_jsonl(tmp_path / "b.jsonl", [f"text {i} {'é' * (i % 7)}" for i in range(50)][::-1])
-    assert list(training_texts(backward, 200)) == some[::-1]
-    assert len(list(training_texts(config, 1))) == 1
-    assert list(training_texts(GSM, 2**30)) == [document.text for document in load_corpus(GSM).train]
+    assert list(training_texts(backward, 200, quietly)) == some[::-1]
+    assert len(list(training_texts(config, 1, quietly))) == 1
+    assert list(training_texts(GSM, 2**30, quietly)) == [document.text for document in load_corpus(GSM).train]

@@ -96,14 +96,19 @@ def report_rejects(counts: dict[str, int], where: str) -> None:
         print(f"Left out of the corpus: {reasons}.{f' Listed in {where}.' if where else ''}")
 
 
-def training_texts(config: DataConfig, most_bytes: int) -> Iterator[str]:
+def training_texts(config: DataConfig, most_bytes: int, advance: Callable[[], None]) -> Iterator[str]:
     """Yield the texts of the training documents, in order; of a corpus with more than `most_bytes`, some of them.
 
     Which ones depends on `data.seed` and on what they say. The corpus is read twice, and what stays in memory are 32 bytes for
-    every document. Raises: UserError, as `read_corpus` and `split` do, and with `data.strict` for what is no document.
+    every document.
+
+    Args:
+      advance: see `read_corpus`; twice as often.
+
+    Raises: UserError, as `read_corpus` and `split` do, and with `data.strict` for what is no document.
     """
     rejects, rows = Rejects(config.strict), array.array("Q")
-    for document in rejects.keep(read_corpus(config, collections.Counter())):
+    for document in rejects.keep(read_corpus(config, collections.Counter(), advance=advance)):
         rows.extend((*fingerprints(document, config.seed), len(document.text.encode()), document.side - BY_HASH))
     keys_D, texts_D, sizes_D, sides_D = np.frombuffer(rows, np.uint64).reshape(-1, 4).T
     sides_D = split(keys_D, texts_D, sides_D.astype(np.int8) + np.int8(BY_HASH), config, rejects.first)
@@ -111,7 +116,7 @@ def training_texts(config: DataConfig, most_bytes: int) -> Iterator[str]:
     by_key_M = train_M[np.argsort(keys_D[train_M], kind="stable")]
     chosen_D = np.zeros(len(keys_D), bool)
     chosen_D[by_key_M[: max(1, np.searchsorted(np.cumsum(sizes_D[by_key_M]), most_bytes, side="right"))]] = True
-    again = Rejects(False).keep(read_corpus(config, collections.Counter()))
+    again = Rejects(False).keep(read_corpus(config, collections.Counter(), advance=advance))
     yield from (document.text for document, chosen in zip(again, chosen_D, strict=True) if chosen)
 
 
