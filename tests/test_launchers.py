@@ -117,7 +117,13 @@ def test_again_gives_up(tmp_path: Path) -> None:
 def test_whoever_stops_again_stops_the_command_for_good(tmp_path: Path, number: signal.Signals) -> None:
     command = 'trap "echo saved; sleep 0.3; exit 75" TERM; echo here >here; while :; do sleep 0.1; done'
     process = subprocess.Popen(
-        ["bash", ROOT / "launch" / "again.sh", "bash", "-c", command], cwd=tmp_path, stdout=-1, stderr=-1, text=True
+        ["bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
+        cwd=tmp_path,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        # Where the tests run in the background of a script it is ignored, and bash cannot trap what is ignored at its start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(tmp_path / "here", "here")
     process.send_signal(number)

@@ -175,7 +175,8 @@ def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batche
     windows = prepared.corpus.windows("train")
     stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
     order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_document=0, seed=0)
-    builder = PromptBuilder(PromptConfig(open_think=False), tokenizer)
+    longest = experiment.data.max_document_tokens
+    builder = PromptBuilder(PromptConfig(open_think=False, max_tokens=longest), tokenizer)
     stream = PromptStream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
     next(stream)  # The workers start.
     start = time.perf_counter()

@@ -97,7 +97,7 @@ class Tokenizer:
         ids_T = np.fromiter(itertools.chain.from_iterable(batch), np.uint32, sizes_D.sum())
         # As many bytes as each text has, and together the same ones: so each has its own.
         ends_T = np.concatenate([[0], np.cumsum(self.byte_vocab.lengths_V[ids_T])])
-        ends_D = ends_T[np.cumsum(sizes_D)] if len(batch) else ends_T
+        ends_D = ends_T[np.cumsum(sizes_D)]
         wanted = [text.encode("utf-8") for text in texts]
         if ends_D.tolist() != list(itertools.accumulate(map(len, wanted))) or self._joined(ids_T) != b"".join(wanted):
             for text, data, ids in zip(texts, wanted, batch, strict=True):
