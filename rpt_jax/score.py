@@ -218,7 +218,7 @@ def score_shard(
             scores = score_part(experiment, policy, params, tokenizer, mesh, [ids for ids, _ in windows])
             for (_, lengths_S), score in zip(windows, scores, strict=True):
                 if writer:
-                    writer.write(stored_entropies(score, lengths_S))
+                    writer.write(stored_entropies(score, lengths_S), [len(lengths_S)])
                 bins = np.minimum(score.entropy_S[lengths_S > 0] / BIN, BINS - 1).astype(np.int64)
                 histogram += np.bincount(bins, minlength=BINS)
             advance(f"shard {shard} of {shards}")

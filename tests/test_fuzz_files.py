@@ -235,7 +235,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path
     tokenise(config, tokenizer, directory / "whole", lambda words: None)
     with ShardWriter(directory / "whole", "scores", 0, 1) as writer:
         for _ in TEXTS:
-            writer.write([np.zeros(4), np.zeros(4)])
+            writer.write([np.zeros(4), np.zeros(4)], [4])
         writer.commit({"histogram": [4], "proxy": "p"})
     manifest = {
         "content": prepare.content(config),

@@ -25,7 +25,7 @@ from rpt_jax.data.corpus import SIDES
 from rpt_jax.data.near_duplicates import _PRIMES, _SHINGLE, near_duplicates, sketches
 from rpt_jax.data.positions import STAGES, index_positions, quantiles
 from rpt_jax.data.prepare import open_tokens, parse_shard, tokenise
-from rpt_jax.data.shards import SKETCH, Records, ShardWriter, read_summary
+from rpt_jax.data.shards import FIELDS, SKETCH, Records, ShardWriter, pack, read_summary, unpack
 from rpt_jax.data.tokenizer import load_tokenizer
 from rpt_jax.errors import UserError
 from tests.whole_corpus import load_corpus
@@ -136,7 +136,7 @@ def test_every_altered_byte_of_a_shard_is_noticed(tmp_path: Path) -> None:
     ]
     with ShardWriter(tmp_path, "tokens", 0, 1) as writer:
         for record in written:
-            writer.write(record)
+            writer.write(record, [len(record[0])])
         writer.commit({})
     path = tmp_path / "tokens-00000-of-00001.array_record"
     data = path.read_bytes()
@@ -171,7 +171,7 @@ def test_records_can_be_sent_to_workers_and_swapped_ones_are_noticed(tmp_path: P
     for shard in range(2):
         with ShardWriter(tmp_path, "scores", shard, 2) as writer:
             for i in range(3):
-                writer.write((np.full(2, 10 * shard + i), np.zeros(2)))
+                writer.write((np.full(2, 10 * shard + i), np.zeros(2)), [2])
             writer.commit({})
     records = Records(tmp_path, "scores", 2)
     assert [float(e[0]) for e, _ in sent(records)] == [0, 1, 2, 10, 11, 12]
@@ -195,9 +195,23 @@ def test_a_corpus_without_a_document_is_a_sentence(tmp_path: Path) -> None:
     assert len(Records(tmp_path / "run", "scores", 1)) == 0
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(2, 5), st.sampled_from(["tokens", "scores"]))
+@settings(deadline=None)
+def test_records_hold_windows_that_no_documents_share(sizes: list[int], longest: int, kind: str) -> None:
+    rng, total = np.random.default_rng(sum(sizes)), sum(sizes)
+    arrays = [rng.integers(0, 2**16, total).astype(t) for t in FIELDS[kind]]
+    ends = prepare._window_ends(np.array(sizes), longest)
+    found = [unpack(record, kind) for record in pack(7, arrays, ends, kind)]
+    windows = [(d, o) for d, size in enumerate(sizes) for o in range(0, size, longest)]
+    assert [len(a) for a, _ in found] == [min(longest, sizes[d] - o) for d, o in windows]
+    for whole, parts in zip(arrays, zip(*found, strict=True), strict=True):
+        assert {part.dtype for part in parts} == {whole.dtype}
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
 def test_an_unfinished_shard_is_no_shard(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, "scores", 0, 1) as writer:
-        writer.write((np.zeros(1), np.zeros(1)))
+        writer.write((np.zeros(1), np.zeros(1)), [1])
         raise KeyboardInterrupt
     assert read_summary(tmp_path, "scores", 0, 1) is None and not list(tmp_path.iterdir())
 
@@ -212,7 +226,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> Records:
         for _ in range(30):
             entropy = rng.exponential(1.0, rng.integers(1, 50)).astype(np.float32)
             entropy[rng.random(len(entropy)) < 0.1] = -1.0  # Special tokens.
-            writer.write((entropy, entropy / 2))
+            writer.write((entropy, entropy / 2), [len(entropy)])
         writer.commit({})
     return Records(directory, "scores", 1)
 

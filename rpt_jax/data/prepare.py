@@ -42,7 +42,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.whole import write_whole
 
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 32 * 2**20  # Of files, where data.shard does not say how many shards there are.
 _BATCH = 256  # Documents that are tokenised at a time,
 _BATCH_BYTES = 2**20  # or fewer, where they are long.
@@ -141,12 +141,7 @@ def tokenise_shard(
             counts["documents"] += len(batch.documents)
             counts["tokens"] += len(lengths_T)
             counts["text_bytes"] += int(lengths_T.sum())
-            first = 0
-            for size in batch.sizes_D.tolist():
-                for start in range(first, first + size, config.max_document_tokens):
-                    window = slice(start, min(start + config.max_document_tokens, first + size))
-                    writer.write((batch.ids_T[window], lengths_T[window]))
-                first += size
+            writer.write((batch.ids_T, lengths_T), _window_ends(batch.sizes_D, config.max_document_tokens))
         index_file.flush()
         names_file.flush()
         rejected = {"rejected": dict(rejects.counts), "first_rejected": rejects.first}
@@ -186,6 +181,14 @@ def _encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[_En
                     file, _, line = document.name.partition(":")
                     number = int(line.partition(":")[0]) if line.partition(":")[0].isdecimal() else 0
                     yield Rejected(file, number, "not in the tokenizer", f"{document.name}: {error}")
+
+
+def _window_ends(sizes_D: np.ndarray, longest: int) -> list[int]:
+    """Where windows of at most `longest` tokens end that no document shares, in a row of all documents' tokens."""
+    ends = []
+    for end, size in zip(np.cumsum(sizes_D).tolist(), sizes_D.tolist(), strict=True):
+        ends += [*range(end - size + longest, end, longest), end]
+    return ends
 
 
 def _index(batch: _Encoded, seed: int) -> np.ndarray:

@@ -41,10 +41,19 @@ def shard_name(kind: str, shard: int, shards: int) -> str:
     return f"{kind}-{shard:05d}-of-{shards:05d}"
 
 
-def pack(number: int, arrays: Sequence[np.ndarray], kind: str) -> bytes:
-    """Write a record: a checksum of 4 bytes, then the arrays."""
-    data = b"".join(np.asarray(a, t).tobytes() for a, t in zip(arrays, FIELDS[kind], strict=True))
-    return _checksum(number, data) + data
+def pack(first: int, arrays: Sequence[np.ndarray], ends: Sequence[int], kind: str) -> Iterator[bytes]:
+    """Yield the records of windows that stand in a row and end at `ends`, numbered from `first`.
+
+    A record is a checksum of 4 bytes, then the arrays, of each first all lowest bytes, then all second ones …: bytes of a kind
+    beside each other are what a fast compressor needs.
+    """
+    typed = [np.ascontiguousarray(a, t) for a, t in zip(arrays, FIELDS[kind], strict=True)]
+    planes = [memoryview(plane.tobytes()) for a in typed for plane in a.view(np.uint8).reshape(-1, a.itemsize).T]
+    start = 0
+    for number, end in enumerate(ends, start=first):
+        data = b"".join([plane[start:end] for plane in planes])
+        yield _checksum(number, data) + data
+        start = end
 
 
 def _checksum(number: int, data: bytes) -> bytes:
@@ -61,12 +70,14 @@ class ShardWriter:
         self._path = self._base.with_name(f"{self._base.name}.array_record")
         self._partial = self._path.with_name(f"{self._path.name}.partial")
         # Groups of one record: prompts are drawn at random, and a record should not cost the reading of others.
-        self._writer = ArrayRecordWriter(str(self._partial), "group_size:1,zstd:1")
+        self._writer = ArrayRecordWriter(str(self._partial), "group_size:1,snappy")
         self._open, self.records = True, 0
 
-    def write(self, arrays: Sequence[np.ndarray]) -> None:
-        self._writer.write(pack(self.records, arrays, self._kind))
-        self.records += 1
+    def write(self, arrays: Sequence[np.ndarray], ends: Sequence[int]) -> None:
+        """Write a record for each of the windows that stand in a row in `arrays` and end at `ends`."""
+        for record in pack(self.records, arrays, ends, self._kind):
+            self._writer.write(record)
+        self.records += len(ends)
 
     def commit(self, summary: Mapping[str, Any], others: Sequence[Path] = ()) -> None:
         """Make the records, and the files `others`, the shard's; `summary` is kept beside their sizes."""
@@ -195,7 +206,8 @@ def unpack(record: bytes, kind: str) -> tuple[np.ndarray, ...]:
     types = [np.dtype(t) for t in FIELDS[kind]]
     tokens, arrays, at = (len(record) - 4) // sum(t.itemsize for t in types), [], 4
     for t in types:
-        arrays.append(np.frombuffer(record, t, tokens, at))
+        bytes_ = np.frombuffer(record, np.uint8, tokens * t.itemsize, at).reshape(t.itemsize, tokens)
+        arrays.append(np.ascontiguousarray(bytes_.T).reshape(-1).view(t))
         at += tokens * t.itemsize
     return tuple(arrays)
 
