@@ -103,6 +103,23 @@ def test_several_shards_are_made_in_processes(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Killed in the middle of their work; else they would hold this pipe open for ever."""
+    line = json.dumps({"text": "seven and five are twelve " * 400}) + "\n"
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(line * 2_000)
+    script = (
+        "from pathlib import Path\nfrom rpt_jax.config import DataConfig\nfrom rpt_jax.data import prepare, tokenizer\n"
+        f"config = DataConfig(source='path', path={str(tmp_path)!r})\n"
+        f"prepare.tokenise(config, tokenizer.load_tokenizer({str(TINY)!r}), Path({str(tmp_path / 'out')!r}), print)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-u", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "documents" in process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=20)
+    assert not list(tmp_path.glob("out/tokens-*.json"))
+
+
 def test_what_is_there_is_left_and_must_be_of_this_corpus(corpus: DataConfig, tmp_path: Path) -> None:
     tokenised(corpus, tmp_path, 2)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}

@@ -8,6 +8,8 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -229,10 +231,9 @@ def tokenise(config: DataConfig, tokenizer: Tokenizer, directory: Path, advance:
     # Spawned, because a fork of a process in which JAX has threads may hang.
     context = multiprocessing.get_context("spawn")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Of the workers: each is one of as many as there are cores.
-    with context.Manager() as manager, concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        told = manager.Queue()
-        fixed = (config, tokenizer.source, directory)
-        jobs = [pool.submit(tokenise_shard, *fixed, part, files, told.put) for part in parts]
+    told = context.SimpleQueue()
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (told,)) as pool:
+        jobs = [pool.submit(_tokenise_in_worker, config, tokenizer.source, directory, part, files) for part in parts]
         for job in jobs:
             job.add_done_callback(lambda _: told.put(""))  # After what it told itself.
         completed = concurrent.futures.as_completed(jobs)
@@ -246,6 +247,22 @@ def tokenise(config: DataConfig, tokenizer: Tokenizer, directory: Path, advance:
             raise
         finally:
             del os.environ["TOKENIZERS_PARALLELISM"]
+
+
+_told: Any = None  # In a worker: where it tells its progress.
+
+
+def _start_worker(told: Any) -> None:
+    """Make this process end with the one that started it: beside the next run it would write the same files."""
+    global _told
+    _told = told
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Who stops the whole from a terminal sends it to all.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _tokenise_in_worker(*arguments: Any) -> None:
+    tokenise_shard(*arguments, _told.put)
 
 
 # --- the whole ------------------------------------------------------------------------------------
