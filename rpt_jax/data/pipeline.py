@@ -11,6 +11,7 @@ import numpy as np
 from rpt_jax.data.positions import Position, PositionIndex
 from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
 from rpt_jax.errors import UserError
+from rpt_jax.infra.stopping import end_with_parent
 
 # grain would by default build 500 batches ahead: memory, and time on cores that are busy.
 _READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -83,7 +84,7 @@ class PromptStream:
         rest = batches[self._next - self._first :].to_iter_dataset(_READING)
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-            rest = rest.mp_prefetch(options)
+            rest = rest.mp_prefetch(options, worker_init_fn=lambda *_: end_with_parent())
         self._iterator = iter(rest)
 
 

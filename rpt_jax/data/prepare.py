@@ -8,8 +8,6 @@ import functools
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +40,7 @@ from rpt_jax.data.shards import (
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest
+from rpt_jax.infra.stopping import end_with_parent
 from rpt_jax.infra.whole import write_whole
 
 FORMAT = 3
@@ -253,12 +252,9 @@ _told: Any = None  # In a worker: where it tells its progress.
 
 
 def _start_worker(told: Any) -> None:
-    """Make this process end with the one that started it: beside the next run it would write the same files."""
     global _told
     _told = told
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Who stops the whole from a terminal sends it to all.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    end_with_parent()  # Beside the next run it would write the same files.
 
 
 def _tokenise_in_worker(*arguments: Any) -> None:

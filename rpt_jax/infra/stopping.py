@@ -7,6 +7,7 @@ waits for signals, and saves the last state that was whole while the main thread
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -52,6 +53,16 @@ def before_end(tell: Callable[[int, str], None] | None) -> None:
     """Name what is told the exit code and why before a signal ends this process."""
     global _before_end
     _before_end = tell
+
+
+def end_with_parent() -> None:
+    """Make this process, one of several that another one started, end with that one, however it ends.
+
+    It may end by `os._exit` or SIGKILL, of which its children hear nothing.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # A terminal sends it to all; the parent says what it means.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextlib.contextmanager
