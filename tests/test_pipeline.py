@@ -30,7 +30,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> PositionIndex:
     directory = tmp_path_factory.mktemp("index")
     with ShardWriter(directory, "scores", 0, 1) as writer:
         for ids in DOCUMENTS:
-            writer.write((np.arange(len(ids)), np.arange(len(ids))))
+            writer.write((np.arange(len(ids)), np.arange(len(ids))), [len(ids)])
         writer.commit({})
     counts = np.array([len(ids) - 3 for ids in DOCUMENTS[1:]], np.uint32)
     choice, numbers = Choice(2.0, np.inf, 1.0, 0, True, 0), np.arange(len(DOCUMENTS))
