@@ -31,7 +31,7 @@ from rpt_jax.infra.sharding import is_leader, wait_for_all
 from rpt_jax.infra.stopping import save_on_stop
 from rpt_jax.policy.transformer import Params, Transformer
 from rpt_jax.report import write_entropy_plot
-from rpt_jax.score import BIN, block_size, kept_share, score_shard
+from rpt_jax.score import BIN, forward_passes, kept_share, score_shard
 
 THRESHOLDS = (0.5, 1.0, 1.5)  # Nats; the borders of the paper's splits (section 4.1).
 
@@ -67,10 +67,11 @@ def prepare(
     start = time.perf_counter()
     tokenise_on_leader(experiment.data, tokenizer, directory)
     seconds_tokenising = time.perf_counter() - start
-    proxy, size = fingerprint_arrays(params), block_size(experiment)
+    proxy = fingerprint_arrays(params)
     start = time.perf_counter()
-    records = [read_summary(directory, "tokens", shard, shards)["records"] for shard in mine]
-    with Progress("score, blocks of documents", sum(-(-count // size) for count in records)) as progress:
+    passes = {shard: forward_passes(experiment, directory, shard, shards) for shard in mine}
+    there = sum(count for shard, count in passes.items() if read_summary(directory, "scores", shard, shards))
+    with Progress("score, batches of documents", sum(passes.values()), there) as progress:
         for shard in mine:
             score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, progress.advance)
     if seconds is not None:

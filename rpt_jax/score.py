@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.data.prepare import check_same
-from rpt_jax.data.shards import Records, ShardWriter, read_summary
+from rpt_jax.data.prepare import check_same, window_ends
+from rpt_jax.data.shards import Records, ShardWriter, read_index, read_summary
 from rpt_jax.data.tokenizer import Tokenizer
 from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.sharding import is_leader, shard_prompts, to_host
@@ -125,6 +125,7 @@ def score_documents(
     top_k: int,
     chunk: int,
     mesh: Mesh,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Scores]:
     """Score every position of every document.
 
@@ -135,6 +136,7 @@ def score_documents(
       batch: [memory] documents of that length a forward pass; shorter ones go in batches of as many tokens.
       top_k, chunk: see `top_k_entropy` and `over_token_chunks`.
       mesh: over which a batch is split.
+      advance: called after each batch.
     """
     scores: list[Any] = [None] * len(documents)
     waiting: list[tuple[list[int], Any]] = []  # What is computed while the host reads and writes.
@@ -145,8 +147,9 @@ def score_documents(
             leaves = to_host(leaves)
             for i, number in enumerate(numbers):
                 scores[number] = Scores(*(leaf[i, : len(documents[number])] for leaf in leaves))
+            advance()
 
-    for length, numbers in _buckets([len(ids) for ids in documents], size, batch):
+    for length, numbers in _buckets(np.array([len(ids) for ids in documents]), size, batch):
         rows = next_token_rows([documents[n] for n in numbers], batch * (size // length), bos_id, length)
         leaves = score_batch(policy, params, *shard_prompts(rows, mesh), top_k=top_k, chunk=chunk)
         waiting.append((numbers, leaves))
@@ -167,16 +170,14 @@ def next_token_rows(
     return inputs, targets, lengths
 
 
-def _buckets(lengths: Sequence[int], size: int, batch: int) -> Iterator[tuple[int, list[int]]]:
+def _buckets(lengths_N: np.ndarray, size: int, batch: int) -> Iterator[tuple[int, list[int]]]:
     """Yield batches as their padded length and the numbers of their documents."""
-    waiting: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        padded = size
-        while padded % 2 == 0 and padded // 2 >= max(length, _SHORTEST):
-            padded //= 2
-        waiting.setdefault(padded, []).append(number)
-    for padded, numbers in sorted(waiting.items()):
-        step = batch * (size // padded)
+    padded_N, shorter = np.full(len(lengths_N), size), size
+    while shorter % 2 == 0 and shorter // 2 >= _SHORTEST:
+        shorter //= 2
+        padded_N[lengths_N <= shorter] = shorter
+    for padded in np.unique(padded_N).tolist():
+        numbers, step = np.flatnonzero(padded_N == padded).tolist(), batch * (size // padded)
         yield from ((padded, numbers[i : i + step]) for i in range(0, len(numbers), step))
 
 
@@ -198,7 +199,7 @@ def score_shard(
 
     Args:
       proxy: `fingerprint_arrays` of `params`.
-      advance: called with a few words after each of `blocks` blocks.
+      advance: called with a few words after each of `forward_passes`.
 
     Raises: UserError, where those that are there are of other tokens, another proxy or another k.
     """
@@ -211,17 +212,18 @@ def score_shard(
     if summary := read_summary(directory, "scores", shard, shards):
         check_same(directory, summary, made_from)
         return
-    histogram, size = np.zeros(BINS, np.int64), block_size(experiment)
+    histogram, size = np.zeros(BINS, np.int64), _block_size(experiment)
     with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
         for first in range(0, len(tokens), size):
             windows = tokens.read(range(first, min(first + size, len(tokens))))
-            scores = score_part(experiment, policy, params, tokenizer, mesh, [ids for ids, _ in windows])
+            documents = [ids for ids, _ in windows]
+            tell = functools.partial(advance, f"shard {shard} of {shards}")
+            scores = score_part(experiment, policy, params, tokenizer, mesh, documents, tell)
             for (_, lengths_S), score in zip(windows, scores, strict=True):
                 if writer:
                     writer.write(stored_entropies(score, lengths_S), [len(lengths_S)])
                 bins = np.minimum(score.entropy_S[lengths_S > 0] / BIN, BINS - 1).astype(np.int64)
                 histogram += np.bincount(bins, minlength=BINS)
-            advance(f"shard {shard} of {shards}")
         if writer:
             writer.commit({**made_from, "histogram": histogram.tolist()})
 
@@ -231,7 +233,16 @@ def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, 
     return tuple(np.where(lengths_S > 0, e, NOT_ASKED) for e in (score.entropy_S, score.plain_entropy_S))
 
 
-def block_size(experiment: Experiment) -> int:
+def forward_passes(experiment: Experiment, directory: Path, shard: int, shards: int) -> int:
+    """How many a shard takes that is tokenised."""
+    [rows] = read_index(directory, shards, [shard])
+    longest, size = experiment.data.max_document_tokens, _block_size(experiment)
+    lengths = np.diff(window_ends(rows["tokens"].astype(np.int64), longest), prepend=0)
+    blocks = (lengths[first : first + size] for first in range(0, len(lengths), size))
+    return sum(1 for block in blocks for _ in _buckets(block, longest, experiment.evaluation.score_documents))
+
+
+def _block_size(experiment: Experiment) -> int:
     """Windows that are read, sorted by length and scored together."""
     return _BLOCK * experiment.evaluation.score_documents
 
@@ -243,6 +254,7 @@ def score_part(
     tokenizer: Tokenizer,
     mesh: Mesh,
     documents: Sequence[Sequence[int]],
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Scores]:
     """`score_documents` with the sizes of the config."""
     return score_documents(
@@ -255,6 +267,7 @@ def score_part(
         top_k=experiment.data.entropy_top_k,
         chunk=experiment.training.logit_chunk_tokens,
         mesh=mesh,
+        advance=advance,
     )
 
 

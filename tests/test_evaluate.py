@@ -113,11 +113,11 @@ def test_padding_batch_and_chunk_change_nothing(scored):
 
 def test_lengths_share_buckets_and_every_document_is_in_one():
     lengths = [1, 64, 65, 128, 129, 256, 200, 3, 70]
-    buckets = list(_buckets(lengths, 256, 1))
+    buckets = list(_buckets(np.array(lengths), 256, 1))
     assert [(padded, numbers) for padded, numbers in buckets] == [
         (64, [0, 1, 7]), (128, [2, 3]), (128, [8]), (256, [4]), (256, [5]), (256, [6])
     ]  # fmt: skip
-    assert [padded for padded, _ in _buckets([1, 100], 100, 8)] == [100]
+    assert [padded for padded, _ in _buckets(np.array([1, 100]), 100, 8)] == [100]
 
 
 # --- accuracies --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rpt_jax import main, prepared
+from rpt_jax import main, prepared, score
 from rpt_jax.config import DataConfig, Experiment, from_config_dict
 from rpt_jax.data import prepare
 from rpt_jax.data.corpus import SIDES
@@ -217,7 +218,7 @@ def test_a_corpus_without_a_document_is_a_sentence(tmp_path: Path) -> None:
 def test_records_hold_windows_that_no_documents_share(sizes: list[int], longest: int, kind: str) -> None:
     rng, total = np.random.default_rng(sum(sizes)), sum(sizes)
     arrays = [rng.integers(0, 2**16, total).astype(t) for t in FIELDS[kind]]
-    ends = prepare._window_ends(np.array(sizes), longest)
+    ends = prepare.window_ends(np.array(sizes), longest)
     found = [unpack(record, kind) for record in pack(7, arrays, ends, kind)]
     windows = [(d, o) for d, size in enumerate(sizes) for o in range(0, size, longest)]
     assert [len(a) for a, _ in found] == [min(longest, sizes[d] - o) for d, o in windows]
@@ -372,6 +373,30 @@ def test_the_task_leaves_a_manifest_and_a_plot(finished: Path, corpus: DataConfi
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
     main.run(experiment(Path(corpus.path), shard="0/2"), finished)
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
+
+
+def test_scoring_tells_every_forward_pass_and_how_many_there_will_be(
+    finished: Path, corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it goes on: what is there counts as done."""
+    shutil.copytree(finished, tmp_path / "again")
+    for name in ("manifest.json", "scores-00001-of-00002.json"):
+        (tmp_path / "again" / name).unlink()
+    bars: list[tuple[str, int, int, list[str]]] = []
+
+    class Bar(prepared.Progress):
+        def __init__(self, name: str, total: int, done: int = 0) -> None:
+            super().__init__(name, total, done)
+            bars.append((name, total, done, told := []))
+            self.advance = told.append
+
+    monkeypatch.setattr(prepared, "Progress", Bar)
+    monkeypatch.setattr(prepare, "parse_shard", lambda config: ([0, 1], 2))
+    monkeypatch.setattr(prepared, "parse_shard", lambda config: ([0, 1], 2))
+    monkeypatch.setattr(score, "_BLOCK", 2)
+    main.run(experiment(Path(corpus.path)), tmp_path / "again")
+    [(name, total, done, told)] = [bar for bar in bars if "score" in bar[0]]
+    assert 0 < done < total and len(told) == total - done > 2 and set(told) == {"shard 1 of 2"}
 
 
 def test_another_corpus_tokenizer_or_proxy_is_refused(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:

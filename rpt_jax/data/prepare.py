@@ -120,9 +120,12 @@ def tokenise_shard(
             advance(f"shard {shard} is there")
         return
     counts: collections.Counter = collections.Counter({"documents": 0, "tokens": 0, "text_bytes": 0})
+    read: list[None] = []  # One for each unit that was read to its end, and is not told yet.
 
     def tell() -> None:
-        advance(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of shard {shard}/{shards}")
+        while read:
+            read.pop()
+            advance(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of shard {shard}/{shards}")
 
     index, names = (
         directory / f"{shard_name(kind, shard, shards)}{end}" for kind, end in (("index", ".bin"), ("names", ".txt"))
@@ -134,7 +137,7 @@ def tokenise_shard(
         index.open("wb") as index_file,
         names.open("w", encoding="utf-8") as names_file,
     ):
-        documents = rejects.keep(read_corpus(config, rejects.counts, part, tell))
+        documents = rejects.keep(read_corpus(config, rejects.counts, part, lambda: read.append(None)))
         for batch in rejects.keep(_encode(tokenizer, documents)):
             index_file.write(_index(batch, config.seed).tobytes())
             names_file.writelines(json.dumps(document.name) + "\n" for document in batch.documents)
@@ -142,11 +145,13 @@ def tokenise_shard(
             counts["documents"] += len(batch.documents)
             counts["tokens"] += len(lengths_T)
             counts["text_bytes"] += int(lengths_T.sum())
-            writer.write((batch.ids_T, lengths_T), _window_ends(batch.sizes_D, config.max_document_tokens))
+            writer.write((batch.ids_T, lengths_T), window_ends(batch.sizes_D, config.max_document_tokens))
+            tell()
         index_file.flush()
         names_file.flush()
         rejected = {"rejected": dict(rejects.counts), "first_rejected": rejects.first}
         writer.commit({**made_from, **counts, **rejected}, (index, names))
+    tell()
 
 
 _load = functools.lru_cache(maxsize=1)(load_tokenizer)  # Of a process that makes one shard after the other.
@@ -184,7 +189,7 @@ def _encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[_En
                     yield Rejected(file, number, "not in the tokenizer", f"{document.name}: {error}")
 
 
-def _window_ends(sizes_D: np.ndarray, longest: int) -> list[int]:
+def window_ends(sizes_D: np.ndarray, longest: int) -> list[int]:
     """Where windows of at most `longest` tokens end that no document shares, in a row of all documents' tokens."""
     ends = []
     for end, size in zip(np.cumsum(sizes_D).tolist(), sizes_D.tolist(), strict=True):

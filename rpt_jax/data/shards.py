@@ -212,9 +212,9 @@ def unpack(record: bytes, kind: str) -> tuple[np.ndarray, ...]:
     return tuple(arrays)
 
 
-def read_index(directory: Path, shards: int) -> Iterator[np.ndarray]:
-    """Yield the rows of each shard's documents, INDEX [D]. Raises: UserError, where they were altered."""
-    for shard in range(shards):
+def read_index(directory: Path, shards: int, only: Iterable[int] | None = None) -> Iterator[np.ndarray]:
+    """Yield the rows of each shard's documents, or of `only` some, INDEX [D]. Raises: UserError, where they were altered."""
+    for shard in range(shards) if only is None else only:
         yield np.frombuffer(_read_checked(directory, "index", ".bin", shard, shards), INDEX)
 
 
