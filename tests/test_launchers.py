@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -116,14 +117,14 @@ def test_again_gives_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_whoever_stops_again_stops_the_command_for_good(tmp_path: Path, number: signal.Signals) -> None:
     command = 'trap "echo saved; sleep 0.3; exit 75" TERM; echo here >here; while :; do sleep 0.1; done'
+    # Where the tests run in the background of a script it is ignored, and bash cannot trap what is ignored at its start.
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
     process = subprocess.Popen(
-        ["bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
+        [sys.executable, "-c", heard, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
         cwd=tmp_path,
         stdout=-1,
         stderr=-1,
         text=True,
-        # Where the tests run in the background of a script it is ignored, and bash cannot trap what is ignored at its start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(tmp_path / "here", "here")
     process.send_signal(number)

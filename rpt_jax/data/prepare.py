@@ -45,8 +45,8 @@ from rpt_jax.infra.whole import write_whole
 
 FORMAT = 3
 SHARD_BYTES = 32 * 2**20  # Of files, where data.shard does not say how many shards there are.
-_BATCH = 256  # Documents that are tokenised at a time,
-_BATCH_BYTES = 2**20  # or fewer, where they are long.
+_BATCH = 512  # Documents that are tokenised at a time,
+_BATCH_BYTES = 2**21  # or fewer, where they are long.
 _REJECTED = "rejected"  # What was found where a document should be.
 NEAR_DUPLICATES = "near_duplicates.jsonl"
 # What decides which tokens a prepared corpus holds, and in which windows.
