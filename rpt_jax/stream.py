@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from rpt_jax.config import Experiment
+from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.data.corpus import source_name
 from rpt_jax.data.files import parse_mixture
 from rpt_jax.data.pipeline import PromptStream, position_order
@@ -79,14 +79,13 @@ def training_order(experiment: Experiment, setup: Setup, own: OwnEntropies | Non
         stages = [stage.only(parts_N == part) for stage in stages for part in range(len(weights))]
     if min(map(len, stages)) < t.prompts_per_step:
         raise UserError(
-            f"{source_name(data)}: only {found} of {total} training positions have an entropy above "
-            f"data.entropy_threshold={data.entropy_threshold} and data.min_context={data.min_context} tokens before them "
-            f"(data.positions='{data.positions}'; of every stage and part must be enough), and a step takes "
-            f"training.prompts_per_step={t.prompts_per_step}: lower one of the three, or give a longer corpus."
+            f"{source_name(data)}: only {found:,} of {total:,} training positions are chosen by {_rule(data)} and have "
+            f"data.min_context={data.min_context} tokens before them (of every stage and part of a mixture must be enough), and "
+            f"a step takes training.prompts_per_step={t.prompts_per_step}: change one of them, or give a longer corpus."
         )
     print(
-        f"{found:,} of {total:,} training positions are chosen (data.positions='{data.positions}', threshold "
-        f"{data.entropy_threshold} nats over {whose} {data.entropy_top_k} likeliest tokens)."
+        f"{found:,} of {total:,} training positions are chosen by {_rule(data)}, over {whose} {data.entropy_top_k} likeliest "
+        "tokens."
     )
     return position_order(
         stages,
@@ -96,6 +95,13 @@ def training_order(experiment: Experiment, setup: Setup, own: OwnEntropies | Non
         per_document=data.positions_per_document,
         seed=experiment.seed,
     )
+
+
+def _rule(data: DataConfig) -> str:
+    """The fields that choose positions, but for `data.min_context`."""
+    fields = {"threshold": ["entropy_threshold"], "curriculum": ["entropy_threshold"], "every": []}
+    names = ["positions", *fields.get(data.positions, ["kept_share"])]
+    return ", ".join(f"data.{name}={getattr(data, name)!r}" for name in names)
 
 
 def refresh_is_due(experiment: Experiment, step: int) -> bool:

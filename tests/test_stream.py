@@ -12,6 +12,7 @@ import pytest
 
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.data.prompts import PromptBuilder
+from rpt_jax.errors import UserError
 from rpt_jax.infra.sharding import make_mesh, use_mesh
 from rpt_jax.setup import Setup, set_up
 from rpt_jax.stream import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
@@ -114,3 +115,26 @@ def test_a_renewed_stream_goes_on_alike_after_a_restore(experiment: Experiment, 
     for theirs in expected:
         jax.tree.map(np.testing.assert_array_equal, next(again), theirs)
     assert again.get_state() == stream.get_state()
+
+
+@pytest.mark.parametrize(
+    ("positions", "field"),
+    [
+        ("threshold", "data.entropy_threshold=0.5"),
+        ("curriculum", "data.entropy_threshold=0.5"),
+        ("every", ""),
+        ("random", "data.kept_share=0.3"),
+        ("quantile", "data.kept_share=0.3"),
+    ],
+)
+def test_too_few_positions_name_what_chose_them(
+    experiment: Experiment, setup: Setup, capsys: pytest.CaptureFixture[str], positions: str, field: str
+) -> None:
+    data = dataclasses.replace(experiment.data, positions=positions)
+    rule = ", ".join(filter(None, [f"chosen by data.positions='{positions}'", field]))
+    training_order(dataclasses.replace(experiment, data=data), setup)
+    assert rule + ", over the proxy's" in capsys.readouterr().out
+    training = dataclasses.replace(experiment.training, prompts_per_step=10**6)
+    with pytest.raises(UserError, match="training.prompts_per_step=1000000") as raised:
+        training_order(dataclasses.replace(experiment, data=data, training=training), setup)
+    assert rule + " and have data.min_context=16 tokens before them" in str(raised.value)
