@@ -7,21 +7,21 @@ Needs     models/DeepSeek-R1-Distill-Qwen-14B: the directory as Hugging Face has
           64 accelerators of 31 GiB or more (on each, by arithmetic 62 GiB while sampling and 18 GiB in the update where all
           rollouts are live at once; where memory is less, fewer are; XLA's temporaries come on top); 500 GiB of disk.
 Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --config=configs/rpt_14b.py --topology=v5p:4x4x4`,
-          24 November 2026, jax 0.10.2, libtpu 0.0.42.1; mesh 1 x 8 x 8. GiB a chip, what lives beside a program included;
+          26 November 2026, jax 0.10.2, libtpu 0.0.42.1; mesh 1 x 8 x 8. GiB a chip, what lives beside a program included;
           seconds are estimates at the makers' figures, where every response is as long as it may be:
 
           v5p:4x4x4, 2,048 decode slots          GiB of 95.74   compute   memory   network   bound by
-          score (before the first step)                   6.3      0.04     0.07      0.16   network
+          score (before the first step)                   1.7      0.04     0.03      0.09   network
           reshard                                        15.3      0        0.01      0.04   network
           sample                                         81.1     24.0    140.4      10.8    memory
           reward                                         11.1      0        0.01      0      memory
-          update                                         22.8    113.0    216.4      66.7    memory
+          update                                         16.7    113.0    216.2      66.7    memory
           v6e:8x8, 336 decode slots              GiB of 31.25
-          score (before the first step)                   6.3      0.02     0.10      0.16   network
+          score (before the first step)                   1.7      0.02     0.03      0.09   network
           reshard                                        15.3      0        0.02      0.04   network
           sample                                         25.6     12.0    454.4      12.3    memory
           reward                                         11.1      0        0.01      0      memory
-          update                                         22.8     56.5    148.4      66.7    memory
+          update                                         16.8     56.5    148.6      66.7    memory
           That is 357 s a step on v5p and 603 s on v6e, or more. On v6e, where a chip has room for few rollouts and reads the
           policy for them over and over, --config.mesh.decode_tensor=8 would sample in 323 s, with 360 slots and collectives
           between hosts. In the update, plain XLA writes attention's blocks to memory: there is no kernel for its rows yet.
@@ -29,7 +29,7 @@ Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --confi
 Time      not measured
 Results   not measured. The paper's, section 4.1: next-token accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions
           with an entropy above 0.5 / 1.0 / 1.5, from 3.31 / 1.66 / 1.41 % before.
-Written   2026-11-22, preflight 2026-11-24
+Written   2026-11-22, preflight 2026-11-26
 
 "P" is the paper; "verl", where the paper is silent, the default of the framework that it used, in June 2025; "ours" is
 neither. Different from the paper: the policy itself, as it starts, scores the corpus (P §3.3: a distilled 1.5B model).
