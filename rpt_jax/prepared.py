@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,39 +43,28 @@ class Prepared(NamedTuple):
     fingerprint: str
 
 
+def corpus_directory(workdir: Path, data: DataConfig, tokenizer: Tokenizer, *scored_by: Any) -> Path:
+    """Where in `workdir` the tokens of a corpus are, or with `scored_by` its entropies too.
+
+    Of its own for whatever it is made from: a first run that failed on a corpus may be followed by one on another.
+    """
+    return workdir / "corpus" / digest(content(data), files_digest(data), tokenizer.fingerprint, *scored_by)[:12]
+
+
 def prepare(
-    experiment: Experiment,
-    policy: Transformer,
-    params: Params,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    directory: Path,
-    seconds: dict[str, float] | None = None,
+    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, directory: Path
 ) -> Prepared | None:
     """Tokenise and score the shards that `data.shard` names, but for those that are there.
 
     Of several processes on one file system, one tokenises, all score and one writes.
 
-    Args:
-      seconds: is told how long each took, as `tokenise` and `score`.
-
     Returns: the corpus, where no other shard is missing. Raises: UserError.
     """
-    mine, shards = parse_shard(experiment.data)
     save_on_stop(lambda: f"the shards that were complete are in {directory}")
-    start = time.perf_counter()
     tokenise_on_leader(experiment.data, tokenizer, directory)
-    seconds_tokenising = time.perf_counter() - start
-    proxy = fingerprint_arrays(params)
-    start = time.perf_counter()
-    passes = {shard: forward_passes(experiment, directory, shard, shards) for shard in mine}
-    there = sum(count for shard, count in passes.items() if read_summary(directory, "scores", shard, shards))
-    with Progress("score, batches of documents", sum(passes.values()), there) as progress:
-        for shard in mine:
-            score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, progress.advance)
-    if seconds is not None:
-        seconds |= {"tokenise": seconds_tokenising, "score": time.perf_counter() - start}
+    proxy = score_tokens(experiment, policy, params, tokenizer, mesh, directory)
     if is_leader() and not (directory / MANIFEST).exists():
+        shards = parse_shard(experiment.data)[1]
         if all(summaries(directory, kind, shards) is not None for kind in ("tokens", "scores")):
             _write_manifest(experiment, tokenizer, proxy, directory, shards)
     wait_for_all("prepared")
@@ -91,6 +79,28 @@ def tokenise_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path) 
         with Progress("tokenise, parts of files", sum(map(steps, parts_to_prepare(data)))) as progress:
             tokenise(data, tokenizer, directory, progress.advance)
     wait_for_all("tokenised")
+
+
+def score_tokens(
+    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, directory: Path
+) -> str:
+    """`score_shard` with its progress, for the shards that `data.shard` names; return the policy's fingerprint."""
+    mine, shards = parse_shard(experiment.data)
+    proxy = fingerprint_arrays(params)
+    passes = {shard: forward_passes(experiment, directory, shard, shards) for shard in mine}
+    there = sum(count for shard, count in passes.items() if read_summary(directory, "scores", shard, shards))
+    with Progress("score, batches of documents", sum(passes.values()), there) as progress:
+        for shard in mine:
+            score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, progress.advance)
+    return proxy
+
+
+def open_reported(data: DataConfig, directory: Path) -> Corpus:
+    """Open the tokens of all shards, and say what was left out. Raises: UserError, as `open_tokens` does."""
+    corpus = open_tokens(data, directory, parse_shard(data)[1])
+    if is_leader():
+        report_corpus(corpus)
+    return corpus
 
 
 def _write_manifest(experiment: Experiment, tokenizer: Tokenizer, proxy: str, directory: Path, shards: int) -> None:

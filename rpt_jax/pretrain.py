@@ -21,12 +21,7 @@ from rpt_jax.data.corpus import training_texts
 from rpt_jax.data.pipeline import example_stream
 from rpt_jax.data.prepare import (
     Windows,
-    content,
-    files_digest,
-    open_tokens,
-    parse_shard,
     parts_to_prepare,
-    report_corpus,
     steps,
 )
 from rpt_jax.data.prompts import PromptBuilder
@@ -34,7 +29,6 @@ from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.data.tokenizer_training import train_sentencepiece
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
-from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
 from rpt_jax.infra.numerics import recorded_step, write_record
@@ -55,7 +49,7 @@ from rpt_jax.policy.hf import save_policy
 from rpt_jax.policy.hf_config import CONFIG
 from rpt_jax.policy.presets import preset
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.prepared import open_prepared, tokenise_on_leader
+from rpt_jax.prepared import corpus_directory, open_prepared, open_reported, tokenise_on_leader
 from rpt_jax.setup import cold_start_of, load_start, make_policy
 
 _TOKENIZER_BYTES = (
@@ -285,9 +279,6 @@ def _documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer) -> Windows
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
     data = dataclasses.replace(data, shard="")
-    directory = workdir / "corpus" / digest(content(data), files_digest(data), tokenizer.fingerprint)[:12]
+    directory = corpus_directory(workdir, data, tokenizer)
     tokenise_on_leader(data, tokenizer, directory)
-    corpus = open_tokens(data, directory, parse_shard(data)[1])
-    if is_leader():
-        report_corpus(corpus)
-    return corpus.windows("train")
+    return open_reported(data, directory).windows("train")

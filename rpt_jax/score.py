@@ -213,11 +213,11 @@ def score_shard(
         check_same(directory, summary, made_from)
         return
     histogram, size = np.zeros(BINS, np.int64), _block_size(experiment)
+    tell = functools.partial(advance, f"shard {shard} of {shards}")
     with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
         for first in range(0, len(tokens), size):
             windows = tokens.read(range(first, min(first + size, len(tokens))))
             documents = [ids for ids, _ in windows]
-            tell = functools.partial(advance, f"shard {shard} of {shards}")
             scores = score_part(experiment, policy, params, tokenizer, mesh, documents, tell)
             for (_, lengths_S), score in zip(windows, scores, strict=True):
                 if writer:

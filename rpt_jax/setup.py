@@ -14,17 +14,15 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.data.corpus import SIDES, check_source
-from rpt_jax.data.prepare import content, files_digest
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.errors import UserError, check_all
-from rpt_jax.infra.fingerprint import digest
 from rpt_jax.infra.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
 from rpt_jax.policy.attention import choose_attention
 from rpt_jax.policy.hf import check_files, load_policy, load_shape
 from rpt_jax.policy.presets import Shape, check_preset
 from rpt_jax.policy.target import target_platform
 from rpt_jax.policy.transformer import Params, Transformer
-from rpt_jax.prepared import Prepared, open_prepared, prepare
+from rpt_jax.prepared import Prepared, corpus_directory, open_prepared, prepare
 
 Documents = Sequence[Sequence[int]]  # Token ids: of each document its one tokenisation, in windows of bounded length.
 
@@ -137,14 +135,6 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
         prepared = open_prepared(data, tokenizer, Path(data.prepared))
     else:
         whole = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
-        # Of its own for whatever it is made from: a first run that failed on a corpus may be followed by one on another.
-        made_from = (
-            content(data),
-            files_digest(data),
-            tokenizer.fingerprint,
-            data.entropy_top_k,
-            experiment.policy.path,
-        )
-        directory = workdir / "corpus" / digest(*made_from)[:12]
+        directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
         prepared = prepare(whole, policy, params, tokenizer, mesh, directory)
     return Setup(policy, params, mesh, tokenizer, *map(prepared.corpus.windows, SIDES), prepared)

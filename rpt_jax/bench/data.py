@@ -30,14 +30,14 @@ from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
 from rpt_jax.data.pipeline import PromptStream, position_order
 from rpt_jax.data.positions import index_positions
-from rpt_jax.data.prepare import Corpus, open_tokens, parse_shard, report_corpus
+from rpt_jax.data.prepare import Corpus
 from rpt_jax.data.prompts import PromptBuilder
 from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.infra.metrics import Progress
 from rpt_jax.infra.sharding import make_mesh, shard_prompts, use_mesh
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.prepared import prepare, tokenise_on_leader
+from rpt_jax.prepared import open_reported, prepare, score_tokens, tokenise_on_leader
 from rpt_jax.score import score_part
 from rpt_jax.setup import load_start
 
@@ -45,10 +45,8 @@ _WORDS = 20_000
 _DOCUMENT_WORDS = 300
 _PART = 16 * 10**6
 _BATCH = 256
-_ALONE, _ALONE_BATCH = (
-    10_000,
-    4096,
-)  # Texts that the tokenizer alone encodes, and at a time: smaller batches are slower.
+_ALONE = 10_000  # Texts that the tokenizer alone encodes,
+_ALONE_BATCH = 4096  # and at a time: smaller batches are slower.
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +83,7 @@ def _preparing(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> tuple
     start = time.perf_counter()
     tokenise_on_leader(data, tokenizer, directory)
     tokenised = time.perf_counter() - start
-    corpus = open_tokens(data, directory, parse_shard(data)[1])
-    report_corpus(corpus)
+    corpus = open_reported(data, directory)
     opened = time.perf_counter() - start - tokenised
     rows = [
         alone,
@@ -106,12 +103,12 @@ def _scoring(options: argparse.Namespace, data: DataConfig, corpus: Corpus) -> l
         rows = _full_batches(experiment, policy, params, tokenizer, mesh)
         lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
         score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
-        times: dict[str, float] = {}
-        prepared = prepare(experiment, policy, params, tokenizer, mesh, corpus.directory, times)
-        tokens = int(corpus.sizes_D.sum())
-        rows.append(
-            ["scoring the corpus, with reading and writing", times["score"], tokens / times["score"], "tokens/s"]
-        )
+        whole = (experiment, policy, params, tokenizer, mesh, corpus.directory)
+        start = time.perf_counter()
+        score_tokens(*whole)
+        seconds, tokens = time.perf_counter() - start, int(corpus.sizes_D.sum())
+        rows.append(["scoring the corpus, with reading and writing", seconds, tokens / seconds, "tokens/s"])
+        prepared = prepare(*whole)  # All is there, but for the manifest.
         return [*rows, _prompts(experiment, tokenizer, prepared, options.batches)]
 
 

@@ -129,7 +129,7 @@ def read_corpus(
       advance: called after each unit of the part; where there are none, after all of it.
     """
     if config.source == "path":
-        for unit in find_units(config) if part.units is None else part.units:
+        for unit in find_units(config)[part.shard :: part.shards] if part.units is None else part.units:
             yield from read_unit(unit, config)
             advance()
     else:
