@@ -18,9 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     # Many short recalls: a guess behind a trace is another skill than a guess, and learns from these alone.
     config.pretrain.traces_per_document = 40
     config.pretrain.recalled_tokens = 2
-    config.pretrain.due_share = 0.2
+    config.pretrain.calculation_position_fraction = 0.2
     # Seldom enough that reinforcement has to find out that it pays.
-    config.pretrain.calculation_share = 0.3
+    config.pretrain.calculation_fraction = 0.3
     config.pretrain.drills_per_document = 10
     config.pretrain.rows_per_document = 12
     config.training.total_steps = 4000

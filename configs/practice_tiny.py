@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = cold_start_tiny.get_config()
     config.seed = 2
     config.policy.path = "runs/cold_start_tiny_seed1/policy"
-    config.pretrain.due_share = 0.3
+    config.pretrain.calculation_position_fraction = 0.3
     config.training.total_steps = 1200
     config.optimizer.learning_rate = 1.5e-3
     return config

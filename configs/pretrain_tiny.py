@@ -22,8 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.pretrain.documents_per_step = 8
     config.pretrain.traces_per_document = 18
-    config.pretrain.due_share = 0.5
-    config.pretrain.calculation_share = 0.4
+    config.pretrain.calculation_position_fraction = 0.5
+    config.pretrain.calculation_fraction = 0.4
     config.pretrain.drills_per_document = 8
     config.pretrain.rows_per_document = 8
     config.pretrain.row_tokens = 64

@@ -23,7 +23,7 @@ Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --confi
           reward                                         11.1      0        0.01      0      memory
           update                                         16.8     56.5    148.6      66.7    memory
           That is 357 s a step on v5p and 603 s on v6e, or more. On v6e, where a chip has room for few rollouts and reads the
-          policy for them over and over, --config.mesh.decode_tensor=8 would sample in 323 s, with 360 slots and collectives
+          policy for them over and over, --config.mesh.rollout_tensor=8 would sample in 323 s, with 360 slots and collectives
           between hosts. In the update, plain XLA writes attention's blocks to memory: there is no kernel for its rows yet.
           launch/README.md has the figures of 16 and of 256 chips.
 Time      not measured
@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.min_context = 16  # ours
 
     config.prompt.template = "v0"  # P §3.3, Table 10: its content in our words
-    config.prompt.open_think = True  # ours
+    config.prompt.prefill_think_token = True  # ours
     config.prompt.max_tokens = 4096  # P Table 5
     config.prompt.reference_bytes = 64  # ours; longer predictions earn nothing
 
@@ -94,12 +94,12 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.evaluation.every_steps = 100  # P §4.2 evaluates at multiples of 100
     config.evaluation.positions = 256  # ours
-    config.evaluation.score_documents = 8  # ours
+    config.data.score_batch_windows = 8  # ours
     config.checkpoint.every_steps = 50  # ours
 
     # P gives no hardware.
     config.mesh.data = 1  # ours
     config.mesh.fsdp = -1  # ours: replicas of the activations, shards of the parameters
     config.mesh.tensor = 8  # ours: every kv head on a device of its own, or attention scores would not fit
-    config.mesh.decode_tensor = 4  # ours: a TPU's host, so that a token's collectives stay inside
+    config.mesh.rollout_tensor = 4  # ours: a TPU's host, so that a token's collectives stay inside
     return config

@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = rpt_14b.get_config()
     config.policy.path = "models/DeepSeek-R1-Distill-Qwen-1.5B"
     config.policy.preset = "r1-distill-qwen-1.5b"
-    config.mesh.tensor = config.mesh.decode_tensor = 2  # Every kv head on a device of its own.
+    config.mesh.tensor = config.mesh.rollout_tensor = 2  # Every kv head on a device of its own.
 
     # For a slice of one host: P has 256 prompts a step, of 4,096 tokens, and responses of 8,192.
     config.data.max_document_tokens = 2048

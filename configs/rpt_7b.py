@@ -17,5 +17,5 @@ def get_config() -> ml_collections.ConfigDict:
     config = rpt_14b.get_config()
     config.policy.path = "models/DeepSeek-R1-Distill-Qwen-7B"
     config.policy.preset = "r1-distill-qwen-7b"
-    config.mesh.tensor = config.mesh.decode_tensor = 4  # Every kv head on a device of its own.
+    config.mesh.tensor = config.mesh.rollout_tensor = 4  # Every kv head on a device of its own.
     return config

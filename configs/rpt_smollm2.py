@@ -17,10 +17,10 @@ Results   of this config not measured. That it works was seen at a much smaller 
 
 Untuned, this policy boxes few predictions (here none within 32 tokens) and is almost never right, and most groups would earn
 nothing for a long time. So the run begins with a cold start of 40 steps on written traces, behind the prompts that it will be
-asked with, which shows it the format. They are learnt in runs/rpt_smollm2_seed0/cold_start, with metrics of their own;
+asked with, which shows it the format. They are learned in runs/rpt_smollm2_seed0/cold_start, with metrics of their own;
 "before" in result.json is the policy that they leave.
 
-The weights in the package are quantised to four bits; they are dequantised once and trained in float32. The prompt is text
+The weights in the package are quantized to four bits; they are dequantized once and trained in float32. The prompt is text
 without a chat template, and this tokenizer has no <think>: reasoning ends at the text `</think>`.
 """
 
@@ -55,7 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.entropy_threshold = 0.5
 
     config.prompt.template = "v0"
-    config.prompt.open_think = False
+    config.prompt.prefill_think_token = False
     config.prompt.max_tokens = 320
 
     # The format, and nothing of the documents but the tokens in the boxes.
@@ -79,6 +79,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation.every_steps = 50
     config.evaluation.positions = 64
     config.evaluation.template_positions = 32
-    config.evaluation.score_documents = 4
+    config.data.score_batch_windows = 4
     config.checkpoint.every_steps = 10
     return config

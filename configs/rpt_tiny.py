@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.min_context = 64
 
     config.prompt.template = "plain"
-    config.prompt.open_think = True
+    config.prompt.prefill_think_token = True
     config.prompt.max_tokens = 256
 
     # As in the paper.

@@ -19,8 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy.path = "models/DeepSeek-R1-Distill-Qwen-1.5B"  # P section 3.3
     config.policy.preset = "r1-distill-qwen-1.5b"
     config.policy.remat = "none"
-    config.evaluation.score_documents = 64
+    config.data.score_batch_windows = 64
     config.mesh.data = -1
     config.mesh.fsdp = 1
-    config.mesh.tensor = config.mesh.decode_tensor = 1
+    config.mesh.tensor = config.mesh.rollout_tensor = 1
     return config

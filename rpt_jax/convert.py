@@ -24,16 +24,16 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from rpt_jax.data.gguf_header import is_gguf
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.data.tokenizer_files import read_tokenizer_files
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.workdir import CHECKPOINTS
-from rpt_jax.policy.hf import load_shape, open_weights, params_as_tensors, write_policy
-from rpt_jax.policy.hf_config import CONFIG, FINGERPRINT, read_config, to_config
-from rpt_jax.policy.presets import Shape, preset
-from rpt_jax.policy.tensors import Tensors
+from rpt_jax.model.model_config import ModelConfig, preset
+from rpt_jax.tokenizers.files import read_tokenizer_files
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.weights.gguf_header import is_gguf
+from rpt_jax.weights.hf import load_model_config, open_weights, params_as_tensors, write_policy
+from rpt_jax.weights.hf_config import CONFIG, FINGERPRINT, read_config, to_config
+from rpt_jax.weights.safetensors_io import Tensors
 
 _FROM = flags.DEFINE_string(
     "from", None, "A Hugging Face directory, a .gguf file, our policy, a run or its checkpoint."
@@ -52,9 +52,9 @@ class Policy(NamedTuple):
 
 
 def open_policy(source: Path) -> Policy:
-    """Recognise what `source` is and open it. Raises: UserError, where it is nothing that can be converted, or damaged."""
+    """Recognize what `source` is and open it. Raises: UserError, where it is nothing that can be converted, or damaged."""
     if is_gguf(source):
-        shape, _ = load_shape(source)
+        shape, _ = load_model_config(source)
         return _checked("a GGUF file", source, to_config(shape) | {"torch_dtype": "float32"}, shape)
     if source.parent.name == CHECKPOINTS and source.name.isdecimal():
         return _open_checkpoint(source.parents[1], int(source.name))
@@ -69,10 +69,10 @@ def open_policy(source: Path) -> Policy:
         finished = source / "policy"
         return open_policy(finished) if (finished / CONFIG).is_file() else _open_checkpoint(source, None)
     kind = "our policy" if FINGERPRINT in config else "a Hugging Face directory"
-    return _checked(kind, source, config, load_shape(source)[0])
+    return _checked(kind, source, config, load_model_config(source)[0])
 
 
-def _checked(kind: str, source: Path, config: dict[str, Any], shape: Shape) -> Policy:
+def _checked(kind: str, source: Path, config: dict[str, Any], shape: ModelConfig) -> Policy:
     """Open a policy's weights and its tokenizer, and check that they are each other's."""
     tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > shape.vocab or config.get(FINGERPRINT, tokenizer.fingerprint) != tokenizer.fingerprint:
@@ -93,7 +93,7 @@ def _open_checkpoint(workdir: Path, step: int | None) -> Policy:
     start = Path(str(run.get("policy.path", "")))
     if start.name:
         # As the run read it: from the directory that it was started in.
-        shape, _ = load_shape(start)
+        shape, _ = load_model_config(start)
         tokenizer_of = start
     else:
         shape, tokenizer_of = preset(str(run.get("policy.preset"))), workdir
@@ -134,7 +134,7 @@ def _remarks(policy: Policy) -> list[str]:
     tokenizer, ids, said = policy.tokenizer, policy.config["vocab_size"], []
     if tokenizer.normalizer:
         said.append(
-            f"Its tokenizer normalises texts ({tokenizer.normalizer}): rpt_jax does not, and tokenises, predicts and rewards "
+            f"Its tokenizer normalizes texts ({tokenizer.normalizer}): rpt_jax does not, and tokenizes, predicts and rewards "
             "the very bytes of a document."
         )
     if spare := len(tokenizer.absent_ids(ids)):

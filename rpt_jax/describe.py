@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import Experiment, MeshConfig
+from rpt_jax.distributed.sharding import gather_and_spread
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
-from rpt_jax.infra.sharding import gather_and_spread
-from rpt_jax.objective.rewards import FORWARD_PASSES
-from rpt_jax.policy.hf import load_shape
-from rpt_jax.policy.presets import Shape, check_preset, preset
+from rpt_jax.model.model_config import ModelConfig, check_preset, preset
+from rpt_jax.rewards.catalogue import FORWARD_PASSES
 from rpt_jax.rollout.memory import cache_bytes
 from rpt_jax.setup import cold_start_of
+from rpt_jax.weights.hf import load_model_config
 
 _FLOAT32 = 4  # Bytes.
 _BYTES = "bytes"  # Begins the name of every row whose value is a size in memory or on disk.
@@ -45,12 +45,12 @@ class _Mesh(NamedTuple):
     data: int
     fsdp: int
     tensor: int
-    decode_tensor: int
+    rollout_tensor: int
 
     @property
     def replicas(self) -> int:
         """Parts of a batch while the policy samples."""
-        return self.batch_ways * self.tensor // self.decode_tensor
+        return self.batch_ways * self.tensor // self.rollout_tensor
 
     @property
     def batch_ways(self) -> int:
@@ -102,12 +102,12 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
 
     Lengths are the limits of the config: tokens, FLOPs and caches are what a step takes where every prompt and every
     response is as long as it may be. FLOPs are 2 a token and matmul parameter forward and 6 forward and backward, and
-    the attention's by its pairs of query and key, hidden ones included since they are computed; what rematerialisation
+    the attention's by its pairs of query and key, hidden ones included since they are computed; what rematerialization
     repeats, scoring and evaluation are left out. Memory is what the arrays named take; XLA's temporaries come on top.
 
     Raises: UserError, where the mesh, the preset, the policy's config.json or the schedule is at fault.
     """
-    shape, source = shape_of(experiment)
+    shape, source = model_config_of(experiment)
     mesh = _resolve(experiment.mesh, devices)
     rows = [
         Row("policy: layers x width, vocabulary", f"{shape.layers} x {shape.width}, {shape.vocab}", source),
@@ -130,17 +130,17 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
     return rows + _run_rows(experiment, shape)
 
 
-def attention_flops(shape: Shape, pairs: int) -> int:
+def attention_flops(shape: ModelConfig, pairs: int) -> int:
     """Forward FLOPs of the scores and weighted values of `pairs` of a query and a key, in all layers."""
     return 4 * shape.layers * shape.heads * shape.head_size * pairs
 
 
-def shape_of(experiment: Experiment) -> tuple[Shape, str]:
+def model_config_of(experiment: Experiment) -> tuple[ModelConfig, str]:
     policy = experiment.policy
     if experiment.task == "pretrain" or not policy.path:
         return preset(policy.preset), f"policy.preset={policy.preset}"
     if Path(policy.path).exists():
-        shape = load_shape(policy.path)[0]
+        shape = load_model_config(policy.path)[0]
         check_preset(policy.path, policy.preset, shape)
         return shape, f"policy.path={policy.path}"
     return preset(policy.preset), f"policy.preset={policy.preset} (policy.path={policy.path} is not on this machine)"
@@ -153,8 +153,8 @@ def _resolve(config: MeshConfig, devices: int) -> _Mesh:
         named = ", ".join(f"mesh.{name}={size}" for name, size in zip(_Mesh._fields, sizes, strict=False))
         raise UserError(f"{named}: every axis must be 1 or more, but for at most one -1.")
     left = max(1, devices // abs(math.prod(sizes)))
-    mesh = _Mesh(*(left if size == -1 else size for size in sizes), config.decode_tensor)
-    mesh = mesh._replace(decode_tensor=mesh.decode_tensor or mesh.tensor)
+    mesh = _Mesh(*(left if size == -1 else size for size in sizes), config.rollout_tensor)
+    mesh = mesh._replace(rollout_tensor=mesh.rollout_tensor or mesh.tensor)
     gather_and_spread(*mesh[1:])
     return mesh
 
@@ -199,7 +199,7 @@ def _token_rows(experiment: Experiment) -> list[Row]:
     ]
 
 
-def _compute_rows(experiment: Experiment, shape: Shape) -> list[Row]:
+def _compute_rows(experiment: Experiment, shape: ModelConfig) -> list[Row]:
     t, o, tree = experiment.training, experiment.objective, _tree(experiment)
     matmuls = 2 * shape.matmul_parameters * tree.tokens * t.prompts_per_step
     attention = attention_flops(shape, tree.pairs) * t.prompts_per_step
@@ -230,7 +230,7 @@ def _compute_rows(experiment: Experiment, shape: Shape) -> list[Row]:
     ]
 
 
-def _reward_flops(experiment: Experiment, shape: Shape) -> int:
+def _reward_flops(experiment: Experiment, shape: ModelConfig) -> int:
     """What asking the policy once more for the reward costs, beyond sampling."""
     flops, parts = 0, _tree(experiment).parts
     for (tokens, pairs), passes in zip(parts, FORWARD_PASSES[experiment.objective.reward], strict=True):
@@ -238,13 +238,13 @@ def _reward_flops(experiment: Experiment, shape: Shape) -> int:
     return flops * experiment.training.prompts_per_step
 
 
-def _document_flops(experiment: Experiment, shape: Shape) -> int:
+def _document_flops(experiment: Experiment, shape: ModelConfig) -> int:
     tokens = experiment.data.max_document_tokens if experiment.objective.document_weight else 0
     document = 6 * shape.matmul_parameters * tokens + 3 * attention_flops(shape, tokens**2)
     return document * experiment.training.prompts_per_step
 
 
-def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
+def _rpt_memory_rows(experiment: Experiment, shape: ModelConfig, mesh: _Mesh) -> list[Row]:
     tree, token = _tree(experiment), cache_bytes(shape, experiment.policy.dtype)
     prompts = -(-experiment.training.prompts_per_step // mesh.replicas)
     parameters = _FLOAT32 * shape.parameters // mesh.weight_ways
@@ -256,8 +256,10 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         state.append(Row("bytes per device: moving average of the parameters", parameters, "policy, objective.reward"))
     rollouts = prompts * tree.branches
     slots = min(-(-experiment.rollout.decode_slots // mesh.replicas) or rollouts, rollouts)
-    prompt_cache, response_cache = (n * token // mesh.decode_tensor for n in (prompts * tree.stem, slots * tree.length))
-    scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.decode_tensor
+    prompt_cache, response_cache = (
+        n * token // mesh.rollout_tensor for n in (prompts * tree.stem, slots * tree.length)
+    )
+    scores = _dense(experiment) * _FLOAT32 * prompts * shape.heads * tree.stem**2 // mesh.rollout_tensor
     copy = _decoding_copy(experiment, shape, mesh)
     resident, t = _sum(state), experiment.training
     # Of several minibatches, any may meet a number that is not finite; then none has changed anything.
@@ -274,7 +276,7 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
         Row("bytes per device: keys and values of prompts", prompt_cache, f"{sampled}, prompt.max_tokens"),
         Row("bytes per device: keys and values of responses", response_cache, f"{sampled}, rollout"),
         Row("bytes per device: a layer's attention scores, prompts", scores, f"{sampled}, prompt.max_tokens"),
-        Row("bytes per device: parameters laid out for decoding", copy, "policy, mesh.decode_tensor"),
+        Row("bytes per device: parameters laid out for decoding", copy, "policy, mesh.rollout_tensor"),
         # The prompts have run before the responses' cache is made.
         Row(
             "bytes per device in all while sampling, at least",
@@ -286,13 +288,13 @@ def _rpt_memory_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[
     ]
 
 
-def _decoding_copy(experiment: Experiment, shape: Shape, mesh: _Mesh) -> int:
+def _decoding_copy(experiment: Experiment, shape: ModelConfig, mesh: _Mesh) -> int:
     """Bytes a device of the parameters that decoding reads: whole where training splits them over fsdp, in policy.dtype."""
     dtype = jnp.dtype(experiment.policy.dtype)
-    if mesh.fsdp == 1 and mesh.tensor == mesh.decode_tensor and dtype == jnp.float32:
+    if mesh.fsdp == 1 and mesh.tensor == mesh.rollout_tensor and dtype == jnp.float32:
         return 0
     matrices = shape.matmul_parameters - shape.vocab * shape.width
-    return (matrices * dtype.itemsize + (shape.parameters - matrices) * _FLOAT32) // mesh.decode_tensor
+    return (matrices * dtype.itemsize + (shape.parameters - matrices) * _FLOAT32) // mesh.rollout_tensor
 
 
 def _dense(experiment: Experiment) -> bool:
@@ -304,7 +306,9 @@ def _sum(rows: list[Row]) -> int:
     return sum(row.value for row in rows)
 
 
-def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tree, count: int, field: str) -> list[Row]:
+def _backward_rows(
+    experiment: Experiment, shape: ModelConfig, mesh: _Mesh, tree: _Tree, count: int, field: str
+) -> list[Row]:
     """What the pass forward and backward over `count` trees a device keeps, beside parameters and gradients."""
     itemsize = jnp.dtype(experiment.policy.dtype).itemsize
     # What a layer's derivative needs. Of plain attention: its exponentials in float32 and its weights in the compute dtype.
@@ -333,7 +337,7 @@ def _backward_rows(experiment: Experiment, shape: Shape, mesh: _Mesh, tree: _Tre
     ]
 
 
-def _pretrain_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
+def _pretrain_rows(experiment: Experiment, shape: ModelConfig, mesh: _Mesh) -> list[Row]:
     p, batch = experiment.pretrain, "pretrain.documents_per_step"
     tree = _Tree(experiment.data.max_document_tokens, p.rows_per_document, p.row_tokens)
     tokens = p.documents_per_step * tree.tokens
@@ -363,10 +367,10 @@ def _pretrain_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Ro
     ]
 
 
-def _score_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
+def _score_rows(experiment: Experiment, shape: ModelConfig, mesh: _Mesh) -> list[Row]:
     """Of the task "score": a batch of the longest documents; shorter ones go in batches of as many tokens."""
-    size, documents = experiment.data.max_document_tokens, experiment.evaluation.score_documents
-    batch = "evaluation.score_documents, data.max_document_tokens"
+    size, documents = experiment.data.max_document_tokens, experiment.data.score_batch_windows
+    batch = "data.score_batch_windows, data.max_document_tokens"
     flops = 2 * shape.matmul_parameters + attention_flops(shape, size**2) / size
     return [
         Row("tokens per batch", documents * size, batch),
@@ -377,7 +381,7 @@ def _score_rows(experiment: Experiment, shape: Shape, mesh: _Mesh) -> list[Row]:
     ]
 
 
-def _run_rows(experiment: Experiment, shape: Shape) -> list[Row]:
+def _run_rows(experiment: Experiment, shape: ModelConfig) -> list[Row]:
     steps, optimizer = experiment.training.total_steps, experiment.optimizer
     schedule, last = make_schedule(optimizer, steps), steps - 1
     marks = sorted({0, min(optimizer.warmup_steps, last), last})

@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpt_jax.config import Experiment
-from rpt_jax.data.corpus import source_name
-from rpt_jax.data.positions import Position, choose_positions
-from rpt_jax.data.prompts import PromptBatch, PromptBuilder, stack
+from rpt_jax.corpus.entropy import Scores, score_part
+from rpt_jax.corpus.sources import source_name
+from rpt_jax.distributed.sharding import to_host
 from rpt_jax.errors import UserError
-from rpt_jax.infra.sharding import to_host
-from rpt_jax.objective.reward import Status
-from rpt_jax.policy.transformer import Params
-from rpt_jax.sampler import Sampler
-from rpt_jax.score import Scores, score_part
-from rpt_jax.setup import Documents, Setup
+from rpt_jax.model.transformer import Params
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
+from rpt_jax.prompts.positions import Position, choose_positions
+from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.setup import Setup, Windows
 
 # Nested, as the paper words it: an easy position has an entropy above 0.5 nats, and a hard one is easy too.
-SPLITS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
+DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
 # Folded into the run's key in place of a step: all evaluations of a run share their noise.
 _NOISE = 2**31 - 1
 _Z = 1.96  # Standard errors to either side of a 95 % interval.
@@ -60,7 +60,7 @@ def by_split(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, di
     entropy_N = np.array([p.entropy for p in positions])
     document_N = np.array([p.document for p in positions])
     result = {}
-    for name, threshold in SPLITS.items():
+    for name, threshold in DIFFICULTIES.items():
         kept = entropy_N > threshold
         accuracy = float(right_N[kept].mean()) if kept.any() else 0.0
         low, high = _interval(right_N[kept], document_N[kept], accuracy)
@@ -91,7 +91,7 @@ def _interval(right_N: np.ndarray, document_N: np.ndarray, mean: float) -> tuple
 class Held(NamedTuple):
     """A held-out part of the corpus, what the starting policy makes of it, and the positions that are asked for."""
 
-    documents: Documents
+    documents: Windows
     scores: list[Scores]
     evaluation: EvaluationSet
 
@@ -108,11 +108,11 @@ class Evaluator:
         self.held_out = self._hold(setup.held_out, held_out, e.positions)
         self.unseen = self._hold(setup.unseen_templates, unseen, e.template_positions) if unseen else None
 
-    def _score(self, params: Params, documents: Documents) -> list[Scores]:
+    def _score(self, params: Params, documents: Windows) -> list[Scores]:
         setup = self._setup
         return score_part(self._experiment, setup.policy, params, setup.tokenizer, setup.mesh, documents)
 
-    def _hold(self, documents: Documents, scores: list[Scores], count: int) -> Held:
+    def _hold(self, documents: Windows, scores: list[Scores], count: int) -> Held:
         data = self._experiment.data
         positions = choose_positions(scores, data.entropy_threshold, data.min_context)
         if not positions:

@@ -20,11 +20,11 @@ from pathlib import Path
 from absl import flags
 
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
+from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.distributed.hosts import find_hosts
+from rpt_jax.distributed.rendezvous import end_all, joined
 from rpt_jax.errors import UserError, check_choice
-from rpt_jax.fields import leaves
-from rpt_jax.infra.hosts import find_hosts
-from rpt_jax.infra.meeting import end_all, joined
-from rpt_jax.infra.stopping import stops_on_signals
+from rpt_jax.infra.signals import stops_on_signals
 
 _OVERRIDE = "--config."
 _CONFIG = flags.DEFINE_string(
@@ -71,8 +71,9 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
     # Late imports: a mistyped flag should not wait for JAX.
     import jax
 
-    from rpt_jax import prepare, pretrain, train
-    from rpt_jax.infra.sharding import use_mesh
+    from rpt_jax import pretrain, train
+    from rpt_jax import score as prepare
+    from rpt_jax.distributed.sharding import use_mesh
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import start_mesh
 

@@ -16,24 +16,14 @@ import optax
 from jax.sharding import Mesh
 
 from rpt_jax.config import DataConfig, Experiment
-from rpt_jax.data.cold_start import TraceWriter
-from rpt_jax.data.corpus import training_texts
-from rpt_jax.data.pipeline import example_stream
-from rpt_jax.data.prepare import (
+from rpt_jax.corpus.prepared import corpus_directory, open_prepared, open_reported, tokenize_on_leader
+from rpt_jax.corpus.sources import training_texts
+from rpt_jax.corpus.tokenization import (
     Windows,
     parts_to_prepare,
     steps,
 )
-from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.data.tokenizer_training import train_sentencepiece
-from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import Checkpointer
-from rpt_jax.infra.guards import guarded_loop
-from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
-from rpt_jax.infra.numerics import recorded_step, write_record
-from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import (
+from rpt_jax.distributed.sharding import (
     check_batches,
     init_optimizer,
     init_parameters,
@@ -41,16 +31,26 @@ from rpt_jax.infra.sharding import (
     shard_prompts,
     wait_for_all,
 )
-from rpt_jax.infra.stopping import unstoppable
+from rpt_jax.errors import UserError
+from rpt_jax.infra.checkpoint import Checkpointer
+from rpt_jax.infra.guards import guarded_loop
+from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
+from rpt_jax.infra.nan_record import recorded_step, write_record
+from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.signals import defer_signals
 from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.model.model_config import preset
+from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite
-from rpt_jax.policy.hf import save_policy
-from rpt_jax.policy.hf_config import CONFIG
-from rpt_jax.policy.presets import preset
-from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.prepared import corpus_directory, open_prepared, open_reported, tokenise_on_leader
+from rpt_jax.prompts.builder import PromptBuilder
+from rpt_jax.prompts.cold_start import TraceWriter
+from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.setup import cold_start_of, load_start, make_policy
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.tokenizers.training import train_sentencepiece
+from rpt_jax.weights.hf import save_policy
+from rpt_jax.weights.hf_config import CONFIG
 
 _TOKENIZER_BYTES = (
     2**26
@@ -82,7 +82,7 @@ class ExampleMaker:
         """
         before, ids = self._prompt.before, self._documents[document].tolist()
         longest_trace = self._config.row_tokens + 1 - max(1, len(self._prompt.after))
-        traces = (self._config.calculation_share, longest_trace, self._config.recalled_tokens)
+        traces = (self._config.calculation_fraction, longest_trace, self._config.recalled_tokens)
         writer = TraceWriter(self._tokenizer, ids, *traces)
         size = len(before) - 1 + self._limit
         tokens = np.array([*before, *ids, self._tokenizer.eos_id], np.int32)[: size + 1]
@@ -97,21 +97,21 @@ class ExampleMaker:
     def _places(self, size: int, calculated: Sequence[int], rng: np.random.Generator) -> list[int]:
         """Positions to reason at: a share, where there are such, inside the result of a calculation, the rest anywhere.
 
-        Calculations are rare, and how to carry them out is learnt from examples.
+        Calculations are rare, and how to carry them out is learned from examples.
         """
         last = size - 1
         first, count = min(self._min_context, last), self._config.traces_per_document
         due = [p for p in calculated if first <= p <= last]
         places = rng.integers(first, last + 1, size=count)
         if due:
-            share = round(count * self._config.due_share)
+            share = round(count * self._config.calculation_position_fraction)
             places[:share] = rng.choice(due, size=share)
         return [int(p) for p in rng.permutation(places)]
 
     def _pack(self, traces: Sequence[tuple[list[int], list[int], int]]) -> dict[str, np.ndarray]:
         """Put each (prompt, trace, given tokens) into the first row that has room; those that fit nowhere are left out.
 
-        What a prompt has in common with the document is not repeated. A trace's given tokens are not to be learnt.
+        What a prompt has in common with the document is not repeated. A trace's given tokens are not to be learned.
         """
         shape = (self._config.rows_per_document, self._config.row_tokens)
         names = ("inputs", "targets", "mask", "segment", "prefix", "position")
@@ -207,7 +207,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = F
         for step in range(start + 1, last + 1):
             began = time.monotonic()
             batch = shard_prompts(next(stream), mesh)
-            with unstoppable():
+            with defer_signals():
                 try:
                     state, losses = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
                     scalars = as_floats(step, jax.device_get(losses))
@@ -228,7 +228,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = F
     if replay:
         print(f"Every number of step {last} is finite.")
         return
-    save_policy(directory, policy.shape, state.params, tokenizer.source, tokenizer.fingerprint)
+    save_policy(directory, policy.config, state.params, tokenizer.source, tokenizer.fingerprint)
     print(f"The policy is in {directory}.")
 
 
@@ -275,10 +275,10 @@ def _start(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Transform
 
 
 def _documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer) -> Windows:
-    """The training documents of `data.prepared`, or of the corpus tokenised in `workdir/corpus`. Raises: UserError."""
+    """The training documents of `data.prepared`, or of the corpus tokenized in `workdir/corpus`. Raises: UserError."""
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
     data = dataclasses.replace(data, shard="")
     directory = corpus_directory(workdir, data, tokenizer)
-    tokenise_on_leader(data, tokenizer, directory)
+    tokenize_on_leader(data, tokenizer, directory)
     return open_reported(data, directory).windows("train")

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULT_NAME = "result.json"
-SPLITS = ("easy", "medium", "hard")
-# Apart for colour-blind readers (Okabe and Ito), and by marker in a grey print.
-COLOURS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
+DIFFICULTIES = ("easy", "medium", "hard")
+# Apart for color-blind readers (Okabe and Ito), and by marker in a grey print.
+COLORS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
 MARKERS = {"easy": "o", "medium": "s", "hard": "^"}
 INK = "#33658A"
 DASHES = (0, (5, 3))
@@ -65,7 +65,7 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
     """Fit Equation 5 of the paper by least squares, with P* in [0, 1] and alpha in `ALPHA_BOUNDS`.
 
     At a given alpha the best A and P* have a closed form, so only alpha is searched for: over a fixed grid, then
-    between the neighbours of its best point, so the same points always give the same curve. R² is one minus the
+    between the neighbors of its best point, so the same points always give the same curve. R² is one minus the
     residual sum of squares over that about the mean. Points of zero FLOPs, such as the evaluation at step 0, are left
     out: Equation 5 has no value there.
 
@@ -158,11 +158,11 @@ class _Metrics:
 
     def evaluations(self, x: str) -> dict[str, np.ndarray]:
         """Return, for each split that was evaluated, [2, N]: the key `x` and the accuracy by reasoning in percent."""
-        found = {split: self.columns(x, f"eval/reasoning/{split}") * [[1], [100]] for split in SPLITS}
+        found = {split: self.columns(x, f"eval/reasoning/{split}") * [[1], [100]] for split in DIFFICULTIES}
         found = {split: columns_2xN for split, columns_2xN in found.items() if columns_2xN.size}
         if not found:
             raise UserError(
-                f"{self._path} has no line with {x} and eval/reasoning/ of {', '.join(SPLITS)}. "
+                f"{self._path} has no line with {x} and eval/reasoning/ of {', '.join(DIFFICULTIES)}. "
                 "Plots need at least one evaluation."
             )
         return found
@@ -174,11 +174,11 @@ def _base_accuracy(path: Path) -> dict[str, float]:
         raise UserError(f"{path} is missing. It is written at the end of a training run: let the run finish.")
     try:
         direct = json.loads(path.read_bytes())["before"]["direct"]
-        return {split: 100.0 * direct[split]["accuracy"] for split in SPLITS if direct[split]["positions"]}
+        return {split: 100.0 * direct[split]["accuracy"] for split in DIFFICULTIES if direct[split]["positions"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not hold a number before.direct.SPLIT.accuracy and .positions for each of "
-            f"{', '.join(SPLITS)} ({type(error).__name__}: {error}). It is written at the end of a training run."
+            f"{', '.join(DIFFICULTIES)} ({type(error).__name__}: {error}). It is written at the end of a training run."
         ) from error
 
 
@@ -206,24 +206,24 @@ def _step_axis(axes: Axes, metrics: _Metrics) -> None:
 
 
 def _smooth(values_N: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the centred moving mean over a twentieth of the steps, cut off at the ends, and its odd width."""
+    """Return the centered moving mean over a twentieth of the steps, cut off at the ends, and its odd width."""
     width = min(len(values_N), max(5, len(values_N) // 20)) // 2 * 2 + 1
     box = np.ones(width)
     counts_N = np.convolve(np.ones_like(values_N), box)[width // 2 : width // 2 + len(values_N)]
     return np.convolve(values_N, box)[width // 2 : width // 2 + len(values_N)] / counts_N, width
 
 
-def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, colour: str) -> None:
+def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) -> None:
     smooth_N, width = _smooth(values_N)
     marker = "." if len(steps_N) < 20 else ""  # The only trace of a run of one step.
-    axes.plot(steps_N, values_N, color=colour, alpha=0.35, linewidth=1, marker=marker, label="each step")
-    axes.plot(steps_N, smooth_N, color=colour, label=f"moving mean of width {width}")
+    axes.plot(steps_N, values_N, color=color, alpha=0.35, linewidth=1, marker=marker, label="each step")
+    axes.plot(steps_N, smooth_N, color=color, label=f"moving mean of width {width}")
     axes.set_ylim(0, 1.08 * (values_N.max() or 1.0))
 
 
 def _plot_reward(metrics: _Metrics) -> Figure:
     figure, (axes,) = _figure()
-    _curve(axes, *metrics.required("step", "reward/mean"), colour=INK)
+    _curve(axes, *metrics.required("step", "reward/mean"), color=INK)
     _step_axis(axes, metrics)
     _finish(axes, "Reward on training positions", "mean reward per rollout")
     return figure
@@ -233,9 +233,9 @@ def _plot_accuracy(metrics: _Metrics, direct: Mapping[str, float]) -> Figure:
     figure, (axes,) = _figure()
     evaluations = metrics.evaluations("step")
     for split, (steps_N, percent_N) in evaluations.items():
-        axes.plot(steps_N, percent_N, color=COLOURS[split], marker=MARKERS[split], clip_on=False, label=split)
+        axes.plot(steps_N, percent_N, color=COLORS[split], marker=MARKERS[split], clip_on=False, label=split)
     for split, percent in direct.items():
-        axes.axhline(percent, color=COLOURS[split], linestyle=DASHES, linewidth=1.5)
+        axes.axhline(percent, color=COLORS[split], linestyle=DASHES, linewidth=1.5)
     axes.plot([], color="#808080", linestyle=DASHES, linewidth=1.5, label="base policy, without reasoning")
     top = max([*direct.values(), *(percent_N.max() for _, percent_N in evaluations.values()), 1.0])
     axes.set_ylim(0, 1.08 * top)
@@ -246,9 +246,9 @@ def _plot_accuracy(metrics: _Metrics, direct: Mapping[str, float]) -> Figure:
 
 def _plot_response_length(metrics: _Metrics) -> Figure:
     figure, (length, truncated) = _figure(rows=2)
-    _curve(length, *metrics.required("step", "length/mean"), colour=INK)
+    _curve(length, *metrics.required("step", "length/mean"), color=INK)
     steps_N, shares_N = metrics.required("step", "ended/length")
-    _curve(truncated, steps_N, 100 * shares_N, colour="#A23B3B")
+    _curve(truncated, steps_N, 100 * shares_N, color="#A23B3B")
     _step_axis(truncated, metrics)
     _finish(length, "Mean length of a response", "tokens")
     _finish(truncated, "Responses cut off at the limit", "share (%)")
@@ -265,11 +265,11 @@ def _plot_scaling(metrics: _Metrics) -> Figure | None:
     for split, (flops_N, percent_N) in trained.items():
         law = fit_power_law(flops_N, percent_N / 100)
         label = f"{split}: " + (_formula(law) if law else "no fit, for want of four evaluations that differ")
-        style = {"color": COLOURS[split], "marker": MARKERS[split], "markersize": 7}
+        style = {"color": COLORS[split], "marker": MARKERS[split], "markersize": 7}
         axes.plot(flops_N, percent_N, linestyle="none", label=label, **style)
         if law:
             curve_M = np.geomspace(flops_N.min(), flops_N.max(), 200)
-            axes.plot(curve_M, 100 * law(curve_M), color=COLOURS[split], linewidth=1.5)
+            axes.plot(curve_M, 100 * law(curve_M), color=COLORS[split], linewidth=1.5)
     axes.set_xscale("log")
     axes.set_xlabel("training compute (FLOPs)")
     _finish(axes, r"Accuracy against compute, with the fit $P(C) = A / C^{\alpha} + P^*$", "accuracy (%)", columns=1)
@@ -286,8 +286,8 @@ def write_entropy_plot(directory: Path, counts_N: np.ndarray, width: float, shar
     figure, (axes,) = _figure()
     edges_N = width * np.arange(len(counts_N))
     axes.bar(edges_N, 100 * counts_N / max(1, counts_N.sum()), width=width, align="edge", color=INK)
-    for (threshold, share), colour in zip(shares.items(), COLOURS.values(), strict=True):
-        axes.axvline(float(threshold), color=colour, linestyle=DASHES, label=f"{share:.1%} above {threshold} nats")
+    for (threshold, share), color in zip(shares.items(), COLORS.values(), strict=True):
+        axes.axvline(float(threshold), color=color, linestyle=DASHES, label=f"{share:.1%} above {threshold} nats")
     axes.set_xlim(0, edges_N[np.flatnonzero(counts_N).max(initial=0)] + width)
     axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
     _finish(axes, "How hard positions are", "share of positions (%)")

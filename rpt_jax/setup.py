@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
-from rpt_jax.data.corpus import SIDES, check_source
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.corpus.prepared import Prepared, corpus_directory, open_prepared, prepare
+from rpt_jax.corpus.sources import SPLITS, check_source
+from rpt_jax.distributed.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
 from rpt_jax.errors import UserError, check_all
-from rpt_jax.infra.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
-from rpt_jax.policy.attention import choose_attention
-from rpt_jax.policy.hf import check_files, load_policy, load_shape
-from rpt_jax.policy.presets import Shape, check_preset
-from rpt_jax.policy.target import target_platform
-from rpt_jax.policy.transformer import Params, Transformer
-from rpt_jax.prepared import Prepared, corpus_directory, open_prepared, prepare
+from rpt_jax.model.attention.dispatch import choose_attention
+from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.model_config import ModelConfig, check_preset
+from rpt_jax.model.transformer import Params, Transformer
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.weights.hf import check_files, load_model_config, load_policy
 
-Documents = Sequence[Sequence[int]]  # Token ids: of each document its one tokenisation, in windows of bounded length.
+Windows = Sequence[Sequence[int]]  # Token ids: of each document its one tokenization, in windows of bounded length.
 
 
 class Setup(NamedTuple):
@@ -32,9 +32,9 @@ class Setup(NamedTuple):
     params: Params
     mesh: Mesh
     tokenizer: Tokenizer
-    train: Documents
-    held_out: Documents
-    unseen_templates: Documents
+    train: Windows
+    held_out: Windows
+    unseen_templates: Windows
     prepared: Prepared  # What the documents were read from, and what the proxy makes of them.
 
 
@@ -49,7 +49,7 @@ def cold_start_of(experiment: Experiment) -> Experiment:
     )
 
 
-def make_policy(config: PolicyConfig, shape: Shape, tokenizer: Tokenizer | None = None) -> Transformer:
+def make_policy(config: PolicyConfig, shape: ModelConfig, tokenizer: Tokenizer | None = None) -> Transformer:
     """The decoder of `shape` as the config computes it; ids that `tokenizer` does not have get no probability.
 
     Raises: UserError, where its attention does not run here.
@@ -64,7 +64,7 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
 
     Raises: UserError, where a file is missing or damaged, the shape is not the preset's or the tokenizer not the policy's.
     """
-    shape, fingerprint = load_shape(config.path)
+    shape, fingerprint = load_model_config(config.path)
     check_preset(config.path, config.preset, shape)
     tokenizer = load_tokenizer(config.path)
     if tokenizer.vocab_size > shape.vocab or (fingerprint and fingerprint != tokenizer.fingerprint):
@@ -80,17 +80,17 @@ def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, T
 
 def check_top_k(top_k: int, policy: Transformer) -> None:
     """Raises: UserError, where the policy has fewer tokens."""
-    if top_k > policy.shape.vocab:
-        raise UserError(f"data.entropy_top_k={top_k} must be at most the policy's vocabulary, {policy.shape.vocab}.")
+    if top_k > policy.config.vocab:
+        raise UserError(f"data.entropy_top_k={top_k} must be at most the policy's vocabulary, {policy.config.vocab}.")
 
 
 def mesh_of(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config, of all devices or those given. Raises: UserError, where it does not fit them."""
-    return make_mesh(config.data, config.fsdp, config.tensor, devices, config.decode_tensor)
+    return make_mesh(config.data, config.fsdp, config.tensor, devices, config.rollout_tensor)
 
 
 def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
-    """Raises: UserError, where what is sampled, or what is learnt from it, does not split evenly over the mesh."""
+    """Raises: UserError, where what is sampled, or what is learned from it, does not split evenly over the mesh."""
     t, ways = experiment.training, mesh_fields(mesh)["tensor"]
     check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step})
     check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step}, DECODING)
@@ -137,4 +137,4 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
         whole = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
         directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
         prepared = prepare(whole, policy, params, tokenizer, mesh, directory)
-    return Setup(policy, params, mesh, tokenizer, *map(prepared.corpus.windows, SIDES), prepared)
+    return Setup(policy, params, mesh, tokenizer, *map(prepared.corpus.windows, SPLITS), prepared)

@@ -17,32 +17,47 @@ from jax.sharding import Mesh
 
 from rpt_jax import report
 from rpt_jax.config import Experiment
-from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import END_THINK, Tokenizer
+from rpt_jax.corpus.entropy import next_token_rows
+from rpt_jax.distributed.sharding import (
+    check_batches,
+    init_optimizer,
+    is_leader,
+    num_batch_shards,
+    shard_prompts,
+    to_host,
+)
 from rpt_jax.errors import UserError
-from rpt_jax.evaluate import SPLITS, Evaluator, evaluation_metrics
+from rpt_jax.evaluate import DIFFICULTIES, Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
+from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.checkpoint import Checkpointer
-from rpt_jax.infra.divergence import Watch
+from rpt_jax.infra.divergence import DivergenceMonitor
 from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, as_floats, show_rollouts, table
-from rpt_jax.infra.numerics import recorded_step, write_record
+from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import check_batches, init_optimizer, is_leader, prompt_ways, shard_prompts, to_host
-from rpt_jax.infra.stopping import unstoppable
-from rpt_jax.infra.whole import write_whole
-from rpt_jax.objective.batch import Documents, UpdateConfig
-from rpt_jax.objective.loss import Bounds
-from rpt_jax.objective.reward import Status
-from rpt_jax.objective.rewards import FORWARD_PASSES
+from rpt_jax.infra.signals import defer_signals
+from rpt_jax.model.transformer import Params
+from rpt_jax.objective.batch import NextTokenBatch, UpdateConfig
+from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.update import TrainState, update_policy
-from rpt_jax.policy.hf import save_policy
-from rpt_jax.policy.transformer import Params
 from rpt_jax.pretrain import cold_start
-from rpt_jax.sampler import Rewarder, Sampled, Sampler, first_prompts, prefer_variance, rollout_metrics, to_update_batch
-from rpt_jax.score import next_token_rows
+from rpt_jax.prompts.builder import PromptBuilder
+from rpt_jax.prompts.selection import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
+from rpt_jax.rewards.catalogue import FORWARD_PASSES
+from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.rollout.sampler import (
+    Rewarder,
+    Sampled,
+    Sampler,
+    first_prompts,
+    prefer_variance,
+    rollout_metrics,
+    to_update_batch,
+)
 from rpt_jax.setup import Setup, check_sampling, set_up
-from rpt_jax.stream import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
+from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
+from rpt_jax.weights.hf import save_policy
 
 RESULT = "result.json"
 
@@ -59,7 +74,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
         return
     clock, t = Clock(), experiment.training
-    check_batches(mesh, {"evaluation.score_documents": experiment.evaluation.score_documents})
+    check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     check_sampling(experiment, mesh)
     if (experiment := cold_start(experiment, workdir, mesh, replay)) is None:
         return
@@ -75,9 +90,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
     params = jax.tree.map(jnp.copy, setup.params)
     average = jax.tree.map(jnp.copy, setup.params) if experiment.objective.reward == "info_gain" else None
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
-    config = update_config(experiment, prompt_ways(mesh))
+    config = update_config(experiment, num_batch_shards(mesh))
     reference = setup.params if experiment.objective.kl != "none" else None
-    counters, watch = make_counters(experiment, setup), Watch(experiment.divergence)
+    counters, watch = make_counters(experiment, setup), DivergenceMonitor(experiment.divergence)
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
     step, scalars, before, own, sampled = 0, {}, None, None, None
     if restored := checkpoints.restore():
@@ -142,7 +157,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
             clock.lap("reward")
             documents = load_documents(experiment, setup, sampled) if config.document_weight else None
             batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
-            with unstoppable():
+            with defer_signals():
                 try:
                     as_floats(step, rolled)
                     state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
@@ -164,7 +179,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
             clock.lap("checkpoint")
             progress.advance(status(scalars, dynamic))
     source, mark = setup.tokenizer.source, setup.tokenizer.fingerprint
-    save_policy(workdir / "policy", setup.policy.shape, state.params, source, mark)
+    save_policy(workdir / "policy", setup.policy.config, state.params, source, mark)
     finish(workdir, before, after, clock.seconds, experiment.seed)
     checkpoints.close()
 
@@ -186,7 +201,7 @@ def evaluate(
 def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, sampled: Sampled) -> None:
     """Say which prompts a step had that met a number which is not finite."""
     p = sampled.prompts
-    write_record(workdir, step, error, seed, ids=p.ids_P, documents=p.document_P, positions=p.position_P)
+    write_record(workdir, step, error, seed, ids=p.ids_P, documents=p.window_P, positions=p.position_P)
 
 
 def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
@@ -198,7 +213,7 @@ def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
         row_tokens=t.microbatch_tokens,
         chunk=t.logit_chunk_tokens,
         temperature=experiment.rollout.temperature,
-        bounds=Bounds(o.clip_low, o.clip_high, o.dual_clip),
+        bounds=ClipRange(o.clip_low, o.clip_high, o.dual_clip),
         loss=o.loss,
         aggregation=o.aggregation,
         response_limit=experiment.rollout.max_new_tokens,
@@ -217,24 +232,28 @@ def make_counters(experiment: Experiment, setup: Setup) -> Counters:
     """Counters that know how often the config's objective runs a token forward."""
     o, minibatches = experiment.objective, experiment.training.minibatches_per_step
     passes = BatchSize(*FORWARD_PASSES[o.reward])
-    return Counters(setup.policy.shape.matmul_parameters, passes, (minibatches > 1) + (o.kl != "none"))
+    return Counters(setup.policy.config.matmul_parameters, passes, (minibatches > 1) + (o.kl != "none"))
 
 
 def count_update(
-    counters: Counters, sampled: Sampled, generated: BatchSize, documents: Documents | None, scalars: dict[str, float]
+    counters: Counters,
+    sampled: Sampled,
+    generated: BatchSize,
+    documents: NextTokenBatch | None,
+    scalars: dict[str, float],
 ) -> None:
     """Count the update that left `scalars`."""
     text = int(jax.device_get(documents.mask_NxS.sum())) if documents else 0
-    learnt, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
-    counters.count_update(sampled.size(), learnt, trunk, generated, text)
+    learned, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
+    counters.count_update(sampled.size(), learned, trunk, generated, text)
 
 
-def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> Documents:
+def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> NextTokenBatch:
     """The documents that the prompts are from, one a prompt, as next-token prediction reads them."""
-    rows = [setup.train[i] for i in to_host(sampled.prompts.document_P)]
+    rows = [setup.train[i] for i in to_host(sampled.prompts.window_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
-    return shard_prompts(Documents(inputs, targets, np.arange(size) < lengths[:, None]), setup.mesh)
+    return shard_prompts(NextTokenBatch(inputs, targets, np.arange(size) < lengths[:, None]), setup.mesh)
 
 
 def is_complete(workdir: Path) -> bool:
@@ -296,12 +315,12 @@ def show_evaluation(name: str, result: dict[str, Any]) -> None:
     """Print one evaluation: accuracy with its 95 % interval and the number of positions, by split."""
     parts = {"": result, ", unseen templates": result.get("unseen_templates", {})}
     rows = [
-        (f"{mode}{where}", *(_interval(part[mode][split]) for split in SPLITS))
+        (f"{mode}{where}", *(_interval(part[mode][split]) for split in DIFFICULTIES))
         for where, part in parts.items()
         for mode in ("direct", "reasoning")
         if mode in part
     ]
-    table(f"Next-token accuracy, {name} (%, 95 % interval, positions)", ("predicted", *SPLITS), rows)
+    table(f"Next-token accuracy, {name} (%, 95 % interval, positions)", ("predicted", *DIFFICULTIES), rows)
     details = result["details"]
     print(f"format rate {details['format_rate']:.1%}, response length {details['response_length']:.1f} tokens")
 
@@ -321,7 +340,7 @@ def finish(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds
     for part in ("details", "unseen_templates"):
         result[part] = {"before": before.pop(part, None), "after": after.pop(part, None)}
     result |= {"before": before, "after": after}
-    write_whole(workdir / RESULT, json.dumps(result, indent=1) + "\n")
+    atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     for name in ("before", "after"):
         unseen = {"unseen_templates": result["unseen_templates"][name]} if result["unseen_templates"][name] else {}
         show_evaluation(name, result[name] | unseen | {"details": result["details"][name]})

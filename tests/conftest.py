@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # In the environment rather than in jax.config, so that the processes that tests start have them too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rpt_jax.policy.hf import load_shape
+from rpt_jax.weights.hf import load_model_config
 from tests.test_train import ROOT, SMALL
 
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
@@ -73,5 +73,5 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
         exec(compile(source, f"cell {number}", "exec"), namespace)
     assert [Path(plot).parts[:2] for plot in shown] == [("runs", "tiny")] * 4 + [("runs", "smollm2")] * 4
     assert all(os.path.getsize(plot) for plot in shown)
-    assert load_shape(tmp_path / "exported" / "smollm2")[0].layers == 30
+    assert load_model_config(tmp_path / "exported" / "smollm2")[0].layers == 30
     assert "config.json" in zipfile.ZipFile(tmp_path / "smollm2.zip").namelist()

@@ -1,4 +1,4 @@
-"""Policies in and out by the command line: what is recognised, what is refused, and what a GGUF file holds."""
+"""Policies in and out by the command line: what is recognized, what is refused, and what a GGUF file holds."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from safetensors.numpy import load_file, save_file
 from rpt_jax import convert as command
 from rpt_jax.config import Experiment, PolicyConfig
 from rpt_jax.convert import convert
-from rpt_jax.data.tokenizer import byte_level_alphabet, load_tokenizer
+from rpt_jax.distributed.sharding import make_mesh, parameter_shardings
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
-from rpt_jax.infra.sharding import make_mesh, parameter_shardings
 from rpt_jax.infra.workdir import claimed_workdir
+from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.model.rope import Llama3, llama3_divisors, rope_frequencies
+from rpt_jax.model.transformer import Transformer
 from rpt_jax.objective.update import TrainState
-from rpt_jax.policy import tensors as tensors_module
-from rpt_jax.policy.hf import load_policy, load_shape, save_policy
-from rpt_jax.policy.hf_config import FINGERPRINT
-from rpt_jax.policy.presets import Shape
-from rpt_jax.policy.rope import Llama3, llama3_divisors, rope_frequencies
-from rpt_jax.policy.tensors import INDEX, WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
-from rpt_jax.policy.transformer import Transformer
 from rpt_jax.setup import load_start
-from tests.conftest import ROOT
-from tests.policy_reference import random_params
+from rpt_jax.tokenizers.tokenizer import byte_level_alphabet, load_tokenizer
+from rpt_jax.weights import safetensors_io as tensors_module
+from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
+from rpt_jax.weights.hf_config import FINGERPRINT
+from rpt_jax.weights.safetensors_io import INDEX, WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
+from tests.helpers.paths import ROOT
+from tests.helpers.policy_reference import random_params
 
-SHAPE = Shape(layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=64, vocab=300)
+SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=64, vocab=300)
 PLAIN = [*byte_level_alphabet(), "Ġt"]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
@@ -83,12 +83,12 @@ def test_a_foreign_policy_becomes_ours_and_foreign_again(theirs, tmp_path, capsy
     said = capsys.readouterr().out
     assert "a Hugging Face directory: it is now our policy" in said
     assert (
-        "normalises texts (NFC)" in said and "40 of its 300 ids stand for no token; rpt_jax never samples them" in said
+        "normalizes texts (NFC)" in said and "40 of its 300 ids stand for no token; rpt_jax never samples them" in said
     )
     ours = tmp_path / "new" / "ours"
     policy, _, tokenizer = load_start(PolicyConfig(path=str(ours), preset=""), make_mesh(1, 1, 1))
     assert policy.absent_ids == tuple(range(260, 300))
-    assert load_shape(ours)[1] == tokenizer.fingerprint
+    assert load_model_config(ours)[1] == tokenizer.fingerprint
     assert tokenizer.stop_ids == (258, 259) and tokenizer.normalizer == "NFC"
     assert tokenizer.token_bytes(tokenizer.encode("e\u0301")) == "e\u0301".encode()
     assert run(f"--from={ours}", f"--to={tmp_path / 'out'}") == 0
@@ -276,9 +276,9 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
 
 _ON_EIGHT_DEVICES = """
 import sys, jax, numpy as np
-from rpt_jax.infra.sharding import make_mesh, parameter_shardings
-from rpt_jax.policy import hf
-from rpt_jax.policy.transformer import Transformer
+from rpt_jax.distributed.sharding import make_mesh, parameter_shardings
+from rpt_jax.weights import hf
+from rpt_jax.model.transformer import Transformer
 from rpt_jax.setup import load_start
 shape, expected, _ = hf.load_policy(sys.argv[1])
 shardings = parameter_shardings(Transformer(shape), make_mesh(1, 4, 2))
@@ -308,7 +308,7 @@ def test_no_device_holds_more_than_its_share(tmp_path):
 # --- GGUF --------------------------------------------------------------------------------------------
 
 
-def write_gguf(path, family="llama", shape=SHAPE, quantised=(), pre="smollm", kind="gpt2", **tensors):
+def write_gguf(path, family="llama", shape=SHAPE, quantized=(), pre="smollm", kind="gpt2", **tensors):
     """Write a policy as llama.cpp does, the rows of Llama's queries and keys turned; return its tensors by their names."""
     policy = path.parent / "policy"
     save_policy(policy, shape, random_params(Transformer(shape), 1), path.parent / "tokenizer.json", "")
@@ -331,7 +331,7 @@ def write_gguf(path, family="llama", shape=SHAPE, quantised=(), pre="smollm", ki
                 halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, -1)
                 tensor = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name in quantised:
+        if name in quantized:
             tensor = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
             writer.add_tensor(theirs, tensor, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         else:
@@ -357,10 +357,10 @@ def file(theirs):
     ],
 )
 def test_gguf(file, tmp_path, family, options):
-    """Llama's rows are put in order again, Qwen's are in order; what is quantised comes back as its own values."""
+    """Llama's rows are put in order again, Qwen's are in order; what is quantized comes back as its own values."""
     shape, down = dataclasses.replace(SHAPE, **options), "model.layers.1.mlp.down_proj.weight"
-    weights = write_gguf(file, family, shape, quantised=(down,))
-    assert load_shape(file) == (shape, "") and load_shape(file)[0].context == 64
+    weights = write_gguf(file, family, shape, quantized=(down,))
+    assert load_model_config(file) == (shape, "") and load_model_config(file)[0].context == 64
     convert(file, tmp_path / "ours")
     ours, q8 = load_file(tmp_path / "ours" / WEIGHTS), gguf.GGMLQuantizationType.Q8_0
     expected = gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(weights[down]), q8), q8)
@@ -378,7 +378,7 @@ def test_gguf_tokenizer(file, tmp_path):
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (257, 258, (258, 259))
         assert tokenizer.encode("a t12<|im_end|>")[:2] == [PLAIN.index("a"), 256]
         assert tokenizer.token_bytes(tokenizer.encode("a t12<|im_end|>\u00e9")) == "a t12<|im_end|>\u00e9".encode()
-        assert tokenizer.fingerprint == load_shape(tmp_path / "ours")[1]
+        assert tokenizer.fingerprint == load_model_config(tmp_path / "ours")[1]
     config = json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())
     assert config["chat_template"] == "{{ messages }}" and config["eos_token"] == "<|im_end|>"
 
@@ -391,7 +391,7 @@ def test_gguf_with_the_scaling_of_llama_3(file):
     assert load_policy(file)[0] == shape
     write_gguf(file, shape=shape, pre="llama-bpe", rope_freqs__weight=divisors[::-1].copy())
     with pytest.raises(UserError, match="rope_freqs.weight is not the scaling of Llama 3"):
-        load_shape(file)
+        load_model_config(file)
 
 
 @pytest.mark.parametrize(

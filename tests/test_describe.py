@@ -20,14 +20,14 @@ from flax import linen as nn
 from rich.console import Console
 
 from rpt_jax.config import Experiment, MeshConfig
+from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.describe import describe, print_description
 from rpt_jax.errors import UserError
-from rpt_jax.fields import leaves
-from rpt_jax.policy.packed import see
-from rpt_jax.policy.presets import preset
-from rpt_jax.policy.transformer import Transformer
-from tests.conftest import ROOT
-from tests.test_config import CONFIGS, load
+from rpt_jax.model.attention.packed import make_key_ranges
+from rpt_jax.model.model_config import preset
+from rpt_jax.model.transformer import Transformer
+from tests.config.test_config import CONFIGS, load
+from tests.helpers.paths import ROOT
 
 PAPER = load(ROOT / "configs" / "rpt_14b.py")
 GIB = 2**30
@@ -168,7 +168,7 @@ def test_pretraining_by_hand():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_are_nearly_what_the_derivative_keeps(dtype: str):
-    """Without rematerialisation JAX can say what it keeps; the formula may forget small things, never invent any."""
+    """Without rematerialization JAX can say what it keeps; the formula may forget small things, never invent any."""
     plain = replaced(Experiment(), "policy", dtype=dtype, attention="reference")
     experiment = replaced(plain, "training", microbatch_tokens=512)
     found = values(experiment)
@@ -176,7 +176,7 @@ def test_activations_are_nearly_what_the_derivative_keeps(dtype: str):
 
     def kept(params: Any, tokens_NxW: jax.Array) -> Any:
         places_NxMxW = jnp.zeros((1, 3, 512), jnp.int32)
-        rows = tokens_NxW[:, None], tokens_NxW[:, None], (), None, see(places_NxMxW, places_NxMxW + 1)
+        rows = tokens_NxW[:, None], tokens_NxW[:, None], (), None, make_key_ranges(places_NxMxW, places_NxMxW + 1)
         return jax.vjp(lambda params: policy.apply({"params": params}, *rows)[0], params)[1]
 
     one = jnp.zeros((1, 1, 1), jnp.int32)
@@ -189,7 +189,7 @@ def test_activations_are_nearly_what_the_derivative_keeps(dtype: str):
     assert 0.7 < ours / in_layers <= 1.0
 
 
-def test_rematerialisation_trades_memory_for_nothing_else():
+def test_rematerialization_trades_memory_for_nothing_else():
     without, dots, with_it = (
         values(replaced(Experiment(), "policy", remat=remat, attention="reference"))
         for remat in ("none", "dots", "full")

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import PromptConfig
-from rpt_jax.data.positions import Position
-from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import load_tokenizer
-from rpt_jax.data.tokenizer_training import train_sentencepiece
+from rpt_jax.corpus.entropy import Scores, _buckets, score_documents, top_k_entropy, top_k_values
+from rpt_jax.distributed.sharding import make_mesh
 from rpt_jax.evaluate import (
     EvaluationSet,
     Evaluator,
@@ -22,29 +20,31 @@ from rpt_jax.evaluate import (
     direct_accuracy,
     evaluation_metrics,
 )
-from rpt_jax.infra.sharding import make_mesh
-from rpt_jax.score import Scores, _buckets, largest, score_documents, top_k_entropy
-from tests import policy_reference as reference
-from tests.policy_reference import POLICY, SHAPE, random_params
+from rpt_jax.prompts.builder import PromptBuilder
+from rpt_jax.prompts.positions import Position
+from rpt_jax.tokenizers.tokenizer import load_tokenizer
+from rpt_jax.tokenizers.training import train_sentencepiece
+from tests.helpers import policy_reference as reference
+from tests.helpers.policy_reference import POLICY, SHAPE, random_params
 
 # --- scores ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [2, 5, 37])
 def test_top_k_entropy(k):
-    """Of the k likeliest, renormalised; with k the whole vocabulary it is the entropy."""
+    """Of the k likeliest, renormalized; with k the whole vocabulary it is the entropy."""
     logits = np.random.default_rng(0).standard_normal((6, 37)).astype(np.float32) * 3
     top = -np.sort(-logits.astype(np.float64), axis=-1)[:, :k]
     shares = np.exp(top) / np.exp(top).sum(-1, keepdims=True)
-    np.testing.assert_allclose(top_k_entropy(largest(logits, k)), -(shares * np.log(shares)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(top_k_entropy(top_k_values(logits, k)), -(shares * np.log(shares)).sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("k", [2, 37])
-def test_top_k_entropy_without_renormalising(k):
+def test_top_k_entropy_without_renormalizing(k):
     """What the k likeliest contribute to the entropy over all; with k the whole vocabulary both are that."""
     logits = np.random.default_rng(0).standard_normal((6, 37)).astype(np.float32) * 3
     shares = -np.sort(-reference.softmax(logits.astype(np.float64)), axis=-1)[:, :k]
-    found = top_k_entropy(largest(logits, k), jax.nn.logsumexp(logits, axis=-1))
+    found = top_k_entropy(top_k_values(logits, k), jax.nn.logsumexp(logits, axis=-1))
     np.testing.assert_allclose(found, -(shares * np.log(shares)).sum(-1), rtol=1e-5)
 
 
@@ -55,14 +55,14 @@ def test_the_largest_are_those_of_sorting(size, k):
     rng = np.random.default_rng(size)
     values = np.round(rng.normal(size=(40, size)), 1).astype(np.float32)  # With equal ones,
     values[:, rng.random(size) < 0.1] = -np.inf  # and ids that stand for no token.
-    np.testing.assert_array_equal(largest(values, k), -np.sort(-values, axis=1)[:, :k])
+    np.testing.assert_array_equal(top_k_values(values, k), -np.sort(-values, axis=1)[:, :k])
 
 
 def test_top_k_entropy_at_its_ends():
     uniform, certain = np.zeros((1, 20), np.float32), np.full((1, 20), -1e4, np.float32)
     certain[0, 7] = 1e4
-    np.testing.assert_allclose(top_k_entropy(largest(uniform, 16)), np.log(16), rtol=1e-6)
-    np.testing.assert_array_equal(top_k_entropy(largest(certain, 16)), 0.0)
+    np.testing.assert_allclose(top_k_entropy(top_k_values(uniform, 16)), np.log(16), rtol=1e-6)
+    np.testing.assert_array_equal(top_k_entropy(top_k_values(certain, 16)), 0.0)
 
 
 @pytest.fixture(scope="module")

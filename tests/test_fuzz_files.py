@@ -13,26 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig
-from rpt_jax.data import prepare
-from rpt_jax.data.files import find_units
-from rpt_jax.data.prepare import files_digest, tokenise
-from rpt_jax.data.readers import Document, Rejected, read_unit
-from rpt_jax.data.shards import MANIFEST, ShardWriter, write_json
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.corpus import tokenization as prepare
+from rpt_jax.corpus.files import find_units
+from rpt_jax.corpus.prepared import _digest, open_prepared
+from rpt_jax.corpus.readers import Document, Rejected, read_unit
+from rpt_jax.corpus.store import MANIFEST, ShardWriter, write_json
+from rpt_jax.corpus.tokenization import files_digest, tokenize
 from rpt_jax.errors import UserError
-from rpt_jax.policy.hf import load_shape, open_weights, save_policy
-from rpt_jax.policy.tensors import INDEX, WEIGHTS
-from rpt_jax.policy.transformer import Transformer
-from rpt_jax.prepared import _digest, open_prepared
-from tests.conftest import ROOT
-from tests.policy_reference import random_params
+from rpt_jax.model.transformer import Transformer
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.weights.hf import load_model_config, open_weights, save_policy
+from rpt_jax.weights.safetensors_io import INDEX, WEIGHTS
+from tests.corpus.test_readers import write_all
+from tests.helpers.paths import TINY
+from tests.helpers.policy_reference import random_params
+from tests.helpers.whole_corpus import load_corpus
 from tests.test_convert import SHAPE, tokenizer_spec, write_gguf
 from tests.test_fuzz_input import altered, many, values
-from tests.test_readers import write_all
-from tests.whole_corpus import load_corpus
 
 pytestmark = pytest.mark.slow
-TINY = ROOT / "configs" / "tiny"
 TEXTS = ["Tom has 3 apples.\nHe buys 4 more.", "naïve \U0001f9ee", "a b c " * 40, "12 + 30 = 42"]
 
 
@@ -169,7 +168,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_weights(source: Path) -> None:
-    shape, _ = load_shape(source)
+    shape, _ = load_model_config(source)
     tensors = open_weights(source, shape)
     for name, spec in tensors.specs.items():
         tensor = tensors.read(name)
@@ -232,7 +231,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path
     (directory / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     config = DataConfig(source="path", path=str(directory / "a.jsonl"), held_out_documents=1)
     tokenizer = load_tokenizer(TINY)
-    tokenise(config, tokenizer, directory / "whole", lambda words: None)
+    tokenize(config, tokenizer, directory / "whole", lambda words: None)
     with ShardWriter(directory / "whole", "scores", 0, 1) as writer:
         for _ in TEXTS:
             writer.write([np.zeros(4), np.zeros(4)], [4])

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpt_jax.config import Experiment, default_config, from_config_dict
+from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.errors import UserError
-from rpt_jax.fields import leaves
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.workdir import CONFIG, claimed_workdir
 

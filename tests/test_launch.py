@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.paths import ROOT
+
 SCRIPTS = [".ci/run", "launch/local.sh", "launch/setup.sh", "launch/test.sh"]
 TOOLS = ["bash", "cat", "cp", "df", "dirname", "flock", "head", "mkdir", "rm", "rmdir", "sed", "sleep"]
 

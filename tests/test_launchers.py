@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from rpt_jax.config import DataConfig
-from rpt_jax.data.prepare import parse_shard
-from rpt_jax.infra.hosts import Hosts, find_hosts
+from rpt_jax.corpus.tokenization import parse_shard
+from rpt_jax.distributed.hosts import Hosts, find_hosts
 from tests.test_launch import ROOT, Clone
 
 SCRIPTS = ["launch/again.sh", "launch/slurm_gpu.sh", "launch/tpu_pod.sh"]
@@ -321,7 +321,7 @@ def test_the_jobset_has_what_its_schema_requires_and_fits_together() -> None:
     pod = job["template"]["spec"]
     [container] = pod["containers"]
     # What Kubernetes asks of each other.
-    assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"]
+    assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelizm"]
     assert pod["restartPolicy"] == "Never", "podFailurePolicy takes no other"
     [failing] = job["podFailurePolicy"]["rules"]
     assert failing["onExitCodes"]["containerName"] == container["name"] and failing["action"] == "FailJob"
@@ -333,12 +333,12 @@ def test_the_jobset_has_what_its_schema_requires_and_fits_together() -> None:
     assert container["resources"]["requests"] == container["resources"]["limits"]
     # What a slice asks for.
     chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
-    assert chips == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
+    assert chips == job["parallelizm"] * container["resources"]["limits"]["google.com/tpu"]
     # What we ask for.
     environ = {entry["name"]: entry.get("value", "3") for entry in container["env"]}
     name = jobset["metadata"]["name"]
     address = f"{name}-{replicated['name']}-0-0.{name}"
-    assert find_hosts(None, None, None, environ) == Hosts(address, 8476, job["parallelism"], 3)
+    assert find_hosts(None, None, None, environ) == Hosts(address, 8476, job["parallelizm"], 3)
     grace = next(int(a.partition("=")[2]) for a in container["args"] if "grace_seconds" in a)
     assert grace < pod["terminationGracePeriodSeconds"]
 

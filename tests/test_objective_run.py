@@ -1,4 +1,4 @@
-"""Whole runs with what is off by default: every option changes what is learnt, and all of them survive being killed."""
+"""Whole runs with what is off by default: every option changes what is learned, and all of them survive being killed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_options_survive_being_killed(finished: Path, tmp_path: Path, monkey
 
 def test_a_reward_that_the_tokenizer_cannot_serve_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rpt_jax import setup
-    from rpt_jax.data.tokenizer import load_tokenizer
+    from rpt_jax.tokenizers.tokenizer import load_tokenizer
 
     def without_think(source):
         import dataclasses

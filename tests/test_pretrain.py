@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rpt_jax.config import Experiment, PretrainConfig, PromptConfig
-from rpt_jax.data.cold_start import BOX, TraceWriter
-from rpt_jax.data.positions import Position
-from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import END_THINK, load_tokenizer
 from rpt_jax.pretrain import ExampleMaker
+from rpt_jax.prompts.builder import PromptBuilder
+from rpt_jax.prompts.cold_start import BOX, TraceWriter
+from rpt_jax.prompts.positions import Position
+from rpt_jax.tokenizers.tokenizer import END_THINK, load_tokenizer
+from tests.helpers.paths import TINY
 
-TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "configs" / "tiny")
+TOKENIZER = load_tokenizer(TINY)
 DOCUMENT = (
     "Tom had 93 - 38 = 55 marbles, gave 12 away and has 55 - 12 = 43 marbles left. It is a good number of marbles."
 )
@@ -58,14 +58,14 @@ def test_traces_continue_their_prefix_of_the_document() -> None:
     ("prompt", "known"),
     [
         (PromptConfig(), True),
-        (PromptConfig(template="v0", open_think=False), False),
+        (PromptConfig(template="v0", prefill_think_token=False), False),
         (PromptConfig(template="v0", max_tokens=512), True),
-        (PromptConfig(open_think=False), False),
+        (PromptConfig(prefill_think_token=False), False),
     ],
     ids=["plain", "v0, spelled", "v0, opened", "nothing after the context"],
 )
 def test_a_trace_follows_the_prompt_that_asks_for_its_place(prompt: PromptConfig, known: bool) -> None:
-    """Token for token, in a template and for a tokenizer without <think>; what is learnt is the response, all of it."""
+    """Token for token, in a template and for a tokenizer without <think>; what is learned is the response, all of it."""
     tokenizer = TOKENIZER if known else dataclasses.replace(TOKENIZER, think_id=-1, end_think_id=-1)
     experiment = Experiment(prompt=dataclasses.replace(prompt, max_tokens=512), pretrain=PretrainConfig())
     documents = [np.array(tokenizer.encode(DOCUMENT))]
@@ -76,11 +76,11 @@ def test_a_trace_follows_the_prompt_that_asks_for_its_place(prompt: PromptConfig
         built = builder.build(0, ids, Position(0, position, 1.0))
         prompts[tuple(built.tokens_PxS[: built.lengths_P].tolist())] = built
     for trace in segments(arrays):
-        asked, learnt = trace["trace_prefix"][0], trace["trace_mask"]
-        before = [*arrays["inputs"][:asked], *trace["trace_inputs"][: len(learnt) - learnt.sum() + 1]]
+        asked, learned = trace["trace_prefix"][0], trace["trace_mask"]
+        before = [*arrays["inputs"][:asked], *trace["trace_inputs"][: len(learned) - learned.sum() + 1]]
         built = prompts[tuple(map(int, before))]
-        np.testing.assert_array_equal(trace["trace_position"], asked + np.arange(len(learnt)))
-        response = trace["trace_targets"][learnt]
+        np.testing.assert_array_equal(trace["trace_position"], asked + np.arange(len(learned)))
+        response = trace["trace_targets"][learned]
         spelled = [END_THINK.encode() if t == tokenizer.end_think_id else tokenizer.token_bytes([t]) for t in response]
         _, ended, answer = b"".join(spelled).rpartition(END_THINK.encode())
         predicted = answer.removeprefix(BOX.encode()).removesuffix(b"}")
@@ -97,9 +97,9 @@ def test_drills_stand_alone_and_their_question_is_given() -> None:
     for drill in drills:
         np.testing.assert_array_equal(drill["trace_position"], np.arange(len(drill["trace_position"])))
         given = TOKENIZER.token_bytes(drill["trace_targets"][~drill["trace_mask"]].tolist())
-        learnt = TOKENIZER.token_bytes(drill["trace_targets"][drill["trace_mask"]].tolist())
+        learned = TOKENIZER.token_bytes(drill["trace_targets"][drill["trace_mask"]].tolist())
         assert given.endswith(b":") and b"-" in given and b"=" not in given
-        assert b"=" in learnt and b"boxed{" in learnt
+        assert b"=" in learned and b"boxed{" in learned
 
 
 def test_what_cannot_be_boxed_is_not_shown() -> None:

@@ -99,7 +99,7 @@ def test_step_zero_and_too_few_points_are_left_out() -> None:
     assert fit_power_law([], []) is None
 
 
-def _run(workdir: Path, steps: int, every: int, splits: tuple[str, ...] = report.SPLITS) -> Path:
+def _run(workdir: Path, steps: int, every: int, splits: tuple[str, ...] = report.DIFFICULTIES) -> Path:
     rng = np.random.default_rng(0)
     lines = []
     for step in range(steps + 1):
@@ -165,7 +165,7 @@ def test_the_curves_are_the_run(tmp_path: Path, figures: dict[str, Figure]) -> N
     np.testing.assert_allclose(easy.get_ydata(), [42 * (1.1 - 1 / (1 + step)) for step in range(0, 41, 5)])
     dashed = [line for line in accuracy.lines if line.get_linestyle() == "--" and len(line.get_ydata())]
     levels = {line.get_color(): line.get_ydata()[0] for line in dashed}
-    assert levels == {report.COLOURS[split]: 100 * accuracy for split, accuracy in DIRECT.items()}
+    assert levels == {report.COLORS[split]: 100 * accuracy for split, accuracy in DIRECT.items()}
     points = next(line for line in figures["scaling"].axes[0].lines if line.get_label().startswith("hard"))
     np.testing.assert_allclose(points.get_xdata(), [3e12 * step for step in range(5, 41, 5)])
     assert all("R^2 = 0.9" in label or "R^2 = 1.0" in label for label in _legend(figures["scaling"]))

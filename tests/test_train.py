@@ -17,12 +17,12 @@ import pytest
 
 from rpt_jax import main, pretrain, train
 from rpt_jax.config import Experiment, from_config_dict
-from rpt_jax.data.tokenizer import load_tokenizer
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import MetricsWriter, read_metrics
-from rpt_jax.policy.hf import load_policy
+from rpt_jax.tokenizers.tokenizer import load_tokenizer
+from rpt_jax.weights.hf import load_policy
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
     "data.documents": 60,
     "data.held_out_documents": 20,
@@ -42,7 +42,7 @@ SMALL = {
     "evaluation.template_positions": 8,
     "checkpoint.every_steps": 2,
 }
-SELF_ENTROPY = {"data.positions": "self_entropy", "data.refresh_steps": 2, "data.refresh_windows": 32}
+SELF_ENTROPY = {"data.positions": "self_entropy", "data.rescore_every_steps": 2, "data.rescore_windows": 32}
 
 
 def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
@@ -319,7 +319,7 @@ def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     policy.mkdir()
     for file in (ROOT / "configs" / "tiny").iterdir():
         (policy / file.name).write_bytes(file.read_bytes())
-    from rpt_jax.data.tokenizer_training import train_sentencepiece
+    from rpt_jax.tokenizers.training import train_sentencepiece
 
     train_sentencepiece(["other words than those of the policy, many enough 123"] * 50, 300, policy / "tokenizer.model")
     with pytest.raises(UserError, match="is not the tokenizer of the policy"):

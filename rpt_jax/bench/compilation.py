@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rpt_jax.config import ATTENTIONS, REMATS, PolicyConfig
+from rpt_jax.config import PolicyConfig
+from rpt_jax.config.schema import ATTENTIONS, REMATS
+from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.model.transformer import Params, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
-from rpt_jax.policy.presets import Shape
-from rpt_jax.policy.transformer import Params, head, prefill
 from rpt_jax.setup import make_policy
 
 
@@ -43,7 +44,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
 
 def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, int]:
     w = options.width
-    shape = Shape(layers=layers, width=w, heads=4, kv_heads=2, head_size=w // 4, ffn=3 * w, vocab=1024)
+    shape = ModelConfig(layers=layers, width=w, heads=4, kv_heads=2, head_size=w // 4, ffn=3 * w, vocab=1024)
     policy = make_policy(PolicyConfig(remat=options.remat, attention=options.attention), shape)
     one = jnp.zeros((1, 1, 1), jnp.int32)
     params = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), one, one)["params"]))

@@ -28,18 +28,18 @@ from jax.sharding import Mesh
 
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
-from rpt_jax.data.pipeline import PromptStream, position_order
-from rpt_jax.data.positions import index_positions
-from rpt_jax.data.prepare import Corpus
-from rpt_jax.data.prompts import PromptBuilder
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.corpus.entropy import score_part
+from rpt_jax.corpus.prepared import open_reported, prepare, score_tokens, tokenize_on_leader
+from rpt_jax.corpus.tokenization import Corpus
+from rpt_jax.distributed.sharding import make_mesh, shard_prompts, use_mesh
 from rpt_jax.infra.metrics import Progress
-from rpt_jax.infra.sharding import make_mesh, shard_prompts, use_mesh
+from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
-from rpt_jax.policy.transformer import Params, Transformer, head, prefill
-from rpt_jax.prepared import open_reported, prepare, score_tokens, tokenise_on_leader
-from rpt_jax.score import score_part
+from rpt_jax.prompts.builder import PromptBuilder
+from rpt_jax.prompts.pipeline import PromptStream, position_order
+from rpt_jax.prompts.positions import index_positions
 from rpt_jax.setup import load_start
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _WORDS = 20_000
 _DOCUMENT_WORDS = 300
@@ -77,27 +77,26 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
 
 
 def _preparing(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> tuple[list[list[Any]], Corpus]:
-    """Tokenise the corpus and open it."""
+    """Tokenize the corpus and open it."""
     size = Path(data.path).stat().st_size
     alone = _tokenizer_alone(Path(data.path), tokenizer)
     start = time.perf_counter()
-    tokenise_on_leader(data, tokenizer, directory)
-    tokenised = time.perf_counter() - start
+    tokenize_on_leader(data, tokenizer, directory)
+    tokenized = time.perf_counter() - start
     corpus = open_reported(data, directory)
-    opened = time.perf_counter() - start - tokenised
+    opened = time.perf_counter() - start - tokenized
     rows = [
         alone,
-        ["preparing: reading, tokenising, writing", tokenised, size / tokenised / 1e6, "MB/s"],
+        ["preparing: reading, tokenizing, writing", tokenized, size / tokenized / 1e6, "MB/s"],
         ["opening, splitting, looking for near-duplicates", opened, len(corpus.sizes_D) / opened, "documents/s"],
     ]
     return rows, corpus
 
 
 def _scoring(options: argparse.Namespace, data: DataConfig, corpus: Corpus) -> list[list[Any]]:
-    """Score the tokenised corpus and draw prompts from it."""
-    mesh, experiment = make_mesh(-1, 1, 1), Experiment(data=data)
-    evaluation = dataclasses.replace(experiment.evaluation, score_documents=options.documents)
-    experiment = dataclasses.replace(experiment, evaluation=evaluation)
+    """Score the tokenized corpus and draw prompts from it."""
+    mesh = make_mesh(-1, 1, 1)
+    experiment = Experiment(data=dataclasses.replace(data, score_batch_windows=options.documents))
     with use_mesh(mesh):
         policy, params, tokenizer = load_start(PolicyConfig(path=options.policy, preset=""), mesh)
         rows = _full_batches(experiment, policy, params, tokenizer, mesh)
@@ -150,8 +149,8 @@ def _tokenizer_alone(path: Path, tokenizer: Tokenizer) -> list[Any]:
 def _full_batches(
     experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh
 ) -> list[list[Any]]:
-    shape = (experiment.evaluation.score_documents, experiment.data.max_document_tokens)
-    documents = np.random.default_rng(0).integers(0, policy.shape.vocab, shape).astype(np.int32)
+    shape = (experiment.data.score_batch_windows, experiment.data.max_document_tokens)
+    documents = np.random.default_rng(0).integers(0, policy.config.vocab, shape).astype(np.int32)
     tokens, lengths = shard_prompts((documents, np.full(shape[0], shape[1], np.int32)), mesh)
 
     @jax.jit
@@ -173,7 +172,7 @@ def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batche
     stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
     order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_document=0, seed=0)
     longest = experiment.data.max_document_tokens
-    builder = PromptBuilder(PromptConfig(open_think=False, max_tokens=longest), tokenizer)
+    builder = PromptBuilder(PromptConfig(prefill_think_token=False, max_tokens=longest), tokenizer)
     stream = PromptStream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
     next(stream)  # The workers start.
     start = time.perf_counter()

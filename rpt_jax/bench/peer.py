@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from rpt_jax.errors import UserError
+from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.objective.batch import UpdateBatch
-from rpt_jax.policy.presets import Shape
 
 
-def transformers_calls(shape: Shape, batch: int, length: int, dtype: str) -> dict[str, Callable[[], Any]]:
+def transformers_calls(shape: ModelConfig, batch: int, length: int, dtype: str) -> dict[str, Callable[[], Any]]:
     """Forward, and forward and backward, of a random Qwen2 model. Raises: UserError, where PyTorch is not installed."""
     torch, model = _random_qwen2(shape, length, dtype)
     tokens = torch.randint(0, shape.vocab, (batch, length), device=model.device)
@@ -31,7 +31,7 @@ def transformers_calls(shape: Shape, batch: int, length: int, dtype: str) -> dic
 
 
 def transformers_update(
-    shape: Shape, batch: UpdateBatch, microbatch: int, autocast: bool
+    shape: ModelConfig, batch: UpdateBatch, microbatch: int, autocast: bool
 ) -> dict[str, Callable[[], Any]]:
     """One AdamW step on the batch in plain PyTorch, `microbatch` responses a pass: float32, or under bfloat16 autocast.
 
@@ -62,7 +62,7 @@ def transformers_update(
     return {f"transformers: {'bfloat16 autocast' if autocast else 'float32'}": update}
 
 
-def _random_qwen2(shape: Shape, length: int, dtype: str) -> tuple[Any, Any]:
+def _random_qwen2(shape: ModelConfig, length: int, dtype: str) -> tuple[Any, Any]:
     """Return torch, and the shape as a model in training mode. Raises: UserError, where PyTorch is not installed."""
     try:
         import torch

@@ -19,29 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call
-from rpt_jax.config import ATTENTIONS, REMATS, PolicyConfig
+from rpt_jax.config import PolicyConfig
+from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.describe import attention_flops
+from rpt_jax.distributed.sharding import init_parameters, make_mesh, use_mesh
 from rpt_jax.errors import UserError
-from rpt_jax.infra.sharding import init_parameters, make_mesh, use_mesh
+from rpt_jax.model.model_config import ModelConfig, preset
+from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.packing import fitting_divisor
-from rpt_jax.policy.presets import Shape, preset
-from rpt_jax.policy.transformer import Params, Transformer, head, prefill
 from rpt_jax.setup import make_policy
 
-_SHAPE = Shape(layers=6, width=384, heads=6, kv_heads=2, head_size=64, ffn=1024, vocab=4096, qkv_bias=True)
+_SHAPE = ModelConfig(layers=6, width=384, heads=6, kv_heads=2, head_size=64, ffn=1024, vocab=4096, qkv_bias=True)
 _CACHED_TOKENS = 2048  # Of a pass on a CPU: with more, what a layer leaves for the next is no longer in the caches.
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_size", "ffn", "vocab")
 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     """A preset, and sizes that differ from it."""
-    parser.add_argument("--preset", help="a name in policy/presets.py; default: 6 layers of width 384, vocabulary 4096")
+    parser.add_argument(
+        "--preset", help="a name in model/model_config.py; default: 6 layers of width 384, vocabulary 4096"
+    )
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"instead of the preset's {name}")
 
 
-def chosen_shape(options: argparse.Namespace) -> Shape:
+def chosen_shape(options: argparse.Namespace) -> ModelConfig:
     """The shape that `add_shape_options` asks for. Raises: UserError, for an unknown preset."""
     shape = preset(options.preset) if options.preset else _SHAPE
     return dataclasses.replace(shape, **{n: v for n in _SIZES if (v := getattr(options, n)) is not None})
@@ -101,7 +104,7 @@ def policy_calls(
 ) -> dict[str, Callable[[], Any]]:
     """The three programs, on random tokens."""
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, policy.shape.vocab, (batch // microbatch, microbatch, length + 1)), jnp.int32)
+    tokens = jnp.asarray(rng.integers(0, policy.config.vocab, (batch // microbatch, microbatch, length + 1)), jnp.int32)
     lengths = jnp.full(microbatch, length, jnp.int32)
 
     def loss(params: Params, tokens_NxS: jax.Array) -> jax.Array:
@@ -128,7 +131,7 @@ def policy_calls(
     }
 
 
-def _flops(name: str, shape: Shape, batch: int, length: int) -> float:
+def _flops(name: str, shape: ModelConfig, batch: int, length: int) -> float:
     head_flops = 2.0 * shape.vocab * shape.width * batch * length
     pairs = batch * length * (length + 1) // 2
     forward = 2.0 * shape.matmul_parameters * batch * length + attention_flops(shape, pairs)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call
-from rpt_jax.objective.reward import prefix_match_reward
-from rpt_jax.policy.presets import preset
+from rpt_jax.model.model_config import preset
+from rpt_jax.rewards.prefix_match import prefix_match_reward
 
 _END, _STOP, _LONGEST = 0, 1, 128
 _ANSWER_TOKENS = 48  # After the end of thinking.

@@ -22,13 +22,13 @@ import numpy as np
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import PolicyConfig
 from rpt_jax.errors import UserError
-from rpt_jax.policy.hf import load_policy
-from rpt_jax.policy.prefixes import Prompts, share_prefixes
-from rpt_jax.policy.transformer import in_compute_dtype
+from rpt_jax.model.transformer import in_compute_dtype
 from rpt_jax.rollout.engine import Decoding, Rollouts, begin, decode_until, live_sizes
 from rpt_jax.rollout.generate import sample_rollouts
 from rpt_jax.rollout.memory import cache_bytes, device_memory, plan_slots, rollout_memory
+from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
 from rpt_jax.setup import make_policy
+from rpt_jax.weights.hf import load_policy
 
 _READ = 2**28  # Bytes of the array that is read; more than any cache holds.
 

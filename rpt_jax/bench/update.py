@@ -19,15 +19,23 @@ import numpy as np
 from rpt_jax.bench.measure import interleaved, matmul_call
 from rpt_jax.bench.peer import transformers_update
 from rpt_jax.bench.policy import add_shape_options, chosen_shape
-from rpt_jax.config import ATTENTIONS, REMATS, OptimizerConfig, PolicyConfig
+from rpt_jax.config import OptimizerConfig, PolicyConfig
+from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.describe import attention_flops
+from rpt_jax.distributed.sharding import (
+    init_optimizer,
+    init_parameters,
+    make_mesh,
+    num_batch_shards,
+    shard_prompts,
+    use_mesh,
+)
 from rpt_jax.errors import UserError
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import init_optimizer, init_parameters, make_mesh, prompt_ways, shard_prompts, use_mesh
+from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
-from rpt_jax.objective.loss import Bounds
+from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.update import TrainState, update_policy
-from rpt_jax.policy.presets import Shape
 from rpt_jax.setup import make_policy
 
 _CEILING = "ceiling"
@@ -73,14 +81,14 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     return ["update", "seconds", "fastest", "slowest", "response tokens/s", "GFLOP/s", "of the ceiling"], rows
 
 
-def make_batch(options: argparse.Namespace, shape: Shape) -> UpdateBatch:
+def make_batch(options: argparse.Namespace, shape: ModelConfig) -> UpdateBatch:
     """Random tokens and advantages; every prompt and every response is as long as it may be."""
     rng, groups = np.random.default_rng(0), (options.prompts, options.samples)
     tokens = rng.integers(0, shape.vocab, (*groups, options.response)).astype(np.int32)
     return UpdateBatch(
         prompts_PxS=rng.integers(0, shape.vocab, (options.prompts, options.context)).astype(np.int32),
         lengths_P=np.full(options.prompts, options.context, np.int32),
-        document_P=np.arange(options.prompts, dtype=np.int32),
+        window_P=np.arange(options.prompts, dtype=np.int32),
         tokens_PxGxT=tokens,
         mask_PxGxT=np.ones(tokens.shape, bool),
         sampler_logprobs_PxGxT=np.zeros(tokens.shape, np.float32),
@@ -94,17 +102,17 @@ def unshared(batch: UpdateBatch) -> UpdateBatch:
     samples = batch.tokens_PxGxT.shape[1]
     names = ("prompts_PxS", "lengths_P", "counted_P")
     repeated = {name: np.repeat(getattr(batch, name), samples, axis=0) for name in names}
-    repeated["document_P"] = np.arange(len(repeated["lengths_P"]), dtype=np.int32)
+    repeated["window_P"] = np.arange(len(repeated["lengths_P"]), dtype=np.int32)
     alone = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), batch._replace(**dict.fromkeys(repeated)))
     return alone._replace(**repeated)
 
 
-def update_call(options: argparse.Namespace, shape: Shape, batch: UpdateBatch) -> Callable[[], Any]:
-    """One optimiser step a call, each from where the last one ended."""
+def update_call(options: argparse.Namespace, shape: ModelConfig, batch: UpdateBatch) -> Callable[[], Any]:
+    """One optimizer step a call, each from where the last one ended."""
     policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), shape)
     mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(OptimizerConfig(), total_steps=1)
     config = UpdateConfig(
-        1, prompt_ways(mesh), options.microbatch_tokens, options.chunk, temperature=1.0, bounds=Bounds(0.2, 0.2)
+        1, num_batch_shards(mesh), options.microbatch_tokens, options.chunk, temperature=1.0, bounds=ClipRange(0.2, 0.2)
     )
     with use_mesh(mesh):
         params = init_parameters(policy, mesh, seed=0)
@@ -120,7 +128,7 @@ def update_call(options: argparse.Namespace, shape: Shape, batch: UpdateBatch) -
     return call
 
 
-def update_flops(options: argparse.Namespace, shape: Shape, prompts_per_group: int) -> float:
+def update_flops(options: argparse.Namespace, shape: ModelConfig, prompts_per_group: int) -> float:
     """FLOPs of a step that runs every prompt so many times: the trunk everywhere, the head where responses are predicted."""
     head = shape.vocab * shape.width
     prompt, response = options.context * prompts_per_group, options.response * options.samples

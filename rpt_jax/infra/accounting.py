@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.infra.meeting import at
+from rpt_jax.distributed.rendezvous import at
 
 _compiling: collections.Counter[str] = collections.Counter()
 
@@ -146,7 +146,7 @@ class Counters:
         self._n, self._passes, self._update = matmul_parameters, passes, 6.0 + 2.0 * update_forward
         self.generated = 0
         self.discarded = 0
-        self.learnt = 0
+        self.learned = 0
         self.flops = 0.0
         self.discarded_flops = 0.0
 
@@ -161,21 +161,21 @@ class Counters:
         return size
 
     def count_update(
-        self, size: BatchSize, learnt: int, trunk: int, generated: BatchSize, document_tokens: int = 0
+        self, size: BatchSize, learned: int, trunk: int, generated: BatchSize, document_tokens: int = 0
     ) -> None:
         """Count one update.
 
         Args:
-          size: of the batch that was learnt from.
-          learnt: response tokens of it that have a gradient.
+          size: of the batch that was learned from.
+          learned: response tokens of it that have a gradient.
           trunk: tokens that the trunk ran over for these; what they share counts once.
           generated: all of this step's rollouts; more than the batch holds where dynamic sampling replaced groups.
-          document_tokens: tokens of documents whose cross-entropy was learnt beside.
+          document_tokens: tokens of documents whose cross-entropy was learned beside.
         """
         left = generated.prompt_tokens - size.prompt_tokens, generated.response_tokens - size.response_tokens
         self.discarded += left[1]
         self.discarded_flops += self._rollout_flops(*left)
-        self.learnt += learnt
+        self.learned += learned
         self.flops += self._update * self._n * trunk
         self.flops += 6.0 * self._n * document_tokens
 
@@ -187,7 +187,7 @@ class Counters:
         return {
             "tokens/generated_total": self.generated,
             "tokens/discarded_total": self.discarded,
-            "tokens/learnt_total": self.learnt,
+            "tokens/learnt_total": self.learned,
             "flops/train_total": self.flops,
             "flops/discarded_total": self.discarded_flops,
         }

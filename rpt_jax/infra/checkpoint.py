@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rpt_jax.distributed.rendezvous import leave
+from rpt_jax.distributed.sharding import in_any_process, is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
-from rpt_jax.infra.meeting import leave
-from rpt_jax.infra.sharding import in_any_process, is_leader, wait_for_all
-from rpt_jax.infra.stopping import end_stopped, save_on_stop, unstoppable, was_asked
+from rpt_jax.infra.signals import defer_signals, end_stopped, save_on_stop, was_asked
 from rpt_jax.infra.workdir import CHECKPOINTS
 
 DAMAGED = "damaged"
@@ -43,12 +43,12 @@ class Checkpointer:
         save_on_stop(self._save_and_wait, together=jax.process_count() > 1)
 
     def hold(self, step: int, state: Any, run: dict[str, Any]) -> None:
-        """Name what is saved next, by `save` or by a signal. What changes or donates `state` is inside `unstoppable`."""
+        """Name what is saved next, by `save` or by a signal. What changes or donates `state` is inside `defer_signals`."""
         self._held = (step, state, run)
 
     def save(self) -> None:
         """Write what is held in the background. Raises: OSError, where the write before it failed."""
-        with unstoppable():
+        with defer_signals():
             step, state, run = self._held
             self._check_write()
             marks = {"state": fingerprint_arrays(state), "run": digest(run)}
@@ -139,7 +139,7 @@ class Checkpointer:
 
 
 def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tuple[str, ...]], np.ndarray]]:
-    """Open the parameters of one checkpoint, without its optimiser and with nothing in memory but the last one read.
+    """Open the parameters of one checkpoint, without its optimizer and with nothing in memory but the last one read.
 
     Args:
       step: of the checkpoint; None for the newest.

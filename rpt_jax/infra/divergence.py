@@ -12,7 +12,7 @@ class Diverged(Exception):
     """A rule of section divergence was broken, and it says to stop. `main` exits with code 4."""
 
 
-class Watch:
+class DivergenceMonitor:
     """Holds the mean of the last `divergence.window` steps against the rules; says nothing before there are so many.
 
     A rule that is broken warns once, and again after it has been kept in between.

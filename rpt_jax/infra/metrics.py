@@ -26,8 +26,8 @@ from rich.progress import Progress as LiveProgress
 from rich.table import Table
 from rich.text import Text
 
+from rpt_jax.distributed.rendezvous import at
 from rpt_jax.errors import UserError
-from rpt_jax.infra.meeting import at
 
 FILE_NAME = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -106,7 +106,7 @@ class MetricsWriter:
         # Late, because the tools that only print need neither.
         from tensorboardX import SummaryWriter
 
-        from rpt_jax.infra.sharding import is_leader
+        from rpt_jax.distributed.sharding import is_leader
 
         self._step, self._writes = resume_step, is_leader()
         if not self._writes:

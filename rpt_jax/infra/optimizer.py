@@ -19,7 +19,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
-@functools.cache  # Compiled programs know an optimiser by identity: one anew for every run of a process would compile them anew.
+@functools.cache  # Compiled programs know an optimizer by identity: one anew for every run of a process would compile them anew.
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """AdamW behind a clip of the global gradient norm (paper, Table 5)."""
     return optax.chain(

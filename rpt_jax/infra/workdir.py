@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from rpt_jax.config import Experiment
+from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.distributed.sharding import is_leader, wait_for_all
 from rpt_jax.errors import UserError
-from rpt_jax.fields import leaves
-from rpt_jax.infra.sharding import is_leader, wait_for_all
-from rpt_jax.infra.whole import write_whole
+from rpt_jax.infra.atomic_write import atomic_write
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -23,7 +23,7 @@ _LOCK = "lock"  # Holds nothing; stays.
 _LOOKS = 10  # At a workdir that another host has claimed, a second apart.
 # What a run leaves in its workdir, and another would go on from or write over.
 _OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy", "cold_start")
-# Fields and sections that a run may go on with other values of: none is part of what is learnt from what, but for the number of
+# Fields and sections that a run may go on with other values of: none is part of what is learned from what, but for the number of
 # steps and the precision, which whoever changes them wants changed.
 _FREE = (
     "checkpoint",
@@ -145,7 +145,7 @@ def _changes(names: list[str], theirs: dict[str, Any], mine: dict[str, Any]) -> 
 
 
 def _write_config(path: Path, values: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(values, indent=1) + "\n")
+    atomic_write(path, json.dumps(values, indent=1) + "\n")
 
 
 def _outputs(workdir: Path) -> list[Path]:

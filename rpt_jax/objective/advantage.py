@@ -16,13 +16,13 @@ def grpo_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax
     The standard deviation is the sample's (G - 1 in the denominator), as in the framework that the paper used; the paper
     itself does not say (2402.03300, Equation 3; verl's default in June 2025).
     """
-    centred = reward_PxG - reward_PxG.mean(axis=1, keepdims=True)
+    centered = reward_PxG - reward_PxG.mean(axis=1, keepdims=True)
     std_Px1 = jnp.std(reward_PxG, axis=1, keepdims=True, ddof=1)
-    return centred / (std_Px1 + epsilon)
+    return centered / (std_Px1 + epsilon)
 
 
 def dr_grpo_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax.Array, epsilon: float) -> jax.Array:
-    """Dr. GRPO: r - mean. Dividing by the group's deviation favours prompts that are too easy or too hard (2503.20783)."""
+    """Dr. GRPO: r - mean. Dividing by the group's deviation favors prompts that are too easy or too hard (2503.20783)."""
     return reward_PxG - reward_PxG.mean(axis=1, keepdims=True)
 
 
@@ -43,11 +43,11 @@ def batch_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: ja
 
     The deviation is the sample's, over the groups that count.
     """
-    centred = reward_PxG - reward_PxG.mean(axis=1, keepdims=True)
+    centered = reward_PxG - reward_PxG.mean(axis=1, keepdims=True)
     count = counted_P.sum() * reward_PxG.shape[1]
     # Within a group they add up to zero, so their mean is zero too.
-    variance = jnp.sum(jnp.where(counted_P[:, None], jnp.square(centred), 0.0)) / jnp.maximum(count - 1, 1)
-    return centred / (jnp.sqrt(variance) + epsilon)
+    variance = jnp.sum(jnp.where(counted_P[:, None], jnp.square(centered), 0.0)) / jnp.maximum(count - 1, 1)
+    return centered / (jnp.sqrt(variance) + epsilon)
 
 
 ADVANTAGES = {

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax
 
-from rpt_jax.objective.loss import Bounds
+from rpt_jax.objective.loss import ClipRange
 
 
-class Documents(NamedTuple):
+class NextTokenBatch(NamedTuple):
     """Text for next-token cross-entropy: `targets` follow `inputs`, both int32 [N, S]; `mask_NxS` is bool."""
 
     inputs_NxS: jax.Array
@@ -22,24 +22,24 @@ class UpdateBatch(NamedTuple):
 
     Attributes:
       prompts_PxS, lengths_P: int32 prompts, padded on the right.
-      document_P: int32, the document that each prompt is from: those of one document may begin alike.
+      window_P: int32, the document that each prompt is from: those of one document may begin alike.
       tokens_PxGxT: int32 responses.
       mask_PxGxT: bool, True for response tokens up to and including the stop token.
       sampler_logprobs_PxGxT: float32, what the sampler believed; for the mismatch alone.
       advantages_PxG: float32.
       counted_P: bool, groups that belong to the batch; all but those that dynamic sampling could not replace.
-      documents: those that the P prompts are from, where their cross-entropy is learnt beside the responses.
+      documents: those that the P prompts are from, where their cross-entropy is learned beside the responses.
     """
 
     prompts_PxS: jax.Array
     lengths_P: jax.Array
-    document_P: jax.Array
+    window_P: jax.Array
     tokens_PxGxT: jax.Array
     mask_PxGxT: jax.Array
     sampler_logprobs_PxGxT: jax.Array
     advantages_PxG: jax.Array
     counted_P: jax.Array
-    documents: Documents | None = None
+    documents: NextTokenBatch | None = None
 
 
 class UpdateConfig(NamedTuple):
@@ -53,7 +53,7 @@ class UpdateConfig(NamedTuple):
     row_tokens: int
     chunk: int
     temperature: float
-    bounds: Bounds
+    bounds: ClipRange
     loss: str = "clip"
     aggregation: str = "token_mean"
     response_limit: int = 1

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.infra.sharding import on_own_prompts
-from rpt_jax.objective.batch import Documents, UpdateBatch, UpdateConfig
+from rpt_jax.distributed.sharding import shard_map_batch
+from rpt_jax.model.transformer import Head, Params, Transformer, head, prefill
+from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateConfig
 from rpt_jax.objective.logprobs import over_row_chunks, scores, token_logprobs
 from rpt_jax.objective.loss import AGGREGATIONS, IMPORTANCES, KLS, LOSSES
 from rpt_jax.objective.packing import Packed, Rows, fitting_divisor, pack_groups
-from rpt_jax.policy.transformer import Head, Params, Transformer, head, prefill
 
 # Distances of log-probabilities are counted in bins, each an eighth wider than the one before: counts add up, quantiles do not.
 _DISTANCES = np.logspace(-9, 1, 197, dtype=np.float32)
 
 
-class Part(NamedTuple):
+class RowBatch(NamedTuple):
     """What is run at one time: N rows of up to J responses of up to T tokens, and what the batch says of these."""
 
     rows: Rows
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 def packed(batch: UpdateBatch, wanted_P: jax.Array, config: UpdateConfig) -> Packed:
     """The groups of a batch that are wanted, in rows."""
     lengths_PxG = batch.mask_PxGxT.sum(axis=-1, dtype=jnp.int32)
-    groups = batch.prompts_PxS, batch.lengths_P, batch.tokens_PxGxT, lengths_PxG, batch.document_P
+    groups = batch.prompts_PxS, batch.lengths_P, batch.tokens_PxGxT, lengths_PxG, batch.window_P
     return pack_groups(*groups, wanted_P, rows=config.rows, row_tokens=config.row_tokens)
 
 
@@ -55,7 +55,7 @@ def row_scores(
         return over_row_chunks(each, chunk, filled_N, *arrays)
 
     # Or the devices would add their gradients of the head up after every chunk.
-    both = on_own_prompts(score, head(policy, params), rows.filled_N, hidden[:, 0], rows.targets_NxW)
+    both = shard_map_batch(score, head(policy, params), rows.filled_N, hidden[:, 0], rows.targets_NxW)
     return jax.tree.map(lambda x_NxW: rows.split(x_NxW, limit), both)
 
 
@@ -91,14 +91,14 @@ def policy_gradient(
     )
     groups, limit = packed(batch, taught_P, config), batch.tokens_PxGxT.shape[-1]
 
-    def numerator(params: Params, part: Part) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def numerator(params: Params, part: RowBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         sums = loss_sums(policy, params, part, config, reference)
         return sums["loss"], sums
 
     def accumulate(index: jax.Array, carry: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
         rows = groups.rows(index)
         old = None if old_logprobs_PxGxT is None else rows.of_responses(old_logprobs_PxGxT)
-        part = Part(
+        part = RowBatch(
             rows,
             jnp.arange(limit) < rows.lengths_NxJ[..., None],
             rows.of_responses(batch.sampler_logprobs_PxGxT),
@@ -127,7 +127,7 @@ def policy_gradient(
 def loss_sums(
     policy: Transformer,
     params: Params,
-    part: Part,
+    part: RowBatch,
     config: UpdateConfig,
     reference: Params | None,
 ) -> dict[str, jax.Array]:
@@ -192,13 +192,13 @@ def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax
 
 
 def document_gradient(
-    policy: Transformer, params: Params, documents: Documents, config: UpdateConfig
+    policy: Transformer, params: Params, documents: NextTokenBatch, config: UpdateConfig
 ) -> tuple[Params, jax.Array]:
     """Gradient of the mean next-token cross-entropy over the documents' tokens (paper, Equation 1), and that mean."""
     count, size = documents.inputs_NxS.shape
     microbatch = fitting_divisor(count, config.rows * config.row_tokens // size, config.rows)
 
-    def nll(params: Params, part: Documents) -> jax.Array:
+    def nll(params: Params, part: NextTokenBatch) -> jax.Array:
         lengths_N = jnp.full(microbatch, size, jnp.int32)
         hidden_NxSxD, _, _ = prefill(policy, params, part.inputs_NxS, lengths_N)
         flat_MxD = hidden_NxSxD.reshape(-1, hidden_NxSxD.shape[-1])

@@ -9,7 +9,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.policy.transformer import Head
+from rpt_jax.model.transformer import Head
 
 Output = TypeVar("Output")
 

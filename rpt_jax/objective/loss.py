@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Bounds(NamedTuple):
+class ClipRange(NamedTuple):
     """The ratio may move within [1 - low, 1 + high]; `dual` bounds what a bad token costs."""
 
     low: float
@@ -37,7 +37,7 @@ class TokenLoss(NamedTuple):
 
 
 def clipped_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: Bounds
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
     """Clipped surrogate of PPO as GRPO uses it (1707.06347, Equation 7; 2402.03300, Equation 3), bounds apart as in DAPO
     (2503.14476): -min(ρ A, clip(ρ, 1 - low, 1 + high) A).
@@ -49,7 +49,7 @@ def clipped_loss(
 
 
 def dual_clipped_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: Bounds
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
     """The clipped surrogate, and for A < 0 no less than c A, with c = `bounds.dual` (1912.09729).
 
@@ -62,7 +62,7 @@ def dual_clipped_loss(
 
 
 def gspo_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: Bounds
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
     """GSPO: the clipped surrogate with one ratio a sequence, s = (π / π_old)^(1 / |o|) (2507.18071).
 
@@ -77,7 +77,7 @@ def gspo_loss(
 
 
 def cispo_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: Bounds
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
     """CISPO: -sg(clip(ρ, 1 - low, 1 + high)) A log π (2506.13585): clipped tokens keep their gradient.
 
@@ -89,7 +89,7 @@ def cispo_loss(
 
 
 def reinforce_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: Bounds
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
     """REINFORCE: -A log π (Williams, 1992). Without a ratio, and so for samples of the present policy."""
     ratio = jnp.exp(_where(mask, logprobs - old_logprobs))

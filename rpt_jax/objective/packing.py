@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.policy.packed import Seen, row_size, see
+from rpt_jax.model.attention.packed import KeyRanges, make_key_ranges, row_size
 
 # A row has slots for so many times the responses of full length that would fill it.
 _CROWD = 4
@@ -32,7 +32,7 @@ class Prefixes(NamedTuple):
 
 
 def shared_prefixes(
-    prompts_PxS: jax.Array, lengths_P: jax.Array, document_P: jax.Array, wanted_P: jax.Array, room: int
+    prompts_PxS: jax.Array, lengths_P: jax.Array, window_P: jax.Array, wanted_P: jax.Array, room: int
 ) -> Prefixes:
     """Find the roots: prompts of a document that are as long as any that begin alike, at least for half of the shorter one.
 
@@ -43,7 +43,7 @@ def shared_prefixes(
     differs_PxPxS = (prompts_PxS[:, None] != prompts_PxS) | (places_S >= prefix_P[:, None, None])
     differs_PxPxS |= places_S >= prefix_P[None, :, None]
     common_PxP = jnp.min(jnp.where(differs_PxPxS, places_S, len(places_S)), axis=-1)
-    alike_PxP = (document_P[:, None] == document_P) & wanted_P & (2 * common_PxP >= prefix_P[:, None])
+    alike_PxP = (window_P[:, None] == window_P) & wanted_P & (2 * common_PxP >= prefix_P[:, None])
     alike_PxP &= prefix_P + prefix_P[:, None] - common_PxP <= room
 
     def longest(choices_PxP: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ class Rows(NamedTuple):
 
     tokens_NxW: jax.Array
     positions_NxW: jax.Array
-    seen: Seen
+    seen: KeyRanges
     targets_NxW: jax.Array
     filled_N: jax.Array
     responses_NxJ: jax.Array
@@ -210,7 +210,7 @@ def pack_groups(
     lengths_P: jax.Array,
     tokens_PxGxT: jax.Array,
     response_lengths_PxG: jax.Array,
-    document_P: jax.Array,
+    window_P: jax.Array,
     wanted_P: jax.Array,
     *,
     rows: int,
@@ -224,7 +224,7 @@ def pack_groups(
     row = row_size(min(row_tokens, groups * (size - 1 + samples * limit)))
     if row < size - 1 + limit:
         raise ValueError(f"a row of {row} tokens does not hold a prompt of {size} and a response of {limit} tokens.")
-    prefixes = shared_prefixes(prompts_PxS, lengths_P, document_P, wanted_P, row - limit)
+    prefixes = shared_prefixes(prompts_PxS, lengths_P, window_P, wanted_P, row - limit)
     most = min(groups * samples, max(1, _CROWD * row // limit))
     packing = pack(lengths_P, response_lengths_PxG, wanted_P, prefixes, row, most)
     return Packed(prompts_PxS, lengths_P, tokens_PxGxT, response_lengths_PxG, prefixes, packing, (rows, row, most))
@@ -271,7 +271,7 @@ def lay_out(
     own = jnp.where(inside_NxW, begin_NxW, jnp.arange(size)), jnp.broadcast_to(jnp.arange(1, size + 1), x_NxW.shape)
     earlier = jax.tree.map(lambda x: jnp.where(inside_NxW, x, 0), stretch)
     begins = jnp.stack([earlier.root_begin, earlier.tail_begin, own[0]], axis=1)
-    seen = see(
+    seen = make_key_ranges(
         begins.astype(jnp.int32), jnp.stack([earlier.root_end, earlier.tail_end, own[1]], axis=1).astype(jnp.int32)
     )
     return Rows(

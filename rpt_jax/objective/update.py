@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
 from rpt_jax.objective.gradient import document_gradient, policy_gradient, response_logprobs
-from rpt_jax.policy.transformer import Params, Transformer
 
 
 class TrainState(NamedTuple):
-    """What an optimiser step changes."""
+    """What an optimizer step changes."""
 
     params: Params
     optimizer: optax.OptState
@@ -31,7 +31,7 @@ def update_policy(
     batch: UpdateBatch,
     reference: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take `config.minibatches` optimiser steps on `batch`, each on its own part of the groups.
+    """Take `config.minibatches` optimizer steps on `batch`, each on its own part of the groups.
 
     With one minibatch the update is exactly on-policy: the old log-probabilities are the new ones, without another forward
     pass. With several, they are computed once before the first step. `reference` are the parameters that the KL term holds

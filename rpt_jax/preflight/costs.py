@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from rpt_jax.config import Experiment
 from rpt_jax.describe import attention_flops, describe
-from rpt_jax.infra.sharding import DECODING, prompt_ways
-from rpt_jax.policy.packed import BLOCK, PANEL
-from rpt_jax.policy.target import target_platform
+from rpt_jax.distributed.sharding import DECODING, num_batch_shards
+from rpt_jax.model.attention.packed import BLOCK, PANEL
+from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import Step
 from rpt_jax.preflight.topology import Chip
@@ -61,11 +61,11 @@ def flops_a_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     """FLOPs of each program on each chip, where it has more than a few.
 
     Beyond what `describe` counts, an update runs a prompt again in each row that has responses to it, and with
-    rematerialisation everything forward again.
+    rematerialization everything forward again.
     """
     setup, chips = step.setup, step.setup.mesh.size
-    documents, size = experiment.evaluation.score_documents, experiment.data.max_document_tokens
-    shape = setup.policy.shape
+    documents, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
+    shape = setup.policy.config
     scoring = documents * (2 * shape.matmul_parameters * size + attention_flops(shape, size**2))
     flops = {"score": scoring / chips}
     rows = [] if experiment.task == "score" else describe(experiment, chips)
@@ -84,12 +84,12 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
     e, platform = experiment, target_platform()
     prompt, response = e.prompt.max_tokens, e.rollout.max_new_tokens
     panel, block = PANEL[platform], BLOCK[platform]
-    replicas = prompt_ways(step.setup.mesh, DECODING)
+    replicas = num_batch_shards(step.setup.mesh, DECODING)
     prompts, samples = -(-e.training.prompts_per_step // replicas), e.rollout.samples_per_prompt
     parts = -(-prompt // e.rollout.prefill_tokens)
     rows = min(prompts, max(1, e.rollout.prefill_tokens // -(-prompt // parts)))
     slots = live_sizes(-(-step.decoding.slots // replicas), prompts * samples)[0] if step.decoding else 1
-    passes = -(-update_rows(e) // prompt_ways(step.setup.mesh))
+    passes = -(-update_rows(e) // num_batch_shards(step.setup.mesh))
     # A panel of queries goes over as many blocks as the one of them that sees most: its prompt and half of a response.
     packed = (prompt + (response + min(panel, response)) / 2) / block
     own, shared = (-(-length // block_size(platform, length)) for length in (response, prompt))
@@ -105,5 +105,5 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
         "gradient.response_logprobs": (passes,),
         "packed.attend_packed": (packed,),
         "layers._attention/shard_map": (packed,),
-        "reward._read": (4 * response,),  # A byte a turn, of which text has about four a token.
+        "prefix_match._read": (4 * response,),  # A byte a turn, of which text has about four a token.
     }

@@ -13,25 +13,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.data.prompts import PromptBatch, PromptBuilder
-from rpt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.describe import shape_of
-from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.sharding import (
+from rpt_jax.corpus.entropy import score_batch
+from rpt_jax.describe import model_config_of
+from rpt_jax.distributed.sharding import (
     DECODING,
     abstract_optimizer,
     abstract_parameters,
     abstract_prompts,
-    decoding_layout,
+    make_reshard_fn,
+    num_batch_shards,
     parameter_shardings,
-    prompt_ways,
 )
-from rpt_jax.objective.batch import Documents, UpdateBatch
-from rpt_jax.objective.reward import prefix_match_reward
+from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.model.transformer import in_compute_dtype
+from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch
 from rpt_jax.objective.update import TrainState, update_policy
-from rpt_jax.policy.transformer import in_compute_dtype
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.rewards.prefix_match import prefix_match_reward
 from rpt_jax.rollout.generate import Decoding, Rollouts, sample_rollouts
-from rpt_jax.sampler import (
+from rpt_jax.rollout.sampler import (
     Sampled,
     decoding_of,
     is_prefix_match,
@@ -40,8 +40,8 @@ from rpt_jax.sampler import (
     shared_tail,
     training_reward,
 )
-from rpt_jax.score import score_batch
 from rpt_jax.setup import Setup, make_policy
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.train import update_config
 
 # Bytes of the longest token of the tokenizer that stands in for one that is not here: Qwen's has spaces of so many.
@@ -80,7 +80,7 @@ def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
 
     Raises: UserError, where the config does not fit the mesh, or the slots that it asks for the memory.
     """
-    shape, _ = shape_of(experiment)
+    shape, _ = model_config_of(experiment)
     path = experiment.policy.path
     if path and Path(path).exists():
         tokenizer = load_tokenizer(path)
@@ -133,7 +133,7 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
     average = params if o.reward == "info_gain" else None
     state = TrainState(params, abstract_optimizer(optimizer, params, mesh), average)
-    layout = decoding_layout(setup.policy, mesh, lambda p: in_compute_dtype(setup.policy, p))
+    layout = make_reshard_fn(setup.policy, mesh, lambda p: in_compute_dtype(setup.policy, p))
     weights = _decoding_weights(setup, layout) if layout else params
     sampled = _sampled(experiment, mesh)
     kept, laid_out, drawn = (
@@ -162,7 +162,7 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
 
     def updating() -> jax.stages.Lowered:
         reference = params if o.kl != "none" else None
-        config, batch = update_config(experiment, prompt_ways(mesh)), _update_batch(experiment, sampled)
+        config, batch = update_config(experiment, num_batch_shards(mesh)), _update_batch(experiment, sampled)
         return update_policy.lower(setup.policy, optimizer, config, state, batch, reference)
 
     programs = [_scoring(experiment, setup)]
@@ -181,7 +181,7 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
 
 
 def _scoring(experiment: Experiment, setup: Setup) -> Program:
-    documents, size = experiment.evaluation.score_documents, experiment.data.max_document_tokens
+    documents, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
 
     def lower() -> jax.stages.Lowered:
         tokens, lengths = _ids(documents, size), _ids(documents)
@@ -209,7 +209,7 @@ def _sampled(experiment: Experiment, mesh: Mesh) -> Sampled:
         reference_PxR=jax.ShapeDtypeStruct((p, r), jnp.uint8),
         boundaries_PxRp1=jax.ShapeDtypeStruct((p, r + 1), bool),
         reference_ids_PxR=_ids(p, r),
-        document_P=_ids(p),
+        window_P=_ids(p),
         position_P=_ids(p),
         entropy_P=_floats(p),
     )
@@ -228,12 +228,12 @@ def _update_batch(experiment: Experiment, sampled: Sampled) -> UpdateBatch:
     if experiment.objective.document_weight:
         ids = _ids(*prompts.lengths_P.shape, experiment.data.max_document_tokens)
         documents = abstract_prompts(
-            Documents(ids, ids, jax.ShapeDtypeStruct(ids.shape, bool)), prompts.lengths_P.sharding.mesh
+            NextTokenBatch(ids, ids, jax.ShapeDtypeStruct(ids.shape, bool)), prompts.lengths_P.sharding.mesh
         )
     return UpdateBatch(
         prompts_PxS=prompts.tokens_PxS,
         lengths_P=prompts.lengths_P,
-        document_P=prompts.document_P,
+        window_P=prompts.window_P,
         tokens_PxGxT=rollouts.tokens_PxGxT,
         mask_PxGxT=truths(rollouts.tokens_PxGxT),
         sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,

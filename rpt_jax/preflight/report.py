@@ -10,9 +10,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
+from rpt_jax.distributed.sharding import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
-from rpt_jax.infra.sharding import check_batches, mesh_fields, use_mesh
 from rpt_jax.preflight.costs import flops_a_chip
 from rpt_jax.preflight.programs import Step, make_step
 from rpt_jax.preflight.topology import Topology
@@ -165,7 +165,7 @@ def _conclude(experiment: Experiment, topology: Topology, verdicts: list[Verdict
 
 def check_split(experiment: Experiment, mesh: Mesh) -> None:
     """Raises: UserError, where what the experiment runs does not split evenly over the mesh."""
-    check_batches(mesh, {"evaluation.score_documents": experiment.evaluation.score_documents})
+    check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     if experiment.task == "rpt":
         check_sampling(experiment, mesh)
 

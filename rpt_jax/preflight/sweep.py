@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.describe import describe, shape_of
+from rpt_jax.describe import describe, model_config_of
+from rpt_jax.distributed.sharding import make_mesh, mesh_fields
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
-from rpt_jax.infra.sharding import make_mesh, mesh_fields
 from rpt_jax.preflight.programs import Step
 from rpt_jax.preflight.report import as_result, check_split, devices, fits, for_topology, judge, step_seconds
 from rpt_jax.preflight.topology import Topology
@@ -72,8 +72,8 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
 
 
 def meshes(experiment: Experiment, topology: Topology) -> Iterator[Mesh]:
-    """Meshes of all chips whose axes divide the policy's kv heads and the batches, by the most tensor parallelism first."""
-    shape, here = shape_of(experiment)[0], devices(topology)
+    """Meshes of all chips whose axes divide the policy's kv heads and the batches, by the most tensor parallelizm first."""
+    shape, here = model_config_of(experiment)[0], devices(topology)
     for tensor in (t for t in range(shape.kv_heads, 0, -1) if shape.kv_heads % t == 0):
         for data in _REPLICAS:
             if topology.count % (tensor * data) or shape.width % (topology.count // (tensor * data)):

@@ -18,7 +18,7 @@ class Chip(NamedTuple):
       memory: bytes that a program may use: of TPUs what libtpu's compiler allows, of GPUs nine tenths of what there is.
       flops: FLOP/s in bfloat16, without sparsity.
       memory_speed: bytes a second of its memory.
-      link_speed: bytes a second that it sends while a ring of neighbours passes data on: over the two links of one axis of a
+      link_speed: bytes a second that it sends while a ring of neighbors passes data on: over the two links of one axis of a
         torus, or to the other GPUs of its host.
       host: devices of a host; far_speed: bytes a second that a device sends to other hosts, None where that is no border.
       dimensions: of the network; 0 where devices are only counted.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rpt_jax.config import Experiment
-from rpt_jax.infra.sharding import DECODING, mesh_fields, prompt_ways
+from rpt_jax.distributed.sharding import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.preflight.costs import Times, times, turns
 from rpt_jax.preflight.hlo import Traffic, traffic
 from rpt_jax.preflight.programs import Program, Step
@@ -99,10 +99,10 @@ def advise(experiment: Experiment, step: Step, verdict: Verdict) -> str:
     mesh = mesh_fields(step.setup.mesh)
     tensor = f"mesh.tensor={2 * mesh['tensor']} or "
     # Heads are not divided.
-    tensor = tensor if step.setup.policy.shape.kv_heads % (2 * mesh["tensor"]) == 0 else ""
+    tensor = tensor if step.setup.policy.config.kv_heads % (2 * mesh["tensor"]) == 0 else ""
     deeper = f"set {tensor}mesh.fsdp={2 * mesh['fsdp']} (with more chips, or less of another axis)"
     if verdict.program == "sample":
-        ways = prompt_ways(step.setup.mesh, DECODING)
+        ways = num_batch_shards(step.setup.mesh, DECODING)
         each = _bytes_a_slot(experiment, step)
         slots = step.decoding.slots // ways - int(-(-excess // each))
         if slots >= 1:
@@ -118,11 +118,11 @@ def advise(experiment: Experiment, step: Step, verdict: Verdict) -> str:
             return f"set training.microbatch_tokens={tokens} in place of {t.microbatch_tokens}, by proportion"
         return f"set training.microbatch_tokens={least}, the least that holds a prompt and a response, and {deeper}"
     if verdict.program == "score":
-        documents = int(experiment.evaluation.score_documents * (1 - excess / verdict.memory.temporaries))
-        ways = prompt_ways(step.setup.mesh)
+        documents = int(experiment.data.score_batch_windows * (1 - excess / verdict.memory.temporaries))
+        ways = num_batch_shards(step.setup.mesh)
         if documents >= ways:
-            now = experiment.evaluation.score_documents
-            return f"set evaluation.score_documents={documents // ways * ways} in place of {now}"
+            now = experiment.data.score_batch_windows
+            return f"set data.score_batch_windows={documents // ways * ways} in place of {now}"
     return deeper
 
 
@@ -174,7 +174,7 @@ def _compiled(program: Program) -> tuple[Memory, str | None]:
 
 def _bytes_a_slot(experiment: Experiment, step: Step) -> int:
     r = experiment.rollout
-    prompts = -(-experiment.training.prompts_per_step // prompt_ways(step.setup.mesh, DECODING))
+    prompts = -(-experiment.training.prompts_per_step // num_batch_shards(step.setup.mesh, DECODING))
     sizes = prompts, experiment.prompt.max_tokens, r.samples_per_prompt, r.max_new_tokens
-    tensor = mesh_fields(step.setup.mesh)["decode_tensor"]
-    return rollout_memory(step.setup.policy.shape, experiment.policy.dtype, *sizes, tensor).per_slot
+    tensor = mesh_fields(step.setup.mesh)["rollout_tensor"]
+    return rollout_memory(step.setup.policy.config, experiment.policy.dtype, *sizes, tensor).per_slot

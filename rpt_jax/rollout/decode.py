@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.policy.attention import KeyValues
-from rpt_jax.policy.target import target_platform
-from rpt_jax.policy.transformer import Head, Layer, Params, Transformer, embed, head, rms_norm, rotary_angles
+from rpt_jax.model.attention.dispatch import KeyValues
+from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.transformer import Head, Layer, Params, Transformer, embed, head, rms_norm, rotary_angles
 from rpt_jax.rollout.kv_cache import Look
 
 # Every layer more is compiled once more, at every size of the live batch.
@@ -25,9 +25,9 @@ def lay_out(policy: Transformer, params: Params) -> Params:
     """
     if target_platform() == "cpu":
         params = params | {"head_DxV": jax.lax.optimization_barrier(head(policy, params).matrix_VxD.T)}
-    if policy.shape.layers > _MOST_TAKEN_APART:
+    if policy.config.layers > _MOST_TAKEN_APART:
         return params
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(policy.shape.layers)]
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(policy.config.layers)]
     return params | {"layers": layers}
 
 
@@ -49,7 +49,7 @@ def decode_token(
 
     Returns: hidden_MxD after the final norm, and the tokens' KeyValues [L, M, K, 1, 1, C].
     """
-    shape = policy.shape
+    shape = policy.config
     rotary = rotary_angles(positions_M[:, None, None], shape.head_size, shape.rope_base, shape.rope_scaling)
     layer = Layer(shape, policy.dtype, policy.attention)
 

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.model.attention.dispatch import KeyValues
+from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.transformer import Head, Params, Transformer, head
 from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
-from rpt_jax.objective.reward import BoxReader, read_box
-from rpt_jax.policy.attention import KeyValues
-from rpt_jax.policy.prefixes import Prompts
-from rpt_jax.policy.target import target_platform
-from rpt_jax.policy.transformer import Head, Params, Transformer, head
+from rpt_jax.rewards.prefix_match import BoxReader, read_box
 from rpt_jax.rollout.decode import decode_head, decode_token, lay_out
 from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, look_at
 from rpt_jax.rollout.prefill import prefill_prompts
+from rpt_jax.rollout.prefix_sharing import Prompts
 from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
 
 # Sizes that the live batch shrinks through, in 32nds of the first. Each is compiled for; the last ones matter where few long
@@ -214,7 +214,7 @@ def begin(
     decoding: Decoding,
 ) -> tuple[_Batch, _Live]:
     """Prefill, draw every rollout's first token, and fill the slots."""
-    shape, samples, limit = policy.shape, decoding.samples, decoding.max_new_tokens
+    shape, samples, limit = policy.config, decoding.samples, decoding.max_new_tokens
     shared, hidden_PxD = prefill_prompts(policy, params, prompts, samples, decoding.chunk)
     noise_RxT, count = uniform_noise(key, prompts.ids_P, samples, limit), len(prompts.ids_P) * samples
     # All samples of a prompt draw their first token from the same distribution.

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rpt_jax.infra.sharding import DECODING, as_training_splits, in_one_replica, prompt_axes
-from rpt_jax.policy.prefixes import Prompts, share_prefixes
-from rpt_jax.policy.transformer import Params, Transformer
+from rpt_jax.distributed.sharding import DECODING, constrain_batch, in_one_replica, prompt_axes
+from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
+from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
 
 __all__ = ["Decoding", "Ended", "Prompts", "Rollouts", "Work", "generate", "sample_rollouts"]
 
@@ -61,7 +61,7 @@ def sample_rollouts(
     The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
     any order of the prompts, any batch they are part of, any number of slots and devices, and whatever is prefilled together.
 
-    On a mesh, the devices that share a policy while it samples (mesh.decode_tensor) are a replica: it has its own part of the
+    On a mesh, the devices that share a policy while it samples (mesh.rollout_tensor) are a replica: it has its own part of the
     prompts, of their roots and of the slots, and its loop ends with its own last rollout.
 
     Args:
@@ -86,7 +86,7 @@ def sample_rollouts(
         axis_names=set(axes),
         check_vma=False,
     )(params, prompts, key, vocab)
-    return as_training_splits(rollouts), work
+    return constrain_batch(rollouts), work
 
 
 def replica_count() -> int:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rpt_jax.policy.attention import KeyValues
-from rpt_jax.policy.blockwise import HIDDEN
+from rpt_jax.model.attention.blockwise import HIDDEN
+from rpt_jax.model.attention.dispatch import KeyValues
 
 # Keys of a block. A core's cache holds what a block makes; an accelerator wants fewer and larger products.
 _BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.errors import UserError
-from rpt_jax.policy.presets import Shape
+from rpt_jax.model.model_config import ModelConfig
 
 _FLOAT32 = 4
 # Of each token there may be: the id, its log-probability and the number it is drawn with.
@@ -33,13 +33,13 @@ class RolloutMemory(NamedTuple):
         return max(0, (available - self.fixed) // self.per_slot)
 
 
-def cache_bytes(shape: Shape, dtype: str) -> int:
+def cache_bytes(shape: ModelConfig, dtype: str) -> int:
     """Bytes of one token's keys and values, in all layers."""
     return 2 * shape.layers * shape.kv_heads * shape.head_size * jnp.dtype(dtype).itemsize
 
 
 def rollout_memory(
-    shape: Shape, dtype: str, prompts: int, prompt_tokens: int, samples: int, max_new_tokens: int, tensor: int
+    shape: ModelConfig, dtype: str, prompts: int, prompt_tokens: int, samples: int, max_new_tokens: int, tensor: int
 ) -> RolloutMemory:
     """Plan for `prompts` of at most `prompt_tokens`, `samples` of each, on one of the `tensor` devices of a replica."""
     token = cache_bytes(shape, dtype) // tensor
@@ -61,7 +61,7 @@ def plan_slots(asked: int, rollouts: int, memory: RolloutMemory, resident: int, 
     """Return how many rollouts of a replica are live at once: those asked for or, for 0, as many as fit of all.
 
     Args:
-      resident: bytes a device of all that is there besides: parameters, optimiser.
+      resident: bytes a device of all that is there besides: parameters, optimizer.
       available: bytes of a device.
 
     Raises: UserError, where they do not fit, with the numbers.
@@ -72,7 +72,7 @@ def plan_slots(asked: int, rollouts: int, memory: RolloutMemory, resident: int, 
         gib = {name: f"{size / 2**30:.2f} GiB" for name, size in memory._asdict().items()}
         raise UserError(
             f"rollout.decode_slots: {wanted} live rollouts take {gib['fixed']} for the prompts and {gib['per_slot']} each, "
-            f"beside {resident / 2**30:.2f} GiB of parameters and optimiser: {available / 2**30:.2f} GiB of a device hold "
+            f"beside {resident / 2**30:.2f} GiB of parameters and optimizer: {available / 2**30:.2f} GiB of a device hold "
             f"{fitting}. Ask for fewer, or shorter prompts or responses, or split the policy further (mesh.fsdp, mesh.tensor)."
         )
     return wanted

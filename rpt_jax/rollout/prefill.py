@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.policy.attention import Context, KeyValues
-from rpt_jax.policy.prefixes import Prompts
-from rpt_jax.policy.target import target_platform
-from rpt_jax.policy.transformer import Layer, Params, Transformer, embed, rotary_angles
+from rpt_jax.model.attention.dispatch import Context, KeyValues
+from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.transformer import Layer, Params, Transformer, embed, rotary_angles
 from rpt_jax.rollout.kv_cache import ROOT_BLOCK, Shared, block_size, in_blocks
+from rpt_jax.rollout.prefix_sharing import Prompts
 
 
 def prefill_prompts(
@@ -97,7 +97,7 @@ def _of_roots(kv: KeyValues, prompts: Prompts, samples: int) -> Shared:
 
 def _run_roots(policy: Transformer, params: Params, prompts: Prompts, chunk: int) -> KeyValues:
     """Keys [L, N, K, 1, S, C] of every root's tokens: as many tokens of as many roots at a time as `chunk` allows."""
-    (n, length), shape = prompts.roots_NxS.shape, policy.shape
+    (n, length), shape = prompts.roots_NxS.shape, policy.config
     parts = -(-length // chunk)
     size = -(-length // parts)  # Even parts: what is left over would cost as much as a whole one.
     rows = min(n, max(1, chunk // size))
@@ -127,7 +127,7 @@ def _keys_of(
     policy: Transformer, params: Params, tokens_NxGxQ: jax.Array, first: jax.Array, contexts: tuple[Context, ...]
 ) -> KeyValues:
     """Keys of tokens from position `first` on, in all layers. The last layer computes nothing else: no state is asked for."""
-    shape = policy.shape
+    shape = policy.config
     positions = jnp.broadcast_to(first + jnp.arange(tokens_NxGxQ.shape[-1]), tokens_NxGxQ.shape)
     rotary = rotary_angles(positions, shape.head_size, shape.rope_base, shape.rope_scaling)
     layer = Layer(shape, policy.dtype, policy.attention)

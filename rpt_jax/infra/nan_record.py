@@ -1,0 +1,34 @@
+"""What a run leaves behind where a number became NaN or infinite: which step, and what it learned from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rpt_jax.distributed.sharding import is_leader, to_host
+from rpt_jax.errors import UserError
+from rpt_jax.infra.atomic_write import atomic_write
+
+RECORD = "not_finite.json"
+
+
+def write_record(workdir: Path, step: int, error: FloatingPointError, seed: int, **ids_P: jax.Array) -> None:
+    """Write the step that failed, why, its seed and arrays of integers that say what was in its batch."""
+    record: dict[str, Any] = {"step": step, "error": str(error), "seed": seed}
+    record |= {name: ids.tolist() for name, ids in to_host(ids_P).items()}
+    if is_leader():
+        atomic_write(workdir / RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def recorded_step(workdir: Path) -> int:
+    """The step that failed. Raises: UserError, where none did."""
+    path = workdir / RECORD
+    try:
+        return int(json.loads(path.read_bytes())["step"])
+    except FileNotFoundError:
+        raise UserError(f"--replay: {path} does not exist; there is no step to run again.") from None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"--replay: {path} is damaged; run without --replay.") from None

@@ -1,0 +1,57 @@
+"""A sentencepiece model of one's own, for a policy that starts from random weights."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from rpt_jax.errors import UserError
+from rpt_jax.tokenizers.tokenizer import END_THINK, THINK
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
+    r"""Train a BPE model with byte fallback on `texts` and write it to the file `path`: equal texts, equal files.
+
+    Digits stay single, and `\boxed{`, `}` and the newline are tokens of their own, so that no token reaches across
+    the border of a box or of a line. Raises `UserError` where `vocab_size` does not fit the texts.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,  # The rest, single rare characters, falls back to bytes.
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            control_symbols=[THINK, END_THINK],
+            user_defined_symbols=["\\boxed{", "}", "\n"],
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"pretrain.vocab_size={vocab_size} does not fit the texts: {str(error).rpartition('] ')[2]} Choose "
+            "fewer for a small corpus, and at least 265 (256 bytes, 9 symbols) plus one for every frequent character."
+        ) from error
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(model.getvalue())
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    # The trainer leaves out, without a word, what is longer than 4,192 bytes; 1,000 characters are at most 4,000.
+    for text in texts:
+        for line in text.split("\n"):
+            yield from (line[start : start + 1000] for start in range(0, len(line), 1000))

@@ -1,0 +1,92 @@
+"""The policy once more, in NumPy and float64, one sequence at a time: no padding, no branches, no cache, no scan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.model.transformer import Params, Transformer
+
+# Two layers, because one cannot tell whether keys went to their own layer; two kv heads with a group of two each.
+SHAPE = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, head_size=8, ffn=24, vocab=48)
+POLICY = Transformer(SHAPE)
+# For gradients, which take seconds a layer to compile.
+SHALLOW = Transformer(dataclasses.replace(SHAPE, layers=1))
+
+
+def random_params(policy: Transformer, seed: int) -> Params:
+    """Return float32 parameters, all of them random: the ones and zeros of norms and biases would hide what is not used."""
+    tokens = np.zeros((1, 1, 1), np.int32)
+    init = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), tokens, tokens)["params"]))
+    rng = np.random.default_rng(seed)
+
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = 0.25 * rng.standard_normal(leaf.shape)
+        return jax.numpy.asarray(1 + noise if path[-1].key.endswith("norm") else noise, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, init)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+
+
+def rotate(x_SxC: np.ndarray, base: float) -> np.ndarray:
+    """Turn the pair (x_j, x_{j + C/2}) at position s by the angle s · base^(-2j/C), as a complex number."""
+    size = x_SxC.shape[-1]
+    angle = np.arange(x_SxC.shape[-2])[:, None] * base ** (-2 * np.arange(size // 2) / size)
+    turned = (x_SxC[..., : size // 2] + 1j * x_SxC[..., size // 2 :]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def causal_attention(q_SxC: np.ndarray, k_SxC: np.ndarray, v_SxC: np.ndarray) -> np.ndarray:
+    scores = q_SxC @ k_SxC.T / np.sqrt(q_SxC.shape[-1])
+    return softmax(np.where(np.tri(len(scores), dtype=bool), scores, -np.inf)) @ v_SxC
+
+
+def hidden(params: Params, s: ModelConfig, tokens: list[int]) -> np.ndarray:
+    """Return the final hidden states [S, D] of one sequence."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    x_SxD = params["embedding"][np.asarray(tokens)]
+    for i in range(s.layers):
+        p = {name: leaf[i] for name, leaf in params["layers"].items()}
+        y_SxD, out_SxD = rms_norm(x_SxD, p["attention_norm"], s.norm_epsilon), np.zeros_like(x_SxD)
+        for k in range(s.kv_heads):
+            key, value = y_SxD @ p["k"][:, k], y_SxD @ p["v"][:, k]
+            if s.qkv_bias:
+                key, value = key + p["k_bias"][0, k, 0, 0], value + p["v_bias"][0, k, 0, 0]
+            if s.qk_norm:
+                key = rms_norm(key, p["k_norm"], s.norm_epsilon)
+            for r in range(s.heads // s.kv_heads):
+                query = y_SxD @ p["q"][:, k, r]
+                if s.qkv_bias:
+                    query = query + p["q_bias"][0, k, 0, r, 0]
+                if s.qk_norm:
+                    query = rms_norm(query, p["q_norm"], s.norm_epsilon)
+                turned = rotate(query, s.rope_base), rotate(key, s.rope_base)
+                out_SxD = out_SxD + causal_attention(*turned, value) @ p["o"][k, r]
+        x_SxD = x_SxD + out_SxD
+        y_SxD = rms_norm(x_SxD, p["ffn_norm"], s.norm_epsilon)
+        gate_SxF = y_SxD @ p["gate"]
+        x_SxD = x_SxD + (gate_SxF / (1 + np.exp(-gate_SxF)) * (y_SxD @ p["up"])) @ p["down"]
+    return rms_norm(x_SxD, params["norm"], s.norm_epsilon)
+
+
+def logits(params: Params, s: ModelConfig, tokens: list[int]) -> np.ndarray:
+    """Return the logits [S, V] of one sequence."""
+    return hidden(params, s, tokens) @ np.asarray(params["embedding" if s.tied else "head"], np.float64).T

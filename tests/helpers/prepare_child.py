@@ -1,0 +1,25 @@
+"""One of several processes that prepare a corpus:
+`python -m tests.helpers.prepare_child NUMBER COUNT PORT CORPUS WORKDIR`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+
+from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.score import prepare_corpus
+from tests.corpus.test_prepare import experiment
+
+
+def main(number: int, count: int, port: int, corpus: str, workdir: str) -> None:
+    jax.distributed.initialize(f"localhost:{port}", count, number)
+    mesh = make_mesh(-1, 1, 1)
+    with use_mesh(mesh):
+        prepare_corpus(experiment(Path(corpus)), Path(workdir), mesh)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), *sys.argv[4:])

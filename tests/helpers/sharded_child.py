@@ -1,0 +1,166 @@
+"""Two steps of RL on several meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz`.
+
+A process of its own, since the number of devices is fixed when JAX starts. It writes what it computed and judges nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import OptimizerConfig
+from rpt_jax.distributed.sharding import (
+    init_optimizer,
+    init_parameters,
+    make_mesh,
+    make_reshard_fn,
+    num_batch_shards,
+    shard_prompts,
+    use_mesh,
+)
+from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.objective.advantage import group_advantages
+from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
+from rpt_jax.objective.loss import ClipRange
+from rpt_jax.objective.update import TrainState, update_policy
+from rpt_jax.rewards.prefix_match import prefix_match_reward
+from rpt_jax.rollout.generate import Rollouts, generate
+from tests.helpers.policy_reference import SHALLOW, SHAPE
+
+DEVICES = 8
+# data, fsdp, tensor, and how many share a policy while it samples: as many, fewer, more.
+MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 2), (1, 4, 2, 2), (1, 4, 2, 1), (2, 4, 1, 2))
+SPLIT_ROWS = (1, 4, 2, 1)  # The one whose update splits the tokens of its rows.
+FEWER = ((2, 1, 1, 1), (1, 1, 2, 2), (2, 1, 2, 2))  # Of two and of four devices: the first rollouts alone.
+P, G, S, T = 8, 4, 6, 6
+STOPS = (0, 9, 18, 27, 36)
+CONFIG = UpdateConfig(minibatches=1, rows=1, row_tokens=16, chunk=64, temperature=0.8, bounds=ClipRange(0.2, 0.2))
+# A large epsilon: dividing tiny gradients by their own size would blow up the rounding of their sums.
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=1e9), total_steps=2)
+# A token says a whole answer, so that random ones are sometimes right; the continuation is "a", "a".
+WORDS = [b"</think>\\boxed{a}", b"</think>\\boxed{aa}", b"</think>\\boxed{b}", b"</think>\\boxed{}", b"ab"]
+VOCAB = [b"" if i in STOPS else WORDS[i % len(WORDS)] for i in range(SHAPE.vocab)]
+LENGTHS_V = np.array([len(word) for word in VOCAB], np.int32)
+BYTES_VxX = np.array([list(word.ljust(LENGTHS_V.max(), b"\0")) for word in VOCAB], np.uint8)
+COMPILED: list[str] = []  # Names of events, one for each program that XLA compiles or fetches from its cache.
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def prompts() -> tuple[np.ndarray, ...]:
+    """Return tokens, lengths, ids, reference and boundaries; two prompts a document, so that replicas of several share."""
+    rng = np.random.default_rng(0)
+    return (
+        rng.integers(0, SHAPE.vocab, (P // 2, S)).astype(np.int32).repeat(2, axis=0),
+        rng.integers(1, S + 1, P).astype(np.int32),
+        np.arange(P, dtype=np.int32),
+        np.tile(np.frombuffer(b"aa", np.uint8), (P, 1)),
+        np.tile([False, True, True], (P, 1)),
+    )
+
+
+def roll(params: Any, sharded: tuple[jax.Array, ...], seed: int) -> Rollouts:
+    """Half of the rollouts are live at once."""
+    static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS, "slots": P * G // 2}
+    return generate(SHALLOW, params, *sharded[:3], jax.random.key(seed), **static)
+
+
+def step(
+    state: TrainState, layout: Callable[[Any], Any], sharded: tuple[jax.Array, ...], seed: int, rows: int
+) -> tuple[TrainState, dict[str, Any]]:
+    tokens, lengths, ids, reference, boundaries = sharded
+    rollouts = roll(layout(state.params), sharded, seed)
+    ended = rollouts.lengths_PxG, rollouts.stopped_PxG
+    reward, status = prefix_match_reward(
+        rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_of_thinking_id=-1
+    )
+    counted = jnp.ones_like(lengths, bool)
+    batch = UpdateBatch(
+        prompts_PxS=tokens,
+        lengths_P=lengths,
+        window_P=ids // 2,
+        tokens_PxGxT=rollouts.tokens_PxGxT,
+        mask_PxGxT=rollouts.mask_PxGxT,
+        sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,
+        advantages_PxG=group_advantages("grpo", reward, rollouts.lengths_PxG, counted, 1e-6),
+        counted_P=counted,
+    )
+    state, metrics = update_policy(SHALLOW, OPTIMIZER, CONFIG._replace(rows=rows), state, batch)
+    # How the groups were packed is the one thing that a mesh decides on.
+    metrics = {name: value for name, value in metrics.items() if name not in ("update/filled", "update/trunk_tokens")}
+    return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
+
+
+def mesh_of(sizes: tuple[int, int, int, int]) -> Mesh:
+    *axes, together = sizes
+    return make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))], rollout_tensor=together)
+
+
+def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Return what both steps computed, where the state lies, and how often the second step compiled anything.
+
+    Adam's first moment after the first step is a tenth of the gradient.
+    """
+    mesh = mesh_of(sizes)
+    with use_mesh(mesh, split_rows=sizes == SPLIT_ROWS):
+        params = init_parameters(SHALLOW, mesh, seed=0)
+        state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
+        start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
+        sharded = shard_prompts(prompts(), mesh)
+        layout = make_reshard_fn(SHALLOW, mesh, lambda params: params) or (lambda params: params)
+        state, first = step(state, layout, sharded, seed=1, rows=num_batch_shards(mesh))
+        moments = jax.device_get(state.optimizer[1][0].mu)
+        COMPILED.clear()
+        state, second = step(state, layout, sharded, seed=2, rows=num_batch_shards(mesh))
+    moved = jax.tree.map(lambda x, sharding: not x.sharding.is_equivalent_to(sharding, x.ndim), state, before)
+
+    def stored(tree: Any) -> Any:
+        return jax.tree.map(lambda x: sum(shard.data.size for shard in x.addressable_shards), tree)
+
+    return {
+        "start": start,
+        "first": first,
+        "moments": moments,
+        "second": {"tokens": second["rollouts"]["tokens_PxGxT"], "reward": second["reward"]},
+        "params": state.params,
+        "moved": moved,
+        "stored": {"params": stored(state.params), "mu": stored(state.optimizer[1][0].mu)},
+        "prompts_on_one_device": sharded[0].addressable_shards[0].data.shape[0],
+        "compiled_again": len(COMPILED),
+    }
+
+
+def run_rollouts(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Return what the first step of `run` samples."""
+    mesh = mesh_of(sizes)
+    with use_mesh(mesh):
+        layout = make_reshard_fn(SHALLOW, mesh, lambda params: params) or (lambda params: params)
+        params = layout(init_parameters(SHALLOW, mesh, seed=0))
+        return {"first": {"rollouts": roll(params, shard_prompts(prompts(), mesh), seed=1)._asdict()}}
+
+
+def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {f"{prefix}/{jax.tree_util.keystr(p, simple=True, separator='.')}": np.asarray(leaf) for p, leaf in leaves}
+
+
+def main() -> None:
+    assert jax.device_count() == DEVICES
+    alone = mesh_of((1, 1, 1, 1))
+    results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
+    for sizes in MESHES:
+        results |= flat(run(sizes), "x".join(map(str, sizes)))
+    for sizes in FEWER:
+        results |= flat(run_rollouts(sizes), "x".join(map(str, sizes)))
+    np.savez(sys.argv[1], **results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Tokens and FLOPs, by hand."""
+
+from __future__ import annotations
+
+import json
+
+from rpt_jax.infra.accounting import BatchSize, Counters
+
+N = 10
+
+
+def test_discarded_rollouts_are_counted_in_tokens_and_flops():
+    """Two rounds of generation for one batch: what the batch does not hold has cost its prefill and its decoding."""
+    counters = Counters(N)
+    first = counters.count_rollouts(BatchSize(100, 50))
+    generated = first.plus(counters.count_rollouts(BatchSize(80, 40)))
+    assert generated == (180, 90)
+    counters.count_update(BatchSize(90, 60), learned=30, trunk=75, generated=generated)
+    assert counters.scalars() == {
+        "tokens/generated_total": 90,
+        "tokens/discarded_total": 30,
+        "tokens/learnt_total": 30,
+        "flops/train_total": 2 * N * (180 + 90) + 6 * N * 75,
+        "flops/discarded_total": 2 * N * (90 + 30),
+    }
+
+
+def test_what_the_objective_adds():
+    """Prompts three times and responses twice before the update, two more forward passes in it, and documents."""
+    counters = Counters(N, BatchSize(3, 2), update_forward=2)
+    size = counters.count_rollouts(BatchSize(100, 50))
+    assert counters.flops == 2 * N * (300 + 100)
+    counters.count_update(size, learned=50, trunk=150, generated=size, document_tokens=7)
+    assert counters.flops == 2 * N * 400 + 10 * N * 150 + 6 * N * 7
+    assert counters.discarded == counters.discarded_flops == 0
+
+
+def test_counters_survive_a_checkpoint():
+    counters, again = Counters(N, BatchSize(2, 1)), Counters(N, BatchSize(2, 1))
+    counters.count_rollouts(BatchSize(3, 4))
+    again.restore(json.loads(json.dumps(counters.state())))
+    assert again.scalars() == counters.scalars()

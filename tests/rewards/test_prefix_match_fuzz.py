@@ -1,0 +1,261 @@
+"""The reward kernel against its plain reading on generated responses: a hostile vocabulary, byte-level BPE, sentencepiece."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rpt_jax.rewards.prefix_match import Status, predicted_first_token, prefix_match_reward
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.tokenizers.training import train_sentencepiece
+from tests.helpers import reward_reference
+from tests.rewards.test_prefix_match import (
+    BOX,
+    MARK,
+    OTHER_SPECIAL,
+    PAD,
+    STOP,
+    THINK_END,
+    VOCAB,
+    Case,
+    encode,
+    make_case,
+    reread,
+    score,
+    store,
+    vocab_arrays,
+)
+from tests.tokenizers.test_tokenizer import TEXTS, byte_level_bpe, write_hf
+
+UNKNOWN = len(VOCAB)  # Stands for an id outside of the vocabulary, as PAD and the others do for special tokens.
+
+
+class Vocabulary(NamedTuple):
+    """The bytes of every token, the ids of all bytes that are one token's, and what stands for special tokens."""
+
+    pieces: list[bytes]
+    ids: dict[bytes, list[int]]
+    special: dict[int, int]
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.pieces))
+
+    @property
+    def end(self) -> int:
+        return self.special[THINK_END]
+
+    @property
+    def poison(self) -> list[int]:
+        """Ids that change a reading wherever they are looked at."""
+        visible = [self.ids[piece][0] for piece in (b"}", b"{", b"\\", BOX, MARK) if piece in self.ids]
+        return [*self.special.values(), *visible, -1, 2**31 - 1, -(2**31)]
+
+    def encode(self, parts: list[bytes | int], rng: np.random.Generator) -> list[int]:
+        """Cut bytes at random into tokens; where several tokens have the same bytes, take any."""
+        tokens: list[int] = []
+        for part in parts:
+            if isinstance(part, int):
+                tokens.append(self.special.get(part, part))
+                continue
+            draws, i = rng.integers(1, self.longest + 1, (len(part), 2)).tolist(), 0
+            while i < len(part):
+                size, choice = draws[i]
+                while (ids := self.ids.get(part[i : i + size])) is None:
+                    size -= 1
+                tokens.append(ids[choice % len(ids)])
+                i += len(part[i : i + size])
+        return tokens
+
+
+def vocabulary(pieces: list[bytes], special: dict[int, int]) -> Vocabulary:
+    ids: dict[bytes, list[int]] = {}
+    for token, piece in enumerate(pieces):
+        if piece:
+            ids.setdefault(piece, []).append(token)
+    return Vocabulary(pieces, ids, special)
+
+
+def of_tokenizer(tokenizer: Tokenizer) -> Vocabulary:
+    """With an end of thinking, a stop token and two others that have no bytes."""
+    others = sorted(tokenizer.special_ids - {tokenizer.end_think_id, tokenizer.eos_id})
+    special = {PAD: others[0], STOP: tokenizer.eos_id, THINK_END: tokenizer.end_think_id, OTHER_SPECIAL: others[-1]}
+    return vocabulary(list(tokenizer.pieces), special | {UNKNOWN: tokenizer.vocab_size})
+
+
+@functools.cache
+def boxed_texts() -> list[str]:
+    """So that pieces of markers and boxes become tokens that cut across them."""
+    return [*TEXTS, *(f"so</think>\n\\boxed{{ {word}}} \\frac{{1}}{{2}} 漢字 é" for word in ("size", "and", "4") * 20)]
+
+
+@pytest.fixture(scope="module", params=["hostile", "sentencepiece", "byte-level BPE"])
+def vocab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "hostile":
+        return vocabulary(VOCAB, {i: i for i in (PAD, STOP, THINK_END, OTHER_SPECIAL, UNKNOWN)})
+    if request.param == "sentencepiece":
+        train_sentencepiece(boxed_texts(), 360, directory / "tokenizer.model")
+    else:
+        write_hf(directory, byte_level_bpe(boxed_texts()))
+    return of_tokenizer(load_tokenizer(directory))
+
+
+# Whole blocks of those in which the reward looks for a marker (test_reward.py has odd lengths).
+TOKENS, GROUP, STORED = 48, 8, 13
+CONTINUATION_TOKENS = [
+    *(b" size", b" and", b" ", b"4", b" =", b"}", b"{", b"}}", b"{}", b"\\", b"\\}", b"\\{", b"\\\\", b"\\frac"),
+    *(b"a", b"$", b"\xe6\xbc", b"\xa2", b"\x00", b"\n", b"<", b"\\boxed", b"</think", b"!"),
+]
+NOISE = [
+    *(b"a", b" the", b"{", b"}", b"{", b"}", b"}}", b"\\", b"\\\\", b"\\}", b"\\{", b"\\\\}", b"{\\}", b"\\boxed"),
+    *(BOX, b"\\boxed{x}", b"\\boxed{}", b"\\boxed{}}", b"\\\\boxed{", b"</think", b"</", b"<", b">", MARK, b"\n"),
+    *("漢".encode(), b"\xe6", b"\xbc\xa2", PAD, STOP, THINK_END, OTHER_SPECIAL, -1, UNKNOWN),
+]
+
+
+def nasty_response(rng: np.random.Generator, continuation: list[bytes]) -> list[bytes | int]:
+    """Compose parts: noise, mostly a marker, mostly a box with something like the continuation in it, noise."""
+    draw = iter(rng.integers(0, 1 << 30, 40).tolist())
+
+    def noise(limit: int) -> list[bytes | int]:
+        return [NOISE[next(draw) % len(NOISE)] for _ in range(next(draw) % (limit + 1))]
+
+    parts = [*noise(4), [MARK, THINK_END, MARK, THINK_END, b""][next(draw) % 5]]
+    if next(draw) % 8 == 0:
+        return [*parts, *noise(6)]
+    joined, whole = b"".join(continuation), b"".join(continuation[: next(draw) % (len(continuation) + 1)])
+    content = [[whole, whole, joined[: next(draw) % (len(joined) + 1)]][next(draw) % 3]]
+    if next(draw) % 4 == 0:
+        content.insert(next(draw) % 2, NOISE[next(draw) % len(NOISE)])
+    parts += noise(1) if next(draw) % 3 == 0 else []
+    parts += [BOX, *content, b"}"]
+    parts += noise(3) if next(draw) % 2 else []
+    if next(draw) % 6 == 0:  # Drop, change or double one byte, or put a special token in its place.
+        i = next(draw) % len(parts)
+        if isinstance(parts[i], bytes) and parts[i]:
+            at, whole = next(draw) % len(parts[i]), parts[i]
+            middle = [b"", b"}", whole[at : at + 1] * 2, OTHER_SPECIAL, THINK_END][next(draw) % 5]
+            parts[i : i + 1] = [whole[:at], middle, whole[at + 1 :]]
+    return parts
+
+
+def merged(parts: list[bytes | int]) -> list[bytes | int]:
+    """Join neighboring bytes, so that a token may reach from one part into the next."""
+    result: list[bytes | int] = [b""]
+    for part in parts:
+        if isinstance(part, bytes) and isinstance(result[-1], bytes):
+            result[-1] += part
+        else:
+            result.append(part)
+    return result
+
+
+def fuzz(vocab: Vocabulary, rng: np.random.Generator, prompts: int) -> Case:
+    """Draw `prompts` continuations with `GROUP` responses each; padding and what follows the reference are poison."""
+    tokens = rng.choice(np.array(vocab.poison), (prompts, GROUP, TOKENS))
+    lengths = np.zeros((prompts, GROUP), np.int64)
+    references, boundaries, continuations = [], [], []
+    for p in range(prompts):
+        drawn = rng.integers(0, len(CONTINUATION_TOKENS), rng.integers(0, 6))
+        continuation = [CONTINUATION_TOKENS[i] for i in drawn]
+        reference, boundary, kept = store(continuation, STORED, rng.bytes(2) + b"}" * STORED)
+        references.append(reference)
+        boundaries.append(boundary)
+        continuations.append(kept)
+        for g in range(GROUP):
+            ids = vocab.encode([*merged(nasty_response(rng, continuation)), STOP], rng)
+            ids = [*ids[: TOKENS - 1], ids[-1]]
+            tokens[p, g, : len(ids)] = ids
+            lengths[p, g] = len(ids)
+    stopped = rng.random((prompts, GROUP)) < 0.95
+    cut = rng.random((prompts, GROUP)) < 0.05  # Truncated, yet called finished or not.
+    lengths = np.where(cut, rng.integers(0, lengths + 1), lengths)
+    return Case(tokens, lengths, stopped, np.stack(references), np.stack(boundaries), continuations)
+
+
+def scores(vocab: Vocabulary, case: Case, marked: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what the kernels give: reward, status and first tokens; `marked` says whether they know the special marker."""
+    end = vocab.end if marked else -1
+    tokens, lengths, stopped, reference, boundaries = (jnp.asarray(x) for x in case[:5])
+    table = tuple(jnp.asarray(x) for x in vocab_arrays(vocab.pieces))
+    reward, status = prefix_match_reward(tokens, lengths, stopped, reference, boundaries, *table, end)
+    first = predicted_first_token(tokens, lengths, stopped, *table, end)
+    return np.asarray(reward), np.asarray(status), np.asarray(first)
+
+
+def agree(vocab: Vocabulary, seed: int, prompts: int) -> np.ndarray:
+    """Hold the kernels against the plain readings; return how often each status came up."""
+    case = fuzz(vocab, np.random.default_rng(seed), prompts)
+    marked = bool(seed % 4)
+    reward, status, first = scores(vocab, case, marked)
+    end = vocab.end if marked else -1
+    for p, g in np.ndindex(status.shape):
+        rollout = case.tokens[p, g].tolist(), case.lengths[p, g], case.stopped[p, g]
+        expected = reward_reference.reward(*rollout, case.continuations[p], vocab.pieces, end)[1]
+        token = reward_reference.first_token(*rollout, vocab.pieces, end)
+        if (status[p, g], first[p, g]) != (expected, token):
+            known = [vocab.pieces[t] if 0 <= t < len(vocab.pieces) else b"?" for t in rollout[0][: rollout[1]]]
+            pytest.fail(
+                f"seed {seed}, response {p},{g}: {Status(status[p, g])!r} is not {expected!r}, or {first[p, g]} not {token}\n"
+                f"tokens {rollout[0]}, length {rollout[1]}\n{b'|'.join(known)}\n{case.continuations[p]}"
+            )
+    np.testing.assert_array_equal(reward, status == Status.CORRECT)
+    assert 0.1 < (first >= 0).mean() < 0.9, "the fuzzing hardly reaches some outcome"
+    return np.bincount(status.ravel(), minlength=len(Status))
+
+
+def test_kernel_equals_the_plain_reading(vocab: Vocabulary) -> None:
+    counts = agree(vocab, seed=0, prompts=625) + agree(vocab, seed=1, prompts=625)
+    assert counts.sum() == 10_000
+    assert counts.min() > 200, f"the fuzzing hardly reaches some outcome: {counts}"
+
+
+@pytest.mark.slow
+def test_kernel_equals_the_plain_reading_on_a_million(
+    vocab: Vocabulary, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = sum(agree(vocab, seed, prompts=1250) for seed in range(100, 200))
+    with capsys.disabled():
+        by_status = ", ".join(f"{status.name.lower()} {int(counts[status]):,}" for status in Status)
+        print(f"\n{request.node.callspec.params['vocab']}: {counts.sum():,} responses read alike ({by_status})")
+    assert counts.sum() == 1_000_000
+
+
+def test_order_of_rollouts_changes_nothing(vocab: Vocabulary) -> None:
+    rng = np.random.default_rng(2)
+    case = fuzz(vocab, rng, 50)
+    reward, status, _ = scores(vocab, case)
+    p, g = rng.permutation(50), rng.permutation(GROUP)
+    shuffled = Case(*[x[p][:, g] for x in case[:3]], *[x[p] for x in case[3:5]], case.continuations)
+    np.testing.assert_array_equal(scores(vocab, shuffled)[1], status[p][:, g])
+    np.testing.assert_array_equal(scores(vocab, shuffled)[0], reward[p][:, g])
+    alone = Case(*[x[7:8, 3:4] for x in case[:3]], *[x[7:8] for x in case[3:5]], case.continuations)
+    np.testing.assert_array_equal(scores(vocab, alone)[1], status[7:8, 3:4])
+
+
+def test_padding_changes_nothing(vocab: Vocabulary) -> None:
+    rng = np.random.default_rng(3)
+    case = fuzz(vocab, rng, 50)
+    wider = case._replace(
+        tokens=np.concatenate([case.tokens, rng.choice(np.array(vocab.poison), (50, GROUP, 6))], axis=-1),
+        reference=np.concatenate([case.reference, rng.integers(0, 256, (50, 4), np.uint8)], axis=-1),
+        boundaries=np.concatenate([case.boundaries, np.zeros((50, 4), bool)], axis=-1),
+    )
+    live = np.arange(TOKENS) < case.lengths[..., None]
+    repadded = case._replace(tokens=np.where(live, case.tokens, rng.choice(np.array(vocab.poison), case.tokens.shape)))
+    for other in (wider, repadded):
+        np.testing.assert_array_equal(scores(vocab, other)[1], scores(vocab, case)[1])
+
+
+@pytest.mark.parametrize("prompts, group, size", [(1, 1, 1), (3, 5, 7)])
+def test_odd_sizes(prompts: int, group: int, size: int) -> None:
+    rng = np.random.default_rng(size)
+    continuations = [[b"a", b" size", b"}"][: p + 1] for p in range(prompts)]
+    ids = [[encode(merged(nasty_response(rng, c)), rng) for _ in range(group)] for c in continuations]
+    case = make_case(ids, continuations, size, width=max(len(tokens) for group in ids for tokens in group))
+    np.testing.assert_array_equal(score(case)[1], reread(case))

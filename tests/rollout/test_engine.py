@@ -1,0 +1,373 @@
+"""The rollout engine: whatever it does for speed or memory, the same rollouts come out, token for token."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpt_jax.bench import __main__ as bench
+from rpt_jax.config import Experiment, from_config_dict
+from rpt_jax.errors import UserError
+from rpt_jax.model.attention.dispatch import Context, KeyValues, attend
+from rpt_jax.model.transformer import Transformer, in_compute_dtype
+from rpt_jax.rewards.prefix_match import BoxReader, read_box
+from rpt_jax.rollout.engine import Decoding, Ended, live_sizes
+from rpt_jax.rollout.generate import Rollouts, generate, sample_rollouts
+from rpt_jax.rollout.kv_cache import Blocks, Shared, empty_ring, in_blocks, look_at
+from rpt_jax.rollout.memory import RolloutMemory, plan_slots, rollout_memory
+from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
+from rpt_jax.rollout.sampling import sample_tokens, truncate
+from rpt_jax.weights.hf import save_policy
+from tests.helpers import policy_reference as reference
+from tests.helpers.policy_reference import POLICY, SHAPE, random_params
+from tests.rollout.test_rollout import STOPS, TEMPERATURE, assert_same
+
+P, G, S, T = 8, 4, 24, 24
+KEY = jax.random.key(5)
+DECODING = Decoding(samples=G, max_new_tokens=T, temperature=TEMPERATURE, stop_ids=STOPS)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(POLICY, 0)
+
+
+def nested(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prompts of two documents, each at four places and with the same three tokens behind the context; and their ids."""
+    rng = np.random.default_rng(seed)
+    documents, template = rng.integers(0, SHAPE.vocab, (2, S)), rng.integers(0, SHAPE.vocab, 3)
+    rows = [[*document[:n], *template] for document in documents for n in (12, 13, 17, 21)]
+    lengths = np.array([len(row) for row in rows], np.int32)
+    poison = rng.integers(0, SHAPE.vocab, (P, S))
+    prompts = [[*row, *noise[len(row) :]] for row, noise in zip(rows, poison, strict=True)]
+    return np.array(prompts, np.int32), lengths, np.array([3, 1, 4, 15, 9, 2, 6, 5], np.int32)
+
+
+def run(
+    params, policy: Transformer = POLICY, prompts: Prompts | None = None, vocab=None, **changes
+) -> tuple[Rollouts, np.ndarray]:
+    """Return the rollouts of `prompts`, or of `nested` one by one, and the decode steps in each size of the live batch."""
+    prompts = separate(*nested()) if prompts is None else prompts
+    rollouts, work = sample_rollouts(policy, params, prompts, KEY, DECODING._replace(**changes), vocab)
+    assert int(work.slots[0]) == int(
+        work.steps[0] @ np.array(live_sizes(changes.get("slots", 0), len(prompts.ids_P) * G))
+    )
+    return jax.device_get(rollouts), np.asarray(work.steps[0])
+
+
+@pytest.fixture(scope="module")
+def expected(params) -> Rollouts:
+    """Every prompt on its own, and cut at its first stop token by NumPy."""
+    endless = jax.tree.map(
+        lambda *rows: np.concatenate(rows),
+        *(run(params, prompts=separate(*(x[p : p + 1] for x in nested())), stop_ids=())[0] for p in range(P)),
+    )
+    stops = np.isin(endless.tokens_PxGxT, STOPS)
+    lengths = np.where(stops.any(-1), stops.argmax(-1) + 1, T)
+    mask = np.arange(T) < lengths[..., None]
+    assert len(set(lengths.ravel().tolist())) > 6 and 1 < (lengths == T).sum() < P * G, "the example tests too little"
+    return Rollouts(endless.tokens_PxGxT * mask, lengths, endless.logprobs_PxGxT * mask, stops.any(-1).astype(np.int32))
+
+
+@pytest.mark.parametrize("slots", [1, 5, 0])
+def test_any_number_of_slots(params, expected, slots):
+    """One after the other, with slots that refill and a ring that comes round, and in a batch that shrinks."""
+    ours, steps = run(params, slots=slots)
+    assert_same(ours, expected)
+    decoded = expected.lengths_PxG.sum() - P * G
+    assert len(steps) == (5 if slots == 0 else 1) and (steps > 0).sum() >= min(3, len(steps)), steps
+    assert steps[0] == decoded if slots == 1 else decoded / (slots or P * G) <= steps.sum() < decoded
+
+
+def test_many_layers_run_in_a_loop(params):
+    """Deep policies are not unrolled; what they compute is what the trainer's pass computes."""
+    deep = Transformer(dataclasses.replace(SHAPE, layers=7))
+    weights, prompts = random_params(deep, 1), nested()
+    ours, _ = run(weights, deep)
+    p, g = 2, int(ours.lengths_PxG[2].argmax())
+    prompt, response = prompts[0][p, : prompts[1][p]], ours.tokens_PxGxT[p, g, : ours.lengths_PxG[p, g]]
+    logits = reference.logits(weights, deep.shape, [*prompt, *response])[len(prompt) - 1 : -1]
+    theirs = reference.log_softmax(logits / TEMPERATURE)[np.arange(len(response)), response]
+    np.testing.assert_allclose(ours.logprobs_PxGxT[p, g, : len(response)], theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("chunk", "tail"), [(7, 0), (30, 3), (512, 3)])
+def test_shared_prefixes_and_chunks_of_prefill(params, expected, chunk, tail):
+    """Parts of a root, one whole root, all roots at a time; shapes as found, and as fixed."""
+    prompts = share_prefixes(*nested(), tail=tail)
+    assert len(prompts.roots_NxS) == (8 if tail else 2) and prompts.tails_PxU.shape[1] == (3 if tail else 4)
+    ours, _ = run(params, prompts=prompts, chunk=chunk, slots=7)
+    assert_same(ours, expected)
+
+
+def test_prompts_in_any_order(params, expected):
+    order = np.random.default_rng(1).permutation(P)
+    ours = generate(POLICY, params, *(x[order] for x in nested()), KEY, **DECODING._asdict())
+    assert_same(jax.device_get(ours), Rollouts(*(leaf[order] for leaf in expected)))
+
+
+def test_bfloat16_samples_from_the_matrices_that_training_rounds_to(params):
+    """A layer rounds its matrices as it uses them: rounded once beforehand, every log-probability stays the same."""
+    policy = dataclasses.replace(POLICY, dtype=jnp.bfloat16)
+    rounded = in_compute_dtype(policy, params)
+    assert {str(x.dtype) for x in jax.tree.leaves(rounded["layers"])} == {"bfloat16", "float32"}
+    assert rounded["embedding"].dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, run(params, policy)[0], run(rounded, policy)[0])
+
+
+# --- prompts ------------------------------------------------------------------------------------------
+
+token_rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=200)
+@given(token_rows, st.sampled_from([0, 1, 4]), st.sampled_from([1, 2, 3]))
+def test_every_prompt_is_the_beginning_of_its_root_and_its_tail(rows, tail, parts):
+    rows = rows * parts
+    lengths = np.array([len(row) for row in rows], np.int32)
+    padded = np.full((len(rows), 30), 7, np.int32)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = tokens
+    prompts = share_prefixes(padded, lengths, np.arange(len(rows), dtype=np.int32), tail, parts)
+    assert prompts.ids_P.tolist() == [*range(len(rows))] and prompts.lengths_P.tolist() == lengths.tolist()
+    assert not tail or (prompts.roots_NxS.shape == padded.shape and prompts.tails_PxU.shape == (len(rows), tail))
+    assert len(prompts.roots_NxS) % parts == 0 and prompts.tail_lengths_P.min() >= 1
+    assert not tail or prompts.members_NxW is None
+    if prompts.members_NxW is not None:
+        each = prompts.members_NxW.reshape(parts, -1, prompts.members_NxW.shape[1])
+        assert prompts.members_NxW.size <= 2 * len(rows) and len(prompts.members_NxW) == len(prompts.roots_NxS)
+        for members_NxW, root_P in zip(each, prompts.root_P.reshape(parts, -1), strict=True):
+            listed = [(n, p) for n, of_root in enumerate(members_NxW) for p in of_root if p < len(root_P)]
+            assert sorted(listed) == sorted((n, p) for p, n in enumerate(root_P))
+    root_P = np.arange(len(rows)) if prompts.root_P is None else prompts.root_P
+    for part in range(parts if prompts.root_P is not None else 0):
+        filled = prompts.lengths_N.reshape(parts, -1)[part] > 0
+        assert not np.diff(filled.astype(int)).clip(0).any() or min(lengths) == 1, "roots lie in front"
+        root_P = root_P + np.where(np.arange(len(rows)) // (len(rows) // parts) == part, part * len(filled), 0)
+    for p, (root, end) in enumerate(zip(root_P, prompts.ends_P, strict=True)):
+        own = prompts.tails_PxU[p, : prompts.tail_lengths_P[p]]
+        assert end <= prompts.lengths_N[root] and [*prompts.roots_NxS[root, :end], *own] == rows[p]
+
+
+def test_positions_of_a_document_have_one_root():
+    """Also where other documents stand between them, in each part for itself, and with a last token of their own."""
+    prompts, lengths, ids = nested()
+    mixed = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+    for tail, parts, expected in ((0, 1, [0, 1] * 4), (3, 1, [0, 1] * 4), (3, 2, [0, 1] * 4), (2, 1, [*range(8)])):
+        found = share_prefixes(prompts[mixed], lengths[mixed], ids[mixed], tail, parts)
+        assert len(set(found.root_P[:4])) == len(set(expected[:4])) and len(set(found.root_P)) == len(set(expected))
+        assert (found.root_P[:-2] == found.root_P[2:]).all() == (tail != 2) and (found.tail_lengths_P >= 1).all()
+    assert share_prefixes(*(x[::4] for x in nested())).root_P is None, "nothing is found, and nothing is moved"
+
+
+# --- attention over caches ----------------------------------------------------------------------------
+
+N, W, K, R, C, B, L = 3, 4, 2, 3, 8, 4, 2
+M, RING = 6, 11
+
+
+def cache_inputs(seed: int):
+    rng = np.random.default_rng(seed)
+    normal = lambda *dims: rng.standard_normal(dims).astype(np.float32)  # noqa: E731
+    shared = KeyValues(normal(L, N, K, 1, S, C), normal(L, N, K, 1, S, C))
+    own = KeyValues(normal(L, M, K, 1, RING, C), normal(L, M, K, 1, RING, C))
+    return shared, own, normal(M, K, 1, R, 1, C), KeyValues(normal(M, K, 1, 1, C), normal(M, K, 1, 1, C))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def looked(block, shared, own, q, new, end_NxW, places_M, step, counts_M):
+    """Write the ring a token at a time up to `step`, and look."""
+    ring = jax.tree.map(lambda x: x + jnp.nan, empty_ring(shared, M, RING, block))
+    ring = jax.tree.map(jnp.nan_to_num, ring)  # Zeros that were never written; what is written twice must be gone.
+
+    def write(i, ring):
+        token = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i % RING, 1, axis=4), own)
+        return ring.write(token, i)
+
+    ring = jax.lax.fori_loop(jnp.maximum(step - RING, 0), step, write, ring)
+    look = look_at(
+        (Shared(in_blocks(shared, block), end_NxW, jnp.arange(end_NxW.size)),), places_M, ring, step, counts_M
+    )
+    return look(1, q, new)
+
+
+@pytest.mark.parametrize("block", [B, S])
+@settings(deadline=None, max_examples=20)
+@given(st.data())
+def test_attention_over_caches_equals_the_reference(block, data):
+    shared, own, q, new = cache_inputs(data.draw(st.integers(0, 9)))
+    places = np.array(data.draw(st.permutations(range(N * W)))[:M], np.int32)
+    idle = np.array(data.draw(st.lists(st.booleans(), min_size=M, max_size=M)))
+    end_NxW = np.array(data.draw(st.lists(st.integers(1, S), min_size=N * W, max_size=N * W)), np.int32).reshape(N, W)
+    step = data.draw(st.integers(0, 40))
+    counts = np.array([data.draw(st.integers(0, min(step, RING))) for _ in range(M)], np.int32)
+    ours = looked(block, shared, own, q, new, end_NxW, np.where(idle, 2**30, places), step, counts)
+    for m in np.flatnonzero(~idle):
+        end, last = end_NxW.reshape(-1)[places[m]], [i % RING for i in range(step - counts[m], step)]
+        kv = [
+            np.concatenate([a[1, places[m] // W, :, 0, :end], b[1, m, :, 0][:, last], c[m, :, 0]], axis=1)
+            for a, b, c in zip(shared, own, new, strict=True)
+        ]
+        context = Context(KeyValues(*(x[None, :, None] for x in kv)), end_NxGxQ=np.full((1, 1, 1), kv[0].shape[1]))
+        np.testing.assert_allclose(ours[m], attend(q[m : m + 1], (context,))[0], atol=1e-5)
+
+
+def test_rows_of_their_own_see_what_the_grid_saw():
+    shared, own, q, new = cache_inputs(0)
+    places, end = np.array([11, 2, 5, 6, 0, 9], np.int32), np.arange(12, dtype=np.int32).reshape(N, W) + 3
+    ring, grid = empty_ring(own, M, RING, B), Shared(in_blocks(shared, B), end, jnp.arange(end.size))
+    a = look_at((grid,), places, ring, 0, np.zeros(M, np.int32))(0, q, new)
+    b = look_at((grid.spread(places),), None, ring, 0, np.zeros(M, np.int32))(0, q, new)
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    assert isinstance(grid.blocks, Blocks) and grid.spread(places).end_NxW.shape == (M, 1)
+
+
+# --- what is drawn from -------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 50), st.floats(0.01, 1.0), st.integers(0, 10_000))
+def test_truncation_against_its_definition(top_k, top_p, seed):
+    logits = np.random.default_rng(seed).permutation(48).astype(np.float32) / 8
+    kept = np.asarray(truncate(jnp.asarray(logits)[None], top_k, top_p))[0] > -1e30
+    order = np.argsort(-logits)[: top_k or None]
+    shares = reference.softmax(logits[order].astype(np.float64))
+    before = np.cumsum(shares) - shares
+    if np.abs(before - top_p).min() > 1e-5:  # Else rounding decides.
+        assert set(np.flatnonzero(kept)) == set(order[before < top_p])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (9, 0.8)])
+def test_truncated_samples_are_distributed_as_they_claim(top_k, top_p):
+    logits = np.random.default_rng(3).standard_normal(48).astype(np.float32)
+    uniform = np.random.default_rng(4).random(8192, np.float32)
+    left = truncate(jnp.broadcast_to(logits, (8192, 48)), top_k, top_p)
+    counts = np.bincount(sample_tokens(left, uniform), minlength=48)
+    shares = np.where(np.asarray(left[0]) > -1e30, np.exp(logits.astype(np.float64)), 0)
+    shares /= shares.sum()
+    assert 3 < (shares > 0).sum() < 30 and not counts[shares == 0].any()
+    assert scipy.stats.chisquare(counts[shares > 0], shares[shares > 0] * 8192).pvalue > 1e-3
+
+
+def test_truncated_training_needs_its_correction():
+    for field in ({"top_k": 5}, {"top_p": 0.9}):
+        with pytest.raises(UserError, match="objective.importance"):
+            from_config_dict({"rollout": field})
+        from_config_dict({"rollout": field, "objective": {"importance": "truncate"}})
+    assert Experiment().rollout.top_k == 0
+
+
+# --- where responses end ------------------------------------------------------------------------------
+
+PIECES = [b"</think>", b"</th", b"ink>", b"\\boxed{", b"\\box", b"ed{", b"a", b"{", b"}", b"\\", b"}}", b"", b"x}y"]
+MARKER = PIECES.index(b"")
+
+
+def is_closed(tokens: list[int]) -> bool:
+    """Whether a plain reader of the bytes finds the answer's last box closed."""
+    pieces = [PIECES[t] for t in tokens]
+    ends = [sum(map(len, pieces[:i])) for i, t in enumerate(tokens) if t == MARKER]
+    text = b"".join(pieces)
+    at = text.rfind(b"</think>")
+    ends += [at + 8] if at >= 0 else []
+    if not ends:
+        return False
+    _, opening, content = text[max(ends) :].rpartition(b"\\boxed{")
+    if not opening:
+        return False
+    depth, escaped = 1, False
+    for i, byte in enumerate(content):
+        if not escaped and byte in b"{}":
+            depth += 1 if byte == b"{"[0] else -1
+        if depth == 0:
+            return i > 0 or len(content) > 1  # An empty box may go on with a brace that it holds.
+        escaped = byte == b"\\"[0] and not escaped
+    return False
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=14))
+def test_the_box_reader_closes_where_a_plain_reader_does(tokens):
+    longest = max(map(len, PIECES))
+    table = np.array([list(piece.ljust(longest, b"\0")) for piece in PIECES], np.uint8)
+    sizes = np.array([len(piece) for piece in PIECES], np.int32)
+    reader = BoxReader.start(1)
+    for n, token in enumerate(tokens, 1):
+        reader = _read(reader, np.array([token], np.int32), table, sizes)
+        assert bool(reader.closed[0]) == is_closed(tokens[:n])
+        if reader.closed[0]:
+            break
+
+
+_read = jax.jit(lambda reader, token, table, sizes: read_box(reader, token, table, sizes, MARKER))
+
+
+def test_responses_end_at_their_box(params, expected):
+    """Words that often close a box: each response is the endless one up to the first token that does."""
+    words = [b"</think>\\boxed{", b"a", b"}", b"b}", b"c"]
+    vocab = [words[i % len(words)] for i in range(SHAPE.vocab)]
+    sizes = np.array([len(word) for word in vocab], np.int32)
+    table = np.array([list(word.ljust(sizes.max(), b"\0")) for word in vocab], np.uint8)
+    endless, _ = run(params, stop_ids=())
+    ours, _ = run(params, stop_ids=(), vocab=(table, sizes), slots=5)
+    ends = set()
+    for p, g in np.ndindex(P, G):
+        tokens, length = endless.tokens_PxGxT[p, g].tolist(), T
+        for n in range(1, T + 1):
+            _, box, content = b"".join(vocab[t] for t in tokens[:n]).rpartition(b"</think>\\boxed{")
+            if box and b"}" in content and content != b"}":
+                length = n
+                break
+        closed = length < T or ours.ended_PxG[p, g] == Ended.BOX
+        assert ours.lengths_PxG[p, g] == length and ours.ended_PxG[p, g] == (Ended.BOX if closed else Ended.LENGTH)
+        assert ours.tokens_PxGxT[p, g, :length].tolist() == tokens[:length]
+        ends.add(length)
+    assert len(ends) > 4
+
+
+# --- memory and the bench -----------------------------------------------------------------------------
+
+
+def test_slots_are_planned_from_memory():
+    memory = RolloutMemory(fixed=1000, per_slot=100)
+    plan = lambda asked, available: plan_slots(asked, 64, memory, 500, available)  # noqa: E731
+    assert plan(0, 10**6) == 64 and plan(0, 2000) == 5 and plan(3, 2000) == 3 and plan(1000, 10**6) == 64
+    for asked, available in ((6, 2000), (0, 1599)):
+        with pytest.raises(UserError, match=r"rollout\.decode_slots: .* hold (5|0)\. "):
+            plan(asked, available)
+
+
+def test_planned_memory_is_what_the_arrays_take():
+    """Per slot the ring's, to its blocks' size, and three eighths of it for when the live batch shrinks."""
+    size = {"prompts": P, "prompt_tokens": 64, "samples": G, "max_new_tokens": 64}
+    memory = rollout_memory(SHAPE, "float32", **size, tensor=1)
+    dims = (SHAPE.layers, 1, SHAPE.kv_heads, 1, 64, SHAPE.head_size)
+    ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32)
+    rings = sum(x.nbytes for x in ring) * 11 // 8
+    assert 0 <= 10 * memory.per_slot - rings <= 10 * 12 * SHAPE.vocab
+    halved = rollout_memory(SHAPE, "bfloat16", **size, tensor=2)
+    assert halved.per_slot < memory.per_slot / 3 and halved.fixed < memory.fixed / 2
+
+
+def test_bench_rollout(params, tmp_path, capsys):
+    save_policy(tmp_path / "model", SHAPE, params, tmp_path / "tokenizer.json", "")
+    prompts, lengths, _ = nested()
+    np.savez(tmp_path / "prompts.npz", prompts=prompts, lengths=lengths)
+    options = [f"--model={tmp_path / 'model'}", "--samples=4", "--max_new_tokens=24", "--stop_ids=2,8", "--repeats=1"]
+    arguments = ["bench", "rollout", *options, f"--prompts={tmp_path / 'prompts.npz'}"]
+    assert bench.main([*arguments, "--slots=6", f"--json={tmp_path / 'out.json'}"]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert figures["tokens_per_second"] == pytest.approx(figures["generated_tokens"] / figures["seconds"], rel=0.01)
+    assert figures["slots"] == 6 and 0.5 < figures["occupancy"] <= 1 and figures["decode_seconds"] > 0
+    np.savez(tmp_path / "bad.npz", prompts=prompts, lengths=lengths + 100)
+    assert bench.main([*arguments[:-1], f"--prompts={tmp_path / 'bad.npz'}"]) == 2
+    assert "bad.npz: `prompts` int32[8, 24]" in capsys.readouterr().err

