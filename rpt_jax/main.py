@@ -71,13 +71,12 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
     # Late imports: a mistyped flag should not wait for JAX.
     import jax
 
-    from rpt_jax import pretrain, train
-    from rpt_jax import score as prepare
+    from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.sharding import use_mesh
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import start_mesh
 
-    tasks = {"rpt": train.train, "pretrain": pretrain.pretrain, "score": prepare.prepare_corpus}
+    tasks = {"rpt": train.train, "pretrain": pretrain.pretrain, "score": score.prepare_corpus}
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
         tasks = {name: functools.partial(task, replay=True) for name, task in tasks.items()}

@@ -105,7 +105,7 @@ def segment_starts(segments_NxGxQ: jax.Array) -> jax.Array:
 class Layer(nn.Module):
     """Attention and SwiGLU, each on the normalized residual."""
 
-    shape: ModelConfig
+    config: ModelConfig
     dtype: Any
     attention: str
 
@@ -133,7 +133,7 @@ class Layer(nn.Module):
 
         `look`, of queries and new keys, takes the place of attention over `kvs`: for caches laid out in another way.
         """
-        s = self.shape
+        s = self.config
         # Rows of an update are long, and as many tokens as were asked for: what else runs may be of any length.
         between = ("prompt", None, "sequence" if isinstance(ranges, KeyRanges) else None, None)
         inside = ("prompt", None, None, None)
@@ -146,7 +146,7 @@ class Layer(nn.Module):
         return x_NxGxQxD + laid_out(self._ffn(y_NxGxQxD), between, inside), kv
 
     def _attention(self, x_NxGxQxD, kvs, ranges, rotary, look) -> tuple[jax.Array, KeyValues]:
-        s, group = self.shape, self.shape.heads // self.shape.kv_heads
+        s, group = self.config, self.config.heads // self.config.kv_heads
         wq = self._weight("q", (s.width, s.kv_heads, group, s.head_size), ("width", "kv_heads", None, None), s.width)
         wk = self._weight("k", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
         wv = self._weight("v", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
@@ -178,7 +178,7 @@ class Layer(nn.Module):
         return project(out_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5), wo, axes=3), new
 
     def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
-        s = self.shape
+        s = self.config
         gate = project(x_NxGxQxD, self._weight("gate", (s.width, s.ffn), ("width", "ffn"), s.width))
         up = project(x_NxGxQxD, self._weight("up", (s.width, s.ffn), ("width", "ffn"), s.width))
         down = self._weight("down", (s.ffn, s.width), ("ffn", "width"), s.ffn)
@@ -189,7 +189,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """The decoder without its head: tokens in, final hidden states and new keys and values out."""
 
-    shape: ModelConfig
+    config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "reference"
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
 
         Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
         """
-        s = self.shape
+        s = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(s.width**-0.5), ("vocab", "width"))
         embedding_VxD = self.param("embedding", init, (s.vocab, s.width), jnp.float32)
         if not s.tied:

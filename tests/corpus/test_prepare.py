@@ -111,7 +111,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(line * 2_000)
     script = (
-        "from pathlib import Path\nfrom rpt_jax.config import DataConfig\nfrom rpt_jax.data import prepare, tokenizer\n"
+        "from pathlib import Path\nfrom rpt_jax.config import DataConfig\nfrom rpt_jax.corpus import tokenization as prepare\nfrom rpt_jax.tokenizers import tokenizer\n"
         f"config = DataConfig(source='path', path={str(tmp_path)!r})\n"
         f"prepare.tokenize(config, tokenizer.load_tokenizer({str(TINY)!r}), Path({str(tmp_path / 'out')!r}), print)\n"
     )
