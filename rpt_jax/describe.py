@@ -18,7 +18,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.model.model_config import ModelConfig, check_preset, preset
-from rpt_jax.rewards.catalogue import FORWARD_PASSES
+from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import cache_bytes
 from rpt_jax.setup import cold_start_of
 from rpt_jax.weights.hf import load_model_config
@@ -233,7 +233,8 @@ def _compute_rows(experiment: Experiment, shape: ModelConfig) -> list[Row]:
 def _reward_flops(experiment: Experiment, shape: ModelConfig) -> int:
     """What asking the policy once more for the reward costs, beyond sampling."""
     flops, parts = 0, _tree(experiment).parts
-    for (tokens, pairs), passes in zip(parts, FORWARD_PASSES[experiment.objective.reward], strict=True):
+    needs = REWARDS[experiment.objective.reward].requirements
+    for (tokens, pairs), passes in zip(parts, (needs.prompt_passes, needs.response_passes), strict=True):
         flops += (passes - 1) * (2 * shape.matmul_parameters * tokens + attention_flops(shape, pairs))
     return flops * experiment.training.prompts_per_step
 
@@ -252,7 +253,7 @@ def _rpt_memory_rows(experiment: Experiment, shape: ModelConfig, mesh: _Mesh) ->
         Row("bytes per device: parameters, and those of the start", 2 * parameters, _WEIGHTS),
         Row("bytes per device: Adam's two moments", 2 * parameters, _WEIGHTS),
     ]
-    if experiment.objective.reward == "info_gain":
+    if REWARDS[experiment.objective.reward].requirements.average:
         state.append(Row("bytes per device: moving average of the parameters", parameters, "policy, objective.reward"))
     rollouts = prompts * tree.branches
     slots = min(-(-experiment.rollout.decode_slots // mesh.replicas) or rollouts, rollouts)
@@ -386,7 +387,7 @@ def _run_rows(experiment: Experiment, shape: ModelConfig) -> list[Row]:
     schedule, last = make_schedule(optimizer, steps), steps - 1
     marks = sorted({0, min(optimizer.warmup_steps, last), last})
     rates = ", ".join(f"{float(schedule(mark)):.3g} in step {mark + 1}" for mark in marks)
-    trees = 4 if experiment.task == "rpt" and experiment.objective.reward == "info_gain" else 3
+    trees = 4 if experiment.task == "rpt" and REWARDS[experiment.objective.reward].requirements.average else 3
     kept = trees * _FLOAT32 * shape.parameters * experiment.checkpoint.keep
     return [
         Row("steps", steps, "training.total_steps"),

@@ -7,10 +7,17 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the field or file, the value, and what was expected.
+    """An error that the user can fix: the message names the field or file, the value and what was expected.
 
-    `main` prints it alone and exits with code 2.
+    `main` prints the message without a traceback and exits with code 2.
+
+    Attributes:
+      field: the config field ("data.path"), flag ("--workdir") or file that is at fault; "" where there is no single one.
     """
+
+    def __init__(self, message: str, *, field: str = ""):
+        super().__init__(message)
+        self.field = field
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -23,7 +30,7 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
     """Return `value`, or raise `UserError` naming the field, the value and what is allowed."""
     choices = sorted(choices)
     if value not in choices:
-        raise UserError(f"{field}='{value}' is not one of: {', '.join(choices)}.{nearest(value, choices)}")
+        raise UserError(f"{field}='{value}' is not one of: {', '.join(choices)}.{nearest(value, choices)}", field=field)
     return value
 
 

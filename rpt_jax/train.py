@@ -44,7 +44,7 @@ from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.pretrain import cold_start
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.selection import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
-from rpt_jax.rewards.catalogue import FORWARD_PASSES
+from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rollout.sampler import (
     Rewarder,
@@ -88,7 +88,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
     # Copies, because the update donates its state and the starting policy's parameters are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
-    average = jax.tree.map(jnp.copy, setup.params) if experiment.objective.reward == "info_gain" else None
+    average = (
+        jax.tree.map(jnp.copy, setup.params) if REWARDS[experiment.objective.reward].requirements.average else None
+    )
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
     config = update_config(experiment, num_batch_shards(mesh))
     reference = setup.params if experiment.objective.kl != "none" else None
@@ -231,7 +233,8 @@ def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
 def make_counters(experiment: Experiment, setup: Setup) -> Counters:
     """Counters that know how often the config's objective runs a token forward."""
     o, minibatches = experiment.objective, experiment.training.minibatches_per_step
-    passes = BatchSize(*FORWARD_PASSES[o.reward])
+    needs = REWARDS[o.reward].requirements
+    passes = BatchSize(needs.prompt_passes, needs.response_passes)
     return Counters(setup.policy.config.matmul_parameters, passes, (minibatches > 1) + (o.kl != "none"))
 
 

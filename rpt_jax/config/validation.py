@@ -1,6 +1,8 @@
-"""The names that `objective.*` may have, and which of its fields go together; loads nothing of what the names stand for."""
+"""Rules that a config must meet: allowed names, bounds, and fields that depend on each other."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.schema import (
@@ -15,27 +17,8 @@ from rpt_jax.config.schema import (
     ObjectiveConfig,
 )
 from rpt_jax.errors import UserError, check_choice
+from rpt_jax.registry import OBJECTIVE_REGISTRIES, Registry
 
-REWARDS = ("prefix", "first_token", "dense", "conditional_dense", "info_gain", "mean_prob", "log_prob")
-SCORING_REWARDS = ("info_gain", "mean_prob", "log_prob")  # Those that score the true continuation after the reasoning.
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "opo", "batch")
-LOSSES = ("clip", "dual_clip", "gspo", "cispo", "reinforce")
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
-KLS = ("none", "k1", "k2", "k3")
-IMPORTANCES = ("none", "truncate", "mask")
-
-
-# Fields that mean something only with certain values of another one.
-_BELONGS_TO = {
-    "reference_tokens": ("reward", SCORING_REWARDS),
-    "baseline_decay": ("reward", ("info_gain",)),
-    "advantage_epsilon": ("advantage", ("grpo", "batch")),
-    "clip_low": ("loss", ("clip", "dual_clip", "gspo", "cispo")),
-    "clip_high": ("loss", ("clip", "dual_clip", "gspo", "cispo")),
-    "dual_clip": ("loss", ("dual_clip",)),
-    "importance_low": ("importance", ("mask",)),
-    "importance_high": ("importance", ("truncate", "mask")),
-}
 # A weight, and the fields that describe what it weighs; the first of them has no default that would do.
 _WEIGHED = {
     "kl_weight": ("kl",),
@@ -46,19 +29,9 @@ _WEIGHED = {
 
 def check_objective(config: ObjectiveConfig, response_limit: int) -> None:
     """Refuse unknown names, and fields that would do nothing without another one. Raises: UserError."""
-    check_choice("objective.reward", config.reward, REWARDS)
-    check_choice("objective.advantage", config.advantage, ADVANTAGES)
-    check_choice("objective.loss", config.loss, LOSSES)
-    check_choice("objective.aggregation", config.aggregation, AGGREGATIONS)
-    check_choice("objective.kl", config.kl, KLS)
-    check_choice("objective.importance", config.importance, IMPORTANCES)
+    for registry in OBJECTIVE_REGISTRIES:
+        _check_named_fields(config, registry)
     values, defaults = vars(config), vars(type(config)())
-    for field, (other, names) in _BELONGS_TO.items():
-        if values[field] != defaults[field] and values[other] not in names:
-            raise UserError(
-                f"objective.{field}={values[field]} does nothing with objective.{other}='{values[other]}': it is for "
-                f"{', '.join(names)}."
-            )
     for weight, fields in _WEIGHED.items():
         for field in fields:
             if values[field] != defaults[field] and not values[weight]:
@@ -74,6 +47,24 @@ def check_objective(config: ObjectiveConfig, response_limit: int) -> None:
         raise UserError(
             f"objective.overlong_tokens={config.overlong_tokens} must be at most rollout.max_new_tokens={response_limit}."
         )
+
+
+def _check_named_fields(config: Any, registry: Registry) -> None:
+    """Check a field that names a choice, and that no field which belongs to other choices was set. Raises: UserError."""
+    section, _, name = registry.field.partition(".")
+    chosen = getattr(config, name)
+    registry.check(chosen)
+    users: dict[str, list[str]] = {}
+    for choice in registry.choices():
+        for field in choice.requirements.fields:
+            users.setdefault(field, []).append(choice.name)
+    defaults = type(config)()
+    for field, names in users.items():
+        value = getattr(config, field)
+        if value != getattr(defaults, field) and chosen not in names:
+            raise UserError(
+                f"{section}.{field}={value} has no effect with {registry.field}='{chosen}': it belongs to {', '.join(names)}."
+            )
 
 
 def check_experiment(experiment: Experiment) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.registry import ADVANTAGES
 
+
+@ADVANTAGES.register("grpo", fields=("advantage_epsilon",))
 def grpo_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax.Array, epsilon: float) -> jax.Array:
     """GRPO: (r - mean) / (std + epsilon) within each prompt's group of G samples.
 
@@ -21,23 +24,27 @@ def grpo_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax
     return centered / (std_Px1 + epsilon)
 
 
+@ADVANTAGES.register("dr_grpo")
 def dr_grpo_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax.Array, epsilon: float) -> jax.Array:
     """Dr. GRPO: r - mean. Dividing by the group's deviation favors prompts that are too easy or too hard (2503.20783)."""
     return reward_PxG - reward_PxG.mean(axis=1, keepdims=True)
 
 
+@ADVANTAGES.register("rloo")
 def rloo_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax.Array, epsilon: float) -> jax.Array:
     """Leave-one-out: r - mean of the group's others, which is G / (G - 1) (r - mean) (2402.14740; RLP, 2510.01265)."""
     samples = reward_PxG.shape[1]
     return (reward_PxG - reward_PxG.mean(axis=1, keepdims=True)) * (samples / (samples - 1))
 
 
+@ADVANTAGES.register("opo")
 def opo_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax.Array, epsilon: float) -> jax.Array:
     """OPO: r - Σ length · r / Σ length, the baseline of least variance where gradients grow with length (2505.23585)."""
     total_Px1 = jnp.maximum(lengths_PxG.sum(axis=1, keepdims=True), 1)
     return reward_PxG - jnp.sum(lengths_PxG * reward_PxG, axis=1, keepdims=True) / total_Px1
 
 
+@ADVANTAGES.register("batch", fields=("advantage_epsilon",))
 def batch_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: jax.Array, epsilon: float) -> jax.Array:
     """ScaleRL: r - mean of the group, over the deviation of these in the whole batch + epsilon (2510.13786).
 
@@ -48,15 +55,6 @@ def batch_advantage(reward_PxG: jax.Array, lengths_PxG: jax.Array, counted_P: ja
     # Within a group they add up to zero, so their mean is zero too.
     variance = jnp.sum(jnp.where(counted_P[:, None], jnp.square(centered), 0.0)) / jnp.maximum(count - 1, 1)
     return centered / (jnp.sqrt(variance) + epsilon)
-
-
-ADVANTAGES = {
-    "grpo": grpo_advantage,
-    "dr_grpo": dr_grpo_advantage,
-    "rloo": rloo_advantage,
-    "opo": opo_advantage,
-    "batch": batch_advantage,
-}
 
 
 def has_variance(reward_PxG: jax.Array) -> jax.Array:
@@ -71,5 +69,5 @@ def group_advantages(
 
     A mean of equal numbers rounds: what is left of 1.1 minus the mean of eight of them, divided by epsilon, is no longer small.
     """
-    advantages_PxG = ADVANTAGES[name](reward_PxG, lengths_PxG, counted_P, epsilon)
+    advantages_PxG = ADVANTAGES[name].function(reward_PxG, lengths_PxG, counted_P, epsilon)
     return jnp.where(has_variance(reward_PxG)[:, None], advantages_PxG, 0.0)

@@ -13,8 +13,8 @@ from rpt_jax.distributed.sharding import shard_map_batch
 from rpt_jax.model.transformer import Head, Params, Transformer, head, prefill
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateConfig
 from rpt_jax.objective.logprobs import over_row_chunks, scores, token_logprobs
-from rpt_jax.objective.loss import AGGREGATIONS, IMPORTANCES, KLS, LOSSES
 from rpt_jax.objective.packing import Packed, Rows, fitting_divisor, pack_groups
+from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
 
 # Distances of log-probabilities are counted in bins, each an eighth wider than the one before: counts add up, quantiles do not.
 _DISTANCES = np.logspace(-9, 1, 197, dtype=np.float32)
@@ -117,7 +117,7 @@ def policy_gradient(
     start = jax.tree.map(jnp.zeros_like, params), zeros
     grads, sums = jax.lax.fori_loop(0, groups.passes, accumulate, start)
     idle = batch.mask_PxGxT & (batch.counted_P & ~taught_P)[:, None, None]
-    count = jnp.maximum(sums["count"] + AGGREGATIONS[config.aggregation](idle, config.response_limit)[1], 1)
+    count = jnp.maximum(sums["count"] + AGGREGATIONS[config.aggregation].function(idle, config.response_limit)[1], 1)
     room = jnp.maximum(groups.passes, 1) * groups.shape[0] * groups.shape[1]
     return jax.tree.map(lambda g: g / count, grads), _loss_metrics(sums, count) | {
         "update/filled": sums["trunk"] / room
@@ -139,20 +139,22 @@ def loss_sums(
     logprobs, entropies = row_scores(policy, params, part.rows, limit, config, config.entropy_weight > 0)
     now = jax.lax.stop_gradient(logprobs)
     old = now if part.old_logprobs_NxJxT is None else part.old_logprobs_NxJxT
-    token = LOSSES[config.loss](logprobs, old, part.advantages_NxJ[..., None], mask, config.bounds)
+    token = LOSSES[config.loss].function(logprobs, old, part.advantages_NxJ[..., None], mask, config.bounds)
     terms, kept, sums = token.loss, mask, {}
     if config.importance != "none":
         ratio = jnp.exp(jnp.where(mask, old - part.sampler_logprobs_NxJxT, 0.0))
-        weights, accepted = IMPORTANCES[config.importance](ratio, config.importance_low, config.importance_high)
+        weights, accepted = IMPORTANCE_WEIGHTS[config.importance].function(
+            ratio, config.importance_low, config.importance_high
+        )
         terms, kept = weights * terms, mask & accepted
         sums["weight"] = jnp.sum(jnp.where(kept, weights, 0.0))
     if config.kl != "none":
         theirs, _ = row_scores(policy, reference, part.rows, limit, config)
-        kl = KLS[config.kl](*(jnp.where(mask, x, 0.0) for x in (logprobs, theirs)))
+        kl = KL_ESTIMATORS[config.kl].function(*(jnp.where(mask, x, 0.0) for x in (logprobs, theirs)))
         terms, sums["kl"] = terms + config.kl_weight * kl, jnp.sum(jnp.where(kept, kl, 0.0))
     if entropies is not None:
         terms, sums["entropy"] = terms - config.entropy_weight * entropies, jnp.sum(jnp.where(kept, entropies, 0.0))
-    shares, count = AGGREGATIONS[config.aggregation](kept, config.response_limit)
+    shares, count = AGGREGATIONS[config.aggregation].function(kept, config.response_limit)
     mismatch = jnp.abs(jnp.where(mask, now - part.sampler_logprobs_NxJxT, 0.0))
     return sums | {
         "loss": jnp.sum(jnp.where(kept, shares * terms, 0.0)),

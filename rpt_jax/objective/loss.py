@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
+
 
 class ClipRange(NamedTuple):
     """The ratio may move within [1 - low, 1 + high]; `dual` bounds what a bad token costs."""
@@ -36,6 +38,7 @@ class TokenLoss(NamedTuple):
 #   bounds         of the ratio.
 
 
+@LOSSES.register("clip", fields=("clip_low", "clip_high"))
 def clipped_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
@@ -48,6 +51,7 @@ def clipped_loss(
     return TokenLoss(-jnp.minimum(free, bounded), ratio, bounded < free)
 
 
+@LOSSES.register("dual_clip", fields=("clip_low", "clip_high", "dual_clip"))
 def dual_clipped_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
@@ -61,6 +65,7 @@ def dual_clipped_loss(
     return TokenLoss(jnp.where(stopped, -floor, token.loss), token.ratio, token.clipped | stopped)
 
 
+@LOSSES.register("gspo", fields=("clip_low", "clip_high"))
 def gspo_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
@@ -76,6 +81,7 @@ def gspo_loss(
     return clipped_loss(own, jnp.zeros_like(own), advantages, mask, bounds)
 
 
+@LOSSES.register("cispo", fields=("clip_low", "clip_high"))
 def cispo_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
@@ -88,6 +94,7 @@ def cispo_loss(
     return TokenLoss(-weight * advantages * _where(mask, logprobs), ratio, weight != ratio)
 
 
+@LOSSES.register("reinforce")
 def reinforce_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:
@@ -96,18 +103,10 @@ def reinforce_loss(
     return TokenLoss(-advantages * _where(mask, logprobs), ratio, jnp.zeros_like(mask))
 
 
-LOSSES = {
-    "clip": clipped_loss,
-    "dual_clip": dual_clipped_loss,
-    "gspo": gspo_loss,
-    "cispo": cispo_loss,
-    "reinforce": reinforce_loss,
-}
-
-
 # --- KL(π || π_ref), estimated at the sampled token (Schulman, "Approximating KL divergence", 2020), as a term of the loss.
 
 
+@KL_ESTIMATORS.register("k1")
 def k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
     """log π - log π_ref, whose gradient is the score function's, (log π - log π_ref) ∇ log π.
 
@@ -117,45 +116,45 @@ def k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
     return difference * jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
 
 
+@KL_ESTIMATORS.register("k2")
 def k2(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
     """(log π - log π_ref)² / 2. Its gradient is that of `k1`; its value is never negative."""
     return jnp.square(logprobs - reference) / 2
 
 
+@KL_ESTIMATORS.register("k3")
 def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
     """π_ref / π - 1 - log(π_ref / π), GRPO's own (2402.03300, Equation 4). Unbiased in its value, not in its gradient."""
     log_ratio = reference - logprobs
     return jnp.expm1(log_ratio) - log_ratio
 
 
-KLS = {"k1": k1, "k2": k2, "k3": k3}
-
-
 # --- What the sampler believed is not quite what the trainer does: ρ = π_old (trainer) / π_old (sampler) corrects for it.
 
 
+@IMPORTANCE_WEIGHTS.register("truncate", fields=("importance_high",))
 def truncated_importance(ratio: jax.Array, low: float, high: float) -> tuple[jax.Array, jax.Array]:
     """TIS: weights min(ρ, high), and every token accepted (Yao et al., 2025)."""
     return jnp.minimum(ratio, high), jnp.ones_like(ratio, bool)
 
 
+@IMPORTANCE_WEIGHTS.register("mask", fields=("importance_low", "importance_high"))
 def masked_importance(ratio: jax.Array, low: float, high: float) -> tuple[jax.Array, jax.Array]:
     """Weights ρ, and tokens accepted whose ρ is in [low, high] (IcePop, Ling team, 2025)."""
     return ratio, (ratio >= low) & (ratio <= high)
-
-
-IMPORTANCES = {"truncate": truncated_importance, "mask": masked_importance}
 
 
 # --- Aggregation. Every function takes `kept` (bool [..., T], the tokens that count) and `limit` (the most tokens that a
 # response may have), and returns the weight of each token in the numerator, and what these responses add to the denominator.
 
 
+@AGGREGATIONS.register("token_mean")
 def token_mean(kept: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
     """Every token weighs the same, long responses more (DAPO, 2503.14476, Equation 8; verl's default, and ours)."""
     return kept.astype(jnp.float32), kept.sum()
 
 
+@AGGREGATIONS.register("sequence_mean")
 def sequence_mean(kept: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
     """Every response weighs the same, as the mean of its tokens (GRPO, 2402.03300, Equation 3).
 
@@ -165,12 +164,10 @@ def sequence_mean(kept: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
     return kept / jnp.maximum(length, 1), (length > 0).sum()
 
 
+@AGGREGATIONS.register("constant")
 def constant(kept: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
     """Sums of responses over a constant, the length limit: no weight depends on a length (Dr. GRPO, 2503.20783)."""
     return kept / limit, kept.any(axis=-1).sum()
-
-
-AGGREGATIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "constant": constant}
 
 
 def _where(mask: jax.Array, x: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from rpt_jax.model.transformer import in_compute_dtype
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import prefix_match_reward
 from rpt_jax.rollout.generate import Decoding, Rollouts, sample_rollouts
 from rpt_jax.rollout.sampler import (
@@ -131,7 +132,7 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
     """What runs in a step of the task "rpt": `train.train` says in which order, and what lives how long."""
     t, o, mesh, params = experiment.training, experiment.objective, setup.mesh, setup.params
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
-    average = params if o.reward == "info_gain" else None
+    average = params if REWARDS[o.reward].requirements.average else None
     state = TrainState(params, abstract_optimizer(optimizer, params, mesh), average)
     layout = make_reshard_fn(setup.policy, mesh, lambda p: in_compute_dtype(setup.policy, p))
     weights = _decoding_weights(setup, layout) if layout else params

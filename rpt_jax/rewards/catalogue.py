@@ -6,7 +6,6 @@ policy's own, at temperature 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from rpt_jax.model.transformer import Params, Transformer, branch_hidden, head
 from rpt_jax.objective.logprobs import token_logprobs
+from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import Status, predicted_first_token
 
 BOX = "\\boxed{"  # Between the reasoning and a prediction.
@@ -144,16 +144,19 @@ class RewardInputs(NamedTuple):
 # --- The rewards. Each takes `RewardInputs` and returns float32 [P, G].
 
 
+@REWARDS.register("prefix")
 def prefix_reward(evidence: RewardInputs) -> jax.Array:
     """1 where the prediction is a whole-token prefix of the true continuation (paper, Equation 3), else 0."""
     return evidence.matched_PxG
 
 
+@REWARDS.register("first_token")
 def first_token_reward(evidence: RewardInputs) -> jax.Array:
     """1 where y[0] = x_t, the prediction's first token is the true one, whatever follows it (paper, Appendix A)."""
     return evidence.first_tokens()[1].astype(jnp.float32)
 
 
+@REWARDS.register("dense", prompt_passes=2)
 def dense_reward(evidence: RewardInputs) -> jax.Array:
     """1 where y[0] = x_t, else P(y[0] | x_<t), the policy's probability of it without reasoning (paper, Appendix A).
 
@@ -164,11 +167,20 @@ def dense_reward(evidence: RewardInputs) -> jax.Array:
     return jnp.where(right_PxG, 1.0, jnp.where(first_PxG >= 0, jnp.exp(logprobs), 0.0))
 
 
+@REWARDS.register("conditional_dense", prompt_passes=2)
 def conditional_dense_reward(evidence: RewardInputs) -> jax.Array:
     """The dense reward in groups with at least one right prediction, 0 in the others (paper, Appendix A)."""
     return jnp.where(evidence.first_tokens()[1].any(axis=1, keepdims=True), dense_reward(evidence), 0.0)
 
 
+@REWARDS.register(
+    "info_gain",
+    prompt_passes=3,
+    response_passes=2,
+    end_of_thinking=True,
+    average=True,
+    fields=("reference_tokens", "baseline_decay"),
+)
 def information_gain_reward(evidence: RewardInputs) -> jax.Array:
     """log p(x_t | x_<t, reasoning) - log p_average(x_t | x_<t), summed over the reference (RLP, 2510.01265).
 
@@ -179,6 +191,7 @@ def information_gain_reward(evidence: RewardInputs) -> jax.Array:
     return jnp.sum(jnp.where(evidence.real_PxK[:, None], evidence.after_reasoning() - baseline, 0.0), axis=-1)
 
 
+@REWARDS.register("mean_prob", prompt_passes=2, response_passes=2, end_of_thinking=True, fields=("reference_tokens",))
 def mean_probability_reward(evidence: RewardInputs) -> jax.Array:
     """Mean over the reference's tokens of p(x_k | x_<t, reasoning, x_<k) (RLPR, 2506.18254; VeriFree, 2505.21493)."""
     real = evidence.real_PxK[:, None]
@@ -186,29 +199,10 @@ def mean_probability_reward(evidence: RewardInputs) -> jax.Array:
     return total / jnp.maximum(real.sum(axis=-1), 1)
 
 
+@REWARDS.register("log_prob", prompt_passes=2, response_passes=2, end_of_thinking=True, fields=("reference_tokens",))
 def log_probability_reward(evidence: RewardInputs) -> jax.Array:
     """log p(reference | x_<t, reasoning), which does not vanish as the reference grows (2602.03979)."""
     return jnp.sum(jnp.where(evidence.real_PxK[:, None], evidence.after_reasoning(), 0.0), axis=-1)
-
-
-REWARDS: dict[str, Callable[[RewardInputs], jax.Array]] = {
-    "prefix": prefix_reward,
-    "first_token": first_token_reward,
-    "dense": dense_reward,
-    "conditional_dense": conditional_dense_reward,
-    "info_gain": information_gain_reward,
-    "mean_prob": mean_probability_reward,
-    "log_prob": log_probability_reward,
-}
-
-# How often prompts, and responses, run forward before the update: to be sampled, and for rewards that ask the policy again.
-FORWARD_PASSES = dict.fromkeys(REWARDS, (1, 1)) | {
-    "dense": (2, 1),
-    "conditional_dense": (2, 1),
-    "info_gain": (3, 2),
-    "mean_prob": (2, 2),
-    "log_prob": (2, 2),
-}
 
 
 # --- Added terms.
@@ -236,7 +230,7 @@ def token_budget(step: int, total: int, start: int, decay: float, least: int) ->
 
 def total_reward(evidence: RewardInputs, budget: jax.Array) -> jax.Array:
     """The reward of the config with its added terms: (1 - w) reward + w budget term + the weighted others."""
-    c, reward_PxG = evidence.config, REWARDS[evidence.config.reward](evidence)
+    c, reward_PxG = evidence.config, REWARDS[evidence.config.reward].function(evidence)
     if c.budget_weight:
         within = budget_term(evidence.reasoning_lengths(), budget)
         reward_PxG = (1.0 - c.budget_weight) * reward_PxG + c.budget_weight * within

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, ObjectiveConfig
-from rpt_jax.config.validation import SCORING_REWARDS
 from rpt_jax.distributed.sharding import (
     DECODING,
     constrain_batch,
@@ -28,6 +27,7 @@ from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch
 from rpt_jax.objective.packing import fitting_divisor
 from rpt_jax.objective.update import TrainState
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.catalogue import BOX, RewardConfig, RewardInputs, token_budget, total_reward
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from rpt_jax.rollout.generate import Decoding, Ended, Rollouts, Work, replica_count, sample_rollouts
@@ -188,8 +188,9 @@ def is_prefix_match(objective: ObjectiveConfig) -> bool:
 def reward_config(experiment: Experiment, setup: Setup, builder: PromptBuilder) -> RewardConfig:
     """The config's part of the training reward. Raises: UserError, where the tokenizer lacks what it needs."""
     o, tokenizer = experiment.objective, setup.tokenizer
-    if tokenizer.end_think_id < 0 and (o.reward in SCORING_REWARDS or o.budget_weight):
-        wanted = f"objective.reward='{o.reward}'" if o.reward in SCORING_REWARDS else "objective.budget_weight"
+    needs_end_of_thinking = REWARDS[o.reward].requirements.end_of_thinking
+    if tokenizer.end_think_id < 0 and (needs_end_of_thinking or o.budget_weight):
+        wanted = f"objective.reward='{o.reward}'" if needs_end_of_thinking else "objective.budget_weight"
         raise UserError(f"{wanted} needs to know where reasoning ends: a tokenizer with a </think> token.")
     return RewardConfig(
         reward=o.reward,

@@ -76,7 +76,7 @@ def test_values_arrive_where_they_belong():
         ({"mesh__tensors": 2}, ("'mesh.tensors'", "'mesh.tensor'")),
         ({"seed": True}, ("seed=True", "bool", "int")),
         ({"seed": 1.0}, ("seed=1.0", "float", "int")),
-        ({"prompt__open_think": 1}, ("prompt.prefill_think_token=1", "int", "bool")),
+        ({"prompt__prefill_think_token": 1}, ("prompt.prefill_think_token=1", "int", "bool")),
         ({"optimizer__learning_rate": "1e-6"}, ("optimizer.learning_rate='1e-6'", "str", "float")),
         ({"optimizer__learning_rate": False}, ("optimizer.learning_rate=False", "bool", "float")),
         ({"data__path": None}, ("data.path=None", "str")),
@@ -103,12 +103,15 @@ def test_values_arrive_where_they_belong():
         ({"objective__kl_weight": 0.1}, ("objective.kl_weight=0.1 needs objective.kl too",)),
         ({"objective__overlong_weight": 1.0}, ("objective.overlong_weight=1 needs objective.overlong_tokens",)),
         ({"objective__budget_min": 8}, ("objective.budget_min=8 does nothing while objective.budget_weight is 0",)),
-        ({"objective__importance_low": 0.7}, ("importance_low=0.7 does nothing", "importance='none'", "for mask.")),
-        ({"objective__clip_high": 0.3, "objective__loss": "reinforce"}, ("clip_high=0.3 does nothing", "cispo")),
+        (
+            {"objective__importance_low": 0.7},
+            ("importance_low=0.7 has no effect", "importance='none'", "belongs to mask."),
+        ),
+        ({"objective__clip_high": 0.3, "objective__loss": "reinforce"}, ("clip_high=0.3 has no effect", "cispo")),
         ({"objective__overlong_weight": 1.0, "objective__overlong_tokens": 49}, ("at most rollout.max_new_tokens=48",)),
-        ({"objective__reference_tokens": 2}, ("objective.reference_tokens=2 does nothing", "'prefix'", "mean_prob")),
+        ({"objective__reference_tokens": 2}, ("objective.reference_tokens=2 has no effect", "'prefix'", "mean_prob")),
         ({"objective__dual_clip": 0.5}, ("objective.dual_clip=0.5", "between 1 and")),
-        ({"pretrain__calculation_share": 1.5}, ("pretrain.calculation_fraction=1.5", "between 0 and 1.")),
+        ({"pretrain__calculation_fraction": 1.5}, ("pretrain.calculation_fraction=1.5", "between 0 and 1.")),
     ],
 )
 def test_refusal_names_field_value_and_what_was_expected(values: dict[str, Any], said: tuple[str, ...]):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpt_jax.config import validation as choices
 from rpt_jax.objective import loss
-from rpt_jax.objective.loss import AGGREGATIONS, IMPORTANCES, KLS, LOSSES, ClipRange
+from rpt_jax.objective.loss import ClipRange
+from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
 
 BOUNDS = ClipRange(low=0.2, high=0.3, dual=1.5)
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]], bool)
@@ -42,17 +42,12 @@ def token(name: str, logprob: float, old: float, advantage: float, sequence: flo
     return -min(free, bounded), 0.0 if bounded < free else -ratio * advantage, bounded < free
 
 
-def test_every_name_has_a_function():
-    assert set(choices.LOSSES) == set(LOSSES) and set(choices.AGGREGATIONS) == set(AGGREGATIONS)
-    assert set(choices.KLS) == {"none", *KLS} and set(choices.IMPORTANCES) == {"none", *IMPORTANCES}
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name):
     logprobs, old = inputs()
 
     def total(logprobs):
-        result = LOSSES[name](logprobs, old, ADVANTAGES.astype(np.float32), MASK, BOUNDS)
+        result = LOSSES[name].function(logprobs, old, ADVANTAGES.astype(np.float32), MASK, BOUNDS)
         return jnp.sum(jnp.where(MASK, result.loss, 0.0)), result
 
     gradient, result = jax.grad(total, has_aux=True)(jnp.asarray(logprobs))
@@ -95,7 +90,7 @@ def test_padding_may_hold_anything(name, poison):
     logprobs, old = inputs()
 
     def total(logprobs, old):
-        return jnp.sum(jnp.where(MASK, LOSSES[name](logprobs, old, ADVANTAGES, MASK, BOUNDS).loss, 0.0))
+        return jnp.sum(jnp.where(MASK, LOSSES[name].function(logprobs, old, ADVANTAGES, MASK, BOUNDS).loss, 0.0))
 
     spoilt = [np.where(MASK, x, poison).astype(np.float32) for x in (logprobs, old)]
     clean = jax.value_and_grad(total)(logprobs, old)
@@ -103,15 +98,15 @@ def test_padding_may_hold_anything(name, poison):
         jax.tree.map(np.testing.assert_array_equal, jax.value_and_grad(total)(*arguments), clean)
 
 
-@pytest.mark.parametrize("name", KLS)
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
 def test_kl(name):
     logprobs, reference = inputs()
     x = logprobs.astype(float) - reference
     values = {"k1": x, "k2": x**2 / 2, "k3": np.exp(-x) - 1 + x}
     # What differs from the score function's coefficient, x, is that of k3.
     slopes = {"k1": x, "k2": x, "k3": 1 - np.exp(-x)}
-    np.testing.assert_allclose(KLS[name](logprobs, reference), values[name], rtol=1e-4, atol=1e-6)
-    gradient = jax.grad(lambda logprobs: KLS[name](logprobs, reference).sum())(logprobs)
+    np.testing.assert_allclose(KL_ESTIMATORS[name].function(logprobs, reference), values[name], rtol=1e-4, atol=1e-6)
+    gradient = jax.grad(lambda logprobs: KL_ESTIMATORS[name].function(logprobs, reference).sum())(logprobs)
     np.testing.assert_allclose(gradient, slopes[name], rtol=1e-4, atol=1e-5)
 
 
@@ -126,7 +121,7 @@ def test_kl_estimates_the_divergence():
 
     def expectation(logits, name):
         logprobs = jax.nn.log_softmax(logits)
-        return jnp.sum(jax.lax.stop_gradient(jnp.exp(logprobs)) * KLS[name](logprobs, theirs))
+        return jnp.sum(jax.lax.stop_gradient(jnp.exp(logprobs)) * KL_ESTIMATORS[name].function(logprobs, theirs))
 
     for name in ("k1", "k3"):
         np.testing.assert_allclose(expectation(logits, name), divergence(logits), rtol=1e-5)
@@ -136,10 +131,10 @@ def test_kl_estimates_the_divergence():
 
 def test_importance():
     ratio = np.array([0.1, 0.5, 1.0, 2.0, 2.1, 30.0], np.float32)
-    weights, accepted = IMPORTANCES["truncate"](ratio, 0.5, 2.0)
+    weights, accepted = IMPORTANCE_WEIGHTS["truncate"].function(ratio, 0.5, 2.0)
     np.testing.assert_allclose(weights, [0.1, 0.5, 1, 2, 2, 2])
     assert accepted.all()
-    weights, accepted = IMPORTANCES["mask"](ratio, 0.5, 2.0)
+    weights, accepted = IMPORTANCE_WEIGHTS["mask"].function(ratio, 0.5, 2.0)
     np.testing.assert_allclose(weights, ratio)
     assert accepted.tolist() == [False, True, True, True, False, False]
 
@@ -155,5 +150,5 @@ def test_aggregations(name):
         "sequence_mean": np.mean([total / k.sum() for total, k in zip(sums[:3], kept[:3], strict=True)]),
         "constant": np.mean(sums[:3]) / 20,
     }
-    shares, count = AGGREGATIONS[name](jnp.asarray(kept), 20)
+    shares, count = AGGREGATIONS[name].function(jnp.asarray(kept), 20)
     np.testing.assert_allclose(np.sum(np.where(kept, shares * values, 0)) / count, expected[name], rtol=1e-5)

@@ -237,7 +237,7 @@ def test_document_gradient(params):
     )
     total = 0.0
     for row, length in zip(tokens, lengths, strict=True):
-        logits = reference.logits(params, SHALLOW.shape, row[:length].tolist())
+        logits = reference.logits(params, SHALLOW.config, row[:length].tolist())
         total -= reference.log_softmax(logits)[np.arange(length), row[1 : length + 1]].sum()
     learn = jax.jit(document_gradient, static_argnums=(0, 3))
     results = [learn(SHALLOW, params, documents, CONFIG._replace(row_tokens=S * m)) for m in (3, 8)]

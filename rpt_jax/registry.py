@@ -1,0 +1,148 @@
+"""Registries of the choices that a config field may name.
+
+A choice is one decorated function. What else the program must know about it (the forward passes that a reward takes, the config
+fields that belong to it) stands in its decorator, and config checks, cost estimates and the reference page read it from there.
+
+    @REWARDS.register("first_token")
+    def first_token_reward(inputs: RewardInputs) -> jax.Array:
+        ...
+
+A user's own choice is registered the same way, in the config file or in a module that it imports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from rpt_jax.errors import check_choice
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """What a choice needs, and which config fields belong to it.
+
+    Attributes:
+      fields: fields of the same config section that only have a meaning with this choice (or with others that name them too).
+    """
+
+    fields: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardRequirements(Requirements):
+    """Requirements of a training reward.
+
+    Attributes:
+      prompt_passes: forward passes over a step's prompts before the update, sampling included.
+      response_passes: forward passes over a step's responses before the update, sampling included.
+      end_of_thinking: whether the tokenizer must have an end-of-thinking token.
+      average: whether it reads the moving average of the parameters.
+    """
+
+    prompt_passes: int = 1
+    response_passes: int = 1
+    end_of_thinking: bool = False
+    average: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Generic[Function]):
+    """A registered function, its name in the config and its requirements."""
+
+    name: str
+    function: Function
+    requirements: Any
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the function's docstring."""
+        return inspect.cleandoc(self.function.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
+
+
+class Registry(Generic[Function]):
+    """Functions by the name that a config field gives them."""
+
+    def __init__(
+        self,
+        field: str,
+        builtin: str,
+        requirements: type[Requirements] = Requirements,
+        *,
+        optional: bool = False,
+    ):
+        """
+        Args:
+          field: the config field that names a choice, such as "objective.reward".
+          builtin: module that registers the built-in choices; imported when the registry is first read.
+          requirements: the class of a choice's requirements.
+          optional: whether the field may also be "none".
+        """
+        self.field = field
+        self.optional = optional
+        self._builtin = builtin
+        self._requirements = requirements
+        self._choices: dict[str, Choice[Function]] = {}
+
+    def register(self, name: str, **requirements: Any) -> Callable[[Function], Function]:
+        """Return a decorator that registers a function as `name`.
+
+        Args:
+          requirements: fields of the registry's requirements class.
+
+        Raises: ValueError, where `name` already is another function's.
+        """
+
+        def decorate(function: Function) -> Function:
+            known = self._choices.get(name)
+            # A module that is run twice, as a config file is by every worker, registers the same functions again.
+            if known and _origin(known.function) != _origin(function):
+                raise ValueError(f"{self.field}='{name}' is already registered by {_origin(known.function)}")
+            self._choices[name] = Choice(name, function, self._requirements(**requirements))
+            return function
+
+        return decorate
+
+    def check(self, name: str) -> None:
+        """Raises: UserError, with the nearest name, where the field may not be `name`."""
+        check_choice(self.field, name, [*self, *(["none"] if self.optional else [])])
+
+    def __getitem__(self, name: str) -> Choice[Function]:
+        """Return the choice called `name`. Raises: UserError, with the nearest name, where there is none."""
+        self._load()
+        check_choice(self.field, name, self._choices)
+        return self._choices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(self._choices)
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._choices)
+
+    def choices(self) -> list[Choice[Function]]:
+        """Return all choices, built-in ones first."""
+        self._load()
+        return list(self._choices.values())
+
+    def _load(self) -> None:
+        importlib.import_module(self._builtin)
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+REWARDS: Registry = Registry("objective.reward", "rpt_jax.rewards.catalogue", RewardRequirements)
+ADVANTAGES: Registry = Registry("objective.advantage", "rpt_jax.objective.advantage")
+LOSSES: Registry = Registry("objective.loss", "rpt_jax.objective.loss")
+AGGREGATIONS: Registry = Registry("objective.aggregation", "rpt_jax.objective.loss")
+KL_ESTIMATORS: Registry = Registry("objective.kl", "rpt_jax.objective.loss", optional=True)
+IMPORTANCE_WEIGHTS: Registry = Registry("objective.importance", "rpt_jax.objective.loss", optional=True)
+OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS, IMPORTANCE_WEIGHTS)
