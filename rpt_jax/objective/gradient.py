@@ -59,6 +59,7 @@ def row_scores(
     return jax.tree.map(lambda x_NxW: rows.split(x_NxW, limit), both)
 
 
+@jax.named_scope("old_logprobs")
 def response_logprobs(policy: Transformer, params: Params, batch: UpdateBatch, config: UpdateConfig) -> jax.Array:
     """Log-probability of every response token at the sampling temperature, float32 [P, G, T]; defined under the mask."""
     groups, limit = packed(batch, jnp.ones_like(batch.counted_P), config), batch.tokens_PxGxT.shape[-1]
@@ -72,6 +73,7 @@ def response_logprobs(policy: Transformer, params: Params, batch: UpdateBatch, c
     return jax.lax.fori_loop(0, groups.passes, fill, zeros).reshape(batch.tokens_PxGxT.shape)
 
 
+@jax.named_scope("policy_gradient")
 def policy_gradient(
     policy: Transformer,
     params: Params,

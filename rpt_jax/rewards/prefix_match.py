@@ -272,6 +272,7 @@ def predicted_first_token(
     return jnp.where(stopped_PxG & within_PxG, first_PxG, -1)
 
 
+@jax.named_scope("read_box")
 def _read(
     start: _Parser,
     tokens_PxGxT: jax.Array,

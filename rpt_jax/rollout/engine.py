@@ -193,6 +193,7 @@ def live_sizes(slots: int, rollouts: int) -> list[int]:
     return [size, *(size * part // 32 for part in _SHRINK if size * part // 32 >= _SMALLEST)]
 
 
+@jax.named_scope("decode_loop")
 def decode_until(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live, running: int) -> _Live:
     """Decode until the queue is empty and no more than `running` rollouts are live."""
 

@@ -170,6 +170,7 @@ def _places(
     return places_M, (slots, jnp.where(taken.reshape(n, width), shared.end_NxW, 0))
 
 
+@jax.named_scope("own_cache_blocks")
 def _over_own(
     running: _Running, q: jax.Array, own: Blocks, layer: jax.Array | int, step: jax.Array, counts_M: jax.Array
 ) -> _Running:
@@ -188,6 +189,7 @@ def _over_own(
     return jax.lax.fori_loop(first, jnp.minimum(last, first + blocks), add, running)
 
 
+@jax.named_scope("shared_cache_blocks")
 def _over_shared(
     q: jax.Array,
     shared: Shared,

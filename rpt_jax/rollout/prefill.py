@@ -95,6 +95,7 @@ def _of_roots(kv: KeyValues, prompts: Prompts, samples: int) -> Shared:
     return Shared(blocks, jnp.repeat(end_NxW, samples, axis=1), place_PxG.reshape(-1))
 
 
+@jax.named_scope("prefill_rows")
 def _run_roots(policy: Transformer, params: Params, prompts: Prompts, chunk: int) -> KeyValues:
     """Keys [L, N, K, 1, S, C] of every root's tokens: as many tokens of as many roots at a time as `chunk` allows."""
     (n, length), shape = prompts.roots_NxS.shape, policy.config
@@ -105,6 +106,7 @@ def _run_roots(policy: Transformer, params: Params, prompts: Prompts, chunk: int
     lengths_N = jnp.pad(prompts.lengths_N, (0, -n % rows))
     dims = (shape.layers, len(tokens), shape.kv_heads, 1, parts * size, shape.head_size)
 
+    @jax.named_scope("prefill_chunks")
     def run_rows(i: jax.Array, kv: KeyValues) -> KeyValues:
         ours = jax.lax.dynamic_slice_in_dim(lengths_N, i * rows, rows)
         return jax.lax.fori_loop(0, -(-ours.max() // size), lambda j, kv: run(i * rows, j * size, kv), kv)

@@ -141,6 +141,7 @@ def _backward(block: int, saved: tuple[Any, ...], dout: jax.Array) -> tuple[jax.
 attend_blockwise.defvjp(_saving, _backward)
 
 
+@jax.named_scope("key_blocks")
 def _over_keys(add: Callable[..., Any], carry: Any, part: KeyBlock, block: int) -> Any:
     """Fold `add(carry, a block of the part's keys, their indices)` over the blocks that some query sees."""
     size = part.k.shape[3]

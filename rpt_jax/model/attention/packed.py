@@ -68,6 +68,7 @@ def _ranges(*arrays_NxMxW: jax.Array) -> tuple[list[jax.Array], ...]:
     return tuple([x[:, m] for m in range(x.shape[1])] for x in arrays_NxMxW)
 
 
+@jax.named_scope("packed_attention")
 def attend_packed(
     q_NxKx1xRxWxC: jax.Array, k_NxKx1xWxC: jax.Array, v_NxKx1xWxC: jax.Array, seen: KeyRanges, attention: str
 ) -> jax.Array:
