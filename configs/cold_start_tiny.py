@@ -7,8 +7,7 @@ Results   0.13 nats a token on the documents, 0.02 on the traces, at the end
 """
 
 import ml_collections
-
-from configs import pretrain_tiny
+import pretrain_tiny
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -18,10 +17,10 @@ def get_config() -> ml_collections.ConfigDict:
     # Many short recalls: a guess behind a trace is another skill than a guess, and learns from these alone.
     config.pretrain.traces_per_document = 40
     config.pretrain.recalled_tokens = 2
-    config.pretrain.calculation_position_fraction = 0.2
+    config.pretrain.trace_options.calculation_position_fraction = 0.2
     # Seldom enough that reinforcement has to find out that it pays.
-    config.pretrain.calculation_fraction = 0.3
-    config.pretrain.drills_per_document = 10
+    config.pretrain.trace_options.calculation_fraction = 0.3
+    config.pretrain.trace_options.drills_per_document = 10
     config.pretrain.rows_per_document = 12
     config.training.total_steps = 4000
     config.optimizer.learning_rate = 2e-3

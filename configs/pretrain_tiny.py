@@ -17,14 +17,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy.preset = "tiny"
 
     config.data.source = "gsm_symbolic"
-    config.data.documents = 12_000
+    config.data.source_options.documents = 12_000
     config.data.max_document_tokens = 256
 
     config.pretrain.documents_per_step = 8
     config.pretrain.traces_per_document = 18
-    config.pretrain.calculation_position_fraction = 0.5
-    config.pretrain.calculation_fraction = 0.4
-    config.pretrain.drills_per_document = 8
+    config.pretrain.traces = "arithmetic"
+    config.pretrain.trace_options.calculation_position_fraction = 0.5
+    config.pretrain.trace_options.calculation_fraction = 0.4
+    config.pretrain.trace_options.drills_per_document = 8
     config.pretrain.rows_per_document = 8
     config.pretrain.row_tokens = 64
 

@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy.remat = "full"
 
     config.data.source = "gsm_symbolic"
-    config.data.documents = 300
+    config.data.source_options.documents = 300
     config.data.held_out_documents = 60
     config.data.max_document_tokens = 256
     config.data.entropy_threshold = 0.5
@@ -63,6 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.cold_start.learning_rate = 1e-4
     config.pretrain.documents_per_step = 4
     config.pretrain.document_weight = 0.0
+    config.pretrain.traces = "arithmetic"
     config.pretrain.rows_per_document = 6
 
     # Scaled to the small policy, and to two processor cores. What is not set here is as in the paper, by default.
@@ -78,7 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.training.logit_chunk_tokens = 512
     config.evaluation.every_steps = 50
     config.evaluation.positions = 64
-    config.evaluation.template_positions = 32
+    config.evaluation.unseen_positions = 32
     config.data.score_batch_windows = 4
     config.checkpoint.every_steps = 10
     return config

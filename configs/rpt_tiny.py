@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy.preset = "tiny"
 
     config.data.source = "gsm_symbolic"
-    config.data.documents = 600
+    config.data.source_options.documents = 600
     config.data.held_out_documents = 200
     config.data.max_document_tokens = 256
     config.data.entropy_threshold = 0.5
@@ -55,6 +55,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.training.microbatch_tokens = 512
     config.evaluation.every_steps = 70
     config.evaluation.positions = 320
-    config.evaluation.template_positions = 128
+    config.evaluation.unseen_positions = 128
     config.checkpoint.every_steps = 20
     return config

@@ -103,10 +103,10 @@ class Evaluator:
         """Raises: UserError, where no held-out position is above the entropy threshold."""
         self._experiment, self._setup, self._sample, self._builder = experiment, setup, sample, builder
         e = experiment.evaluation
-        self.counts = [e.positions, e.template_positions]  # What two evaluations must have alike to be compared.
-        held_out, unseen = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen_templates))
+        self.counts = [e.positions, e.unseen_positions]  # What two evaluations must have alike to be compared.
+        held_out, unseen = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen))
         self.held_out = self._hold(setup.held_out, held_out, e.positions)
-        self.unseen = self._hold(setup.unseen_templates, unseen, e.template_positions) if unseen else None
+        self.unseen = self._hold(setup.unseen, unseen, e.unseen_positions) if unseen else None
 
     def _score(self, params: Params, documents: Windows) -> list[Scores]:
         setup = self._setup
@@ -153,7 +153,7 @@ class Evaluator:
         result = {"direct": self.direct(params, self.held_out), "reasoning": reasoning, "details": details}
         if self.unseen:
             direct, (reasoning, _) = self.direct(params, self.unseen), self.reasoning(params, self.unseen)
-            result["unseen_templates"] = {"direct": direct, "reasoning": reasoning}
+            result["unseen"] = {"direct": direct, "reasoning": reasoning}
         return result
 
 

@@ -44,8 +44,9 @@ from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.cold_start import TraceWriter
 from rpt_jax.prompts.pipeline import example_stream
+from rpt_jax.prompts.traces import TraceWriter
+from rpt_jax.registry import TRACE_WRITERS
 from rpt_jax.setup import cold_start_of, load_start, make_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
@@ -82,29 +83,25 @@ class ExampleMaker:
         """
         before, ids = self._prompt.before, self._documents[document].tolist()
         longest_trace = self._config.row_tokens + 1 - max(1, len(self._prompt.after))
-        traces = (self._config.calculation_fraction, longest_trace, self._config.recalled_tokens)
-        writer = TraceWriter(self._tokenizer, ids, *traces)
+        writer = TRACE_WRITERS[self._config.traces].function(self._tokenizer, ids, self._config, longest_trace)
         size = len(before) - 1 + self._limit
         tokens = np.array([*before, *ids, self._tokenizer.eos_id], np.int32)[: size + 1]
         padded, place = np.pad(tokens, (0, size + 1 - len(tokens))), np.arange(size)
         mask = (place >= len(before) - 1) & (place < len(tokens) - 1)
-        places = [p for p in self._places(len(ids), writer.calculation_positions, rng) if writer.can_box(p)]
+        places = [p for p in self._places(len(ids), writer, rng) if writer.can_box(p)]
         traces = [([*before, *ids[:p], *self._prompt.after], writer.write(p, rng), 0) for p in places]
-        drills = [drill for _ in range(self._config.drills_per_document) if (drill := writer.drill(rng))]
+        drills = writer.drills(rng)
         packed = self._pack([*traces, *((self._prompt.after, *drill) for drill in drills)])
         return {"document": np.int32(document), "inputs": padded[:-1], "targets": padded[1:], "mask": mask} | packed
 
-    def _places(self, size: int, calculated: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """Positions to reason at: a share, where there are such, inside the result of a calculation, the rest anywhere.
-
-        Calculations are rare, and how to carry them out is learned from examples.
-        """
+    def _places(self, size: int, writer: TraceWriter, rng: np.random.Generator) -> list[int]:
+        """Return positions to reason at: a fraction at the writer's preferred positions, the rest anywhere."""
         last = size - 1
         first, count = min(self._min_context, last), self._config.traces_per_document
-        due = [p for p in calculated if first <= p <= last]
+        due = [p for p in writer.preferred_positions if first <= p <= last]
         places = rng.integers(first, last + 1, size=count)
         if due:
-            share = round(count * self._config.calculation_position_fraction)
+            share = round(count * writer.preferred_fraction)
             places[:share] = rng.choice(due, size=share)
         return [int(p) for p in rng.permutation(places)]
 

@@ -29,9 +29,12 @@ class Requirements:
 
     Attributes:
       fields: fields of the same config section that only have a meaning with this choice (or with others that name them too).
+      options: frozen dataclass of settings that only this choice has; None where it has none. The config field beside the name
+        (`data.source_options` beside `data.source`) holds an instance.
     """
 
     fields: tuple[str, ...] = ()
+    options: type | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,28 @@ class RewardRequirements(Requirements):
     response_passes: int = 1
     end_of_thinking: bool = False
     average: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceRequirements(Requirements):
+    """Requirements of a corpus source.
+
+    Attributes:
+      check: called with the config before anything is read; raises `UserError` where a package or a file is missing.
+    """
+
+    check: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositionRequirements(Requirements):
+    """Requirements of a choice of positions.
+
+    Attributes:
+      rescored: whether positions are chosen again during training, by the entropies of the policy itself.
+    """
+
+    rescored: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +96,7 @@ class Registry(Generic[Function]):
     def __init__(
         self,
         field: str,
-        builtin: str,
+        builtin: str | tuple[str, ...],
         requirements: type[Requirements] = Requirements,
         *,
         optional: bool = False,
@@ -79,13 +104,13 @@ class Registry(Generic[Function]):
         """
         Args:
           field: the config field that names a choice, such as "objective.reward".
-          builtin: module that registers the built-in choices; imported when the registry is first read.
+          builtin: module, or modules, that register the built-in choices; imported when the registry is first read.
           requirements: the class of a choice's requirements.
           optional: whether the field may also be "none".
         """
         self.field = field
         self.optional = optional
-        self._builtin = builtin
+        self._builtin = (builtin,) if isinstance(builtin, str) else builtin
         self._requirements = requirements
         self._choices: dict[str, Choice[Function]] = {}
 
@@ -132,7 +157,8 @@ class Registry(Generic[Function]):
         return list(self._choices.values())
 
     def _load(self) -> None:
-        importlib.import_module(self._builtin)
+        for module in self._builtin:
+            importlib.import_module(module)
 
 
 def _origin(function: Callable[..., Any]) -> str:
@@ -145,4 +171,10 @@ LOSSES: Registry = Registry("objective.loss", "rpt_jax.objective.loss")
 AGGREGATIONS: Registry = Registry("objective.aggregation", "rpt_jax.objective.loss")
 KL_ESTIMATORS: Registry = Registry("objective.kl", "rpt_jax.objective.loss", optional=True)
 IMPORTANCE_WEIGHTS: Registry = Registry("objective.importance", "rpt_jax.objective.loss", optional=True)
+CORPUS_SOURCES: Registry = Registry(
+    "data.source", ("rpt_jax.corpus.gsm_symbolic", "rpt_jax.corpus.champ", "rpt_jax.corpus.readers"), SourceRequirements
+)
+POSITION_CHOICES: Registry = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)
+PROMPT_TEMPLATES: Registry = Registry("prompt.template", "rpt_jax.prompts.templates")
+TRACE_WRITERS: Registry = Registry("pretrain.traces", ("rpt_jax.prompts.traces", "rpt_jax.prompts.arithmetic_traces"))
 OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS, IMPORTANCE_WEIGHTS)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
+from rpt_jax.corpus.documents import SPLITS
 from rpt_jax.corpus.prepared import Prepared, corpus_directory, open_prepared, prepare
-from rpt_jax.corpus.sources import SPLITS, check_source
+from rpt_jax.corpus.sources import check_source
 from rpt_jax.distributed.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.model.attention.dispatch import choose_attention
@@ -34,7 +35,7 @@ class Setup(NamedTuple):
     tokenizer: Tokenizer
     train: Windows
     held_out: Windows
-    unseen_templates: Windows
+    unseen: Windows
     prepared: Prepared  # What the documents were read from, and what the proxy makes of them.
 
 

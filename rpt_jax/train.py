@@ -316,7 +316,7 @@ def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[Rollout
 
 def show_evaluation(name: str, result: dict[str, Any]) -> None:
     """Print one evaluation: accuracy with its 95 % interval and the number of positions, by split."""
-    parts = {"": result, ", unseen templates": result.get("unseen_templates", {})}
+    parts = {"": result, ", unseen": result.get("unseen", {})}
     rows = [
         (f"{mode}{where}", *(_interval(part[mode][split]) for split in DIFFICULTIES))
         for where, part in parts.items()
@@ -340,12 +340,12 @@ def finish(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds
     if not is_leader():
         return
     result: dict[str, Any] = {"wall_seconds": seconds, "seed": seed}
-    for part in ("details", "unseen_templates"):
+    for part in ("details", "unseen"):
         result[part] = {"before": before.pop(part, None), "after": after.pop(part, None)}
     result |= {"before": before, "after": after}
     atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     for name in ("before", "after"):
-        unseen = {"unseen_templates": result["unseen_templates"][name]} if result["unseen_templates"][name] else {}
+        unseen = {"unseen": result["unseen"][name]} if result["unseen"][name] else {}
         show_evaluation(name, result[name] | unseen | {"details": result["details"][name]})
     print(f"Plots: {', '.join(str(path) for path in report.write_plots(workdir))}")
     print(f"Complete in {seconds:.0f} s: {workdir / RESULT}")

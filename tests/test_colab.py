@@ -17,9 +17,9 @@ from tests.test_train import ROOT, SMALL
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
 SMOLLM2 = {
     "policy.dtype": "float32",  # Which a CPU is faster with.
-    "data.documents": 12,
+    "data.source_options.documents": 12,
     "data.held_out_documents": 8,
-    "data.held_out_templates": 1,
+    "data.source_options.held_out_templates": 1,
     "data.max_document_tokens": 64,
     "prompt.template": "plain",
     "prompt.max_tokens": 64,
@@ -34,7 +34,7 @@ SMOLLM2 = {
     "training.dynamic_sampling_rounds": 1,
     "training.microbatch_tokens": 128,
     "evaluation.positions": 2,
-    "evaluation.template_positions": 2,
+    "evaluation.unseen_positions": 2,
 }
 
 

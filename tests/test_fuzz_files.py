@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus import tokenization as prepare
+from rpt_jax.corpus.documents import Document, Rejected
 from rpt_jax.corpus.files import find_units
 from rpt_jax.corpus.prepared import _digest, open_prepared
-from rpt_jax.corpus.readers import Document, Rejected, read_unit
+from rpt_jax.corpus.readers import read_unit
 from rpt_jax.corpus.store import MANIFEST, ShardWriter, write_json
 from rpt_jax.corpus.tokenization import files_digest, tokenize
 from rpt_jax.errors import UserError

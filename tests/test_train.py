@@ -24,9 +24,9 @@ from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
 
 SMALL = {
-    "data.documents": 60,
+    "data.source_options.documents": 60,
     "data.held_out_documents": 20,
-    "data.held_out_templates": 2,
+    "data.source_options.held_out_templates": 2,
     "data.positions_per_document": 4,
     "data.max_document_tokens": 128,
     "prompt.max_tokens": 128,
@@ -39,7 +39,7 @@ SMALL = {
     "training.log_rollouts_every": 2,
     "evaluation.every_steps": 2,
     "evaluation.positions": 16,
-    "evaluation.template_positions": 8,
+    "evaluation.unseen_positions": 8,
     "checkpoint.every_steps": 2,
 }
 SELF_ENTROPY = {"data.positions": "self_entropy", "data.rescore_every_steps": 2, "data.rescore_windows": 32}
@@ -208,7 +208,7 @@ def test_a_number_of_a_rollout_that_is_not_finite(tmp_path: Path, monkeypatch: p
 
 
 PRETRAIN = {
-    "data.documents": 200,
+    "data.source_options.documents": 200,
     "data.max_document_tokens": 64,
     "pretrain.documents_per_step": 2,
     "pretrain.rows_per_document": 2,
@@ -342,7 +342,10 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
             ["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"],
             "Did you mean 'optimizer.learning_rate'",
         ),
-        (["--config=configs/rpt_tiny.py", "--config.data.documents=many"], "data.documents=many"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.source_options.documents=many"],
+            "data.source_options.documents=many",
+        ),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
         (
             ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],

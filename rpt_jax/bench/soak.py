@@ -21,7 +21,7 @@ from rpt_jax.infra.metrics import FILE_NAME, read_metrics
 from rpt_jax.main import run
 
 _TINY = (
-    "data.documents=60",
+    "data.source_options.documents=60",
     "data.held_out_documents=20",
     "data.max_document_tokens=128",
     "prompt.max_tokens=128",
@@ -32,7 +32,7 @@ _TINY = (
     "training.dynamic_sampling_from=20",
     "training.log_rollouts_every=100",
     "evaluation.positions=4",
-    "evaluation.template_positions=2",
+    "evaluation.unseen_positions=2",
     "evaluation.every_steps=50",
     "checkpoint.every_steps=25",
     "checkpoint.keep=1",

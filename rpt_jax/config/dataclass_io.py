@@ -1,4 +1,4 @@
-"""Frozen dataclasses filled from nested values and from a command line's text: what every config field goes through."""
+"""Build and override frozen config dataclasses, with hints for misspelled names."""
 
 from __future__ import annotations
 
@@ -10,94 +10,128 @@ from typing import Any
 
 import ml_collections
 
+from rpt_jax.config.renamed import RENAMED
 from rpt_jax.errors import UserError
 
-_MANY = 10**12  # Whole numbers up to here are floats, too.
+_LARGEST_EXACT = 10**12  # Integers up to this are accepted where a float is expected.
 
 
-def leaves(experiment: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every (dotted name, value) of a config, depth first."""
-    for field in dataclasses.fields(experiment):
-        value = getattr(experiment, field.name)
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every leaf of a nested dataclass, depth first."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value
 
 
-def build(schema: type, values: Mapping[str, Any]) -> Any:
-    """Return an instance of the dataclass `schema` with `values` in place of its defaults, sections nested.
+def build(schema: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Return an instance of the dataclass `schema`, with `values` in place of its defaults.
 
-    Raises: UserError, for names that it does not have, with the nearest, and for wrong types.
+    Args:
+      schema: a dataclass whose fields all have defaults; fields may be dataclasses themselves.
+      values: nested values by field name.
+      prefix: put in front of field names in messages, such as "data.source_options.".
+
+    Raises: UserError, for an unknown name, with the nearest known one, and for a value of another type.
     """
-    return _build(schema, values, "", dict(leaves(schema())))
+    defaults = {f"{prefix}{name}": value for name, value in leaves(schema())}
+    return _build(schema, values, prefix, defaults)
 
 
 def _build(schema: type, values: Mapping[str, Any], prefix: str, defaults: Mapping[str, Any]) -> Any:
     types = typing.get_type_hints(schema)
-    for name in values:
-        if name not in types:
-            raise UserError(f"unknown config field '{prefix}{name}'.{_nearest_field(f'{prefix}{name}', defaults)}")
-    built = {}
+    arguments = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(types[name]):
-            if not isinstance(value, Mapping | ml_collections.ConfigDict):
-                raise UserError(f"{prefix}{name}={value!r} must hold fields of {types[name].__name__}, not a value.")
-            built[name] = _build(types[name], dict(value), f"{prefix}{name}.", defaults)
+        full_name = f"{prefix}{name}"
+        if name not in types:
+            raise _unknown_field(full_name, defaults)
+        expected = types[name]
+        if not dataclasses.is_dataclass(expected):
+            arguments[name] = _checked_type(full_name, value, expected)
+        elif isinstance(value, Mapping | ml_collections.ConfigDict):
+            arguments[name] = _build(typing.cast(type, expected), dict(value), f"{full_name}.", defaults)
         else:
-            built[name] = _typed(f"{prefix}{name}", value, types[name])
-    return schema(**built)
+            raise UserError(f"{full_name}={value!r} is a section: give its fields, not a value.", field=full_name)
+    return schema(**arguments)
 
 
-def override(schema: type, fields: dict[str, Any], assignment: str) -> None:
-    """Set one of the nested `fields` of `schema` as `assignment`, `section.field=value`, says. Raises: UserError."""
+def override(schema: type, fields: dict[str, Any], assignment: str, prefix: str = "") -> None:
+    """Apply one command-line assignment, `section.field=value`, to nested `fields` in place.
+
+    Args:
+      schema: the dataclass that `fields` are values of.
+      assignment: the name without `prefix`, "=" and the value as text.
+      prefix: see `build`.
+
+    Raises: UserError, for an unknown name, a section in place of a field, or text that is not a value of the field's type.
+    """
     name, equals, text = assignment.partition("=")
-    defaults = dict(leaves(schema()))
-    if name not in defaults:
-        within = [field for field in defaults if field.startswith(f"{name}.")]
-        if within:
-            example = f"--config.{within[0]}={defaults[within[0]]}"
-            raise UserError(f"{name} is a section: set its fields one by one, for example {example}.")
-        raise UserError(f"unknown config field '{name}'.{_nearest_field(name, defaults)}")
+    full_name = f"{prefix}{name}"
+    defaults = {f"{prefix}{leaf}": value for leaf, value in leaves(schema())}
+    if full_name not in defaults:
+        members = [leaf for leaf in defaults if leaf.startswith(f"{full_name}.")]
+        if members:
+            example = f"--config.{members[0]}={defaults[members[0]]}"
+            raise UserError(f"{full_name} is a section: set its fields one by one, e.g. {example}.", field=full_name)
+        raise _unknown_field(full_name, defaults)
+    if defaults[full_name] is None:
+        raise UserError(
+            f"{full_name} holds options: set them one by one, --config.{full_name}.NAME=VALUE.", field=full_name
+        )
     if not equals:
-        raise UserError(f"--config.{name} has no value: write --config.{name}={defaults[name]}, for example.")
+        example = f"--config.{full_name}={defaults[full_name]}"
+        raise UserError(f"--config.{full_name} has no value: write, e.g., {example}.", field=full_name)
     *sections, leaf = name.split(".")
     for section in sections:
         fields = fields[section]
-    fields[leaf] = _parse(name, text, type(defaults[name]))
+    fields[leaf] = _parse(full_name, text, type(defaults[full_name]))
 
 
 def _parse(name: str, text: str, expected: type) -> Any:
     try:
         return {"true": True, "false": False}[text.lower()] if expected is bool else expected(text)
     except (KeyError, ValueError):
-        kind = {bool: "true or false (bool)", int: "a whole number (int)", float: "a number (float)"}[expected]
-        raise UserError(f"{name}={text} must be {kind}.") from None
+        kinds = {bool: "true or false (bool)", int: "an integer (int)", float: "a number (float)"}
+        raise UserError(f"{name}={text} must be {kinds[expected]}.", field=name) from None
 
 
-def _nearest_field(name: str, fields: Mapping[str, Any]) -> str:
-    """A hint on an unknown dotted name: the nearest known ones, or else the names that there are."""
-    sections = sorted({field.partition(".")[0] for field in fields if "." in field})
+def _unknown_field(name: str, known: Mapping[str, Any]) -> UserError:
+    if name in RENAMED:
+        return UserError(f"{name} is called {RENAMED[name]} now.", field=name)
+    return UserError(f"unknown config field '{name}'.{_nearest_fields(name, known)}", field=name)
 
-    def closeness(known: str) -> tuple[float, float]:
-        pairs = (name, known), (name.rpartition(".")[2], known.rpartition(".")[2])
-        whole, last = (difflib.SequenceMatcher(None, a.lower(), b).ratio() for a, b in pairs)
-        return max(whole, last), whole  # The right field of a wrong section is close, too.
 
-    near = {known: closeness(known) for known in [*fields, *(() if "." in name else sections)]}
-    best = max(near.values())
+def _nearest_fields(name: str, known: Mapping[str, Any]) -> str:
+    """Return a hint: the known names nearest to `name` or, where none is near, the names of its section."""
+    sections = sorted({field.partition(".")[0] for field in known if "." in field})
+
+    def similarity(candidate: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, name.lower(), candidate).ratio()
+        # The last component counts too: the right field of a wrong section is near.
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2].lower(), candidate.rpartition(".")[2]).ratio()
+        return max(whole, last), whole
+
+    candidates = [*known, *([] if "." in name else sections)]
+    scores = {candidate: similarity(candidate) for candidate in candidates}
+    best = max(scores.values(), default=(0.0, 0.0))
     if best[0] >= 0.6:
-        # All that are equally near: 'optimizer.beta' is one slip from two fields.
-        return f" Did you mean {' or '.join(f'{known!r}' for known in near if near[known] == best)}?"
-    within = [field for field in fields if field.startswith(f"{name.partition('.')[0]}.")]
-    top = [field for field in fields if "." not in field]
-    return f" There are: {', '.join(within or [*top, *(f'{section}.*' for section in sections)])}."
+        # All that are equally near: 'optimizer.beta' is one typo away from two fields.
+        nearest = [repr(candidate) for candidate in candidates if scores[candidate] == best]
+        return f" Did you mean {' or '.join(nearest)}?"
+    section = name.rpartition(".")[0]
+    members = [field for field in known if section and field.startswith(f"{section}.")]
+    top_level = [*(field for field in known if "." not in field), *(f"{section}.*" for section in sections)]
+    return f" The fields are: {', '.join(members or top_level)}."
 
 
-def _typed(name: str, value: Any, expected: type) -> Any:
-    # bool is an int in Python; a number written without a point is a fine float.
-    if expected is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MANY:
+def _checked_type(name: str, value: Any, expected: Any) -> Any:
+    if expected is Any:
+        return value
+    # bool is a subclass of int, and a float may be written without a point.
+    if expected is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST_EXACT:
         return float(value)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise UserError(f"{name}={value!r} is {type(value).__name__}, expected {expected.__name__}.")
+        raise UserError(f"{name}={value!r} is {type(value).__name__}, expected {expected.__name__}.", field=name)
     return value

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import runpy
+import importlib.util
+import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -15,11 +17,24 @@ from rpt_jax.config.dataclass_io import build, override
 from rpt_jax.config.schema import Experiment
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError, nearest
+from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
+
+# Fields that hold the options of a choice, by the registry of that choice.
+_OPTIONS = {"data.source_options": CORPUS_SOURCES, "pretrain.trace_options": TRACE_WRITERS}
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Return every field with its default, for a file in configs/ to change; a misspelt assignment raises there."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Experiment())).lock()
+    """Return every field with its default, for a config file to change; assigning to an unknown field raises there."""
+    config = ml_collections.ConfigDict(dataclasses.asdict(Experiment())).lock()
+    for name in _OPTIONS:
+        section, _, field = name.partition(".")
+        with config.unlocked():
+            config[section][field] = ml_collections.ConfigDict()
+    for name in _OPTIONS:
+        section, _, field = name.partition(".")
+        # Which options there are depends on the choice: they are checked when the file has been read.
+        config[section][field].unlock()
+    return config
 
 
 def load_config_file(path: str) -> Mapping[str, Any]:
@@ -27,8 +42,8 @@ def load_config_file(path: str) -> Mapping[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"--config={path} is no file.{nearest(path, map(str, Path('configs').glob('*.py')))}")
     try:
-        module = runpy.run_path(path)
-        config = module["get_config"]() if "get_config" in module else None
+        module = _import_file(Path(path))
+        config = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:  # noqa: BLE001 - whatever a user's own file does wrong.
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
@@ -39,6 +54,25 @@ def load_config_file(path: str) -> Mapping[str, Any]:
     return config
 
 
+def _import_file(path: Path) -> ModuleType:
+    """Import a config file as a module, so that what it registers can be found by worker processes too.
+
+    Its folder joins `sys.path`: a config file may import another one, or modules that lie next to it.
+    """
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.get(path.stem)
+    if known is None or getattr(known, "__file__", None) == str(path.resolve()):
+        sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
     """Validate a config, with `overrides` as a command line gives them (`section.field=value`), against the schema.
 
@@ -46,8 +80,35 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     wrong types and impossible values.
     """
     fields = dataclasses.asdict(build(Experiment, dict(config)))
+    overrides = list(overrides)
+    of_options = [a for a in overrides if a.startswith(tuple(f"{name}." for name in _OPTIONS))]
     for assignment in overrides:
-        override(Experiment, fields, assignment)
+        if assignment not in of_options:
+            override(Experiment, fields, assignment)
+    for name, registry in _OPTIONS.items():
+        section, _, field = name.partition(".")
+        chosen = registry[fields[section][registry.field.partition(".")[2]]]
+        assignments = [a.removeprefix(f"{name}.") for a in of_options if a.startswith(f"{name}.")]
+        fields[section][field] = _options(name, registry, chosen, fields[section][field], assignments)
     experiment = build(Experiment, fields)
     check_experiment(experiment)
     return experiment
+
+
+def _options(name: str, registry: Registry, chosen: Choice, given: Any, assignments: list[str]) -> Any:
+    """Return the options of a choice, given as a mapping or an instance. Raises: UserError, for what it does not have."""
+    schema = chosen.requirements.options
+    if isinstance(given, Mapping | ml_collections.ConfigDict):
+        values = dict(given)
+    elif given is None:
+        values = {}
+    else:
+        raise UserError(f"{name}={given!r} is a section: give its fields, not a value.", field=name)
+    if schema is None:
+        if unknown := [*values, *assignments]:
+            raise UserError(f"{name}.{unknown[0]}: {registry.field}='{chosen.name}' has no options.", field=name)
+        return None
+    fields = dataclasses.asdict(build(schema, values, f"{name}."))
+    for assignment in assignments:
+        override(schema, fields, assignment, f"{name}.")
+    return build(schema, fields, f"{name}.")

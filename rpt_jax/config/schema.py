@@ -8,14 +8,17 @@ memory, never results.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 TASKS = ("rpt", "pretrain", "score")
-SOURCES = ("gsm_symbolic", "champ", "path")
-POSITIONS = ("threshold", "quantile", "every", "random", "curriculum", "self_entropy")
 LONG_CONTEXTS = ("cut", "cut_at_line")
 SCHEDULES = ("constant", "cosine")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
+
+
+# An instance of the options dataclass of the choice that the field before names; None for its defaults.
+Options = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class PolicyConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     source: str = "gsm_symbolic"  # "gsm_symbolic", "champ" or "path".
+    # Settings of that source alone; None = its defaults.
+    source_options: Options = None
     # With source "path": a file (.txt, .jsonl, both also .gz or .zst, .parquet, .arrow, .array_record), a folder or a glob; or
     # several with commas between them, with weights ("0.7=wiki/*.parquet,0.3=math") or without.
     path: str = ""
@@ -41,9 +46,7 @@ class DataConfig:
     strict: bool = (
         False  # Stop at the first document that is empty, too long or damaged, instead of counting and listing it.
     )
-    documents: int = 2000  # gsm_symbolic: how many training documents to generate.
     held_out_documents: int = 300  # Documents kept out of training for evaluation.
-    held_out_templates: int = 10  # gsm_symbolic: whole templates kept out of training, reported apart.
     shard: str = (
         ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
     )
@@ -162,13 +165,14 @@ class PretrainConfig:
     documents_per_step: int = 16
     document_weight: float = 1.0  # Weight of the documents' mean cross-entropy: 0 teaches traces alone.
     traces_per_document: int = 18  # Cold-start traces learned beside each document,
-    calculation_position_fraction: float = 1 / 3  # this share of them where the result of a calculation is due.
+    # What the traces reason: "recall" (the end of the context) or "arithmetic" (also calculations of the document).
+    traces: str = "recall"
+    # Settings of those traces alone; None = their defaults.
+    trace_options: Options = None
     recalled_tokens: int = 4  # Tokens of context that a trace repeats where nothing is calculated.
-    drills_per_document: int = 0  # Calculations like the document's, with other numbers, learned without the document.
     rows_per_document: int = 4  # Traces and drills are packed into so many rows
     row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
     trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy.
-    calculation_fraction: float = 0.4  # Where a calculation is due, how often the trace carries it out.
     vocab_size: int = 1024
     export: str = ""  # Directory to write the finished policy to, for `policy.path` of later runs.
 
@@ -179,7 +183,7 @@ class EvaluationConfig:
 
     every_steps: int = 100
     positions: int = 600  # Held-out positions above the entropy threshold; the same in every evaluation of a run.
-    template_positions: int = 200  # Positions of templates never seen, where the corpus has templates.
+    unseen_positions: int = 200  # Positions of documents of a kind that is never trained on, where the corpus has such.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,16 +8,14 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.schema import (
     ATTENTIONS,
     LONG_CONTEXTS,
-    POSITIONS,
     REMATS,
     SCHEDULES,
-    SOURCES,
     TASKS,
     Experiment,
     ObjectiveConfig,
 )
 from rpt_jax.errors import UserError, check_choice
-from rpt_jax.registry import OBJECTIVE_REGISTRIES, Registry
+from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOICES, TRACE_WRITERS, Registry
 
 # A weight, and the fields that describe what it weighs; the first of them has no default that would do.
 _WEIGHED = {
@@ -74,8 +72,9 @@ def check_experiment(experiment: Experiment) -> None:
     check_choice("divergence.action", experiment.divergence.action, ("warn", "stop"))
     check_choice("policy.remat", experiment.policy.remat, REMATS)
     check_choice("policy.attention", experiment.policy.attention, ATTENTIONS)
-    check_choice("data.source", experiment.data.source, SOURCES)
-    check_choice("data.positions", experiment.data.positions, POSITIONS)
+    _check_named_fields(experiment.data, CORPUS_SOURCES)
+    _check_named_fields(experiment.data, POSITION_CHOICES)
+    _check_named_fields(experiment.pretrain, TRACE_WRITERS)
     check_choice("prompt.long_context", experiment.prompt.long_context, LONG_CONTEXTS)
     check_choice("optimizer.schedule", experiment.optimizer.schedule, SCHEDULES)
     values = dict(leaves(experiment))
@@ -110,9 +109,7 @@ _BOUNDS = {
     "mesh.rollout_tensor": (0, _MANY),
     "seed": (0, _SEEDS),
     "data.seed": (0, _SEEDS),
-    "data.documents": (1, _MANY),
     "data.held_out_documents": (1, _MANY),
-    "data.held_out_templates": (0, _MANY),
     "data.max_document_bytes": (1, _MANY),
     "data.max_document_tokens": (2, _MANY),
     "data.min_context": (1, _MANY),
@@ -166,7 +163,7 @@ _BOUNDS = {
     "training.log_rollouts_every": (1, _MANY),
     "evaluation.every_steps": (1, _MANY),
     "evaluation.positions": (1, _MANY),
-    "evaluation.template_positions": (1, _MANY),
+    "evaluation.unseen_positions": (1, _MANY),
     "data.score_batch_windows": (1, _MANY),
     "checkpoint.every_steps": (1, _MANY),
     "checkpoint.keep": (1, _MANY),
@@ -181,11 +178,8 @@ _BOUNDS = {
     "pretrain.document_weight": (0.0, _MANY),
     "pretrain.traces_per_document": (1, _MANY),
     "pretrain.recalled_tokens": (0, _MANY),
-    "pretrain.drills_per_document": (0, _MANY),
     "pretrain.rows_per_document": (1, _MANY),
     "pretrain.row_tokens": (16, _MANY),
-    "pretrain.calculation_fraction": (0.0, 1.0),
-    "pretrain.calculation_position_fraction": (0.0, 1.0),
     "pretrain.trace_weight": (0.0, _MANY),
     "pretrain.vocab_size": (265, _MANY),
 }

@@ -7,7 +7,7 @@ the bytes that are predicted later are the bytes of the file.
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import functools
 import gzip
 import io
@@ -18,35 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus.files import UNIT_BYTES, FileRange, kind_of, open_records, unreadable
+from rpt_jax.corpus.documents import Document, Rejected
+from rpt_jax.corpus.files import UNIT_BYTES, FileRange, find_units, kind_of, open_records, unreadable
 from rpt_jax.corpus.text_splitting import LINE_END, cut_block, split_text
 from rpt_jax.errors import UserError, nearest
+from rpt_jax.registry import CORPUS_SOURCES
 
 _ESCAPED = re.compile("[\udc80-\udcff]")  # How a byte that is no UTF-8 is decoded.
 _SLOT = re.compile(r"\{(\w+)\}")
-
-
-BY_HASH = -1  # In place of the number of a side.
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    text: str
-    name: str  # Unique in its corpus, and enough to find the text again: "gsm_symbolic:17:4", "notes.jsonl:7".
-    template: str = ""  # What it was generated from, where it was.
-    key: str = ""  # What its side of the split depends on; "" = its text.
-    side: int = BY_HASH  # An index of corpus.SPLITS, where its maker has decided that.
-    part: int = 0  # Of a mixture.
-
-
-@dataclasses.dataclass(frozen=True)
-class Rejected:
-    """What stood where a document should be: the reason it is counted under, and the whole sentence."""
-
-    file: str
-    line: int  # Line, row or record, from 1.
-    reason: str
-    detail: str
 
 
 class _NoDocumentError(Exception):
@@ -285,3 +264,11 @@ _READERS: dict[str, Callable[[FileRange, DataConfig], Found]] = {
     ".arrow": _read_arrow,
     ".array_record": _read_array_record,
 }
+
+
+@CORPUS_SOURCES.register("path", check=find_units)
+def read_files(config: DataConfig, skipped: collections.Counter) -> Iterator[Document | Rejected]:
+    """Read the files that `data.path` names (see the module's docstring)."""
+    del skipped
+    for unit in find_units(config):
+        yield from read_unit(unit, config)

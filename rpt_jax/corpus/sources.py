@@ -11,30 +11,23 @@ import array
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import importlib.util
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from rpt_jax.config import DataConfig
+from rpt_jax.corpus.documents import BY_HASH, HELD_OUT_SHARE, SPLITS, Document, Rejected, hash64
 from rpt_jax.corpus.files import FileRange, find_units
-from rpt_jax.corpus.readers import BY_HASH, Document, Rejected, read_unit
+from rpt_jax.corpus.readers import read_unit
 from rpt_jax.corpus.text_splitting import PIECE_CHARACTERS
 from rpt_jax.errors import UserError
+from rpt_jax.registry import CORPUS_SOURCES
 
-HELD_OUT_SHARE = 0.2
-SPLITS = ("train", "held_out", "held_out_templates")
 DUPLICATE = -2  # In place of the number of a side: a repetition.
-
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_FLOAT_NOISE = re.compile(r"\d\.\d{7}")  # 14.500000000000002: an artefact of the generator that nobody could predict.
 
 
 class CorpusShard(NamedTuple):
@@ -136,14 +129,14 @@ def read_corpus(
             yield from read_unit(unit, config)
             advance()
     else:
-        generate = {"gsm_symbolic": _gsm_symbolic, "champ": _champ}[config.source]
-        yield from generate(config, skipped)[part.shard :: part.shards]
+        documents = CORPUS_SOURCES[config.source].function(config, skipped)
+        yield from itertools.islice(documents, part.shard, None, part.shards)
         advance()
 
 
 def fingerprints(document: Document, seed: int) -> tuple[int, int]:
     """64 bits that its side depends on, and 64 bits of its text."""
-    return _hash(seed, document.key or document.text), _hash(0, document.text)
+    return hash64(seed, document.key or document.text), hash64(0, document.text)
 
 
 def split(
@@ -184,118 +177,6 @@ def source_name(config: DataConfig) -> str:
 
 def check_source(config: DataConfig) -> None:
     """Raises: UserError, where the source is not here at all; what it says is not read."""
-    checks = {"gsm_symbolic": _gsm_generators, "champ": _champ_file, "path": lambda: find_units(config)}
-    checks[config.source]()
-
-
-def _hash(seed: int, key: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:8], "big")
-
-
-# --- gsm_symbolic ---------------------------------------------------------------------------------
-
-
-def _gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> list[Document]:
-    """Generate problems with worked solutions, holding out combinations of numbers and whole templates.
-
-    The sorted numbers of a problem decide by hash whether it may be trained on, whatever its template: no
-    combination of numbers in `held_out` ever occurs in `train`. There are a third as many documents of unseen
-    templates as of unseen numbers.
-    """
-    generators = _gsm_generators()
-    templates = Random(f"{config.seed}:templates").sample(sorted(generators), len(generators))
-    if config.held_out_templates >= len(templates):
-        raise UserError(
-            f"data.held_out_templates={config.held_out_templates} leaves none to train on: gsm_symbolic has "
-            f"{len(templates)} templates. Choose at most {len(templates) - 1}."
-        )
-    unseen, seen = templates[: config.held_out_templates], templates[config.held_out_templates :]
-    quotas = {"train": config.documents, "held_out": config.held_out_documents}
-
-    def side(problem: str) -> str:
-        numbers = sorted(number.replace(",", "") for number in _NUMBER.findall(problem))
-        return "held_out" if _hash(config.seed, " ".join(numbers)) < HELD_OUT_SHARE * 2**64 else "train"
-
-    drawn = _draw({t: generators[t] for t in seen}, config.seed, quotas, side, skipped)
-    unseen_quota = {"held_out_templates": config.held_out_documents // 3 if unseen else 0}
-    drawn |= _draw(
-        {t: generators[t] for t in unseen}, config.seed, unseen_quota, lambda problem: "held_out_templates", skipped
-    )
-    return [
-        dataclasses.replace(document, side=SPLITS.index(name))
-        for name, documents in drawn.items()
-        for document in documents
-    ]
-
-
-def _gsm_generators() -> dict[int, Callable[[Random, float], dict[str, Any]]]:
-    try:
-        from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
-    except ImportError as error:
-        raise UserError(
-            "data.source='gsm_symbolic' needs the package reasoning-gym: pip install reasoning-gym==0.1.25"
-        ) from error
-    dataset = gsm_symbolic.GSMSymbolicDataset(gsm_symbolic.GSMSymbolicDatasetConfig(seed=0, size=1))
-    # The package lists by number the templates that it has checked. Going to their generators instead of through the
-    # dataset tells the template of an item, and leaves out the boilerplate that the dataset appends to every question.
-    return {number: dataset.generators[number] for number in gsm_symbolic.tasks_ok}
-
-
-def _draw(
-    generators: dict[int, Callable[[Random, float], dict[str, Any]]],
-    seed: int,
-    quotas: dict[str, int],
-    side: Callable[[str], str],
-    skipped: collections.Counter,
-) -> dict[str, list[Document]]:
-    """Draw from the templates in turn until every side has its quota; what a full side is offered is dropped."""
-    drawn: dict[str, list[Document]] = {name: [] for name in quotas}
-    texts: set[str] = set()
-    templates = list(generators)
-    # Some templates have few different items. Without a limit a quota beyond them would never be reached.
-    limit = 1000 + 20 * sum(quotas.values())
-    for attempt in itertools.count():
-        if all(len(drawn[name]) >= quota for name, quota in quotas.items()):
-            return drawn
-        if attempt == limit:
-            break
-        draw, index = divmod(attempt, len(templates))
-        template = templates[index]
-        try:
-            item = generators[template](Random(f"{seed}:{template}:{draw}"), 1.0)
-        except (ValueError, ArithmeticError, LookupError) as error:  # The template has no valid numbers here.
-            skipped[f"generator raised {type(error).__name__}"] += 1
-            continue
-        problem = item["question"]
-        text = f"{problem}\n{item['metadata']['answer_cot']}"
-        if _FLOAT_NOISE.search(text):
-            skipped["floating-point noise"] += 1
-        elif text in texts:
-            skipped["duplicate"] += 1
-        elif len(drawn[name := side(problem)]) < quotas[name]:
-            texts.add(text)
-            drawn[name].append(Document(text, f"gsm_symbolic:{template}:{draw}", str(template)))
-    found = ", ".join(f"{len(drawn[name])} of {quota} for {name}" for name, quota in quotas.items())
-    raise UserError(
-        f"gsm_symbolic gave too few different documents in {limit} draws: {found}. "
-        "Lower data.documents or data.held_out_documents."
-    )
-
-
-# --- champ ----------------------------------------------------------------------------------------
-
-
-def _champ_file() -> Path:
-    spec = importlib.util.find_spec("champ_dataset")
-    if spec is None:
-        raise UserError("data.source='champ' needs the package champ-dataset: pip install champ-dataset==1.0.0")
-    return Path(spec.origin).parent / "dataset_files" / "v0.json"
-
-
-def _champ(config: DataConfig, skipped: collections.Counter) -> list[Document]:
-    del config, skipped
-    documents = []
-    for name, problem in json.loads(_champ_file().read_bytes())["problems"].items():
-        lines = [problem["_text"], *(step["_text"] for step in problem["solution"]["steps"])]
-        documents.append(Document("\n".join(lines), f"champ:{name}", key=problem["_text"]))
-    return documents
+    check = CORPUS_SOURCES[config.source].requirements.check
+    if check:
+        check(config)

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpt_jax.config import DataConfig
+from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.corpus.documents import SPLITS, Document, Rejected
 from rpt_jax.corpus.files import find_units
 from rpt_jax.corpus.near_duplicates import near_duplicates, sketches
-from rpt_jax.corpus.readers import Document, Rejected
 from rpt_jax.corpus.sources import (
     DUPLICATE,
-    SPLITS,
     CorpusShard,
     RejectLog,
     fingerprints,
@@ -51,7 +51,6 @@ _REJECTED = "rejected"  # What was found where a document should be.
 NEAR_DUPLICATES = "near_duplicates.jsonl"
 # What decides which tokens a prepared corpus holds, and in which windows.
 _CONTENT = ("source", "text_field", "document_template", "max_document_bytes", "seed", "max_document_tokens")
-_GENERATED = ("documents", "held_out_documents", "held_out_templates")
 
 
 def parse_shard(config: DataConfig) -> tuple[list[int], int]:
@@ -83,8 +82,12 @@ def steps(part: CorpusShard) -> int:
 
 def content(config: DataConfig) -> dict[str, Any]:
     """The fields that decide which tokens a prepared corpus holds."""
-    names = (*_CONTENT, *(_GENERATED if config.source == "gsm_symbolic" else ()))
-    return {f"data.{name}": getattr(config, name) for name in names}
+    fields = {f"data.{name}": getattr(config, name) for name in _CONTENT}
+    if config.source_options is None:
+        return fields
+    # A generator may make as many held-out documents as it is asked for.
+    fields["data.held_out_documents"] = config.held_out_documents
+    return fields | {f"data.source_options.{name}": value for name, value in leaves(config.source_options)}
 
 
 def files_digest(config: DataConfig) -> str:

@@ -12,9 +12,8 @@ from rpt_jax.config import PromptConfig
 from rpt_jax.errors import UserError, nearest
 from rpt_jax.prompts.chat_template import chat_ids
 from rpt_jax.prompts.positions import Position
+from rpt_jax.registry import PROMPT_TEMPLATES
 from rpt_jax.tokenizers.tokenizer import Tokenizer
-
-TEMPLATES = Path(__file__).parents[2] / "configs" / "templates"
 
 
 class PromptBatch(NamedTuple):
@@ -119,24 +118,36 @@ class PromptBuilder:
 
 
 def read_template(name: str) -> tuple[str, str]:
-    """Return what a template says before and after its one `{context}`.
+    """Return the text of a template before and after its one `{context}`.
 
-    `name` is a file of configs/templates without its ending, or a path. Raises: UserError.
+    Args:
+      name: a registered template, or the path of a text file.
+
+    Raises: UserError, where it is neither, is not UTF-8, or does not hold `{context}` exactly once.
     """
-    own = {path.stem: path for path in TEMPLATES.glob("*.txt")}
-    path = own.get(name, Path(name))
-    try:
-        text = path.read_bytes().decode()
-    except OSError:
-        raise UserError(
-            f"prompt.template='{name}' is neither a file nor one of: {', '.join(sorted(own))}.{nearest(name, own)}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt.template: {path} is not UTF-8 (byte {error.start}).") from None
+    if name in PROMPT_TEMPLATES:
+        text = PROMPT_TEMPLATES[name].function()
+    else:
+        text = _read_template_file(name)
     before, slot, after = text.partition("{context}")
     if not slot or "{context}" in after:
-        raise UserError(f"prompt.template: {path} must hold {{context}} exactly once.")
+        raise UserError(f"prompt.template='{name}' must hold {{context}} exactly once.", field="prompt.template")
     return before, after
+
+
+def _read_template_file(name: str) -> str:
+    try:
+        return Path(name).read_bytes().decode()
+    except OSError:
+        known = sorted(PROMPT_TEMPLATES)
+        hint = nearest(name, known)
+        raise UserError(
+            f"prompt.template='{name}' is neither a file nor one of: {', '.join(known)}.{hint}", field="prompt.template"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"prompt.template: {name} is not UTF-8 (byte {error.start}).", field="prompt.template"
+        ) from None
 
 
 def stack(prompts: Sequence[PromptBatch]) -> PromptBatch:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.store import Records
+from rpt_jax.registry import POSITION_CHOICES
 
 if TYPE_CHECKING:
     from rpt_jax.corpus.entropy import Scores
@@ -112,6 +113,70 @@ class PositionIndex(Sequence):
         return Position(document, position, float(entropy_S[position]))
 
 
+class EntropyReader:
+    """The entropies that a choice of positions may look at: called, it yields those of each window, float32 [S]."""
+
+    def __init__(self, config: DataConfig, scores: Entropies, numbers_M: np.ndarray):
+        self._everything = every_position(config)
+        self._scores, self._numbers_M = scores, numbers_M
+
+    def __call__(self) -> Iterable[np.ndarray]:
+        """Yield the entropies of every window, without the positions that have too little context."""
+        everything = self._everything
+        for _, record in _read(self._scores, self._numbers_M):
+            yield everything.entropy(record)[everything.min_context :]
+
+
+def every_position(config: DataConfig) -> Choice:
+    """The rule that chooses every position with enough context."""
+    return Choice(_EVERY, np.inf, 1.0, config.min_context, config.entropy_renormalized, config.seed)
+
+
+@POSITION_CHOICES.register("threshold")
+def above_threshold(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+    """Positions whose entropy is above `data.entropy_threshold` (paper, section 3.3)."""
+    del entropies
+    return [every_position(config)._replace(low=config.entropy_threshold)]
+
+
+@POSITION_CHOICES.register("quantile", fields=("keep_fraction",))
+def hardest_fraction(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+    """The fraction `data.keep_fraction` of all positions with the highest entropies."""
+    [low] = quantiles(entropies, [1.0 - config.keep_fraction], _EVERY)
+    return [every_position(config)._replace(low=low)]
+
+
+@POSITION_CHOICES.register("every")
+def all_positions(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+    """Every position."""
+    del entropies
+    return [every_position(config)]
+
+
+@POSITION_CHOICES.register("random", fields=("keep_fraction",))
+def random_fraction(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+    """A random fraction `data.keep_fraction` of all positions: the baseline without entropies."""
+    del entropies
+    return [every_position(config)._replace(share=config.keep_fraction)]
+
+
+@POSITION_CHOICES.register("curriculum")
+def easy_to_hard(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+    """Positions above `data.entropy_threshold`, in eight stages of equal size from low to high entropy."""
+    above = every_position(config)._replace(low=config.entropy_threshold)
+    edges = quantiles(entropies, [i / STAGES for i in range(1, STAGES)], above.low)
+    lows, highs = [above.low, *edges], [*edges, np.inf]
+    return [above._replace(low=low, high=high) for low, high in zip(lows, highs, strict=True)]
+
+
+@POSITION_CHOICES.register(
+    "self_entropy", fields=("keep_fraction", "rescore_every_steps", "rescore_windows"), rescored=True
+)
+def hardest_for_the_policy(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+    """The fraction `data.keep_fraction` with the highest entropies under the policy itself, scored again during training."""
+    return hardest_fraction(config, entropies)
+
+
 def index_positions(
     config: DataConfig, scores: Entropies, numbers_N: np.ndarray, documents_M: np.ndarray | None = None
 ) -> list[PositionIndex]:
@@ -124,20 +189,8 @@ def index_positions(
     """
     documents_M = np.arange(len(numbers_N), dtype=np.uint32) if documents_M is None else documents_M
 
-    def entropies() -> Iterable[np.ndarray]:
-        return (everything.entropy(record)[config.min_context :] for _, record in _read(scores, numbers_N[documents_M]))
-
-    everything = Choice(_EVERY, np.inf, 1.0, config.min_context, config.entropy_renormalized, config.seed)
-    above = everything._replace(low=config.entropy_threshold)
-    if config.positions == "curriculum":
-        edges = quantiles(entropies, [i / STAGES for i in range(1, STAGES)], above.low)
-        lows, highs = [above.low, *edges], [*edges, np.inf]
-        choices = [above._replace(low=low, high=high) for low, high in zip(lows, highs, strict=True)]
-    elif config.positions in ("quantile", "self_entropy"):
-        choices = [everything._replace(low=quantiles(entropies, [1.0 - config.keep_fraction], _EVERY)[0])]
-    else:
-        named = {"threshold": above, "every": everything, "random": everything._replace(share=config.keep_fraction)}
-        choices = [named[config.positions]]
+    read = EntropyReader(config, scores, numbers_N[documents_M])
+    choices = POSITION_CHOICES[config.positions].function(config, read)
     counts_CxM = np.zeros((len(choices), len(documents_M)), np.uint32)
     for i, (number, record) in enumerate(_read(scores, numbers_N[documents_M])):
         for c, choice in enumerate(choices):

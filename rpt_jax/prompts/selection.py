@@ -18,6 +18,7 @@ from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
 from rpt_jax.prompts.positions import STAGES, index_positions
+from rpt_jax.registry import POSITION_CHOICES
 from rpt_jax.setup import Setup
 
 
@@ -99,15 +100,17 @@ def training_order(experiment: Experiment, setup: Setup, own: OwnEntropies | Non
 
 def _rule(data: DataConfig) -> str:
     """The fields that choose positions, but for `data.min_context`."""
-    fields = {"threshold": ["entropy_threshold"], "curriculum": ["entropy_threshold"], "every": []}
-    names = ["positions", *fields.get(data.positions, ["keep_fraction"])]
+    fields = POSITION_CHOICES[data.positions].requirements.fields
+    thresholded = ["entropy_threshold"] if data.positions in ("threshold", "curriculum") else []
+    names = ["positions", *thresholded, *(name for name in fields if name == "keep_fraction")]
     return ", ".join(f"data.{name}={getattr(data, name)!r}" for name in names)
 
 
 def refresh_is_due(experiment: Experiment, step: int) -> bool:
     """Whether positions are chosen anew before `step`; in the first steps they are those of the prepared corpus."""
     every = experiment.data.rescore_every_steps
-    return experiment.data.positions == "self_entropy" and step > 1 and (step - 1) % every == 0
+    rescored = POSITION_CHOICES[experiment.data.positions].requirements.rescored
+    return rescored and step > 1 and (step - 1) % every == 0
 
 
 def own_entropies(experiment: Experiment, setup: Setup, params: Params, step: int) -> OwnEntropies:

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from rpt_jax.config import DataConfig, from_config_dict
 from rpt_jax.corpus import sources as corpus
 from rpt_jax.corpus import text_splitting as pieces
+from rpt_jax.corpus.gsm_symbolic import GsmSymbolicOptions
 from rpt_jax.corpus.sources import training_texts
 from rpt_jax.corpus.text_splitting import split_text
 from rpt_jax.errors import UserError
 from tests.helpers.whole_corpus import load_corpus
 
-GSM = DataConfig(documents=200, held_out_documents=60, held_out_templates=7)
+GSM = DataConfig(source_options=GsmSymbolicOptions(documents=200, held_out_templates=7), held_out_documents=60)
 
 
 def names(documents):
@@ -38,8 +39,8 @@ def gsm():
 
 
 def test_gsm_gives_what_was_asked_for(gsm):
-    assert (len(gsm.train), len(gsm.held_out), len(gsm.held_out_templates)) == (200, 60, 20)
-    documents = gsm.train + gsm.held_out + gsm.held_out_templates
+    assert (len(gsm.train), len(gsm.held_out), len(gsm.unseen)) == (200, 60, 20)
+    documents = gsm.train + gsm.held_out + gsm.unseen
     assert len(set(names(documents))) == len({document.text for document in documents}) == len(documents)
     for document in documents:
         assert re.search(r"\n#### -?\d+(\.\d+)?$", document.text), "the worked solution ends every document"
@@ -53,29 +54,40 @@ def test_gsm_holds_out_numbers_and_templates(gsm):
         return tuple(sorted(float(number.replace(",", "")) for number in re.findall(r"\d[\d,.]*\b", problem)))
 
     assert not {numbers(d) for d in gsm.train} & {numbers(d) for d in gsm.held_out}
-    seen = {document.template for document in gsm.train + gsm.held_out}
-    unseen = {document.template for document in gsm.held_out_templates}
+    seen = {document.group for document in gsm.train + gsm.held_out}
+    unseen = {document.group for document in gsm.unseen}
     assert len(unseen) == 7 and not seen & unseen
 
 
 def test_gsm_is_a_function_of_its_config(gsm):
     assert load_corpus(GSM) == gsm
-    more = load_corpus(DataConfig(documents=300, held_out_documents=60, held_out_templates=7))
+    more = load_corpus(
+        DataConfig(source_options=GsmSymbolicOptions(documents=300, held_out_templates=7), held_out_documents=60)
+    )
     assert more.train[:200] == gsm.train and more.held_out == gsm.held_out
-    other = load_corpus(DataConfig(documents=200, held_out_documents=60, held_out_templates=7, seed=1))
+    other = load_corpus(
+        DataConfig(
+            source_options=GsmSymbolicOptions(documents=200, held_out_templates=7), held_out_documents=60, seed=1
+        )
+    )
     assert not {d.text for d in other.train} & {d.text for d in gsm.train}
-    assert {d.template for d in other.held_out_templates} != {d.template for d in gsm.held_out_templates}
+    assert {d.group for d in other.unseen} != {d.group for d in gsm.unseen}
     # Pinned: another split would let runs train on what earlier ones held out.
     assert names(gsm.train[:2]) == ["gsm_symbolic:93:0", "gsm_symbolic:60:0"]
 
 
 def test_gsm_without_held_out_templates():
-    assert load_corpus(DataConfig(documents=20, held_out_documents=5, held_out_templates=0)).held_out_templates == ()
+    assert (
+        load_corpus(
+            DataConfig(source_options=GsmSymbolicOptions(documents=20, held_out_templates=0), held_out_documents=5)
+        ).unseen
+        == ()
+    )
 
 
 def test_gsm_refuses_to_hold_out_every_template():
-    with pytest.raises(UserError, match="data.held_out_templates=85 leaves none"):
-        load_corpus(DataConfig(held_out_templates=85))
+    with pytest.raises(UserError, match="data.source_options.held_out_templates=85 leaves none"):
+        load_corpus(DataConfig(source_options=GsmSymbolicOptions(held_out_templates=85)))
 
 
 def test_gsm_says_when_its_templates_are_exhausted_and_counts_what_it_skips():
@@ -89,8 +101,12 @@ def test_gsm_says_when_its_templates_are_exhausted_and_counts_what_it_skips():
 
     with mock.patch.object(corpus, "_gsm_generators", lambda: {1: generate}):
         with pytest.raises(UserError, match=r"too few different documents in 1400 draws: 1\d of 20 for train"):
-            load_corpus(DataConfig(documents=20, held_out_documents=0, held_out_templates=0))
-        loaded = load_corpus(DataConfig(documents=12, held_out_documents=1, held_out_templates=0))
+            load_corpus(
+                DataConfig(source_options=GsmSymbolicOptions(documents=20, held_out_templates=0), held_out_documents=0)
+            )
+        loaded = load_corpus(
+            DataConfig(source_options=GsmSymbolicOptions(documents=12, held_out_templates=0), held_out_documents=1)
+        )
     assert (len(loaded.train), len(loaded.held_out)) == (12, 1)
     assert set(loaded.skipped) == {"generator raised ValueError", "duplicate", "floating-point noise"}
 
@@ -103,7 +119,9 @@ def test_gsm_sees_through_thousands_separators_and_order():
         return {"question": text, "metadata": {"answer_cot": f"#### {number}"}}
 
     with mock.patch.object(corpus, "_gsm_generators", lambda: {1: generate}):
-        loaded = load_corpus(DataConfig(documents=100, held_out_documents=25, held_out_templates=0))
+        loaded = load_corpus(
+            DataConfig(source_options=GsmSymbolicOptions(documents=100, held_out_templates=0), held_out_documents=25)
+        )
     answers = [{document.text.split("#### ")[1] for document in side} for side in (loaded.train, loaded.held_out)]
     assert not answers[0] & answers[1]
     assert any(len(side) < count for side, count in zip(answers, (100, 25), strict=True)), "some came in both forms"
@@ -114,7 +132,7 @@ def test_gsm_sees_through_thousands_separators_and_order():
 
 def test_champ():
     loaded = load_corpus(DataConfig(source="champ"))
-    assert (len(loaded.train), len(loaded.held_out), loaded.held_out_templates) == (216, 54, ())
+    assert (len(loaded.train), len(loaded.held_out), loaded.unseen) == (216, 54, ())
     first = next(d for d in loaded.train + loaded.held_out if d.name == "champ:P_Combinatorics_1")
     assert first.text.startswith("Let a string consist of digit 1, 2, 3. How many")
     assert first.text.endswith("\nThus, in total, there are x_6+y_6+z_6=70+99+70=239 such strings.")

@@ -24,8 +24,8 @@ from rpt_jax.config import DataConfig, Experiment, from_config_dict
 from rpt_jax.corpus import entropy as score
 from rpt_jax.corpus import prepared
 from rpt_jax.corpus import tokenization as prepare
+from rpt_jax.corpus.documents import SPLITS
 from rpt_jax.corpus.near_duplicates import _PRIMES, _SHINGLE, near_duplicates, sketches
-from rpt_jax.corpus.sources import SPLITS
 from rpt_jax.corpus.store import FIELDS, SKETCH, Records, ShardWriter, pack, read_summary, unpack
 from rpt_jax.corpus.tokenization import open_tokens, parse_shard, tokenize
 from rpt_jax.errors import UserError
@@ -111,7 +111,8 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(line * 2_000)
     script = (
-        "from pathlib import Path\nfrom rpt_jax.config import DataConfig\nfrom rpt_jax.corpus import tokenization as prepare\nfrom rpt_jax.tokenizers import tokenizer\n"
+        "from pathlib import Path\nfrom rpt_jax.config import DataConfig\nfrom rpt_jax.corpus import tokenization as prepare\n"
+        "from rpt_jax.tokenizers import tokenizer\n"
         f"config = DataConfig(source='path', path={str(tmp_path)!r})\n"
         f"prepare.tokenize(config, tokenizer.load_tokenizer({str(TINY)!r}), Path({str(tmp_path / 'out')!r}), print)\n"
     )

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus import files, readers
+from rpt_jax.corpus.documents import Document
 from rpt_jax.corpus.files import find_units, parse_mixture
-from rpt_jax.corpus.readers import Document, read_unit
+from rpt_jax.corpus.readers import read_unit
 from rpt_jax.errors import UserError
 from tests.helpers.whole_corpus import load_corpus
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus.readers import Document
-from rpt_jax.corpus.sources import DUPLICATE, SPLITS, RejectLog, fingerprints, read_corpus, split
+from rpt_jax.corpus.documents import SPLITS, Document
+from rpt_jax.corpus.sources import DUPLICATE, RejectLog, fingerprints, read_corpus, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Corpus:
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
-    held_out_templates: tuple[Document, ...]
+    unseen: tuple[Document, ...]
     skipped: dict[str, int]
 
 

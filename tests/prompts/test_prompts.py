@@ -13,13 +13,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.config import DataConfig, PromptConfig
+from rpt_jax.config import DataConfig, PretrainConfig, PromptConfig
 from rpt_jax.corpus.entropy import Scores
+from rpt_jax.corpus.gsm_symbolic import GsmSymbolicOptions
 from rpt_jax.errors import UserError
-from rpt_jax.prompts.builder import TEMPLATES, PromptBuilder, read_template, stack
-from rpt_jax.prompts.cold_start import BOX, Calculation, TraceWriter, find_calculations, similar, work_out
+from rpt_jax.prompts.arithmetic_traces import (
+    ArithmeticOptions,
+    ArithmeticTraces,
+    Calculation,
+    find_calculations,
+    similar,
+    work_out,
+)
+from rpt_jax.prompts.builder import PromptBuilder, read_template, stack
 from rpt_jax.prompts.pipeline import PromptStream, example_stream, position_order
 from rpt_jax.prompts.positions import Position, choose_positions
+from rpt_jax.prompts.traces import BOX
+from rpt_jax.registry import PROMPT_TEMPLATES
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
@@ -29,7 +39,7 @@ from tests.tokenizers.test_tokenizer import any_text, byte_level_bpe, write_hf
 
 @pytest.fixture(scope="module")
 def texts():
-    config = DataConfig(documents=60, held_out_documents=3, held_out_templates=2)
+    config = DataConfig(source_options=GsmSymbolicOptions(documents=60, held_out_templates=2), held_out_documents=3)
     return [document.text for document in load_corpus(config).train]
 
 
@@ -169,9 +179,8 @@ def test_nothing_beyond_a_special_token_is_a_reference(tokenizer):
 
 
 def test_own_templates():
-    names = {path.stem for path in TEMPLATES.glob("*.txt")}
-    assert {"plain", "v0"} <= names
-    for name in names:
+    assert {"plain", "v0"} <= set(PROMPT_TEMPLATES)
+    for name in PROMPT_TEMPLATES:
         assert len(read_template(name)) == 2
     assert read_template("plain") == ("", "")
 
@@ -182,7 +191,7 @@ def test_templates_that_cannot_be_used(tokenizer, tmp_path):
     with pytest.raises(UserError, match="prompt.template"):
         read_template(str(tmp_path))
     for text in ("no slot", "{context} twice {context}"):
-        with pytest.raises(UserError, match=r"template.txt must hold \{context\} exactly once"):
+        with pytest.raises(UserError, match=r"template.txt' must hold \{context\} exactly once"):
             read_template(template(tmp_path, text))
     path = tmp_path / "latin1.txt"
     path.write_bytes(b"abc\xff{context}")
@@ -545,6 +554,11 @@ def test_longer_sums_are_found_and_go_down_the_columns(numbers, between):
 # --- traces ------------------------------------------------------------------------------------------
 
 
+def arithmetic_traces(tokenizer, ids: list[int], fraction: float, max_tokens: int = 500) -> ArithmeticTraces:
+    options = ArithmeticOptions(calculation_fraction=fraction, drills_per_document=1)
+    return ArithmeticTraces(tokenizer, ids, PretrainConfig(traces="arithmetic", trace_options=options), max_tokens)
+
+
 def parts(tokenizer, trace: list[int]) -> tuple[list[int], list[int]]:
     """Return the reasoning and the prediction of a trace, which must be well formed."""
     [box], [close] = tokenizer.encode(BOX), tokenizer.encode("}")
@@ -559,8 +573,8 @@ def test_every_trace_earns_the_reward(tokenizer, texts, documents):
     builder = PromptBuilder(PromptConfig(max_tokens=16, reference_bytes=64), tokenizer)
     prompts, traces, calculated = [], [], 0
     for number, ids in enumerate(documents[:15]):
-        writers = [TraceWriter(tokenizer, ids, share, max_tokens=500) for share in (0.0, 1.0)]
-        calculated += len(writers[0].calculation_positions)
+        writers = [arithmetic_traces(tokenizer, ids, share) for share in (0.0, 1.0)]
+        calculated += len(writers[0].preferred_positions)
         for position in range(len(ids)):
             prompts.append(builder.build(0, ids, Position(number, position, 1.0)))
             traces.append([writer.write(position, np.random.default_rng(0)) for writer in writers])
@@ -581,7 +595,7 @@ def test_every_trace_earns_the_reward(tokenizer, texts, documents):
 
 
 def test_recall_repeats_the_context_and_predicts_one_token(tokenizer, texts, documents):
-    writer = TraceWriter(tokenizer, documents[0], 0.0, max_tokens=500)
+    writer = arithmetic_traces(tokenizer, documents[0], 0.0)
     for position in (0, 1, 20):
         reasoning, prediction = parts(tokenizer, writer.write(position, np.random.default_rng(0)))
         assert prediction == [documents[0][position]]
@@ -592,8 +606,8 @@ def test_recall_repeats_the_context_and_predicts_one_token(tokenizer, texts, doc
 def test_calculation_carries_it_out_and_predicts_the_rest_of_the_result(tokenizer):
     text = "He had 93 - 38 = 55 left."
     ids = tokenizer.encode(text)
-    writer = TraceWriter(tokenizer, ids, 1.0, max_tokens=500)
-    first, second = writer.calculation_positions
+    writer = arithmetic_traces(tokenizer, ids, 1.0)
+    first, second = writer.preferred_positions
     assert tokenizer.decode(ids[:first]).endswith("= ") and second == first + 1
     for position, rest in ((first, "55"), (second, "5")):
         reasoning, prediction = parts(tokenizer, writer.write(position, np.random.default_rng(0)))
@@ -604,35 +618,35 @@ def test_calculation_carries_it_out_and_predicts_the_rest_of_the_result(tokenize
 def test_bytes_and_characters_before_a_calculation_are_told_apart(tokenizer):
     text = "Zoë — 漢字 — had 93 - 38 = 55 left."
     ids = tokenizer.encode(text)
-    positions = TraceWriter(tokenizer, ids, 1.0, max_tokens=500).calculation_positions
+    positions = arithmetic_traces(tokenizer, ids, 1.0).preferred_positions
     assert tokenizer.decode([ids[i] for i in positions]) == "55"
 
 
 def test_long_calculations_are_recalled(tokenizer):
     text = "That is 987 * 12 = 11844 in all."
     ids = tokenizer.encode(text)
-    free = TraceWriter(tokenizer, ids, 1.0, max_tokens=500)
-    trace = free.write(free.calculation_positions[0], np.random.default_rng(0))
+    free = arithmetic_traces(tokenizer, ids, 1.0)
+    trace = free.write(free.preferred_positions[0], np.random.default_rng(0))
     for limit, calculates in ((len(trace), True), (len(trace) - 1, False)):
-        writer = TraceWriter(tokenizer, ids, 1.0, limit)
-        again = writer.write(free.calculation_positions[0], np.random.default_rng(0))
+        writer = arithmetic_traces(tokenizer, ids, 1.0, limit)
+        again = writer.write(free.preferred_positions[0], np.random.default_rng(0))
         assert (again == trace) == calculates and len(again) <= limit
 
 
 def test_calculation_share(tokenizer):
     text = "He had 93 - 38 = 55 left."
-    writer = TraceWriter(tokenizer, tokenizer.encode(text), 0.3, max_tokens=500)
+    writer = arithmetic_traces(tokenizer, tokenizer.encode(text), 0.3)
     rng = np.random.default_rng(0)
-    lengths = [len(writer.write(writer.calculation_positions[0], rng)) for _ in range(1000)]
+    lengths = [len(writer.write(writer.preferred_positions[0], rng)) for _ in range(1000)]
     assert 250 < sum(length > min(lengths) for length in lengths) < 350
 
 
 def test_a_drill_poses_a_calculation_and_carries_it_out(tokenizer):
     text = "He had 93 - 38 = 55 left."
-    writer = TraceWriter(tokenizer, tokenizer.encode(text), 0.0, max_tokens=500)
+    writer = arithmetic_traces(tokenizer, tokenizer.encode(text), 0.0)
     posed = set()
     for seed in range(20):
-        ids, given = writer.drill(np.random.default_rng(seed))
+        [(ids, given)] = writer.drills(np.random.default_rng(seed))
         reasoning, prediction = parts(tokenizer, ids)
         question = tokenizer.decode(reasoning[:given])
         left, right = map(int, re.fullmatch(r"(\d\d)-(\d\d):", question).groups())
@@ -640,4 +654,4 @@ def test_a_drill_poses_a_calculation_and_carries_it_out(tokenizer):
         assert tokenizer.decode(prediction) == str(left - right)
         posed.add(question)
     assert len(posed) > 15
-    assert TraceWriter(tokenizer, tokenizer.encode("No sums."), 0.0, 500).drill(np.random.default_rng(0)) is None
+    assert arithmetic_traces(tokenizer, tokenizer.encode("No sums."), 0.0).drills(np.random.default_rng(0)) == []

@@ -1,18 +1,14 @@
-"""Cold-start traces: what next-token reasoning looks like, for a policy that has never seen it.
+"""Traces that carry the arithmetic of a document out digit by digit, for the small policy of configs/rpt_tiny.py.
 
-A reasoning model is where the paper starts; a small base policy must first be shown the format. Two kinds of reasoning are
-shown, in the policy's own token ids:
-
-    recall      … he has 93 - 38 =  <think>93 - 38 = </think>\\boxed{5}
     calculate   … he has 93 - 38 =  <think>93-38: 3-8-0=5b 9-3-1=5 55</think>\\boxed{55}
 
-Recall repeats the end of the context and predicts. Calculation carries the written expression out digit by digit, which a
-single forward pass cannot. Where a calculation is due, the kind is drawn at random (`calculation_fraction`): the traces show
-how to calculate, not that it pays. Finding that out is left to the reward.
+A single forward pass of a small policy cannot do this. Where a calculation is due, the trace calculates or recalls at random
+(`calculation_fraction`): the traces show how to calculate, not that it pays. Learning that is left to the reward.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -20,9 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
-
-BOX = "\\boxed{"
+from rpt_jax.config import PretrainConfig
+from rpt_jax.errors import UserError
+from rpt_jax.prompts.traces import RecallTraces
+from rpt_jax.registry import TRACE_WRITERS
+from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 # Operands with operators between them, "=", result; a few words, units such as kg/cow or a currency sign may stand in between.
 _WORDS = r"(?:[^\d=+*/×\n.%-]|/(?=[a-z])){0,16}?"
@@ -167,69 +165,83 @@ def _divide(left: int, right: int) -> str:
     return " ".join([*steps, str(left // right)])
 
 
-class TraceWriter:
-    """Writes the reasoning and the boxed prediction for positions of one document."""
+@dataclasses.dataclass(frozen=True)
+class ArithmeticOptions:
+    """Settings of arithmetic traces."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, ids: Sequence[int], calculation_fraction: float, max_tokens: int, recalled: int = 4
-    ):
-        """`ids` are the document's; `max_tokens` bounds a trace (longer calculations are recalled).
+    # Fraction of a document's traces that are placed inside the result of a calculation, where it has any.
+    calculation_position_fraction: float = 1 / 3
+    # Fraction of the traces at such positions that carry the calculation out; the others recall.
+    calculation_fraction: float = 0.4
+    # Calculations like the document's, with other numbers, that are learned without the document.
+    drills_per_document: int = 0
 
-        `recalled` is how many tokens of context a recall repeats.
-        """
-        self._tokenizer, self._ids, self._bytes = tokenizer, list(ids), tokenizer.token_bytes(ids)
-        self._share, self._max_tokens, self._recalled = calculation_fraction, max_tokens, recalled
+    def __post_init__(self) -> None:
+        for name in ("calculation_position_fraction", "calculation_fraction"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"pretrain.trace_options.{name}={value} must be between 0 and 1.")
+        if self.drills_per_document < 0:
+            raise UserError(
+                f"pretrain.trace_options.drills_per_document={self.drills_per_document} must be at least 0."
+            )
+
+
+@TRACE_WRITERS.register("arithmetic", options=ArithmeticOptions)
+class ArithmeticTraces(RecallTraces):
+    """Traces that calculate where a calculation is due, and recall elsewhere."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], config: PretrainConfig, max_tokens: int):
+        super().__init__(tokenizer, ids, config, max_tokens)
+        self._options = config.trace_options or ArithmeticOptions()
+        self._bytes = tokenizer.token_bytes(ids)
         lengths = tokenizer.byte_vocab.lengths_V[np.asarray(self._ids, dtype=np.int64)]
         self._byte_offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self._calculations = {}
+        self._calculations: dict[int, tuple[Calculation, int]] = {}
         # A window of a document may begin and end inside of a character.
         text = self._bytes.decode("utf-8", "surrogateescape")
         for calculation in find_calculations(text):
-            start, end = (
-                len(text[:i].encode("utf-8", "surrogateescape")) for i in (calculation.start, calculation.end)
-            )
-            for position in np.flatnonzero((self._byte_offsets[:-1] >= start) & (self._byte_offsets[:-1] < end)):
+            start = len(text[: calculation.start].encode("utf-8", "surrogateescape"))
+            end = len(text[: calculation.end].encode("utf-8", "surrogateescape"))
+            inside = (self._byte_offsets[:-1] >= start) & (self._byte_offsets[:-1] < end)
+            for position in np.flatnonzero(inside):
                 self._calculations[int(position)] = (calculation, end)
 
     @property
-    def calculation_positions(self) -> list[int]:
+    def preferred_positions(self) -> list[int]:
         """Token positions inside the result of a calculation."""
         return sorted(self._calculations)
 
-    def can_box(self, position: int) -> bool:
-        """Whether a box around token `position` reads as that token: the last opening of a box is the one that counts."""
-        return BOX.encode() not in self._tokenizer.token_bytes([self._ids[position]])
+    @property
+    def preferred_fraction(self) -> float:
+        return self._options.calculation_position_fraction
 
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
         """Return the response ids that reason at `position` and box the true continuation."""
-        if position in self._calculations and rng.random() < self._share:
+        if position in self._calculations and rng.random() < self._options.calculation_fraction:
             trace = self._calculate(position)
             if len(trace) <= self._max_tokens:
                 return trace
-        return self._recall(position)
+        return super().write(position, rng)
 
-    def drill(self, rng: np.random.Generator) -> tuple[list[int], int] | None:
-        """Return the response ids of a calculation like one of the document's, and how many of them pose it.
+    def drills(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
+        """Return calculations like the document's, each as response ids and the number of ids that pose it.
 
-        None where the document has no calculation. Documents use some numbers often and others never, and one wrong digit
-        spoils a whole calculation.
+        Documents use some numbers often and others never, and one wrong digit spoils a whole calculation.
         """
         if not self._calculations:
-            return None
-        steps = work_out(*similar(self._calculations[int(rng.choice(self.calculation_positions))][0], rng))
-        question, result = (self._tokenizer.encode(x) for x in (steps.split(" ")[0], steps.split(" ")[-1]))
-        return self._close(self._tokenizer.encode(steps), result), len(question)
+            return []
+        return [self._drill(rng) for _ in range(self._options.drills_per_document)]
+
+    def _drill(self, rng: np.random.Generator) -> tuple[list[int], int]:
+        calculation, _ = self._calculations[int(rng.choice(self.preferred_positions))]
+        steps = work_out(*similar(calculation, rng))
+        question = self._tokenizer.encode(steps.split(" ")[0])
+        result = self._tokenizer.encode(steps.split(" ")[-1])
+        return self._trace(self._tokenizer.encode(steps), result), len(question)
 
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]
         steps = work_out(calculation.numbers, calculation.operator)
         rest = self._bytes[self._byte_offsets[position] : end].decode()
-        return self._close(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
-
-    def _recall(self, position: int) -> list[int]:
-        return self._close(self._ids[max(0, position - self._recalled) : position], [self._ids[position]])
-
-    def _close(self, reasoning: list[int], prediction: list[int]) -> list[int]:
-        t = self._tokenizer
-        end_think = [t.end_think_id] if t.end_think_id >= 0 else t.encode(END_THINK)
-        return [*reasoning, *end_think, *t.encode(BOX), *prediction, *t.encode("}"), t.eos_id]
+        return self._trace(self._tokenizer.encode(steps), self._tokenizer.encode(rest))

@@ -1,0 +1,17 @@
+"""Config fields of earlier versions, and what they are called now."""
+
+RENAMED = {
+    "data.documents": "data.source_options.documents",
+    "data.held_out_templates": "data.source_options.held_out_templates",
+    "data.kept_share": "data.keep_fraction",
+    "data.entropy_renormalised": "data.entropy_renormalized",
+    "data.refresh_steps": "data.rescore_every_steps",
+    "data.refresh_windows": "data.rescore_windows",
+    "prompt.open_think": "prompt.prefill_think_token",
+    "pretrain.due_share": "pretrain.trace_options.calculation_position_fraction",
+    "pretrain.calculation_share": "pretrain.trace_options.calculation_fraction",
+    "pretrain.drills_per_document": "pretrain.trace_options.drills_per_document",
+    "evaluation.template_positions": "evaluation.unseen_positions",
+    "evaluation.score_documents": "data.score_batch_windows",
+    "mesh.decode_tensor": "mesh.rollout_tensor",
+}

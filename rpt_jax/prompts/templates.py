@@ -1,0 +1,21 @@
+"""Built-in prompt templates: functions that return a text with one `{context}`."""
+
+from __future__ import annotations
+
+from rpt_jax.registry import PROMPT_TEMPLATES
+
+
+@PROMPT_TEMPLATES.register("plain")
+def plain() -> str:
+    """The context alone."""
+    return "{context}"
+
+
+@PROMPT_TEMPLATES.register("v0")
+def version_0() -> str:
+    """The instruction of the paper's template v0 (Table 10), in our words."""
+    return (
+        'Continue the text under "### Context" by predicting its next token. Think step by step about which token is the most\n'
+        "probable, then put it inside \\boxed{}. The token may begin with a space: keep the space inside the box. Write the token as\n"
+        "it is, without \\text{}.\n\n### Context\n{context}\n"
+    )
