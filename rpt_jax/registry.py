@@ -29,11 +29,13 @@ class Requirements:
 
     Attributes:
       fields: fields of the same config section that only have a meaning with this choice (or with others that name them too).
+      needs: (field, value) pairs of the same section that this choice cannot do without.
       options: frozen dataclass of settings that only this choice has; None where it has none. The config field beside the name
         (`data.source_options` beside `data.source`) holds an instance.
     """
 
     fields: tuple[str, ...] = ()
+    needs: tuple[tuple[str, str], ...] = ()
     options: type | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
@@ -14,48 +15,99 @@ from typing import Any
 import ml_collections
 
 from rpt_jax.config.dataclass_io import build, override
+from rpt_jax.config.renamed import RENAMED
 from rpt_jax.config.schema import Experiment
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError, nearest
 from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
 
-# Fields that hold the options of a choice, by the registry of that choice.
+# Fields that hold the options of a choice, and the registry of that choice.
 _OPTIONS = {"data.source_options": CORPUS_SOURCES, "pretrain.trace_options": TRACE_WRITERS}
 
 
 def default_config() -> ml_collections.ConfigDict:
     """Return every field with its default, for a config file to change; assigning to an unknown field raises there."""
-    config = ml_collections.ConfigDict(dataclasses.asdict(Experiment())).lock()
+    values = dataclasses.asdict(Experiment())
     for name in _OPTIONS:
         section, _, field = name.partition(".")
-        with config.unlocked():
-            config[section][field] = ml_collections.ConfigDict()
+        values[section][field] = {}
+    config = ml_collections.ConfigDict(values).lock()
     for name in _OPTIONS:
         section, _, field = name.partition(".")
-        # Which options there are depends on the choice: they are checked when the file has been read.
+        # Which options there are depends on the choice: they are checked after the file has been read.
         config[section][field].unlock()
     return config
 
 
 def load_config_file(path: str) -> Mapping[str, Any]:
-    """Return what `get_config()` of the Python file `path` returns. Raises: UserError, naming file and line."""
+    """Return what `get_config()` of a Python file returns.
+
+    Raises: UserError, where there is no such file, and with file and line for any error in it.
+    """
     if not Path(path).is_file():
-        raise UserError(f"--config={path} is no file.{nearest(path, map(str, Path('configs').glob('*.py')))}")
+        known = map(str, Path("configs").glob("*.py"))
+        raise UserError(f"config file not found: {path}.{nearest(path, known)}", field="--config")
     try:
         module = _import_file(Path(path))
         config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:  # noqa: BLE001 - whatever a user's own file does wrong.
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
-        reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-        raise UserError(f"{path}:{line} raises {type(error).__name__}: {reason}") from None
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything.
+        raise _error_in_file(path, error) from None
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"{path} must define get_config(), which returns default_config() with fields changed.")
+        raise UserError(
+            f"{path} must define get_config(), which returns default_config() with fields changed.", field="--config"
+        )
     return config
 
 
+def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
+    """Validate a config against the schema.
+
+    Args:
+      config: nested values by field name; fields that are missing have their defaults.
+      overrides: assignments of a command line, `section.field=value`, which are applied last.
+
+    Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
+      wrong types and impossible values.
+    """
+    fields = dataclasses.asdict(build(Experiment, dict(config)))
+    overrides = list(overrides)
+    option_prefixes = tuple(f"{name}." for name in _OPTIONS)
+    for assignment in overrides:
+        if not assignment.startswith(option_prefixes):
+            override(Experiment, fields, assignment)
+    # Which options there are is known only now that no choice changes any more.
+    for name, registry in _OPTIONS.items():
+        section, _, field = name.partition(".")
+        chosen = registry[fields[section][registry.field.partition(".")[2]]]
+        assignments = [a.removeprefix(f"{name}.") for a in overrides if a.startswith(f"{name}.")]
+        fields[section][field] = _build_options(name, registry, chosen, fields[section][field], assignments)
+    experiment = build(Experiment, fields)
+    check_experiment(experiment)
+    return experiment
+
+
+def _build_options(name: str, registry: Registry, chosen: Choice, given: Any, assignments: list[str]) -> Any:
+    """Return the options of a choice as an instance of its dataclass, None where it has no options. Raises: UserError."""
+    schema = chosen.requirements.options
+    if isinstance(given, Mapping | ml_collections.ConfigDict):
+        values = dict(given)
+    elif given is None:
+        values = {}
+    else:
+        raise UserError(f"{name}={given!r} is a section: give its fields, not a value.", field=name)
+    if schema is None:
+        unknown = [*values, *(assignment.partition("=")[0] for assignment in assignments)]
+        if unknown:
+            raise UserError(f"{name}.{unknown[0]}: {registry.field}='{chosen.name}' has no options.", field=name)
+        return None
+    fields = dataclasses.asdict(build(schema, values, f"{name}."))
+    for assignment in assignments:
+        override(schema, fields, assignment, f"{name}.")
+    return build(schema, fields, f"{name}.")
+
+
 def _import_file(path: Path) -> ModuleType:
-    """Import a config file as a module, so that what it registers can be found by worker processes too.
+    """Import a config file as a module, so that worker processes find what it registers.
 
     Its folder joins `sys.path`: a config file may import another one, or modules that lie next to it.
     """
@@ -73,42 +125,15 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
-    """Validate a config, with `overrides` as a command line gives them (`section.field=value`), against the schema.
-
-    Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
-    wrong types and impossible values.
-    """
-    fields = dataclasses.asdict(build(Experiment, dict(config)))
-    overrides = list(overrides)
-    of_options = [a for a in overrides if a.startswith(tuple(f"{name}." for name in _OPTIONS))]
-    for assignment in overrides:
-        if assignment not in of_options:
-            override(Experiment, fields, assignment)
-    for name, registry in _OPTIONS.items():
-        section, _, field = name.partition(".")
-        chosen = registry[fields[section][registry.field.partition(".")[2]]]
-        assignments = [a.removeprefix(f"{name}.") for a in of_options if a.startswith(f"{name}.")]
-        fields[section][field] = _options(name, registry, chosen, fields[section][field], assignments)
-    experiment = build(Experiment, fields)
-    check_experiment(experiment)
-    return experiment
-
-
-def _options(name: str, registry: Registry, chosen: Choice, given: Any, assignments: list[str]) -> Any:
-    """Return the options of a choice, given as a mapping or an instance. Raises: UserError, for what it does not have."""
-    schema = chosen.requirements.options
-    if isinstance(given, Mapping | ml_collections.ConfigDict):
-        values = dict(given)
-    elif given is None:
-        values = {}
-    else:
-        raise UserError(f"{name}={given!r} is a section: give its fields, not a value.", field=name)
-    if schema is None:
-        if unknown := [*values, *assignments]:
-            raise UserError(f"{name}.{unknown[0]}: {registry.field}='{chosen.name}' has no options.", field=name)
-        return None
-    fields = dataclasses.asdict(build(schema, values, f"{name}."))
-    for assignment in assignments:
-        override(schema, fields, assignment, f"{name}.")
-    return build(schema, fields, f"{name}.")
+def _error_in_file(path: str, error: Exception) -> UserError:
+    """Return what went wrong in a config file, with its line."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
+    reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+    message = f"{path}:{line} raises {type(error).__name__}: {reason}"
+    # ml_collections names the field that does not exist, without its section.
+    if missing := re.search(r'Key "(\w+)" does not exist', reason):
+        for old, new in RENAMED.items():
+            if old.rpartition(".")[2] == missing[1]:
+                message += f" ({old} is called {new} now.)"
+    return UserError(message, field="--config")

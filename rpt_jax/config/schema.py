@@ -1,8 +1,9 @@
 """The schema of an experiment: frozen dataclasses that every config file is validated into.
 
-A file in `configs/` returns an `ml_collections.ConfigDict` with these names; `from_config_dict` turns it into an
-`Experiment` and refuses unknown names, wrong types and impossible values by name. Fields marked [memory] change speed and
-memory, never results.
+A config file returns an `ml_collections.ConfigDict` with these names (`default_config`), and `from_config_dict` turns it into an
+`Experiment`. The comment above each field is its documentation: the reference page is generated from it. A comment that begins
+with "[memory]" marks a field that changes speed and memory, but not results. "Paper" is arXiv 2506.08007; "verl" is the framework
+that the paper used, with its defaults of June 2025; where neither is named, the default is ours.
 """
 
 from __future__ import annotations
@@ -13,216 +14,323 @@ from typing import Any
 TASKS = ("rpt", "pretrain", "score")
 LONG_CONTEXTS = ("cut", "cut_at_line")
 SCHEDULES = ("constant", "cosine")
+DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
+DIVERGENCE_ACTIONS = ("warn", "stop")
 
-
-# An instance of the options dataclass of the choice that the field before names; None for its defaults.
+# An instance of the options dataclass of the choice that the field before names, or None for its defaults.
 Options = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    path: str = ""  # A Hugging Face directory (config.json, weights, tokenizer) or a .gguf file; "" = random weights of `preset`.
-    preset: str = "tiny"  # A name in model/model_config.py; checked against the directory when both are given.
-    dtype: str = "float32"  # Compute dtype; parameters and reductions stay float32.
-    remat: str = (
-        "none"  # [memory] What each layer's backward pass recomputes: "none", all but products "dots", all "full".
-    )
-    attention: str = "auto"  # [memory] "reference", "blockwise", "cudnn", "splash"; "auto": the platform's best.
+    """The model that is trained."""
+
+    # Directory of a Hugging Face model (config.json, weights, tokenizer) or a .gguf file; "" for random weights of `preset`.
+    path: str = ""
+    # Name of a model configuration in model/model_config.py; must match `path` where both are given, "" for no check.
+    preset: str = "tiny"
+    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and the head stay float32.
+    dtype: str = "float32"
+    # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full".
+    remat: str = "none"
+    # [memory] Attention kernel: "reference", "blockwise", "cudnn", "splash", or "auto" for the best one of the platform.
+    attention: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = "gsm_symbolic"  # "gsm_symbolic", "champ" or "path".
-    # Settings of that source alone; None = its defaults.
+    """The corpus, and the positions of it that become prompts."""
+
+    # Corpus source, by its registered name: "gsm_symbolic", "champ", "path" (your own files), or one that you register.
+    source: str = "gsm_symbolic"
+    # Options of the source, such as `data.source_options.documents` of "gsm_symbolic".
     source_options: Options = None
-    # With source "path": a file (.txt, .jsonl, both also .gz or .zst, .parquet, .arrow, .array_record), a folder or a glob; or
-    # several with commas between them, with weights ("0.7=wiki/*.parquet,0.3=math") or without.
+    # File, folder or glob of source "path" (.txt, .jsonl, also .gz or .zst, .parquet, .arrow, .array_record); several are separated
+    # by commas, with sampling weights ("0.7=wiki/*.parquet,0.3=math.jsonl") or without.
     path: str = ""
-    text_field: str = "text"  # The field of a record that holds the document.
-    document_template: str = ""  # In place of it, a text with fields in braces: "{problem}\n{solution}".
-    max_document_bytes: int = 16_777_216  # Longer documents are left out.
-    strict: bool = (
-        False  # Stop at the first document that is empty, too long or damaged, instead of counting and listing it.
-    )
-    held_out_documents: int = 300  # Documents kept out of training for evaluation.
-    shard: str = (
-        ""  # Task "score": prepare this shard alone, as "3/64" (from 0/64 to 63/64); "" = all, as many as needed.
-    )
-    prepared: str = (
-        ""  # The workdir of a finished task "score"; "" = prepare the corpus at the start of the run, in its workdir.
-    )
-    seed: int = 0  # Fixes the documents and the split, apart from the seed of the run.
-    max_document_tokens: int = 256  # Longer documents become several windows of so many tokens.
-    min_context: int = 16  # Tokens of context before the first position that may be asked for.
+    # Record field that holds the text of a document.
+    text_field: str = "text"
+    # Text with record fields in braces, such as "{problem}\n{solution}", that replaces `text_field`; "" for none.
+    document_template: str = ""
+    # Documents with more bytes than this are rejected.
+    max_document_bytes: int = 16_777_216
+    # Stop at the first rejected document; by default rejected documents are counted and listed.
+    strict: bool = False
+    # Number of documents that are held out for evaluation, at most a fifth of the corpus (paper: 200).
+    held_out_documents: int = 300
+    # Part of the corpus that task "score" prepares, such as "3/64" (of "0/64" to "63/64"); "" for all of it.
+    shard: str = ""
+    # Run directory of a finished task "score" whose prepared corpus is used; "" to prepare the corpus at the start of the run.
+    prepared: str = ""
+    # Seed of generated documents and of the split, independent of the run's seed.
+    seed: int = 0
+    # Longer documents are cut into windows of at most this many tokens.
+    max_document_tokens: int = 256
+    # A position must have at least this many tokens of its window before it.
+    min_context: int = 16
     # [memory] Windows per forward pass when entropies are scored.
     score_batch_windows: int = 32
-    entropy_top_k: int = 16  # The proxy's entropy is taken over its k likeliest next tokens (paper, section 3.3).
-    entropy_renormalized: bool = True  # Among those k; False: what they contribute to the entropy over the vocabulary.
-    # Which positions are trained on: "threshold", "quantile" (the hardest keep_fraction of all), "every", "random" (keep_fraction of
-    # all: the baseline), "curriculum" (those above the threshold, easy ones first, in eight stages over the run),
-    # "self_entropy" (the hardest keep_fraction for the policy itself, which scores documents anew every rescore_every_steps).
+    # The proxy's entropy is computed over its k most likely next tokens (paper, section 3.3: 16).
+    entropy_top_k: int = 16
+    # Renormalize the probabilities of those k tokens; False uses their terms of the entropy over the whole vocabulary.
+    entropy_renormalized: bool = True
+    # Positions to train on, by registered name: "threshold", "quantile", "every", "random", "curriculum" or "self_entropy".
     positions: str = "threshold"
-    rescore_every_steps: int = 100  # Steps from one choice of "self_entropy" to the next.
-    rescore_windows: int = 1024  # "self_entropy": documents, or windows of them, that are scored each time.
-    positions_per_document: int = 0  # At most so many in a step's batch; 0 = as chance has it.
-    workers: int = 0  # Processes that build prompts ahead; 0 = a thread of the run's own.
-    keep_fraction: float = 0.2  # For "quantile", "random" and "self_entropy".
-    entropy_threshold: float = 0.5  # Positions at or under it (nats) are dropped; the paper does not give its value.
+    # Steps between two choices of positions by the policy's own entropies ("self_entropy").
+    rescore_every_steps: int = 100
+    # Windows that are scored for each such choice ("self_entropy").
+    rescore_windows: int = 1024
+    # Maximum number of positions of one window in a step's batch; 0 for no limit.
+    positions_per_document: int = 0
+    # Worker processes that build prompts ahead; 0 for a thread of the training process.
+    workers: int = 0
+    # Fraction of all positions that "quantile", "random" and "self_entropy" keep.
+    keep_fraction: float = 0.2
+    # Entropy in nats above which "threshold" and "curriculum" keep a position, and evaluation too (the paper gives no value).
+    entropy_threshold: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    template: str = "plain"  # A name in configs/templates/ or the path of a file with one {context}.
-    chat_template: bool = False  # Put it where the model's own chat template has the user's message.
-    prefill_think_token: bool = True  # End the prompt with the start-of-thinking token.
-    max_tokens: int = 256  # Longer contexts lose their oldest tokens,
-    long_context: str = (
-        "cut"  # as many as must be ("cut"), or on to the end of a line within the older half ("cut_at_line").
-    )
-    reference_bytes: int = 64  # How much of the true continuation a prediction may cover.
+    """How a position becomes a prompt."""
+
+    # Prompt template, by its registered name ("plain", "v0") or the path of a text file with one {context}.
+    template: str = "plain"
+    # Put the prompt where the model's own chat template has the user's message.
+    chat_template: bool = False
+    # End the prompt with the start-of-thinking token, so that the response begins with the reasoning.
+    prefill_think_token: bool = True
+    # Maximum number of tokens of a prompt; longer contexts lose their oldest tokens (paper, Table 5: 4,096).
+    max_tokens: int = 256
+    # How long contexts are shortened: "cut" at any token, "cut_at_line" at the end of a line where there is one near.
+    long_context: str = "cut"
+    # Bytes of the true continuation that a prediction is compared with; a longer prediction earns nothing.
+    reference_bytes: int = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    samples_per_prompt: int = 8  # G of GRPO.
+    """How responses are sampled."""
+
+    # Responses that are sampled for each prompt, the group size G of GRPO (paper, Table 5: 8).
+    samples_per_prompt: int = 8
+    # Sampling temperature, also that of the trained distribution (paper, Table 5: 0.8).
     temperature: float = 0.8
+    # Maximum number of tokens of a response (paper, Table 5: 8,192).
     max_new_tokens: int = 48
-    top_k: int = 0  # Draw from the k likeliest tokens only; 0: from all. Needs objective.importance, as top_p does.
-    top_p: float = 1.0  # Draw from the fewest tokens that hold this share only.
-    stop_at_box: bool = False  # End a response at the brace that closes its box after thinking.
-    decode_slots: int = 0  # [memory] Rollouts that are live at once; 0: all, or as many as fit.
-    prefill_tokens: int = 4096  # [memory] Tokens of prompts that are prefilled at one time.
+    # Sample from the k most likely tokens; 0 for all. Needs `objective.importance`, because the trained distribution is another.
+    top_k: int = 0
+    # Sample from the smallest set of tokens with this probability mass; 1 for all. Needs `objective.importance`.
+    top_p: float = 1.0
+    # End a response at the brace that closes its box after the reasoning.
+    stop_at_box: bool = False
+    # [memory] Rollouts that are decoded at the same time; 0 for all, or for as many as fit.
+    decode_slots: int = 0
+    # [memory] Prompt tokens that are prefilled at the same time.
+    prefill_tokens: int = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is maximized; names are those of config/validation.py. Defaults are the paper's or, where it is silent, verl's."""
+    """What is maximized. Defaults are the paper's or, where it is silent, verl's."""
 
-    reward: str = "prefix"  # One of REWARDS: the paper's Equation 3, or what others put in its place.
-    reference_tokens: int = 1  # Tokens of the true continuation that "info_gain", "mean_prob" and "log_prob" score.
-    baseline_decay: float = 0.999  # "info_gain": of the moving average that predicts without reasoning.
-    format_weight: float = 0.0  # Added to the reward of a finished response with a box.
-    overlong_weight: float = 0.0  # Taken off that of one that fills the length limit, in part over
-    overlong_tokens: int = 0  # the last so many tokens before the limit.
-    budget_weight: float = 0.0  # Share of the reward that asks for reasoning of so many tokens:
-    budget_start: int = 0  # in the first step,
-    budget_decay: float = 1.0  # this part of it in the last,
-    budget_min: int = 1  # and never fewer.
-    advantage: str = "grpo"  # One of ADVANTAGES.
-    advantage_epsilon: float = 1e-6  # Added to the standard deviation of "grpo" and "batch".
-    loss: str = "clip"  # One of LOSSES.
-    clip_low: float = 0.2  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    # Training reward, by registered name: the paper's "prefix" (Equation 3), or an alternative.
+    reward: str = "prefix"
+    # Tokens of the true continuation that "info_gain", "mean_prob" and "log_prob" score.
+    reference_tokens: int = 1
+    # Decay of the moving average of parameters that "info_gain" compares with.
+    baseline_decay: float = 0.999
+    # Weight of a reward of 1 for a finished response with a box; 0 for none.
+    format_weight: float = 0.0
+    # Weight of the penalty for responses near the length limit (DAPO's soft overlong punishment); 0 for none.
+    overlong_weight: float = 0.0
+    # The penalty ramps up over this many tokens before the limit.
+    overlong_tokens: int = 0
+    # Fraction of the reward that is given for reasoning of a target length; 0 for none.
+    budget_weight: float = 0.0
+    # Target length of the reasoning in the first step, in tokens.
+    budget_start: int = 0
+    # Factor by which the target length shrinks from the first step to the last.
+    budget_decay: float = 1.0
+    # Lower bound of the target length, in tokens.
+    budget_min: int = 1
+    # Group-relative advantage, by registered name (paper: "grpo").
+    advantage: str = "grpo"
+    # Added to the standard deviation that "grpo" and "batch" divide by (verl).
+    advantage_epsilon: float = 1e-6
+    # Policy-gradient loss, by registered name (paper: "clip").
+    loss: str = "clip"
+    # The probability ratio is clipped from below at 1 - clip_low (verl).
+    clip_low: float = 0.2
+    # The probability ratio is clipped from above at 1 + clip_high (verl).
     clip_high: float = 0.2
-    dual_clip: float = 3.0  # "dual_clip": what a bad token costs at most, in advantages.
-    aggregation: str = "token_mean"  # One of AGGREGATIONS.
-    importance: str = "none"  # "truncate" or "mask" weights tokens by trainer's over sampler's probability,
-    importance_low: float = 0.5  # "mask" only where that is at least so much
-    importance_high: float = 2.0  # and at most so much; "truncate" takes no larger weight.
-    kl: str = "none"  # "k1", "k2" or "k3" holds the policy to the one that it started as,
-    kl_weight: float = 0.0  # with this weight.
-    entropy_weight: float = 0.0  # Of the policy's entropy, which is to be large.
-    document_weight: float = 0.0  # Of the next-token cross-entropy of the documents that the prompts are from.
+    # Upper bound of the loss of a token with a negative advantage, as a multiple of the advantage ("dual_clip").
+    dual_clip: float = 3.0
+    # How token losses become one number: "token_mean" (verl), "sequence_mean" or "constant".
+    aggregation: str = "token_mean"
+    # Correction of the difference between sampler and trainer, by the ratio of their probabilities: "none", "truncate" or "mask".
+    importance: str = "none"
+    # "mask" drops tokens whose ratio is below this.
+    importance_low: float = 0.5
+    # "mask" drops tokens whose ratio is above this; "truncate" caps the ratio here.
+    importance_high: float = 2.0
+    # Estimator of the KL divergence from the starting policy: "none" (paper), "k1", "k2" or "k3".
+    kl: str = "none"
+    # Weight of the KL divergence.
+    kl_weight: float = 0.0
+    # Weight of the entropy bonus.
+    entropy_weight: float = 0.0
+    # Weight of the next-token cross-entropy of the windows that the prompts are from.
+    document_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW."""
+
+    # Peak learning rate (paper, Table 5: 1e-6).
     learning_rate: float = 1e-6
+    # Steps of linear warm-up (verl: 0).
     warmup_steps: int = 0
-    schedule: str = "constant"  # "constant" or "cosine" (to a tenth) over `training.total_steps`.
+    # Schedule after the warm-up: "constant" (verl), or "cosine" to a tenth of the peak over `training.total_steps`.
+    schedule: str = "constant"
+    # Decay of the first moment (paper, Table 5).
     beta1: float = 0.9
+    # Decay of the second moment (paper, Table 5).
     beta2: float = 0.999
+    # Added to the root of the second moment.
     epsilon: float = 1e-8
+    # Decoupled weight decay (paper, Table 5).
     weight_decay: float = 0.01
+    # The gradient is scaled down to this global norm (paper, Table 5: "actor gradient clip").
     max_grad_norm: float = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
+    """The training loop."""
+
+    # Number of steps (paper, section 3.3: 1,000).
     total_steps: int = 1000
+    # Prompts of a step, over all devices (paper, Table 5: 256).
     prompts_per_step: int = 256
-    minibatches_per_step: int = 1  # 1 = exactly on-policy, the paper's choice.
-    dynamic_sampling_from: int = 500  # From this step on, groups without variance are replaced by fresh prompts.
-    dynamic_sampling_rounds: int = 3  # At most so many rounds of generation a step.
-    microbatch_tokens: int = (
-        65536  # [memory] Tokens of a forward and backward pass on each device: prefixes and responses.
-    )
-    logit_chunk_tokens: int = 4096  # [memory] Tokens whose logits exist at one time.
-    log_rollouts_every: int = 50  # Steps between the rollouts that are shown as text.
+    # Optimizer steps on each batch of rollouts; 1 is exactly on-policy (paper, Table 5).
+    minibatches_per_step: int = 1
+    # First step of dynamic sampling, which replaces groups without reward variance by fresh prompts (paper, section 3.3: 500).
+    dynamic_sampling_from: int = 500
+    # Maximum number of rounds of generation in a step of dynamic sampling.
+    dynamic_sampling_rounds: int = 3
+    # [memory] Tokens of a forward and backward pass on each device, prompts and responses together.
+    microbatch_tokens: int = 65536
+    # [memory] Tokens whose logits exist at the same time.
+    logit_chunk_tokens: int = 4096
+    # Steps between two prints of sampled responses.
+    log_rollouts_every: int = 50
 
 
 @dataclasses.dataclass(frozen=True)
 class ColdStartConfig:
-    """Steps of pre-training, as section pretrain says, that task "rpt" begins with: a format is learned in few of them."""
+    """Pre-training steps on written traces with which task "rpt" begins, for a policy that does not know the format."""
 
+    # Number of steps; 0 for no cold start. Section `pretrain` says what they learn.
     total_steps: int = 0
-    learning_rate: float = 1e-4  # In place of the optimizer's, whose other settings hold.
+    # Learning rate of these steps; all other settings are those of section `optimizer`.
+    learning_rate: float = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
+    """Next-token pre-training on documents and on cold-start traces."""
+
+    # Documents of a step, over all devices.
     documents_per_step: int = 16
-    document_weight: float = 1.0  # Weight of the documents' mean cross-entropy: 0 teaches traces alone.
-    traces_per_document: int = 18  # Cold-start traces learned beside each document,
-    # What the traces reason: "recall" (the end of the context) or "arithmetic" (also calculations of the document).
+    # Weight of the mean cross-entropy of the documents; 0 to learn traces only.
+    document_weight: float = 1.0
+    # Traces that are learned with each document.
+    traces_per_document: int = 18
+    # What the traces reason, by registered name: "recall" (repeat the end of the context) or "arithmetic" (calculate where due).
     traces: str = "recall"
-    # Settings of those traces alone; None = their defaults.
+    # Options of the traces, such as `pretrain.trace_options.calculation_fraction` of "arithmetic".
     trace_options: Options = None
-    recalled_tokens: int = 4  # Tokens of context that a trace repeats where nothing is calculated.
-    rows_per_document: int = 4  # Traces and drills are packed into so many rows
-    row_tokens: int = 64  # of so many tokens; a longer calculation is not shown.
-    trace_weight: float = 1.0  # Weight of the traces' mean cross-entropy.
+    # Tokens of context that a recalling trace repeats.
+    recalled_tokens: int = 4
+    # The traces of a document are packed into this many rows.
+    rows_per_document: int = 4
+    # Tokens of such a row; a longer trace is left out.
+    row_tokens: int = 64
+    # Weight of the mean cross-entropy of the traces.
+    trace_weight: float = 1.0
+    # Vocabulary of the tokenizer that is trained where `policy.path` is empty.
     vocab_size: int = 1024
-    export: str = ""  # Directory to write the finished policy to, for `policy.path` of later runs.
+    # Directory that the finished policy is written to; "" for `policy/` in the run directory.
+    export: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Predictions are sampled as in training: `rollout.samples_per_prompt` of each, whose mean is the accuracy."""
+    """Next-token accuracy on held-out documents; `rollout.samples_per_prompt` predictions are sampled at each position."""
 
+    # Steps between evaluations (paper, section 4.2: 100).
     every_steps: int = 100
-    positions: int = 600  # Held-out positions above the entropy threshold; the same in every evaluation of a run.
-    unseen_positions: int = 200  # Positions of documents of a kind that is never trained on, where the corpus has such.
+    # Held-out positions above the entropy threshold, the same in every evaluation of a run.
+    positions: int = 600
+    # The same for documents of a kind that training never sees, where the corpus has any.
+    unseen_positions: int = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """Checkpoints, and what a stop signal may take."""
+
+    # Steps between checkpoints.
     every_steps: int = 100
+    # Number of checkpoints that are kept.
     keep: int = 2
-    grace_seconds: float = 60.0  # To save after a first SIGTERM or SIGINT; with several processes to end the step, too.
+    # Seconds to save in after a first SIGTERM or SIGINT; with several processes also to end the step.
+    grace_seconds: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """Rules on the mean of some steps of task "rpt"; 0 is no rule."""
+    """Rules that stop or report a run that goes wrong; each holds a mean over some steps against a bound, and 0 turns it off."""
 
-    action: str = "warn"  # What a broken rule does: "warn", or "stop" (exit code 4).
-    window: int = 10  # Steps.
-    reward_collapse: float = 0.0  # The reward may not fall below this share of the best that it has been.
-    entropy_floor: float = 0.0  # The policy's entropy may not fall below so many nats a token.
-    mismatch_ceiling: float = 0.0  # Sampler and trainer may differ by no more in a token's log-probability.
+    # What a broken rule does: "warn", or "stop" with exit code 4.
+    action: str = "warn"
+    # Steps of the mean.
+    window: int = 10
+    # The reward must not fall below this fraction of its best mean.
+    reward_collapse: float = 0.0
+    # The policy's entropy must not fall below this many nats per token.
+    entropy_floor: float = 0.0
+    # The log-probabilities of sampler and trainer must not differ by more than this per token.
+    mismatch_ceiling: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 (at most once) takes all that are left.
+    """Devices along each axis of the mesh. One axis may be -1, which takes all devices that are left."""
 
-    Attributes:
-      rollout_tensor: that share a policy while it samples, of one host where they can be; 0 = as many as mesh.tensor.
-      split_rows: the tokens of an update's row over the devices of mesh.tensor, for long contexts.
-    """
-
+    # Replicas of the policy and its optimizer; the batch is split over them.
     data: int = -1
+    # Devices over which parameters and optimizer state are split by width, and the batch too.
     fsdp: int = 1
+    # Devices over which each layer is split by heads and feed-forward units.
     tensor: int = 1
+    # Tensor-parallel size of rollouts, within one host where possible; 0 for the same as `tensor`.
     rollout_tensor: int = 0
+    # [memory] Also split the tokens of an update's row over the devices of `tensor`, outside of attention (sequence parallelism).
     split_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
+    """A whole experiment: the task, the seed and a section for each part."""
+
+    # What to run: "rpt" (reinforcement pre-training), "pretrain" (next-token pre-training) or "score" (prepare a corpus).
     task: str = "rpt"
+    # Seed of everything random in the run but the corpus.
     seed: int = 0
     policy: PolicyConfig = PolicyConfig()
     data: DataConfig = DataConfig()

@@ -7,6 +7,8 @@ from typing import Any
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.schema import (
     ATTENTIONS,
+    DIVERGENCE_ACTIONS,
+    DTYPES,
     LONG_CONTEXTS,
     REMATS,
     SCHEDULES,
@@ -17,94 +19,137 @@ from rpt_jax.config.schema import (
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOICES, TRACE_WRITERS, Registry
 
-# A weight, and the fields that describe what it weighs; the first of them has no default that would do.
-_WEIGHED = {
+# Fields with a fixed set of names. All other fields that name something are checked against their registry.
+_NAMES = {
+    "task": TASKS,
+    "policy.dtype": DTYPES,
+    "policy.remat": REMATS,
+    "policy.attention": ATTENTIONS,
+    "prompt.long_context": LONG_CONTEXTS,
+    "optimizer.schedule": SCHEDULES,
+    "divergence.action": DIVERGENCE_ACTIONS,
+}
+# Each weight of the objective with the fields that only have a meaning where it is not 0; it needs the first of them to be set.
+_WEIGHTED_TERMS = {
     "kl_weight": ("kl",),
     "overlong_weight": ("overlong_tokens",),
     "budget_weight": ("budget_start", "budget_decay", "budget_min"),
 }
 
 
-def check_objective(config: ObjectiveConfig, response_limit: int) -> None:
-    """Refuse unknown names, and fields that would do nothing without another one. Raises: UserError."""
+def check_experiment(experiment: Experiment) -> None:
+    """Refuse impossible values and combinations of fields.
+
+    Raises: UserError, naming the field, its value and what was expected.
+    """
+    values = dict(leaves(experiment))
+    for name, allowed in _NAMES.items():
+        check_choice(name, values[name], allowed)
+    _check_named_choice(experiment.data, CORPUS_SOURCES)
+    _check_named_choice(experiment.data, POSITION_CHOICES)
+    _check_named_choice(experiment.pretrain, TRACE_WRITERS)
     for registry in OBJECTIVE_REGISTRIES:
-        _check_named_fields(config, registry)
-    values, defaults = vars(config), vars(type(config)())
-    for weight, fields in _WEIGHED.items():
-        for field in fields:
-            if values[field] != defaults[field] and not values[weight]:
-                raise UserError(f"objective.{field}={values[field]} does nothing while objective.{weight} is 0.")
-        if values[weight] and values[fields[0]] == defaults[fields[0]]:
-            raise UserError(f"objective.{weight}={values[weight]:g} needs objective.{fields[0]} too.")
-    if config.loss == "gspo" and config.aggregation != "sequence_mean":
-        raise UserError(
-            f"objective.loss='gspo' is a mean over sequences (2507.18071, Equation 5), not "
-            f"objective.aggregation='{config.aggregation}': set that to 'sequence_mean'."
-        )
-    if config.overlong_tokens > response_limit:
-        raise UserError(
-            f"objective.overlong_tokens={config.overlong_tokens} must be at most rollout.max_new_tokens={response_limit}."
-        )
+        _check_named_choice(experiment.objective, registry)
+
+    for name, (low, high) in _BOUNDS.items():
+        if not low <= values[name] <= high:
+            raise UserError(f"{name}={values[name]} must be between {low:.10g} and {high:.10g}.", field=name)
+    for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        if values[name] < 1 and values[name] != -1:
+            raise UserError(
+                f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.", field=name
+            )
+
+    _check_weighted_terms(experiment.objective)
+    _check_sizes(experiment)
+    _check_sampling_distribution(experiment)
 
 
-def _check_named_fields(config: Any, registry: Registry) -> None:
-    """Check a field that names a choice, and that no field which belongs to other choices was set. Raises: UserError."""
-    section, _, name = registry.field.partition(".")
-    chosen = getattr(config, name)
+def _check_named_choice(section: Any, registry: Registry) -> None:
+    """Check a field that names a registered choice, and the fields that belong to it. Raises: UserError."""
+    prefix, _, name = registry.field.partition(".")
+    chosen = getattr(section, name)
     registry.check(chosen)
-    users: dict[str, list[str]] = {}
+    defaults = type(section)()
+    owners: dict[str, list[str]] = {}
     for choice in registry.choices():
         for field in choice.requirements.fields:
-            users.setdefault(field, []).append(choice.name)
-    defaults = type(config)()
-    for field, names in users.items():
-        value = getattr(config, field)
+            owners.setdefault(field, []).append(choice.name)
+        if choice.name == chosen:
+            for field, needed in choice.requirements.needs:
+                value = getattr(section, field)
+                if value != needed:
+                    raise UserError(
+                        f"{registry.field}='{chosen}' needs {prefix}.{field}='{needed}', not '{value}'.",
+                        field=f"{prefix}.{field}",
+                    )
+    for field, names in owners.items():
+        value = getattr(section, field)
         if value != getattr(defaults, field) and chosen not in names:
             raise UserError(
-                f"{section}.{field}={value} has no effect with {registry.field}='{chosen}': it belongs to {', '.join(names)}."
+                f"{prefix}.{field}={value} has no effect with {registry.field}='{chosen}': "
+                f"it belongs to {', '.join(names)}.",
+                field=f"{prefix}.{field}",
             )
 
 
-def check_experiment(experiment: Experiment) -> None:
-    """Refuse impossible values and combinations of fields. Raises: UserError, naming the field, its value and what was expected."""
-    check_choice("task", experiment.task, TASKS)
-    check_choice("policy.dtype", experiment.policy.dtype, ("float32", "bfloat16"))
-    check_choice("divergence.action", experiment.divergence.action, ("warn", "stop"))
-    check_choice("policy.remat", experiment.policy.remat, REMATS)
-    check_choice("policy.attention", experiment.policy.attention, ATTENTIONS)
-    _check_named_fields(experiment.data, CORPUS_SOURCES)
-    _check_named_fields(experiment.data, POSITION_CHOICES)
-    _check_named_fields(experiment.pretrain, TRACE_WRITERS)
-    check_choice("prompt.long_context", experiment.prompt.long_context, LONG_CONTEXTS)
-    check_choice("optimizer.schedule", experiment.optimizer.schedule, SCHEDULES)
-    values = dict(leaves(experiment))
-    for name, (low, high) in _BOUNDS.items():
-        if not low <= values[name] <= high:
-            raise UserError(f"{name}={values[name]} must be between {low:.10g} and {high:.10g}.")
-    for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
-        if values[name] < 1 and values[name] != -1:
-            raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.")
-    t, r = experiment.training, experiment.rollout
-    if t.prompts_per_step % t.minibatches_per_step:
+def _check_weighted_terms(config: ObjectiveConfig) -> None:
+    """Refuse a weight without what it weighs, and the reverse. Raises: UserError."""
+    values = vars(config)
+    defaults = vars(type(config)())
+    for weight, fields in _WEIGHTED_TERMS.items():
+        for field in fields:
+            if values[field] != defaults[field] and not values[weight]:
+                raise UserError(
+                    f"objective.{field}={values[field]} has no effect while objective.{weight} is 0.",
+                    field=f"objective.{field}",
+                )
+        if values[weight] and values[fields[0]] == defaults[fields[0]]:
+            raise UserError(
+                f"objective.{weight}={values[weight]:g} needs objective.{fields[0]} too.",
+                field=f"objective.{fields[0]}",
+            )
+
+
+def _check_sizes(experiment: Experiment) -> None:
+    """Check sizes that bound each other. Raises: UserError."""
+    training = experiment.training
+    max_new_tokens = experiment.rollout.max_new_tokens
+    if training.prompts_per_step % training.minibatches_per_step:
         raise UserError(
-            f"training.minibatches_per_step={t.minibatches_per_step} must divide training.prompts_per_step={t.prompts_per_step}."
+            f"training.minibatches_per_step={training.minibatches_per_step} must divide "
+            f"training.prompts_per_step={training.prompts_per_step}.",
+            field="training.minibatches_per_step",
         )
-    longest = experiment.prompt.max_tokens + r.max_new_tokens
-    if experiment.task == "rpt" and t.microbatch_tokens < longest:
+    longest = experiment.prompt.max_tokens + max_new_tokens
+    if experiment.task == "rpt" and training.microbatch_tokens < longest:
         raise UserError(
-            f"training.microbatch_tokens={t.microbatch_tokens} must hold the longest prompt and response, "
-            f"prompt.max_tokens + rollout.max_new_tokens = {longest}."
+            f"training.microbatch_tokens={training.microbatch_tokens} must hold the longest prompt and response, "
+            f"prompt.max_tokens + rollout.max_new_tokens = {longest}.",
+            field="training.microbatch_tokens",
         )
-    check_objective(experiment.objective, r.max_new_tokens)
-    if (r.top_k or r.top_p < 1.0) and experiment.objective.importance == "none":
+    overlong_tokens = experiment.objective.overlong_tokens
+    if overlong_tokens > max_new_tokens:
         raise UserError(
-            f"rollout.top_k={r.top_k} and rollout.top_p={r.top_p} draw from another distribution than the one that is trained: "
-            "leave them at 0 and 1, or weight tokens with objective.importance='truncate' or 'mask'."
+            f"objective.overlong_tokens={overlong_tokens} must be at most rollout.max_new_tokens={max_new_tokens}.",
+            field="objective.overlong_tokens",
+        )
+
+
+def _check_sampling_distribution(experiment: Experiment) -> None:
+    """Refuse truncated sampling without a correction for it. Raises: UserError."""
+    rollout = experiment.rollout
+    truncated = rollout.top_k > 0 or rollout.top_p < 1.0
+    if truncated and experiment.objective.importance == "none":
+        raise UserError(
+            f"rollout.top_k={rollout.top_k} and rollout.top_p={rollout.top_p} sample from another distribution than the one "
+            "that is trained: leave them at 0 and 1, or set objective.importance to 'truncate' or 'mask'.",
+            field="objective.importance",
         )
 
 
 _MANY = 10**12
-_SEEDS = 2**32 - 1  # The largest that grain takes.
+_SEEDS = 2**32 - 1  # The largest seed that grain accepts.
 _BOUNDS = {
     "mesh.rollout_tensor": (0, _MANY),
     "seed": (0, _SEEDS),

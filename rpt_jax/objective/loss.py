@@ -65,7 +65,7 @@ def dual_clipped_loss(
     return TokenLoss(jnp.where(stopped, -floor, token.loss), token.ratio, token.clipped | stopped)
 
 
-@LOSSES.register("gspo", fields=("clip_low", "clip_high"))
+@LOSSES.register("gspo", fields=("clip_low", "clip_high"), needs=(("aggregation", "sequence_mean"),))
 def gspo_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
 ) -> TokenLoss:

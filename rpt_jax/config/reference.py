@@ -1,0 +1,82 @@
+"""Documentation of the config fields, read from the comments of the schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from rpt_jax.config.schema import Experiment
+from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldDoc:
+    """What the reference page says about a field.
+
+    Attributes:
+      name: dotted, such as "rollout.temperature".
+      type: name of the field's type.
+      default: as one would write it in Python.
+      text: the comment above the field.
+      memory: whether it changes speed and memory, but not results.
+    """
+
+    name: str
+    type: str
+    default: str
+    text: str
+    memory: bool
+
+
+def field_docs() -> list[FieldDoc]:
+    """Return the documentation of every config field, in the order of the schema; options of choices at the end."""
+    documents = list(_of_schema(Experiment, ""))
+    for registry, prefix in ((CORPUS_SOURCES, "data.source_options."), (TRACE_WRITERS, "pretrain.trace_options.")):
+        for choice in registry.choices():
+            if choice.requirements.options:
+                documents += _of_schema(choice.requirements.options, prefix)
+    return documents
+
+
+def section_docs() -> dict[str, str]:
+    """Return the docstring of every section, by its name."""
+    types = typing.get_type_hints(Experiment)
+    return {name: inspect.getdoc(t) or "" for name, t in types.items() if dataclasses.is_dataclass(t)}
+
+
+def comments(schema: type) -> dict[str, str]:
+    """Return the comment lines above each field of a dataclass, by the field's name."""
+    found: dict[str, str] = {}
+    lines: list[str] = []
+    for line in inspect.getsource(schema).splitlines():
+        text = line.strip()
+        if text.startswith("# "):
+            lines.append(text[2:])
+        elif field := re.match(r"(\w+)\s*:", text):
+            found[field[1]] = " ".join(lines)
+            lines = []
+        else:
+            lines = []
+    return found
+
+
+def _of_schema(schema: type, prefix: str) -> Iterator[FieldDoc]:
+    types = typing.get_type_hints(schema)
+    texts = comments(schema)
+    for field in dataclasses.fields(schema):
+        expected: Any = types[field.name]
+        if dataclasses.is_dataclass(expected):
+            yield from _of_schema(typing.cast(type, expected), f"{prefix}{field.name}.")
+            continue
+        text = texts[field.name]
+        yield FieldDoc(
+            name=f"{prefix}{field.name}",
+            type=expected.__name__ if expected is not Any else "options",
+            default=repr(field.default),
+            text=text.removeprefix("[memory] "),
+            memory=text.startswith("[memory]"),
+        )
