@@ -2,38 +2,17 @@
 
 Command   python -m rpt_jax.main --config=configs/rpt_14b.py
 Sizes     python -m rpt_jax.main --config=configs/rpt_14b.py --config.mesh.fsdp=8 --describe   (on any machine)
-Needs     models/DeepSeek-R1-Distill-Qwen-14B: the directory as Hugging Face has it, with its shards of weights;
-          data/omnimath: OmniMATH's .jsonl, with a problem and its solution in each line;
-          64 accelerators of 31 GiB or more (on each, by arithmetic 62 GiB while sampling and 18 GiB in the update where all
-          rollouts are live at once; where memory is less, fewer are; XLA's temporaries come on top); 500 GiB of disk.
-Hardware  not run. Compiled for 64 chips by `python -m rpt_jax.preflight --config=configs/rpt_14b.py --topology=v5p:4x4x4`,
-          26 November 2026, jax 0.10.2, libtpu 0.0.42.1; mesh 1 x 8 x 8. GiB a chip, what lives beside a program included;
-          seconds are estimates at the makers' figures, where every response is as long as it may be:
+Needs     models/DeepSeek-R1-Distill-Qwen-14B, the Hugging Face directory; data/omnimath, OmniMATH as .jsonl with the fields problem
+          and solution; 64 accelerators with at least 31 GiB each; 500 GiB of disk
+Hardware  not run; compiled for v5p:4x4x4 and v6e:8x8, where it fits (docs/results/preflight.md)
+Time      not measured; estimates are on the same page
+Results   not measured. The paper's, section 4.1: accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions with an entropy above
+          0.5 / 1.0 / 1.5 nats, from 3.31 / 1.66 / 1.41 % before
+Written   2026-11-22
 
-          v5p:4x4x4, 2,048 decode slots          GiB of 95.74   compute   memory   network   bound by
-          score (before the first step)                   1.7      0.04     0.03      0.09   network
-          reshard                                        15.3      0        0.01      0.04   network
-          sample                                         81.1     24.0    140.4      10.8    memory
-          reward                                         11.1      0        0.01      0      memory
-          update                                         16.7    113.0    216.2      66.7    memory
-          v6e:8x8, 336 decode slots              GiB of 31.25
-          score (before the first step)                   1.7      0.02     0.03      0.09   network
-          reshard                                        15.3      0        0.02      0.04   network
-          sample                                         25.6     12.0    454.4      12.3    memory
-          reward                                         11.1      0        0.01      0      memory
-          update                                         16.8     56.5    148.6      66.7    memory
-          That is 357 s a step on v5p and 603 s on v6e, or more. On v6e, where a chip has room for few rollouts and reads the
-          policy for them over and over, --config.mesh.rollout_tensor=8 would sample in 323 s, with 360 slots and collectives
-          between hosts. In the update, plain XLA writes attention's blocks to memory: there is no kernel for its rows yet.
-          launch/README.md has the figures of 16 and of 256 chips.
-Time      not measured
-Results   not measured. The paper's, section 4.1: next-token accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions
-          with an entropy above 0.5 / 1.0 / 1.5, from 3.31 / 1.66 / 1.41 % before.
-Written   2026-11-22, preflight 2026-11-26
-
-"P" is the paper; "verl", where the paper is silent, the default of the framework that it used, in June 2025; "ours" is
-neither. Different from the paper: the policy itself, as it starts, scores the corpus (P §3.3: a distilled 1.5B model).
-The prompt is text without a chat template; P does not say whether it has one.
+Labels: "P" is the paper; "verl" is the default of the framework that the paper used, in June 2025, where the paper is silent;
+"ours" is neither. Two things differ from the paper: the starting policy itself scores the corpus (P §3.3: a distilled 1.5B
+model), and the prompt has no chat template (P does not say whether it has one).
 """
 
 import ml_collections
@@ -47,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # ours
 
     config.policy.path = "models/DeepSeek-R1-Distill-Qwen-14B"  # P §3.3
-    config.policy.preset = "qwen2.5-14b"  # The shape of that model.
+    config.policy.preset = "qwen2.5-14b"  # The configuration of that model.
     config.policy.dtype = "bfloat16"  # ours
     config.policy.remat = "full"  # ours
 
@@ -63,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prompt.template = "v0"  # P §3.3, Table 10: its content in our words
     config.prompt.prefill_think_token = True  # ours
     config.prompt.max_tokens = 4096  # P Table 5
-    config.prompt.reference_bytes = 64  # ours; longer predictions earn nothing
+    config.prompt.reference_bytes = 64  # ours; a longer prediction earns nothing
 
     config.rollout.samples_per_prompt = 8  # P §3.3, Table 5
     config.rollout.temperature = 0.8  # P §3.3, Table 5
@@ -87,9 +66,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.training.minibatches_per_step = 1  # P Table 5: minibatch 256 = batch, exactly on-policy
     config.training.dynamic_sampling_from = 500  # P §3.3
     config.training.dynamic_sampling_rounds = 3  # ours
-    config.training.microbatch_tokens = (
-        20_480  # ours: on each device one prompt with two of its responses, of full length
-    )
+    # ours: on each device one prompt with two of its responses, at full length
+    config.training.microbatch_tokens = 20_480
     config.training.logit_chunk_tokens = 4096  # ours
 
     config.evaluation.every_steps = 100  # P §4.2 evaluates at multiples of 100
@@ -99,7 +77,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     # P gives no hardware.
     config.mesh.data = 1  # ours
-    config.mesh.fsdp = -1  # ours: replicas of the activations, shards of the parameters
-    config.mesh.tensor = 8  # ours: every kv head on a device of its own, or attention scores would not fit
-    config.mesh.rollout_tensor = 4  # ours: a TPU's host, so that a token's collectives stay inside
+    config.mesh.fsdp = -1  # ours: all remaining devices shard parameters and split the batch
+    config.mesh.tensor = 8  # ours: one KV head per device
+    config.mesh.rollout_tensor = 4  # ours: the chips of one TPU host, so that collectives of decoding stay inside it
     return config

@@ -2,8 +2,8 @@
 
 Command   python -m rpt_jax.main --config=configs/score_14b.py --workdir=prepared/omnimath
           then train with --config=configs/rpt_14b.py --config.data.prepared=prepared/omnimath
-In parts  --config.data.shard=3/64 in each of 64 jobs with the same --workdir; the last one writes the manifest
-Needs     models/DeepSeek-R1-Distill-Qwen-1.5B, with the same tokenizer as the policy's; data/omnimath, see rpt_14b.py
+In parts  add --config.data.shard=3/64 in each of 64 jobs with the same --workdir; the last one writes the manifest
+Needs     models/DeepSeek-R1-Distill-Qwen-1.5B, which has the policy's tokenizer; data/omnimath, see rpt_14b.py
 Hardware  not run
 Time      not measured
 """
@@ -13,9 +13,9 @@ import rpt_14b
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = rpt_14b.get_config()  # The corpus and its windows must be those that training asks for.
+    config = rpt_14b.get_config()  # Same corpus and same windows as in training.
     config.task = "score"
-    config.policy.path = "models/DeepSeek-R1-Distill-Qwen-1.5B"  # P section 3.3
+    config.policy.path = "models/DeepSeek-R1-Distill-Qwen-1.5B"  # P §3.3
     config.policy.preset = "r1-distill-qwen-1.5b"
     config.policy.remat = "none"
     config.data.score_batch_windows = 64

@@ -1,10 +1,10 @@
-"""Preparation of the corpus of configs/rpt_tiny.py, apart from its training.
+"""Preparation of the corpus of configs/rpt_tiny.py, separate from training.
 
 Command   python -m rpt_jax.main --config=configs/score_tiny.py
           then train with --config=configs/rpt_tiny.py --config.data.prepared=runs/score_tiny_seed0
-Hardware  2 processor cores, 4 GB
-Time      not measured on a quiet machine
-Results   8.4 % of positions above 0.5 nats with 16 tokens of context or more before them
+Hardware  2 CPU cores, 4 GB of memory
+Time      not measured
+Results   8.4 % of the positions with at least 16 tokens of context have an entropy above 0.5 nats
 """
 
 import ml_collections

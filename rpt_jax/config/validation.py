@@ -53,7 +53,8 @@ def check_experiment(experiment: Experiment) -> None:
 
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
-            raise UserError(f"{name}={values[name]} must be between {low:.10g} and {high:.10g}.", field=name)
+            expected = f"at least {low:.10g}" if high == _MANY else f"between {low:.10g} and {high:.10g}"
+            raise UserError(f"{name}={values[name]} must be {expected}.", field=name)
     for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if values[name] < 1 and values[name] != -1:
             raise UserError(

@@ -31,10 +31,11 @@ class GsmSymbolicOptions:
     held_out_templates: int = 10
 
     def __post_init__(self) -> None:
-        if self.documents < 1:
-            raise UserError(f"data.source_options.documents={self.documents} must be at least 1.")
-        if self.held_out_templates < 0:
-            raise UserError(f"data.source_options.held_out_templates={self.held_out_templates} must be at least 0.")
+        for name, least in (("documents", 1), ("held_out_templates", 0)):
+            value = getattr(self, name)
+            if value < least:
+                field = f"data.source_options.{name}"
+                raise UserError(f"{field}={value} must be at least {least}.", field=field)
 
 
 @CORPUS_SOURCES.register("gsm_symbolic", options=GsmSymbolicOptions, check=lambda config: _gsm_generators())
