@@ -180,11 +180,11 @@ class ArithmeticOptions:
         for name in ("calculation_position_fraction", "calculation_fraction"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
-                raise UserError(f"pretrain.trace_options.{name}={value} must be between 0 and 1.")
+                field = f"pretrain.trace_options.{name}"
+                raise UserError(f"{field}={value} must be between 0 and 1.", field=field)
         if self.drills_per_document < 0:
-            raise UserError(
-                f"pretrain.trace_options.drills_per_document={self.drills_per_document} must be at least 0."
-            )
+            field = "pretrain.trace_options.drills_per_document"
+            raise UserError(f"{field}={self.drills_per_document} must be at least 0.", field=field)
 
 
 @TRACE_WRITERS.register("arithmetic", options=ArithmeticOptions)

@@ -316,5 +316,5 @@ def test_every_field_has_a_sentence_of_documentation():
     documents = field_docs()
     assert {document.name for document in documents} >= DEFAULTS.keys()
     for document in documents:
-        assert document.text.endswith(".") and document.text[0].isupper(), document.name
+        assert document.text.endswith(".") and (document.text[0].isupper() or document.text[0] == '"'), document.name
     assert all(section_docs().values()) and section_docs().keys() == SECTIONS.keys()
