@@ -39,8 +39,8 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def load_config_file(path: str) -> Mapping[str, Any]:
-    """Return what `get_config()` of a Python file returns.
+def load_config_file(path: str) -> ml_collections.ConfigDict:
+    """Return the config that `get_config()` of a Python file returns; another config file may change and return it.
 
     Raises: UserError, where there is no such file, and with file and line for any error in it.
     """
@@ -56,7 +56,7 @@ def load_config_file(path: str) -> Mapping[str, Any]:
         raise UserError(
             f"{path} must define get_config(), which returns default_config() with fields changed.", field="--config"
         )
-    return config
+    return config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
 
 
 def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:

@@ -1,0 +1,97 @@
+"""A config field that nothing reads would be a promise that no run keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from rpt_jax import main
+from rpt_jax.config import Experiment, from_config_dict
+from rpt_jax.config.dataclass_io import leaves
+from tests.helpers.paths import ROOT, TINY
+
+# Reads by these functions do not count: they look at every field.
+GENERIC = {"__hash__", "__eq__", "__repr__", "__init__", "leaves", "_asdict_inner", "replace", "_replace"}
+SMALL = {
+    "policy.path": str(TINY),
+    "data.held_out_documents": 20,
+    "data.max_document_tokens": 128,
+    "prompt.max_tokens": 128,
+    "rollout.samples_per_prompt": 4,
+    "rollout.max_new_tokens": 16,
+    "training.prompts_per_step": 8,
+    "training.total_steps": 2,
+    "training.microbatch_tokens": 512,
+    "evaluation.positions": 8,
+    "evaluation.unseen_positions": 8,
+}
+REINFORCE = SMALL | {
+    "data.positions": "self_entropy",
+    "data.rescore_every_steps": 1,
+    "data.rescore_windows": 16,
+    "data.source_options.documents": 60,
+    "data.source_options.held_out_templates": 2,
+    "objective.reward": "info_gain",
+    "objective.loss": "dual_clip",
+    "objective.importance": "mask",
+    "objective.kl": "k3",
+    "objective.kl_weight": 0.1,
+    "objective.entropy_weight": 0.1,
+    "objective.document_weight": 0.1,
+    "objective.format_weight": 0.1,
+    "objective.overlong_weight": 0.1,
+    "objective.overlong_tokens": 8,
+    "objective.budget_weight": 0.1,
+    "objective.budget_start": 8,
+    "cold_start.total_steps": 1,
+    "pretrain.documents_per_step": 2,
+}
+
+
+@pytest.mark.slow
+def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    read: set[str] = set()
+    for section in [None, *(f.name for f in dataclasses.fields(Experiment) if dataclasses.is_dataclass(f.default))]:
+        schema = Experiment if section is None else type(getattr(Experiment(), section))
+        monkeypatch.setattr(schema, "__getattribute__", _recorder(schema, f"{section}." if section else "", read))
+    (tmp_path / "corpus.txt").write_text((ROOT / "docs" / "concepts" / "reward.md").read_text() * 20)
+    files = {"data.source": "path", "data.path": str(tmp_path / "corpus.txt"), "data.entropy_threshold": 0.1}
+    pretrain = {"policy.path": "", "data.source_options.documents": 60, "pretrain.documents_per_step": 2}
+    _run(tmp_path / "rpt", **REINFORCE)
+    _run(tmp_path / "score", task="score", **SMALL | files)
+    _run(tmp_path / "pretrain", task="pretrain", **SMALL | pretrain)
+    every = {name for name, _ in leaves(from_config_dict({}))}
+    unread = {name for name in every - read if not name.startswith(("data.source_options.", "pretrain.trace_options."))}
+    assert not unread
+
+
+def _recorder(schema: type, prefix: str, read: set[str]):
+    names = {field.name for field in dataclasses.fields(schema)}
+
+    def getattribute(self: object, name: str) -> object:
+        if name in names and sys._getframe(1).f_code.co_name not in GENERIC:
+            read.add(f"{prefix}{name}")
+        return object.__getattribute__(self, name)
+
+    return getattribute
+
+
+def _run(workdir: Path, task: str = "rpt", **values: object) -> None:
+    config = workdir.with_suffix(".py")
+    lines = [f"    config.{name} = {value!r}" for name, value in {"task": task, **values}.items()]
+    config.write_text(
+        "\n".join(
+            [
+                "from rpt_jax.config import default_config",
+                "def get_config():",
+                "    config = default_config()",
+                *lines,
+                "    return config",
+                "",
+            ]
+        )
+    )
+    assert main.main(["main", f"--config={config}", f"--workdir={workdir}"]) == 0
