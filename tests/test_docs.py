@@ -1,0 +1,101 @@
+"""docs/reference/metrics.md explains exactly the keys that runs write."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpt_jax import main
+from rpt_jax.config import from_config_dict
+from rpt_jax.evaluate import DIFFICULTIES
+from rpt_jax.infra.metrics import read_metrics
+from tests.helpers.paths import ROOT
+
+PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+INTERVAL = ("accuracy", "low", "high", "positions")
+# Everything that adds a key is on: a cold start, all optional terms of the objective, dynamic sampling and a refresh.
+FIELDS = {
+    "data.documents": 60,
+    "data.held_out_documents": 20,
+    "data.held_out_templates": 2,
+    "data.max_document_tokens": 128,
+    "data.positions": "self_entropy",
+    "data.rescore_every_steps": 1,
+    "data.rescore_windows": 32,
+    "prompt.max_tokens": 128,
+    "rollout.samples_per_prompt": 2,
+    "rollout.max_new_tokens": 16,
+    "rollout.stop_at_box": True,
+    "objective.importance": "mask",
+    "objective.kl": "k2",
+    "objective.kl_weight": 0.1,
+    "objective.entropy_weight": 0.01,
+    "objective.document_weight": 0.5,
+    "training.prompts_per_step": 4,
+    "training.microbatch_tokens": 512,
+    "training.total_steps": 2,
+    "training.dynamic_sampling_from": 1,
+    "evaluation.every_steps": 1,
+    "evaluation.positions": 32,
+    "evaluation.template_positions": 8,
+    "checkpoint.every_steps": 1,
+    "cold_start.total_steps": 1,
+    "pretrain.documents_per_step": 2,
+    "pretrain.rows_per_document": 2,
+}
+
+
+def explained(anchor: str) -> set[str]:
+    """Return the keys in the tables of the section with `anchor`, with their patterns expanded."""
+    section = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    [text] = [part for part in section if f"{{#{anchor}}}" in part.partition("\n")[0]]
+    keys = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    assert len(keys) == len(set(keys)), "a key has two rows"
+    levels = {key.replace("<difficulty>", level) for key in keys for level in DIFFICULTIES}
+    return {key.replace("*", name) for key in levels for name in INTERVAL}
+
+
+def written(workdir: Path) -> set[str]:
+    return set().union(*read_metrics(workdir / "metrics.jsonl"))
+
+
+def leaf_paths(tree: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        yield from leaf_paths(value, f"{path}.") if isinstance(value, dict) else [path]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run with every optional part on."""
+    config = importlib.import_module("configs.rpt_tiny").get_config()
+    for field, value in FIELDS.items():
+        section, _, leaf = field.rpartition(".")
+        config[section][leaf] = value
+    path = tmp_path_factory.mktemp("run")
+    main.run(from_config_dict(config.to_dict()), path)
+    return path
+
+
+def test_the_page_explains_exactly_the_keys_of_an_rpt_run(workdir: Path) -> None:
+    assert written(workdir) == explained("rpt")
+
+
+def test_the_page_explains_exactly_the_keys_of_pretraining(workdir: Path) -> None:
+    assert written(workdir / "cold_start") == explained("pretrain")
+
+
+def test_the_page_explains_exactly_the_keys_of_a_result(workdir: Path) -> None:
+    result = json.loads((workdir / "result.json").read_text())
+    assert set(leaf_paths(result)) == explained("result")
+
+
+def test_tensorboard_has_the_keys_of_the_metrics_file(workdir: Path) -> None:
+    events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+    assert [key for key in sorted(explained("rpt") - {"step"}) if key.encode() not in events] == []
