@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import re
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Files of the repository that pages show, by their path in the site.
 FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
 _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
+_DOCSTRING = re.compile(r"^\{\{ docstring: (?P<path>[\w/.]+) \}\}$", re.MULTILINE)
 _CONFIG = "{{ config reference }}"
 
 
@@ -30,7 +32,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill the placeholders of the reference pages."""
     if _CONFIG in markdown:
         markdown = markdown.replace(_CONFIG, config_reference())
+    markdown = _DOCSTRING.sub(lambda match: docstring(match["path"]), markdown)
     return _HELP.sub(lambda match: help_text(match["command"]), markdown)
+
+
+def docstring(path: str) -> str:
+    """Return the docstring of a module's file as a fenced block."""
+    return f"```text\n{ast.get_docstring(ast.parse((ROOT / path).read_text()))}\n```"
 
 
 def config_reference() -> str:
@@ -69,4 +77,5 @@ def help_text(command: str) -> str:
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     run = [sys.executable, "-m", *command.split(), "--help"]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return f"```text\n{done.stdout.strip()}\n```"
+    text = done.stdout.strip().replace(f"{ROOT}/", "")
+    return f"```text\n{text}\n```"
