@@ -1,4 +1,4 @@
-"""docs/reference/metrics.md explains exactly the keys that runs write."""
+"""The pages of docs/ say what the code does: the metrics that runs write, and the reading of predictions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rpt_jax import main
 from rpt_jax.config import from_config_dict
 from rpt_jax.evaluate import DIFFICULTIES
 from rpt_jax.infra.metrics import read_metrics
+from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
@@ -99,3 +101,32 @@ def test_the_page_explains_exactly_the_keys_of_a_result(workdir: Path) -> None:
 def test_tensorboard_has_the_keys_of_the_metrics_file(workdir: Path) -> None:
     events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
     assert [key for key in sorted(explained("rpt") - {"step"}) if key.encode() not in events] == []
+
+
+def reward_and_status(response: bytes, finished: bool, continuation: list[bytes]) -> tuple[float, Status]:
+    """Score one response with the compiled reward; its tokens are single bytes."""
+    tokens = np.frombuffer(response.ljust(64, b"\0"), np.uint8).astype(np.int32)
+    text = b"".join(continuation).ljust(32, b"\0")
+    boundaries = np.zeros(33, bool)
+    boundaries[np.cumsum([len(token) for token in continuation])] = True
+    reward_1x1, status_1x1 = prefix_match_reward(
+        tokens[None, None],
+        np.array([[len(response)]], np.int32),
+        np.array([[finished]]),
+        np.frombuffer(text, np.uint8)[None],
+        boundaries[None],
+        np.arange(256, dtype=np.uint8)[:, None],
+        np.ones(256, np.int32),
+        -1,
+    )
+    return float(reward_1x1[0, 0]), Status(int(status_1x1[0, 0]))
+
+
+def test_the_examples_of_the_reward_page_are_read_as_it_says() -> None:
+    page = (ROOT / "docs" / "concepts" / "reward.md").read_text()
+    rows = re.findall(r"^\| `(.+?)`(.*?) \| .*? ?\| `(\w+)`.*? \| ([01]) \|$", page, flags=re.MULTILINE)
+    assert len(rows) >= 10
+    for response, remark, status, reward in rows:
+        finished = "length limit" not in remark
+        result = reward_and_status(f"</think>{response}".encode(), finished, [b" size", b" and", b" decreases"])
+        assert result == (float(reward), Status[status.upper()]), response

@@ -48,7 +48,9 @@ def test_relative_links_resolve(page: Path) -> None:
 
 
 def test_the_reward_of_the_readme_is_a_config_that_loads(tmp_path: Path) -> None:
-    [code] = re.findall(r"^```python\n(from rpt_jax.config import.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    [code] = re.findall(
+        r"^```python\n(from rpt_jax.config import.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE
+    )
     config = tmp_path / "my_config.py"
     config.write_text(code)
     # In a process of its own, because it registers a reward.
