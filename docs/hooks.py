@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File
+
 ROOT = Path(__file__).resolve().parents[1]
 # Files of the repository that pages show, by their path in the site.
 FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
@@ -21,8 +23,6 @@ _CONFIG = "{{ config reference }}"
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the figures to the site."""
-    from mkdocs.structure.files import File
-
     for path, source in FIGURES.items():
         files.append(File.generated(config, path, abs_src_path=str(source)))
     return files
