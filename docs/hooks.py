@@ -51,7 +51,7 @@ def config_reference() -> str:
         return "The fields, with their types and defaults, are in `rpt_jax/config/schema.py`."
     sections: dict[str, list[tuple[str, ...]]] = {}
     for name, type_name, default, doc in reference.field_docs():
-        sections.setdefault(name.rpartition(".")[0], []).append((name, str(type_name), _literal(default), doc))
+        sections.setdefault(name.rpartition(".")[0], []).append((name, str(type_name), repr(default), doc))
     return "\n\n".join(_section(name, fields) for name, fields in sections.items())
 
 
@@ -62,10 +62,6 @@ def _section(name: str, fields: list[tuple[str, ...]]) -> str:
     ]
     header = ["| field | type | default | description |", "|---|---|---|---|"]
     return "\n".join([f"## {name or 'Top level'}", "", *header, *rows])
-
-
-def _literal(default: Any) -> str:
-    return default if isinstance(default, str) and default[:1] in "'\"" else repr(default)
 
 
 def _cell(text: str) -> str:
