@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -81,7 +82,13 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         section, _, leaf = field.rpartition(".")
         config[section][leaf] = value
     path = tmp_path_factory.mktemp("run")
-    main.run(from_config_dict(config.to_dict()), path)
+    # Most of the time is compilation, and the values do not matter here.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        main.run(from_config_dict(config.to_dict()), path)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
     return path
 
 
