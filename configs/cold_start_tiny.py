@@ -8,7 +8,7 @@ Results   0.13 nats a token on the documents, 0.02 on the traces, at the end
 
 import ml_collections
 
-from configs import pretrain_tiny
+import pretrain_tiny
 
 
 def get_config() -> ml_collections.ConfigDict:

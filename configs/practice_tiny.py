@@ -11,7 +11,7 @@ Results   0.12 nats a token on the documents, 0.04 on the traces, at the end
 
 import ml_collections
 
-from configs import cold_start_tiny
+import cold_start_tiny
 
 
 def get_config() -> ml_collections.ConfigDict:

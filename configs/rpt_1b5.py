@@ -10,7 +10,7 @@ Time      not measured; by estimate 160 s a step or more, bound by memory, where
 
 import ml_collections
 
-from configs import rpt_14b
+import rpt_14b
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ Time      not measured
 
 import ml_collections
 
-from configs import rpt_14b
+import rpt_14b
 
 
 def get_config() -> ml_collections.ConfigDict:

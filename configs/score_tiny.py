@@ -9,7 +9,7 @@ Results   8.4 % of positions above 0.5 nats with 16 tokens of context or more be
 
 import ml_collections
 
-from configs import rpt_tiny
+import rpt_tiny
 
 
 def get_config() -> ml_collections.ConfigDict:

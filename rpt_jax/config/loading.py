@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
+import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,10 +23,40 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(Experiment())).lock()
 
 
+def packaged_configs() -> Path:
+    """Return the directory of the configs that come with rpt_jax: inside an installed package, or next to it in a clone."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def resolve_config_path(path: str) -> str:
+    """Return `path`, or the packaged file that it names where it does not exist and begins with `configs/`."""
+    relative = Path(path)
+    if relative.exists() or relative.parts[:1] != ("configs",):
+        return path
+    packaged = packaged_configs().joinpath(*relative.parts[1:])
+    return str(packaged) if packaged.exists() else path
+
+
 def load_config_file(path: str) -> Mapping[str, Any]:
-    """Return what `get_config()` of the Python file `path` returns. Raises: UserError, naming file and line."""
-    if not Path(path).is_file():
-        raise UserError(f"--config={path} is no file.{nearest(path, map(str, Path('configs').glob('*.py')))}")
+    """Return the result of `get_config()` in a Python file.
+
+    The file can import modules from its own directory, as a script can.
+
+    Args:
+      path: a file; `configs/NAME.py` is a packaged config where the current directory has no such file.
+    Raises: UserError, with the file and the line.
+    """
+    found = resolve_config_path(path)
+    if not Path(found).is_file():
+        known = [str(file) for file in Path("configs").glob("*.py")]
+        known += [f"configs/{file.name}" for file in packaged_configs().glob("*.py")]
+        raise UserError(f"--config={path} is no file.{nearest(path, known)}", field="--config")
+    path = found
+    directory = str(Path(path).parent.resolve())
+    if directory not in sys.path:
+        sys.path.append(directory)
     try:
         module = runpy.run_path(path)
         config = module["get_config"]() if "get_config" in module else None
