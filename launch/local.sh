@@ -8,7 +8,7 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-set_up 1200 requirements.txt
+set_up 1300 requirements.txt
 
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # -P: do not import modules from the current directory.

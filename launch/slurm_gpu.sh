@@ -48,7 +48,7 @@ if [ "$dry_run" ]; then
     echo
     exit
 fi
-set_up 1200 requirements.txt
+set_up 1300 requirements.txt
 code=0
 again "${command[@]}" || code=$?
 [ "$code" != 75 ] || "${requeue[@]}"

@@ -8,6 +8,6 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-set_up 2100 requirements.txt tests/requirements.txt
+set_up 2300 requirements.txt tests/requirements.txt
 cd -- "$root"
 exec "$python" -m pytest "$@"

@@ -109,7 +109,7 @@ sudo apt-get -qq install -y python3.11 python3.11-venv python3.11-dev gcc nfs-co
     gcloud_ compute tpus tpu-vm scp "$archive" "$name:rpt_jax.tgz" ${place[@]+"${place[@]}"} --worker=all
     [ "$dry_run" ] || rm -f -- "$archive"
     on_hosts all "mkdir -p rpt_jax && tar -xzf rpt_jax.tgz -C rpt_jax && cd rpt_jax && (. launch/setup.sh && \
-set_up 1200 requirements.txt && \$python -m pip install -q -r requirements/tpu.txt)"
+set_up 1300 requirements.txt && \$python -m pip install -q -r requirements/tpu.txt)"
 }
 
 run() {
