@@ -8,6 +8,7 @@ Results   cross-entropy at the end: documents 0.13, traces 0.02 nats per token
 """
 
 import ml_collections
+
 import pretrain_tiny
 
 

@@ -10,8 +10,9 @@ Time      27 minutes (24 November 2026)
 Results   cross-entropy at the end: documents 0.12, traces 0.04 nats per token
 """
 
-import cold_start_tiny
 import ml_collections
+
+import cold_start_tiny
 
 
 def get_config() -> ml_collections.ConfigDict:

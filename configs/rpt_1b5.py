@@ -8,6 +8,7 @@ Results   not measured
 """
 
 import ml_collections
+
 import rpt_14b
 
 

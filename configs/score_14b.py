@@ -9,6 +9,7 @@ Time      not measured
 """
 
 import ml_collections
+
 import rpt_14b
 
 

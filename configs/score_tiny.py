@@ -8,6 +8,7 @@ Results   8.4 % of the positions with at least 16 tokens of context have an entr
 """
 
 import ml_collections
+
 import rpt_tiny
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command, and runs it again where it ends with 75 or by a signal (see README.md, exit codes): it goes on from its last
-# checkpoint. Whoever stops this script by SIGTERM or SIGINT stops the command, which saves, and no other one follows.
+# Restarts a command after a retryable exit (code 75, or a signal), so that a run resumes from its last checkpoint. SIGTERM or
+# SIGINT to this script stops the command, which saves a checkpoint, and is not followed by a restart.
 #
 #   bash launch/again.sh COMMAND [ARGUMENT...]
 #
-#   RPT_RESTARTS   at most so many restarts (default: 100)
-#   RPT_PAUSE      seconds before each (default: 10)
+#   RPT_RESTARTS   maximum number of restarts (default: 100)
+#   RPT_PAUSE      seconds before each restart (default: 10)
 #
-# The exit code is the command's last one; 1 where it was restarted too often.
+# The exit code is that of the last command, or 1 after the maximum number of restarts.
 
 again() {
     local restarts=${RPT_RESTARTS:-100} child='' stopping='' code number
@@ -15,9 +15,9 @@ again() {
     for ((number = 1; ; number++)); do
         "$@" &
         child=$!
-        # The trap may have come before its number was known.
+        # The signal may have arrived before $child was set.
         [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null
-        # A trap ends the wait; the command has not ended yet.
+        # A trapped signal interrupts `wait` while the command is still running.
         while :; do
             wait "$child"
             code=$?
@@ -28,10 +28,10 @@ again() {
             *) return "$code" ;;
         esac
         if [ "$number" -gt "$restarts" ]; then
-            echo "again: ended with $code after $restarts restarts, see its output; raise RPT_RESTARTS to go on." >&2
+            echo "again: exit code $code after $restarts restarts; check the output, and raise RPT_RESTARTS to continue." >&2
             return 1
         fi
-        echo "again: ended with $code; restart $number of $restarts in ${RPT_PAUSE:-10} s" >&2
+        echo "again: exit code $code; restart $number of $restarts in ${RPT_PAUSE:-10} s" >&2
         sleep "${RPT_PAUSE:-10}" &
         child=$!
         wait "$child"

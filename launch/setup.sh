@@ -1,22 +1,21 @@
 # shellcheck shell=bash
-# Sourced by the launchers. set_up makes the virtual environment that the given files of requirements describe, where it is
-# missing or out of date; afterwards $python runs in it. Settings:
+# Sourced by the other scripts. `set_up` makes the virtual environment that the given requirements files describe, or updates it
+# if it is out of date; afterwards $python is its interpreter. Settings:
 #
-#   PYTHON    the interpreter to build on (default: the best of those on PATH, see below)
-#   RPT_VENV  where the environment lives (default: .venv in the repository root)
+#   PYTHON    the interpreter to build on (default: the best one on PATH, see below)
+#   RPT_VENV  directory of the environment (default: .venv in the repository root)
 #
-# CPU or accelerator. requirements.txt asks for plain jax, which runs on the CPU. Where one of the interpreters on PATH,
-# an activated virtual environment's included, already has JAX with the plugin of an accelerator (CUDA, ROCm or TPU),
-# that interpreter is taken before all others, and its packages stay visible from the new environment: pip finds JAX
-# there, is held to exactly that version, and adds only what is missing. To put an accelerator's JAX into a finished
-# environment instead: .venv/bin/pip install "jax[cuda13]<0.13" (or jax[tpu]); later updates leave it in place.
+# CPU or accelerator: requirements.txt lists plain jax, which runs on the CPU. If an interpreter on PATH, for example that of an
+# activated environment, already has JAX with an accelerator plugin (CUDA, ROCm or TPU), the environment is built on that
+# interpreter and shares its packages: pip keeps that exact version of JAX and adds only what is missing. To install an
+# accelerator's JAX into a finished environment instead: .venv/bin/pip install -r requirements/cuda.txt (or tpu.txt). Later
+# updates keep it.
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${RPT_VENV:-$root/.venv}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=$venv/bin/python
-# What the environment was completed from, a line for each file; "incomplete" from its first moment until everything is
-# installed.
+# One line for each requirements file that has been installed, or "incomplete" while the environment is being made.
 stamp=$venv/requirements.stamp
 constraints=$venv/constraints.txt
 
@@ -25,11 +24,11 @@ die() {
     exit 1
 }
 
-# jax_plugins is the namespace in which JAX itself looks for CUDA and ROCm; a TPU it finds by libtpu.
+# JAX finds CUDA and ROCm in the namespace package jax_plugins, and a TPU by libtpu.
 has_accelerator='find_spec("jax") and (find_spec("jax_plugins") or find_spec("libtpu"))'
 
-# Ranks the interpreter that runs it: 0 too old, 1 cannot make virtual environments, 2 can, 3 has an accelerator's JAX.
-# Every Python must be able to run it. Files in the current directory must not pass for modules.
+# Ranks the interpreter that runs it: 0 too old, 1 without venv, 2 with venv, 3 with an accelerator's JAX. It must run on every
+# version of Python, and must not import modules from the current directory.
 probe='
 import sys
 sys.path = [entry for entry in sys.path if entry]
@@ -40,8 +39,8 @@ if sys.version_info >= (3, 11):
 print("%d %d.%d" % ((rank,) + sys.version_info[:2]))
 '
 
-# Shows the packages of the interpreter that runs it to the environment argv[1]. The option --system-site-packages of
-# venv would show the packages of the system where that interpreter is itself a virtual environment.
+# Makes the packages of the interpreter that runs it visible in the environment argv[1]. If that interpreter belongs to a virtual
+# environment itself, venv's option --system-site-packages would share the system's packages instead.
 share='
 import glob, sys
 [packages] = glob.glob(glob.escape(sys.argv[1]) + "/lib/python3*/site-packages")
@@ -49,7 +48,7 @@ with open(packages + "/accelerator.pth", "w") as file:
     print(*(entry for entry in sys.path if entry.endswith("-packages")), sep="\n", file=file)
 '
 
-# Unconstrained, pip would hide an accelerator's JAX that requirements.txt does not allow behind one for the CPU.
+# Pins an accelerator's JAX. Without the pin, pip would install a CPU build over a version that requirements.txt does not allow.
 constrain='
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -77,7 +76,7 @@ is_complete() {
 find_python() {
     local candidates=(python3.13 python3.12 python3.11 python3 python) name answer version
     [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
-    # An activated environment must not be rebuilt from its own interpreter.
+    # Do not rebuild an activated environment with its own interpreter.
     local PATH=":$PATH:"
     PATH=${PATH//":$venv/bin:"/:}
     PATH=${PATH#:}
@@ -94,7 +93,7 @@ find_python() {
     [ "$rank" != 0 ] || die "$base is Python $version: install Python 3.11 or newer, or set PYTHON=/path/to/python."
 }
 
-# Ends the launch with one sentence on a step ($1) that failed, judged by what it printed ($2).
+# Exits with one sentence about the step $1, which failed with the output $2.
 explain() {
     local reason log=$venv/setup.log held=''
     printf '%s\n' "$2" 2>/dev/null >"$log" || log=''
@@ -109,19 +108,19 @@ explain() {
             ;;
         *ResolutionImpossible*)
             held=$(head -n 1 "$constraints")
-            reason="no versions of the packages satisfy requirements.txt${held:+ beside the installed $held, which has\
- an accelerator plugin}; update what is installed, or set PYTHON=/path/to/python"
+            reason="no versions of the packages satisfy requirements.txt${held:+ together with the installed $held, which\
+ has an accelerator plugin}; update that installation, or set PYTHON=/path/to/python"
             ;;
         *'Failed building wheel'* | *'Failed to build'*)
-            reason="a package could not be compiled; install a C compiler and the headers of Python (on Debian and\
- Ubuntu: apt install gcc python3-dev)"
+            reason="a package could not be compiled; install a C compiler and Python's headers (on Debian and Ubuntu:\
+ apt install gcc python3-dev)"
             ;;
         *'connection broken'* | *'connection error'* | *'Max retries'* | *'timed out'* | *SSLError* | *IncompleteRead*)
-            reason="the package index cannot be reached; check the network and the proxy settings, then start again"
+            reason="the package index cannot be reached; check the network and the proxy settings, then try again"
             ;;
         *) reason=${2##*$'\n'} ;;
     esac
-    die "$1 failed: ${reason%.}.${log:+ All output is in $log.}"
+    die "$1 failed: ${reason%.}.${log:+ The full output is in $log.}"
 }
 
 make_environment() {
@@ -129,8 +128,8 @@ make_environment() {
     find_python
     free=$(df -Pk "$parent/" 2>/dev/null | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*% .*/\1/p')
     [ -z "$free" ] || [ $((free / 1024)) -ge "$needed_mb" ] \
-        || die "$parent has $((free / 1024)) MB of free disk space and the packages need about $needed_mb MB: free\
- some, or set RPT_VENV to a directory on a larger disk."
+        || die "$parent has $((free / 1024)) MB of free disk space, but the packages need about $needed_mb MB: free\
+ some space, or set RPT_VENV to a directory on a larger disk."
     rm -rf -- "$venv"
     { mkdir -- "$venv" && echo incomplete >"$stamp"; } 2>/dev/null || die "cannot write to $venv."
     output=$("$base" -P -m venv -- "$venv" 2>&1) || explain "making a virtual environment with $base" "$output"
@@ -142,14 +141,14 @@ make_environment() {
 
 install_requirements() {
     local output
-    echo "launch: installing ${names[*]} into $venv (a new environment takes $size_mb MB and one to two minutes)" >&2
+    echo "launch: installing ${names[*]} into $venv (a new environment takes $size_mb MB and a few minutes)" >&2
     "$python" -P -c "$constrain" >"$constraints" || die "cannot write to $constraints."
     output=$("$python" -P -m pip install --no-input --disable-pip-version-check --progress-bar off \
         "${flags[@]}" -c "$constraints" 2>&1) || explain "installing the packages" "$output"
     "$python" -P -c "$fingerprint" "${requirements[@]}" >"$stamp" || die "cannot write to $stamp."
 }
 
-# Arguments: the MB that a new environment takes, and the files of requirements, relative to the repository root.
+# Arguments: the size of a new environment in MB, and the requirements files, relative to the repository root.
 set_up() {
     local size_mb=$1 needed_mb=$(($1 + 300)) names=("${@:2}") requirements=() flags=() name
     for name in "${names[@]}"; do
@@ -157,18 +156,19 @@ set_up() {
     done
     ! is_complete || return 0
     { mkdir -p -- "${venv%/*}/" && [ -w "${venv%/*}/" ]; } 2>/dev/null || die "cannot write to ${venv%/*}/."
-    # Two launches at once would delete each other's half-made environment. macOS has no flock: there, do not do that.
+    # The lock keeps two launches from deleting each other's unfinished environment. macOS has no flock: there, do not start
+    # two at once.
     (
         if command -v flock >/dev/null && ! flock -n 9; then
-            echo "launch: waiting for another set-up of $venv to end" >&2
+            echo "launch: waiting until another process has set up $venv" >&2
             flock 9
         fi
         ! is_complete || exit 0
         if [ "$(cat -- "$stamp" 2>/dev/null)" = incomplete ] \
             || ! "$python" -P -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            # Only an environment that carries the stamp is ever deleted.
+            # Only a directory with the stamp is ever deleted.
             [ ! -e "$venv" ] || [ -e "$stamp" ] || rmdir -- "$venv" 2>/dev/null \
-                || die "$venv is no virtual environment of Python 3.11 or newer with pip: remove it, or set RPT_VENV."
+                || die "$venv is not a virtual environment of Python 3.11 or newer with pip: remove it, or set RPT_VENV."
             make_environment
         fi
         install_requirements

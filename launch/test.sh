@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs the tests in an environment that is made on the first start (see setup.sh). Arguments go to pytest, and paths are
-# those of the repository:
+# Runs the tests in an environment that is made on the first start (see setup.sh). Arguments go to pytest, and paths are relative
+# to the repository root:
 #
-#   bash launch/test.sh                       everything but the slow tests
-#   bash launch/test.sh -m slow -n 0          the slow tests, one after the other: some measure
-#   bash launch/test.sh tests/test_reward.py  one file
+#   bash launch/test.sh                         all tests except the slow ones
+#   bash launch/test.sh -m slow -n 0            the slow tests, one at a time, because some measure speed
+#   bash launch/test.sh tests/test_convert.py   one file
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-set_up 2100 requirements.txt tests/requirements.txt
+set_up 2300 requirements.txt tests/requirements.txt
 cd -- "$root"
 exec "$python" -m pytest "$@"

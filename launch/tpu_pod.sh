@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# A run on all hosts of a TPU slice, from asking for it to giving it back:
+# Creates a TPU slice, runs rpt_jax.main on all of its hosts, and deletes the slice:
 #
-#   bash launch/tpu_pod.sh create                   ask for the slice, as a queued resource
-#   bash launch/tpu_pod.sh wait                     until it is there
-#   bash launch/tpu_pod.sh setup                    mount the shared directory, copy the repository, install, on all hosts
+#   bash launch/tpu_pod.sh create          request the slice as a queued resource
+#   bash launch/tpu_pod.sh wait            wait until the slice is active
+#   bash launch/tpu_pod.sh setup           mount the shared directory, copy the repository and install it on all hosts
 #   bash launch/tpu_pod.sh run --config=configs/rpt_14b.py --workdir=/mnt/rpt/runs/14b
-#                                                   start rpt_jax.main on all hosts, and again where it ends with 75
-#   bash launch/tpu_pod.sh status                   the slice's state, and what runs on each host
-#   bash launch/tpu_pod.sh logs [WORKER]            the last lines of a host's log and those that come (default: of 0)
-#   bash launch/tpu_pod.sh stop                     SIGTERM to all: the run saves and ends
-#   bash launch/tpu_pod.sh delete                   give the slice back
+#                                          start rpt_jax.main on all hosts; restart it after a retryable exit (see again.sh)
+#   bash launch/tpu_pod.sh status          show the state of the slice and the processes on each host
+#   bash launch/tpu_pod.sh logs [WORKER]   follow the log of a host (default: 0)
+#   bash launch/tpu_pod.sh stop            send SIGTERM to the run, which saves a checkpoint and ends
+#   bash launch/tpu_pod.sh delete          delete the slice
 #
-# --dry-run in front of any of them prints the commands and runs none. Settings, in the environment:
+# --dry-run before the command prints the gcloud commands without running them. Settings, in the environment:
 #
 #   RPT_TPU_NAME     name of the slice (default: rpt)
-#   RPT_TPU_ZONE     zone (default: that of gcloud's configuration)
+#   RPT_TPU_ZONE     zone (default: the one in gcloud's configuration)
 #   RPT_TPU_TYPE     accelerator type, such as v5p-128 (64 chips) or v6e-64 (default: v6e-64)
-#   RPT_TPU_RUNTIME  software of the hosts (default: v2-alpha-tpuv6e, v2-alpha-tpuv5 or v2-alpha-tpuv5-lite, by the type)
-#   RPT_TPU_SPOT     1 = may be taken away at any time, for less
-#   RPT_TPU_SHARE    NFS export for --workdir, such as 10.0.0.2:/rpt, mounted at /mnt/rpt; every host must see the same files
-#   RPT_TPU_PORT     where process 0 listens, with the next one (default: 8476)
+#   RPT_TPU_RUNTIME  runtime version of the hosts (default: v2-alpha-tpuv6e, v2-alpha-tpuv5 or v2-alpha-tpuv5-lite, by type)
+#   RPT_TPU_SPOT     1 for a spot slice: cheaper, and may be preempted at any time
+#   RPT_TPU_SHARE    NFS export for --workdir, such as 10.0.0.2:/rpt, mounted at /mnt/rpt on every host
+#   RPT_TPU_PORT     port on which process 0 listens; the next port is used as well (default: 8476)
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 name=${RPT_TPU_NAME:-rpt} type=${RPT_TPU_TYPE:-v6e-64} port=${RPT_TPU_PORT:-8476} share=${RPT_TPU_SHARE:-}
@@ -32,7 +32,7 @@ die() {
     exit 2
 }
 
-# Prints a command as a shell would take it.
+# Prints a command with shell quoting.
 show() {
     local word line=''
     for word; do
@@ -42,7 +42,7 @@ show() {
     echo "${line:1}"
 }
 
-# Prints a command in a dry run, else runs it.
+# Runs a gcloud command, or prints it in a dry run.
 gcloud_() {
     if [ "$dry_run" ]; then
         show gcloud "$@"
@@ -52,7 +52,8 @@ gcloud_() {
     fi
 }
 
-on_hosts() { # Arguments: which workers, a command.
+# Runs the shell command $2 on the workers $1 (a number, or "all").
+on_hosts() {
     gcloud_ compute tpus tpu-vm ssh "$name" ${place[@]+"${place[@]}"} "--worker=$1" "--command=$2"
 }
 
@@ -61,7 +62,7 @@ runtime() {
         v6e-*) echo v2-alpha-tpuv6e ;;
         v5p-*) echo v2-alpha-tpuv5 ;;
         v5litepod-*) echo v2-alpha-tpuv5-lite ;;
-        *) die "RPT_TPU_TYPE=$type is none of v6e-N, v5p-N and v5litepod-N: set RPT_TPU_RUNTIME for it." ;;
+        *) die "RPT_TPU_TYPE=$type is not one of v6e-N, v5p-N, v5litepod-N: set RPT_TPU_RUNTIME for another type." ;;
     esac
 }
 
@@ -84,7 +85,7 @@ wait_for_slice() {
         before=$now
         case $now in
             ACTIVE) return ;;
-            FAILED | SUSPEND*) die "the slice $name is $now: delete it and create it again, in another zone perhaps." ;;
+            FAILED | SUSPEND*) die "the slice $name is $now: delete it and create it again, if necessary in another zone." ;;
         esac
         [ -z "$dry_run" ] || return 0
         sleep "${RPT_PAUSE:-30}"
@@ -93,7 +94,7 @@ wait_for_slice() {
 
 set_up_hosts() {
     local archive=rpt_jax.tgz
-    # Tracked files as they are now, not what lies around.
+    # Copy tracked files with their uncommitted changes, and no untracked files.
     if [ "$dry_run" ]; then
         echo "git ls-files -z | tar --null -czf $archive -T -"
     else
@@ -108,7 +109,7 @@ sudo apt-get -qq install -y python3.11 python3.11-venv python3.11-dev gcc nfs-co
     gcloud_ compute tpus tpu-vm scp "$archive" "$name:rpt_jax.tgz" ${place[@]+"${place[@]}"} --worker=all
     [ "$dry_run" ] || rm -f -- "$archive"
     on_hosts all "mkdir -p rpt_jax && tar -xzf rpt_jax.tgz -C rpt_jax && cd rpt_jax && (. launch/setup.sh && \
-set_up 1200 requirements.txt && \$python -m pip install -q 'jax[tpu]<0.13')"
+set_up 1300 requirements.txt && \$python -m pip install -q -r requirements/tpu.txt)"
 }
 
 run() {
@@ -122,13 +123,13 @@ run() {
     fi
     local hosts=()
     IFS=$';,\n\t ' read -r -d '' -a hosts <<<"$addresses" || true
-    [ ${#hosts[@]} -gt 0 ] || die "the slice $name has no hosts: see 'status'."
+    [ ${#hosts[@]} -gt 0 ] || die "the slice $name has no hosts: check 'status'."
     local attributes=http://metadata.google.internal/computeMetadata/v1/instance/attributes
     local number="\$(curl -sH Metadata-Flavor:Google $attributes/agent-worker-number)"
     local joint='' count=${#hosts[@]}
     [ -z "$dry_run" ] || count=N
     [ ${#hosts[@]} = 1 ] || joint=" --coordinator=${hosts[0]}:$port --processes=$count --process=$number"
-    # setsid, so that it outlives the connection.
+    # setsid keeps the run alive after the connection closes.
     on_hosts all "cd rpt_jax && { setsid bash -c 'echo \$\$ >~/rpt.pid; exec \"\$@\"' rpt bash launch/again.sh \
 bash launch/local.sh$(printf ' %q' "$@")$joint >>~/rpt.log 2>&1 </dev/null & }"
 }
@@ -140,10 +141,10 @@ case ${1:-} in
     run) run "${@:2}" ;;
     status)
         state
-        on_hosts all "hostname; pgrep -af '[r]pt_jax.main' || echo 'nothing runs'; tail -n 1 ~/rpt.log"
+        on_hosts all "hostname; pgrep -af '[r]pt_jax.main' || echo 'no run is active'; tail -n 1 ~/rpt.log"
         ;;
     logs) on_hosts "${2:-0}" 'tail -n 50 -f ~/rpt.log' ;;
     stop) on_hosts all "kill -TERM \$(cat ~/rpt.pid)" ;;
     delete) gcloud_ compute tpus queued-resources delete "$name" ${place[@]+"${place[@]}"} --force --quiet ;;
-    *) die "'${1:-}' is none of create, wait, setup, run, status, logs, stop, delete; this file's head says what they do." ;;
+    *) die "'${1:-}' is not one of: create, wait, setup, run, status, logs, stop, delete. The top of this file describes them." ;;
 esac

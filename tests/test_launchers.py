@@ -1,4 +1,8 @@
-"""Launchers of runs on many hosts, on stand-ins for the cloud's command line, for Slurm's and for the hosts themselves."""
+"""The launchers of runs on several hosts: launch/again.sh, tpu_pod.sh, slurm_gpu.sh and the Kubernetes manifests.
+
+Tests marked `stand_in` run a script against stand-ins for gcloud, Slurm and the hosts (see tests/helpers/launchers.py). They
+cover the logic of the scripts and the commands that they issue; no test runs a launcher on a real cluster.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,16 @@ import yaml
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.tokenization import parse_shard
 from rpt_jax.distributed.hosts import Hosts, find_hosts
-from tests.test_launch import ROOT, Clone
+from tests.helpers.launchers import Clone, wait_for_text
+from tests.helpers.paths import ROOT
+
+stand_in = pytest.mark.stand_in
 
 SCRIPTS = ["launch/again.sh", "launch/slurm_gpu.sh", "launch/tpu_pod.sh"]
-TOOLS = ["git", "tar", "gzip", "mktemp", "setsid", "tail", "hostname", "pgrep"]
+TOOLS = ["git", "tar", "gzip", "setsid", "tail", "hostname", "pgrep"]
 ADDRESSES = "10.0.0.5;10.0.0.7;10.0.0.6"
 
-# Answers as the cloud does, plays the hosts of a slice by a home directory for each, and notes its calls.
+# A stand-in for gcloud: records its calls, answers queries, and imitates the hosts of a slice with one home directory for each.
 GCLOUD = r"""#!{bash}
 printf '%s\n' "${{*//$'\n'/ }}" >>"{calls}"
 case "$*" in
@@ -43,51 +50,56 @@ case "$*" in
 esac
 """
 
+# A stand-in for launch/local.sh on a host. Writes its arguments to ~/arguments and a line to ~/starts. Exits with the code in
+# ~/ends if that file exists; otherwise runs until SIGTERM and exits with 75.
+LOCAL = r"""
+printf "%s\n" "$@" >~/arguments
+echo >>~/starts
+[ -e ~/ends ] || { trap "exit 75" TERM; while :; do sleep 0.1; done; }
+exit $(cat ~/ends)
+"""
+
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
-    clone = Clone(tmp_path)
-    for script in SCRIPTS:
-        shutil.copy(ROOT / script, clone.root / script)
-    for tool in TOOLS:
-        (clone.bin / tool).symlink_to(shutil.which(tool))
-    return clone
+    return Clone(tmp_path, SCRIPTS, TOOLS)
 
 
 @pytest.fixture
-def slice_(clone: Clone, tmp_path: Path) -> Path:
-    """A slice of three hosts, on which the repository is; what a run is given is in their files `arguments`."""
+def hosts(clone: Clone, tmp_path: Path) -> Path:
+    """The parent of the home directories of a slice's three hosts (0, 1 and 2), each with a copy of the repository."""
     hosts = tmp_path / "hosts"
     for worker in ("0", "1", "2"):
         launch = hosts / worker / "rpt_jax" / "launch"
         launch.mkdir(parents=True)
         shutil.copy(ROOT / "launch" / "again.sh", launch)
-        (launch / "local.sh").write_text(
-            'printf "%s\\n" "$@" >~/arguments; echo >>~/starts; [ -e ~/ends ] || { trap "exit 75" TERM; '
-            "while :; do sleep 0.1; done; }; exit $(cat ~/ends)\n"
-        )
-    values = {"calls": clone.calls, "addresses": ADDRESSES, "hosts": hosts, "states": tmp_path / "states"}
-    clone.add_tool("gcloud", GCLOUD.format(bash=shutil.which("bash"), **values))
-    clone.add_tool(
-        "curl", f'#!{shutil.which("bash")}\ncase "$*" in */agent-worker-number) printf %s "$WORKER" ;; esac\n'
-    )
+        (launch / "local.sh").write_text(LOCAL)
+    bash = shutil.which("bash")
+    text = GCLOUD.format(bash=bash, calls=clone.calls, addresses=ADDRESSES, hosts=hosts, states=tmp_path / "states")
+    clone.add_tool("gcloud", text)
+    # The metadata server of a host, asked for the number of the worker.
+    clone.add_tool("curl", f'#!{bash}\ncase "$*" in */agent-worker-number) printf %s "$WORKER" ;; esac\n')
     return hosts
 
 
-def wait_for(path: Path, text: str) -> None:
-    for _ in range(300):
-        if path.exists() and text in path.read_text():
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"{path}: {path.read_text() if path.exists() else 'missing'}")
+def has_ended(pid: int) -> bool:
+    """Return whether a process is gone or a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state == "Z"
 
 
 # --- again.sh ----------------------------------------------------------------------------------------
 
 
-def again(tmp_path: Path, codes: str, restarts: str = "9") -> tuple[int, int, str]:
-    """Run a command that ends with one of `codes` after the other; return the last one, how often it ran, and stderr."""
-    command = f'n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) >n; set -- {codes}; shift $n; eval "$1"'
+def run_again(tmp_path: Path, endings: str, restarts: str = "9") -> tuple[int, int, str]:
+    """Run again.sh with a command whose n-th run ends with the n-th of `endings`.
+
+    Returns: the exit code of again.sh, the number of runs, and stderr.
+    """
+    command = f'n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) >n; set -- {endings}; shift $n; eval "$1"'
     script = ["bash", ROOT / "launch" / "again.sh", "bash", "-c", command]
     environ = os.environ | {"RPT_PAUSE": "0", "RPT_RESTARTS": restarts}
     result = subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
@@ -95,7 +107,7 @@ def again(tmp_path: Path, codes: str, restarts: str = "9") -> tuple[int, int, st
 
 
 @pytest.mark.parametrize(
-    ("codes", "code", "runs"),
+    ("endings", "code", "runs"),
     [
         ("'exit 0'", 0, 1),
         ("'exit 75' 'exit 75' 'exit 0'", 0, 3),
@@ -105,34 +117,35 @@ def again(tmp_path: Path, codes: str, restarts: str = "9") -> tuple[int, int, st
         ("'exit 1'", 1, 1),
     ],
 )
-def test_again_starts_again_what_is_to_be_started_again(tmp_path: Path, codes: str, code: int, runs: int) -> None:
-    assert again(tmp_path, codes)[:2] == (code, runs)
+def test_command_restarts_after_code_75_and_signals_only(tmp_path: Path, endings: str, code: int, runs: int) -> None:
+    assert run_again(tmp_path, endings)[:2] == (code, runs)
 
 
-def test_again_gives_up(tmp_path: Path) -> None:
-    code, runs, said = again(tmp_path, "'exit 75' 'exit 75' 'exit 75' 'exit 75'", restarts="2")
-    assert (code, runs) == (1, 3) and "ended with 75 after 2 restarts" in said
+def test_restarts_are_limited(tmp_path: Path) -> None:
+    code, runs, stderr = run_again(tmp_path, "'exit 75' 'exit 75' 'exit 75' 'exit 75'", restarts="2")
+    assert (code, runs) == (1, 3)
+    assert "exit code 75 after 2 restarts" in stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_whoever_stops_again_stops_the_command_for_good(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_stops_the_command_without_a_restart(tmp_path: Path, number: signal.Signals) -> None:
     command = 'trap "echo saved; sleep 0.3; exit 75" TERM; echo here >here; while :; do sleep 0.1; done'
-    # Where the tests run in the background of a script it is ignored, and bash cannot trap what is ignored at its start.
-    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
+    # SIGINT is ignored if the tests run in the background of a script, and bash cannot trap a signal that it inherits as ignored.
+    restore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", heard, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
+        [sys.executable, "-c", restore, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
         cwd=tmp_path,
-        stdout=-1,
-        stderr=-1,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(tmp_path / "here", "here")
+    wait_for_text(tmp_path / "here", "here")
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (75, "saved\n", "")
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (75, "saved\n", "")
 
 
-# --- a TPU slice -------------------------------------------------------------------------------------
+# --- tpu_pod.sh --------------------------------------------------------------------------------------
 
 SETTINGS = {"RPT_TPU_NAME": "mine", "RPT_TPU_ZONE": "z-1", "RPT_TPU_TYPE": "v5p-128", "RPT_TPU_SHARE": "10.0.0.2:/rpt"}
 COMMANDS = {
@@ -150,167 +163,209 @@ COMMANDS = {
 }
 
 
+@stand_in
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_dry_run_prints_the_commands_and_runs_none(clone: Clone, slice_: Path, command: str) -> None:
+def test_dry_run_prints_commands_without_running_them(clone: Clone, hosts: Path, command: str) -> None:
     arguments = ["--config=c.py", "--workdir=/mnt/my run"] if command == "run" else []
-    code, lines, err = clone.run("launch/tpu_pod.sh", "--dry-run", command, *arguments, **SETTINGS)
-    assert code == 0 and not err and COMMANDS[command] in lines
+    code, lines, stderr = clone.run("launch/tpu_pod.sh", "--dry-run", command, *arguments, **SETTINGS)
+    assert code == 0
+    assert not stderr
+    assert COMMANDS[command] in lines
     assert not clone.calls.exists()
     if command == "setup":
         assert any("sudo mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in line for line in lines)
 
 
-def test_a_run_starts_on_all_hosts_goes_on_after_75_and_stops(clone: Clone, slice_: Path) -> None:
-    (slice_ / "1" / "ends").write_text("75")
+@stand_in
+def test_run_starts_on_all_hosts_restarts_after_75_and_stops(clone: Clone, hosts: Path) -> None:
+    (hosts / "1" / "ends").write_text("75")
     arguments = ["--config=c.py", "--workdir=/mnt/my run"]
-    code, _, err = clone.run("launch/tpu_pod.sh", "run", *arguments, **SETTINGS, RPT_PAUSE="0.1", RPT_RESTARTS="1000")
-    assert code == 0, err
+    code, _, stderr = clone.run(
+        "launch/tpu_pod.sh", "run", *arguments, **SETTINGS, RPT_PAUSE="0.1", RPT_RESTARTS="1000"
+    )
+    assert code == 0, stderr
+
+    # Every host starts with its own process number; host 1 restarts after code 75.
     for worker in range(3):
-        wait_for(slice_ / str(worker) / "arguments", "--process=")
-        found = (slice_ / str(worker) / "arguments").read_text().splitlines()
+        wait_for_text(hosts / str(worker) / "arguments", "--process=")
+        found = (hosts / str(worker) / "arguments").read_text().splitlines()
         assert found == [*arguments, "--coordinator=10.0.0.5:8476", "--processes=3", f"--process={worker}"]
-    wait_for(slice_ / "1" / "starts", "\n\n\n")
-    assert (slice_ / "0" / "starts").read_text() == "\n"
-    (slice_ / "1" / "ends").write_text("0")
-    wait_for(slice_ / "1" / "rpt.log", "restart 2")
-    (slice_ / "1" / "ends").unlink()
-    for worker in ("0", "2"):
-        pid = int((slice_ / worker / "rpt.pid").read_text())
+    wait_for_text(hosts / "1" / "starts", "\n\n\n")
+    assert (hosts / "0" / "starts").read_text() == "\n"
+    (hosts / "1" / "ends").write_text("0")
+    wait_for_text(hosts / "1" / "rpt.log", "restart 2")
+    (hosts / "1" / "ends").unlink()
+
+    # `stop` ends the run on the other hosts, without a restart.
+    pids = {worker: int((hosts / worker / "rpt.pid").read_text()) for worker in ("0", "2")}
+    for pid in pids.values():
         os.kill(pid, 0)
     clone.run("launch/tpu_pod.sh", "stop", **SETTINGS)
-    for worker in ("0", "2"):
-        pid = int((slice_ / worker / "rpt.pid").read_text())
-        for _ in range(200):
-            state = (
-                Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-                if Path(f"/proc/{pid}").exists()
-                else "Z"
-            )
-            if state == "Z":
-                break
+    for worker, pid in pids.items():
+        deadline = time.monotonic() + 10
+        while not has_ended(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert state == "Z" and (slice_ / worker / "starts").read_text() == "\n", "stopped, and not started again"
+        assert has_ended(pid)
+        assert (hosts / worker / "starts").read_text() == "\n"
 
 
-def test_setup_mounts_copies_and_installs_on_every_host(clone: Clone, slice_: Path) -> None:
+@stand_in
+def test_setup_mounts_copies_and_installs_on_every_host(clone: Clone, hosts: Path) -> None:
     clone.add_python("python3")
-    bash, sudo = shutil.which("bash"), clone.root.parent / "sudo"
-    clone.add_tool("sudo", f'#!{bash}\necho "$WORKER $*" >>"{sudo}"\n')
+    bash, sudo_calls = shutil.which("bash"), clone.root.parent / "sudo"
+    clone.add_tool("sudo", f'#!{bash}\necho "$WORKER $*" >>"{sudo_calls}"\n')
     clone.add_tool("mountpoint", f"#!{bash}\nexit 1\n")
     for arguments in (["init", "-q"], ["add", "requirements.txt", "launch"]):
         subprocess.run(["git", *arguments], cwd=clone.root, check=True)
-    (clone.root / "lies around").touch()
-    code, _, err = clone.run("launch/tpu_pod.sh", "setup", **SETTINGS)
-    assert code == 0, err
+    (clone.root / "untracked").touch()
+    code, _, stderr = clone.run("launch/tpu_pod.sh", "setup", **SETTINGS)
+    assert code == 0, stderr
     for worker in range(3):
-        there = slice_ / str(worker) / "rpt_jax"
-        assert (there / "requirements.txt").read_text() == "jax\n" and not (there / "lies around").exists()
-        assert (there / ".venv" / "requirements.stamp").exists()
-        assert f"{worker} mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in sudo.read_text()
-    assert clone.calls.read_text().splitlines().count("-m pip install -q jax[tpu]<0.13") == 3
+        copy = hosts / str(worker) / "rpt_jax"
+        assert (copy / "requirements.txt").read_text() == "jax\n"
+        assert not (copy / "untracked").exists()
+        assert (copy / ".venv" / "requirements.stamp").exists()
+        assert f"{worker} mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in sudo_calls.read_text()
+    assert clone.pip_calls().count("-m pip install -q -r requirements/tpu.txt") == 3
 
 
-def test_waiting_ends_with_the_slice(clone: Clone, slice_: Path, tmp_path: Path) -> None:
+@stand_in
+def test_wait_ends_when_the_slice_is_active_or_has_failed(clone: Clone, hosts: Path, tmp_path: Path) -> None:
     (tmp_path / "states").write_text("WAITING_FOR_RESOURCES\nWAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n")
     code, lines, _ = clone.run("launch/tpu_pod.sh", "wait", **SETTINGS, RPT_PAUSE="0")
-    assert code == 0 and lines == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    assert code == 0
+    assert lines == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
     (tmp_path / "states").write_text("FAILED\n")
-    code, _, err = clone.run("launch/tpu_pod.sh", "wait", **SETTINGS, RPT_PAUSE="0")
-    assert code == 2 and "the slice mine is FAILED" in err
+    code, _, stderr = clone.run("launch/tpu_pod.sh", "wait", **SETTINGS, RPT_PAUSE="0")
+    assert code == 2
+    assert "the slice mine is FAILED" in stderr
 
 
+@stand_in
 @pytest.mark.parametrize(
-    ("arguments", "settings", "sentence"),
+    ("arguments", "settings", "message"),
     [
-        (["crate"], {}, "'crate' is none of create, wait, setup"),
-        ([], {}, "'' is none of"),
+        (["crate"], {}, "'crate' is not one of: create, wait, setup"),
+        ([], {}, "'' is not one of"),
         (["run"], {}, "run needs the arguments of rpt_jax.main"),
-        (["create"], {"RPT_TPU_TYPE": "v9-8"}, "RPT_TPU_TYPE=v9-8 is none of"),
+        (["create"], {"RPT_TPU_TYPE": "v9-8"}, "RPT_TPU_TYPE=v9-8 is not one of"),
     ],
 )
-def test_what_tpu_pod_does_not_know_is_said(clone: Clone, slice_: Path, arguments, settings, sentence: str) -> None:
-    code, _, err = clone.run("launch/tpu_pod.sh", *arguments, **settings)
-    assert code == 2 and sentence in err
+def test_wrong_arguments_are_refused(
+    clone: Clone, hosts: Path, arguments: list[str], settings: dict[str, str], message: str
+) -> None:
+    code, _, stderr = clone.run("launch/tpu_pod.sh", *arguments, **settings)
+    assert code == 2
+    assert message in stderr
 
 
-def test_without_the_cloud_s_command_line(clone: Clone) -> None:
-    code, _, err = clone.run("launch/tpu_pod.sh", "create")
-    assert code == 2 and "gcloud is not on PATH" in err
+@stand_in
+def test_missing_gcloud_is_reported(clone: Clone) -> None:
+    code, _, stderr = clone.run("launch/tpu_pod.sh", "create")
+    assert code == 2
+    assert "gcloud is not on PATH" in stderr
 
 
-# --- Slurm -------------------------------------------------------------------------------------------
+# --- slurm_gpu.sh ------------------------------------------------------------------------------------
+
+# A stand-in for srun: records its call and exits with the next code in the file `codes`. If that is "hang", it runs until SIGTERM
+# and exits with 75.
+SRUN = r"""#!{bash}
+echo "srun $*" >>"{calls}"
+cd "{directory}"
+code=$(head -n 1 codes)
+sed -i 1d codes
+[ "$code" != hang ] || {{ trap "exit 75" TERM; while :; do sleep 0.1; done; }}
+exit $code
+"""
 
 
-def submit(clone: Clone, *arguments: str, codes: str = "", **environ: str):
-    """Run the batch script as sbatch does, from a copy elsewhere; srun's tasks end with one of `codes` after the other."""
+def submit(clone: Clone, *arguments: str, codes: str = "", **environment: str) -> tuple[subprocess.Popen[str], Path]:
+    """Run the batch script as sbatch does: as a copy in another directory.
+
+    Args:
+      codes: what successive calls of srun end with, one on each line.
+    Returns: the process, and the file in which calls of Slurm's commands are recorded.
+    """
     copy = clone.root.parent / "spool" / "slurm_script"
     copy.parent.mkdir(exist_ok=True)
     shutil.copy(clone.root / "launch" / "slurm_gpu.sh", copy)
     clone.add_python("python3")
     bash, calls = shutil.which("bash"), clone.root.parent / "slurm"
     (clone.root.parent / "codes").write_text(codes)
-    clone.add_tool(
-        "srun",
-        f'#!{bash}\necho "srun $*" >>"{calls}"\ncd "{clone.root.parent}"\n'
-        'code=$(head -n 1 codes)\nsed -i 1d codes\n[ "$code" != hang ] || { trap "exit 75" TERM; while :; do sleep 0.1; done; }\n'
-        "exit $code\n",
-    )
+    clone.add_tool("srun", SRUN.format(bash=bash, calls=calls, directory=clone.root.parent))
     clone.add_tool("scontrol", f'#!{bash}\necho "scontrol $*" >>"{calls}"\n')
     submitted = {"SLURM_SUBMIT_DIR": str(clone.root), "SLURM_JOB_ID": "41", "RPT_PAUSE": "0"}
-    process = clone.start(str(copy), *arguments, **submitted | environ)
+    process = clone.start(str(copy), *arguments, **submitted | environment)
     return process, calls
 
 
-def test_slurm_runs_a_task_a_node_and_goes_on_after_75(clone: Clone) -> None:
+@stand_in
+def test_job_runs_one_process_per_node_and_restarts_after_75_and_signals(clone: Clone) -> None:
     process, calls = submit(clone, "--config=c.py", "--workdir=/my runs/1", codes="75\n137\n0\n")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
     [call, *others] = calls.read_text().splitlines()
     assert call == (
         f"srun --kill-on-bad-exit=0 {clone.venv}/bin/python -P -m rpt_jax.main --config.checkpoint.grace_seconds=240 "
         "--config=c.py --workdir=/my runs/1"
     )
-    assert others == [call, call], "and nothing goes back into the queue"
+    assert others == [call, call], "the job must not be requeued"
 
 
+@stand_in
 @pytest.mark.parametrize(
-    ("environ", "shard"), [({"SLURM_ARRAY_TASK_ID": "3"}, "3/64"), ({}, "%a/64")], ids=["array", "none"]
+    ("environment", "shard"), [({"SLURM_ARRAY_TASK_ID": "3"}, "3/64"), ({}, "%a/64")], ids=["array", "no array"]
 )
-def test_slurm_s_array_prepares_a_part_each(clone: Clone, environ: dict[str, str], shard: str) -> None:
-    process, calls = submit(clone, "--workdir=/my runs/%a", "--config.data.shard=%a/64", codes="0\n", **environ)
+def test_array_index_is_filled_in(clone: Clone, environment: dict[str, str], shard: str) -> None:
+    process, calls = submit(clone, "--workdir=/my runs/%a", "--config.data.shard=%a/64", codes="0\n", **environment)
     process.communicate(timeout=60)
     workdir = "/my runs/" + shard.partition("/")[0]
-    assert process.returncode == 0 and calls.read_text().endswith(f" --workdir={workdir} --config.data.shard={shard}\n")
+    assert process.returncode == 0
+    assert calls.read_text().endswith(f" --workdir={workdir} --config.data.shard={shard}\n")
 
 
-def test_slurm_puts_a_job_that_has_to_go_back_into_the_queue(clone: Clone) -> None:
+@stand_in
+def test_job_is_requeued_after_sigterm(clone: Clone) -> None:
     process, calls = submit(clone, "--config=c.py", codes="hang\n")
-    wait_for(calls, "srun")
+    wait_for_text(calls, "srun")
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 75 and calls.read_text().splitlines()[1:] == ["scontrol requeue 41"]
+    assert process.returncode == 75
+    assert calls.read_text().splitlines()[1:] == ["scontrol requeue 41"]
 
 
-def test_slurm_leaves_alone_what_must_be_mended(clone: Clone) -> None:
+@stand_in
+def test_job_ends_after_an_error(clone: Clone) -> None:
     process, calls = submit(clone, "--config=c.py", codes="2\n")
     process.communicate(timeout=60)
-    assert process.returncode == 2 and len(calls.read_text().splitlines()) == 1
+    assert process.returncode == 2
+    assert len(calls.read_text().splitlines()) == 1
 
 
-def test_slurm_s_dry_run_and_a_wrong_directory(clone: Clone, tmp_path: Path) -> None:
+@stand_in
+def test_dry_run_of_a_job_prints_its_commands(clone: Clone) -> None:
     process, calls = submit(clone, "--dry-run", "--config=c.py")
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "-m rpt_jax.main" in out and "scontrol requeue 41" in out
-    assert not calls.exists() and clone.installs() == 0
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "-m rpt_jax.main" in stdout
+    assert "scontrol requeue 41" in stdout
+    assert not calls.exists()
+    assert not clone.pip_calls()
+
+
+@stand_in
+def test_job_from_another_directory_is_refused(clone: Clone, tmp_path: Path) -> None:
     process, _ = submit(clone, "--config=c.py", SLURM_SUBMIT_DIR=str(tmp_path))
-    assert f"{tmp_path} is not the repository root" in process.communicate(timeout=60)[1] and process.returncode == 2
+    assert f"{tmp_path} is not the repository root" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
 
 
-# --- JobSet and image --------------------------------------------------------------------------------
+# --- Kubernetes --------------------------------------------------------------------------------------
 
 
-def test_the_jobset_has_what_its_schema_requires_and_fits_together() -> None:
+def test_jobset_is_valid_and_consistent() -> None:
     jobset = yaml.safe_load((ROOT / "launch" / "gke_jobset.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     for rule in jobset["spec"]["failurePolicy"]["rules"]:
@@ -320,49 +375,55 @@ def test_the_jobset_has_what_its_schema_requires_and_fits_together() -> None:
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
     [container] = pod["containers"]
-    # What Kubernetes asks of each other.
-    assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelizm"]
-    assert pod["restartPolicy"] == "Never", "podFailurePolicy takes no other"
+
+    # Constraints of Kubernetes between fields.
+    assert job["completionMode"] == "Indexed"
+    assert job["completions"] == job["parallelism"]
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
     [failing] = job["podFailurePolicy"]["rules"]
-    assert failing["onExitCodes"]["containerName"] == container["name"] and failing["action"] == "FailJob"
-    assert (
-        failing["onExitCodes"]["values"] == sorted(failing["onExitCodes"]["values"])
-        and 75 not in failing["onExitCodes"]["values"]
-    )
+    assert failing["action"] == "FailJob"
+    assert failing["onExitCodes"]["containerName"] == container["name"]
+    codes = failing["onExitCodes"]["values"]
+    assert codes == sorted(codes)
+    assert 75 not in codes
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert container["resources"]["requests"] == container["resources"]["limits"]
-    # What a slice asks for.
+
+    # The pods cover the slice.
     chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
-    assert chips == job["parallelizm"] * container["resources"]["limits"]["google.com/tpu"]
-    # What we ask for.
-    environ = {entry["name"]: entry.get("value", "3") for entry in container["env"]}
+    assert chips == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
+
+    # The processes find each other, and have time to save.
+    environment = {entry["name"]: entry.get("value", "3") for entry in container["env"]}
     name = jobset["metadata"]["name"]
     address = f"{name}-{replicated['name']}-0-0.{name}"
-    assert find_hosts(None, None, None, environ) == Hosts(address, 8476, job["parallelizm"], 3)
+    assert find_hosts(None, None, None, environment) == Hosts(address, 8476, job["parallelism"], 3)
     grace = next(int(a.partition("=")[2]) for a in container["args"] if "grace_seconds" in a)
     assert grace < pod["terminationGracePeriodSeconds"]
 
 
-def test_the_job_prepares_every_part_of_a_corpus() -> None:
+def test_prepare_job_covers_every_shard_of_a_corpus() -> None:
     job = yaml.safe_load((ROOT / "launch" / "gke_prepare.yaml").read_text())
     assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
-    pod, parts = job["spec"]["template"]["spec"], job["spec"]["completions"]
+    pod, shards = job["spec"]["template"]["spec"], job["spec"]["completions"]
     [container] = pod["containers"]
-    assert pod["restartPolicy"] == "Never", "podFailurePolicy takes no other"
-    assert job["spec"]["maxFailedIndexes"] <= parts, "asked for by backoffLimitPerIndex"
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
+    assert 0 < job["spec"]["parallelism"] <= shards
+    assert job["spec"]["maxFailedIndexes"] <= shards, "required with backoffLimitPerIndex"
     failing, _ = job["spec"]["podFailurePolicy"]["rules"]
-    assert failing["onExitCodes"]["containerName"] == container["name"] and 75 not in failing["onExitCodes"]["values"]
+    assert failing["onExitCodes"]["containerName"] == container["name"]
+    assert 75 not in failing["onExitCodes"]["values"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     [variable] = container["env"]
-    asked = dict(argument.removeprefix("--config.data.").partition("=")[::2] for argument in container["args"])
-    for index in range(parts):
-        shard = asked["shard"].replace(f"$({variable['name']})", str(index))
-        assert parse_shard(DataConfig(shard=shard)) == ([index], parts)
+    options = dict(argument.removeprefix("--config.data.").partition("=")[::2] for argument in container["args"])
+    for index in range(shards):
+        shard = options["shard"].replace(f"$({variable['name']})", str(index))
+        assert parse_shard(DataConfig(shard=shard)) == ([index], shards)
 
 
-def test_the_image_holds_what_a_run_needs() -> None:
+def test_image_copies_files_that_exist() -> None:
     lines = (ROOT / "launch" / "Containerfile").read_text().splitlines()
     copied = [line.split()[1] for line in lines if line.startswith("COPY")]
-    assert copied == ["requirements.txt", "rpt_jax", "configs"] and all((ROOT / path).exists() for path in copied)
-    assert lines[-1] == 'ENTRYPOINT ["python", "-m", "rpt_jax.main"]'
-    assert any(line.startswith("FROM ") and "python:3.12" in line for line in lines)
+    assert copied
+    for path in copied:
+        assert (ROOT / path).exists()

@@ -25,8 +25,12 @@ from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
 _OPTIONS = {"data.source_options": CORPUS_SOURCES, "pretrain.trace_options": TRACE_WRITERS}
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """Return every field with its default, for a config file to change; assigning to an unknown field raises there."""
+def default_config() -> Any:
+    """Return a locked `ConfigDict` of all fields with their defaults, for a config file to change.
+
+    Assigning to a field that does not exist raises AttributeError. The static type is Any because a type checker does not know the
+    fields of a `ConfigDict`.
+    """
     values = dataclasses.asdict(Experiment())
     for name in _OPTIONS:
         section, _, field = name.partition(".")
@@ -39,13 +43,34 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def load_config_file(path: str) -> ml_collections.ConfigDict:
-    """Return the config that `get_config()` of a Python file returns; another config file may change and return it.
+def packaged_configs() -> Path:
+    """Return the directory of the configs that come with rpt_jax: inside an installed package, or next to it in a clone."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def resolve_config_path(path: str) -> str:
+    """Return `path`, or the packaged file that it names where it does not exist and begins with `configs/`."""
+    relative = Path(path)
+    if relative.exists() or relative.parts[:1] != ("configs",):
+        return path
+    packaged = packaged_configs().joinpath(*relative.parts[1:])
+    return str(packaged) if packaged.exists() else path
+
+
+def load_config_file(path: str) -> Any:
+    """Return the `ConfigDict` that `get_config()` of a Python file returns; another config file may change and return it.
+
+    Args:
+      path: a file; `configs/NAME.py` is a packaged config where the current directory has no such file.
 
     Raises: UserError, where there is no such file, and with file and line for any error in it.
     """
+    path = resolve_config_path(path)
     if not Path(path).is_file():
-        known = map(str, Path("configs").glob("*.py"))
+        known = [str(file) for file in Path("configs").glob("*.py")]
+        known += [f"configs/{file.name}" for file in packaged_configs().glob("*.py")]
         raise UserError(f"config file not found: {path}.{nearest(path, known)}", field="--config")
     try:
         module = _import_file(Path(path))

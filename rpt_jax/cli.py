@@ -1,0 +1,54 @@
+"""The command `rpt`: one name for the package's command-line tools."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from rpt_jax import __version__
+from rpt_jax.errors import nearest
+
+# Subcommand: (module, summary). A module is imported only when its subcommand runs.
+COMMANDS = {
+    "train": ("rpt_jax.main", "run the task of a config: training, pre-training or corpus preparation"),
+    "convert": ("rpt_jax.convert", "import a policy from Hugging Face or GGUF, or export one"),
+    "report": ("rpt_jax.report", "draw the plots of a run again"),
+    "preflight": ("rpt_jax.preflight", "compile a run for chips that are not here: does it fit, and what bounds it"),
+    "bench": ("rpt_jax.bench", "measure the speed of one part of the system on this machine"),
+}
+
+
+def usage() -> str:
+    """Return the text of `rpt --help`."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        f"usage: rpt COMMAND [OPTION...]\n\n{commands}\n\n"
+        "`rpt COMMAND --help` describes a command; `rpt --version` prints the version.\n"
+        "`rpt train …` is the same as `python -m rpt_jax.main …`, and `rpt NAME …` as `python -m rpt_jax.NAME …`."
+    )
+
+
+def main() -> int:
+    """Run the subcommand that the command line names, with the rest of the command line as its own.
+
+    Returns: the exit code, unless the subcommand exits by itself.
+    """
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"error: rpt has no command '{command}'.{nearest(command, COMMANDS)} See rpt --help.", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[command]
+    sys.argv = [f"rpt {command}", *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

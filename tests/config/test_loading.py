@@ -1,0 +1,63 @@
+"""Where config files are found, and what they can import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rpt_jax.config import load_config_file
+from rpt_jax.config.loading import resolve_config_path
+from rpt_jax.errors import UserError
+from tests.helpers.paths import CONFIGS
+
+CONFIG = """
+from rpt_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.seed = {seed}
+    return config
+"""
+
+
+def test_packaged_config_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_config_path("configs/rpt_tiny.py") == str(CONFIGS / "rpt_tiny.py")
+    assert load_config_file("configs/rpt_tiny.py")["task"] == "rpt"
+
+
+def test_file_in_the_current_directory_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "rpt_tiny.py").write_text(CONFIG.format(seed=41))
+    assert load_config_file("configs/rpt_tiny.py")["seed"] == 41
+
+
+def test_unknown_config_is_refused_with_the_nearest_packaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as raised:
+        load_config_file("configs/rpt_tinny.py")
+    assert raised.value.field == "--config"
+    assert "Did you mean 'configs/rpt_tiny.py'?" in str(raised.value)
+
+
+def test_other_missing_paths_are_not_looked_up_in_the_package() -> None:
+    assert resolve_config_path("other/rpt_tiny.py") == "other/rpt_tiny.py"
+    assert resolve_config_path("/configs/rpt_tiny.py") == "/configs/rpt_tiny.py"
+
+
+def test_config_file_can_import_a_module_next_to_it(tmp_path: Path) -> None:
+    (tmp_path / "base_of_loading_test.py").write_text(CONFIG.format(seed=5))
+    (tmp_path / "derived.py").write_text("from base_of_loading_test import get_config\n")
+    assert load_config_file(str(tmp_path / "derived.py"))["seed"] == 5
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_packaged_config_loads_from_any_directory(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config_file(f"configs/{path.name}")["task"]
