@@ -1,7 +1,7 @@
 """Third stage of the base policy of configs/rpt_tiny.py: sums of several numbers.
 
-The weights in configs/tiny went through the first two stages on 22 November 2026, when traces calculated with two numbers only and
-did not recognize units such as kg/cow. Running all three stages again practices these from the beginning.
+The weights in configs/tiny went through the first two stages on 22 November 2026, when traces calculated with two numbers only
+and did not recognize units such as kg/cow. Running all three stages again practices these from the beginning.
 
 Command   bash launch/local.sh --config=configs/practice_tiny.py
 Needs     runs/cold_start_tiny_seed1, the second stage

@@ -24,9 +24,9 @@ PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 INTERVAL = ("accuracy", "low", "high", "positions")
 # Everything that adds a key is on: a cold start, all optional terms of the objective, dynamic sampling and a refresh.
 FIELDS = {
-    "data.documents": 40,
+    "data.source_options.documents": 40,
     "data.held_out_documents": 20,
-    "data.held_out_templates": 2,
+    "data.source_options.held_out_templates": 2,
     "data.max_document_tokens": 96,
     "data.positions": "self_entropy",
     "data.rescore_every_steps": 1,
@@ -46,7 +46,7 @@ FIELDS = {
     "training.dynamic_sampling_from": 1,
     "evaluation.every_steps": 9,
     "evaluation.positions": 16,
-    "evaluation.template_positions": 4,
+    "evaluation.unseen_positions": 4,
     "checkpoint.every_steps": 1,
     "cold_start.total_steps": 1,
     "pretrain.documents_per_step": 2,

@@ -47,8 +47,8 @@ class DataConfig:
     source: str = "gsm_symbolic"
     # Options of the source, such as `data.source_options.documents` of "gsm_symbolic".
     source_options: Options = None
-    # File, folder or glob of source "path" (.txt, .jsonl, also .gz or .zst, .parquet, .arrow, .array_record); several are separated
-    # by commas, with sampling weights ("0.7=wiki/*.parquet,0.3=math.jsonl") or without.
+    # File, folder or glob of source "path" (.txt, .jsonl, also .gz or .zst, .parquet, .arrow, .array_record); several are
+    # separated by commas, with sampling weights ("0.7=wiki/*.parquet,0.3=math.jsonl") or without.
     path: str = ""
     # Record field that holds the text of a document.
     text_field: str = "text"

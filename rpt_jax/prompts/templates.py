@@ -16,6 +16,6 @@ def version_0() -> str:
     """The instruction of the paper's template v0 (Table 10), in our words."""
     return (
         'Continue the text under "### Context" by predicting its next token. Think step by step about which token is the most\n'
-        "probable, then put it inside \\boxed{}. The token may begin with a space: keep the space inside the box. Write the token as\n"
-        "it is, without \\text{}.\n\n### Context\n{context}\n"
+        "probable, then put it inside \\boxed{}. The token may begin with a space: keep the space inside the box. "
+        "Write the token as\nit is, without \\text{}.\n\n### Context\n{context}\n"
     )

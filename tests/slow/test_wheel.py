@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 
 # Two steps of the tiny run, with small corpora and evaluations.
 FIELDS = {
-    "data.documents": 60,
+    "data.source_options.documents": 60,
     "data.held_out_documents": 20,
-    "data.held_out_templates": 2,
+    "data.source_options.held_out_templates": 2,
     "data.positions_per_document": 4,
     "data.max_document_tokens": 128,
     "prompt.max_tokens": 128,
@@ -31,7 +31,7 @@ FIELDS = {
     "training.dynamic_sampling_from": 2,
     "evaluation.every_steps": 2,
     "evaluation.positions": 8,
-    "evaluation.template_positions": 4,
+    "evaluation.unseen_positions": 4,
     "checkpoint.every_steps": 2,
 }
 
