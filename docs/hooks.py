@@ -14,11 +14,13 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 # Files of the repository that pages show, by their path in the site.
 FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
 _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
 _DOCSTRING = re.compile(r"^\{\{ docstring: (?P<path>[\w/.]+) \}\}$", re.MULTILINE)
 _CONFIG = "{{ config reference }}"
+_CHOICES = "{{ choices }}"
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -32,6 +34,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill the placeholders of the reference pages."""
     if _CONFIG in markdown:
         markdown = markdown.replace(_CONFIG, config_reference())
+    if _CHOICES in markdown:
+        markdown = markdown.replace(_CHOICES, choices_reference())
     markdown = _DOCSTRING.sub(lambda match: docstring(match["path"]), markdown)
     return _HELP.sub(lambda match: help_text(match["command"]), markdown)
 
@@ -43,25 +47,31 @@ def docstring(path: str) -> str:
 
 def config_reference() -> str:
     """Return the config fields as Markdown, a table for each section, from the comments of the schema."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    try:
-        reference = importlib.import_module("rpt_jax.config.reference")
-    except ModuleNotFoundError:
-        return "The fields, with their types and defaults, are in `rpt_jax/config/schema.py`."
-    sections: dict[str, list[tuple[str, ...]]] = {}
-    for name, type_name, default, doc in reference.field_docs():
-        sections.setdefault(name.rpartition(".")[0], []).append((name, str(type_name), repr(default), doc))
-    return "\n\n".join(_section(name, fields) for name, fields in sections.items())
+    reference = importlib.import_module("rpt_jax.config.reference")
+    sections: dict[str, list[str]] = {}
+    for document in reference.field_docs():
+        text = f"**[memory]** {document.text}" if document.memory else document.text
+        row = f"| `{document.name}` | {document.type} | `{_cell(document.default)}` | {_cell(text)} |"
+        sections.setdefault(document.name.rpartition(".")[0], []).append(row)
+    introductions = reference.section_docs()
+    tables = []
+    for name, rows in sections.items():
+        header = ["| field | type | default | description |", "|---|---|---|---|"]
+        tables.append("\n".join([f"## {name or 'Top level'}", "", introductions.get(name, ""), "", *header, *rows]))
+    return "\n\n".join(tables)
 
 
-def _section(name: str, fields: list[tuple[str, ...]]) -> str:
-    rows = [
-        f"| `{_cell(field)}` | {_cell(type_name)} | `{_cell(default)}` | {_cell(doc)} |"
-        for field, type_name, default, doc in fields
-    ]
-    header = ["| field | type | default | description |", "|---|---|---|---|"]
-    return "\n".join([f"## {name or 'Top level'}", "", *header, *rows])
+def choices_reference() -> str:
+    """Return the registered choices as Markdown, a table for each config field, from the functions' docstrings."""
+    registry = importlib.import_module("rpt_jax.registry")
+    tables = []
+    for choices in registry.ALL_REGISTRIES:
+        lines = [f"## {choices.field}", "", "| name | what it is | fields of its own |", "|---|---|---|"]
+        for choice in choices.choices():
+            fields = ", ".join(f"`{field}`" for field in choice.requirements.fields)
+            lines.append(f"| `{choice.name}` | {_cell(choice.summary)} | {fields} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def _cell(text: str) -> str:

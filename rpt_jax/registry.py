@@ -180,3 +180,4 @@ POSITION_CHOICES: Registry = Registry("data.positions", "rpt_jax.prompts.positio
 PROMPT_TEMPLATES: Registry = Registry("prompt.template", "rpt_jax.prompts.templates")
 TRACE_WRITERS: Registry = Registry("pretrain.traces", ("rpt_jax.prompts.traces", "rpt_jax.prompts.arithmetic_traces"))
 OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS, IMPORTANCE_WEIGHTS)
+ALL_REGISTRIES = (*OBJECTIVE_REGISTRIES, POSITION_CHOICES, CORPUS_SOURCES, PROMPT_TEMPLATES, TRACE_WRITERS)
