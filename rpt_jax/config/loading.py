@@ -21,8 +21,8 @@ from rpt_jax.errors import UserError, nearest
 def default_config() -> Any:
     """Return a locked `ConfigDict` of all fields with their defaults, for a config file to change.
 
-    Assignment to a field that does not exist raises AttributeError. The static type is Any because a type checker does not know the
-    fields of a `ConfigDict`.
+    Assignment to a field that does not exist raises AttributeError. The static type is Any because a type checker does not know
+    the fields of a `ConfigDict`.
     """
     return ml_collections.ConfigDict(dataclasses.asdict(Experiment())).lock()
 
