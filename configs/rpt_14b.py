@@ -15,12 +15,12 @@ Labels: "P" is the paper; "verl" is the default of the framework that the paper 
 model), and the prompt has no chat template (P does not say whether it has one).
 """
 
-import ml_collections
+from typing import Any
 
 from rpt_jax.config import default_config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Any:
     config = default_config()
     config.task = "rpt"
     config.seed = 0  # ours

@@ -7,12 +7,12 @@ Time      not measured; an estimate is on the same page
 Results   not measured
 """
 
-import ml_collections
+from typing import Any
 
 import rpt_14b
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Any:
     config = rpt_14b.get_config()
     config.policy.path = "models/DeepSeek-R1-Distill-Qwen-1.5B"
     config.policy.preset = "r1-distill-qwen-1.5b"

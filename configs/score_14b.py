@@ -8,12 +8,12 @@ Hardware  not run
 Time      not measured
 """
 
-import ml_collections
+from typing import Any
 
 import rpt_14b
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Any:
     config = rpt_14b.get_config()  # Same corpus and same windows as in training.
     config.task = "score"
     config.policy.path = "models/DeepSeek-R1-Distill-Qwen-1.5B"  # P §3.3

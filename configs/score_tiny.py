@@ -7,12 +7,12 @@ Time      not measured
 Results   8.4 % of the positions with at least 16 tokens of context have an entropy above 0.5 nats
 """
 
-import ml_collections
+from typing import Any
 
 import rpt_tiny
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Any:
     config = rpt_tiny.get_config()
     config.task = "score"
     return config

@@ -141,7 +141,7 @@ def use_mesh(mesh: Mesh, split_rows: bool = False) -> Iterator[None]:
 
     Args:
       split_rows: whether the tokens of an update's row are split, between one product of matrices and the next, over the
-        devices that share it (sequence parallelizm): each keeps its part of what a layer begins with.
+        devices that share it (sequence parallelism): each keeps its part of what a layer begins with.
     """
     rows = {"sequence": TRAINING["kv_heads"]} if split_rows else {}
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple((TRAINING | rows).items())):

@@ -72,7 +72,7 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
 
 
 def meshes(experiment: Experiment, topology: Topology) -> Iterator[Mesh]:
-    """Meshes of all chips whose axes divide the policy's kv heads and the batches, by the most tensor parallelizm first."""
+    """Meshes of all chips whose axes divide the policy's kv heads and the batches, by the most tensor parallelism first."""
     shape, here = model_config_of(experiment)[0], devices(topology)
     for tensor in (t for t in range(shape.kv_heads, 0, -1) if shape.kv_heads % t == 0):
         for data in _REPLICAS:
