@@ -28,12 +28,8 @@ _OPTIONS = {"data.source_options": CORPUS_SOURCES, "pretrain.trace_options": TRA
 def default_config() -> Any:
     """Return a locked `ConfigDict` of all fields with their defaults, for a config file to change.
 
-    <<<<<<< HEAD
-        Assigning to a field that does not exist raises AttributeError. The static type is Any because a type checker does not know
-    =======
-        Assignment to a field that does not exist raises AttributeError. The static type is Any because a type checker does not know
-    >>>>>>> h/packaging
-        the fields of a `ConfigDict`.
+    Assigning to a field that does not exist raises AttributeError. The static type is Any because a type checker does not know
+    the fields of a `ConfigDict`.
     """
     values = dataclasses.asdict(Experiment())
     for name in _OPTIONS:
