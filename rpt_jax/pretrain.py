@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from rpt_jax.config import DataConfig, Experiment
+from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.prepared import corpus_directory, open_prepared, open_reported, tokenize_on_leader
 from rpt_jax.corpus.sources import training_texts
 from rpt_jax.corpus.tokenization import (
@@ -43,7 +44,7 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
-from rpt_jax.setup import cold_start_of, load_start, make_policy
+from rpt_jax.setup import load_starting_policy, make_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 from rpt_jax.weights.hf import save_policy
@@ -160,7 +161,7 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool =
         return experiment
     directory = workdir / "cold_start"
     if not (directory / "policy" / CONFIG).is_file():
-        pretrain(cold_start_of(experiment), directory, mesh, replay)
+        pretrain(cold_start_experiment(experiment), directory, mesh, replay)
         if replay:
             return None
     # The policy is whole: what it was made from is of no more use, and three times as large.
@@ -174,7 +175,7 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool =
 def _start(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
     """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
     if experiment.policy.path:
-        return load_start(experiment.policy, mesh)
+        return load_starting_policy(experiment.policy, mesh)
     path, shape = workdir / "tokenizer.model", preset(experiment.policy.preset)
     vocab_size = experiment.pretrain.vocab_size
     if vocab_size != shape.vocab:

@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from rpt_jax.prompts.cold_start import BOX, TraceWriter
 
 from rpt_jax.config import Experiment, PretrainConfig, PromptConfig
 from rpt_jax.pretrain import ExampleMaker
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.cold_start import BOX, TraceWriter
 from rpt_jax.prompts.positions import Position
 from rpt_jax.tokenizers.tokenizer import END_THINK, load_tokenizer
 from tests.helpers.paths import TINY

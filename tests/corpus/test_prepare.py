@@ -29,7 +29,7 @@ from rpt_jax.corpus.near_duplicates import _PRIMES, _SHINGLE, near_duplicates, s
 from rpt_jax.corpus.store import FIELDS, SKETCH, Records, ShardWriter, pack, read_summary, unpack
 from rpt_jax.corpus.tokenization import open_tokens, parse_shard, tokenize
 from rpt_jax.errors import UserError
-from rpt_jax.prompts.positions import STAGES, index_positions, quantiles
+from rpt_jax.prompts.positions import CURRICULUM_STAGES, index_positions, quantiles
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.whole_corpus import load_corpus
@@ -261,9 +261,9 @@ def chosen(scores: Records, **fields: object) -> list[set[tuple[int, int]]]:
         positions = list(sent(index))
         assert positions == sorted(positions) and len(positions) == len(set(positions))
         for p in positions:
-            entropy = scores[int(NUMBERS[p.document])][0 if config.entropy_renormalized else 1]
+            entropy = scores[int(NUMBERS[p.window])][0 if config.entropy_renormalized else 1]
             assert p.position >= 3 and p.entropy == entropy[p.position] >= 0
-        stages.append({(p.document, p.position) for p in positions})
+        stages.append({(p.window, p.position) for p in positions})
     return stages
 
 
@@ -282,7 +282,7 @@ def test_positions_by_name(scores: Records) -> None:
     assert [random] == chosen(scores, positions="random", keep_fraction=0.3)
     assert [random] != chosen(scores, positions="random", keep_fraction=0.3, seed=1)
     stages = chosen(scores, positions="curriculum", entropy_threshold=0.7)
-    assert len(stages) == STAGES and set().union(*stages) == threshold
+    assert len(stages) == CURRICULUM_STAGES and set().union(*stages) == threshold
     for easy, hard in zip(stages, stages[1:], strict=False):
         assert max(map(entropies.get, easy)) < min(map(entropies.get, hard)) and abs(len(easy) - len(hard)) <= 2
 
