@@ -131,9 +131,9 @@ def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer,
     other_tokenizer = expected_fingerprint and expected_fingerprint != tokenizer.fingerprint
     if other_tokenizer or tokenizer.vocab_size > model.vocab:
         raise UserError(
-            f"policy.path='{config.path}': {tokenizer.source} is not the tokenizer that the policy was trained with. It has "
-            f"{tokenizer.vocab_size} tokens and SHA-256 {tokenizer.fingerprint[:12]}…, expected at most {model.vocab} and "
-            f"{(expected_fingerprint or 'unknown')[:12]}…. Put the policy's own tokenizer there.",
+            f"{tokenizer.source} is not the tokenizer of the policy in policy.path='{config.path}': it has "
+            f"{tokenizer.vocab_size} tokens and SHA-256 {tokenizer.fingerprint[:12]}…, but the policy was trained with "
+            f"{model.vocab} tokens and {(expected_fingerprint or 'unknown')[:12]}…. Put the policy's own tokenizer there.",
             field="policy.path",
         )
     policy = make_policy(config, model, tokenizer)
