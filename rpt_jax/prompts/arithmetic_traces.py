@@ -56,7 +56,7 @@ def find_calculations(text: str) -> Iterator[Calculation]:
     for match in _CALCULATION.finditer(text):
         terms = re.findall(_TERM, match[2])
         numbers = [int(match[1]), *(int(number) for _, number in terms)]
-        operators = [_ASCII.get(operator, operator) for operator, _ in terms]
+        operators: list[str] = [_ASCII.get(operator, operator) for operator, _ in terms]
         result = int(match[match.re.groups])
         if set(operators) != {"+"} or sum(numbers) != result:
             numbers = numbers[-2:]

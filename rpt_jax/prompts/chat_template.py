@@ -43,7 +43,7 @@ def _parse_object(data: bytes | None) -> dict[str, Any]:
 
 
 def _find_template(files: dict[str, bytes], settings: dict[str, Any]) -> str | None:
-    """Return the template of its own file or of tokenizer_config.json, which may hold several by name."""
+    """Return the template in chat_template.jinja or in tokenizer_config.json, which may hold several by name."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
     template = settings.get("chat_template")

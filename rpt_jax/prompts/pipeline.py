@@ -129,6 +129,8 @@ def position_order(
 
     def repeat_shuffled(positions: Sequence[Position]) -> grain.MapDataset:
         if per_window:
+            if not isinstance(positions, PositionIndex):
+                raise TypeError("per_window needs positions that are grouped by window, a PositionIndex")
             return grain.MapDataset.source(WindowOrder(positions, per_window=per_window, batch=batch, seed=seed))
         if len(positions) > _MAX_SHUFFLED:
             raise UserError(

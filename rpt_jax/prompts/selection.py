@@ -25,8 +25,8 @@ from rpt_jax.registry import POSITION_CHOICES
 
 logger = logging.getLogger(__name__)
 
-# Scores windows, given their token ids, with the current policy.
-ScoreFn = Callable[[Sequence[Sequence[int]]], list[Scores]]
+# Scores windows with the current policy; takes the token ids of each.
+ScoreFn = Callable[[Sequence[Any]], list[Scores]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def score_sample(
         of_part = np.flatnonzero(part_W == part) if weights else np.arange(len(windows))
         order = grain.MapDataset.range(len(of_part)).shuffle(seed=experiment.seed).repeat()
         first = earlier_samples * per_part
-        indices = [order[i] for i in range(first, first + min(per_part, len(of_part)))]
+        indices = np.array([order[i] for i in range(first, first + min(per_part, len(of_part)))], np.int64)
         sampled.append(of_part[np.unique(indices)])
     windows_M = np.sort(np.concatenate(sampled)).astype(np.uint32)
 
@@ -193,7 +193,7 @@ def score_sample(
 
 
 def _mixture(data: DataConfig, prepared: Prepared, windows: Windows) -> tuple[list[float], np.ndarray]:
-    """Return the weights of a mixture's parts, [] if the corpus is no mixture, and the part of each training window."""
+    """Return the weights of the mixture's parts, [] for a corpus of one part, and the part of each training window."""
     corpus = prepared.corpus
     weights = [weight for weight, _ in parse_mixture(data.path) if weight] if data.source == "path" else []
     return weights, corpus.parts_D[corpus.documents_W[windows.numbers_N]]

@@ -127,7 +127,7 @@ def test_too_few_positions_for_a_batch_are_rejected(index: PositionIndex) -> Non
 
 
 def test_a_restored_stream_may_have_another_number_of_workers_and_processes(index: PositionIndex) -> None:
-    """Worker processes build the same batches in the same order, here those of the second of two hosts."""
+    """Worker processes build the same batches in the same order, here the second half of each batch."""
     plain = PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8)
     take(plain, 3)
     state = json.loads(json.dumps(plain.get_state()))
