@@ -6,8 +6,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -48,8 +48,15 @@ class Setup:
     prepared: Prepared
 
 
-def mesh_from_config(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the mesh of a config, over all devices or those given. Raises: UserError, if it does not fit them."""
+def mesh_from_config(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh of a config.
+
+    Args:
+      config: sizes of the mesh axes.
+      devices: JAX devices, or descriptions of them; None = all devices of the run.
+
+    Raises: UserError, if the mesh does not fit the devices.
+    """
     return make_mesh(config.data, config.fsdp, config.tensor, devices, config.rollout_tensor)
 
 
