@@ -54,9 +54,9 @@ def find_calculations(text: str) -> Iterator[Calculation]:
     A chain of more than two operands counts as a whole only if it is a sum; otherwise only its last two operands are used.
     """
     for match in _CALCULATION.finditer(text):
-        terms = re.findall(_TERM, match[2])
+        terms: list[tuple[str, str]] = re.findall(_TERM, match[2])
         numbers = [int(match[1]), *(int(number) for _, number in terms)]
-        operators: list[str] = [_ASCII.get(operator, operator) for operator, _ in terms]
+        operators = [_ASCII.get(operator, operator) for operator, _ in terms]
         result = int(match[match.re.groups])
         if set(operators) != {"+"} or sum(numbers) != result:
             numbers = numbers[-2:]
