@@ -145,10 +145,13 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                 return checkpoints.close()
             step, spent = step + 1, counters.flops
             if rescoring_is_due(experiment, step):
-                score = functools.partial(
-                    score_part, experiment, setup.policy, state.params, setup.tokenizer, setup.mesh
+                own = score_sample(
+                    experiment,
+                    setup.prepared,
+                    setup.train,
+                    functools.partial(score_part, experiment, setup.policy, state.params, setup.tokenizer, setup.mesh),
+                    step,
                 )
-                own = score_sample(experiment, setup.prepared, setup.train, score, step)
                 stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))
                 counters.count_scored(own.tokens)
                 clock.lap("refresh")

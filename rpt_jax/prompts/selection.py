@@ -99,7 +99,7 @@ def training_order(
     """
     data = experiment.data
     training = experiment.training
-    if policy_entropies:
+    if policy_entropies is not None:
         stages = index_positions(data, policy_entropies.records, windows.numbers_N, policy_entropies.windows_M)
         total = policy_entropies.tokens
         scored_by = "the current policy"
