@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import Experiment, MeshConfig
+from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.distributed.sharding import gather_and_spread
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
@@ -20,7 +21,6 @@ from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.model.model_config import ModelConfig, check_preset, preset
 from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import cache_bytes
-from rpt_jax.setup import cold_start_of
 from rpt_jax.weights.hf import load_model_config
 
 _FLOAT32 = 4  # Bytes.
@@ -125,7 +125,7 @@ def describe(experiment: Experiment, devices: int) -> list[Row]:
         if experiment.cold_start.total_steps:
             rows += [
                 Row(f"{what}; of the cold start", value, f"cold_start, {fields}")
-                for what, value, fields in _pretrain_rows(cold_start_of(experiment), shape, mesh)
+                for what, value, fields in _pretrain_rows(cold_start_experiment(experiment), shape, mesh)
             ]
     return rows + _run_rows(experiment, shape)
 

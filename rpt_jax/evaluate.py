@@ -10,6 +10,7 @@ import numpy as np
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scores, score_part
 from rpt_jax.corpus.sources import source_name
+from rpt_jax.corpus.tokenization import Windows
 from rpt_jax.distributed.sharding import to_host
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Params
@@ -17,7 +18,7 @@ from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rollout.sampler import Sampler
-from rpt_jax.setup import Setup, Windows
+from rpt_jax.setup import Setup
 
 # Nested, as the paper words it: an easy position has an entropy above 0.5 nats, and a hard one is easy too.
 DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
@@ -45,20 +46,20 @@ def choose_evaluation_set(
     """Draw `count` of `positions` (all, where there are fewer) and build their prompts in batches of `batch`."""
     chosen = np.random.default_rng(seed).permutation(len(positions))[:count]
     picked = [positions[i] for i in sorted(chosen)]
-    prompts = [builder.build(i, documents[p.document], p) for i, p in enumerate(picked)]
+    prompts = [builder.build(i, documents[p.window], p) for i, p in enumerate(picked)]
     prompts += [prompts[-1]] * (-len(prompts) % batch)
     return EvaluationSet(picked, [stack(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
 
 
 def direct_accuracy(evaluation: EvaluationSet, scores: Sequence[Scores]) -> np.ndarray:
     """Standard next-token prediction: whether the likeliest token is the true one, float [n]."""
-    return np.array([scores[p.document].right_S[p.position] for p in evaluation.positions], float)
+    return np.array([scores[p.window].right_S[p.position] for p in evaluation.positions], float)
 
 
 def by_split(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, dict[str, Any]]:
     """Mean of `right_N` over each split with a 95 % interval (see `_interval`)."""
     entropy_N = np.array([p.entropy for p in positions])
-    document_N = np.array([p.document for p in positions])
+    document_N = np.array([p.window for p in positions])
     result = {}
     for name, threshold in DIFFICULTIES.items():
         kept = entropy_N > threshold

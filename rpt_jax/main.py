@@ -74,13 +74,13 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
     from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.sharding import use_mesh
     from rpt_jax.infra.workdir import claimed_workdir
-    from rpt_jax.setup import start_mesh
+    from rpt_jax.setup import make_run_mesh
 
     tasks = {"rpt": train.train, "pretrain": pretrain.pretrain, "score": score.prepare_corpus}
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
         tasks = {name: functools.partial(task, replay=True) for name, task in tasks.items()}
-    mesh = start_mesh(experiment)
+    mesh = make_run_mesh(experiment)
     in_mesh = use_mesh(mesh, experiment.mesh.split_rows)
     with claimed_workdir(workdir, experiment, force), in_mesh, jax.debug_nans(replay), jax.debug_infs(replay):
         tasks[experiment.task](experiment, workdir, mesh)

@@ -6,16 +6,15 @@ import dataclasses
 import functools
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from rpt_jax.config import DataConfig, Experiment
+from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.prepared import corpus_directory, open_prepared, open_reported, tokenize_on_leader
 from rpt_jax.corpus.sources import training_texts
 from rpt_jax.corpus.tokenization import (
@@ -43,11 +42,9 @@ from rpt_jax.model.model_config import preset
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite
-from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import example_stream
-from rpt_jax.prompts.traces import TraceWriter
-from rpt_jax.registry import TRACE_WRITERS
-from rpt_jax.setup import cold_start_of, load_start, make_policy
+from rpt_jax.prompts.pretraining_examples import ExampleMaker
+from rpt_jax.setup import load_starting_policy, make_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 from rpt_jax.weights.hf import save_policy
@@ -56,80 +53,6 @@ from rpt_jax.weights.hf_config import CONFIG
 _TOKENIZER_BYTES = (
     2**26
 )  # Of text that a tokenizer is trained on: the trainer keeps all of it in memory, many times over.
-
-
-class ExampleMaker:
-    """Turns a document into arrays: its tokens, and traces that branch off from positions of it, packed into rows.
-
-    The document stands in the template of `prompt`, and a trace follows the prompt that asks for its position, as it does in
-    sampling; only that contexts which are too long for a prompt are not cut.
-    """
-
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[np.ndarray]):
-        """`documents`: token ids of each, at most `data.max_document_tokens`; read when they are asked for."""
-        self._config, self._limit = experiment.pretrain, experiment.data.max_document_tokens
-        self._min_context = experiment.data.min_context
-        self._tokenizer = tokenizer
-        self._prompt = PromptBuilder(experiment.prompt, tokenizer)
-        self._documents = documents
-
-    def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Return one example, random in where its traces stand and what its drills ask.
-
-        `document`: its number. `inputs`, `targets`, `mask`: its tokens behind the beginning of the template, [S].
-        `trace_inputs`, `trace_targets`, `trace_mask`: K rows of T tokens of packed traces behind its end, [K, T], and for each of
-        their tokens `trace_segment` (which trace of its row), `trace_prefix` (how many of the inputs its trace continues) and
-        `trace_position`.
-        """
-        before, ids = self._prompt.before, self._documents[document].tolist()
-        longest_trace = self._config.row_tokens + 1 - max(1, len(self._prompt.after))
-        writer = TRACE_WRITERS[self._config.traces].function(self._tokenizer, ids, self._config, longest_trace)
-        size = len(before) - 1 + self._limit
-        tokens = np.array([*before, *ids, self._tokenizer.eos_id], np.int32)[: size + 1]
-        padded, place = np.pad(tokens, (0, size + 1 - len(tokens))), np.arange(size)
-        mask = (place >= len(before) - 1) & (place < len(tokens) - 1)
-        places = [p for p in self._places(len(ids), writer, rng) if writer.can_box(p)]
-        traces = [([*before, *ids[:p], *self._prompt.after], writer.write(p, rng), 0) for p in places]
-        drills = writer.drills(rng)
-        packed = self._pack([*traces, *((self._prompt.after, *drill) for drill in drills)])
-        return {"document": np.int32(document), "inputs": padded[:-1], "targets": padded[1:], "mask": mask} | packed
-
-    def _places(self, size: int, writer: TraceWriter, rng: np.random.Generator) -> list[int]:
-        """Return positions to reason at: a fraction at the writer's preferred positions, the rest anywhere."""
-        last = size - 1
-        first, count = min(self._min_context, last), self._config.traces_per_document
-        due = [p for p in writer.preferred_positions if first <= p <= last]
-        places = rng.integers(first, last + 1, size=count)
-        if due:
-            share = round(count * writer.preferred_fraction)
-            places[:share] = rng.choice(due, size=share)
-        return [int(p) for p in rng.permutation(places)]
-
-    def _pack(self, traces: Sequence[tuple[list[int], list[int], int]]) -> dict[str, np.ndarray]:
-        """Put each (prompt, trace, given tokens) into the first row that has room; those that fit nowhere are left out.
-
-        What a prompt has in common with the document is not repeated. A trace's given tokens are not to be learned.
-        """
-        shape = (self._config.rows_per_document, self._config.row_tokens)
-        names = ("inputs", "targets", "mask", "segment", "prefix", "position")
-        rows = {name: np.zeros(shape, bool if name == "mask" else np.int32) for name in names}
-        used = np.zeros(shape[0], int)
-        for number, (prompt, trace, given) in enumerate(traces, start=1):
-            # Where nothing follows the context, its last token is run again: something must predict the first of the trace.
-            prefix = max(0, len(prompt) - max(1, len(self._prompt.after)))
-            tokens = [*prompt[prefix:], *trace]
-            size = len(tokens) - 1
-            fitting = np.flatnonzero(used + size <= shape[1])
-            if not len(fitting):
-                continue
-            row, columns = fitting[0], slice(used[fitting[0]], used[fitting[0]] + size)
-            used[row] += size
-            rows["inputs"][row, columns], rows["targets"][row, columns] = tokens[:-1], tokens[1:]
-            rows["mask"][row, columns] = np.arange(size) >= size - len(trace) + given
-            rows["segment"][row, columns] = number
-            rows["prefix"][row, columns] = prefix
-            rows["position"][row, columns] = prefix + np.arange(size)
-        return {f"trace_{name}": array for name, array in rows.items()}
 
 
 def mixed_loss(
@@ -238,7 +161,7 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool =
         return experiment
     directory = workdir / "cold_start"
     if not (directory / "policy" / CONFIG).is_file():
-        pretrain(cold_start_of(experiment), directory, mesh, replay)
+        pretrain(cold_start_experiment(experiment), directory, mesh, replay)
         if replay:
             return None
     # The policy is whole: what it was made from is of no more use, and three times as large.
@@ -252,7 +175,7 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool =
 def _start(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
     """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
     if experiment.policy.path:
-        return load_start(experiment.policy, mesh)
+        return load_starting_policy(experiment.policy, mesh)
     path, shape = workdir / "tokenizer.model", preset(experiment.policy.preset)
     vocab_size = experiment.pretrain.vocab_size
     if vocab_size != shape.vocab:

@@ -73,9 +73,11 @@ class PositionRequirements(Requirements):
 
     Attributes:
       rescored: whether positions are chosen again during training, by the entropies of the policy itself.
+      reported_fields: fields of section "data" that determine the choice, quoted in messages about it.
     """
 
     rescored: bool = False
+    reported_fields: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

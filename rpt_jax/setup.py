@@ -1,4 +1,4 @@
-"""What a task starts from: the policy, its tokenizer and the documents, checked against each other."""
+"""The start of a task: device mesh, policy, tokenizer and corpus, loaded and checked against each other."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
-from rpt_jax.corpus.documents import SPLITS
 from rpt_jax.corpus.prepared import Prepared, corpus_directory, open_prepared, prepare
 from rpt_jax.corpus.sources import check_source
+from rpt_jax.corpus.tokenization import Windows
 from rpt_jax.distributed.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.model.attention.dispatch import choose_attention
@@ -25,10 +24,20 @@ from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import check_files, load_model_config, load_policy
 
-Windows = Sequence[Sequence[int]]  # Token ids: of each document its one tokenization, in windows of bounded length.
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run of task "rpt" starts from.
 
-class Setup(NamedTuple):
+    Attributes:
+      policy: the model.
+      params: its starting parameters, sharded for training.
+      mesh: the devices.
+      tokenizer: the policy's tokenizer.
+      train, held_out, unseen: windows of token ids of each split; a long document has several windows.
+      prepared: the corpus that the windows are read from, with the proxy's entropies.
+    """
+
     policy: Transformer
     params: Params
     mesh: Mesh
@@ -36,106 +45,144 @@ class Setup(NamedTuple):
     train: Windows
     held_out: Windows
     unseen: Windows
-    prepared: Prepared  # What the documents were read from, and what the proxy makes of them.
+    prepared: Prepared
 
 
-def cold_start_of(experiment: Experiment) -> Experiment:
-    """The pre-training that an experiment of task "rpt" begins with, as an experiment of its own."""
-    return dataclasses.replace(
-        experiment,
-        task="pretrain",
-        training=dataclasses.replace(experiment.training, total_steps=experiment.cold_start.total_steps),
-        optimizer=dataclasses.replace(experiment.optimizer, learning_rate=experiment.cold_start.learning_rate),
-        pretrain=dataclasses.replace(experiment.pretrain, export=""),
-    )
+def mesh_from_config(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh of a config.
 
+    Args:
+      config: sizes of the mesh axes.
+      devices: JAX devices, or descriptions of them; None = all devices of the run.
 
-def make_policy(config: PolicyConfig, shape: ModelConfig, tokenizer: Tokenizer | None = None) -> Transformer:
-    """The decoder of `shape` as the config computes it; ids that `tokenizer` does not have get no probability.
-
-    Raises: UserError, where its attention does not run here.
+    Raises: UserError, if the mesh does not fit the devices.
     """
-    attention = choose_attention(config.attention, target_platform(), config.dtype)
-    absent_ids = tokenizer.absent_ids(shape.vocab) if tokenizer else ()
-    return Transformer(shape, jnp.dtype(config.dtype), config.remat, attention, absent_ids)
-
-
-def load_start(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
-    """Load the policy of `policy.path` onto the mesh, with its tokenizer.
-
-    Raises: UserError, where a file is missing or damaged, the shape is not the preset's or the tokenizer not the policy's.
-    """
-    shape, fingerprint = load_model_config(config.path)
-    check_preset(config.path, config.preset, shape)
-    tokenizer = load_tokenizer(config.path)
-    if tokenizer.vocab_size > shape.vocab or (fingerprint and fingerprint != tokenizer.fingerprint):
-        raise UserError(
-            f"{tokenizer.source} is not the tokenizer of the policy in '{config.path}' ({tokenizer.vocab_size} tokens, "
-            f"SHA-256 {tokenizer.fingerprint[:12]}…; the policy was trained with {shape.vocab} and "
-            f"{(fingerprint or 'unknown')[:12]}…). Put the policy's own tokenizer there."
-        )
-    policy = make_policy(config, shape, tokenizer)
-    _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh))
-    return policy, params, tokenizer
-
-
-def check_top_k(top_k: int, policy: Transformer) -> None:
-    """Raises: UserError, where the policy has fewer tokens."""
-    if top_k > policy.config.vocab:
-        raise UserError(f"data.entropy_top_k={top_k} must be at most the policy's vocabulary, {policy.config.vocab}.")
-
-
-def mesh_of(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a config, of all devices or those given. Raises: UserError, where it does not fit them."""
     return make_mesh(config.data, config.fsdp, config.tensor, devices, config.rollout_tensor)
 
 
-def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
-    """Raises: UserError, where what is sampled, or what is learned from it, does not split evenly over the mesh."""
-    t, ways = experiment.training, mesh_fields(mesh)["tensor"]
-    check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step})
-    check_batches(mesh, {"training.prompts_per_step": t.prompts_per_step}, DECODING)
-    if experiment.mesh.split_rows and t.microbatch_tokens % ways:
-        raise UserError(
-            f"mesh.split_rows: training.microbatch_tokens={t.microbatch_tokens} must be a multiple of mesh.tensor={ways}."
-        )
+def make_run_mesh(experiment: Experiment) -> Mesh:
+    """Check that the devices, the policy and the data of a run are available, and return its mesh.
 
+    Raises: UserError, which lists everything that is missing.
+    """
+    policy = experiment.policy
+    make = functools.partial(mesh_from_config, experiment.mesh)
 
-def start_mesh(experiment: Experiment) -> Mesh:
-    """Return the mesh of a run, where devices and files for it are here. Raises: UserError, with all that is missing."""
-    mesh, policy = experiment.mesh, experiment.policy
+    def check_attention() -> None:
+        choose_attention(policy.attention, target_platform(), policy.dtype)
 
     def check_policy() -> None:
         if policy.path:
             check_files(policy.path)
         elif experiment.task != "pretrain":
             raise UserError(
-                "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports."
+                "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports.",
+                field="policy.path",
             )
-
-    arrange = functools.partial(mesh_of, mesh)
-    attention = functools.partial(choose_attention, policy.attention, target_platform(), policy.dtype)
 
     def check_data() -> None:
         if not experiment.data.prepared:
             check_source(experiment.data)
 
-    check_all(arrange, attention, check_policy, check_data)
-    return arrange()
+    check_all(make, check_attention, check_policy, check_data)
+    return make()
 
 
-def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
-    """Load the starting policy and the prepared corpus, or prepare it in `workdir/corpus` with that policy as the proxy.
+def check_top_k(top_k: int, policy: Transformer) -> None:
+    """Raise UserError if `data.entropy_top_k` exceeds the policy's vocabulary."""
+    if top_k > policy.config.vocab:
+        raise UserError(
+            f"data.entropy_top_k={top_k} must be at most the policy's vocabulary size, {policy.config.vocab}.",
+            field="data.entropy_top_k",
+        )
 
-    Raises: UserError, as `load_start`, `prepare` and `open_prepared` do.
+
+def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
+    """Raise UserError if the batches of sampling or of the update do not split evenly over the mesh."""
+    training = experiment.training
+    tensor = mesh_fields(mesh)["tensor"]
+    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step})
+    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step}, DECODING)
+    if experiment.mesh.split_rows and training.microbatch_tokens % tensor:
+        raise UserError(
+            f"training.microbatch_tokens={training.microbatch_tokens} must be a multiple of mesh.tensor={tensor} with "
+            "mesh.split_rows=True.",
+            field="training.microbatch_tokens",
+        )
+
+
+def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer | None = None) -> Transformer:
+    """Return the transformer of a model config, computed as `config` says.
+
+    Args:
+      config: dtype, rematerialization and attention implementation.
+      model: layers and sizes.
+      tokenizer: if given, ids of the vocabulary that it does not have get probability zero.
+
+    Raises: UserError, if the attention implementation does not run on this platform.
     """
-    policy, params, tokenizer = load_start(experiment.policy, mesh)
+    attention = choose_attention(config.attention, target_platform(), config.dtype)
+    absent_ids = tokenizer.absent_ids(model.vocab) if tokenizer else ()
+    return Transformer(model, jnp.dtype(config.dtype), config.remat, attention, absent_ids)
+
+
+def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
+    """Load the policy of `policy.path`, with its parameters sharded for training, and its tokenizer.
+
+    Raises: UserError, if a file is missing or damaged, the model is not that of the preset, or the tokenizer is not the
+      policy's.
+    """
+    model, expected_fingerprint = load_model_config(config.path)
+    check_preset(config.path, config.preset, model)
+    tokenizer = load_tokenizer(config.path)
+    other_tokenizer = expected_fingerprint and expected_fingerprint != tokenizer.fingerprint
+    if other_tokenizer or tokenizer.vocab_size > model.vocab:
+        raise UserError(
+            f"{tokenizer.source} is not the tokenizer of the policy in policy.path='{config.path}': it has "
+            f"{tokenizer.vocab_size} tokens and SHA-256 {tokenizer.fingerprint[:12]}…, but the policy was trained with "
+            f"{model.vocab} tokens and {(expected_fingerprint or 'unknown')[:12]}…. Put the policy's own tokenizer there.",
+            field="policy.path",
+        )
+    policy = make_policy(config, model, tokenizer)
+    _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh))
+    return policy, params, tokenizer
+
+
+def open_or_prepare_corpus(
+    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, workdir: Path
+) -> Prepared:
+    """Open the corpus of `data.prepared` or, without one, tokenize and score the corpus in `workdir/corpus`.
+
+    Preparing a corpus takes a forward pass over all its tokens, with `policy` as the proxy. What an earlier, interrupted run
+    prepared is not done again.
+
+    Raises: UserError, as `open_prepared` and `prepare` do.
+    """
     data = experiment.data
     check_top_k(data.entropy_top_k, policy)
     if data.prepared:
-        prepared = open_prepared(data, tokenizer, Path(data.prepared))
-    else:
-        whole = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
-        directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-        prepared = prepare(whole, policy, params, tokenizer, mesh, directory)
-    return Setup(policy, params, mesh, tokenizer, *map(prepared.corpus.windows, SPLITS), prepared)
+        return open_prepared(data, tokenizer, Path(data.prepared))
+    all_shards = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
+    directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
+    prepared = prepare(all_shards, policy, params, tokenizer, mesh, directory)
+    assert prepared is not None, "all shards were prepared, so none is missing"
+    return prepared
+
+
+def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
+    """Load the starting policy, then open its corpus, or tokenize and score it if `data.prepared` is not set.
+
+    Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
+    """
+    policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
+    prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir)
+    return Setup(
+        policy=policy,
+        params=params,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        train=prepared.corpus.windows("train"),
+        held_out=prepared.corpus.windows("held_out"),
+        unseen=prepared.corpus.windows("unseen"),
+        prepared=prepared,
+    )

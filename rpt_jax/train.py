@@ -6,6 +6,7 @@ continuation are rewarded; GRPO updates the policy on exactly what it sampled (p
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from rpt_jax import report
 from rpt_jax.config import Experiment
-from rpt_jax.corpus.entropy import next_token_rows
+from rpt_jax.corpus.entropy import next_token_rows, score_part
 from rpt_jax.distributed.sharding import (
     check_batches,
     init_optimizer,
@@ -43,7 +44,13 @@ from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.pretrain import cold_start
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.selection import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
+from rpt_jax.prompts.selection import (
+    PolicyEntropies,
+    rescoring_is_due,
+    score_sample,
+    training_order,
+    training_stream,
+)
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rollout.sampler import (
@@ -83,7 +90,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
     sample = Sampler(experiment, setup, builder)
     reward = Rewarder(experiment, setup, builder)
-    stream = training_stream(experiment, setup, builder)
+    stream = training_stream(experiment, setup.prepared, setup.train, builder)
     evaluator = Evaluator(experiment, setup, sample, builder)
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
     # Copies, because the update donates its state and the starting policy's parameters are still needed.
@@ -101,8 +108,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         step, state, saved = restored
         check_saved(step, saved, experiment, setup)
         if saved["own"]:
-            own = OwnEntropies.from_state(saved["own"])
-            stream.renew(training_order(experiment, setup, own))
+            own = PolicyEntropies.from_state(saved["own"])
+            stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
         watch.restore(saved["watch"])
@@ -137,9 +144,15 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                 print(f"Every number of step {step} is finite.")
                 return checkpoints.close()
             step, spent = step + 1, counters.flops
-            if refresh_is_due(experiment, step):
-                own = own_entropies(experiment, setup, state.params, step)
-                stream.renew(training_order(experiment, setup, own))
+            if rescoring_is_due(experiment, step):
+                own = score_sample(
+                    experiment,
+                    setup.prepared,
+                    setup.train,
+                    functools.partial(score_part, experiment, setup.policy, state.params, setup.tokenizer, setup.mesh),
+                    step,
+                )
+                stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))
                 counters.count_scored(own.tokens)
                 clock.lap("refresh")
             prompts = next(stream)

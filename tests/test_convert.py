@@ -27,7 +27,7 @@ from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Llama3, llama3_divisors, rope_frequencies
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.objective.update import TrainState
-from rpt_jax.setup import load_start
+from rpt_jax.setup import load_starting_policy
 from rpt_jax.tokenizers.tokenizer import byte_level_alphabet, load_tokenizer
 from rpt_jax.weights import safetensors_io as tensors_module
 from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
@@ -86,7 +86,7 @@ def test_a_foreign_policy_becomes_ours_and_foreign_again(theirs, tmp_path, capsy
         "normalizes texts (NFC)" in said and "40 of its 300 ids stand for no token; rpt_jax never samples them" in said
     )
     ours = tmp_path / "new" / "ours"
-    policy, _, tokenizer = load_start(PolicyConfig(path=str(ours), preset=""), make_mesh(1, 1, 1))
+    policy, _, tokenizer = load_starting_policy(PolicyConfig(path=str(ours), preset=""), make_mesh(1, 1, 1))
     assert policy.absent_ids == tuple(range(260, 300))
     assert load_model_config(ours)[1] == tokenizer.fingerprint
     assert tokenizer.stop_ids == (258, 259) and tokenizer.normalizer == "NFC"
@@ -279,7 +279,7 @@ import sys, jax, numpy as np
 from rpt_jax.distributed.sharding import make_mesh, parameter_shardings
 from rpt_jax.weights import hf
 from rpt_jax.model.transformer import Transformer
-from rpt_jax.setup import load_start
+from rpt_jax.setup import load_starting_policy
 shape, expected, _ = hf.load_policy(sys.argv[1])
 shardings = parameter_shardings(Transformer(shape), make_mesh(1, 4, 2))
 put, parts = hf._put, []

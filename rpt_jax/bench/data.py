@@ -38,7 +38,7 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
 from rpt_jax.prompts.positions import index_positions
-from rpt_jax.setup import load_start
+from rpt_jax.setup import load_starting_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _WORDS = 20_000
@@ -98,7 +98,7 @@ def _scoring(options: argparse.Namespace, data: DataConfig, corpus: Corpus) -> l
     mesh = make_mesh(-1, 1, 1)
     experiment = Experiment(data=dataclasses.replace(data, score_batch_windows=options.documents))
     with use_mesh(mesh):
-        policy, params, tokenizer = load_start(PolicyConfig(path=options.policy, preset=""), mesh)
+        policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh)
         rows = _full_batches(experiment, policy, params, tokenizer, mesh)
         lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
         score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
@@ -170,7 +170,7 @@ def _full_batches(
 def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batches: int) -> list[Any]:
     windows = prepared.corpus.windows("train")
     stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
-    order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_document=0, seed=0)
+    order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_window=0, seed=0)
     longest = experiment.data.max_document_tokens
     builder = PromptBuilder(PromptConfig(prefill_think_token=False, max_tokens=longest), tokenizer)
     stream = PromptStream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)

@@ -92,7 +92,16 @@ def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
         experiment = dataclasses.replace(experiment, prompt=prompt)
     policy = make_policy(experiment.policy, shape, tokenizer)
     params = abstract_parameters(policy, mesh)
-    setup = Setup(policy, params, mesh, tokenizer, (), (), (), None)
+    setup = Setup(
+        policy=policy,
+        params=params,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        train=(),
+        held_out=(),
+        unseen=(),
+        prepared=None,
+    )
     if experiment.task == "score":
         return Step((_scoring(experiment, setup),), setup, None)
     decoding = decoding_of(experiment, setup, memory)

@@ -18,7 +18,7 @@ from rpt_jax.preflight.programs import Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.preflight.verdict import GIB, Memory, Verdict, as_record, judge_step
 from rpt_jax.rollout.memory import USABLE
-from rpt_jax.setup import check_sampling, mesh_of
+from rpt_jax.setup import check_sampling, mesh_from_config
 
 _ONCE = ("score",)  # Before the first step, and not in each.
 
@@ -26,7 +26,7 @@ _ONCE = ("score",)  # Before the first step, and not in each.
 def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     """Compile for the config's mesh, print all, and return it. Raises: UserError, where the config does not fit the topology."""
     experiment = for_topology(experiment, topology)
-    mesh = mesh_of(experiment.mesh, devices(topology))
+    mesh = mesh_from_config(experiment.mesh, devices(topology))
     check_split(experiment, mesh)
     step, verdicts = judge(experiment, topology, mesh)
     show(experiment, topology, mesh, step, verdicts)

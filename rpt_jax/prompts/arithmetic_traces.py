@@ -1,9 +1,10 @@
-"""Traces that carry the arithmetic of a document out digit by digit, for the small policy of configs/rpt_tiny.py.
+"""Arithmetic traces: written calculations, digit by digit, for the toy task of configs/rpt_tiny.py.
 
     calculate   … he has 93 - 38 =  <think>93-38: 3-8-0=5b 9-3-1=5 55</think>\\boxed{55}
 
-A single forward pass of a small policy cannot do this. Where a calculation is due, the trace calculates or recalls at random
-(`calculation_fraction`): the traces show how to calculate, not that it pays. Learning that is left to the reward.
+Only the toy uses this module; nothing else depends on it. It gives a small policy a skill that it can use in reasoning but
+not in a single forward pass. Inside the result of a calculation a trace calculates or recalls at random
+(`calculation_fraction`): the traces show how to calculate, and the reward must teach when to.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rpt_jax.prompts.traces import RecallTraces
 from rpt_jax.registry import TRACE_WRITERS
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
-# Operands with operators between them, "=", result; a few words, units such as kg/cow or a currency sign may stand in between.
+# Matches operands joined by operators, then "=" and a result. Between them there may be a few words, a unit such as kg/cow or a
+# currency sign.
 _WORDS = r"(?:[^\d=+*/×\n.%-]|/(?=[a-z])){0,16}?"
 _TERM = rf"{_WORDS}([-+*×x]|/(?![a-z])){_WORDS}(\d{{1,4}})(?![\d.,%])"
 _CALCULATION = re.compile(rf"(?<![\d.,])(\d{{1,4}})((?:{_TERM})+){_WORDS}={_WORDS}(\d{{1,6}})(?![\d.,/]*\d)")
@@ -30,9 +32,13 @@ _ASCII = {"×": "*", "x": "*"}
 
 
 class Calculation(NamedTuple):
-    """`numbers` with `operator` between them are `result`, as written in a document; its digits are text[start:end].
+    """A calculation written in a document.
 
-    Sums have two numbers or more, everything else has two.
+    Attributes:
+      numbers: the operands; two or more for a sum, otherwise two.
+      operator: "+", "-", "*" or "/".
+      result: the value of the calculation.
+      start, end: the digits of the result are text[start:end].
     """
 
     numbers: tuple[int, ...]
@@ -43,22 +49,29 @@ class Calculation(NamedTuple):
 
 
 def find_calculations(text: str) -> Iterator[Calculation]:
-    """Yield the whole-number calculations in `text` whose written result is right.
+    """Yield the whole-number calculations in `text` whose written result is correct.
 
-    Of what is neither a sum nor has two numbers, the last two alone are looked at.
+    A chain of more than two operands counts as a whole only if it is a sum; otherwise only its last two operands are used.
     """
     for match in _CALCULATION.finditer(text):
-        terms = re.findall(_TERM, match[2])
+        terms: list[tuple[str, str]] = re.findall(_TERM, match[2])
         numbers = [int(match[1]), *(int(number) for _, number in terms)]
         operators = [_ASCII.get(operator, operator) for operator, _ in terms]
         result = int(match[match.re.groups])
         if set(operators) != {"+"} or sum(numbers) != result:
-            numbers, operators = numbers[-2:], operators[-1:]
-        if _holds(numbers, operators[0], result):
-            yield Calculation(tuple(numbers), operators[0], result, *match.span(match.re.groups))
+            numbers = numbers[-2:]
+            operators = operators[-1:]
+        if _is_correct(numbers, operators[0], result):
+            yield Calculation(
+                numbers=tuple(numbers),
+                operator=operators[0],
+                result=result,
+                start=match.start(match.re.groups),
+                end=match.end(match.re.groups),
+            )
 
 
-def _holds(numbers: Sequence[int], operator: str, result: int) -> bool:
+def _is_correct(numbers: Sequence[int], operator: str, result: int) -> bool:
     if operator == "+":
         return sum(numbers) == result
     left, right = numbers
@@ -70,10 +83,10 @@ def _holds(numbers: Sequence[int], operator: str, result: int) -> bool:
 
 
 def work_out(numbers: Sequence[int], operator: str) -> str:
-    """Carry a calculation out by the written method, units first (division: from the left).
+    """Return the steps of a calculation by the written method, units first (division: from the left).
 
-    Each step is digits, carry and result: `3-8-0=5b` reads "3 minus 8 minus borrow 0 is 5, borrow one". A longer sum goes
-    down each column, beginning with what is carried: `1+3=4+2=6`.
+    A step consists of digits, carry and result: `3-8-0=5b` reads "3 minus 8 minus borrow 0 is 5, borrow one". A sum of three
+    or more numbers adds up each column, starting with the carry: `1+3=4+2=6`.
     """
     if len(numbers) > 2:
         steps = _add_columns(numbers)
@@ -82,42 +95,48 @@ def work_out(numbers: Sequence[int], operator: str) -> str:
     return f"{operator.join(map(str, numbers))}: {steps}"
 
 
-def similar(calculation: Calculation, rng: np.random.Generator) -> tuple[tuple[int, ...], str]:
-    """Draw another calculation of the same kind: numbers of as many digits, and a whole result that is not negative."""
-    numbers, operator = tuple(_number(x, rng) for x in calculation.numbers), calculation.operator
+def draw_similar(calculation: Calculation, rng: np.random.Generator) -> tuple[tuple[int, ...], str]:
+    """Draw another calculation of the same kind and the same numbers of digits, with a non-negative whole result.
+
+    Returns: the operands and the operator.
+    """
+    numbers = tuple(_draw_similar_number(x, rng) for x in calculation.numbers)
+    operator = calculation.operator
     if operator == "-":
         numbers = max(numbers), min(numbers)
     elif operator == "/":
-        right = max(numbers[1], 1)
-        numbers = right * _number(calculation.result, rng), right
+        divisor = max(numbers[1], 1)
+        numbers = divisor * _draw_similar_number(calculation.result, rng), divisor
     return numbers, operator
 
 
-def _number(like: int, rng: np.random.Generator) -> int:
+def _draw_similar_number(like: int, rng: np.random.Generator) -> int:
     digits = len(str(like))
     return int(rng.integers(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
 
 
-def _digits(left: int, right: int) -> Iterator[tuple[int, int]]:
-    """Pairs of digits, units first, the shorter number filled up with zeros."""
+def _digit_pairs(left: int, right: int) -> Iterator[tuple[int, int]]:
+    """Yield pairs of digits, units first, with the shorter number padded with zeros."""
     a, b = str(left)[::-1], str(right)[::-1]
     for i in range(max(len(a), len(b))):
         yield int(a[i]) if i < len(a) else 0, int(b[i]) if i < len(b) else 0
 
 
 def _add(left: int, right: int) -> str:
-    steps, carry = [], 0
-    for a, b in _digits(left, right):
+    steps = []
+    carry = 0
+    for a, b in _digit_pairs(left, right):
         steps.append(f"{a}+{b}+{carry}={a + b + carry}")
         carry = (a + b + carry) // 10
     return " ".join([*steps, str(left + right)])
 
 
 def _add_columns(numbers: Sequence[int]) -> str:
-    steps, carry = [], 0
+    steps = []
+    carry = 0
     for column in itertools.zip_longest(*(str(number)[::-1] for number in numbers)):
         digits = [int(digit) for digit in column if digit is not None]
-        # Nothing is carried into the units: they begin with a digit.
+        # The units have no carry: their step starts with the first digit.
         total = carry if steps else digits.pop(0)
         step = f"{total}"
         for digit in digits:
@@ -129,8 +148,9 @@ def _add_columns(numbers: Sequence[int]) -> str:
 
 
 def _subtract(left: int, right: int) -> str:
-    steps, borrow = [], 0
-    for a, b in _digits(left, right):
+    steps = []
+    borrow = 0
+    for a, b in _digit_pairs(left, right):
         difference = a - b - borrow
         steps.append(f"{a}-{b}-{borrow}={difference % 10}{'b' if difference < 0 else ''}")
         borrow = int(difference < 0)
@@ -140,7 +160,8 @@ def _subtract(left: int, right: int) -> str:
 def _multiply(left: int, right: int) -> str:
     if right > left:
         left, right = right, left
-    steps, total = [], 0
+    steps = []
+    total = 0
     for place, b in enumerate(str(right)[::-1]):
         if b == "0":
             continue
@@ -157,23 +178,24 @@ def _multiply(left: int, right: int) -> str:
 
 
 def _divide(left: int, right: int) -> str:
-    steps, rest = [], 0
+    steps = []
+    remainder = 0
     for digit in str(left):
-        rest = 10 * rest + int(digit)
-        steps.append(f"{rest}/{right}={rest // right}r{rest % right}")
-        rest %= right
+        remainder = 10 * remainder + int(digit)
+        steps.append(f"{remainder}/{right}={remainder // right}r{remainder % right}")
+        remainder %= right
     return " ".join([*steps, str(left // right)])
 
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticOptions:
-    """Settings of arithmetic traces."""
+    """Options of arithmetic traces (`pretrain.trace_options`)."""
 
-    # Fraction of a document's traces that are placed inside the result of a calculation, where it has any.
+    # Fraction of a document's traces that are placed inside the result of a calculation, if the document has any.
     calculation_position_fraction: float = 1 / 3
-    # Fraction of the traces at such positions that carry the calculation out; the others recall.
+    # Fraction of the traces at those positions that write the calculation out; the others recall.
     calculation_fraction: float = 0.4
-    # Calculations like the document's, with other numbers, that are learned without the document.
+    # Number of calculations similar to the document's that are learned without the document.
     drills_per_document: int = 0
 
     def __post_init__(self) -> None:
@@ -189,7 +211,7 @@ class ArithmeticOptions:
 
 @TRACE_WRITERS.register("arithmetic", options=ArithmeticOptions)
 class ArithmeticTraces(RecallTraces):
-    """Traces that calculate where a calculation is due, and recall elsewhere."""
+    """Traces that write calculations out inside their results, and recall elsewhere."""
 
     def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], config: PretrainConfig, max_tokens: int):
         super().__init__(tokenizer, ids, config, max_tokens)
@@ -197,8 +219,9 @@ class ArithmeticTraces(RecallTraces):
         self._bytes = tokenizer.token_bytes(ids)
         lengths = tokenizer.byte_vocab.lengths_V[np.asarray(self._ids, dtype=np.int64)]
         self._byte_offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # Token position -> the calculation whose result it is inside of, and the byte offset where that result ends.
         self._calculations: dict[int, tuple[Calculation, int]] = {}
-        # A window of a document may begin and end inside of a character.
+        # A window may begin or end inside a multi-byte character: surrogates keep the byte offsets exact.
         text = self._bytes.decode("utf-8", "surrogateescape")
         for calculation in find_calculations(text):
             start = len(text[: calculation.start].encode("utf-8", "surrogateescape"))
@@ -214,10 +237,14 @@ class ArithmeticTraces(RecallTraces):
 
     @property
     def preferred_fraction(self) -> float:
+        """Fraction of the traces placed inside the result of a calculation, if there is one."""
         return self._options.calculation_position_fraction
 
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
-        """Return the response ids that reason at `position` and box the true continuation."""
+        """Return the token ids of a response that reasons at `position` and boxes the true continuation.
+
+        A calculation longer than the length limit is not written out: the trace recalls instead.
+        """
         if position in self._calculations and rng.random() < self._options.calculation_fraction:
             trace = self._calculate(position)
             if len(trace) <= self._max_tokens:
@@ -225,9 +252,9 @@ class ArithmeticTraces(RecallTraces):
         return super().write(position, rng)
 
     def drills(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
-        """Return calculations like the document's, each as response ids and the number of ids that pose it.
+        """Return calculations similar to the document's, each as response ids and the number of ids that state it.
 
-        Documents use some numbers often and others never, and one wrong digit spoils a whole calculation.
+        Drills cover numbers that are rare in documents: one wrong digit makes a whole calculation wrong.
         """
         if not self._calculations:
             return []
@@ -235,13 +262,13 @@ class ArithmeticTraces(RecallTraces):
 
     def _drill(self, rng: np.random.Generator) -> tuple[list[int], int]:
         calculation, _ = self._calculations[int(rng.choice(self.preferred_positions))]
-        steps = work_out(*similar(calculation, rng))
+        steps = work_out(*draw_similar(calculation, rng))
         question = self._tokenizer.encode(steps.split(" ")[0])
         result = self._tokenizer.encode(steps.split(" ")[-1])
-        return self._trace(self._tokenizer.encode(steps), result), len(question)
+        return self.format_response(self._tokenizer.encode(steps), result), len(question)
 
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]
         steps = work_out(calculation.numbers, calculation.operator)
-        rest = self._bytes[self._byte_offsets[position] : end].decode()
-        return self._trace(self._tokenizer.encode(steps), self._tokenizer.encode(rest))
+        rest_of_result = self._bytes[self._byte_offsets[position] : end].decode()
+        return self.format_response(self._tokenizer.encode(steps), self._tokenizer.encode(rest_of_result))

@@ -1,4 +1,4 @@
-"""Prompts: a context of token ids between the template's ids, and the bytes that a right prediction begins."""
+"""Prompts as arrays: a context in the template's token ids, and the true continuation that a prediction is compared with."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 
 class PromptBatch(NamedTuple):
-    """P prompts as arrays.
+    """P prompts as arrays, padded to S tokens, with R bytes of the true continuation of each.
 
     Attributes:
-      tokens_PxS: int32 ids, zeros after `lengths`.
-      lengths_P: int32.
-      ids_P: int32, the number of the prompt in the stream; fixes the noise of its samples.
-      reference_PxR: uint8, how the document truly goes on; zeros after its last whole token.
-      boundaries_PxRp1: bool, True at l where the first l reference bytes are whole tokens; False at 0.
-      reference_ids_PxR: int32, those tokens; zeros after the last.
-      window_P, position_P, entropy_P: where the prompt is from.
+      tokens_PxS: int32, token ids; zeros after `lengths_P`.
+      lengths_P: int32, tokens of each prompt.
+      ids_P: int32, the index of each prompt in the stream; part of the random key of its samples.
+      reference_PxR: uint8, the true continuation; zeros after its last whole token.
+      boundaries_PxRp1: bool, True at index l if the first l reference bytes are whole tokens; False at 0.
+      reference_ids_PxR: int32, the token ids of the reference; zeros after the last.
+      window_P: int32, the index of the window that each prompt is taken from.
+      position_P: int32, the position in that window of the token to predict.
+      entropy_P: float32, the entropy at that position, in nats.
     """
 
     tokens_PxS: np.ndarray
@@ -41,89 +43,117 @@ class PromptBatch(NamedTuple):
 
 
 class PromptBuilder:
-    """Builds prompts from slices of documents' ids; no text is ever tokenized twice. Can be pickled, for other processes.
+    """Builds prompts from token ids; nothing is tokenized again. Picklable, for worker processes.
 
-    `before` and `after` are the template's ids around a context.
+    Attributes:
+      before, after: token ids of the template before and after the context.
     """
 
     def __init__(self, config: PromptConfig, tokenizer: Tokenizer):
-        """Raises: UserError, where the template is missing or malformed or leaves no room for a context."""
+        """Encode the template.
+
+        Raises: UserError, if the template is missing or malformed, or if it leaves no room for a context.
+        """
         self._bytes_VxX, self._lengths_V = tokenizer.byte_vocab
         self._reference_bytes = config.reference_bytes
-        self._size, self._at_line = config.max_tokens, config.long_context == "cut_at_line"
-        last_V = self._bytes_VxX[np.arange(len(self._lengths_V)), np.maximum(self._lengths_V, 1) - 1]
-        self._ends_line_V = last_V == ord("\n")
+        self._max_tokens = config.max_tokens
+        self._cut_at_line = config.long_context == "cut_at_line"
+        last_byte_V = self._bytes_VxX[np.arange(len(self._lengths_V)), np.maximum(self._lengths_V, 1) - 1]
+        self._ends_line_V = last_byte_V == ord("\n")
+
         before, after = read_template(config.template)
-        self.before, self.after = tokenizer.encode(before), tokenizer.encode(after)
+        self.before = tokenizer.encode(before)
+        self.after = tokenizer.encode(after)
         if config.chat_template:
             opening, closing = chat_ids(tokenizer)
-            self.before, self.after = opening + self.before, self.after + closing
-        if self.before[:1] != [tokenizer.bos_id]:  # Some chat templates have it.
+            self.before = opening + self.before
+            self.after = self.after + closing
+
+        # Some chat templates already contain the start-of-text and <think> tokens.
+        if self.before[:1] != [tokenizer.bos_id]:
             self.before = [tokenizer.bos_id, *self.before]
         if config.prefill_think_token:
             if tokenizer.think_id < 0:
                 raise UserError(
-                    "prompt.prefill_think_token=True needs a tokenizer with a <think> token; set it to False."
+                    "prompt.prefill_think_token=True needs a tokenizer with a <think> token; set it to False.",
+                    field="prompt.prefill_think_token",
                 )
-            if tokenizer.think_id not in self.after:  # Some have that, too.
+            if tokenizer.think_id not in self.after:
                 self.after = [*self.after, tokenizer.think_id]
-        self._room = self._size - len(self.before) - len(self.after)
-        if self._room < 1:
+
+        template_tokens = len(self.before) + len(self.after)
+        self._max_context_tokens = self._max_tokens - template_tokens
+        if self._max_context_tokens < 1:
             raise UserError(
-                f"prompt.max_tokens={self._size} leaves no room for a context: the template '{config.template}' alone "
-                f"takes {self._size - self._room} tokens."
+                f"prompt.max_tokens={self._max_tokens} leaves no room for a context: the template '{config.template}' alone "
+                f"takes {template_tokens} tokens.",
+                field="prompt.max_tokens",
             )
 
     def build(self, prompt_id: int, ids: Sequence[int], position: Position) -> PromptBatch:
-        """Return the prompt (arrays without the P axis) that asks for token `position` of the document `ids`."""
-        at = position.position
-        tokens = [*self.before, *self._context(ids[:at]), *self.after]
-        reference, boundaries, reference_ids = self._reference(ids[at:])
+        """Return the prompt for one position.
+
+        Args:
+          prompt_id: the index of the prompt in the stream.
+          ids: token ids of the window that `position` is in.
+          position: the token to predict.
+
+        Returns: the fields of `PromptBatch` without the P axis.
+        """
+        tokens = [*self.before, *self._cut_context(ids[: position.position]), *self.after]
+        reference_R, boundaries_Rp1, reference_ids_R = self._reference(ids[position.position :])
         return PromptBatch(
-            tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._size - len(tokens))),
-            lengths_P=np.int32(len(tokens)),
-            ids_P=np.int32(prompt_id),
-            reference_PxR=reference,
-            boundaries_PxRp1=boundaries,
-            reference_ids_PxR=reference_ids,
-            window_P=np.int32(position.document),
-            position_P=np.int32(at),
-            entropy_P=np.float32(position.entropy),
+            tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._max_tokens - len(tokens))),
+            lengths_P=np.array(len(tokens), np.int32),
+            ids_P=np.array(prompt_id, np.int32),
+            reference_PxR=reference_R,
+            boundaries_PxRp1=boundaries_Rp1,
+            reference_ids_PxR=reference_ids_R,
+            window_P=np.array(position.window, np.int32),
+            position_P=np.array(position.position, np.int32),
+            entropy_P=np.array(position.entropy, np.float32),
         )
 
-    def _context(self, ids: Sequence[int]) -> Sequence[int]:
-        """What of a context there is room for: its newest tokens, as `prompt.long_context` says."""
-        if len(ids) <= self._room:
+    def _cut_context(self, ids: Sequence[int]) -> Sequence[int]:
+        """Return the newest tokens of a context that fit into the prompt, cut as `prompt.long_context` says."""
+        if len(ids) <= self._max_context_tokens:
             return ids
-        kept = ids[len(ids) - self._room :]
-        if self._at_line:
-            ends = np.flatnonzero(self._ends_line_V[np.asarray(kept[: len(kept) // 2], np.int64)])
-            kept = kept[ends[0] + 1 :] if len(ends) else kept
+        kept = ids[len(ids) - self._max_context_tokens :]
+        if self._cut_at_line:
+            line_ends = np.flatnonzero(self._ends_line_V[np.asarray(kept[: len(kept) // 2], np.int64)])
+            if len(line_ends):
+                kept = kept[line_ends[0] + 1 :]
         return kept
 
-    def _reference(self, completion: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Bytes of the completion's first whole tokens that fit, the borders between tokens (paper, L_gt), and their ids."""
+    def _reference(self, continuation: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the first whole tokens of a continuation that fit into R bytes.
+
+        Returns: their bytes, the boundaries between tokens (the paper's L_gt) and their ids; see `PromptBatch`.
+        """
         limit = self._reference_bytes
-        reference, boundaries = np.zeros(limit, np.uint8), np.zeros(limit + 1, bool)
-        reference_ids, end = np.zeros(limit, np.int32), 0
-        for number, token in enumerate(completion):
+        reference_R = np.zeros(limit, np.uint8)
+        boundaries_Rp1 = np.zeros(limit + 1, bool)
+        reference_ids_R = np.zeros(limit, np.int32)
+        end = 0
+        for index, token in enumerate(continuation):
             length = int(self._lengths_V[token])
-            # A special token has no bytes: nothing that a prediction spells can go past it.
+            # A special token has no bytes, so no prediction can match it or anything after it.
             if length == 0 or end + length > limit:
                 break
-            reference[end : end + length] = self._bytes_VxX[token, :length]
+            reference_R[end : end + length] = self._bytes_VxX[token, :length]
             end += length
-            boundaries[end], reference_ids[number] = True, token
-        return reference, boundaries, reference_ids
+            boundaries_Rp1[end] = True
+            reference_ids_R[index] = token
+        return reference_R, boundaries_Rp1, reference_ids_R
 
 
 def read_template(name: str) -> tuple[str, str]:
-    """Return the text of a template before and after its one `{context}`.
+    """Return the text of a template before and after its `{context}`.
 
     Args:
       name: a registered template, or the path of a text file.
 
-    Raises: UserError, where it is neither, is not UTF-8, or does not hold `{context}` exactly once.
+    Raises: UserError, if it is neither, is not UTF-8, or does not contain `{context}` exactly once.
     """
     if name in PROMPT_TEMPLATES:
         text = PROMPT_TEMPLATES[name].function()
@@ -131,7 +161,7 @@ def read_template(name: str) -> tuple[str, str]:
         text = _read_template_file(name)
     before, slot, after = text.partition("{context}")
     if not slot or "{context}" in after:
-        raise UserError(f"prompt.template='{name}' must hold {{context}} exactly once.", field="prompt.template")
+        raise UserError(f"prompt.template='{name}' must contain {{context}} exactly once.", field="prompt.template")
     return before, after
 
 
@@ -142,14 +172,17 @@ def _read_template_file(name: str) -> str:
         known = sorted(PROMPT_TEMPLATES)
         hint = nearest(name, known)
         raise UserError(
-            f"prompt.template='{name}' is neither a file nor one of: {', '.join(known)}.{hint}", field="prompt.template"
+            f"prompt.template='{name}' is neither a readable file nor one of: {', '.join(known)}.{hint}",
+            field="prompt.template",
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"prompt.template: {name} is not UTF-8 (byte {error.start}).", field="prompt.template"
+            f"prompt.template='{name}' is not UTF-8 (byte {error.start}).", field="prompt.template"
         ) from None
 
 
 def stack(prompts: Sequence[PromptBatch]) -> PromptBatch:
-    """Batch single prompts."""
-    return PromptBatch(*(np.stack(leaves) for leaves in zip(*prompts, strict=True)))
+    """Stack single prompts, without the P axis, into one batch."""
+    return PromptBatch(
+        **{name: np.stack([getattr(prompt, name) for prompt in prompts]) for name in PromptBatch._fields}
+    )

@@ -1,4 +1,4 @@
-"""grain pipelines: an order that is a function of (seed, index), and iterators whose state is one small JSON object."""
+"""grain pipelines: prompt order as a function of (seed, index), and streams whose state is a small JSON object."""
 
 from __future__ import annotations
 
@@ -13,79 +13,94 @@ from rpt_jax.infra.signals import end_with_parent
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position, PositionIndex
 
-# grain would by default build 500 batches ahead: memory, and time on cores that are busy.
-_READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-_LONGEST = 2**32 - 1  # Elements that grain's shuffle takes.
+# grain's default would build 500 batches ahead: too much memory, and CPU time that the training process needs.
+_READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+_MAX_SHUFFLED = 2**32 - 1  # Elements that grain can shuffle.
 
 
 class PromptStream:
-    """Batches of prompts, `PromptBatch`es of the positions of an order, without end.
+    """Infinite iterator over batches of prompts, in a given order of positions.
 
-    Its state is the numbers of the next batch and of the order's first. So the stream after a restore is the same stream, with
-    another number of processes or workers too. A prompt's id is its number in the stream: its noise outlives restarts.
-
-    Args:
-      documents: token ids of those that positions are of.
-      batch: prompts of a step, of all processes together.
-      workers: processes that build batches ahead; 0 = a thread of this one.
-      process: (number, count): which equal part of every batch is built.
+    The state is the index of the next batch and that of the first batch of the current order. It does not depend on the
+    number of processes or workers, which may change between runs. The index of a prompt in the stream is its id, so the
+    random numbers of its samples are the same after a restart.
     """
 
     def __init__(
         self,
         builder: PromptBuilder,
-        documents: Sequence[Sequence[int]],
+        windows: Sequence[Sequence[int]],
         order: grain.MapDataset,
         *,
         batch: int,
         workers: int = 0,
         process: tuple[int, int] = (0, 1),
     ):
-        self._builder, self._documents, self._batch, self._workers = builder, documents, batch, workers
-        number, count = process
-        if batch % count:
-            raise ValueError(f"a batch of {batch} for {count} processes")
-        self._mine = slice(number * batch // count, (number + 1) * batch // count)
-        self._next = 0
-        self.renew(order)
+        """
+        Args:
+          builder: builds the prompt of a position.
+          windows: token ids of the windows that positions refer to.
+          order: positions, as `position_order` returns them.
+          batch: prompts in a batch, over all processes.
+          workers: processes that build batches ahead; 0 = a thread of this process.
+          process: (index, count): this process builds the index-th of `count` equal parts of every batch.
 
-    def renew(self, order: grain.MapDataset) -> None:
-        """Go on with the next batch, but from the beginning of another order."""
-        self._order, self._first = order, self._next
-        self._start()
+        Raises: ValueError, if `batch` is not a multiple of the number of processes.
+        """
+        index, count = process
+        if batch % count:
+            raise ValueError(f"a batch of {batch} cannot be split over {count} processes")
+        self._builder = builder
+        self._windows = windows
+        self._batch = batch
+        self._workers = workers
+        self._local_part = slice(index * batch // count, (index + 1) * batch // count)
+        self._next_batch = 0
+        self.switch_order(order)
+
+    def switch_order(self, order: grain.MapDataset) -> None:
+        """Take the following batches from the beginning of another order."""
+        self._order = order
+        self._first_batch = self._next_batch
+        self._open_iterator()
 
     def __iter__(self) -> PromptStream:
         return self
 
     def __next__(self) -> PromptBatch:
         batch = next(self._iterator)
-        self._next += 1
+        self._next_batch += 1
         return batch
 
     def get_state(self) -> dict[str, int]:
-        return {"batch": self._next, "first": self._first}
+        """Return the state for `set_state`, as JSON values."""
+        return {"batch": self._next_batch, "first": self._first_batch}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on where another stream was, which had the same order."""
-        self._next, self._first = state["batch"], state["first"]
-        self._start()
+        """Continue where a stream with the same current order was."""
+        self._next_batch = state["batch"]
+        self._first_batch = state["first"]
+        self._open_iterator()
 
-    def _start(self) -> None:
-        builder, documents, mine, before = self._builder, self._documents, self._mine, self._first * self._batch
+    def _open_iterator(self) -> None:
+        # Local variables, because workers receive these functions and `self` holds an iterator that cannot be pickled.
+        builder = self._builder
+        windows = self._windows
+        local_part = self._local_part
+        first_id = self._first_batch * self._batch
 
-        # Without self: its iterator cannot be sent to other processes.
-        def build(numbered: Sequence[tuple[int, Position]]) -> PromptBatch:
-            return stack([builder.build(i, documents[p.document], p) for i, p in numbered[mine]])
+        def add_id(index: int, position: Position) -> tuple[int, Position]:
+            return first_id + index, position
 
-        def pair(index: int, position: Position) -> tuple[int, Position]:
-            return before + index, position
+        def build(prompts: Sequence[tuple[int, Position]]) -> PromptBatch:
+            return stack([builder.build(i, windows[p.window], p) for i, p in prompts[local_part]])
 
-        batches = self._order.map_with_index(pair).batch(self._batch, drop_remainder=True, batch_fn=list).map(build)
-        rest = batches[self._next - self._first :].to_iter_dataset(_READING)
+        batches = self._order.map_with_index(add_id).batch(self._batch, drop_remainder=True, batch_fn=list).map(build)
+        remaining = batches[self._next_batch - self._first_batch :].to_iter_dataset(_READ_OPTIONS)
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-            rest = rest.mp_prefetch(options, worker_init_fn=lambda *_: end_with_parent())
-        self._iterator = iter(rest)
+            remaining = remaining.mp_prefetch(options, worker_init_fn=lambda *_: end_with_parent())
+        self._iterator = iter(remaining)
 
 
 def position_order(
@@ -94,85 +109,109 @@ def position_order(
     *,
     stage_prompts: int,
     batch: int,
-    per_document: int,
+    per_window: int,
     seed: int,
 ) -> grain.MapDataset:
-    """Positions without end: in every epoch all of them, in a new order, a function of (seed, index).
+    """Return an infinite order of positions, shuffled anew in every epoch; a function of (seed, index).
 
     Args:
-      stages: positions of each stage of a curriculum, and within a stage of each part of a mixture; without either, a single
-        one.
-      weights: of the parts; [] = one part.
-      stage_prompts: prompts of each stage but the last.
-      batch, per_document: see `DocumentOrder`; 0 = no limit, and all positions are shuffled alike.
-    """
-    parts = max(1, len(weights))
+      stages: the positions of each stage of a curriculum and, within a stage, of each part of a mixture; a single element if
+        there is neither.
+      weights: sampling weights of the parts of a mixture; [] = one part.
+      stage_prompts: prompts of every stage except the last, which is infinite.
+      batch: prompts in a batch.
+      per_window: maximum number of positions of a window in a batch (see `WindowOrder`); 0 = no limit, and positions are
+        shuffled independently.
+      seed: of the shuffling.
 
-    def endless(positions: Sequence[Position]) -> grain.MapDataset:
-        if per_document:
-            return grain.MapDataset.source(DocumentOrder(positions, per_document, batch, seed))
-        if len(positions) > _LONGEST:
+    Raises: UserError, if there are more positions than can be shuffled, or too few for `per_window`.
+    """
+
+    def repeat_shuffled(positions: Sequence[Position]) -> grain.MapDataset:
+        if per_window:
+            if not isinstance(positions, PositionIndex):
+                raise TypeError("per_window needs positions that are grouped by window, a PositionIndex")
+            return grain.MapDataset.source(WindowOrder(positions, per_window=per_window, batch=batch, seed=seed))
+        if len(positions) > _MAX_SHUFFLED:
             raise UserError(
-                f"{len(positions):,} positions are more than can be shuffled, {_LONGEST:,}: raise data.entropy_threshold."
+                f"{len(positions):,} positions were chosen, but at most {_MAX_SHUFFLED:,} can be shuffled: raise "
+                "data.entropy_threshold.",
+                field="data.entropy_threshold",
             )
         return grain.MapDataset.source(positions).shuffle(seed=seed).repeat()
 
-    mixed = []
+    # Mix the parts of each stage.
+    parts = max(1, len(weights))
+    mixed_stages = []
     for first in range(0, len(stages), parts):
-        datasets = [endless(positions) for positions in stages[first : first + parts]]
-        mixed.append(grain.MapDataset.mix(datasets, weights) if weights else datasets[0])
-    if len(mixed) == 1:
-        return mixed[0]
-    limited = [dataset[:stage_prompts] for dataset in mixed[:-1]]
-    return grain.MapDataset.concatenate([*limited, mixed[-1][: sys.maxsize - stage_prompts * len(limited)]])
+        datasets = [repeat_shuffled(positions) for positions in stages[first : first + parts]]
+        mixed_stages.append(grain.MapDataset.mix(datasets, weights) if weights else datasets[0])
+    if len(mixed_stages) == 1:
+        return mixed_stages[0]
+
+    # Concatenate the stages. The last one is cut so that the total length does not overflow.
+    limited = [dataset[:stage_prompts] for dataset in mixed_stages[:-1]]
+    last = mixed_stages[-1][: sys.maxsize - stage_prompts * len(limited)]
+    return grain.MapDataset.concatenate([*limited, last])
 
 
-class DocumentOrder:
-    """Positions without end, document by document: all documents in a new order each epoch, some positions of each in a row.
+class WindowOrder:
+    """Infinite order of positions with at most `per_window` positions of a window in any batch.
 
-    A batch of a step never holds more than `per_document` positions of a document: an epoch ends with a whole batch, and the
-    few documents that do not fill another one are left out of it. A document's positions take turns over the epochs.
-
-    Raises: UserError, where all documents together do not fill a batch.
+    Every epoch visits the windows in a new order and takes up to `per_window` positions of each in a row. An epoch is a whole
+    number of batches; windows that would fill only a part of another batch are left out of it. The positions of a window take
+    turns over the epochs.
     """
 
-    def __init__(self, positions: PositionIndex, per_document: int, batch: int, seed: int):
-        self._positions, self._per_document, self._seed = positions, per_document, seed
-        self._taken_M = np.minimum(positions.counts_M, per_document)
-        self._epoch = int(self._taken_M.sum()) // batch * batch
-        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
-        if not self._epoch:
+    def __init__(self, positions: PositionIndex, *, per_window: int, batch: int, seed: int):
+        """Raises: UserError, if one epoch does not fill a batch."""
+        self._positions = positions
+        self._per_window = per_window
+        self._seed = seed
+        self._taken_M = np.minimum(positions.counts_M, per_window)
+        total = int(self._taken_M.sum())
+        self._epoch_prompts = total // batch * batch
+        self._cached_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+        if not self._epoch_prompts:
             raise UserError(
-                f"data.positions_per_document={per_document} leaves {int(self._taken_M.sum())} prompts of all documents for "
-                f"training.prompts_per_step={batch}: raise it, or give a longer corpus."
+                f"data.positions_per_document={per_window} leaves {total} prompts in all windows together, fewer than "
+                f"training.prompts_per_step={batch}: raise it, or use a longer corpus.",
+                field="data.positions_per_document",
             )
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Position:
-        epoch, slot = divmod(int(index), self._epoch)
-        documents, first = self._order(epoch)
-        place = int(np.searchsorted(first, slot, side="right")) - 1
-        document, count = int(documents[place]), int(self._positions.counts_M[documents[place]])
-        turn = (epoch * self._per_document + slot - int(first[place])) % count
-        own = np.random.default_rng((self._seed, document)).permutation(count)[turn]
-        return self._positions[self._positions.first(document) + int(own)]
+        epoch, slot = divmod(int(index), self._epoch_prompts)
+        shuffled_M, first_slot_M = self._shuffle_windows(epoch)
+        place = int(np.searchsorted(first_slot_M, slot, side="right")) - 1
+        m = int(shuffled_M[place])
+        count = int(self._positions.counts_M[m])
+        # Consecutive epochs take consecutive positions of a fixed random order of the window's positions.
+        turn = (epoch * self._per_window + slot - int(first_slot_M[place])) % count
+        chosen = np.random.default_rng((self._seed, m)).permutation(count)[turn]
+        return self._positions[self._positions.first_index(m) + int(chosen)]
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._cached is None or self._cached[0] != epoch:
-            documents = np.random.default_rng((self._seed, epoch, 1)).permutation(len(self._taken_M))
-            self._cached = epoch, documents, np.concatenate([[0], np.cumsum(self._taken_M[documents], dtype=np.int64)])
-        return self._cached[1:]
+    def _shuffle_windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the order of the windows in an epoch, and the first slot of each in that order."""
+        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
+            shuffled_M = np.random.default_rng((self._seed, epoch, 1)).permutation(len(self._taken_M))
+            first_slot = np.concatenate([[0], np.cumsum(self._taken_M[shuffled_M], dtype=np.int64)])
+            self._cached_epoch = epoch, shuffled_M, first_slot
+        return self._cached_epoch[1], self._cached_epoch[2]
 
 
 def example_stream(
     make: Callable[[int, np.random.Generator], dict[str, np.ndarray]], documents: int, *, batch: int, seed: int
 ) -> grain.DatasetIterator:
-    """Yield batches of `make(document, rng)` without end; the generator is a function of (seed, index)."""
+    """Return an infinite iterator over batches of pre-training examples, every document once an epoch.
 
-    def build(element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return make(element, rng)
-
-    dataset = grain.MapDataset.range(documents).shuffle(seed=seed).repeat().random_map(build, seed=seed)
-    return iter(dataset.batch(batch, drop_remainder=True).to_iter_dataset(_READING))
+    Args:
+      make: returns the example of a document index; its generator is a function of (seed, index in the stream).
+      documents: number of documents.
+      batch: examples in a batch.
+      seed: of the order and of the generators.
+    """
+    dataset = grain.MapDataset.range(documents).shuffle(seed=seed).repeat().random_map(make, seed=seed)
+    return iter(dataset.batch(batch, drop_remainder=True).to_iter_dataset(_READ_OPTIONS))

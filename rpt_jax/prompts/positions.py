@@ -1,9 +1,20 @@
-"""Which positions of which documents are worth predicting."""
+"""Target positions: the rules that choose which tokens of the corpus the policy is trained to predict.
+
+A choice of positions is a function that is registered by the name that `data.positions` gives it. It returns one rule for each
+stage of training, most choices a single one:
+
+    @POSITION_CHOICES.register("above_two_nats")
+    def above_two_nats(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
+        return [dataclasses.replace(every_position(config), low=2.0)]
+
+A rule of another kind is an instance of any class with the methods of `PositionRule`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,225 +25,314 @@ from rpt_jax.registry import POSITION_CHOICES
 if TYPE_CHECKING:
     from rpt_jax.corpus.entropy import Scores
 
-_BLOCK = 1024  # Records that are read at a time.
-STAGES = 8  # Of the easy-to-hard curriculum, each with as many positions.
-_EVERY = -0.5  # Below every entropy, and above what stands in place of a special token's.
+CURRICULUM_STAGES = 8  # Stages of the easy-to-hard curriculum, each with the same number of positions.
+_RECORDS_PER_READ = 1024
+_BELOW_ALL = -0.5  # Nats: below every entropy, and above the value stored for special tokens.
 
-# Of a window, by its number among the records: its positions' entropies, renormalized and not.
+# The entropies of a window's positions by the number of its record: (renormalized, not renormalized), float32 [S] each.
 Entropies = Records | Mapping[int, tuple[np.ndarray, ...]]
 
 
 class Position(NamedTuple):
-    """A target: token `position` of document number `document`, given the tokens before it."""
+    """A token to predict, given the tokens of its window before it.
 
-    document: int
+    Attributes:
+      window: index of the window.
+      position: index of the token in the window.
+      entropy: entropy of the next-token distribution at this position, in nats.
+    """
+
+    window: int
     position: int
-    entropy: float  # The proxy's, in nats.
+    entropy: float
 
 
 def choose_positions(scores: Sequence[Scores], threshold: float, min_context: int) -> list[Position]:
-    """Keep positions whose entropy is above `threshold` and that have at least `min_context` tokens before them.
+    """Return the positions whose entropy is above `threshold` nats (paper, section 3.3, which does not give the threshold).
 
-    Paper, section 3.3 (the threshold is not given there); without a minimum context, the first tokens of a document look
-    hard only because nothing is known yet.
+    Positions with fewer than `min_context` tokens before them are left out: without context almost every token is hard to
+    predict.
     """
     chosen = []
-    for document, score in enumerate(scores):
-        kept = np.flatnonzero(score.entropy_S > threshold)
-        chosen += [Position(document, int(i), float(score.entropy_S[i])) for i in kept if i >= min_context]
+    for window, score in enumerate(scores):
+        above = np.flatnonzero(score.entropy_S > threshold)
+        chosen += [Position(window, int(i), float(score.entropy_S[i])) for i in above if i >= min_context]
     return chosen
 
 
-class Choice(NamedTuple):
-    """Positions whose entropy is above `low` and at most `high` nats; of those a random share, where `share` is below 1.
+class PositionRule(Protocol):
+    """Chooses positions of a window. Must be picklable, for worker processes."""
 
-    Positions with fewer than `min_context` tokens before them in their window are never chosen, and so neither are the first
-    after a cut; special tokens are not, since their entropy is stored as a negative number.
+    def entropy(self, record: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Return the entropies that positions are chosen by and that prompts report, float32 [S], in nats.
+
+        Args:
+          record: the stored entropies of the window, renormalized and not renormalized.
+        """
+        ...
+
+    def positions(self, record_number: int, entropy_S: np.ndarray) -> np.ndarray:
+        """Return the chosen positions of a window in ascending order, int [n].
+
+        The result must be a function of the arguments: it is computed again for every prompt.
+
+        Args:
+          record_number: the number of the window's record in the corpus.
+          entropy_S: what `entropy` returned; negative at special tokens, which must not be chosen.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EntropyRule:
+    """Chooses positions with an entropy in (low, high] nats, or a random fraction of them.
+
+    Special tokens are never chosen, because a negative number is stored in place of their entropy.
+
+    Attributes:
+      low, high: bounds of the entropy, in nats.
+      fraction: fraction of these positions that is chosen at random.
+      min_context: positions with fewer tokens of their window before them are not chosen.
+      renormalized: whether the entropy is renormalized over the top-k tokens.
+      seed: of the random choice.
     """
 
     low: float
-    high: float
-    share: float
+    high: float = np.inf
+    fraction: float = 1.0
     min_context: int
     renormalized: bool
     seed: int
 
     def entropy(self, record: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Return the renormalized or the plain entropies of a window, float32 [S]."""
         return record[0 if self.renormalized else 1]
 
-    def places(self, number: int, entropy_S: np.ndarray) -> np.ndarray:
-        """Return the chosen positions of window `number`, in order; a function of the window alone."""
+    def positions(self, record_number: int, entropy_S: np.ndarray) -> np.ndarray:
+        """Return the chosen positions of a window in ascending order."""
         chosen_S = (entropy_S > self.low) & (entropy_S <= self.high)
         chosen_S[: self.min_context] = False
-        if self.share < 1.0:
-            chosen_S &= np.random.default_rng((self.seed, number)).random(len(entropy_S)) < self.share
+        if self.fraction < 1.0:
+            rng = np.random.default_rng((self.seed, record_number))
+            chosen_S &= rng.random(len(entropy_S)) < self.fraction
         return np.flatnonzero(chosen_S)
 
 
 class PositionIndex(Sequence):
-    """All positions of a choice, in the order of the documents; in memory are 16 bytes a window. Can be pickled.
+    """All positions that a rule chooses, in the order of the windows.
 
-    Args:
-      numbers_N: the windows' numbers among the records; a `Position.document` is an index into it.
-      documents_M: uint32, those of the windows that have positions, in order.
-      counts_M: uint32, how many each has.
+    Positions are computed when they are read: only 16 bytes a window are in memory. Picklable.
     """
 
     def __init__(
         self,
         scores: Entropies,
-        numbers_N: np.ndarray,
-        choice: Choice,
-        documents_M: np.ndarray,
+        record_numbers_W: np.ndarray,
+        rule: PositionRule,
+        windows_M: np.ndarray,
         counts_M: np.ndarray,
     ):
-        self._scores, self._numbers_N, self._choice = scores, numbers_N, choice
-        self._documents_M, self.counts_M = documents_M, counts_M
-        self._first_M = np.concatenate([[0], np.cumsum(counts_M, dtype=np.int64)])
+        """
+        Args:
+          scores: stored entropies by record number.
+          record_numbers_W: the record number of each window; `Position.window` is an index into it.
+          rule: chooses the positions of a window.
+          windows_M: uint32, the windows that have positions, in ascending order.
+          counts_M: uint32, the number of positions of each of these windows.
+        """
+        self._scores = scores
+        self._record_numbers_W = record_numbers_W
+        self._rule = rule
+        self._windows_M = windows_M
+        self.counts_M = counts_M
+        self._first_index_M = np.concatenate([[0], np.cumsum(counts_M, dtype=np.int64)])
 
-    def only(self, kept_N: np.ndarray) -> PositionIndex:
-        """The positions of some of the windows, bool [N]; their numbers do not change."""
-        kept_M = kept_N[self._documents_M]
-        kept = self._documents_M[kept_M], self.counts_M[kept_M]
-        return PositionIndex(self._scores, self._numbers_N, self._choice, *kept)
+    def restrict_to(self, kept_W: np.ndarray) -> PositionIndex:
+        """Return the index of the positions in some of the windows, bool [W]; windows keep their numbers."""
+        kept_M = kept_W[self._windows_M]
+        return PositionIndex(
+            scores=self._scores,
+            record_numbers_W=self._record_numbers_W,
+            rule=self._rule,
+            windows_M=self._windows_M[kept_M],
+            counts_M=self.counts_M[kept_M],
+        )
 
-    def first(self, place: int) -> int:
-        """The index of the first position of the window that has `counts_M[place]`."""
-        return int(self._first_M[place])
+    def first_index(self, m: int) -> int:
+        """Return the index of the first position of the window that `counts_M[m]` belongs to."""
+        return int(self._first_index_M[m])
 
     def __len__(self) -> int:
-        return int(self._first_M[-1])
+        return int(self._first_index_M[-1])
 
     def __getitem__(self, index: int) -> Position:
         index = range(len(self))[index]
-        place = int(np.searchsorted(self._first_M, index, side="right")) - 1
-        document = int(self._documents_M[place])
-        number = int(self._numbers_N[document])
-        entropy_S = self._choice.entropy(self._scores[number])
-        position = int(self._choice.places(number, entropy_S)[index - self._first_M[place]])
-        return Position(document, position, float(entropy_S[position]))
+        m = int(np.searchsorted(self._first_index_M, index, side="right")) - 1
+        window = int(self._windows_M[m])
+        record_number = int(self._record_numbers_W[window])
+        entropy_S = self._rule.entropy(self._scores[record_number])
+        position = int(self._rule.positions(record_number, entropy_S)[index - self._first_index_M[m]])
+        return Position(window, position, float(entropy_S[position]))
 
 
 class EntropyReader:
-    """The entropies that a choice of positions may look at: called, it yields those of each window, float32 [S]."""
+    """Reads the entropies of all positions with enough context, for choices that depend on their distribution.
 
-    def __init__(self, config: DataConfig, scores: Entropies, numbers_M: np.ndarray):
-        self._everything = every_position(config)
-        self._scores, self._numbers_M = scores, numbers_M
+    Every call returns a new iterator over the windows, float32 [S] each. Special tokens are included, as negative numbers.
+    """
 
-    def __call__(self) -> Iterable[np.ndarray]:
-        """Yield the entropies of every window, without the positions that have too little context."""
-        everything = self._everything
-        for _, record in _read(self._scores, self._numbers_M):
-            yield everything.entropy(record)[everything.min_context :]
+    def __init__(self, config: DataConfig, scores: Entropies, record_numbers_M: np.ndarray):
+        self._rule = every_position(config)
+        self._scores = scores
+        self._record_numbers_M = record_numbers_M
 
-
-def every_position(config: DataConfig) -> Choice:
-    """The rule that chooses every position with enough context."""
-    return Choice(_EVERY, np.inf, 1.0, config.min_context, config.entropy_renormalized, config.seed)
+    def __call__(self) -> Iterator[np.ndarray]:
+        for _, record in _read_records(self._scores, self._record_numbers_M):
+            yield self._rule.entropy(record)[self._rule.min_context :]
 
 
-@POSITION_CHOICES.register("threshold")
-def above_threshold(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+def every_position(config: DataConfig) -> EntropyRule:
+    """Return the rule that chooses every position with at least `data.min_context` tokens before it."""
+    return EntropyRule(
+        low=_BELOW_ALL,
+        min_context=config.min_context,
+        renormalized=config.entropy_renormalized,
+        seed=config.seed,
+    )
+
+
+@POSITION_CHOICES.register("threshold", reported_fields=("entropy_threshold",))
+def above_threshold(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """Positions whose entropy is above `data.entropy_threshold` (paper, section 3.3)."""
     del entropies
-    return [every_position(config)._replace(low=config.entropy_threshold)]
+    return [dataclasses.replace(every_position(config), low=config.entropy_threshold)]
 
 
-@POSITION_CHOICES.register("quantile", fields=("keep_fraction",))
-def hardest_fraction(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+@POSITION_CHOICES.register("quantile", fields=("keep_fraction",), reported_fields=("keep_fraction",))
+def hardest_fraction(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """The fraction `data.keep_fraction` of all positions with the highest entropies."""
-    [low] = quantiles(entropies, [1.0 - config.keep_fraction], _EVERY)
-    return [every_position(config)._replace(low=low)]
+    [low] = quantiles(entropies, [1.0 - config.keep_fraction], _BELOW_ALL)
+    return [dataclasses.replace(every_position(config), low=low)]
 
 
 @POSITION_CHOICES.register("every")
-def all_positions(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+def all_positions(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """Every position."""
     del entropies
     return [every_position(config)]
 
 
-@POSITION_CHOICES.register("random", fields=("keep_fraction",))
-def random_fraction(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
-    """A random fraction `data.keep_fraction` of all positions: the baseline without entropies."""
+@POSITION_CHOICES.register("random", fields=("keep_fraction",), reported_fields=("keep_fraction",))
+def random_fraction(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
+    """A random fraction `data.keep_fraction` of all positions: the baseline that ignores entropies."""
     del entropies
-    return [every_position(config)._replace(share=config.keep_fraction)]
+    return [dataclasses.replace(every_position(config), fraction=config.keep_fraction)]
 
 
-@POSITION_CHOICES.register("curriculum")
-def easy_to_hard(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+@POSITION_CHOICES.register("curriculum", reported_fields=("entropy_threshold",))
+def easy_to_hard(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """Positions above `data.entropy_threshold`, in eight stages of equal size from low to high entropy."""
-    above = every_position(config)._replace(low=config.entropy_threshold)
-    edges = quantiles(entropies, [i / STAGES for i in range(1, STAGES)], above.low)
-    lows, highs = [above.low, *edges], [*edges, np.inf]
-    return [above._replace(low=low, high=high) for low, high in zip(lows, highs, strict=True)]
+    above = dataclasses.replace(every_position(config), low=config.entropy_threshold)
+    edges = quantiles(entropies, [i / CURRICULUM_STAGES for i in range(1, CURRICULUM_STAGES)], above.low)
+    lows = [above.low, *edges]
+    highs = [*edges, np.inf]
+    return [dataclasses.replace(above, low=low, high=high) for low, high in zip(lows, highs, strict=True)]
 
 
 @POSITION_CHOICES.register(
-    "self_entropy", fields=("keep_fraction", "rescore_every_steps", "rescore_windows"), rescored=True
+    "self_entropy",
+    fields=("keep_fraction", "rescore_every_steps", "rescore_windows"),
+    reported_fields=("keep_fraction",),
+    rescored=True,
 )
-def hardest_for_the_policy(config: DataConfig, entropies: EntropyReader) -> list[Choice]:
+def hardest_for_the_policy(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """The fraction `data.keep_fraction` with the highest entropies under the policy itself, scored again during training."""
     return hardest_fraction(config, entropies)
 
 
 def index_positions(
-    config: DataConfig, scores: Entropies, numbers_N: np.ndarray, documents_M: np.ndarray | None = None
+    config: DataConfig, scores: Entropies, record_numbers_W: np.ndarray, windows_M: np.ndarray | None = None
 ) -> list[PositionIndex]:
-    """Find the positions that `data.positions` names in the windows `numbers_N`; reads their entropies, and keeps none.
+    """Apply the choice of `data.positions` to windows.
+
+    Entropies are read in blocks and not kept.
 
     Args:
-      documents_M: in these of the windows alone; None = in all.
+      config: names the choice.
+      scores: stored entropies by record number.
+      record_numbers_W: the record number of each window.
+      windows_M: the windows to choose from, indices into `record_numbers_W`; None = all.
 
-    Returns: one index, or for the curriculum one for each stage, easy ones first.
+    Returns: one index for each rule of the choice: for the curriculum one a stage, easy ones first, otherwise a single one.
     """
-    documents_M = np.arange(len(numbers_N), dtype=np.uint32) if documents_M is None else documents_M
+    if windows_M is None:
+        windows_M = np.arange(len(record_numbers_W), dtype=np.uint32)
+    record_numbers_M = record_numbers_W[windows_M]
+    entropies = EntropyReader(config, scores, record_numbers_M)
+    rules: list[PositionRule] = POSITION_CHOICES[config.positions].function(config, entropies)
 
-    read = EntropyReader(config, scores, numbers_N[documents_M])
-    choices = POSITION_CHOICES[config.positions].function(config, read)
-    counts_CxM = np.zeros((len(choices), len(documents_M)), np.uint32)
-    for i, (number, record) in enumerate(_read(scores, numbers_N[documents_M])):
-        for c, choice in enumerate(choices):
-            counts_CxM[c, i] = len(choice.places(number, choice.entropy(record)))
+    counts_RxM = np.zeros((len(rules), len(windows_M)), np.uint32)
+    for m, (record_number, record) in enumerate(_read_records(scores, record_numbers_M)):
+        for r, rule in enumerate(rules):
+            counts_RxM[r, m] = len(rule.positions(record_number, rule.entropy(record)))
     return [
-        PositionIndex(scores, numbers_N, choice, documents_M[counts_M > 0], counts_M[counts_M > 0])
-        for choice, counts_M in zip(choices, counts_CxM, strict=True)
+        PositionIndex(
+            scores=scores,
+            record_numbers_W=record_numbers_W,
+            rule=rule,
+            windows_M=windows_M[counts_M > 0],
+            counts_M=counts_M[counts_M > 0],
+        )
+        for rule, counts_M in zip(rules, counts_RxM, strict=True)
     ]
 
 
-def _read(scores: Entropies, numbers_M: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-    """Records with their numbers, of which a block is in memory at a time."""
-    for first in range(0, len(numbers_M), _BLOCK):
-        numbers = numbers_M[first : first + _BLOCK].tolist()
+def _read_records(scores: Entropies, record_numbers_M: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Yield (record number, record), read in blocks to bound memory."""
+    for first in range(0, len(record_numbers_M), _RECORDS_PER_READ):
+        numbers = record_numbers_M[first : first + _RECORDS_PER_READ].tolist()
         records = scores.read(numbers) if isinstance(scores, Records) else [scores[number] for number in numbers]
         yield from zip(numbers, records, strict=True)
 
 
-def quantiles(parts: Callable[[], Iterable[np.ndarray]], shares: Sequence[float], above: float) -> list[float]:
-    """Return the least float32 values that at least `shares` of the values greater than `above` do not exceed; exact.
+def quantiles(read_values: Callable[[], Iterable[np.ndarray]], fractions: Sequence[float], above: float) -> list[float]:
+    """Return exact quantiles of the float32 values greater than `above`, in bounded memory.
+
+    The quantile of a fraction is the smallest value that at least this fraction of the values does not exceed. Values are
+    counted in two passes, by the upper and then by the lower 16 bits of their float32 representation, whose order is the order
+    of non-negative numbers.
 
     Args:
-      parts: gives all values, in arrays; called twice. They are counted by the upper and then by the lower half of their
-        bits, so memory does not grow with them. Values that count must not be negative.
+      read_values: returns all values in arrays of any length; called twice. Values above `above` must be non-negative.
+      fractions: in [0, 1].
+      above: values up to this one do not count.
+
+    Returns: one value for each fraction; max(above, 0) if there are no values.
     """
 
-    def bits() -> Iterable[np.ndarray]:
-        return (part[part > above].astype(np.float32).view(np.uint32) for part in parts())
+    def read_bits() -> Iterator[np.ndarray]:
+        for values in read_values():
+            yield values[values > above].astype(np.float32).view(np.uint32)
 
-    upper = np.zeros(2**16, np.int64)
-    for part in bits():
-        upper += np.bincount(part >> 16, minlength=2**16)
-    below, total, found = np.concatenate([[0], np.cumsum(upper)]), int(upper.sum()), []
+    # First pass: a histogram over the upper halves tells in which of them each quantile lies.
+    upper_counts = np.zeros(2**16, np.int64)
+    for bits in read_bits():
+        upper_counts += np.bincount(bits >> 16, minlength=2**16)
+    total = int(upper_counts.sum())
     if not total:
-        return [float(max(above, 0.0))] * len(shares)
-    ranks = [min(total, max(1, int(np.ceil(share * total)))) for share in shares]
-    halves = [int(np.searchsorted(below[1:], rank)) for rank in ranks]
-    lower = {half: np.zeros(2**16, np.int64) for half in halves}
-    for part in bits():
-        for half, counts in lower.items():
-            counts += np.bincount(part[part >> 16 == half] & 0xFFFF, minlength=2**16)
-    for rank, half in zip(ranks, halves, strict=True):
-        low = int(np.searchsorted(np.cumsum(lower[half]), rank - below[half]))
-        found.append(float(np.array((half << 16) | low, np.uint32).view(np.float32)))
+        return [float(max(above, 0.0))] * len(fractions)
+    cumulative = np.concatenate([[0], np.cumsum(upper_counts)])
+    ranks = [min(total, max(1, int(np.ceil(fraction * total)))) for fraction in fractions]
+    uppers = [int(np.searchsorted(cumulative[1:], rank)) for rank in ranks]
+
+    # Second pass: histograms over the lower halves of the values in these ranges.
+    lower_counts = {upper: np.zeros(2**16, np.int64) for upper in uppers}
+    for bits in read_bits():
+        for upper, counts in lower_counts.items():
+            counts += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=2**16)
+
+    found = []
+    for rank, upper in zip(ranks, uppers, strict=True):
+        lower = int(np.searchsorted(np.cumsum(lower_counts[upper]), rank - cumulative[upper]))
+        found.append(float(np.array((upper << 16) | lower, np.uint32).view(np.float32)))
     return found

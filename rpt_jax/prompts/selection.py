@@ -1,145 +1,199 @@
-"""The prompts that a run trains on: which positions, chosen by whose entropies, and in which order."""
+"""The positions that a run trains on: chosen by whose entropies, and in which order."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from rpt_jax.config import DataConfig, Experiment
-from rpt_jax.corpus.entropy import score_part, stored_entropies
+from rpt_jax.corpus.entropy import Scores, stored_entropies
 from rpt_jax.corpus.files import parse_mixture
+from rpt_jax.corpus.prepared import Prepared
 from rpt_jax.corpus.sources import source_name
+from rpt_jax.corpus.tokenization import Windows
 from rpt_jax.errors import UserError
-from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
-from rpt_jax.prompts.positions import STAGES, index_positions
+from rpt_jax.prompts.positions import CURRICULUM_STAGES, index_positions
 from rpt_jax.registry import POSITION_CHOICES
-from rpt_jax.setup import Setup
+
+logger = logging.getLogger(__name__)
+
+# Scores windows with the current policy; takes the token ids of each.
+ScoreFn = Callable[[Sequence[Any]], list[Scores]]
 
 
-class OwnEntropies(NamedTuple):
-    """What the policy as it is now makes of some of the training documents.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyEntropies:
+    """Entropies of a sample of training windows under the current policy.
 
     Attributes:
-      documents_M: uint32, which of them.
-      records: by their numbers in the corpus what a prepared one has of the proxy's, see `data.shards.FIELDS`.
-      tokens: how many were scored.
+      windows_M: uint32, the sampled windows in ascending order, as indices into the training windows.
+      records: entropies by record number, (renormalized, not renormalized), float32 [S] each, as a prepared corpus stores
+        them for the proxy.
+      tokens: number of tokens that were scored.
     """
 
-    documents_M: np.ndarray
+    windows_M: np.ndarray
     records: Mapping[int, tuple[np.ndarray, ...]]
     tokens: int
 
     def state(self) -> dict[str, Any]:
-        """Return what `from_state` takes, as JSON can hold it."""
-        rows_2xT = np.concatenate([np.stack(record) for record in self.records.values()], axis=1, dtype="<f4")
+        """Return the state for `from_state`, as JSON values."""
+        entropies_2xT = np.concatenate([np.stack(record) for record in self.records.values()], axis=1, dtype="<f4")
         return {
-            "documents": self.documents_M.tolist(),
-            "numbers": [*self.records],
+            "windows": self.windows_M.tolist(),
+            "record_numbers": [*self.records],
             "lengths": [len(record[0]) for record in self.records.values()],
-            "entropies": base64.b64encode(rows_2xT.tobytes()).decode(),
+            "entropies": base64.b64encode(entropies_2xT.tobytes()).decode(),
             "tokens": self.tokens,
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> OwnEntropies:
-        rows_2xT = np.frombuffer(base64.b64decode(state["entropies"]), "<f4").reshape(2, -1)
-        parts = np.split(rows_2xT, np.cumsum(state["lengths"])[:-1], axis=1)
-        records = {number: tuple(part) for number, part in zip(state["numbers"], parts, strict=True)}
-        return cls(np.array(state["documents"], np.uint32), records, state["tokens"])
+    def from_state(cls, state: dict[str, Any]) -> PolicyEntropies:
+        """Restore what `state` returned."""
+        entropies_2xT = np.frombuffer(base64.b64decode(state["entropies"]), "<f4").reshape(2, -1)
+        of_each = np.split(entropies_2xT, np.cumsum(state["lengths"])[:-1], axis=1)
+        records = {number: tuple(entropies) for number, entropies in zip(state["record_numbers"], of_each, strict=True)}
+        return cls(windows_M=np.array(state["windows"], np.uint32), records=records, tokens=state["tokens"])
 
 
-def training_stream(experiment: Experiment, setup: Setup, builder: PromptBuilder) -> PromptStream:
-    """Prompts at the positions of the training documents that `data.positions` names. Raises: UserError."""
-    batch, workers = experiment.training.prompts_per_step, experiment.data.workers
-    return PromptStream(builder, setup.train, training_order(experiment, setup), batch=batch, workers=workers)
-
-
-def training_order(experiment: Experiment, setup: Setup, own: OwnEntropies | None = None) -> grain.MapDataset:
-    """The positions that `data.positions` names, without end.
+def training_stream(
+    experiment: Experiment, prepared: Prepared, windows: Windows, builder: PromptBuilder
+) -> PromptStream:
+    """Return the stream of training prompts, in the order of the proxy's entropies.
 
     Args:
-      own: entropies to choose by in place of the prepared ones.
+      prepared: the corpus with the proxy's entropies.
+      windows: its training windows.
+      builder: builds the prompt of a position.
 
-    Raises: UserError, where there are not enough for a step.
+    Raises: UserError, if there are too few positions for a step.
     """
-    data, t, numbers_N = experiment.data, experiment.training, setup.train.numbers_N
-    if own:
-        stages = index_positions(data, own.records, numbers_N, own.documents_M)
-        total, whose = own.tokens, "the policy's now"
+    return PromptStream(
+        builder,
+        windows,
+        training_order(experiment, prepared, windows),
+        batch=experiment.training.prompts_per_step,
+        workers=experiment.data.workers,
+    )
+
+
+def training_order(
+    experiment: Experiment, prepared: Prepared, windows: Windows, policy_entropies: PolicyEntropies | None = None
+) -> grain.MapDataset:
+    """Return the infinite order of the training positions that `data.positions` chooses.
+
+    Args:
+      prepared: the corpus with the proxy's entropies.
+      windows: its training windows.
+      policy_entropies: if given, positions are chosen by these instead, among the windows that they cover.
+
+    Raises: UserError, if there are too few positions for a step.
+    """
+    data = experiment.data
+    training = experiment.training
+    if policy_entropies is not None:
+        stages = index_positions(data, policy_entropies.records, windows.numbers_N, policy_entropies.windows_M)
+        total = policy_entropies.tokens
+        scored_by = "the current policy"
     else:
-        stages = index_positions(data, setup.prepared.scores, numbers_N)
-        total, whose = setup.prepared.corpus.token_count("train"), "the proxy's"
-    found, (weights, parts_N) = sum(map(len, stages)), _mixture(experiment, setup)
+        stages = index_positions(data, prepared.scores, windows.numbers_N)
+        total = prepared.corpus.token_count("train")
+        scored_by = "the proxy"
+    found = sum(map(len, stages))
+
+    # Split every stage into the parts of the mixture.
+    weights, part_W = _mixture(data, prepared, windows)
     if weights:
-        stages = [stage.only(parts_N == part) for stage in stages for part in range(len(weights))]
-    if min(map(len, stages)) < t.prompts_per_step:
+        stages = [stage.restrict_to(part_W == part) for stage in stages for part in range(len(weights))]
+
+    if min(map(len, stages)) < training.prompts_per_step:
         raise UserError(
-            f"{source_name(data)}: only {found:,} of {total:,} training positions are chosen by {_rule(data)} and have "
-            f"data.min_context={data.min_context} tokens before them (of every stage and part of a mixture must be enough), and "
-            f"a step takes training.prompts_per_step={t.prompts_per_step}: change one of them, or give a longer corpus."
+            f"{source_name(data)}: only {found:,} of {total:,} training positions are chosen by {_reported_fields(data)} and "
+            f"have data.min_context={data.min_context} tokens before them; training.prompts_per_step="
+            f"{training.prompts_per_step} needs at least as many in every stage and in every part of a mixture. Change one of "
+            "these fields, or use a longer corpus.",
+            field="training.prompts_per_step",
         )
-    print(
-        f"{found:,} of {total:,} training positions are chosen by {_rule(data)}, over {whose} {data.entropy_top_k} likeliest "
-        "tokens."
+    logger.info(
+        f"{found:,} of {total:,} training positions are chosen by {_reported_fields(data)}, with the entropies of {scored_by} "
+        f"over its {data.entropy_top_k} most likely tokens."
     )
     return position_order(
         stages,
         weights,
-        stage_prompts=t.total_steps * t.prompts_per_step // STAGES,
-        batch=t.prompts_per_step,
-        per_document=data.positions_per_document,
+        stage_prompts=training.total_steps * training.prompts_per_step // CURRICULUM_STAGES,
+        batch=training.prompts_per_step,
+        per_window=data.positions_per_document,
         seed=experiment.seed,
     )
 
 
-def _rule(data: DataConfig) -> str:
-    """The fields that choose positions, but for `data.min_context`."""
-    fields = POSITION_CHOICES[data.positions].requirements.fields
-    thresholded = ["entropy_threshold"] if data.positions in ("threshold", "curriculum") else []
-    names = ["positions", *thresholded, *(name for name in fields if name == "keep_fraction")]
+def _reported_fields(data: DataConfig) -> str:
+    """Return the fields that determine the choice of positions, and their values, for messages."""
+    names = ["positions", *POSITION_CHOICES[data.positions].requirements.reported_fields]
     return ", ".join(f"data.{name}={getattr(data, name)!r}" for name in names)
 
 
-def refresh_is_due(experiment: Experiment, step: int) -> bool:
-    """Whether positions are chosen anew before `step`; in the first steps they are those of the prepared corpus."""
-    every = experiment.data.rescore_every_steps
-    rescored = POSITION_CHOICES[experiment.data.positions].requirements.rescored
-    return rescored and step > 1 and (step - 1) % every == 0
+def rescoring_is_due(experiment: Experiment, step: int) -> bool:
+    """Return whether positions are chosen again, by the current policy's entropies, before `step`.
 
-
-def own_entropies(experiment: Experiment, setup: Setup, params: Params, step: int) -> OwnEntropies:
-    """Score `data.rescore_windows` training documents with the policy before `step`, of all parts of a mixture alike many.
-
-    Which ones is a function of the seed and of how many refreshes there were: in an order of each part's own, shuffled anew
-    when it is through.
+    The first `data.rescore_every_steps` steps use the proxy's entropies.
     """
-    data, numbers_N = experiment.data, setup.train.numbers_N
-    weights, parts_N = _mixture(experiment, setup)
-    count, before = data.rescore_windows // max(1, len(weights)), (step - 1) // data.rescore_every_steps - 1
-    chosen = []
-    for part in range(max(1, len(weights))):
-        windows = np.flatnonzero(parts_N == part) if weights else np.arange(len(numbers_N))
-        order = grain.MapDataset.range(len(windows)).shuffle(seed=experiment.seed).repeat()
-        places = [order[i] for i in range(before * count, before * count + min(count, len(windows)))]
-        chosen.append(windows[np.unique(places)])
-    documents_M = np.sort(np.concatenate(chosen)).astype(np.uint32)
-    rows = [setup.prepared.corpus.tokens[int(n)] for n in numbers_N[documents_M]]
-    scores = score_part(experiment, setup.policy, params, setup.tokenizer, setup.mesh, [ids for ids, _ in rows])
+    rescored = POSITION_CHOICES[experiment.data.positions].requirements.rescored
+    return rescored and step > 1 and (step - 1) % experiment.data.rescore_every_steps == 0
+
+
+def score_sample(
+    experiment: Experiment, prepared: Prepared, windows: Windows, score: ScoreFn, step: int
+) -> PolicyEntropies:
+    """Score `data.rescore_windows` training windows with the current policy before `step`.
+
+    Every part of a mixture gives the same number of windows. They are a function of (seed, number of earlier samples): each
+    part is visited in a shuffled order that is repeated with another shuffle when all its windows have been sampled.
+
+    Args:
+      prepared: the corpus.
+      windows: its training windows.
+      score: scores windows with the current policy.
+      step: the step before which `rescoring_is_due`, from 1.
+    """
+    data = experiment.data
+    weights, part_W = _mixture(data, prepared, windows)
+    num_parts = max(1, len(weights))
+    per_part = data.rescore_windows // num_parts
+    earlier_samples = (step - 1) // data.rescore_every_steps - 1
+
+    # Sample windows.
+    sampled = []
+    for part in range(num_parts):
+        of_part = np.flatnonzero(part_W == part) if weights else np.arange(len(windows))
+        order = grain.MapDataset.range(len(of_part)).shuffle(seed=experiment.seed).repeat()
+        first = earlier_samples * per_part
+        indices = np.array([order[i] for i in range(first, first + min(per_part, len(of_part)))], np.int64)
+        sampled.append(of_part[np.unique(indices)])
+    windows_M = np.sort(np.concatenate(sampled)).astype(np.uint32)
+
+    # Score them. The byte lengths of tokens tell which ones are special.
+    record_numbers_M = windows.numbers_N[windows_M]
+    rows = [prepared.corpus.tokens[int(number)] for number in record_numbers_M]
+    scores = score([ids for ids, _ in rows])
     records = {
-        int(n): stored_entropies(score, lengths)
-        for n, score, (_, lengths) in zip(numbers_N[documents_M], scores, rows, strict=True)
+        int(number): stored_entropies(window_scores, lengths)
+        for number, window_scores, (_, lengths) in zip(record_numbers_M, scores, rows, strict=True)
     }
-    return OwnEntropies(documents_M, records, sum(len(ids) for ids, _ in rows))
+    return PolicyEntropies(windows_M=windows_M, records=records, tokens=sum(len(ids) for ids, _ in rows))
 
 
-def _mixture(experiment: Experiment, setup: Setup) -> tuple[list[float], np.ndarray]:
-    """The weights of a mixture's parts, where it has such, and which part each training document is of."""
-    data, corpus = experiment.data, setup.prepared.corpus
+def _mixture(data: DataConfig, prepared: Prepared, windows: Windows) -> tuple[list[float], np.ndarray]:
+    """Return the weights of the mixture's parts, [] for a corpus of one part, and the part of each training window."""
+    corpus = prepared.corpus
     weights = [weight for weight, _ in parse_mixture(data.path) if weight] if data.source == "path" else []
-    return weights, corpus.parts_D[corpus.documents_W[setup.train.numbers_N]]
+    return weights, corpus.parts_D[corpus.documents_W[windows.numbers_N]]

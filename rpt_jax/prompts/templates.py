@@ -13,9 +13,9 @@ def plain() -> str:
 
 @PROMPT_TEMPLATES.register("v0")
 def version_0() -> str:
-    """The instruction of the paper's template v0 (Table 10), in our words."""
+    """An instruction modeled on the paper's template v0 (Table 10)."""
     return (
-        'Continue the text under "### Context" by predicting its next token. Think step by step about which token is the most\n'
-        "probable, then put it inside \\boxed{}. The token may begin with a space: keep the space inside the box. "
+        'Continue the text under "### Context" by predicting its next token. Think step by step about which token is the '
+        "most\nprobable, then put it inside \\boxed{}. The token may begin with a space: keep the space inside the box. "
         "Write the token as\nit is, without \\text{}.\n\n### Context\n{context}\n"
     )

@@ -1,8 +1,14 @@
-"""Cold-start traces: examples of next-token reasoning, for a policy that has never seen the format.
+"""Cold-start traces: examples of next-token reasoning, for a policy that has never seen the response format.
 
 The paper starts from a reasoning model. A small base policy must first be shown the format, in its own token ids:
 
     recall      … he has 93 - 38 =  <think>93 - 38 = </think>\\boxed{5}
+
+A trace writer is a class that follows the `TraceWriter` protocol and is registered by the name that `pretrain.traces` gives it:
+
+    @TRACE_WRITERS.register("my_traces")
+    class MyTraces(RecallTraces):
+        def write(self, position, rng): ...
 """
 
 from __future__ import annotations
@@ -13,39 +19,46 @@ from typing import Protocol
 import numpy as np
 
 from rpt_jax.config import PretrainConfig
+from rpt_jax.prompts.response_format import BOX
 from rpt_jax.registry import TRACE_WRITERS
 from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 
-BOX = "\\boxed{"
-
 
 class TraceWriter(Protocol):
-    """Writes traces for positions of one document."""
+    """Writes traces for positions of one document.
+
+    Constructed as `RecallTraces` is, with (tokenizer, ids, config, max_tokens).
+    """
 
     @property
     def preferred_positions(self) -> list[int]:
-        """Token positions at which a `preferred_fraction` of the traces is placed; often none."""
+        """Token positions at which a fraction `preferred_fraction` of the traces is placed; may be empty."""
         ...
 
     @property
-    def preferred_fraction(self) -> float: ...
+    def preferred_fraction(self) -> float:
+        """Fraction of the traces placed at preferred positions, if there are any."""
+        ...
 
     def can_box(self, position: int) -> bool:
-        """Whether a box around token `position` reads as that token."""
+        """Return whether the reward reads a box around token `position` as that token."""
         ...
 
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
-        """Return the response ids that reason at `position` and box the true continuation."""
+        """Return the token ids of a response that reasons at `position` and boxes the true continuation."""
         ...
 
     def drills(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
-        """Return responses that are learned without the document, each with the number of its first ids that are given."""
+        """Return responses that are learned without the document, each with the number of its leading tokens that are given.
+
+        Given tokens are excluded from the loss.
+        """
         ...
 
 
 @TRACE_WRITERS.register("recall")
 class RecallTraces:
-    """Traces that repeat the end of the context and predict."""
+    """Traces that repeat the end of the context, then predict the next token."""
 
     preferred_fraction = 0.0
 
@@ -53,7 +66,8 @@ class RecallTraces:
         """
         Args:
           ids: token ids of the document.
-          max_tokens: the longest trace that there is room for.
+          config: `recalled_tokens` is the number of context tokens that a trace repeats.
+          max_tokens: length limit of a trace.
         """
         self._tokenizer = tokenizer
         self._ids = list(ids)
@@ -62,22 +76,29 @@ class RecallTraces:
 
     @property
     def preferred_positions(self) -> list[int]:
+        """Token positions at which a fraction `preferred_fraction` of the traces is placed: none."""
         return []
 
     def can_box(self, position: int) -> bool:
-        """Whether a box around token `position` reads as that token: the last opening of a box is the one that counts."""
+        """Return whether the reward reads a box around token `position` as that token.
+
+        It does not if the token itself opens a box, because the last box of a response counts.
+        """
         return BOX.encode() not in self._tokenizer.token_bytes([self._ids[position]])
 
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
-        """Return the response ids that repeat the context before `position` and box the true token."""
+        """Return the token ids of a response that repeats the context before `position` and boxes the true token."""
         del rng
-        return self._trace(self._ids[max(0, position - self._recalled_tokens) : position], [self._ids[position]])
+        reasoning = self._ids[max(0, position - self._recalled_tokens) : position]
+        return self.format_response(reasoning, [self._ids[position]])
 
     def drills(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
+        """Return responses that are learned without the document: none."""
         del rng
         return []
 
-    def _trace(self, reasoning: list[int], prediction: list[int]) -> list[int]:
+    def format_response(self, reasoning: list[int], prediction: list[int]) -> list[int]:
+        """Return the token ids of a complete response: reasoning, end of thinking, the boxed prediction, end of sequence."""
         tokenizer = self._tokenizer
         end_think = [tokenizer.end_think_id] if tokenizer.end_think_id >= 0 else tokenizer.encode(END_THINK)
         return [

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from rpt_jax import main
 from rpt_jax.config import DataConfig, Experiment, from_config_dict
@@ -29,7 +28,6 @@ from rpt_jax.corpus.near_duplicates import _PRIMES, _SHINGLE, near_duplicates, s
 from rpt_jax.corpus.store import FIELDS, SKETCH, Records, ShardWriter, pack, read_summary, unpack
 from rpt_jax.corpus.tokenization import open_tokens, parse_shard, tokenize
 from rpt_jax.errors import UserError
-from rpt_jax.prompts.positions import STAGES, index_positions, quantiles
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.whole_corpus import load_corpus
@@ -234,69 +232,6 @@ def test_an_unfinished_shard_is_no_shard(tmp_path: Path) -> None:
         writer.write((np.zeros(1), np.zeros(1)), [1])
         raise KeyboardInterrupt
     assert read_summary(tmp_path, "scores", 0, 1) is None and not list(tmp_path.iterdir())
-
-
-# --- positions ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    directory, rng = tmp_path_factory.mktemp("scores"), np.random.default_rng(1)
-    with ShardWriter(directory, "scores", 0, 1) as writer:
-        for _ in range(30):
-            entropy = rng.exponential(1.0, rng.integers(1, 50)).astype(np.float32)
-            entropy[rng.random(len(entropy)) < 0.1] = -1.0  # Special tokens.
-            writer.write((entropy, entropy / 2), [len(entropy)])
-        writer.commit({})
-    return Records(directory, "scores", 1)
-
-
-NUMBERS = np.array([1, 2, 3, 5, 8, 13, 21, 29])
-
-
-def chosen(scores: Records, **fields: object) -> list[set[tuple[int, int]]]:
-    config = DataConfig(min_context=3, **fields)
-    stages = []
-    for index in index_positions(config, scores, NUMBERS):
-        positions = list(sent(index))
-        assert positions == sorted(positions) and len(positions) == len(set(positions))
-        for p in positions:
-            entropy = scores[int(NUMBERS[p.document])][0 if config.entropy_renormalized else 1]
-            assert p.position >= 3 and p.entropy == entropy[p.position] >= 0
-        stages.append({(p.document, p.position) for p in positions})
-    return stages
-
-
-def test_positions_by_name(scores: Records) -> None:
-    entropies = {(d, i): e for d, n in enumerate(NUMBERS) for i, e in enumerate(scores[int(n)][0]) if i >= 3 and e >= 0}
-    [every] = chosen(scores, positions="every")
-    assert every == entropies.keys()
-    [threshold] = chosen(scores, entropy_threshold=0.7)
-    assert threshold == {p for p, e in entropies.items() if e > 0.7}
-    assert chosen(scores, entropy_threshold=0.35, entropy_renormalized=False) == [threshold]
-    [hardest] = chosen(scores, positions="quantile", keep_fraction=0.3)
-    assert hardest == set(sorted(entropies, key=entropies.get)[-len(hardest) :])
-    assert abs(len(hardest) - 0.3 * len(every)) <= 1
-    [random] = chosen(scores, positions="random", keep_fraction=0.3)
-    assert random < every and 0.15 < len(random) / len(every) < 0.45 and random != hardest
-    assert [random] == chosen(scores, positions="random", keep_fraction=0.3)
-    assert [random] != chosen(scores, positions="random", keep_fraction=0.3, seed=1)
-    stages = chosen(scores, positions="curriculum", entropy_threshold=0.7)
-    assert len(stages) == STAGES and set().union(*stages) == threshold
-    for easy, hard in zip(stages, stages[1:], strict=False):
-        assert max(map(entropies.get, easy)) < min(map(entropies.get, hard)) and abs(len(easy) - len(hard)) <= 2
-
-
-@given(
-    st.lists(arrays(np.float32, st.integers(0, 9), elements=st.floats(0, 8, width=32)), max_size=5),
-    st.lists(st.floats(0, 1), min_size=1, max_size=3),
-)
-@settings(deadline=None, max_examples=60)
-def test_quantiles_are_exact(parts: list[np.ndarray], shares: list[float]) -> None:
-    values = np.sort(np.concatenate([np.zeros(0, np.float32), *parts]))
-    found = quantiles(lambda: parts, shares, -0.5)
-    for share, value in zip(shares, found, strict=True):
-        assert value == (values[max(1, int(np.ceil(share * len(values)))) - 1] if len(values) else 0.0)
 
 
 # --- near-duplicates ---------------------------------------------------------------------------------

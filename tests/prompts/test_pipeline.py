@@ -1,10 +1,11 @@
-"""The order of prompts: a function of (seed, index), whatever the processes, workers and restarts."""
+"""Streams of prompts and examples: a function of (seed, index), independent of processes, workers and restarts."""
 
 from __future__ import annotations
 
 import collections
 import functools
 import json
+import threading
 
 import grain
 import numpy as np
@@ -13,9 +14,9 @@ import pytest
 from rpt_jax.config import PromptConfig
 from rpt_jax.corpus.store import Records, ShardWriter
 from rpt_jax.errors import UserError
-from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
-from rpt_jax.prompts.pipeline import PromptStream, position_order
-from rpt_jax.prompts.positions import Choice, Position, PositionIndex
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
+from rpt_jax.prompts.pipeline import PromptStream, example_stream, position_order
+from rpt_jax.prompts.positions import EntropyRule, Position, PositionIndex
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.paths import TINY
 
@@ -26,112 +27,230 @@ BUILDER = PromptBuilder(PromptConfig(max_tokens=16, reference_bytes=8), TOKENIZE
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> PositionIndex:
-    """The third and later tokens of every document but the first."""
+    """The fourth and later tokens of every document but the first; a token's entropy is its position."""
     directory = tmp_path_factory.mktemp("index")
     with ShardWriter(directory, "scores", 0, 1) as writer:
         for ids in DOCUMENTS:
             writer.write((np.arange(len(ids)), np.arange(len(ids))), [len(ids)])
         writer.commit({})
     counts = np.array([len(ids) - 3 for ids in DOCUMENTS[1:]], np.uint32)
-    choice, numbers = Choice(2.0, np.inf, 1.0, 0, True, 0), np.arange(len(DOCUMENTS))
-    return PositionIndex(Records(directory, "scores", 1), numbers, choice, numbers[1:].astype(np.uint32), counts)
+    return PositionIndex(
+        scores=Records(directory, "scores", 1),
+        record_numbers_W=np.arange(len(DOCUMENTS)),
+        rule=EntropyRule(low=2.0, min_context=0, renormalized=True, seed=0),
+        windows_M=np.arange(1, len(DOCUMENTS), dtype=np.uint32),
+        counts_M=counts,
+    )
 
 
-order = functools.partial(position_order, stage_prompts=0, batch=8, per_document=0, seed=0)
+order = functools.partial(position_order, stage_prompts=0, batch=8, per_window=0, seed=0)
 
 
-def take(stream: collections.abc.Iterator[PromptBatch], count: int) -> list[PromptBatch]:
+def take(stream: collections.abc.Iterator, count: int) -> list:
     return [next(stream) for _ in range(count)]
 
 
-def where(batches: list[PromptBatch]) -> list[tuple[int, int]]:
+def positions_of(batches: list[PromptBatch]) -> list[tuple[int, int]]:
+    """Return the window and the position of every prompt."""
     return [(int(d), int(p)) for batch in batches for d, p in zip(batch.window_P, batch.position_P, strict=True)]
 
 
-def test_an_index_is_the_list_of_its_positions(index: PositionIndex) -> None:
+def test_an_index_is_the_sequence_of_its_positions(index: PositionIndex) -> None:
     expected = [Position(d, i, float(i)) for d, ids in enumerate(DOCUMENTS) if d for i in range(3, len(ids))]
-    assert list(index) == expected and index[-1] == expected[-1]
-    half = index.only(np.arange(len(DOCUMENTS)) % 2 == 0)
-    assert list(half) == [p for p in expected if p.document % 2 == 0]
+    assert list(index) == expected
+    assert index[-1] == expected[-1]
+    even = index.restrict_to(np.arange(len(DOCUMENTS)) % 2 == 0)
+    assert list(even) == [p for p in expected if p.window % 2 == 0]
 
 
-@pytest.mark.parametrize("per_document", [0, 2])
-def test_processes_share_a_batch_and_do_not_change_it(index: PositionIndex, per_document: int) -> None:
-    batches = take(PromptStream(BUILDER, DOCUMENTS, order([index], [], per_document=per_document), batch=8), 5)
-    for count in (2, 4):
-        parts = [
-            take(
-                PromptStream(
-                    BUILDER, DOCUMENTS, order([index], [], per_document=per_document), batch=8, process=(p, count)
-                ),
-                5,
-            )
-            for p in range(count)
-        ]
-        for whole, *mine in zip(batches, *parts, strict=True):
-            for name, ours in whole._asdict().items():
-                np.testing.assert_array_equal(
-                    ours, np.concatenate([getattr(part, name) for part in mine]), err_msg=name
-                )
+@pytest.mark.parametrize("per_window", [0, 2])
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_parts_of_all_processes_make_up_the_batch(index: PositionIndex, per_window: int, count: int) -> None:
+    def batches(process: tuple[int, int]) -> list[PromptBatch]:
+        positions = order([index], [], per_window=per_window)
+        return take(PromptStream(BUILDER, DOCUMENTS, positions, batch=8, process=process), 5)
+
+    parts = [batches((number, count)) for number in range(count)]
+    for whole, *of_processes in zip(batches((0, 1)), *parts, strict=True):
+        for name, array in whole._asdict().items():
+            joined = np.concatenate([getattr(part, name) for part in of_processes])
+            np.testing.assert_array_equal(array, joined, err_msg=name)
 
 
-def test_parts_of_a_mixture_come_by_their_weights(index: PositionIndex) -> None:
+def test_a_batch_must_be_divisible_by_the_number_of_processes(index: PositionIndex) -> None:
+    with pytest.raises(ValueError, match="8 cannot be split over 3"):
+        PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8, process=(0, 3))
+
+
+def test_parts_of_a_mixture_are_sampled_by_their_weights(index: PositionIndex) -> None:
     even = np.arange(len(DOCUMENTS)) % 2 == 0
-    stream = PromptStream(BUILDER, DOCUMENTS, order([index.only(even), index.only(~even)], [3.0, 1.0]), batch=8)
-    found = where(take(stream, 200))
-    share = sum(document % 2 == 0 for document, _ in found) / len(found)
-    assert abs(share - 0.75) < 0.01
-    size = len(index.only(~even))
+    stream = PromptStream(
+        BUILDER, DOCUMENTS, order([index.restrict_to(even), index.restrict_to(~even)], [3.0, 1.0]), batch=8
+    )
+    found = positions_of(take(stream, 200))
+    fraction = sum(window % 2 == 0 for window, _ in found) / len(found)
+    assert abs(fraction - 0.75) < 0.01
+    size = len(index.restrict_to(~even))
     assert size < 400
-    first = [place for place in found if place[0] % 2][:size]
-    assert len(set(first)) == size, "a part repeats nothing before its epoch is over"
+    first_epoch = [(window, position) for window, position in found if window % 2][:size]
+    assert len(set(first_epoch)) == size, "a position was repeated within an epoch"
 
 
-def test_stages_of_a_curriculum_follow_each_other(index: PositionIndex) -> None:
+def test_the_stages_of_a_curriculum_follow_each_other(index: PositionIndex) -> None:
     stages = [list(index)[i::3] for i in range(3)]
     stream = PromptStream(BUILDER, DOCUMENTS, order(stages, [], stage_prompts=24), batch=8)
-    found, sets = where(take(stream, 20)), [{(p.document, p.position) for p in stage} for stage in stages]
-    assert set(found[:24]) <= sets[0] and set(found[24:48]) <= sets[1] and set(found[48:]) == sets[2]
+    found, sets = positions_of(take(stream, 20)), [{(p.window, p.position) for p in stage} for stage in stages]
+    assert set(found[:24]) <= sets[0]
+    assert set(found[24:48]) <= sets[1]
+    assert set(found[48:]) == sets[2]
     even = np.arange(len(DOCUMENTS)) % 2 == 0
-    parts = [index.only(even), index.only(~even)] * 2
-    mixed = where(take(PromptStream(BUILDER, DOCUMENTS, order(parts, [1.0, 1.0], stage_prompts=8), batch=8), 4))
-    assert sum(document % 2 for document, _ in mixed) == 16
+    parts = [index.restrict_to(even), index.restrict_to(~even)] * 2
+    mixed = positions_of(take(PromptStream(BUILDER, DOCUMENTS, order(parts, [1.0, 1.0], stage_prompts=8), batch=8), 4))
+    assert sum(window % 2 for window, _ in mixed) == 16
 
 
-@pytest.mark.parametrize("per_document", [1, 2, 5])
-def test_at_most_so_many_positions_of_a_document_in_a_batch(index: PositionIndex, per_document: int) -> None:
-    batches = take(PromptStream(BUILDER, DOCUMENTS, order([index], [], per_document=per_document), batch=8), 400)
+@pytest.mark.parametrize("per_window", [1, 2, 5])
+def test_a_batch_holds_at_most_a_given_number_of_positions_of_a_window(index: PositionIndex, per_window: int) -> None:
+    batches = take(PromptStream(BUILDER, DOCUMENTS, order([index], [], per_window=per_window), batch=8), 400)
     for batch in batches:
-        assert max(collections.Counter(batch.window_P.tolist()).values()) <= per_document
-        assert len(set(where([batch]))) == 8
-    found = where(batches)
-    assert set(found) == {(p.document, p.position) for p in index}, "every position has its turn"
-    with pytest.raises(UserError, match="data.positions_per_document=2 leaves 22 prompts"):
-        order([index], [], per_document=2, batch=23)
+        assert max(collections.Counter(batch.window_P.tolist()).values()) <= per_window
+        assert len(set(positions_of([batch]))) == 8
+    found = positions_of(batches)
+    assert set(found) == {(p.window, p.position) for p in index}, "some positions never appear"
 
 
-def test_a_stream_goes_on_with_other_workers(index: PositionIndex) -> None:
-    """Worker processes build the same batches in the same order, here on the second of two hosts; the state knows neither."""
+def test_too_few_positions_for_a_batch_are_rejected(index: PositionIndex) -> None:
+    assert order([index], [], per_window=2, batch=22)  # Two of each of 11 windows.
+    with pytest.raises(UserError) as raised:
+        order([index], [], per_window=2, batch=23)
+    assert raised.value.field == "data.positions_per_document"
+
+
+def test_a_restored_stream_may_have_another_number_of_workers_and_processes(index: PositionIndex) -> None:
+    """Worker processes build the same batches in the same order, here the second half of each batch."""
     plain = PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8)
     take(plain, 3)
     state = json.loads(json.dumps(plain.get_state()))
     expected = take(plain, 5)
-    worked = PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8, workers=2, process=(1, 2))
-    worked.set_state(state)
-    for ours, theirs in zip(take(worked, 5), expected, strict=True):
-        for name in theirs._fields:
-            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name)[4:], err_msg=name)
-    assert worked.get_state() == plain.get_state()
+    parallel = PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8, workers=2, process=(1, 2))
+    parallel.set_state(state)
+    for half, whole in zip(take(parallel, 5), expected, strict=True):
+        for name in whole._fields:
+            np.testing.assert_array_equal(getattr(half, name), getattr(whole, name)[4:], err_msg=name)
+    assert parallel.get_state() == plain.get_state()
 
 
-def test_more_positions_than_can_be_shuffled_are_refused() -> None:
-    class Endless(collections.abc.Sequence):
+def test_more_positions_than_can_be_shuffled_are_rejected() -> None:
+    class TooMany(collections.abc.Sequence):
         def __len__(self) -> int:
             return 2**32
 
         def __getitem__(self, index: int) -> Position:
             return Position(0, 0, 0.0)
 
-    with pytest.raises(UserError, match="4,294,967,296 positions are more than can be shuffled"):
-        order([Endless()], [])
+    with pytest.raises(UserError) as raised:
+        order([TooMany()], [])
+    assert raised.value.field == "data.entropy_threshold"
     assert isinstance(order([[Position(0, 0, 0.0)]], []), grain.MapDataset)
+
+
+def open_stream(seed: int = 0, batch: int = 4, count: int = 10) -> PromptStream:
+    """Open a stream over the first `count` of ten positions in three documents."""
+    positions = [Position(i % 3, i, float(i)) for i in range(10)]
+    return PromptStream(BUILDER, DOCUMENTS, order([positions[:count]], [], batch=batch, seed=seed), batch=batch)
+
+
+def assert_same_batches(ours: list[PromptBatch], theirs: list[PromptBatch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        for name in a._fields:
+            x, y = getattr(a, name), getattr(b, name)
+            np.testing.assert_array_equal(x, y, err_msg=name)
+            assert x.dtype == y.dtype
+
+
+def concatenate(batches: list[PromptBatch], name: str) -> np.ndarray:
+    return np.concatenate([getattr(batch, name) for batch in batches])
+
+
+@pytest.mark.parametrize("count", [10, 3])
+def test_every_position_appears_once_an_epoch(count: int) -> None:
+    """With any batch size: 20 prompts are two epochs of 10, and a batch of 4 spans epochs of 3."""
+    batches = take(open_stream(count=count), 5 * count)
+    positions = concatenate(batches, "position_P").reshape(-1, count)
+    np.testing.assert_array_equal(np.sort(positions, axis=1), np.tile(np.arange(count), (20, 1)))
+    assert len(np.unique(positions, axis=0)) > 3, "all epochs have the same order"
+    np.testing.assert_array_equal(concatenate(batches, "ids_P"), np.arange(20 * count))
+
+
+def test_the_order_is_a_function_of_the_seed() -> None:
+    assert_same_batches(take(open_stream(), 5), take(open_stream(), 5))
+    orders = {tuple(concatenate(take(open_stream(seed), 5), "position_P")) for seed in range(4)}
+    assert len(orders) == 4
+
+
+def test_the_order_does_not_depend_on_the_batch_size() -> None:
+    other = concatenate(take(open_stream(batch=5), 4), "position_P")
+    np.testing.assert_array_equal(other, concatenate(take(open_stream(), 5), "position_P"))
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 4])
+def test_a_stream_continues_where_its_state_says(consumed: int) -> None:
+    first = open_stream()
+    take(first, consumed)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = take(first, 4)
+    restored = open_stream()
+    take(restored, 2)
+    restored.set_state(state)
+    assert_same_batches(take(restored, 4), expected)
+
+
+def test_a_batch_is_the_stack_of_its_prompts() -> None:
+    batch = next(open_stream())
+    rows = zip(batch.ids_P, batch.window_P, batch.position_P, batch.entropy_P, strict=True)
+    singles = [BUILDER.build(i, DOCUMENTS[window], Position(window, p, e)) for i, window, p, e in rows]
+    assert_same_batches([stack(singles)], [batch])
+
+
+def test_random_examples_are_a_function_of_seed_and_index() -> None:
+    """A document has other examples in every epoch, and an interrupted run the same ones as one that was not."""
+
+    def make(document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"document": np.int32(document), "draw": rng.integers(0, 2**30)}
+
+    def start(seed: int = 0) -> grain.DatasetIterator:
+        return example_stream(make, 6, batch=3, seed=seed)
+
+    batches = take(start(), 4)
+    for epoch in (batches[:2], batches[2:]):
+        assert sorted(np.concatenate([batch["document"] for batch in epoch])) == list(range(6))
+    assert len(np.unique([batch["draw"] for batch in batches])) == 12
+    interrupted = start()
+    take(interrupted, 1)
+    state = json.loads(json.dumps(interrupted.get_state()))
+    restored = start()
+    restored.set_state(state)
+    for ours, theirs in zip(take(restored, 3), batches[1:], strict=True):
+        np.testing.assert_array_equal(ours["draw"], theirs["draw"])
+    assert (next(start(1))["draw"] != batches[0]["draw"]).all()
+
+
+def test_few_batches_are_built_ahead() -> None:
+    """The reader gets time to fill its buffer before every step, and never holds more than a few batches."""
+    batch, filled, most = 3, 2, 4
+    built = 0
+    changed = threading.Condition()
+
+    def make(document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        nonlocal built
+        with changed:
+            built += 1
+            changed.notify_all()
+        return {"draw": rng.integers(0, 9)}
+
+    stream = example_stream(make, 6, batch=batch, seed=0)
+    for consumed in range(1, 50):
+        next(stream)
+        with changed:
+            assert changed.wait_for(lambda n=consumed: built >= batch * (n + filled), timeout=60)
+            assert built <= batch * (consumed + most)

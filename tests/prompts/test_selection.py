@@ -1,26 +1,36 @@
-"""Which positions a run trains on: by the proxy's entropies, and by those of the policy that is being trained."""
+"""The positions that a run trains on: by the proxy's entropies, and by those of the policy during training."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import logging
 
 import jax
 import numpy as np
 import pytest
 
 from rpt_jax.config import Experiment, from_config_dict
+from rpt_jax.corpus.entropy import score_part
 from rpt_jax.distributed.sharding import make_mesh, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.selection import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
+from rpt_jax.prompts.pipeline import PromptStream
+from rpt_jax.prompts.selection import (
+    PolicyEntropies,
+    rescoring_is_due,
+    score_sample,
+    training_order,
+    training_stream,
+)
 from rpt_jax.setup import Setup, set_up
 from tests.helpers.paths import TINY
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """A mixture of two files, whose windows are of both lengths that are scored apart."""
+    """A mixture of two files, with windows of both lengths that are scored in batches of their own."""
     folder, rng = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
     for name, count in (("a", 14), ("b", 7)):
         texts = [f"{name} {i}: " + " ".join(map(str, rng.integers(0, 99, rng.integers(4, 70)))) for i in range(count)]
@@ -47,72 +57,110 @@ def setup(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> S
         return set_up(experiment, mesh, tmp_path_factory.mktemp("run"))
 
 
-def parts(setup: Setup, documents: np.ndarray) -> np.ndarray:
+def mixture_parts(setup: Setup, windows: np.ndarray) -> np.ndarray:
+    """Return the part of the mixture that each of the training windows belongs to."""
     corpus = setup.prepared.corpus
-    return corpus.parts_D[corpus.documents_W[setup.train.numbers_N[documents]]]
+    return corpus.parts_D[corpus.documents_W[setup.train.numbers_N[windows]]]
 
 
-def test_the_policy_scores_as_the_proxy_did(experiment: Experiment, setup: Setup) -> None:
-    """The starting policy is the proxy here. What it is asked again it answers alike, and its prompts are of those documents."""
+def sample(experiment: Experiment, setup: Setup, step: int) -> PolicyEntropies:
+    """Score a sample with the starting policy, which is the proxy here."""
+    score = functools.partial(score_part, experiment, setup.policy, setup.params, setup.tokenizer, setup.mesh)
     with use_mesh(setup.mesh):
-        own = own_entropies(experiment, setup, setup.params, step=6)
-    assert sorted(parts(setup, own.documents_M)) == [0] * 4 + [1] * 4
-    for number, record in own.records.items():
-        assert number in setup.train.numbers_N[own.documents_M]
-        for ours, theirs in zip(record, setup.prepared.scores[number], strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert own.tokens == sum(len(entropy) for entropy, _ in own.records.values())
-    order = training_order(experiment, setup, own)
+        return score_sample(experiment, setup.prepared, setup.train, score, step)
+
+
+def open_stream(experiment: Experiment, setup: Setup) -> PromptStream:
+    builder = PromptBuilder(experiment.prompt, setup.tokenizer)
+    return training_stream(experiment, setup.prepared, setup.train, builder)
+
+
+def with_data(experiment: Experiment, **fields: object) -> Experiment:
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **fields))
+
+
+def test_a_policy_that_is_the_proxy_reproduces_the_stored_entropies(experiment: Experiment, setup: Setup) -> None:
+    entropies = sample(experiment, setup, step=6)
+    assert sorted(mixture_parts(setup, entropies.windows_M)) == [0] * 4 + [1] * 4
+    assert [*entropies.records] == setup.train.numbers_N[entropies.windows_M].tolist()
+    for number, record in entropies.records.items():
+        for ours, stored in zip(record, setup.prepared.scores[number], strict=True):
+            np.testing.assert_allclose(ours, stored, atol=1e-5)
+    assert entropies.tokens == sum(len(entropy) for entropy, _ in entropies.records.values())
+
+
+def test_positions_are_the_hardest_of_the_sampled_windows(experiment: Experiment, setup: Setup) -> None:
+    entropies = sample(experiment, setup, step=6)
+    min_context = experiment.data.min_context
+    order = training_order(experiment, setup.prepared, setup.train, entropies)
     chosen = {order[i] for i in range(400)}
-    assert {p.document for p in chosen} <= set(own.documents_M.tolist())
-    every = np.sort(np.concatenate([record[0][experiment.data.min_context :] for record in own.records.values()]))
+    assert {p.window for p in chosen} <= set(entropies.windows_M.tolist())
+    every = np.sort(np.concatenate([record[0][min_context:] for record in entropies.records.values()]))
     assert min(p.entropy for p in chosen) > every[int(0.65 * len(every))]
-    assert all(p.position >= experiment.data.min_context for p in chosen)
+    assert all(p.position >= min_context for p in chosen)
 
 
-def test_refreshes_go_through_the_corpus(experiment: Experiment, setup: Setup) -> None:
-    """Which documents is a function of the seed and of the refresh: all of a part have their turn before one has a second."""
-    with use_mesh(setup.mesh):
-        found = [own_entropies(experiment, setup, setup.params, step).documents_M for step in (6, 11, 16, 21)]
-        again = own_entropies(experiment, setup, setup.params, 11).documents_M
-        other = own_entropies(dataclasses.replace(experiment, seed=1), setup, setup.params, 6).documents_M
-    assert np.array_equal(found[1], again) and not np.array_equal(found[0], other)
-    windows = np.arange(len(setup.train))
+def test_samples_are_a_function_of_seed_and_step(experiment: Experiment, setup: Setup) -> None:
+    first = sample(experiment, setup, step=11).windows_M
+    other_seed = dataclasses.replace(experiment, seed=1)
+    assert np.array_equal(first, sample(experiment, setup, step=11).windows_M)
+    assert not np.array_equal(first, sample(other_seed, setup, step=11).windows_M)
+    assert not np.array_equal(first, sample(experiment, setup, step=6).windows_M)
+
+
+def test_samples_visit_all_windows_of_a_part_before_any_is_repeated(experiment: Experiment, setup: Setup) -> None:
+    samples = [sample(experiment, setup, step).windows_M for step in (6, 11, 16, 21)]
+    part_W = mixture_parts(setup, np.arange(len(setup.train)))
     for part in (0, 1):
-        mine, count = [f[parts(setup, f) == part] for f in found], int(np.sum(parts(setup, windows) == part))
-        before_the_second = np.concatenate(mine[: count // 4])
-        assert len(set(before_the_second.tolist())) == len(before_the_second) >= 4
+        of_part = [windows_M[mixture_parts(setup, windows_M) == part] for windows_M in samples]
+        whole_samples = int(np.sum(part_W == part)) // 4
+        first_visit = np.concatenate(of_part[:whole_samples])
+        assert len(set(first_visit.tolist())) == len(first_visit) >= 4
 
 
-def test_when_refreshes_are_due(experiment: Experiment) -> None:
-    assert [step for step in range(1, 20) if refresh_is_due(experiment, step)] == [6, 11, 16]
-    other = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, positions="threshold"))
-    assert not any(refresh_is_due(other, step) for step in range(1, 20))
+def test_rescoring_is_due_after_every_interval_but_not_before_the_first_step(experiment: Experiment) -> None:
+    assert [step for step in range(1, 20) if rescoring_is_due(experiment, step)] == [6, 11, 16]
+    other = with_data(experiment, positions="threshold")
+    assert not any(rescoring_is_due(other, step) for step in range(1, 20))
+
+
+def test_policy_entropies_survive_a_checkpoint(experiment: Experiment, setup: Setup) -> None:
+    entropies = sample(experiment, setup, step=6)
+    restored = PolicyEntropies.from_state(json.loads(json.dumps(entropies.state())))
+    np.testing.assert_array_equal(restored.windows_M, entropies.windows_M)
+    assert restored.windows_M.dtype == entropies.windows_M.dtype
+    assert restored.tokens == entropies.tokens
+    assert restored.records.keys() == entropies.records.keys()
+    for number, record in entropies.records.items():
+        for ours, theirs in zip(restored.records[number], record, strict=True):
+            np.testing.assert_array_equal(ours, theirs.astype(np.float32))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_renewed_stream_goes_on_alike_after_a_restore(experiment: Experiment, setup: Setup, workers: int) -> None:
-    builder = PromptBuilder(experiment.prompt, setup.tokenizer)
-    part_N = parts(setup, np.arange(len(setup.train)))
-    documents = np.sort(np.concatenate([np.flatnonzero(part_N == part)[:4] for part in (0, 1)])).astype(np.uint32)
-    entropies = {int(n): tuple(setup.prepared.scores[int(n)]) for n in setup.train.numbers_N[documents]}
-    own = OwnEntropies(documents, entropies, 0)
-    order = training_order(dataclasses.replace(experiment, seed=3), setup, own)
-    stream = training_stream(experiment, setup, builder)
+def test_a_stream_with_a_switched_order_continues_after_a_restore(
+    experiment: Experiment, setup: Setup, workers: int
+) -> None:
+    part_W = mixture_parts(setup, np.arange(len(setup.train)))
+    windows_M = np.sort(np.concatenate([np.flatnonzero(part_W == part)[:4] for part in (0, 1)])).astype(np.uint32)
+    records = {int(n): tuple(setup.prepared.scores[int(n)]) for n in setup.train.numbers_N[windows_M]}
+    entropies = PolicyEntropies(windows_M=windows_M, records=records, tokens=0)
+    order = training_order(dataclasses.replace(experiment, seed=3), setup.prepared, setup.train, entropies)
+
+    stream = open_stream(experiment, setup)
     for _ in range(3):
         next(stream)
     state = json.loads(json.dumps(stream.get_state()))
-    stream.renew(order)
+    stream.switch_order(order)
     expected = [next(stream) for _ in range(6)]
     assert np.concatenate([batch.ids_P for batch in expected]).tolist() == list(range(12, 36))
-    assert set(np.concatenate([batch.window_P for batch in expected])) <= set(documents)
-    data = dataclasses.replace(experiment.data, workers=workers)
-    again = training_stream(dataclasses.replace(experiment, data=data), setup, builder)
-    again.set_state(state)
-    again.renew(order)
-    for theirs in expected:
-        jax.tree.map(np.testing.assert_array_equal, next(again), theirs)
-    assert again.get_state() == stream.get_state()
+    assert set(np.concatenate([batch.window_P for batch in expected])) <= set(windows_M)
+
+    restored = open_stream(with_data(experiment, workers=workers), setup)
+    restored.set_state(state)
+    restored.switch_order(order)
+    for batch in expected:
+        jax.tree.map(np.testing.assert_array_equal, next(restored), batch)
+    assert restored.get_state() == stream.get_state()
 
 
 @pytest.mark.parametrize(
@@ -123,16 +171,18 @@ def test_a_renewed_stream_goes_on_alike_after_a_restore(experiment: Experiment, 
         ("every", ""),
         ("random", "data.keep_fraction=0.3"),
         ("quantile", "data.keep_fraction=0.3"),
+        ("self_entropy", "data.keep_fraction=0.3"),
     ],
 )
-def test_too_few_positions_name_what_chose_them(
-    experiment: Experiment, setup: Setup, capsys: pytest.CaptureFixture[str], positions: str, field: str
+def test_messages_about_positions_quote_the_fields_that_choose_them(
+    experiment: Experiment, setup: Setup, caplog: pytest.LogCaptureFixture, positions: str, field: str
 ) -> None:
-    data = dataclasses.replace(experiment.data, positions=positions)
-    rule = ", ".join(filter(None, [f"chosen by data.positions='{positions}'", field]))
-    training_order(dataclasses.replace(experiment, data=data), setup)
-    assert rule + ", over the proxy's" in capsys.readouterr().out
+    chosen = with_data(experiment, positions=positions)
+    quoted = ", ".join(filter(None, [f"data.positions='{positions}'", field]))
+    with caplog.at_level(logging.INFO, logger="rpt_jax"):
+        training_order(chosen, setup.prepared, setup.train)
+    assert quoted + ", with the entropies of the proxy" in caplog.text
     training = dataclasses.replace(experiment.training, prompts_per_step=10**6)
-    with pytest.raises(UserError, match="training.prompts_per_step=1000000") as raised:
-        training_order(dataclasses.replace(experiment, data=data, training=training), setup)
-    assert rule + " and have data.min_context=16 tokens before them" in str(raised.value)
+    with pytest.raises(UserError, match=quoted) as raised:
+        training_order(dataclasses.replace(chosen, training=training), setup.prepared, setup.train)
+    assert raised.value.field == "training.prompts_per_step"
