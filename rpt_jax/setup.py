@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.documents import SPLITS
-from rpt_jax.corpus.prepared import Prepared, corpus_directory, open_prepared, prepare
+from rpt_jax.corpus.entropy import Scorer
+from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, prepare
 from rpt_jax.corpus.sources import check_source
 from rpt_jax.distributed.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
 from rpt_jax.errors import UserError, check_all
@@ -36,7 +37,7 @@ class Setup(NamedTuple):
     train: Windows
     held_out: Windows
     unseen: Windows
-    prepared: Prepared  # What the documents were read from, and what the proxy makes of them.
+    prepared: PreparedCorpus  # What the documents were read from, and what the proxy makes of them.
 
 
 def cold_start_of(experiment: Experiment) -> Experiment:
@@ -137,5 +138,5 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
     else:
         whole = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
         directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-        prepared = prepare(whole, policy, params, tokenizer, mesh, directory)
+        prepared = prepare(Scorer(policy, params, tokenizer, mesh, whole), directory)
     return Setup(policy, params, mesh, tokenizer, *map(prepared.corpus.windows, SPLITS), prepared)

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from rpt_jax.config import DataConfig, Experiment
-from rpt_jax.corpus.entropy import score_part, stored_entropies
+from rpt_jax.corpus.entropy import Scorer, stored_entropies
 from rpt_jax.corpus.files import parse_mixture
 from rpt_jax.corpus.sources import source_name
 from rpt_jax.errors import UserError
@@ -27,7 +27,7 @@ class OwnEntropies(NamedTuple):
 
     Attributes:
       documents_M: uint32, which of them.
-      records: by their numbers in the corpus what a prepared one has of the proxy's, see `data.shards.FIELDS`.
+      records: by their numbers in the corpus what a prepared one has of the proxy's, see `corpus.store.RECORD_DTYPES`.
       tokens: how many were scored.
     """
 
@@ -130,7 +130,8 @@ def own_entropies(experiment: Experiment, setup: Setup, params: Params, step: in
         chosen.append(windows[np.unique(places)])
     documents_M = np.sort(np.concatenate(chosen)).astype(np.uint32)
     rows = [setup.prepared.corpus.tokens[int(n)] for n in numbers_N[documents_M]]
-    scores = score_part(experiment, setup.policy, params, setup.tokenizer, setup.mesh, [ids for ids, _ in rows])
+    scorer = Scorer(setup.policy, params, setup.tokenizer, setup.mesh, experiment)
+    scores = scorer.score([ids for ids, _ in rows])
     records = {
         int(n): stored_entropies(score, lengths)
         for n, score, (_, lengths) in zip(numbers_N[documents_M], scores, rows, strict=True)
@@ -142,4 +143,4 @@ def _mixture(experiment: Experiment, setup: Setup) -> tuple[list[float], np.ndar
     """The weights of a mixture's parts, where it has such, and which part each training document is of."""
     data, corpus = experiment.data, setup.prepared.corpus
     weights = [weight for weight, _ in parse_mixture(data.path) if weight] if data.source == "path" else []
-    return weights, corpus.parts_D[corpus.documents_W[setup.train.numbers_N]]
+    return weights, corpus.mixture_part_D[corpus.document_W[setup.train.numbers_N]]

@@ -49,7 +49,7 @@ def setup(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> S
 
 def parts(setup: Setup, documents: np.ndarray) -> np.ndarray:
     corpus = setup.prepared.corpus
-    return corpus.parts_D[corpus.documents_W[setup.train.numbers_N[documents]]]
+    return corpus.mixture_part_D[corpus.document_W[setup.train.numbers_N[documents]]]
 
 
 def test_the_policy_scores_as_the_proxy_did(experiment: Experiment, setup: Setup) -> None:
