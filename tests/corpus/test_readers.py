@@ -208,9 +208,7 @@ def test_a_strict_corpus_refuses_the_first_invalid_record(tmp_path: Path, line: 
         ("a.jsonl", b'{"text": "a\\ud800"}\n', r"a\.jsonl:1 has an unpaired surrogate at character 1"),
     ],
 )
-def test_the_description_of_an_invalid_record_locates_it(
-    tmp_path: Path, name: str, data: bytes, message: str
-) -> None:
+def test_the_description_of_an_invalid_record_locates_it(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         load_corpus(DataConfig(source="path", path=str(tmp_path / name), strict=True))
