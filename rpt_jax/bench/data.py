@@ -158,7 +158,7 @@ def _full_batches(scorer: Scorer) -> list[list[Any]]:
         return token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, chunk)
 
     def score() -> None:
-        scorer.score(documents)
+        scorer.score(list(documents))
 
     seconds = interleaved({"forward": lambda: forward(scorer.params), "score": score}, repeats=21)
     names = {"forward": "forward passes over full batches", "score": "scoring full batches, in turns with them"}

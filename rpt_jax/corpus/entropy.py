@@ -37,6 +37,9 @@ _GROUPS = 128
 _MAX_SELECTED = 32
 
 
+TokenIds = Sequence[int] | np.ndarray
+
+
 class Scores(NamedTuple):
     """Scores of one window of S tokens; element i belongs to the prediction of token i from those before it.
 
@@ -134,7 +137,7 @@ def score_batch(
 
 
 def next_token_rows(
-    windows: Sequence[Sequence[int]], rows: int, bos_id: int, size: int
+    windows: Sequence[TokenIds], rows: int, bos_id: int, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pad windows to a batch for next-token prediction.
 
@@ -203,7 +206,7 @@ class Scorer:
         """Digest of the parameters."""
         return fingerprint_arrays(self.params)
 
-    def score(self, windows: Sequence[Sequence[int]], advance: Callable[[], None] = lambda: None) -> list[Scores]:
+    def score(self, windows: Sequence[TokenIds], advance: Callable[[], None] = lambda: None) -> list[Scores]:
         """Score every position of every window.
 
         Args:

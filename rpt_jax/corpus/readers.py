@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.documents import Document, Rejected
@@ -134,7 +134,7 @@ def _decode(data: bytes) -> str:
         raise _not_utf8(data[error.start], error.start) from None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() == ".zst":
@@ -166,7 +166,7 @@ def _read_txt(file_range: FileRange, config: DataConfig) -> RecordStream:
                 column = len(rest) + (1 if ended else column)
 
 
-def _blocks(file: IO[bytes], file_range: FileRange) -> Iterator[bytes]:
+def _blocks(file: io.BufferedIOBase, file_range: FileRange) -> Iterator[bytes]:
     """Yield the bytes of a range, in blocks where it is a whole file of unknown size."""
     if file_range.stop >= 0:
         start = block_boundary(file, file_range.start)
@@ -208,7 +208,7 @@ def _read_jsonl(file_range: FileRange, config: DataConfig) -> RecordStream:
                 yield number, _parse_json(raw, config)
 
 
-def _skip_line(file: IO[bytes]) -> int:
+def _skip_line(file: io.BufferedIOBase) -> int:
     """Skip to the end of the line and return the number of bytes skipped."""
     skipped = 0
     while block := file.readline(2**20):

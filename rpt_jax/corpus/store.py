@@ -180,7 +180,8 @@ class Records(Sequence):
         # A file without records cannot be opened.
         paths = [self._path(shard) for shard, count in zip(self._numbers, counts, strict=True) if count]
         try:
-            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else ()
+            # Declared without `__getitems__` and `__len__`, which it has.
+            self._source: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else ()
         except Exception as error:  # noqa: BLE001 - of the library's C++ reader.
             raise UserError(
                 f"{directory}: cannot open the records of {kind} ({_one_line(error)}). Prepare the corpus again."
@@ -266,7 +267,7 @@ def read_summary(directory: Path, kind: str, shard: int, shards: int) -> dict[st
                     "is prepared again."
                 )
         return {**summary, "records": int(summary["records"])}
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
         raise _damaged_file(path, f"{error!r}") from None
 
 
