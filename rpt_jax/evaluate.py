@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpt_jax.config import Experiment
-from rpt_jax.corpus.entropy import Scores, score_part
+from rpt_jax.corpus.entropy import Scorer, Scores
 from rpt_jax.corpus.sources import source_name
-from rpt_jax.corpus.tokenization import Windows
+from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.sharding import to_host
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Params
@@ -53,7 +53,7 @@ def choose_evaluation_set(
 
 def direct_accuracy(evaluation: EvaluationSet, scores: Sequence[Scores]) -> np.ndarray:
     """Standard next-token prediction: whether the likeliest token is the true one, float [n]."""
-    return np.array([scores[p.window].right_S[p.position] for p in evaluation.positions], float)
+    return np.array([scores[p.window].top1_correct_S[p.position] for p in evaluation.positions], float)
 
 
 def by_split(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, dict[str, Any]]:
@@ -111,7 +111,7 @@ class Evaluator:
 
     def _score(self, params: Params, documents: Windows) -> list[Scores]:
         setup = self._setup
-        return score_part(self._experiment, setup.policy, params, setup.tokenizer, setup.mesh, documents)
+        return Scorer(setup.policy, params, setup.tokenizer, setup.mesh, self._experiment).score(documents)
 
     def _hold(self, documents: Windows, scores: list[Scores], count: int) -> Held:
         data = self._experiment.data

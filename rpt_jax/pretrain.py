@@ -15,13 +15,10 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.config.derived import cold_start_experiment
-from rpt_jax.corpus.prepared import corpus_directory, open_prepared, open_reported, tokenize_on_leader
+from rpt_jax.corpus.prepared import corpus_directory, open_and_report, open_prepared, tokenize_on_leader
 from rpt_jax.corpus.sources import training_texts
-from rpt_jax.corpus.tokenization import (
-    Windows,
-    parts_to_prepare,
-    steps,
-)
+from rpt_jax.corpus.tokenization import shards_to_prepare
+from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.sharding import (
     check_batches,
     init_optimizer,
@@ -185,7 +182,8 @@ def _start(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Transform
         )
     if is_leader() and not path.exists():
         whole = dataclasses.replace(experiment.data, shard="")
-        with Progress("read for a tokenizer, parts of files", 2 * sum(map(steps, parts_to_prepare(whole)))) as progress:
+        steps = 2 * sum(shard.steps for shard in shards_to_prepare(whole))
+        with Progress("read for a tokenizer, file ranges", steps) as progress:
             texts = training_texts(whole, _TOKENIZER_BYTES, progress.advance)
             train_sentencepiece(texts, vocab_size, path)
     wait_for_all("tokenizer")
@@ -201,4 +199,4 @@ def _documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer) -> Windows
     data = dataclasses.replace(data, shard="")
     directory = corpus_directory(workdir, data, tokenizer)
     tokenize_on_leader(data, tokenizer, directory)
-    return open_reported(data, directory).windows("train")
+    return open_and_report(data, directory).windows("train")

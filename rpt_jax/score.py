@@ -7,6 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
+from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import prepare
 from rpt_jax.distributed.sharding import check_batches
 from rpt_jax.setup import check_top_k, load_starting_policy
@@ -17,7 +18,7 @@ def prepare_corpus(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
     check_top_k(experiment.data.entropy_top_k, policy)
-    prepared = prepare(experiment, policy, params, tokenizer, mesh, workdir)
+    prepared = prepare(Scorer(policy, params, tokenizer, mesh, experiment), workdir)
     if prepared is None:
         print(f"Shard {experiment.data.shard} is complete; others of {workdir} are not yet.")
     else:

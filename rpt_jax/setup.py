@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
-from rpt_jax.corpus.prepared import Prepared, corpus_directory, open_prepared, prepare
+from rpt_jax.corpus.entropy import Scorer
+from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, prepare
 from rpt_jax.corpus.sources import check_source
-from rpt_jax.corpus.tokenization import Windows
+from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.model.attention.dispatch import choose_attention
@@ -45,7 +46,7 @@ class Setup:
     train: Windows
     held_out: Windows
     unseen: Windows
-    prepared: Prepared
+    prepared: PreparedCorpus
 
 
 def mesh_from_config(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -150,7 +151,7 @@ def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer,
 
 def open_or_prepare_corpus(
     experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, workdir: Path
-) -> Prepared:
+) -> PreparedCorpus:
     """Open the corpus of `data.prepared` or, without one, tokenize and score the corpus in `workdir/corpus`.
 
     Preparing a corpus takes a forward pass over all its tokens, with `policy` as the proxy. What an earlier, interrupted run
@@ -164,7 +165,7 @@ def open_or_prepare_corpus(
         return open_prepared(data, tokenizer, Path(data.prepared))
     all_shards = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
     directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-    prepared = prepare(all_shards, policy, params, tokenizer, mesh, directory)
+    prepared = prepare(Scorer(policy, params, tokenizer, mesh, all_shards), directory)
     assert prepared is not None, "all shards were prepared, so none is missing"
     return prepared
 

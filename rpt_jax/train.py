@@ -6,7 +6,6 @@ continuation are rewarded; GRPO updates the policy on exactly what it sampled (p
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 
 from rpt_jax import report
 from rpt_jax.config import Experiment
-from rpt_jax.corpus.entropy import next_token_rows, score_part
+from rpt_jax.corpus.entropy import Scorer, next_token_rows
 from rpt_jax.distributed.sharding import (
     check_batches,
     init_optimizer,
@@ -149,7 +148,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                     experiment,
                     setup.prepared,
                     setup.train,
-                    functools.partial(score_part, experiment, setup.policy, state.params, setup.tokenizer, setup.mesh),
+                    Scorer(setup.policy, state.params, setup.tokenizer, setup.mesh, experiment).score,
                     step,
                 )
                 stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))

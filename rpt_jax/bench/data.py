@@ -24,16 +24,15 @@ from typing import Any
 import jax
 import numpy as np
 import tokenizers
-from jax.sharding import Mesh
 
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
-from rpt_jax.corpus.entropy import score_part
-from rpt_jax.corpus.prepared import open_reported, prepare, score_tokens, tokenize_on_leader
-from rpt_jax.corpus.tokenization import Corpus
+from rpt_jax.corpus.entropy import Scorer
+from rpt_jax.corpus.prepared import open_and_report, prepare, score_tokens, tokenize_on_leader
+from rpt_jax.corpus.tokenized import TokenizedCorpus
 from rpt_jax.distributed.sharding import make_mesh, shard_prompts, use_mesh
 from rpt_jax.infra.metrics import Progress
-from rpt_jax.model.transformer import Params, Transformer, head, prefill
+from rpt_jax.model.transformer import Params, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
@@ -76,14 +75,14 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     return ["stage", "seconds", "figure", "unit"], rows
 
 
-def _preparing(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> tuple[list[list[Any]], Corpus]:
+def _preparing(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> tuple[list[list[Any]], TokenizedCorpus]:
     """Tokenize the corpus and open it."""
     size = Path(data.path).stat().st_size
     alone = _tokenizer_alone(Path(data.path), tokenizer)
     start = time.perf_counter()
     tokenize_on_leader(data, tokenizer, directory)
     tokenized = time.perf_counter() - start
-    corpus = open_reported(data, directory)
+    corpus = open_and_report(data, directory)
     opened = time.perf_counter() - start - tokenized
     rows = [
         alone,
@@ -93,21 +92,21 @@ def _preparing(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> tuple
     return rows, corpus
 
 
-def _scoring(options: argparse.Namespace, data: DataConfig, corpus: Corpus) -> list[list[Any]]:
+def _scoring(options: argparse.Namespace, data: DataConfig, corpus: TokenizedCorpus) -> list[list[Any]]:
     """Score the tokenized corpus and draw prompts from it."""
     mesh = make_mesh(-1, 1, 1)
     experiment = Experiment(data=dataclasses.replace(data, score_batch_windows=options.documents))
     with use_mesh(mesh):
         policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh)
-        rows = _full_batches(experiment, policy, params, tokenizer, mesh)
+        scorer = Scorer(policy, params, tokenizer, mesh, experiment)
+        rows = _full_batches(scorer)
         lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
-        score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
-        whole = (experiment, policy, params, tokenizer, mesh, corpus.directory)
+        scorer.score([[0] * length for length in lengths])
         start = time.perf_counter()
-        score_tokens(*whole)
+        score_tokens(scorer, corpus.directory)
         seconds, tokens = time.perf_counter() - start, int(corpus.sizes_D.sum())
         rows.append(["scoring the corpus, with reading and writing", seconds, tokens / seconds, "tokens/s"])
-        prepared = prepare(*whole)  # All is there, but for the manifest.
+        prepared = prepare(scorer, corpus.directory)  # All is there, but for the manifest.
         return [*rows, _prompts(experiment, tokenizer, prepared, options.batches)]
 
 
@@ -146,23 +145,22 @@ def _tokenizer_alone(path: Path, tokenizer: Tokenizer) -> list[Any]:
     return ["the tokenizer alone", seconds, size / seconds / 1e6, "MB/s"]
 
 
-def _full_batches(
-    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh
-) -> list[list[Any]]:
-    shape = (experiment.data.score_batch_windows, experiment.data.max_document_tokens)
+def _full_batches(scorer: Scorer) -> list[list[Any]]:
+    policy = scorer.policy
+    shape = (scorer.config.data.score_batch_windows, scorer.config.data.max_document_tokens)
     documents = np.random.default_rng(0).integers(0, policy.config.vocab, shape).astype(np.int32)
-    tokens, lengths = shard_prompts((documents, np.full(shape[0], shape[1], np.int32)), mesh)
+    tokens, lengths = shard_prompts((documents, np.full(shape[0], shape[1], np.int32)), scorer.mesh)
 
     @jax.jit
     def forward(params: Params) -> jax.Array:
         hidden = prefill(policy, params, tokens, lengths)[0].reshape(tokens.size, -1)
-        chunk = experiment.training.logit_chunk_tokens
+        chunk = scorer.config.training.logit_chunk_tokens
         return token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, chunk)
 
     def score() -> None:
-        score_part(experiment, policy, params, tokenizer, mesh, documents)
+        scorer.score(list(documents))
 
-    seconds = interleaved({"forward": lambda: forward(params), "score": score}, repeats=21)
+    seconds = interleaved({"forward": lambda: forward(scorer.params), "score": score}, repeats=21)
     names = {"forward": "forward passes over full batches", "score": "scoring full batches, in turns with them"}
     return [[names[key], s.median, tokens.size / s.median, "tokens/s"] for key, s in seconds.items()]
 

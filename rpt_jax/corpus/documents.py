@@ -5,32 +5,54 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
-# Documents of "unseen" are of a kind that training never sees; a corpus source decides which ones, and most have none.
+# The splits of a corpus. A source assigns documents of a kind that training never sees to "unseen"; most sources have none.
 SPLITS = ("train", "held_out", "unseen")
-HELD_OUT_SHARE = 0.2
-BY_HASH = -1  # In place of the number of a side.
+# Fraction of the documents that is held out, before the limit of `data.held_out_documents`.
+HELD_OUT_FRACTION = 0.2
+
+# Special values in place of an index of SPLITS.
+UNASSIGNED = -1  # `sources.assign_splits` chooses between "train" and "held_out" by hash.
+DUPLICATE = -2  # A repetition of an earlier document, in no split.
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
+    """A text of the corpus.
+
+    Attributes:
+      text: what is tokenized, unchanged.
+      name: unique in the corpus, and enough to find the text again: "gsm_symbolic:17:4", "notes.jsonl:7".
+      group: the kind of document, such as the template that generated it; "" = none.
+      key: string whose hash assigns the split; "" = `text`.
+      split: index of `SPLITS` where the source assigns it, else `UNASSIGNED`.
+      mixture_part: index of the part of the mixture in `data.path` that it belongs to.
+    """
+
     text: str
-    name: str  # Unique in its corpus, and enough to find the text again: "gsm_symbolic:17:4", "notes.jsonl:7".
-    group: str = ""  # The kind of document, such as the template that it was generated from.
-    key: str = ""  # What its side of the split depends on; "" = its text.
-    side: int = BY_HASH  # An index of corpus.SPLITS, where its maker has decided that.
-    part: int = 0  # Of a mixture.
+    name: str
+    group: str = ""
+    key: str = ""
+    split: int = UNASSIGNED
+    mixture_part: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """What stood where a document should be: the reason it is counted under, and the whole sentence."""
+    """A record that is not a valid document.
+
+    Attributes:
+      file: name of the file.
+      line: line, row or record in it, from 1.
+      reason: short category that it is counted under.
+      detail: full sentence with the path, the line and the problem.
+    """
 
     file: str
-    line: int  # Line, row or record, from 1.
+    line: int
     reason: str
     detail: str
 
 
 def hash64(seed: int, key: str) -> int:
-    """Return 64 pseudo-random bits that depend on `seed` and `key` alone."""
+    """Return a 64-bit hash of `seed` and `key` that is the same in every process (truncated SHA-256)."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:8], "big")

@@ -1,8 +1,10 @@
-"""How hard each position of a document is for a policy, and whether its direct guess is right."""
+"""Score a corpus with a policy: the next-token entropy of every position, and whether the policy's top guess is right."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,41 +18,53 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.store import Records, ShardWriter, read_index, read_summary
-from rpt_jax.corpus.tokenization import check_same, window_ends
+from rpt_jax.corpus.tokenization import check_made_from, window_ends
 from rpt_jax.distributed.sharding import is_leader, shard_prompts, to_host
-from rpt_jax.infra.fingerprint import digest
+from rpt_jax.infra.digest import digest
+from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
-_SHORTEST = 64  # Tokens of the shortest bucket: shorter ones would save little and take a program each.
-_GROUPS = 128  # In which the top_k_values logits are looked for; 64 and 256 take longer, but for small vocabularies.
-_ROUNDS = 32  # So many at most are taken one after the other.
-_BLOCK = 128  # Batches whose documents are sorted by length together.
-BIN = 0.05  # Width of the histogram's bins, in nats.
-BINS = 80  # Up to 4 nats; the last holds what is beyond.
-NO_ENTROPY = -1.0  # In place of the entropy of a special token, which is no position to predict.
+BLOCK_BATCHES = 128  # Windows are read, and sorted by length, in blocks of this many batches.
+BIN_NATS = 0.05  # Width of the bins of the entropy histogram.
+BINS = 80  # Covers 0 to 4 nats; the last bin also counts everything above.
+NO_ENTROPY = -1.0  # In place of the entropy of a special token, which is never predicted.
+_MIN_BUCKET_TOKENS = 64  # Shorter buckets would save little time, and each compiles another program.
+# `top_k_values` divides a row into this many groups (64 and 256 are slower, except for small vocabularies), and falls back to
+# `jax.lax.top_k` above this k.
+_GROUPS = 128
+_MAX_SELECTED = 32
+
+
+TokenIds = Sequence[int] | np.ndarray
 
 
 class Scores(NamedTuple):
-    """Of one document with S tokens; entry i belongs to token i given those before it.
+    """Scores of one window of S tokens; element i belongs to the prediction of token i from those before it.
 
     Attributes:
-      entropy_S: float32, nats, over the likeliest next tokens, renormalized among them.
-      right_S: bool, no next token is likelier than the true one (the paper's standard next-token prediction).
-      plain_entropy_S: float32, nats, the same tokens' share of the entropy, not renormalized.
+      entropy_S: float32, nats; entropy over the k most likely next tokens, renormalized (paper, section 3.3).
+      top1_correct_S: bool; no next token is more likely than the true one (the paper's standard next-token prediction).
+      partial_entropy_S: float32, nats; what the same k tokens contribute to the entropy over the whole vocabulary.
     """
 
     entropy_S: np.ndarray
-    right_S: np.ndarray
-    plain_entropy_S: np.ndarray
+    top1_correct_S: np.ndarray
+    partial_entropy_S: np.ndarray
+
+
+# --- entropies of a batch -----------------------------------------------------------------------------
 
 
 def top_k_entropy(top_MxK: jax.Array, total_M: jax.Array | None = None) -> jax.Array:
-    """Entropy in nats of the k likeliest next tokens, from their logits, [M] (paper, section 3.3).
+    """Return the entropy over the k most likely next tokens in nats, float32 [M] (paper, section 3.3).
 
-    The paper takes k = 16 and does not say whether it renormalizes among them, which makes it an entropy. With `total_M`, the
-    logsumexp of all logits, it is what these tokens contribute to the entropy over the whole vocabulary.
+    The paper uses k = 16 and does not say whether the k probabilities are renormalized; without `total_M` they are.
+
+    Args:
+      top_MxK: the k largest logits.
+      total_M: logsumexp of all logits; if given, the result is the contribution of the k tokens to the full entropy.
     """
     if total_M is None:
         total_M = jax.nn.logsumexp(top_MxK, axis=-1)
@@ -59,36 +73,38 @@ def top_k_entropy(top_MxK: jax.Array, total_M: jax.Array | None = None) -> jax.A
 
 
 def top_k_values(values_MxV: jax.Array, k: int) -> jax.Array:
-    """The k top_k_values values of each row, [M, k], in falling order.
+    """Return the k largest values of each row in descending order, [M, k].
 
-    A few are taken one after the other, from all rows at once and without sorting, which a CPU does row by row on one core: the
-    largest is at the head of one of the groups that a row is cut into, and what follows it there becomes the group's new head.
+    On a CPU, `jax.lax.top_k` sorts row by row on one core. A small k is faster by selection: each row is divided into groups
+    whose maxima are known, the largest maximum is taken, and the maximum of its group is replaced by the next value there.
     """
     rows, size = values_MxV.shape
-    if k > _ROUNDS:
+    if k > _MAX_SELECTED:
         return jax.lax.top_k(values_MxV, k)[0]
     groups = min(_GROUPS, 2 ** math.ceil(math.log2(2 * math.sqrt(size))))
     padded = jnp.pad(values_MxV, ((0, 0), (0, -size % groups)), constant_values=-jnp.inf)
     grouped_MxGxS = padded.reshape(rows, groups, -1)
-    places_Gx1 = jnp.arange(groups)[:, None]
+    index_Gx1 = jnp.arange(groups)[:, None]
 
-    def take(state: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        heads_GxM, last_M, last_place_M, equal_M = state
-        value_M = heads_GxM.max(axis=0)
-        place_M = jnp.where(heads_GxM == value_M, places_Gx1, groups - 1).min(axis=0)
-        group_MxS = jnp.take_along_axis(grouped_MxGxS, place_M[:, None, None], axis=1, mode="promise_in_bounds")[:, 0]
-        # Of equal values in one group, how many were taken: they follow each other.
-        equal_M = jnp.where((value_M == last_M) & (place_M == last_place_M), equal_M, 0) + 1
-        below_M = jnp.where(group_MxS < value_M[:, None], group_MxS, -jnp.inf).max(axis=1)
-        head_M = jnp.where((group_MxS == value_M[:, None]).sum(axis=1) > equal_M, value_M, below_M)
-        return (jnp.where(places_Gx1 == place_M, head_M, heads_GxM), value_M, place_M, equal_M), value_M
+    def select(state: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        max_GxM, last_value_M, last_group_M, taken_M = state
+        # The first group that has the largest value.
+        value_M = max_GxM.max(axis=0)
+        group_M = jnp.where(max_GxM == value_M, index_Gx1, groups - 1).min(axis=0)
+        values_MxS = jnp.take_along_axis(grouped_MxGxS, group_M[:, None, None], axis=1, mode="promise_in_bounds")[:, 0]
+        # How many equal values of this group have been taken; they are taken one after another.
+        taken_M = jnp.where((value_M == last_value_M) & (group_M == last_group_M), taken_M, 0) + 1
+        below_M = jnp.where(values_MxS < value_M[:, None], values_MxS, -jnp.inf).max(axis=1)
+        next_M = jnp.where((values_MxS == value_M[:, None]).sum(axis=1) > taken_M, value_M, below_M)
+        max_GxM = jnp.where(index_Gx1 == group_M, next_M, max_GxM)
+        return (max_GxM, value_M, group_M, taken_M), value_M
 
-    none_M = jnp.full(rows, -1)
-    start = (grouped_MxGxS.max(axis=2).T, jnp.full(rows, jnp.nan, values_MxV.dtype), none_M, none_M)
-    return jax.lax.scan(take, start, None, length=k)[1].T
+    no_group_M = jnp.full(rows, -1)
+    start = (grouped_MxGxS.max(axis=2).T, jnp.full(rows, jnp.nan, values_MxV.dtype), no_group_M, no_group_M)
+    return jax.lax.scan(select, start, None, length=k)[1].T
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "top_k", "chunk"))
+@functools.partial(jax.jit, static_argnames=("policy", "top_k", "logit_chunk_tokens"))
 def score_batch(
     policy: Transformer,
     params: Params,
@@ -97,183 +113,213 @@ def score_batch(
     lengths_N: jax.Array,
     *,
     top_k: int,
-    chunk: int,
+    logit_chunk_tokens: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the leaves of `Scores`, [N, S] each, of `targets` given `inputs` up to the same place."""
+    """Return the fields of `Scores`, [N, S] each, for a batch as `next_token_rows` makes it.
+
+    Args:
+      top_k: number of next tokens that entropies are computed over.
+      logit_chunk_tokens: [memory] tokens whose logits are in memory at once.
+    """
     hidden_NxSxD, _, _ = prefill(policy, params, inputs_NxS, lengths_N)
 
     def score(hidden_MxD: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits_MxV = scaled_logits(head(policy, params), hidden_MxD, 1.0)
         top_MxK = top_k_values(logits_MxV, top_k)
-        right_M = jnp.take_along_axis(logits_MxV, targets_M[:, None], axis=-1)[:, 0] == top_MxK[:, 0]
+        correct_M = jnp.take_along_axis(logits_MxV, targets_M[:, None], axis=-1)[:, 0] == top_MxK[:, 0]
         total_M = jax.nn.logsumexp(logits_MxV, axis=-1)
-        return top_k_entropy(top_MxK), right_M, top_k_entropy(top_MxK, total_M)
+        return top_k_entropy(top_MxK), correct_M, top_k_entropy(top_MxK, total_M)
 
     flat = hidden_NxSxD.reshape(-1, hidden_NxSxD.shape[-1])
-    leaves = over_token_chunks(score, chunk, flat, targets_NxS.reshape(-1))
-    return tuple(leaf.reshape(inputs_NxS.shape) for leaf in leaves)
-
-
-def score_documents(
-    policy: Transformer,
-    params: Params,
-    documents: Sequence[Sequence[int]],
-    *,
-    bos_id: int,
-    size: int,
-    batch: int,
-    top_k: int,
-    chunk: int,
-    mesh: Mesh,
-    advance: Callable[[], None] = lambda: None,
-) -> list[Scores]:
-    """Score every position of every document.
-
-    Args:
-      documents: token ids, each at most `size` long.
-      bos_id: begins every document, as in training.
-      size: length of the longest. Documents are padded to it, or to a half, a quarter … of it that holds them.
-      batch: [memory] documents of that length a forward pass; shorter ones go in batches of as many tokens.
-      top_k, chunk: see `top_k_entropy` and `over_token_chunks`.
-      mesh: over which a batch is split.
-      advance: called after each batch.
-    """
-    scores: list[Any] = [None] * len(documents)
-    waiting: list[tuple[list[int], Any]] = []  # What is computed while the host reads and writes.
-
-    def collect(at_most: int) -> None:
-        while len(waiting) > at_most:
-            numbers, leaves = waiting.pop(0)
-            leaves = to_host(leaves)
-            for i, number in enumerate(numbers):
-                scores[number] = Scores(*(leaf[i, : len(documents[number])] for leaf in leaves))
-            advance()
-
-    for length, numbers in _buckets(np.array([len(ids) for ids in documents]), size, batch):
-        rows = next_token_rows([documents[n] for n in numbers], batch * (size // length), bos_id, length)
-        leaves = score_batch(policy, params, *shard_prompts(rows, mesh), top_k=top_k, chunk=chunk)
-        waiting.append((numbers, leaves))
-        collect(at_most=1)
-    collect(at_most=0)
-    return scores
+    entropy, correct, partial_entropy = over_token_chunks(score, logit_chunk_tokens, flat, targets_NxS.reshape(-1))
+    shape = inputs_NxS.shape
+    return entropy.reshape(shape), correct.reshape(shape), partial_entropy.reshape(shape)
 
 
 def next_token_rows(
-    documents: Sequence[Sequence[int]], rows: int, bos_id: int, size: int
+    windows: Sequence[TokenIds], rows: int, bos_id: int, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return inputs and targets of next-token prediction, int32 [rows, size], and lengths, of which an empty row has 1."""
+    """Pad windows to a batch for next-token prediction.
+
+    Args:
+      windows: token ids, at most `rows` windows of 1 to `size` tokens.
+      bos_id: prepended to every window, as in training.
+
+    Returns: inputs and targets, int32 [rows, size], and lengths, int32 [rows]; an unused row has length 1.
+    """
     inputs, targets = np.zeros((2, rows, size), np.int32)
     lengths = np.ones(rows, np.int32)
-    for i, ids in enumerate(documents):
-        inputs[i, 0], inputs[i, 1 : len(ids)], targets[i, : len(ids)] = bos_id, ids[:-1], ids
+    for i, ids in enumerate(windows):
+        inputs[i, 0] = bos_id
+        inputs[i, 1 : len(ids)] = ids[:-1]
+        targets[i, : len(ids)] = ids
         lengths[i] = len(ids)
     return inputs, targets, lengths
 
 
-def _buckets(lengths_N: np.ndarray, size: int, batch: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield batches as their padded length and the numbers of their documents."""
-    padded_N, shorter = np.full(len(lengths_N), size), size
-    while shorter % 2 == 0 and shorter // 2 >= _SHORTEST:
+def length_buckets(lengths_N: np.ndarray, max_tokens: int, batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Group windows of similar length into batches of a constant number of tokens.
+
+    Windows are padded to `max_tokens` or to a half, a quarter, … of it, down to 64.
+
+    Args:
+      lengths_N: tokens of each window.
+      max_tokens: length of the longest bucket.
+      batch_size: windows of that length in a batch; shorter buckets have proportionally more.
+
+    Yields: the padded length of a batch and the numbers of its windows, shortest first.
+    """
+    padded_N = np.full(len(lengths_N), max_tokens)
+    shorter = max_tokens
+    while shorter % 2 == 0 and shorter // 2 >= _MIN_BUCKET_TOKENS:
         shorter //= 2
         padded_N[lengths_N <= shorter] = shorter
     for padded in np.unique(padded_N).tolist():
-        numbers, step = np.flatnonzero(padded_N == padded).tolist(), batch * (size // padded)
+        numbers = np.flatnonzero(padded_N == padded).tolist()
+        step = batch_size * (max_tokens // padded)
         yield from ((padded, numbers[i : i + step]) for i in range(0, len(numbers), step))
 
 
-def score_shard(
-    experiment: Experiment,
-    policy: Transformer,
-    params: Params,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    directory: Path,
-    shard: int,
-    shards: int,
-    proxy: str,
-    advance: Callable[[str], None],
-) -> None:
-    """Write the entropies of one shard that is tokenized, or leave those that are there.
+# --- windows and shards -------------------------------------------------------------------------------
 
-    Of several processes all read and compute, and one writes.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """Scores windows with a policy.
+
+    Attributes:
+      params: of `policy`, on `mesh`.
+      tokenizer: the policy's.
+      mesh: a batch is split over it.
+      config: `data.max_document_tokens`, `data.score_batch_windows`, `data.entropy_top_k` and `training.logit_chunk_tokens` set
+        the sizes.
+    """
+
+    policy: Transformer
+    params: Params
+    tokenizer: Tokenizer
+    mesh: Mesh
+    config: Experiment
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of the parameters."""
+        return fingerprint_arrays(self.params)
+
+    def score(self, windows: Sequence[TokenIds], advance: Callable[[], None] = lambda: None) -> list[Scores]:
+        """Score every position of every window.
+
+        Args:
+          windows: token ids, 1 to `data.max_document_tokens` each.
+          advance: called after each batch.
+        """
+        data = self.config.data
+        scores: list[Any] = [None] * len(windows)
+        # Batches that are being computed. The host prepares the next batch and copies the previous one meanwhile.
+        in_flight: collections.deque[tuple[list[int], tuple[jax.Array, ...]]] = collections.deque()
+
+        def fetch_oldest() -> None:
+            numbers, arrays = in_flight.popleft()
+            entropy_NxS, correct_NxS, partial_entropy_NxS = to_host(arrays)
+            for i, number in enumerate(numbers):
+                length = len(windows[number])
+                scores[number] = Scores(
+                    entropy_S=entropy_NxS[i, :length],
+                    top1_correct_S=correct_NxS[i, :length],
+                    partial_entropy_S=partial_entropy_NxS[i, :length],
+                )
+            advance()
+
+        lengths_N = np.array([len(ids) for ids in windows])
+        for length, numbers in length_buckets(lengths_N, data.max_document_tokens, data.score_batch_windows):
+            row_count = data.score_batch_windows * (data.max_document_tokens // length)
+            rows = next_token_rows([windows[n] for n in numbers], row_count, self.tokenizer.bos_id, length)
+            arrays = score_batch(
+                self.policy,
+                self.params,
+                *shard_prompts(rows, self.mesh),
+                top_k=data.entropy_top_k,
+                logit_chunk_tokens=self.config.training.logit_chunk_tokens,
+            )
+            in_flight.append((numbers, arrays))
+            if len(in_flight) > 1:
+                fetch_oldest()
+        while in_flight:
+            fetch_oldest()
+        return scores
+
+    def score_shard(self, directory: Path, shard: int, shards: int, advance: Callable[[str], None]) -> None:
+        """Write the entropies of a tokenized shard, unless they are already complete.
+
+        All processes read and compute; the leader writes.
+
+        Args:
+          advance: called with a short status after each of the `count_batches` batches.
+
+        Raises: UserError, where complete entropies belong to other tokens, another policy or another k.
+        """
+        tokens = Records(directory, "tokens", shards, [shard])
+        made_from = {
+            "tokens": digest(read_summary(directory, "tokens", shard, shards)),
+            "proxy": self.fingerprint,
+            "data.entropy_top_k": self.config.data.entropy_top_k,
+        }
+        if summary := read_summary(directory, "scores", shard, shards):
+            check_made_from(directory, summary.get("made_from"), made_from)
+            return
+        histogram_N = np.zeros(BINS, np.int64)
+        report_batch = functools.partial(advance, f"shard {shard} of {shards}")
+        with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
+            block = self._block_windows()
+            for first in range(0, len(tokens), block):
+                records = tokens.read(range(first, min(first + block, len(tokens))))
+                scores = self.score([ids_S for ids_S, _ in records], report_batch)
+                for (_, lengths_S), score in zip(records, scores, strict=True):
+                    if writer:
+                        writer.write(stored_entropies(score, lengths_S), [len(lengths_S)])
+                    bins = np.minimum(score.entropy_S[lengths_S > 0] / BIN_NATS, BINS - 1).astype(np.int64)
+                    histogram_N += np.bincount(bins, minlength=BINS)
+            if writer:
+                writer.commit({"made_from": made_from, "histogram": histogram_N.tolist()})
+
+    def count_batches(self, directory: Path, shard: int, shards: int) -> int:
+        """Return the number of batches that `score_shard` computes for a tokenized shard."""
+        data = self.config.data
+        [rows] = read_index(directory, shards, [shard])
+        ends = window_ends(rows["tokens"].astype(np.int64), data.max_document_tokens)
+        lengths_N = np.diff(ends, prepend=0)
+        block = self._block_windows()
+        return sum(
+            1
+            for first in range(0, len(lengths_N), block)
+            for _ in length_buckets(
+                lengths_N[first : first + block], data.max_document_tokens, data.score_batch_windows
+            )
+        )
+
+    def _block_windows(self) -> int:
+        return BLOCK_BATCHES * self.config.data.score_batch_windows
+
+
+def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both entropies of a window as they are stored, with `NO_ENTROPY` for special tokens.
 
     Args:
-      proxy: `fingerprint_arrays` of `params`.
-      advance: called with a few words after each of `forward_passes`.
-
-    Raises: UserError, where those that are there are of other tokens, another proxy or another k.
+      lengths_S: bytes of each token; a special token has none.
     """
-    tokens = Records(directory, "tokens", shards, [shard])
-    made_from = {
-        "tokens": digest(read_summary(directory, "tokens", shard, shards)),
-        "proxy": proxy,
-        "data.entropy_top_k": experiment.data.entropy_top_k,
-    }
-    if summary := read_summary(directory, "scores", shard, shards):
-        check_same(directory, summary, made_from)
-        return
-    histogram, size = np.zeros(BINS, np.int64), _block_size(experiment)
-    tell = functools.partial(advance, f"shard {shard} of {shards}")
-    with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
-        for first in range(0, len(tokens), size):
-            windows = tokens.read(range(first, min(first + size, len(tokens))))
-            documents = [ids for ids, _ in windows]
-            scores = score_part(experiment, policy, params, tokenizer, mesh, documents, tell)
-            for (_, lengths_S), score in zip(windows, scores, strict=True):
-                if writer:
-                    writer.write(stored_entropies(score, lengths_S), [len(lengths_S)])
-                bins = np.minimum(score.entropy_S[lengths_S > 0] / BIN, BINS - 1).astype(np.int64)
-                histogram += np.bincount(bins, minlength=BINS)
-        if writer:
-            writer.commit({**made_from, "histogram": histogram.tolist()})
-
-
-def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, ...]:
-    """What is kept of a document: both entropies, and `NO_ENTROPY` for tokens without bytes, which are special."""
-    return tuple(np.where(lengths_S > 0, e, NO_ENTROPY) for e in (score.entropy_S, score.plain_entropy_S))
-
-
-def forward_passes(experiment: Experiment, directory: Path, shard: int, shards: int) -> int:
-    """How many a shard takes that is tokenized."""
-    [rows] = read_index(directory, shards, [shard])
-    longest, size = experiment.data.max_document_tokens, _block_size(experiment)
-    lengths = np.diff(window_ends(rows["tokens"].astype(np.int64), longest), prepend=0)
-    blocks = (lengths[first : first + size] for first in range(0, len(lengths), size))
-    return sum(1 for block in blocks for _ in _buckets(block, longest, experiment.data.score_batch_windows))
-
-
-def _block_size(experiment: Experiment) -> int:
-    """Windows that are read, sorted by length and scored together."""
-    return _BLOCK * experiment.data.score_batch_windows
-
-
-def score_part(
-    experiment: Experiment,
-    policy: Transformer,
-    params: Params,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    documents: Sequence[Sequence[int]],
-    advance: Callable[[], None] = lambda: None,
-) -> list[Scores]:
-    """`score_documents` with the sizes of the config."""
-    return score_documents(
-        policy,
-        params,
-        documents,
-        bos_id=tokenizer.bos_id,
-        size=experiment.data.max_document_tokens,
-        batch=experiment.data.score_batch_windows,
-        top_k=experiment.data.entropy_top_k,
-        chunk=experiment.training.logit_chunk_tokens,
-        mesh=mesh,
-        advance=advance,
+    is_text_S = lengths_S > 0
+    return (
+        np.where(is_text_S, score.entropy_S, NO_ENTROPY),
+        np.where(is_text_S, score.partial_entropy_S, NO_ENTROPY),
     )
 
 
-def keep_fraction(histogram_N: np.ndarray, threshold: float) -> float:
-    """Share of positions above `threshold` nats, which must be a border between bins."""
-    first = round(threshold / BIN)
-    if not math.isclose(first * BIN, threshold):
-        raise ValueError(threshold)
+def fraction_above(histogram_N: np.ndarray, threshold: float) -> float:
+    """Return the fraction of positions with an entropy above `threshold` nats.
+
+    Raises: ValueError, where the threshold is not a boundary between bins.
+    """
+    first = round(threshold / BIN_NATS)
+    if not math.isclose(first * BIN_NATS, threshold):
+        raise ValueError(f"threshold={threshold} is not a multiple of {BIN_NATS}")
     return float(histogram_N[first:].sum() / max(1, histogram_N.sum()))

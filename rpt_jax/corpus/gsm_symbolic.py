@@ -11,14 +11,16 @@ from random import Random
 from typing import Any
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus.documents import HELD_OUT_SHARE, SPLITS, Document, hash64
+from rpt_jax.corpus.documents import HELD_OUT_FRACTION, SPLITS, Document, hash64
 from rpt_jax.errors import UserError
 from rpt_jax.registry import CORPUS_SOURCES
 
+# Draws a problem with the given random generator and difficulty.
+Template = Callable[[Random, float], dict[str, Any]]
+
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_FLOAT_NOISE = re.compile(
-    r"\d\.\d{7}"
-)  # 14.500000000000002: a rounding artifact of the generator, which cannot be predicted.
+# 14.500000000000002: a rounding artifact of the generator, which cannot be predicted.
+_FLOAT_NOISE = re.compile(r"\d\.\d{7}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,75 +40,94 @@ class GsmSymbolicOptions:
                 raise UserError(f"{field}={value} must be at least {least}.", field=field)
 
 
-@CORPUS_SOURCES.register("gsm_symbolic", options=GsmSymbolicOptions, check=lambda config: _gsm_generators())
-def gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> list[Document]:
+@CORPUS_SOURCES.register("gsm_symbolic", options=GsmSymbolicOptions, check=lambda config: load_templates())
+def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> list[Document]:
     """Generate problems with worked solutions, holding out combinations of numbers and whole templates.
 
-    The sorted numbers of a problem decide by hash whether it may be trained on, whatever its template: no
-    combination of numbers in `held_out` ever occurs in `train`. There are a third as many documents of unseen
-    templates as of unseen numbers.
+    A hash of the sorted numbers of a problem decides whether it may be trained on, regardless of its template: no combination
+    of numbers in "held_out" occurs in "train". The split "unseen" has a third as many documents as "held_out".
+
+    Args:
+      config: `seed`, `held_out_documents` and `source_options` are read.
+      skipped: counts the discarded draws by reason.
+
+    Raises: UserError, where a package is missing or the templates cannot generate enough different documents.
     """
     options = config.source_options or GsmSymbolicOptions()
-    generators = _gsm_generators()
-    templates = Random(f"{config.seed}:templates").sample(sorted(generators), len(generators))
-    if options.held_out_templates >= len(templates):
+    templates = load_templates()
+    numbers = Random(f"{config.seed}:templates").sample(sorted(templates), len(templates))
+    if options.held_out_templates >= len(numbers):
         raise UserError(
-            f"data.source_options.held_out_templates={options.held_out_templates} leaves none to train on: gsm_symbolic has "
-            f"{len(templates)} templates. Choose at most {len(templates) - 1}."
+            f"data.source_options.held_out_templates={options.held_out_templates} leaves no template to train on: "
+            f"gsm_symbolic has {len(numbers)} templates. Choose at most {len(numbers) - 1}.",
+            field="data.source_options.held_out_templates",
         )
-    unseen, seen = templates[: options.held_out_templates], templates[options.held_out_templates :]
+    unseen = {number: templates[number] for number in numbers[: options.held_out_templates]}
+    seen = {number: templates[number] for number in numbers[options.held_out_templates :]}
+
+    def split_by_numbers(problem: str) -> str:
+        key = " ".join(sorted(number.replace(",", "") for number in _NUMBER.findall(problem)))
+        return "held_out" if hash64(config.seed, key) < HELD_OUT_FRACTION * 2**64 else "train"
+
     quotas = {"train": options.documents, "held_out": config.held_out_documents}
-
-    def side(problem: str) -> str:
-        numbers = sorted(number.replace(",", "") for number in _NUMBER.findall(problem))
-        return "held_out" if hash64(config.seed, " ".join(numbers)) < HELD_OUT_SHARE * 2**64 else "train"
-
-    drawn = _draw({t: generators[t] for t in seen}, config.seed, quotas, side, skipped)
-    unseen_quota = {"unseen": config.held_out_documents // 3 if unseen else 0}
-    drawn |= _draw({t: generators[t] for t in unseen}, config.seed, unseen_quota, lambda problem: "unseen", skipped)
+    unseen_quotas = {"unseen": config.held_out_documents // 3 if unseen else 0}
+    drawn = _draw(seen, config.seed, quotas, split_by_numbers, skipped)
+    drawn |= _draw(unseen, config.seed, unseen_quotas, lambda problem: "unseen", skipped)
     return [
-        dataclasses.replace(document, side=SPLITS.index(name))
-        for name, documents in drawn.items()
+        dataclasses.replace(document, split=SPLITS.index(split))
+        for split, documents in drawn.items()
         for document in documents
     ]
 
 
-def _gsm_generators() -> dict[int, Callable[[Random, float], dict[str, Any]]]:
+def load_templates() -> dict[int, Template]:
+    """Return the templates of GSM-Symbolic by number. Raises: UserError, where the package is missing."""
     try:
         from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
     except ImportError as error:
         raise UserError(
-            "data.source='gsm_symbolic' needs the package reasoning-gym: pip install reasoning-gym==0.1.25"
+            "data.source='gsm_symbolic' needs the package reasoning-gym: pip install reasoning-gym==0.1.25",
+            field="data.source",
         ) from error
     dataset = gsm_symbolic.GSMSymbolicDataset(gsm_symbolic.GSMSymbolicDatasetConfig(seed=0, size=1))
-    # The package lists by number the templates that it has checked. Going to their generators instead of through the
-    # dataset tells the template of an item, and leaves out the boilerplate that the dataset appends to every question.
+    # The package lists the numbers of the templates that it has checked. Calling the generators directly, instead of the
+    # dataset, gives the template of each item and omits the instructions that the dataset appends to every question.
     return {number: dataset.generators[number] for number in gsm_symbolic.tasks_ok}
 
 
 def _draw(
-    generators: dict[int, Callable[[Random, float], dict[str, Any]]],
+    templates: dict[int, Template],
     seed: int,
     quotas: dict[str, int],
-    side: Callable[[str], str],
+    split_of: Callable[[str], str],
     skipped: collections.Counter,
 ) -> dict[str, list[Document]]:
-    """Draw from the templates in turn until every side has its quota; what a full side is offered is dropped."""
-    drawn: dict[str, list[Document]] = {name: [] for name in quotas}
+    """Draw from the templates in turn until every split has its quota.
+
+    A document whose split is already full is discarded.
+
+    Args:
+      quotas: number of documents for each split.
+      split_of: the split that a problem belongs to.
+      skipped: counts the discarded draws by reason.
+
+    Returns: the documents of each split. Raises: UserError, where a quota is not reached.
+    """
+    drawn: dict[str, list[Document]] = {split: [] for split in quotas}
     texts: set[str] = set()
-    templates = list(generators)
-    # Some templates have few different items. Without a limit a quota beyond them would never be reached.
+    numbers = list(templates)
+    # Some templates have few different items. Without a limit, a quota beyond them would never be reached.
     limit = 1000 + 20 * sum(quotas.values())
     for attempt in itertools.count():
-        if all(len(drawn[name]) >= quota for name, quota in quotas.items()):
+        if all(len(drawn[split]) >= quota for split, quota in quotas.items()):
             return drawn
         if attempt == limit:
             break
-        draw, index = divmod(attempt, len(templates))
-        template = templates[index]
+        draw, index = divmod(attempt, len(numbers))
+        template = numbers[index]
         try:
-            item = generators[template](Random(f"{seed}:{template}:{draw}"), 1.0)
-        except (ValueError, ArithmeticError, LookupError) as error:  # The template has no valid numbers here.
+            item = templates[template](Random(f"{seed}:{template}:{draw}"), 1.0)
+        except (ValueError, ArithmeticError, LookupError) as error:  # The template has no valid numbers for this draw.
             skipped[f"generator raised {type(error).__name__}"] += 1
             continue
         problem = item["question"]
@@ -115,11 +136,12 @@ def _draw(
             skipped["floating-point noise"] += 1
         elif text in texts:
             skipped["duplicate"] += 1
-        elif len(drawn[name := side(problem)]) < quotas[name]:
+        elif len(drawn[split := split_of(problem)]) < quotas[split]:
             texts.add(text)
-            drawn[name].append(Document(text, f"gsm_symbolic:{template}:{draw}", str(template)))
-    found = ", ".join(f"{len(drawn[name])} of {quota} for {name}" for name, quota in quotas.items())
+            drawn[split].append(Document(text, f"gsm_symbolic:{template}:{draw}", str(template)))
+    found = ", ".join(f"{len(drawn[split])} of {quota} for {split}" for split, quota in quotas.items())
     raise UserError(
-        f"gsm_symbolic gave too few different documents in {limit} draws: {found}. "
-        "Lower data.source_options.documents or data.held_out_documents."
+        f"gsm_symbolic generated too few different documents in {limit} draws: {found}. "
+        "Lower data.source_options.documents or data.held_out_documents.",
+        field="data.source_options.documents",
     )

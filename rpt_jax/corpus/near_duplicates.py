@@ -1,4 +1,8 @@
-"""Documents that say nearly the same, found by sketches of a few bytes each (min-wise hashing; Broder 1997)."""
+"""Near-duplicate detection with MinHash signatures (Broder 1997).
+
+The `datasketch` library hashes one document at a time in Python; here whole batches are hashed with NumPy, because every
+document of a corpus is hashed while it is tokenized.
+"""
 
 from __future__ import annotations
 
@@ -7,67 +11,93 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rpt_jax.corpus.store import SKETCH
+from rpt_jax.corpus.store import SIGNATURE_BINS
 
-SIMILAR = 0.75  # Share of a sketch that two documents must have in common.
-_SHINGLE = 5  # Tokens.
-_EMPTY = 0xFFFFFFFF
-_PRIMES = np.array(
+MIN_SIMILARITY = 0.75  # Estimated Jaccard similarity from which two documents count as near-duplicates.
+SHINGLE_TOKENS = 5  # Length of the n-grams of tokens that documents are compared by.
+_EMPTY_BIN = 0xFFFFFFFF
+# Odd 64-bit constants, one for each token of a shingle.
+_MULTIPLIERS = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64
 )
 
 
-def sketches(ids_T: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
-    """Return uint32 [D, SKETCH] of documents whose token ids stand in a row, `sizes_D` of each, none empty.
+def minhash_signatures(ids_T: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
+    """Return the MinHash signatures of documents, uint32 [D, SIGNATURE_BINS].
 
-    Two sketches agree in a place with about the probability of the share of runs of five tokens that the documents have in
-    common (Jaccard). Every run falls into one of the places, and a place keeps its least hash (one permutation hashing;
-    Li, Owen and Zhang 2012). A document of fewer than five tokens is one run.
+    The fraction of bins in which two signatures agree estimates the Jaccard similarity of the documents' sets of shingles
+    (5-grams of tokens). One permutation hashing (Li, Owen and Zhang 2012): every shingle falls into one of the bins, and a bin
+    keeps the least hash. A document of fewer than five tokens is a single shingle.
+
+    Args:
+      ids_T: token ids of all documents, concatenated.
+      sizes_D: number of tokens of each document, at least 1.
     """
-    gap, documents_T = _SHINGLE - 1, np.repeat(np.arange(len(sizes_D)), sizes_D)
-    inside_T = np.arange(len(ids_T)) - (np.cumsum(sizes_D) - sizes_D)[documents_T]
-    # With zeros behind every document, which add nothing to a hash.
-    places_T = np.arange(len(ids_T)) + gap * documents_T
-    spread = np.zeros(len(ids_T) + gap * len(sizes_D), np.uint64)
-    spread[places_T] = np.asarray(ids_T, np.uint64) + np.uint64(1)
-    begins_T = inside_T < np.maximum(1, sizes_D - gap)[documents_T]
+    padding = SHINGLE_TOKENS - 1
+    document_T = np.repeat(np.arange(len(sizes_D)), sizes_D)
+    offset_T = np.arange(len(ids_T)) - (np.cumsum(sizes_D) - sizes_D)[document_T]
+
+    # Pad every document with zeros, which add nothing to a hash, so that no shingle crosses into the next document.
+    padded_position_T = np.arange(len(ids_T)) + padding * document_T
+    padded = np.zeros(len(ids_T) + padding * len(sizes_D), np.uint64)
+    padded[padded_position_T] = np.asarray(ids_T, np.uint64) + np.uint64(1)
+    starts_shingle_T = offset_T < np.maximum(1, sizes_D - padding)[document_T]
+
+    # Hash all shingles at once, then mix the bits.
     with np.errstate(over="ignore"):
-        hashes = sum(spread[i : len(spread) - gap + i] * prime for i, prime in enumerate(_PRIMES))
-        hashes_R = hashes[places_T[begins_T]]
+        hashes = np.zeros(max(0, len(padded) - padding), np.uint64)
+        for i, multiplier in enumerate(_MULTIPLIERS):
+            hashes += padded[i : len(padded) - padding + i] * multiplier
+        hashes_R = hashes[padded_position_T[starts_shingle_T]]
         hashes_R ^= hashes_R >> np.uint64(29)
-        hashes_R *= _PRIMES[1]
+        hashes_R *= _MULTIPLIERS[1]
         hashes_R ^= hashes_R >> np.uint64(32)
-        hashes_R *= _PRIMES[2]
-    result_DxK = np.full((len(sizes_D), SKETCH), _EMPTY, np.uint32)
-    slots_R = documents_T[begins_T] * SKETCH + (hashes_R >> np.uint64(60)).astype(np.int64) % SKETCH
-    np.minimum.at(result_DxK.reshape(-1), slots_R, (hashes_R >> np.uint64(20)).astype(np.uint32))
-    return result_DxK
+        hashes_R *= _MULTIPLIERS[2]
+
+    # The top bits choose the bin, 32 of the others are the value.
+    signatures_DxK = np.full((len(sizes_D), SIGNATURE_BINS), _EMPTY_BIN, np.uint32)
+    bin_R = (
+        document_T[starts_shingle_T] * SIGNATURE_BINS + (hashes_R >> np.uint64(60)).astype(np.int64) % SIGNATURE_BINS
+    )
+    np.minimum.at(signatures_DxK.reshape(-1), bin_R, (hashes_R >> np.uint64(20)).astype(np.uint32))
+    return signatures_DxK
 
 
-class Pair(NamedTuple):
-    """A held-out document and one of training that is nearly the same: their places in the arrays, and the share."""
+class NearDuplicate(NamedTuple):
+    """A held-out document and the training document most similar to it.
+
+    Attributes:
+      held_out, train: row numbers of their signatures.
+      similarity: estimated Jaccard similarity, from 0 to 1.
+    """
 
     held_out: int
     train: int
-    share: float
+    similarity: float
 
 
-def near_duplicates(held_out_HxK: np.ndarray, train: Iterable[np.ndarray]) -> list[Pair]:
-    """Of each held-out document return the training document that is most like it, where that is `SIMILAR` or more.
+def near_duplicates(held_out_HxK: np.ndarray, train: Iterable[np.ndarray]) -> list[NearDuplicate]:
+    """Find, for each held-out document, the most similar training document, if they are near-duplicates.
 
     Args:
-      train: sketches [D, SKETCH], in parts, of which one is in memory at a time.
+      held_out_HxK: uint32, signatures of the held-out documents.
+      train: signatures of the training documents in blocks, uint32 [D, K]; one block is in memory at a time.
     """
-    used_HxK = held_out_HxK != _EMPTY
-    (common_H, best_H), before = np.zeros((2, len(held_out_HxK)), np.int64), 0
-    for part_DxK in train:
-        part_KxD = np.ascontiguousarray(part_DxK.T)
-        for number, one_K in enumerate(held_out_HxK):
-            common_D = np.zeros(part_KxD.shape[1], np.uint8)
-            for place in np.flatnonzero(used_HxK[number]):
-                common_D += part_KxD[place] == one_K[place]
-            if len(common_D) and common_D.max() > common_H[number]:
-                common_H[number], best_H[number] = common_D.max(), before + common_D.argmax()
-        before += len(part_DxK)
-    shares_H = common_H / used_HxK.sum(axis=1)
-    return [Pair(int(h), int(best_H[h]), float(shares_H[h])) for h in np.flatnonzero(shares_H >= SIMILAR)]
+    is_filled_HxK = held_out_HxK != _EMPTY_BIN
+    matches_H, best_H = np.zeros((2, len(held_out_HxK)), np.int64)
+    documents_before = 0
+    for block_DxK in train:
+        block_KxD = np.ascontiguousarray(block_DxK.T)
+        for number, signature_K in enumerate(held_out_HxK):
+            matches_D = np.zeros(block_KxD.shape[1], np.uint8)
+            for k in np.flatnonzero(is_filled_HxK[number]):
+                matches_D += block_KxD[k] == signature_K[k]
+            if len(matches_D) and matches_D.max() > matches_H[number]:
+                matches_H[number] = matches_D.max()
+                best_H[number] = documents_before + matches_D.argmax()
+        documents_before += len(block_DxK)
+    similarity_H = matches_H / is_filled_HxK.sum(axis=1)
+    return [
+        NearDuplicate(held_out=int(h), train=int(best_H[h]), similarity=float(similarity_H[h]))
+        for h in np.flatnonzero(similarity_H >= MIN_SIMILARITY)
+    ]

@@ -1,171 +1,190 @@
-"""A corpus with its tokens and entropies: made, opened, and refused where it is not what a run asks for."""
+"""Prepare a corpus (tokens and entropies), open it, and check that it matches a run."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from rpt_jax.config import DataConfig, Experiment
-from rpt_jax.corpus.entropy import BIN, forward_passes, keep_fraction, score_shard
-from rpt_jax.corpus.store import MANIFEST, Records, read_json, read_summary, write_json
+from rpt_jax.corpus.entropy import BIN_NATS, Scorer, fraction_above
+from rpt_jax.corpus.store import FORMAT, MANIFEST, Records, read_json, read_summaries, read_summary, write_json
 from rpt_jax.corpus.tokenization import (
-    Corpus,
-    content,
+    check_made_from,
+    content_fields,
     files_digest,
-    open_tokens,
     parse_shard,
-    parts_to_prepare,
-    report_corpus,
-    steps,
-    summaries,
+    shards_to_prepare,
     tokenize,
 )
+from rpt_jax.corpus.tokenized import TokenizedCorpus, open_tokens, report_corpus
 from rpt_jax.distributed.sharding import is_leader, wait_for_all
 from rpt_jax.errors import UserError
-from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
+from rpt_jax.infra.digest import digest
 from rpt_jax.infra.metrics import Progress
 from rpt_jax.infra.signals import save_on_stop
-from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.report import write_entropy_plot
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
-THRESHOLDS = (0.5, 1.0, 1.5)  # Nats; the borders of the paper's splits (section 4.1).
+THRESHOLDS = (0.5, 1.0, 1.5)  # Nats; the boundaries of the paper's difficulty splits (section 4.1).
 
 
-class Prepared(NamedTuple):
-    """Tokens, the entropy of every position, and a digest of all that they were made from."""
+class PreparedCorpus(NamedTuple):
+    """A corpus with the entropy of every position.
 
-    corpus: Corpus
+    Attributes:
+      corpus: tokens and splits.
+      scores: entropies of each window, see `entropy.stored_entropies`.
+      fingerprint: digest of everything that the corpus was made from.
+    """
+
+    corpus: TokenizedCorpus
     scores: Records
     fingerprint: str
 
 
 def corpus_directory(workdir: Path, data: DataConfig, tokenizer: Tokenizer, *scored_by: Any) -> Path:
-    """Where in `workdir` the tokens of a corpus are, or with `scored_by` its entropies too.
+    """Return the directory in `workdir` for the tokens of a corpus, or with `scored_by` also for its entropies.
 
-    Of its own for whatever it is made from: a first run that failed on a corpus may be followed by one on another.
+    It is different for every combination of what the corpus is made from, so that a corpus that failed does not prevent a run
+    on another one.
+
+    Args:
+      scored_by: JSON values that determine the entropies.
     """
-    return workdir / "corpus" / digest(content(data), files_digest(data), tokenizer.fingerprint, *scored_by)[:12]
+    made_from = (FORMAT, content_fields(data), files_digest(data), tokenizer.fingerprint, *scored_by)
+    return workdir / "corpus" / digest(*made_from)[:12]
 
 
-def prepare(
-    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, directory: Path
-) -> Prepared | None:
-    """Tokenize and score the shards that `data.shard` names, but for those that are there.
+def prepare(scorer: Scorer, directory: Path) -> PreparedCorpus | None:
+    """Tokenize and score the shards that `data.shard` names, except those that are already complete.
 
-    Of several processes on one file system, one tokenizes, all score and one writes.
+    With several processes on one file system, the leader tokenizes and writes, and all of them score.
 
-    Returns: the corpus, where no other shard is missing. Raises: UserError.
+    Returns: the corpus, or None where other shards are not complete yet. Raises: UserError.
     """
-    save_on_stop(lambda: f"the shards that were complete are in {directory}")
-    tokenize_on_leader(experiment.data, tokenizer, directory)
-    proxy = score_tokens(experiment, policy, params, tokenizer, mesh, directory)
+    save_on_stop(lambda: f"the complete shards are in {directory}")
+    data = scorer.config.data
+    tokenize_on_leader(data, scorer.tokenizer, directory)
+    score_tokens(scorer, directory)
     if is_leader() and not (directory / MANIFEST).exists():
-        shards = parse_shard(experiment.data)[1]
-        if all(summaries(directory, kind, shards) is not None for kind in ("tokens", "scores")):
-            _write_manifest(experiment, tokenizer, proxy, directory, shards)
+        _, shards = parse_shard(data)
+        if all(read_summaries(directory, kind, shards) is not None for kind in ("tokens", "scores")):
+            write_manifest(scorer.config, scorer.tokenizer, scorer.fingerprint, directory)
     wait_for_all("prepared")
     if not (directory / MANIFEST).exists():
         return None
-    return open_prepared(experiment.data, tokenizer, directory, proxy)
+    return open_prepared(data, scorer.tokenizer, directory, scorer.fingerprint)
 
 
 def tokenize_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
-    """`tokenize` with its progress, in one process of all; the others wait for it. Raises: UserError."""
+    """Run `tokenize` on the leader, with a progress bar; the other processes wait. Raises: UserError."""
     if is_leader():
-        with Progress("tokenize, parts of files", sum(map(steps, parts_to_prepare(data)))) as progress:
+        steps = sum(shard.steps for shard in shards_to_prepare(data))
+        with Progress("tokenize, file ranges", steps) as progress:
             tokenize(data, tokenizer, directory, progress.advance)
     wait_for_all("tokenized")
 
 
-def score_tokens(
-    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, directory: Path
-) -> str:
-    """`score_shard` with its progress, for the shards that `data.shard` names; return the policy's fingerprint."""
-    mine, shards = parse_shard(experiment.data)
-    proxy = fingerprint_arrays(params)
-    passes = {shard: forward_passes(experiment, directory, shard, shards) for shard in mine}
-    there = sum(count for shard, count in passes.items() if read_summary(directory, "scores", shard, shards))
-    with Progress("score, batches of documents", sum(passes.values()), there) as progress:
-        for shard in mine:
-            score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, progress.advance)
-    return proxy
+def score_tokens(scorer: Scorer, directory: Path) -> None:
+    """Score the tokenized shards that `data.shard` names, with a progress bar. Raises: UserError."""
+    numbers, shards = parse_shard(scorer.config.data)
+    batches = {number: scorer.count_batches(directory, number, shards) for number in numbers}
+    done = sum(count for number, count in batches.items() if read_summary(directory, "scores", number, shards))
+    with Progress("score, batches of windows", sum(batches.values()), done) as progress:
+        for number in numbers:
+            scorer.score_shard(directory, number, shards, progress.advance)
 
 
-def open_reported(data: DataConfig, directory: Path) -> Corpus:
-    """Open the tokens of all shards, and say what was left out. Raises: UserError, as `open_tokens` does."""
-    corpus = open_tokens(data, directory, parse_shard(data)[1])
+def open_and_report(data: DataConfig, directory: Path) -> TokenizedCorpus:
+    """Open the tokens of all shards and log what was skipped. Raises: UserError, as `open_tokens` does."""
+    _, shards = parse_shard(data)
+    corpus = open_tokens(data, directory, shards)
     if is_leader():
         report_corpus(corpus)
     return corpus
 
 
-def _write_manifest(experiment: Experiment, tokenizer: Tokenizer, proxy: str, directory: Path, shards: int) -> None:
-    corpus = open_tokens(experiment.data, directory, shards)
-    parts = summaries(directory, "scores", shards)
-    histogram_N = np.sum([part["histogram"] for part in parts], axis=0)
-    shares = {str(threshold): keep_fraction(histogram_N, threshold) for threshold in THRESHOLDS}
-    write_entropy_plot(directory, histogram_N, BIN, shares)
+def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directory: Path) -> None:
+    """Complete a corpus whose shards are all tokenized and scored.
+
+    Args:
+      proxy: fingerprint of the policy that scored it.
+
+    Raises: UserError, where a shard is missing or damaged.
+    """
+    data = config.data
+    _, shards = parse_shard(data)
+    histogram_N = np.sum([s["histogram"] for s in read_summaries(directory, "scores", shards) or []], axis=0)
+    fractions = {str(threshold): fraction_above(histogram_N, threshold) for threshold in THRESHOLDS}
+    counts = report_corpus(open_tokens(data, directory, shards))
+    write_entropy_plot(directory, histogram_N, BIN_NATS, fractions)
     manifest = {
-        "content": content(experiment.data),
-        "files": files_digest(experiment.data),
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "source": tokenizer.source},
-        "proxy": {"fingerprint": proxy, "source": experiment.policy.path},
-        "data.entropy_top_k": experiment.data.entropy_top_k,
+        "made_from": {
+            "format": FORMAT,
+            **content_fields(data),
+            "data.entropy_top_k": data.entropy_top_k,
+            "files": files_digest(data),
+            "tokenizer": tokenizer.fingerprint,
+            "proxy": proxy,
+        },
+        "sources": {"tokenizer": tokenizer.source, "proxy": config.policy.path},
         "shards": shards,
-        "summaries": _digest(directory, shards),
-        "counts": report_corpus(corpus),
-        "positions_above_nats": shares,
+        "summaries": _summaries_digest(directory, shards),
+        "counts": counts,
+        "positions_above_nats": fractions,
     }
     write_json(directory / MANIFEST, manifest)
 
 
-def _digest(directory: Path, shards: int) -> str:
-    return digest([summaries(directory, kind, shards) for kind in ("tokens", "scores")])
+def _summaries_digest(directory: Path, shards: int) -> str:
+    return digest([read_summaries(directory, kind, shards) for kind in ("tokens", "scores")])
 
 
-def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy: str = "") -> Prepared:
+def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy: str = "") -> PreparedCorpus:
     """Open a prepared corpus.
 
     Args:
       proxy: fingerprint of the policy that must have scored it; "" = any.
 
-    Raises: UserError, where the manifest or a shard is missing or damaged, or not of this corpus, tokenizer or proxy.
+    Raises: UserError, where the manifest or a shard is missing or damaged, has another format, or belongs to another corpus,
+      tokenizer or proxy.
     """
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(
-            f"data.prepared: {path} does not exist. Run task 'score' with --workdir={directory}, all shards of it, and "
-            "give that directory."
+            f"data.prepared: {path} does not exist. Run task 'score' with --workdir={directory} for all shards, then set "
+            "data.prepared to that directory.",
+            field="data.prepared",
         )
     manifest = read_json(path)
+
+    # Compare what the corpus was made from with what this run expects.
+    expected = {
+        "format": FORMAT,
+        **content_fields(data),
+        "data.entropy_top_k": data.entropy_top_k,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    if proxy:
+        expected["proxy"] = proxy
+    # A run may train where the text files do not exist, from the prepared corpus alone.
+    with contextlib.suppress(UserError):
+        expected["files"] = files_digest(data)
+    check_made_from(path, manifest.get("made_from"), expected)
+
+    # Compare the shards with those that were complete when the manifest was written.
     try:
         shards = int(manifest["shards"])
-        theirs: dict[str, Any] = {**manifest["content"], "data.entropy_top_k": manifest["data.entropy_top_k"]}
-        theirs |= {"tokenizer": manifest["tokenizer"]["fingerprint"], "proxy": manifest["proxy"]["fingerprint"]}
-        theirs["files"], whole = manifest["files"], manifest["summaries"]
-    except (KeyError, TypeError, ValueError) as error:
+        summaries = manifest["summaries"]
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r}). Delete it and run task 'score' again.") from None
-    mine = {**content(data), "data.entropy_top_k": data.entropy_top_k, "tokenizer": tokenizer.fingerprint}
-    mine |= {"proxy": proxy or theirs["proxy"], "files": _files_if_here(data, theirs["files"])}
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            raise UserError(
-                f"{path} does not match this run: {name} is {theirs.get(name)!r} there and {value!r} here. Prepare the corpus "
-                "again in another directory, or change the config."
-            )
-    if _digest(directory, shards) != whole:
-        raise UserError(f"{path} does not match the shards beside it. Delete it and run task 'score' again.")
-    corpus = open_tokens(data, directory, shards)
-    return Prepared(corpus, Records(directory, "scores", shards), digest(manifest))
-
-
-def _files_if_here(data: DataConfig, otherwise: str) -> str:
-    """The files that data.path names; training may run where they are not, and then the prepared corpus is all there is."""
-    try:
-        return files_digest(data)
-    except UserError:
-        return otherwise
+    if _summaries_digest(directory, shards) != summaries:
+        raise UserError(f"{path} does not match the shards in its directory. Delete it and run task 'score' again.")
+    return PreparedCorpus(
+        corpus=open_tokens(data, directory, shards),
+        scores=Records(directory, "scores", shards),
+        fingerprint=digest(manifest),
+    )

@@ -1,8 +1,8 @@
-"""Files of text as documents, one after the other: no file is ever held whole, and what is no document says why.
+"""Corpus source "path": read files of text as a stream of documents and rejected records.
 
-Formats, by the ending: `.txt` and `.jsonl`, plain or compressed (`.gz`, `.zst`), `.parquet`, `.arrow` (a folder that the
-`datasets` library saved) and `.array_record`, each record of which is what a line of a `.jsonl` is. Text is never normalized:
-the bytes that are predicted later are the bytes of the file.
+Formats, by file ending: `.txt` and `.jsonl`, plain or compressed (`.gz`, `.zst`), `.parquet`, `.arrow` (a folder that the
+`datasets` library saved) and `.array_record` (each record is a JSON object, as a line of a `.jsonl` is). No file is held in
+memory as a whole. Text is never normalized: the bytes that are predicted later are the bytes of the file.
 """
 
 from __future__ import annotations
@@ -19,90 +19,119 @@ from typing import Any
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.documents import Document, Rejected
-from rpt_jax.corpus.files import UNIT_BYTES, FileRange, find_units, kind_of, open_records, unreadable
-from rpt_jax.corpus.text_splitting import LINE_END, cut_block, split_text
+from rpt_jax.corpus.files import RANGE_BYTES, FileRange, file_format, find_file_ranges, open_array_record, read_error
+from rpt_jax.corpus.text_splitting import LINE_END, block_boundary, split_text
 from rpt_jax.errors import UserError, nearest
 from rpt_jax.registry import CORPUS_SOURCES
 
-_ESCAPED = re.compile("[\udc80-\udcff]")  # How a byte that is no UTF-8 is decoded.
-_SLOT = re.compile(r"\{(\w+)\}")
+_BYTE_ORDER_MARK = "\ufeff"
+_SURROGATE_ESCAPE = re.compile("[\udc80-\udcff]")  # How a byte that is not UTF-8 is decoded.
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_ROWS = 256  # Rows or records that are read at a time.
 
 
-class _NoDocumentError(Exception):
-    """(reason, detail)."""
+class InvalidRecordError(Exception):
+    """A record that is not a valid document, with a short reason and a detailed description that follows its location."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
 
 
-def read_unit(unit: FileRange, config: DataConfig) -> Iterator[Document | Rejected]:
-    """Yield every document of `unit`, and what stood in place of others.
+# The location of a record (line, or line:column) and its text, or why it has none.
+RecordStream = Iterator[tuple[int | str, str | InvalidRecordError]]
 
-    Raises: UserError, naming the file, the line and the reason, where the file itself cannot be read to its end.
+
+def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Document | Rejected]:
+    """Yield the documents and rejected records of a file range, in order.
+
+    Raises: UserError, naming the file, the line and the reason, where the file cannot be read to its end.
     """
-    place = 0
+    location: int | str = 0
+    path = file_range.path
     try:
-        for place, text in _READERS[kind_of(unit.path)](unit, config):
+        for location, text in read_records(file_range, config):
             try:
-                yield Document(_accepted(text, config), f"{_origin(unit)}:{place}", part=unit.part)
-            except _NoDocumentError as error:
-                number = int(str(place).partition(":")[0]) + _lines_before(unit.path, unit.start, kind_of(unit.path))
-                reason, detail = error.args
-                yield Rejected(unit.name, number, reason, f"{unit.path}:{number} {detail}")
-    except Exception as error:  # noqa: BLE001 - as above; a broken gzip alone has three classes.
-        if isinstance(error, UserError):
-            raise
-        line = int(str(place).partition(":")[0]) + 1 + _lines_before(unit.path, unit.start, kind_of(unit.path))
-        raise unreadable(unit.path, line, error) from error
+                checked = _check_text(text, config)
+                name = f"{_name_prefix(file_range)}:{location}"
+                yield Document(checked, name, mixture_part=file_range.mixture_part)
+            except InvalidRecordError as error:
+                line = _line_in_file(file_range, location)
+                yield Rejected(file_range.name, line, error.reason, f"{path}:{line} {error.detail}")
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the libraries raise many classes; a broken gzip alone has three.
+        raise read_error(path, _line_in_file(file_range, location) + 1, error) from error
 
 
-def _origin(unit: FileRange) -> str:
-    """Lines of a large file are counted from the byte where a part of it begins: counting them all would be reading it all."""
-    return f"{unit.name}@{unit.start}" if unit.start and kind_of(unit.path) in (".txt", ".jsonl") else unit.name
+def read_records(file_range: FileRange, config: DataConfig) -> RecordStream:
+    """Yield the location and the text of every record of a file range, before the text is checked.
+
+    Locations of `.txt` and `.jsonl` are counted from the beginning of the range, all others from that of the file.
+    """
+    return _READERS[file_format(file_range.path)](file_range, config)
+
+
+def _name_prefix(file_range: FileRange) -> str:
+    """Name the file and, for text, the byte where the range starts: counting lines before it would mean reading them."""
+    is_text = file_format(file_range.path) in (".txt", ".jsonl")
+    return f"{file_range.name}@{file_range.start}" if file_range.start and is_text else file_range.name
+
+
+def _line_in_file(file_range: FileRange, location: int | str) -> int:
+    line = int(str(location).partition(":")[0])
+    return line + _lines_before(file_range.path, file_range.start, file_format(file_range.path))
 
 
 @functools.lru_cache(maxsize=64)
-def _lines_before(path: Path, start: int, kind: str) -> int:
-    if kind not in (".txt", ".jsonl") or start == 0:
+def _lines_before(path: Path, start: int, ending: str) -> int:
+    """Count the lines of a text file before the first record of the range that starts at byte `start`."""
+    if ending not in (".txt", ".jsonl") or start == 0:
         return 0
     with path.open("rb") as file:
-        # A line of JSON that reaches across the border belongs to the part before it.
-        left, count = (cut_block(file, start), 0) if kind == ".txt" else (start - 1, 1)
+        if ending == ".txt":
+            left, count = block_boundary(file, start), 0
+        else:
+            # The line that contains the last byte before `start` belongs to the previous range.
+            left, count = start - 1, 1
         file.seek(0)
         while left > 0 and (block := file.read(min(left, 2**20))):
-            count, left = count + block.count(b"\n"), left - len(block)
+            count += block.count(b"\n")
+            left -= len(block)
         return count
 
 
-def _accepted(text: str | _NoDocumentError, config: DataConfig) -> str:
-    """Return the text, or raise _NoDocumentError with what is wrong with it."""
-    if isinstance(text, _NoDocumentError):
+def _check_text(text: str | InvalidRecordError, config: DataConfig) -> str:
+    """Return the text. Raises: InvalidRecordError."""
+    if isinstance(text, InvalidRecordError):
         raise text
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         detail = (
-            f"has half a surrogate pair at character {error.start} (an escape from \\ud800 to \\udfff on its own), "
+            f"has an unpaired surrogate at character {error.start} (a single escape from \\ud800 to \\udfff), which UTF-8 "
+            "cannot encode."
         )
-        raise _NoDocumentError("half a surrogate pair", detail + "which UTF-8 cannot express.") from None
+        raise InvalidRecordError("unpaired surrogate", detail) from None
     if not text.strip():
-        raise _NoDocumentError("empty", "holds nothing but white space.")
+        raise InvalidRecordError("empty", "contains only white space.")
     if size > config.max_document_bytes:
-        detail = f"is {size} bytes long, and data.max_document_bytes={config.max_document_bytes}."
-        raise _NoDocumentError("too long", detail)
+        detail = f"has {size} bytes, more than data.max_document_bytes={config.max_document_bytes}."
+        raise InvalidRecordError("too long", detail)
     return text
 
 
-def _not_utf8(byte: int, offset: int | None = None) -> str:
-    where = "" if offset is None else f" at byte {offset} of it"
-    return f"is not UTF-8: byte 0x{byte:02x}{where}. Convert the file to UTF-8."
+def _not_utf8(byte: int, offset: int | None = None) -> InvalidRecordError:
+    where = "" if offset is None else f" at byte {offset} of the record"
+    return InvalidRecordError("not UTF-8", f"is not UTF-8: byte 0x{byte:02x}{where}. Convert the file to UTF-8.")
 
 
 def _decode(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _NoDocumentError("not UTF-8", _not_utf8(data[error.start], error.start)) from None
-
-
-Found = Iterator[tuple[int | str, str | _NoDocumentError]]  # Where it is (line, or line:column), and what it is.
+        raise _not_utf8(data[error.start], error.start) from None
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -115,149 +144,173 @@ def _open(path: Path) -> io.BufferedIOBase:
     return path.open("rb")
 
 
-def _blocks(file: io.BufferedIOBase, unit: FileRange) -> Iterator[bytes]:
-    if unit.stop >= 0:
-        start, stop = cut_block(file, unit.start), cut_block(file, unit.stop)
+# --- text files ---------------------------------------------------------------------------------------
+
+
+def _read_txt(file_range: FileRange, config: DataConfig) -> RecordStream:
+    """Yield chunks of about 2,000 characters, at `line` or `line:column`."""
+    del config
+    line, column = 1, 1
+    with _open(file_range.path) as file:
+        for number, block in enumerate(_blocks(file, file_range)):
+            # A byte that is not UTF-8 invalidates only the chunk that contains it.
+            text = block.decode("utf-8", "surrogateescape")
+            if number == 0 and file_range.start == 0:
+                text = text.removeprefix(_BYTE_ORDER_MARK)
+            for chunk in split_text(text):
+                location = line if column == 1 else f"{line}:{column}"
+                escaped = _SURROGATE_ESCAPE.search(chunk)
+                yield location, _not_utf8(ord(escaped[0]) - 0xDC00) if escaped else chunk
+                *ended, rest = LINE_END.split(chunk)
+                line += len(ended)
+                column = len(rest) + (1 if ended else column)
+
+
+def _blocks(file: io.BufferedIOBase, file_range: FileRange) -> Iterator[bytes]:
+    """Yield the bytes of a range, in blocks where it is a whole file of unknown size."""
+    if file_range.stop >= 0:
+        start = block_boundary(file, file_range.start)
+        stop = block_boundary(file, file_range.stop)
         file.seek(start)
         yield file.read(stop - start)
         return
     rest = b""
-    while block := file.read(UNIT_BYTES):
+    while block := file.read(RANGE_BYTES):
         block = rest + block
-        end = cut_block(io.BytesIO(block), max(0, len(block) - 2**16))
+        end = block_boundary(io.BytesIO(block), max(0, len(block) - 2**16))
         rest = block[end:]
         yield block[:end]
     yield rest
 
 
-def _read_txt(unit: FileRange, config: DataConfig) -> Found:
-    """Yield pieces of about 2,000 characters, at `line` or `line:column`."""
-    del config
-    line, column = 1, 1
-    with _open(unit.path) as file:
-        for number, block in enumerate(_blocks(file, unit)):
-            # Bytes that are no UTF-8 stay in their piece, and the others are documents.
-            text = block.decode("utf-8", "surrogateescape")
-            if number == unit.start == 0:
-                text = text.removeprefix("\ufeff")
-            for piece in split_text(text):
-                place, bad = line if column == 1 else f"{line}:{column}", _ESCAPED.search(piece)
-                yield place, _NoDocumentError("not UTF-8", _not_utf8(ord(bad[0]) - 0xDC00)) if bad else piece
-                *ended, rest = LINE_END.split(piece)
-                line, column = line + len(ended), len(rest) + (1 if ended else column)
-
-
-def _read_jsonl(unit: FileRange, config: DataConfig) -> Found:
-    limit = 8 * config.max_document_bytes + 2**16  # JSON may write a byte in six, and has other fields.
-    with _open(unit.path) as file:
-        # Only "\n" ends a line of JSON: `str.splitlines` would also cut at U+2028, which may stand inside a string.
-        if unit.start:
-            file.seek(unit.start - 1)
+def _read_jsonl(file_range: FileRange, config: DataConfig) -> RecordStream:
+    # JSON may need six bytes for a byte of text, and a record has other fields too.
+    limit = 8 * config.max_document_bytes + 2**16
+    with _open(file_range.path) as file:
+        offset = 0
+        if file_range.start:
+            # The previous range reads the line that crosses the boundary.
+            file.seek(file_range.start - 1)
             _skip_line(file)
-        at, number = (file.tell() if unit.start else 0), 0
-        while (unit.stop < 0 or at < unit.stop) and (raw := file.readline(limit)):
-            number, at = number + 1, at + len(raw)
+            offset = file.tell()
+        number = 0
+        # Only "\n" ends a line of JSON: `str.splitlines` would also split at U+2028, which is allowed inside a string.
+        while (file_range.stop < 0 or offset < file_range.stop) and (raw := file.readline(limit)):
+            number += 1
+            offset += len(raw)
             if len(raw) == limit and not raw.endswith(b"\n"):
-                at += _skip_line(file)
-                yield number, _NoDocumentError("too long", f"is longer than {limit} bytes.")
+                offset += _skip_line(file)
+                yield number, InvalidRecordError("too long", f"is longer than {limit} bytes.")
                 continue
-            if number == 1 and unit.start == 0:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if number == 1 and file_range.start == 0:
+                raw = raw.removeprefix(_BYTE_ORDER_MARK.encode())
             if raw.strip():
-                yield number, _from_json(raw, config)
+                yield number, _parse_json(raw, config)
 
 
 def _skip_line(file: io.BufferedIOBase) -> int:
+    """Skip to the end of the line and return the number of bytes skipped."""
     skipped = 0
-    while part := file.readline(2**20):
-        skipped += len(part)
-        if part.endswith(b"\n"):
+    while block := file.readline(2**20):
+        skipped += len(block)
+        if block.endswith(b"\n"):
             break
     return skipped
 
 
-def _from_json(raw: bytes, config: DataConfig) -> str | _NoDocumentError:
+# --- records with fields ------------------------------------------------------------------------------
+
+
+def _parse_json(raw: bytes, config: DataConfig) -> str | InvalidRecordError:
     try:
         record = json.loads(_decode(raw))
-    except _NoDocumentError as error:
+    except InvalidRecordError as error:
         return error
     except (ValueError, RecursionError) as error:
-        return _NoDocumentError("not JSON", f"is not JSON: {error}. A .jsonl file has one JSON object per line.")
+        return InvalidRecordError("not JSON", f"is not JSON: {error}. A .jsonl file has one JSON object per line.")
     if not isinstance(record, dict):
-        detail = f"is a JSON {type(record).__name__}: expected an object with {_wanted(config)}."
-        return _NoDocumentError("not a JSON object", detail)
-    return _from_record(record, config)
+        expected = f"the fields {', '.join(_fields(config))}"
+        if not config.document_template:
+            expected = f"the field '{config.text_field}'"
+        detail = f"is a JSON {type(record).__name__}: expected an object with {expected}."
+        return InvalidRecordError("not a JSON object", detail)
+    return _text_of_record(record, config)
 
 
-def _from_record(record: Mapping[str, Any], config: DataConfig) -> str | _NoDocumentError:
-    """Return the text of a record: its field `data.text_field`, or `data.document_template` with its fields put in."""
+def _text_of_record(record: Mapping[str, Any], config: DataConfig) -> str | InvalidRecordError:
+    """Return the field `data.text_field`, or `data.document_template` with its placeholders replaced by fields."""
+    values: dict[str, str] = {}
     for field in _fields(config):
         if field not in record:
-            detail = f"has no field {_wanted(config, field)}; its fields: {', '.join(record) or 'none'}.{nearest(field, record)}"
-            return _NoDocumentError("no such field", detail)
-        if isinstance(value := record[field], bytes):
+            expected = f"'{field}' of data.document_template"
+            if not config.document_template:
+                expected = f"data.text_field='{field}'"
+            detail = f"has no field {expected}; its fields: {', '.join(record) or 'none'}.{nearest(field, record)}"
+            return InvalidRecordError("no such field", detail)
+        value = record[field]
+        if isinstance(value, bytes):
             try:
-                record = {**record, field: _decode(value)}
-            except _NoDocumentError as error:
+                value = _decode(value)
+            except InvalidRecordError as error:
                 return error
-        elif not isinstance(value, str):
-            return _NoDocumentError(
-                "not a string", f"has a {type(value).__name__} in its field '{field}', expected a string."
-            )
+        if not isinstance(value, str):
+            detail = f"has a {type(value).__name__} in its field '{field}', expected a string."
+            return InvalidRecordError("not a string", detail)
+        values[field] = value
     if not config.document_template:
-        return record[config.text_field]
-    return _SLOT.sub(lambda slot: record[slot[1]], config.document_template)
+        return values[config.text_field]
+    # A placeholder's value may itself contain braces, so all are replaced in one pass.
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], config.document_template)
 
 
 def _fields(config: DataConfig) -> Sequence[str]:
-    return list(dict.fromkeys(_SLOT.findall(config.document_template))) or [config.text_field]
+    return list(dict.fromkeys(_PLACEHOLDER.findall(config.document_template))) or [config.text_field]
 
 
-def _wanted(config: DataConfig, field: str = "") -> str:
-    if config.document_template:
-        return f"'{field}' of data.document_template" if field else f"the fields {', '.join(_fields(config))}"
-    return f"data.text_field='{config.text_field}'" if field else f"the field '{config.text_field}'"
-
-
-def _read_parquet(unit: FileRange, config: DataConfig) -> Found:
+def _read_parquet(file_range: FileRange, config: DataConfig) -> RecordStream:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(unit.path) as file:
-        first = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
+    with pyarrow.parquet.ParquetFile(file_range.path) as file:
+        rows_before = sum(file.metadata.row_group(group).num_rows for group in range(file_range.start))
         names = [name for name in file.schema_arrow.names if name in _fields(config)] or None
-        yield from _rows(file.iter_batches(256, range(unit.start, unit.stop), names), config, first)
+        batches = file.iter_batches(_ROWS, range(file_range.start, file_range.stop), names)
+        yield from _read_rows(batches, config, rows_before)
 
 
-def _read_arrow(unit: FileRange, config: DataConfig) -> Found:
+def _read_arrow(file_range: FileRange, config: DataConfig) -> RecordStream:
     import pyarrow
 
-    with pyarrow.memory_map(str(unit.path)) as file:
+    with pyarrow.memory_map(str(file_range.path)) as file:
+        batches: Iterable[Any]
         if file.read(6) == b"ARROW1":
-            whole = pyarrow.ipc.open_file(file)
-            batches: Iterator[Any] = (whole.get_batch(i) for i in range(whole.num_record_batches))
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             file.seek(0)
-            batches = iter(pyarrow.ipc.open_stream(file))
-        yield from _rows(batches, config, 0)
+            batches = pyarrow.ipc.open_stream(file)
+        yield from _read_rows(batches, config, 0)
 
 
-def _rows(batches: Iterable[Any], config: DataConfig, number: int) -> Found:
+def _read_rows(batches: Iterable[Any], config: DataConfig, rows_before: int) -> RecordStream:
+    number = rows_before
     for batch in batches:
-        batch.validate(full=True)  # Else a damaged file may be read beyond its buffers, which ends the process.
+        # Without validation, a damaged file may be read beyond its buffers, which crashes the process.
+        batch.validate(full=True)
         names = [name for name in batch.schema.names if name in _fields(config)] or batch.schema.names
         for record in batch.select(names).to_pylist():
             number += 1
-            yield number, _from_record(record, config)
+            yield number, _text_of_record(record, config)
 
 
-def _read_array_record(unit: FileRange, config: DataConfig) -> Found:
-    reader = open_records(unit.path)
-    for first in range(unit.start, unit.stop, 256):
-        records = reader.read(first, min(first + 256, unit.stop))
-        yield from ((first + i, _from_json(record, config)) for i, record in enumerate(records, start=1))
+def _read_array_record(file_range: FileRange, config: DataConfig) -> RecordStream:
+    reader = open_array_record(file_range.path)
+    for first in range(file_range.start, file_range.stop, _ROWS):
+        records = reader.read(first, min(first + _ROWS, file_range.stop))
+        for number, record in enumerate(records, start=first + 1):
+            yield number, _parse_json(record, config)
 
 
-_READERS: dict[str, Callable[[FileRange, DataConfig], Found]] = {
+_READERS: dict[str, Callable[[FileRange, DataConfig], RecordStream]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -266,9 +319,9 @@ _READERS: dict[str, Callable[[FileRange, DataConfig], Found]] = {
 }
 
 
-@CORPUS_SOURCES.register("path", check=find_units)
+@CORPUS_SOURCES.register("path", check=find_file_ranges)
 def read_files(config: DataConfig, skipped: collections.Counter) -> Iterator[Document | Rejected]:
-    """Read the files that `data.path` names (see the module's docstring)."""
+    """Read the files that `data.path` names."""
     del skipped
-    for unit in find_units(config):
-        yield from read_unit(unit, config)
+    for file_range in find_file_ranges(config):
+        yield from read_file_range(file_range, config)

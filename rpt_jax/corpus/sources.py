@@ -1,8 +1,7 @@
-"""Corpora: plain text documents, and which of them training never sees.
+"""Read a corpus from its source, log rejected records, and assign documents to splits.
 
-Three sources: problems with worked solutions that are generated here (`gsm_symbolic`), competition problems
-with stepwise solutions (`champ`), and a user's own text (`path`, see readers.py). Every split is a function of `data.seed`
-and of what a document says, so it does not move when files or lines change places.
+Sources are registered in `registry.CORPUS_SOURCES` (gsm_symbolic.py, champ.py, readers.py). Splits are a function of
+`data.seed` and of the documents' contents, so they do not change when files or lines are reordered.
 """
 
 from __future__ import annotations
@@ -13,170 +12,224 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import IO, Self, TypeVar
 
 import numpy as np
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus.documents import BY_HASH, HELD_OUT_SHARE, SPLITS, Document, Rejected, hash64
-from rpt_jax.corpus.files import FileRange, find_units
-from rpt_jax.corpus.readers import read_unit
-from rpt_jax.corpus.text_splitting import PIECE_CHARACTERS
+from rpt_jax.corpus.documents import (
+    DUPLICATE,
+    HELD_OUT_FRACTION,
+    SPLITS,
+    UNASSIGNED,
+    Document,
+    Rejected,
+    hash64,
+)
+from rpt_jax.corpus.files import FileRange, find_file_ranges
+from rpt_jax.corpus.readers import read_file_range
+from rpt_jax.corpus.text_splitting import CHUNK_CHARACTERS
 from rpt_jax.errors import UserError
 from rpt_jax.registry import CORPUS_SOURCES
 
-DUPLICATE = -2  # In place of the number of a side: a repetition.
+logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
 
 
-class CorpusShard(NamedTuple):
-    """One of `shards` parts of a corpus; `units` are those of the files that it has, None for all."""
+@dataclasses.dataclass(frozen=True)
+class CorpusShard:
+    """One of the shards that a corpus is divided into.
 
-    shard: int = 0
+    Attributes:
+      number: from 0 to `shards - 1`.
+      shards: number of shards of the corpus.
+      file_ranges: what the shard consists of where the source is "path"; None = every `shards`-th range or document.
+    """
+
+    number: int = 0
     shards: int = 1
-    units: Sequence[FileRange] | None = None
+    file_ranges: Sequence[FileRange] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of times that `read_corpus` calls `advance`, where `file_ranges` are given if the source is "path"."""
+        return 1 if self.file_ranges is None else len(self.file_ranges)
 
 
-WHOLE = CorpusShard()
-_T = TypeVar("_T")
+WHOLE_CORPUS = CorpusShard()
 
 
 class RejectLog:
-    """Counts what is no document by its reason, and lists it, one JSON object a line, in the file `listing`.
+    """Counts rejected records by reason and writes them to a file, one JSON object a line.
 
-    The file is made with the first of them. Raises: UserError from `keep`, for the first, where `strict` says so.
+    A context manager; the file is created with the first rejected record.
+
+    Args:
+      strict: raise `UserError` for the first rejected record instead.
+      path: the file; None = none is written.
+
+    Attributes:
+      counts: rejected records by reason.
+      first_detail: full description of the first rejected record; "" = none.
     """
 
-    def __init__(self, strict: bool, listing: Path | None = None):
+    def __init__(self, strict: bool, path: Path | None = None):
         self.counts: collections.Counter = collections.Counter()
-        self.first = ""
-        self._strict, self._listing, self._files = strict, listing, contextlib.ExitStack()
-        self._file: Any = None
+        self.first_detail = ""
+        self._strict = strict
+        self._path = path
+        self._file: IO[str] | None = None
+        self._exit_stack = contextlib.ExitStack()
 
-    def keep(self, found: Iterable[_T | Rejected]) -> Iterator[_T]:
-        """Yield what was found and is not rejected."""
-        for item in found:
+    def filter(self, items: Iterable[_Item | Rejected]) -> Iterator[_Item]:
+        """Yield the items that are not rejected. Raises: UserError, where the log is strict."""
+        for item in items:
             if not isinstance(item, Rejected):
                 yield item
             elif self._strict:
-                raise UserError(f"{item.detail} (data.strict=True; without it this is counted and left out.)")
+                raise UserError(
+                    f"{item.detail} (data.strict=True; set it to False to skip and count such records.)",
+                    field="data.strict",
+                )
             else:
                 self._add(item)
 
     def _add(self, item: Rejected) -> None:
         self.counts[item.reason] += 1
-        self.first = self.first or item.detail
-        if self._listing:
-            if self._file is None:
-                self._listing.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._files.enter_context(self._listing.open("w", encoding="utf-8"))
-            self._file.write(json.dumps(dataclasses.asdict(item)) + "\n")
+        self.first_detail = self.first_detail or item.detail
+        if self._path is None:
+            return
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._exit_stack.enter_context(self._path.open("w", encoding="utf-8"))
+        self._file.write(json.dumps(dataclasses.asdict(item)) + "\n")
 
     def __enter__(self) -> Self:
-        if self._listing:
-            self._listing.unlink(missing_ok=True)
+        if self._path:
+            self._path.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self._exit_stack.close()
 
 
-def report_rejects(counts: dict[str, int], where: str) -> None:
-    """Print how much was left out of the corpus and why, where anything was."""
+def log_rejected(counts: dict[str, int], files: str) -> None:
+    """Log how many records were skipped, by reason, if any; `files` names where they are listed."""
     if counts:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda c: -c[1]))
-        print(f"Left out of the corpus: {reasons}.{f' Listed in {where}.' if where else ''}")
+        logger.info("Skipped records of the corpus: %s.%s", reasons, f" Listed in {files}." if files else "")
 
 
-def training_texts(config: DataConfig, most_bytes: int, advance: Callable[[], None]) -> Iterator[str]:
-    """Yield the texts of the training documents, in order; of a corpus with more than `most_bytes`, some of them.
+def training_texts(config: DataConfig, max_bytes: int, advance: Callable[[], None]) -> Iterator[str]:
+    """Yield the texts of the training documents in order, or a random sample of them if the corpus is larger than `max_bytes`.
 
-    Which ones depends on `data.seed` and on what they say. The corpus is read twice, and what stays in memory are 32 bytes for
-    every document.
+    The sample depends on `data.seed` and the documents' contents. The corpus is read twice; memory holds 32 bytes a document.
 
     Args:
-      advance: see `read_corpus`; twice as often.
+      max_bytes: limit of the sum of the texts' sizes in UTF-8; at least one document is yielded.
+      advance: see `read_corpus`; called twice as often.
 
-    Raises: UserError, as `read_corpus` and `split` do, and with `data.strict` for what is no document.
+    Raises: UserError, as `read_corpus` and `assign_splits` do, and with `data.strict` for the first rejected record.
     """
-    rejects, rows = RejectLog(config.strict), array.array("Q")
-    for document in rejects.keep(read_corpus(config, collections.Counter(), advance=advance)):
-        rows.extend((*fingerprints(document, config.seed), len(document.text.encode()), document.side - BY_HASH))
-    keys_D, texts_D, sizes_D, sides_D = np.frombuffer(rows, np.uint64).reshape(-1, 4).T
-    sides_D = split(keys_D, texts_D, sides_D.astype(np.int8) + np.int8(BY_HASH), config, rejects.first)
-    train_M = np.flatnonzero(sides_D == SPLITS.index("train"))
+    # First pass: choose documents by their hashes and sizes.
+    rejects = RejectLog(config.strict)
+    rows = array.array("Q")
+    for document in rejects.filter(read_corpus(config, collections.Counter(), advance=advance)):
+        # Unsigned columns, so a split, which may be UNASSIGNED = -1, is shifted.
+        shifted_split = document.split - UNASSIGNED
+        rows.extend((*document_hashes(document, config.seed), len(document.text.encode()), shifted_split))
+    keys_D, texts_D, sizes_D, shifted_D = np.frombuffer(rows, np.uint64).reshape(-1, 4).T
+    given_D = shifted_D.astype(np.int8) + np.int8(UNASSIGNED)
+    splits_D = assign_splits(keys_D, texts_D, given_D, config, rejects.first_detail)
+    train_M = np.flatnonzero(splits_D == SPLITS.index("train"))
     by_key_M = train_M[np.argsort(keys_D[train_M], kind="stable")]
-    chosen_D = np.zeros(len(keys_D), bool)
-    chosen_D[by_key_M[: max(1, np.searchsorted(np.cumsum(sizes_D[by_key_M]), most_bytes, side="right"))]] = True
-    again = RejectLog(False).keep(read_corpus(config, collections.Counter(), advance=advance))
-    yield from (document.text for document, chosen in zip(again, chosen_D, strict=True) if chosen)
+    count = max(1, np.searchsorted(np.cumsum(sizes_D[by_key_M]), max_bytes, side="right"))
+    is_chosen_D = np.zeros(len(keys_D), bool)
+    is_chosen_D[by_key_M[:count]] = True
+
+    # Second pass: yield them.
+    documents = RejectLog(strict=False).filter(read_corpus(config, collections.Counter(), advance=advance))
+    for document, is_chosen in zip(documents, is_chosen_D, strict=True):
+        if is_chosen:
+            yield document.text
 
 
 def read_corpus(
     config: DataConfig,
     skipped: collections.Counter,
-    part: CorpusShard = WHOLE,
+    shard: CorpusShard = WHOLE_CORPUS,
     advance: Callable[[], None] = lambda: None,
 ) -> Iterator[Document | Rejected]:
-    """Yield the documents of a part of the corpus, in order; what a generator skips is counted in `skipped`.
+    """Yield the documents and rejected records of a shard of the corpus, in order.
 
     Args:
-      advance: called after each unit of the part; where there are none, after all of it.
+      skipped: counts, by reason, what a generator discards.
+      advance: called after each file range of the shard, or once where the source has no files.
+
+    Raises: UserError, where the source or a file cannot be read.
     """
     if config.source == "path":
-        for unit in find_units(config)[part.shard :: part.shards] if part.units is None else part.units:
-            yield from read_unit(unit, config)
+        file_ranges = shard.file_ranges
+        if file_ranges is None:
+            file_ranges = find_file_ranges(config)[shard.number :: shard.shards]
+        for file_range in file_ranges:
+            yield from read_file_range(file_range, config)
             advance()
     else:
         documents = CORPUS_SOURCES[config.source].function(config, skipped)
-        yield from itertools.islice(documents, part.shard, None, part.shards)
+        yield from itertools.islice(documents, shard.number, None, shard.shards)
         advance()
 
 
-def fingerprints(document: Document, seed: int) -> tuple[int, int]:
-    """64 bits that its side depends on, and 64 bits of its text."""
+def document_hashes(document: Document, seed: int) -> tuple[int, int]:
+    """Return two 64-bit hashes: of the key that assigns the split, under `seed`, and of the text, to find duplicates."""
     return hash64(seed, document.key or document.text), hash64(0, document.text)
 
 
-def split(
-    keys_D: np.ndarray, texts_D: np.ndarray, sides_D: np.ndarray, config: DataConfig, example: str = ""
+def assign_splits(
+    keys_D: np.ndarray, texts_D: np.ndarray, splits_D: np.ndarray, config: DataConfig, first_rejected: str = ""
 ) -> np.ndarray:
-    """Say of every document which of `SPLITS` it is on, or `DUPLICATE` for a text that was there before; int8 [D].
+    """Return the split of every document, int8 [D]: an index of `SPLITS`, or `DUPLICATE` for a repeated text.
 
-    Where a document has no side yet (BY_HASH), the lowest keys are held out: a fifth, at most `data.held_out_documents`.
-    Ranks, unlike a threshold, leave no document unused and no side empty, and neither the order of documents nor how they
-    are spread over files and shards changes a side.
+    Of the documents without a split, those with the lowest keys are held out: a fifth, at most `data.held_out_documents`.
+    Because ranks are used instead of a threshold, both splits get at least one document and all documents are used. The order
+    of the documents, and how they are distributed over files and shards, make no difference.
 
     Args:
-      keys_D, texts_D: see `fingerprints`.
-      example: what was wrong with the first thing that is no document, for the error.
+      keys_D, texts_D: uint64, see `document_hashes`.
+      splits_D: int8, the splits that the source has assigned, else `UNASSIGNED`.
+      first_rejected: description of the first rejected record, for the error message.
 
-    Raises: UserError, where there are too few documents.
+    Raises: UserError, where there are fewer than two documents.
     """
     first_U = np.unique(texts_D, return_index=True)[1]
     result_D = np.full(len(texts_D), DUPLICATE, np.int8)
-    result_D[first_U] = sides_D[first_U]
-    open_U = np.sort(first_U[sides_D[first_U] == BY_HASH])
-    if len(open_U) < 2 and len(open_U) == len(first_U):
+    result_D[first_U] = splits_D[first_U]
+    unassigned_U = np.sort(first_U[splits_D[first_U] == UNASSIGNED])
+    if len(unassigned_U) < 2 and len(unassigned_U) == len(first_U):
         raise UserError(
-            f"{source_name(config)} is too short: it gives {len(open_U)} distinct document(s), and at least 2 are needed, one "
-            f"to train on and one to hold out. {example or 'Add text'}: a .txt is cut into documents of about "
-            f"{PIECE_CHARACTERS} characters, a .jsonl has one document per line."
+            f"{source_name(config)} is too short: it gives {len(unassigned_U)} distinct document(s), and at least 2 are needed, "
+            f"one to train on and one to hold out. {first_rejected or 'Add text'}: a .txt is split into documents of about "
+            f"{CHUNK_CHARACTERS} characters, a .jsonl has one document per line.",
+            field=f"data.{'path' if config.source == 'path' else 'source'}",
         )
-    count = min(config.held_out_documents, max(1, int(len(open_U) * HELD_OUT_SHARE)))
-    result_D[open_U] = SPLITS.index("train")
-    result_D[open_U[np.argsort(keys_D[open_U], kind="stable")[:count]]] = SPLITS.index("held_out")
+    count = min(config.held_out_documents, max(1, int(len(unassigned_U) * HELD_OUT_FRACTION)))
+    result_D[unassigned_U] = SPLITS.index("train")
+    result_D[unassigned_U[np.argsort(keys_D[unassigned_U], kind="stable")[:count]]] = SPLITS.index("held_out")
     return result_D
 
 
 def source_name(config: DataConfig) -> str:
-    """What to call the corpus in a message."""
+    """Return the corpus' name in messages, such as "data.path='notes.jsonl'"."""
     return f"data.path='{config.path}'" if config.source == "path" else f"data.source='{config.source}'"
 
 
 def check_source(config: DataConfig) -> None:
-    """Raises: UserError, where the source is not here at all; what it says is not read."""
+    """Check that the source's package or files exist, without reading them. Raises: UserError."""
     check = CORPUS_SOURCES[config.source].requirements.check
     if check:
         check(config)

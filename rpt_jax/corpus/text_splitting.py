@@ -1,4 +1,4 @@
-"""A long text in pieces that end where a reader would stop, and a large file in blocks that end likewise."""
+"""Split long texts into chunks, and large files into blocks, at natural boundaries."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 
-PIECE_CHARACTERS = 2000
-_NEAR = 2**16  # Bytes after the asked-for end of a block in which a line end is looked for.
+CHUNK_CHARACTERS = 2000
+_SEARCH_BYTES = 2**16  # How far after the requested end of a block a line end is searched for.
 
-# The groups are atomic because a backtracking `\r\n` would pass for two line ends.
+# The groups are atomic because a backtracking `\r\n` would match as two line ends.
 LINE_END = re.compile(r"(?>\r\n|\r|\n)")
 _SPACES = re.compile(r"[ \t]+")
 _BLANK_LINES = re.compile(r"(?>\r\n|\r|\n)(?:[ \t]*(?>\r\n|\r|\n))+")
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Cut a text at blank lines into pieces of at most about 2,000 characters; joined, they are the text again.
+    """Split a text at blank lines into chunks of about 2,000 characters; joined, they give the text again.
 
-    A paragraph longer than that is cut at its line ends, a line longer than that at its spaces, and a word stays whole.
+    A paragraph that is longer is split at its line ends, a line that is longer at its spaces. Words are never split.
     """
-    current = ""
-    for part in _parts(text, (_BLANK_LINES, LINE_END, _SPACES)):
-        if current and len(current) + len(part) > PIECE_CHARACTERS:
-            yield current
-            current = ""
-        current += part
-    if current:
-        yield current
+    chunk = ""
+    for segment in _segments(text, (_BLANK_LINES, LINE_END, _SPACES)):
+        if chunk and len(chunk) + len(segment) > CHUNK_CHARACTERS:
+            yield chunk
+            chunk = ""
+        chunk += segment
+    if chunk:
+        yield chunk
 
 
-def _parts(text: str, separators: Sequence[re.Pattern]) -> Iterator[str]:
-    """Cut at the first separator, and what is too long then at the next."""
-    for part in _cut_after(text, separators[0]):
-        if len(part) > PIECE_CHARACTERS and separators[1:]:
-            yield from _parts(part, separators[1:])
+def _segments(text: str, separators: Sequence[re.Pattern]) -> Iterator[str]:
+    """Split at the first separator, and segments that are still too long at the next ones."""
+    for segment in _split_after(text, separators[0]):
+        if len(segment) > CHUNK_CHARACTERS and separators[1:]:
+            yield from _segments(segment, separators[1:])
         else:
-            yield part
+            yield segment
 
 
-def _cut_after(text: str, separator: re.Pattern) -> Iterator[str]:
+def _split_after(text: str, separator: re.Pattern) -> Iterator[str]:
     start = 0
     for match in separator.finditer(text):
         yield text[start : match.end()]
@@ -47,18 +47,18 @@ def _cut_after(text: str, separator: re.Pattern) -> Iterator[str]:
     yield text[start:]
 
 
-def cut_block(file: io.BufferedIOBase, at: int) -> int:
-    """Return where a block that should end at byte `at` does: after a line end, or else a space, or else a character.
+def block_boundary(file: io.BufferedIOBase, offset: int) -> int:
+    """Return the byte where a block that should end at byte `offset` ends: after a line end, else a space, else a character.
 
-    It depends on the file's bytes around `at` alone, so that whoever reads the next block finds the same border.
+    The result depends only on the bytes around `offset`, so that the reader of the next block finds the same boundary.
     """
-    if at == 0:
+    if offset == 0:
         return 0
-    file.seek(at - 1)
-    near = file.read(_NEAR)
-    for mark in (b"\n", b" "):
-        if mark in near:
-            return at + near.index(mark)
-    # Bytes from 0x80 to 0xBF go on with a character.
-    inside = next((i for i, byte in enumerate(near[1:]) if not 0x80 <= byte < 0xC0), len(near) - 1)
-    return at + max(0, inside)
+    file.seek(offset - 1)
+    following = file.read(_SEARCH_BYTES)
+    for separator in (b"\n", b" "):
+        if separator in following:
+            return offset + following.index(separator)
+    # UTF-8 continuation bytes are 0x80 to 0xBF.
+    inside = next((i for i, byte in enumerate(following[1:]) if not 0x80 <= byte < 0xC0), len(following) - 1)
+    return offset + max(0, inside)

@@ -14,7 +14,8 @@ import orbax.checkpoint as ocp
 from rpt_jax.distributed.rendezvous import leave
 from rpt_jax.distributed.sharding import in_any_process, is_leader, wait_for_all
 from rpt_jax.errors import UserError
-from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
+from rpt_jax.infra.digest import digest
+from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.signals import defer_signals, end_stopped, save_on_stop, was_asked
 from rpt_jax.infra.workdir import CHECKPOINTS
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-
-def digest(*values: Any) -> str:
-    """SHA-256 of values that JSON can hold, in hexadecimal."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+from rpt_jax.infra.digest import digest
 
 
 def fingerprint_arrays(tree: Any) -> str:

@@ -196,7 +196,7 @@ def _scoring(experiment: Experiment, setup: Setup) -> Program:
     def lower() -> jax.stages.Lowered:
         tokens, lengths = _ids(documents, size), _ids(documents)
         rows = abstract_prompts((tokens, tokens, lengths), setup.mesh)
-        sizes = {"top_k": experiment.data.entropy_top_k, "chunk": experiment.training.logit_chunk_tokens}
+        sizes = {"top_k": experiment.data.entropy_top_k, "logit_chunk_tokens": experiment.training.logit_chunk_tokens}
         return score_batch.lower(setup.policy, setup.params, *rows, **sizes)
 
     return Program("score", lower, beside=0)

@@ -14,9 +14,9 @@ import numpy as np
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.corpus.entropy import Scores, stored_entropies
 from rpt_jax.corpus.files import parse_mixture
-from rpt_jax.corpus.prepared import Prepared
+from rpt_jax.corpus.prepared import PreparedCorpus
 from rpt_jax.corpus.sources import source_name
-from rpt_jax.corpus.tokenization import Windows
+from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
@@ -35,8 +35,7 @@ class PolicyEntropies:
 
     Attributes:
       windows_M: uint32, the sampled windows in ascending order, as indices into the training windows.
-      records: entropies by record number, (renormalized, not renormalized), float32 [S] each, as a prepared corpus stores
-        them for the proxy.
+      records: entropies by record number, as a prepared corpus stores them for the proxy (`corpus.store.RECORD_DTYPES`).
       tokens: number of tokens that were scored.
     """
 
@@ -65,7 +64,7 @@ class PolicyEntropies:
 
 
 def training_stream(
-    experiment: Experiment, prepared: Prepared, windows: Windows, builder: PromptBuilder
+    experiment: Experiment, prepared: PreparedCorpus, windows: Windows, builder: PromptBuilder
 ) -> PromptStream:
     """Return the stream of training prompts, in the order of the proxy's entropies.
 
@@ -86,7 +85,7 @@ def training_stream(
 
 
 def training_order(
-    experiment: Experiment, prepared: Prepared, windows: Windows, policy_entropies: PolicyEntropies | None = None
+    experiment: Experiment, prepared: PreparedCorpus, windows: Windows, policy_entropies: PolicyEntropies | None = None
 ) -> grain.MapDataset:
     """Return the infinite order of the training positions that `data.positions` chooses.
 
@@ -152,7 +151,7 @@ def rescoring_is_due(experiment: Experiment, step: int) -> bool:
 
 
 def score_sample(
-    experiment: Experiment, prepared: Prepared, windows: Windows, score: ScoreFn, step: int
+    experiment: Experiment, prepared: PreparedCorpus, windows: Windows, score: ScoreFn, step: int
 ) -> PolicyEntropies:
     """Score `data.rescore_windows` training windows with the current policy before `step`.
 
@@ -192,8 +191,8 @@ def score_sample(
     return PolicyEntropies(windows_M=windows_M, records=records, tokens=sum(len(ids) for ids, _ in rows))
 
 
-def _mixture(data: DataConfig, prepared: Prepared, windows: Windows) -> tuple[list[float], np.ndarray]:
+def _mixture(data: DataConfig, prepared: PreparedCorpus, windows: Windows) -> tuple[list[float], np.ndarray]:
     """Return the weights of the mixture's parts, [] for a corpus of one part, and the part of each training window."""
     corpus = prepared.corpus
     weights = [weight for weight, _ in parse_mixture(data.path) if weight] if data.source == "path" else []
-    return weights, corpus.parts_D[corpus.documents_W[windows.numbers_N]]
+    return weights, corpus.mixture_part_D[corpus.document_W[windows.numbers_N]]

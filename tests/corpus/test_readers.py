@@ -1,169 +1,250 @@
-"""Files as documents: every format gives the same ones, and what is none is counted, listed and named."""
+"""Files of text: every format gives the same documents, and invalid records are counted, listed and described."""
 
 from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from unittest import mock
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus import files, readers
-from rpt_jax.corpus.documents import Document
-from rpt_jax.corpus.files import find_units, parse_mixture
-from rpt_jax.corpus.readers import read_unit
+from rpt_jax.corpus import files, text_splitting
+from rpt_jax.corpus.documents import Document, Rejected
+from rpt_jax.corpus.files import find_file_ranges, parse_mixture
+from rpt_jax.corpus.readers import read_file_range, read_records
 from rpt_jax.errors import UserError
+from tests.helpers.corpora import json_lines, write_every_format, write_jsonl, zstd
 from tests.helpers.whole_corpus import load_corpus
 
 TEXTS = ["plain", "crlf\r\nlone\rend\n", "e\u0301 \ufb01 \U0001f9ee", "漢字\u2028\x85", "nul\x00 bell\x07", " spaces  "]
 
 
-def read(path, **fields):
+def read(path: Path | str, **fields: object) -> list[Document | Rejected]:
     config = DataConfig(source="path", path=str(path), **fields)
-    return [item for unit in find_units(config) for item in read_unit(unit, config)]
+    return [item for file_range in find_file_ranges(config) for item in read_file_range(file_range, config)]
 
 
-def texts(path, **fields):
-    return [item.text for item in read(path, **fields)]
+def read_documents(path: Path | str, **fields: object) -> list[Document]:
+    documents = []
+    for item in read(path, **fields):
+        assert isinstance(item, Document), item
+        documents.append(item)
+    return documents
 
 
-def lines(records) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+def read_texts(path: Path | str, **fields: object) -> list[str]:
+    return [document.text for document in read_documents(path, **fields)]
 
 
-def zstd(data: bytes) -> bytes:
-    return pyarrow.Codec("zstd").compress(data, asbytes=True)
+def texts_of(documents: Iterable[Document]) -> list[str]:
+    return [document.text for document in documents]
 
 
-def write_array_record(path: Path, records) -> None:
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(json.dumps(record).encode())
-    writer.close()
+# --- formats ------------------------------------------------------------------------------------------
 
 
-def write_all(folder: Path, records) -> list[Path]:
-    """The records in every format that has records."""
-    columns = pyarrow.table({name: [r[name] for r in records] for name in records[0]})
-    (folder / "a.jsonl").write_bytes(lines(records))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines(records)))
-    (folder / "c.JSONL.ZST").write_bytes(zstd(lines(records[:1])) + zstd(lines(records[1:])))
-    pyarrow.parquet.write_table(columns, folder / "d.parquet", row_group_size=2)
-    saved = folder / "saved"  # As `datasets` saves it.
-    saved.mkdir()
-    with pyarrow.ipc.new_stream(saved / "data-00000-of-00001.arrow", columns.schema) as stream:
-        stream.write_table(columns, max_chunksize=2)
-    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    (saved / "cache-0123.arrow").write_bytes(b"what a map() left here")
-    with pyarrow.ipc.new_file(folder / "f.arrow", columns.schema) as file:
-        file.write_table(columns)
-    write_array_record(folder / "g.array_record", records)
-    return [*(path for path in sorted(folder.iterdir()) if path != saved), saved]
-
-
-def test_every_format_gives_the_same_documents(tmp_path):
-    records = [{"text": text, "number": i} for i, text in enumerate(TEXTS)]
-    paths = write_all(tmp_path, records)
+def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
+    paths = write_every_format(tmp_path, [{"text": text, "number": i} for i, text in enumerate(TEXTS)])
     assert len(paths) == 7
     for path in paths:
-        assert texts(path) == TEXTS, path
-    assert len(texts(tmp_path)) == len(texts(f"{tmp_path}/**")) == 7 * len(TEXTS)
-    names = [item.name for item in read(tmp_path)]
+        assert read_texts(path) == TEXTS, path
+    assert len(read_texts(tmp_path)) == len(read_texts(f"{tmp_path}/**")) == 7 * len(TEXTS)
+    names = [document.name for document in read_documents(tmp_path)]
     assert len(set(names)) == len(names)
 
 
-def test_a_problem_and_its_solution(tmp_path):
+def test_a_template_combines_the_fields_of_a_record(tmp_path: Path) -> None:
     records = [{"problem": "1 + {x}?", "solution": "{problem} is 1 + x", "answer": "1+x"}]
     template = "Q: {problem}\n{solution} {not a field}"
-    for path in write_all(tmp_path, records):
-        assert texts(path, document_template=template) == ["Q: 1 + {x}?\n{problem} is 1 + x {not a field}"], path
+    for path in write_every_format(tmp_path, records):
+        texts = read_texts(path, document_template=template)
+        assert texts == ["Q: 1 + {x}?\n{problem} is 1 + x {not a field}"], path
         [item] = read(path, document_template="{question}{answer}")
+        assert isinstance(item, Rejected)
         assert item.reason == "no such field" and "'question' of data.document_template" in item.detail
 
 
-def test_mixtures(tmp_path):
+def test_text_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    texts = ["cr\r\nlf\r", "\ufeffbom", "e\u0301 \ufb01", "line\u2028separator\x85", " spaces  ", "nul\x00"]
+    loaded = load_corpus(write_jsonl(tmp_path / "a.jsonl", texts))
+    assert set(texts_of(loaded.train + loaded.held_out)) == set(texts)
+
+    data = ("line\r\n" * 500 + "\r\n" + "other\r\n" * 400 + "\ufb01n  ").encode()
+    (tmp_path / "b.txt").write_bytes(data)
+    loaded = load_corpus(DataConfig(source="path", path=str(tmp_path / "b.txt")))
+    documents = sorted(loaded.train + loaded.held_out, key=lambda d: int(d.name.partition(":")[2]))
+    assert len(documents) > 2 and loaded.skipped == {}
+    # A name has the line number, by which a chunk is found in its file.
+    lines = data.decode().split("\r\n")
+    for document in documents:
+        assert lines[int(document.name.partition(":")[2]) - 1] == document.text.split("\r\n")[0]
+
+
+def test_the_byte_order_mark_and_blank_lines_of_a_jsonl_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\n\n')
+    documents = read_documents(tmp_path)
+    assert [(d.name, d.text) for d in documents] == [("a.jsonl:1", "one"), ("a.jsonl:3", "two")]
+
+
+def test_the_byte_order_mark_of_a_txt_is_skipped_and_its_line_ends_are_kept(tmp_path: Path) -> None:
+    chunks = ["a" * 1990 + "\r\n\r\n", "b" * 1990 + "\r\n"]
+    (tmp_path / "A.TXT").write_bytes(b"\xef\xbb\xbf" + "".join(chunks).encode())
+    for path in (tmp_path, tmp_path / "A.TXT"):
+        documents = read_documents(path)
+        assert [(d.name, d.text) for d in documents] == [("A.TXT:1", chunks[0]), ("A.TXT:3", chunks[1])]
+
+
+def test_a_very_long_line_becomes_documents_whose_names_locate_them(tmp_path: Path) -> None:
+    line = " ".join(f"word{i}" for i in range(3000))
+    (tmp_path / "a.txt").write_text(f"first\n{line}\nlast")
+    documents = read_documents(tmp_path / "a.txt")
+    assert len(documents) > 10 and all(len(d.text) <= 2000 for d in documents)
+    lines = ["", "first\n", f"{line}\n", "last"]
+    for document in documents:
+        _, number, *column = document.name.split(":")
+        rest = "".join(lines[int(number) :])[int(column[0]) - 1 if column else 0 :]
+        assert rest.startswith(document.text)
+    assert len({d.name for d in documents}) == len(documents)
+
+
+# --- paths --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_recursively_and_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.txt").write_text("first")
+    (tmp_path / "a.txt").write_text("second")
+    (tmp_path / "ignored.md").write_text("third")
+    write_jsonl(tmp_path / "c.jsonl", ["fourth", "fifth"])
+    names = [document.name for document in read_documents(tmp_path)]
+    assert names == ["a.txt:1", "b/one.txt:1", "c.jsonl:1", "c.jsonl:2"]
+
+
+def test_documents_know_their_part_of_a_mixture(tmp_path: Path) -> None:
     for name in ("one, two.jsonl", "b.jsonl"):
-        (tmp_path / name).write_bytes(lines([{"text": name}]))
-    assert texts(tmp_path / "one, two.jsonl") == ["one, two.jsonl"]
+        write_jsonl(tmp_path / name, [name])
+    assert read_texts(tmp_path / "one, two.jsonl") == ["one, two.jsonl"]
     mixture = f"0.75={tmp_path}/one*, 0.25={tmp_path}/b.jsonl"
-    assert [(d.text, d.part) for d in read(mixture)] == [("one, two.jsonl", 0), ("b.jsonl", 1)]
+    documents = read_documents(mixture)
+    assert [(d.text, d.mixture_part) for d in documents] == [("one, two.jsonl", 0), ("b.jsonl", 1)]
     assert [weight for weight, _ in parse_mixture(mixture)] == [0.75, 0.25]
-    for wrong, message in (
-        (f"0.5={tmp_path}/b.jsonl,{tmp_path}/b.jsonl", "every part of a mixture a weight"),
-        (f"0=a,{tmp_path}/b.jsonl,1=b", "every part of a mixture a weight"),
-        (f"{tmp_path}/b.jsonl,{tmp_path}/none", "its part '.*none' does not exist"),
-        (f"{tmp_path}/*.txt", "does not exist"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read(wrong)
 
 
-BAD = [
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "is empty"),
+        ("{}/missing", "does not exist"),
+        ("{}/*.txt", "does not exist"),
+        ("{}/empty", "is a folder without any"),
+        ("{}/a.md", "unknown file ending"),
+        ("0.5={}/b.jsonl,{}/b.jsonl", "every part of a mixture a weight"),
+        ("0=a,{}/b.jsonl,1=b", "every part of a mixture a weight"),
+        ("{}/b.jsonl,{}/missing", "part '.*missing' of the mixture does not exist"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path, path: str, message: str) -> None:
+    write_jsonl(tmp_path / "b.jsonl", ["text"])
+    (tmp_path / "a.md").write_text("text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message) as raised:
+        read(path.replace("{}", str(tmp_path)))
+    assert raised.value.field == "data.path"
+
+
+# --- invalid records ----------------------------------------------------------------------------------
+
+INVALID = [
     (b'{"text": "\xe9"}', "not UTF-8"),
     (b'{"text": " \\n"}', "empty"),
     (b'{"text"', "not JSON"),
     (b'["text"]', "not a JSON object"),
     (b'{"texts": "a"}', "no such field"),
     (b'{"text": 3}', "not a string"),
-    (b'{"text": "a\\ud800"}', "half a surrogate pair"),
+    (b'{"text": "a\\ud800"}', "unpaired surrogate"),
     (b'{"text": "' + 300 * b"x" + b'"}', "too long"),
     (b'{"text": "' + 90_000 * b"x" + b'"}', "too long"),
 ]
 
 
-def test_what_is_no_document_is_counted_listed_and_not_fatal(tmp_path):
-    good = [b'{"text": "%d"}' % i for i in range(len(BAD) + 1)]
-    data = b"".join(a + b"\n" + b[0] + b"\n" for a, b in zip(good, BAD, strict=False)) + good[-1]
-    (tmp_path / "a.jsonl").write_bytes(data)
+def test_invalid_records_are_counted_and_listed(tmp_path: Path) -> None:
+    valid = [b'{"text": "%d"}' % i for i in range(len(INVALID) + 1)]
+    lines = [line for pair in zip(valid, [line for line, _ in INVALID], strict=False) for line in pair]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, valid[-1]]))
+    rejected = tmp_path / "not" / "yet" / "rejected.json"
     config = DataConfig(source="path", path=str(tmp_path), max_document_bytes=200)
-    corpus = load_corpus(config, tmp_path / "not" / "yet" / "rejected.json")
-    assert len(corpus.train + corpus.held_out) == len(good)
-    expected = [reason for _, reason in BAD]
-    assert corpus.skipped == {reason: expected.count(reason) for reason in expected}
-    listed = [json.loads(line) for line in (tmp_path / "not" / "yet" / "rejected.json").read_text().splitlines()]
+    loaded = load_corpus(config, rejected)
+    assert len(loaded.train + loaded.held_out) == len(valid)
+    reasons = [reason for _, reason in INVALID]
+    assert loaded.skipped == {reason: reasons.count(reason) for reason in reasons}
+    listed = [json.loads(line) for line in rejected.read_text().splitlines()]
     assert [(r["file"], r["line"], r["reason"]) for r in listed] == [
-        ("a.jsonl", 2 * i, reason) for i, reason in enumerate(expected, start=1)
+        ("a.jsonl", 2 * i, reason) for i, reason in enumerate(reasons, start=1)
     ]
-    for line, _ in BAD:
-        (tmp_path / "a.jsonl").write_bytes(good[0] + b"\n" + line)
-        with pytest.raises(UserError, match=r"a\.jsonl:2 .*data\.strict=True"):
-            load_corpus(DataConfig(source="path", path=str(tmp_path), max_document_bytes=200, strict=True))
 
 
-def test_bytes_that_are_no_text_cost_their_piece_only(tmp_path):
-    pieces = ["a" * 1990 + "\n\n", "b" * 1990 + "\n\n", "c" * 1990 + "\n"]
-    data = "".join(pieces).encode()
+@pytest.mark.parametrize("line", [line for line, _ in INVALID], ids=range(len(INVALID)))
+def test_a_strict_corpus_refuses_the_first_invalid_record(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "0"}\n' + line)
+    with pytest.raises(UserError, match=r"a\.jsonl:2 .*data\.strict=True") as raised:
+        load_corpus(DataConfig(source="path", path=str(tmp_path), max_document_bytes=200, strict=True))
+    assert raised.value.field == "data.strict"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"one\n\ntw\xffo", r"a\.txt:1 is not UTF-8: byte 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl:2 is not UTF-8: byte 0xe9 at byte 10 of"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b"[" * 200000, r"a\.jsonl:1 is not JSON"),
+        ("a.jsonl", b'"a"\n', r"a\.jsonl:1 is a JSON str"),
+        ("a.jsonl", b'{"texts": "a", "id": 3}\n', r":1 has no field .*'text'.*texts, id\. Did you mean 'texts'"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1 has a int in its field 'text'"),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', r"a\.jsonl:1 has an unpaired surrogate at character 1"),
+    ],
+)
+def test_the_description_of_an_invalid_record_locates_it(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        load_corpus(DataConfig(source="path", path=str(tmp_path / name), strict=True))
+
+
+def test_a_byte_that_is_not_utf8_invalidates_only_its_chunk(tmp_path: Path) -> None:
+    chunks = ["a" * 1990 + "\n\n", "b" * 1990 + "\n\n", "c" * 1990 + "\n"]
+    data = "".join(chunks).encode()
     (tmp_path / "a.txt").write_bytes(data[:2000] + b"\xff" + data[2000:])
-    first, bad, last = read(tmp_path / "a.txt")
-    assert (first.text, last.text) == (pieces[0], pieces[2])
-    assert (bad.line, bad.reason) == (3, "not UTF-8") and "a.txt:3 is not UTF-8: byte 0xff" in bad.detail
+    first, invalid, last = read(tmp_path / "a.txt")
+    assert isinstance(first, Document) and isinstance(invalid, Rejected) and isinstance(last, Document)
+    assert (first.text, last.text) == (chunks[0], chunks[2])
+    assert (invalid.line, invalid.reason) == (3, "not UTF-8")
+    assert "a.txt:3 is not UTF-8: byte 0xff" in invalid.detail
 
 
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jsonl.gz", gzip.compress(lines([{"text": str(i)} for i in range(20_000)]))[:-2000]),
-        ("a.jsonl.zst", zstd(lines([{"text": str(i)} for i in range(200_000)]))[:-2000]),
-        ("a.txt.gz", b"no gzip"),
-        ("a.parquet", b"no parquet"),
-        ("a.arrow", b"no arrow"),
-        ("a.array_record", b"no array record"),
+        ("a.jsonl.gz", gzip.compress(json_lines({"text": str(i)} for i in range(20_000)))[:-2000]),
+        ("a.jsonl.zst", zstd(json_lines({"text": str(i)} for i in range(200_000)))[:-2000]),
+        ("a.txt.gz", b"not gzip"),
+        ("a.parquet", b"not parquet"),
+        ("a.arrow", b"not arrow"),
+        ("a.array_record", b"not an array record"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_damaged_file_is_named_with_the_line_that_was_reached(tmp_path, name, data):
+def test_the_error_for_a_damaged_file_names_the_line_that_was_reached(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=rf"data.path: cannot read .*{name}:\d+: .+\. Mend the file"):
+    with pytest.raises(UserError, match=rf"cannot read .*{name}:\d+: .+\. Repair the file") as raised:
         read(tmp_path)
+    assert raised.value.field == "data.path"
 
 
-# --- large files -------------------------------------------------------------------------------------
+# --- file ranges --------------------------------------------------------------------------------------
 
 
 @given(
@@ -172,24 +253,37 @@ def test_a_damaged_file_is_named_with_the_line_that_was_reached(tmp_path, name, 
     st.booleans(),
 )
 @settings(deadline=None, max_examples=100)
-def test_units_cut_a_file_without_loss_and_characters_nowhere(tmp_path_factory, parts, size, ended):
-    folder = tmp_path_factory.mktemp("units")
-    (folder / "a.txt").write_bytes(("\n".join(parts) + "\n" * ended).encode())
-    (folder / "b.jsonl").write_bytes(lines([{"text": part} for part in parts]))
-    with mock.patch.object(files, "UNIT_BYTES", size), mock.patch.object(readers, "_accepted", lambda text, _: text):
-        pieces, documents = read(folder / "a.txt"), read(folder / "b.jsonl")
-        assert len(find_units(DataConfig(path=str(folder / "b.jsonl")))) >= len(parts) * 13 // size
-    assert all(isinstance(piece, Document) for piece in pieces)
-    assert "".join(piece.text for piece in pieces) == "\n".join(parts) + "\n" * ended
-    assert [document.text for document in documents] == parts
+def test_file_ranges_lose_nothing_and_split_no_character(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], size: int, has_final_line_end: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("ranges")
+    text = "\n".join(lines) + "\n" * has_final_line_end
+    (folder / "a.txt").write_bytes(text.encode())
+    # Not empty, so that every one is a document.
+    texts = [f"x{line}" for line in lines]
+    write_jsonl(folder / "b.jsonl", texts)
+    txt = DataConfig(source="path", path=str(folder / "a.txt"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "RANGE_BYTES", size)
+        chunks = [chunk for file_range in find_file_ranges(txt) for _, chunk in read_records(file_range, txt)]
+        named = [item for item in read(folder / "a.txt") if isinstance(item, Document)]
+        documents = read_documents(folder / "b.jsonl")
+        assert len(find_file_ranges(DataConfig(path=str(folder / "b.jsonl")))) >= len(lines) * 13 // size
+    assert all(isinstance(chunk, str) for chunk in chunks)
+    assert "".join(map(str, chunks)) == text
+    assert texts_of(documents) == texts
     assert len({d.name for d in documents}) == len(documents)
+    assert len({d.name for d in named}) == len(named)
 
 
 @pytest.mark.parametrize("size", [1, 16, 40, 10_000])
-def test_lines_are_counted_from_the_beginning_of_the_file(tmp_path, size):
-    (tmp_path / "a.jsonl").write_bytes(lines([{"text": "x" if i % 7 else ""} for i in range(50)]))
+def test_lines_are_counted_from_the_beginning_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["x" if i % 7 else "" for i in range(50)])
     (tmp_path / "a.txt").write_bytes(b"".join(b"\xff\n" if i % 7 == 0 else b"x\n" for i in range(50)))
-    with mock.patch.object(files, "UNIT_BYTES", size), mock.patch("rpt_jax.corpus.text_splitting.PIECE_CHARACTERS", 2):
-        for name in ("a.jsonl", "a.txt"):
-            bad = [item.line for item in read(tmp_path / name) if not isinstance(item, Document)]
-            assert bad == [i + 1 for i in range(50) if i % 7 == 0], name
+    monkeypatch.setattr(files, "RANGE_BYTES", size)
+    monkeypatch.setattr(text_splitting, "CHUNK_CHARACTERS", 2)
+    for name in ("a.jsonl", "a.txt"):
+        invalid = [item.line for item in read(tmp_path / name) if isinstance(item, Rejected)]
+        assert invalid == [i + 1 for i in range(50) if i % 7 == 0], name

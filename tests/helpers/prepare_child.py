@@ -1,5 +1,6 @@
-"""One of several processes that prepare a corpus:
-`python -m tests.helpers.prepare_child NUMBER COUNT PORT CORPUS WORKDIR`.
+"""One of several processes that prepare a corpus together.
+
+Usage: `python -m tests.helpers.prepare_child NUMBER COUNT PORT CORPUS WORKDIR`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import jax
 
 from rpt_jax.distributed.sharding import make_mesh, use_mesh
 from rpt_jax.score import prepare_corpus
-from tests.corpus.test_prepare import experiment
+from tests.helpers.corpora import scoring_experiment
 
 
 def main(number: int, count: int, port: int, corpus: str, workdir: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", count, number)
     mesh = make_mesh(-1, 1, 1)
     with use_mesh(mesh):
-        prepare_corpus(experiment(Path(corpus)), Path(workdir), mesh)
+        prepare_corpus(scoring_experiment(Path(corpus)), Path(workdir), mesh)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A corpus read as a whole: for corpora that a test can hold in memory."""
+"""Read a small corpus into memory, without tokenizing it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus.documents import SPLITS, Document
-from rpt_jax.corpus.sources import DUPLICATE, RejectLog, fingerprints, read_corpus, split
+from rpt_jax.corpus.documents import DUPLICATE, SPLITS, Document
+from rpt_jax.corpus.sources import RejectLog, assign_splits, document_hashes, read_corpus
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents by their side; `skipped` counts, by reason, what was found or generated and left out."""
+    """The documents of each split; `skipped` counts, by reason, the records and draws that are not documents."""
 
     train: tuple[Document, ...]
     held_out: tuple[Document, ...]
@@ -22,13 +22,16 @@ class Corpus:
     skipped: dict[str, int]
 
 
-def load_corpus(config: DataConfig, listing: Path | None = None) -> Corpus:
-    with RejectLog(config.strict, listing) as rejects:
-        documents = list(rejects.keep(read_corpus(config, rejects.counts)))
-    hashes = [fingerprints(document, config.seed) for document in documents]
-    keys_D, texts_D = np.array(hashes, np.uint64).reshape(-1, 2).T
-    sides_D = split(keys_D, texts_D, np.array([d.side for d in documents], np.int8), config, rejects.first)
-    if repeated := int(np.sum(sides_D == DUPLICATE)):
-        rejects.counts["duplicate"] += repeated
-    parts = {name: tuple(documents[i] for i in np.flatnonzero(sides_D == side)) for side, name in enumerate(SPLITS)}
-    return Corpus(**parts, skipped=dict(rejects.counts))
+def load_corpus(config: DataConfig, rejected_path: Path | None = None) -> Corpus:
+    """Read a corpus and assign its documents to splits; rejected records are listed in `rejected_path`."""
+    with RejectLog(config.strict, rejected_path) as rejects:
+        documents = list(rejects.filter(read_corpus(config, rejects.counts)))
+    hashes_Dx2 = np.array([document_hashes(document, config.seed) for document in documents], np.uint64).reshape(-1, 2)
+    given_D = np.array([document.split for document in documents], np.int8)
+    split_D = assign_splits(hashes_Dx2[:, 0], hashes_Dx2[:, 1], given_D, config, rejects.first_detail)
+    if duplicates := int(np.sum(split_D == DUPLICATE)):
+        rejects.counts["duplicate"] += duplicates
+    by_split = {
+        name: tuple(documents[i] for i in np.flatnonzero(split_D == split)) for split, name in enumerate(SPLITS)
+    }
+    return Corpus(**by_split, skipped=dict(rejects.counts))

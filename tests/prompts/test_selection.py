@@ -60,7 +60,7 @@ def setup(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> S
 def mixture_parts(setup: Setup, windows: np.ndarray) -> np.ndarray:
     """Return the part of the mixture that each of the training windows belongs to."""
     corpus = setup.prepared.corpus
-    return corpus.parts_D[corpus.documents_W[setup.train.numbers_N[windows]]]
+    return corpus.mixture_part_D[corpus.document_W[setup.train.numbers_N[windows]]]
 
 
 def sample(experiment: Experiment, setup: Setup, step: int) -> PolicyEntropies:

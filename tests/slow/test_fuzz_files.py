@@ -1,7 +1,8 @@
-"""Malformed files of every kind: a right result or a UserError that names the file, never another exception."""
+"""Fuzz tests of files: a malformed file gives a valid result or a UserError that names it, never another exception."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,61 +13,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_jax.config import DataConfig
-from rpt_jax.corpus import tokenization as prepare
+from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.corpus.documents import Document, Rejected
-from rpt_jax.corpus.files import find_units
-from rpt_jax.corpus.prepared import _digest, open_prepared
-from rpt_jax.corpus.readers import read_unit
-from rpt_jax.corpus.store import MANIFEST, ShardWriter, write_json
-from rpt_jax.corpus.tokenization import files_digest, tokenize
+from rpt_jax.corpus.entropy import BINS
+from rpt_jax.corpus.files import find_file_ranges
+from rpt_jax.corpus.prepared import open_prepared, write_manifest
+from rpt_jax.corpus.readers import read_file_range
+from rpt_jax.corpus.store import ShardWriter
+from rpt_jax.corpus.tokenization import tokenize
+from rpt_jax.corpus.tokenized import open_tokens
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import load_model_config, open_weights, save_policy
 from rpt_jax.weights.safetensors_io import INDEX, WEIGHTS
-from tests.corpus.test_readers import write_all
+from tests.helpers.corpora import write_every_format, write_jsonl
+from tests.helpers.fuzzing import altered, altered_json, many, values
 from tests.helpers.paths import TINY
 from tests.helpers.policy_reference import random_params
 from tests.helpers.whole_corpus import load_corpus
 from tests.test_convert import SHAPE, tokenizer_spec, write_gguf
-from tests.test_fuzz_input import altered, many, values
 
 pytestmark = pytest.mark.slow
 TEXTS = ["Tom has 3 apples.\nHe buys 4 more.", "naïve \U0001f9ee", "a b c " * 40, "12 + 30 = 42"]
 
 
 def refused_or(path: Path, use: Callable[[], object]) -> None:
-    """Let `use` give what it may, or a UserError that names `path` or what is beside it."""
+    """Call `use`, which may raise a UserError that names `path`, but no other exception."""
     try:
         use()
     except UserError as error:
         assert str(path) in str(error)
-
-
-@st.composite
-def altered_json(draw: st.DrawFn, content: dict) -> bytes:
-    """JSON with some of its values, at any depth, replaced, renamed or taken out."""
-    content = json.loads(json.dumps(content))
-    for _ in range(draw(st.integers(1, 3))):
-        place = content
-        while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            if not keys:
-                break
-            key = draw(st.sampled_from(keys))
-            if isinstance(place[key], dict | list) and place[key] and draw(st.booleans()):
-                place = place[key]
-                continue
-            change = draw(st.sampled_from(["value", "gone", "other name"]))
-            if change == "gone":
-                del place[key]
-            elif change == "other name" and isinstance(place, dict):
-                place[draw(st.text(max_size=8))] = place.pop(key)
-            else:
-                place[key] = draw(values)
-            break
-    return json.dumps(content).encode()
 
 
 # --- corpora -----------------------------------------------------------------------------------------
@@ -74,25 +51,23 @@ def altered_json(draw: st.DrawFn, content: dict) -> bytes:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The contents of a valid file of every format, by path."""
     folder = tmp_path_factory.mktemp("corpora")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in _every_file(folder)}
-
-
-def _every_file(folder: Path) -> list[Path]:
-    write_all(folder, [{"text": text} for text in TEXTS])
+    write_every_format(folder, [{"text": text} for text in TEXTS])
     (folder / "h.txt").write_text("\n\n".join(TEXTS))
-    return [path for path in folder.rglob("*") if path.is_file()]
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def read_all(config: DataConfig) -> None:
-    for unit in find_units(config):
-        for found in read_unit(unit, config):
-            assert isinstance(found, Document | Rejected)
+    for file_range in find_file_ranges(config):
+        for item in read_file_range(file_range, config):
+            assert isinstance(item, Document | Rejected)
 
 
 @many
 @given(st.data())
-def test_corpora(corpora: dict[str, bytes], tmp_path: Path, data: st.DataObject) -> None:
+def test_malformed_files_of_text(corpora: dict[str, bytes], tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(corpora)))
     shutil.rmtree(tmp_path)
     path = tmp_path / name
@@ -103,7 +78,7 @@ def test_corpora(corpora: dict[str, bytes], tmp_path: Path, data: st.DataObject)
 
 @many
 @given(st.lists(values | st.dictionaries(st.just("text"), values), max_size=5))
-def test_lines_of_json(tmp_path: Path, records: list[object]) -> None:
+def test_any_json_in_the_lines_of_a_file(tmp_path: Path, records: list[object]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     refused_or(path, lambda: load_corpus(DataConfig(source="path", path=str(path))))
@@ -228,34 +203,27 @@ def test_gguf_files(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path]:
-    directory = tmp_path_factory.mktemp("prepared")
-    (directory / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    config = DataConfig(source="path", path=str(directory / "a.jsonl"), held_out_documents=1)
+    """The config and the directory of a corpus that is tokenized, and whose entropies are all zero."""
+    folder = tmp_path_factory.mktemp("prepared")
+    directory = folder / "whole"
+    config = dataclasses.replace(write_jsonl(folder / "a.jsonl", TEXTS), held_out_documents=1)
     tokenizer = load_tokenizer(TINY)
-    tokenize(config, tokenizer, directory / "whole", lambda words: None)
-    with ShardWriter(directory / "whole", "scores", 0, 1) as writer:
-        for _ in TEXTS:
-            writer.write([np.zeros(4), np.zeros(4)], [4])
-        writer.commit({"histogram": [4], "proxy": "p"})
-    manifest = {
-        "content": prepare.content(config),
-        "files": files_digest(config),
-        "tokenizer": {"fingerprint": tokenizer.fingerprint},
-        "proxy": {"fingerprint": "p"},
-        "data.entropy_top_k": config.entropy_top_k,
-        "shards": 1,
-        "summaries": _digest(directory / "whole", 1),
-    }
-    write_json(directory / "whole" / MANIFEST, manifest)
-    return config, directory / "whole"
+    tokenize(config, tokenizer, directory, lambda status: None)
+    with ShardWriter(directory, "scores", 0, 1) as writer:
+        for ids in open_tokens(config, directory, 1).tokens:
+            writer.write([np.zeros(len(ids[0])), np.zeros(len(ids[0]))], [len(ids[0])])
+        writer.commit({"made_from": {}, "histogram": [writer.records] + [0] * (BINS - 1)})
+    write_manifest(Experiment(data=config), tokenizer, "a fingerprint", directory)
+    return config, directory
 
 
 @many
 @given(st.data())
-def test_manifests_and_shards(prepared: tuple[DataConfig, Path], tmp_path: Path, data: st.DataObject) -> None:
+def test_malformed_manifests_and_shards(prepared: tuple[DataConfig, Path], tmp_path: Path, data: st.DataObject) -> None:
     config, whole = prepared
-    changed = data.draw(st.sampled_from(sorted(path.name for path in whole.iterdir())))
-    for path in whole.iterdir():
+    paths = [path for path in whole.iterdir() if path.suffix != ".png"]
+    changed = data.draw(st.sampled_from(sorted(path.name for path in paths)))
+    for path in paths:
         content = path.read_bytes()
         if path.name == changed:
             by_value = [altered_json(json.loads(content))] if path.suffix == ".json" else []

@@ -1,0 +1,173 @@
+"""Task "score": a corpus that is tokenized, scored and opened again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rpt_jax import main
+from rpt_jax.config import DataConfig
+from rpt_jax.corpus import entropy, prepared, tokenization
+from rpt_jax.corpus.prepared import PreparedCorpus, open_prepared
+from rpt_jax.corpus.store import Records
+from rpt_jax.errors import UserError
+from rpt_jax.tokenizers.tokenizer import load_tokenizer
+from tests.helpers.corpora import scoring_experiment, write_number_corpus
+from tests.helpers.paths import ROOT, TINY
+
+TOKENIZER = load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return write_number_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of two runs that prepared one shard each; the second one completed the corpus."""
+    workdir = tmp_path_factory.mktemp("prepared")
+    for shard in ("0/2", "1/2"):
+        assert not (workdir / "manifest.json").exists()
+        main.run(scoring_experiment(Path(corpus.path), shard=shard), workdir)
+    return workdir
+
+
+def test_scoring_all_shards_writes_a_manifest_and_a_plot(finished: Path, corpus: DataConfig) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["shards"] == 2 and manifest["counts"]["documents"] == 63
+    assert manifest["counts"]["rejected"] == {"empty": 3, "duplicate": 2}
+    fractions = manifest["positions_above_nats"]
+    assert 1 > fractions["0.5"] > fractions["1.0"] > fractions["1.5"] > 0
+    assert (finished / "entropy.png").read_bytes().startswith(b"\x89PNG")
+    opened = open_prepared(corpus, TOKENIZER, finished)
+    assert len(opened.scores) == len(opened.corpus.tokens)
+    for (ids, _), (renormalized, partial) in zip(opened.corpus.tokens, opened.scores, strict=True):
+        assert len(ids) == len(renormalized) == len(partial)
+        assert (renormalized >= 0).all() and (partial >= 0).all()
+
+
+def test_complete_shards_are_not_written_again(finished: Path, corpus: DataConfig) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
+    main.run(scoring_experiment(Path(corpus.path), shard="0/2"), finished)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
+
+
+def test_progress_counts_every_batch_including_those_of_complete_shards(
+    finished: Path, corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = tmp_path / "again"
+    shutil.copytree(finished, workdir)
+    for name in ("manifest.json", "scores-00001-of-00002.json"):
+        (workdir / name).unlink()
+    bars: list[tuple[str, int, int, list[str]]] = []
+
+    class RecordingProgress(prepared.Progress):
+        def __init__(self, name: str, total: int, done: int = 0) -> None:
+            super().__init__(name, total, done)
+            self.statuses: list[str] = []
+            bars.append((name, total, done, self.statuses))
+
+        def advance(self, status: str = "") -> None:
+            self.statuses.append(status)
+
+    monkeypatch.setattr(prepared, "Progress", RecordingProgress)
+    size = sum(path.stat().st_size for path in Path(corpus.path).iterdir())
+    monkeypatch.setattr(tokenization, "SHARD_BYTES", size // 2 + 1)
+    monkeypatch.setattr(entropy, "BLOCK_BATCHES", 2)
+    main.run(scoring_experiment(Path(corpus.path)), workdir)
+    [(_, total, done, statuses)] = [bar for bar in bars if "score" in bar[0]]
+    assert 0 < done < total
+    assert len(statuses) == total - done > 2 and set(statuses) == {"shard 1 of 2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "other", "field"),
+    [
+        ({"max_document_tokens": 32}, "", "data.max_document_tokens"),
+        ({"entropy_top_k": 4}, "", "data.entropy_top_k"),
+        ({"path": "a.jsonl"}, "", "data.path"),
+        ({}, "tokenizer", "policy.path"),
+        ({}, "proxy", "policy.path"),
+    ],
+)
+def test_another_corpus_tokenizer_or_proxy_is_refused(
+    finished: Path, corpus: DataConfig, changes: dict[str, object], other: str, field: str
+) -> None:
+    if "path" in changes:
+        changes = {"path": f"{corpus.path}/{changes['path']}"}
+    tokenizer = dataclasses.replace(TOKENIZER, fingerprint="another") if other == "tokenizer" else TOKENIZER
+    proxy = "another" if other == "proxy" else ""
+    with pytest.raises(UserError, match=f"manifest.json does not match this run: .*{other}") as raised:
+        open_prepared(dataclasses.replace(corpus, **changes), tokenizer, finished, proxy)
+    assert raised.value.field == field
+
+
+def test_a_manifest_of_an_older_format_is_refused(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    for older in ({"content": manifest["made_from"]}, {"made_from": manifest["made_from"] | {"format": 3}}):
+        (tmp_path / "manifest.json").write_text(json.dumps(older))
+        with pytest.raises(UserError, match="manifest.json has another format of prepared corpora"):
+            open_prepared(corpus, TOKENIZER, tmp_path)
+
+
+def test_a_prepared_corpus_can_be_opened_without_its_files(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
+    missing = dataclasses.replace(corpus, path=str(tmp_path / "missing"))
+    assert len(open_prepared(missing, TOKENIZER, finished).scores) > 0
+
+
+def test_a_directory_without_a_manifest_is_refused(corpus: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist. Run task 'score'") as raised:
+        open_prepared(corpus, TOKENIZER, tmp_path)
+    assert raised.value.field == "data.prepared"
+
+
+def test_a_corpus_of_invalid_records_is_refused_with_the_first_of_them(tmp_path: Path) -> None:
+    """Such a shard has no records."""
+    path = tmp_path / "none.jsonl"
+    path.write_text('{"problem": "1 + 1 = 2"}\n' * 3)
+    with pytest.raises(UserError, match="gives 0 distinct .* needed, .* has no field data.text_field='text'"):
+        main.run(scoring_experiment(path), tmp_path / "run")
+    assert len(Records(tmp_path / "run", "scores", 1)) == 0
+
+
+def test_two_processes_write_the_scores_of_one(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
+    """On a mesh of two processes, as in training, both compute and one writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "tests.helpers.prepare_child"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(number), "2", port, corpus.path, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        assert "Complete, " in output
+
+    def by_tokens(opened: PreparedCorpus) -> dict[bytes, np.ndarray]:
+        pairs = zip(opened.corpus.tokens, opened.scores, strict=True)
+        return {ids.tobytes(): np.stack(entropies) for (ids, _), entropies in pairs}
+
+    expected = by_tokens(open_prepared(corpus, TOKENIZER, finished))
+    found = by_tokens(open_prepared(corpus, TOKENIZER, tmp_path))
+    assert expected.keys() == found.keys()
+    for ids, entropies in expected.items():
+        np.testing.assert_allclose(found[ids], entropies, atol=1e-5)

@@ -1,0 +1,180 @@
+"""Tokenizing a corpus into shards: their contents, their number, and what is kept of an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rpt_jax.config import DataConfig
+from rpt_jax.corpus import tokenization
+from rpt_jax.corpus.documents import SPLITS
+from rpt_jax.corpus.tokenization import parse_shard, shards_to_prepare, tokenize
+from rpt_jax.corpus.tokenized import NEAR_DUPLICATES, TokenizedCorpus, open_tokens, report_corpus
+from rpt_jax.errors import UserError
+from rpt_jax.tokenizers.tokenizer import load_tokenizer
+from tests.helpers.corpora import write_jsonl, write_number_corpus
+from tests.helpers.paths import ROOT, TINY
+from tests.helpers.whole_corpus import load_corpus
+
+TOKENIZER = load_tokenizer(TINY)
+
+
+def ignore_progress(status: str) -> None:
+    assert status
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return write_number_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def tokenize_shards(config: DataConfig, directory: Path, shards: int) -> TokenizedCorpus:
+    """Tokenize one shard after the other, as separate runs do."""
+    for shard in range(shards):
+        tokenize(dataclasses.replace(config, shard=f"{shard}/{shards}"), TOKENIZER, directory, ignore_progress)
+    return open_tokens(config, directory, shards)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_every_document_is_in_its_split_with_its_bytes_unchanged(
+    corpus: DataConfig, tmp_path: Path, shards: int
+) -> None:
+    """The split does not depend on the number of shards."""
+    expected = load_corpus(corpus)
+    opened = tokenize_shards(corpus, tmp_path, shards)
+    for split in SPLITS:
+        texts: dict[int, bytes] = {}
+        windows = opened.windows(split)
+        for number, ids in zip(windows.numbers_N, windows, strict=True):
+            assert 0 < len(ids) <= 64
+            document = int(opened.document_W[number])
+            texts[document] = texts.get(document, b"") + TOKENIZER.token_bytes(ids)
+        found = [text.decode() for text in texts.values()]
+        documents = [document.text for document in getattr(expected, split)]
+        assert sorted(found) == sorted(documents)
+        if shards == 1:
+            assert found == documents
+        assert opened.token_count(split) == sum(map(len, windows))
+    ids, lengths = opened.tokens[3]
+    assert lengths.tolist() == [len(TOKENIZER.pieces[i]) for i in ids]
+
+
+def test_rejected_records_are_listed_and_counted(
+    corpus: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = tokenize_shards(corpus, tmp_path, 1)
+    path = tmp_path / "rejected-00000-of-00001.jsonl"
+    rejected = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["file"], r["line"], r["reason"]) for r in rejected] == [(f"{n}.jsonl", 22, "empty") for n in "abc"]
+    with caplog.at_level(logging.INFO):
+        counts = report_corpus(opened)
+    assert counts["rejected"] == {"empty": 3, "duplicate": 2} and counts["documents"] == 63
+    assert "3 empty, 2 duplicate" in caplog.text and str(path) in caplog.text
+
+
+def test_near_duplicates_of_training_documents_are_listed_by_name(tmp_path: Path) -> None:
+    texts = [" ".join(str(7 * i + j) for j in range(60)) for i in range(0, 600, 20)]
+    config = write_jsonl(tmp_path / "a.jsonl", [text + end for text in texts for end in ("", ".")])
+    opened = tokenize_shards(config, tmp_path / "tokens", 2)
+    counts = report_corpus(opened)
+    pairs = [json.loads(line) for line in (tmp_path / "tokens" / NEAR_DUPLICATES).read_text().splitlines()]
+    assert len(pairs) == counts["near_duplicates"] > 3
+    # The two documents of a text are in consecutive lines.
+    for pair in pairs:
+        held_out, train = (int(pair[split].partition(":")[2]) - 1 for split in ("held_out", "train"))
+        assert held_out // 2 == train // 2 and 0.75 <= pair["similarity"] <= 1
+
+
+def test_several_shards_are_tokenized_in_processes(
+    corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "SHARD_BYTES", 3000)
+    assert parse_shard(corpus) == ([0, 1, 2], 3)
+    for is_complete in (False, True):
+        statuses: list[str] = []
+        tokenize(corpus, TOKENIZER, tmp_path / "a", statuses.append)
+        assert len(statuses) == sum(shard.steps for shard in shards_to_prepare(corpus)) == 3
+        assert all(("already complete" in status) == is_complete for status in statuses)
+    tokenize_shards(corpus, tmp_path / "b", 3)
+    for name in ("tokens-00001-of-00003.array_record", "index-00002-of-00003.bin", "names-00000-of-00003.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_error_of_a_process_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "SHARD_BYTES", 20)
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / name, ["some text", "", "more text"])
+    config = DataConfig(source="path", path=str(tmp_path), strict=True)
+    with pytest.raises(UserError, match=r"\.jsonl:2 contains only white space"):
+        tokenize(config, TOKENIZER, tmp_path / "tokens", ignore_progress)
+
+
+def test_the_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """Otherwise they would keep this test's pipe open."""
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / name, ["seven and five are twelve " * 400] * 2_000)
+    script = (
+        "from pathlib import Path\n"
+        "from rpt_jax.config import DataConfig\n"
+        "from rpt_jax.corpus.tokenization import tokenize\n"
+        "from rpt_jax.tokenizers.tokenizer import load_tokenizer\n"
+        f"config = DataConfig(source='path', path={str(tmp_path)!r})\n"
+        f"tokenize(config, load_tokenizer({str(TINY)!r}), Path({str(tmp_path / 'out')!r}), print)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-u", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and "documents" in process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=20)
+    assert not list(tmp_path.glob("out/tokens-*.json"))
+
+
+def test_tokenizing_does_not_import_jax() -> None:
+    script = "import sys, rpt_jax.corpus.tokenization; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0
+
+
+def test_only_the_missing_shard_is_tokenized_again(corpus: DataConfig, tmp_path: Path) -> None:
+    tokenize_shards(corpus, tmp_path, 2)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / "tokens-00001-of-00002.json").unlink()
+    tokenize_shards(corpus, tmp_path, 2)
+    changed = {path.name for path, when in written.items() if path.stat().st_mtime_ns != when}
+    assert changed and all("-00001-" in name for name in changed)
+
+
+@pytest.mark.parametrize("field", ["data.max_document_tokens", "data.path", "policy.path"])
+def test_a_shard_of_another_corpus_or_tokenizer_is_refused(corpus: DataConfig, tmp_path: Path, field: str) -> None:
+    tokenize_shards(corpus, tmp_path, 2)
+    config, tokenizer = dataclasses.replace(corpus, shard="0/2"), TOKENIZER
+    if field == "data.max_document_tokens":
+        config = dataclasses.replace(config, max_document_tokens=65)
+    elif field == "data.path":
+        config = dataclasses.replace(config, path=f"{corpus.path}/a.jsonl")
+    else:
+        tokenizer = dataclasses.replace(TOKENIZER, fingerprint="x")
+    with pytest.raises(UserError) as raised:
+        tokenize(config, tokenizer, tmp_path, ignore_progress)
+    assert raised.value.field == field
+
+
+def test_a_shard_of_an_older_format_is_refused(corpus: DataConfig, tmp_path: Path) -> None:
+    tokenize_shards(corpus, tmp_path, 1)
+    path = tmp_path / "tokens-00000-of-00001.json"
+    summary = json.loads(path.read_text())
+    summary["content"] = summary.pop("made_from")
+    path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="has another format of prepared corpora"):
+        tokenize_shards(corpus, tmp_path, 1)
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/3", "1/"])
+def test_an_impossible_shard_is_refused(shard: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_shard(DataConfig(shard=shard))
+    assert raised.value.field == "data.shard"
