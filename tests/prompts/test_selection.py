@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import Experiment, from_config_dict
-from rpt_jax.corpus.entropy import score_part
+from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.distributed.sharding import make_mesh, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
@@ -65,7 +64,7 @@ def mixture_parts(setup: Setup, windows: np.ndarray) -> np.ndarray:
 
 def sample(experiment: Experiment, setup: Setup, step: int) -> PolicyEntropies:
     """Score a sample with the starting policy, which is the proxy here."""
-    score = functools.partial(score_part, experiment, setup.policy, setup.params, setup.tokenizer, setup.mesh)
+    score = Scorer(setup.policy, setup.params, setup.tokenizer, setup.mesh, experiment).score
     with use_mesh(setup.mesh):
         return score_sample(experiment, setup.prepared, setup.train, score, step)
 
