@@ -1,0 +1,1 @@
+"""Text corpora: reading, splitting, tokenizing and scoring documents."""

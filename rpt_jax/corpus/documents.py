@@ -24,7 +24,7 @@ class Document:
       name: unique in the corpus, and enough to find the text again: "gsm_symbolic:17:4", "notes.jsonl:7".
       group: the kind of document, such as the template that generated it; "" = none.
       key: string whose hash assigns the split; "" = `text`.
-      split: index of `SPLITS` where the source assigns it, else `UNASSIGNED`.
+      split: index of `SPLITS` if the source assigns it, else `UNASSIGNED`.
       mixture_part: index of the part of the mixture in `data.path` that it belongs to.
     """
 

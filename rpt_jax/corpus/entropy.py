@@ -256,7 +256,7 @@ class Scorer:
         Args:
           advance: called with a short status after each of the `count_batches` batches.
 
-        Raises: UserError, where complete entropies belong to other tokens, another policy or another k.
+        Raises: UserError, if complete entropies belong to other tokens, another policy or another k.
         """
         tokens = Records(directory, "tokens", shards, [shard])
         made_from = {
@@ -317,7 +317,7 @@ def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, 
 def fraction_above(histogram_N: np.ndarray, threshold: float) -> float:
     """Return the fraction of positions with an entropy above `threshold` nats.
 
-    Raises: ValueError, where the threshold is not a boundary between bins.
+    Raises: ValueError, if the threshold is not a boundary between bins.
     """
     first = round(threshold / BIN_NATS)
     if not math.isclose(first * BIN_NATS, threshold):

@@ -27,8 +27,8 @@ class FileRange(NamedTuple):
       path: the file.
       name: how document names and messages refer to it.
       mixture_part: index of the part of the mixture in `data.path` that it belongs to.
-      start, stop: bytes of a text file, row groups of a .parquet, or records of an .array_record; `stop` is -1 for the whole
-        file where it can only be read from the beginning.
+      start, stop: bytes of a text file, row groups of a .parquet, or records of an .array_record; `stop` is -1 for a whole
+        file that can only be read from the beginning.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class FileRange(NamedTuple):
 def parse_mixture(path: str) -> list[tuple[float, str]]:
     """Parse `data.path`: a path or glob, or several separated by commas, all with or all without a weight (`weight=path`).
 
-    Returns: (weight, path) of each part; the weight is 0 where none is given. Raises: UserError.
+    Returns: (weight, path) of each part; the weight is 0 if none is given. Raises: UserError.
     """
     if not path.strip():
         raise UserError(f"data.path is empty: data.source='path' needs {_EXPECTED}.", field="data.path")
@@ -63,7 +63,7 @@ def parse_mixture(path: str) -> list[tuple[float, str]]:
 def find_file_ranges(config: DataConfig) -> list[FileRange]:
     """List the file ranges of the corpus in order, without reading any documents.
 
-    Raises: UserError, where a path does not exist, matches no readable file or cannot be opened.
+    Raises: UserError, if a path does not exist, matches no readable file or cannot be opened.
     """
     mixture = parse_mixture(config.path)
     file_ranges = []
@@ -120,7 +120,7 @@ def _is_dataset_cache(path: Path) -> bool:
 
 
 def file_format(path: Path) -> str:
-    """Return the lower-case ending that names the format, without a compression's; "" where a compressed format is unknown."""
+    """Return the lower-case ending that names the format, such as ".jsonl" for "a.jsonl.gz"; "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] in ([".gz"], [".zst"]):
         return suffixes[-2] if suffixes[-2:-1] in ([".txt"], [".jsonl"]) else ""
@@ -155,7 +155,7 @@ def read_error(path: Path, line: int, error: Exception) -> UserError:
 
 
 def open_array_record(path: Path) -> Any:
-    """Return an `ArrayRecordReader`. Raises: ValueError, where the file has no records."""
+    """Return an `ArrayRecordReader`. Raises: ValueError, if the file has no records."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(path))

@@ -51,7 +51,7 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
       config: `seed`, `held_out_documents` and `source_options` are read.
       skipped: counts the discarded draws by reason.
 
-    Raises: UserError, where a package is missing or the templates cannot generate enough different documents.
+    Raises: UserError, if a package is missing or the templates cannot generate enough different documents.
     """
     options = config.source_options or GsmSymbolicOptions()
     templates = load_templates()
@@ -81,7 +81,7 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
 
 
 def load_templates() -> dict[int, Template]:
-    """Return the templates of GSM-Symbolic by number. Raises: UserError, where the package is missing."""
+    """Return the templates of GSM-Symbolic by number. Raises: UserError, if the package is missing."""
     try:
         from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
     except ImportError as error:
@@ -111,7 +111,7 @@ def _draw(
       split_of: the split that a problem belongs to.
       skipped: counts the discarded draws by reason.
 
-    Returns: the documents of each split. Raises: UserError, where a quota is not reached.
+    Returns: the documents of each split. Raises: UserError, if a quota is not reached.
     """
     drawn: dict[str, list[Document]] = {split: [] for split in quotas}
     texts: set[str] = set()

@@ -63,7 +63,7 @@ def prepare(scorer: Scorer, directory: Path) -> PreparedCorpus | None:
 
     With several processes on one file system, the leader tokenizes and writes, and all of them score.
 
-    Returns: the corpus, or None where other shards are not complete yet. Raises: UserError.
+    Returns: the corpus, or None if other shards are not complete yet. Raises: UserError.
     """
     save_on_stop(lambda: f"the complete shards are in {directory}")
     data = scorer.config.data
@@ -113,7 +113,7 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
     Args:
       proxy: fingerprint of the policy that scored it.
 
-    Raises: UserError, where a shard is missing or damaged.
+    Raises: UserError, if a shard is missing or damaged.
     """
     data = config.data
     _, shards = parse_shard(data)
@@ -149,7 +149,7 @@ def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy
     Args:
       proxy: fingerprint of the policy that must have scored it; "" = any.
 
-    Raises: UserError, where the manifest or a shard is missing or damaged, has another format, or belongs to another corpus,
+    Raises: UserError, if the manifest or a shard is missing or damaged, has another format, or belongs to another corpus,
       tokenizer or proxy.
     """
     path = directory / MANIFEST
@@ -170,7 +170,7 @@ def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy
     }
     if proxy:
         expected["proxy"] = proxy
-    # A run may train where the text files do not exist, from the prepared corpus alone.
+    # A run can train from a prepared corpus alone, on a machine that does not have the text files.
     with contextlib.suppress(UserError):
         expected["files"] = files_digest(data)
     check_made_from(path, manifest.get("made_from"), expected)

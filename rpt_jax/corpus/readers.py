@@ -46,7 +46,7 @@ RecordStream = Iterator[tuple[int | str, str | InvalidRecordError]]
 def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Document | Rejected]:
     """Yield the documents and rejected records of a file range, in order.
 
-    Raises: UserError, naming the file, the line and the reason, where the file cannot be read to its end.
+    Raises: UserError, naming the file, the line and the reason, if the file cannot be read to its end.
     """
     location: int | str = 0
     path = file_range.path
@@ -167,7 +167,7 @@ def _read_txt(file_range: FileRange, config: DataConfig) -> RecordStream:
 
 
 def _blocks(file: io.BufferedIOBase, file_range: FileRange) -> Iterator[bytes]:
-    """Yield the bytes of a range, in blocks where it is a whole file of unknown size."""
+    """Yield the bytes of a range, in blocks if it is a whole file of unknown size."""
     if file_range.stop >= 0:
         start = block_boundary(file, file_range.start)
         stop = block_boundary(file, file_range.stop)

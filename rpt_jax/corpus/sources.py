@@ -47,7 +47,7 @@ class CorpusShard:
     Attributes:
       number: from 0 to `shards - 1`.
       shards: number of shards of the corpus.
-      file_ranges: what the shard consists of where the source is "path"; None = every `shards`-th range or document.
+      file_ranges: the ranges of the shard if the source is "path"; None = every `shards`-th range or document of the corpus.
     """
 
     number: int = 0
@@ -56,7 +56,7 @@ class CorpusShard:
 
     @property
     def steps(self) -> int:
-        """Number of times that `read_corpus` calls `advance`, where `file_ranges` are given if the source is "path"."""
+        """Number of times that `read_corpus` calls `advance`; with the source "path", `file_ranges` must be given."""
         return 1 if self.file_ranges is None else len(self.file_ranges)
 
 
@@ -86,7 +86,7 @@ class RejectLog:
         self._exit_stack = contextlib.ExitStack()
 
     def filter(self, items: Iterable[_Item | Rejected]) -> Iterator[_Item]:
-        """Yield the items that are not rejected. Raises: UserError, where the log is strict."""
+        """Yield the items that are not rejected. Raises: UserError, if the log is strict."""
         for item in items:
             if not isinstance(item, Rejected):
                 yield item
@@ -168,9 +168,9 @@ def read_corpus(
 
     Args:
       skipped: counts, by reason, what a generator discards.
-      advance: called after each file range of the shard, or once where the source has no files.
+      advance: called after each file range of the shard, or once if the source has no files.
 
-    Raises: UserError, where the source or a file cannot be read.
+    Raises: UserError, if the source or a file cannot be read.
     """
     if config.source == "path":
         file_ranges = shard.file_ranges
@@ -204,7 +204,7 @@ def assign_splits(
       splits_D: int8, the splits that the source has assigned, else `UNASSIGNED`.
       first_rejected: description of the first rejected record, for the error message.
 
-    Raises: UserError, where there are fewer than two documents.
+    Raises: UserError, if there are fewer than two documents.
     """
     first_U = np.unique(texts_D, return_index=True)[1]
     result_D = np.full(len(texts_D), DUPLICATE, np.int8)

@@ -157,7 +157,7 @@ class Records(Sequence):
       shards: number of shards of the corpus.
       only: the shards to open; None = all.
 
-    Raises: UserError, where a file is missing or truncated; reading raises it where a record is damaged.
+    Raises: UserError, if a file is missing or truncated; reading raises it if a record is damaged.
     """
 
     def __init__(self, directory: Path, kind: str, shards: int, only: Sequence[int] | None = None):
@@ -249,9 +249,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_summary(directory: Path, kind: str, shard: int, shards: int) -> dict[str, Any] | None:
-    """Return the summary of a shard, or None where it is not complete.
+    """Return the summary of a shard, or None if it is not complete.
 
-    Raises: UserError, where the summary is damaged or a file of the shard is missing or truncated.
+    Raises: UserError, if the summary is damaged or a file of the shard is missing or truncated.
     """
     path = directory / f"{shard_name(kind, shard, shards)}.json"
     if not path.exists():
@@ -272,7 +272,7 @@ def read_summary(directory: Path, kind: str, shard: int, shards: int) -> dict[st
 
 
 def read_summaries(directory: Path, kind: str, shards: int) -> list[dict[str, Any]] | None:
-    """Return the summaries of all shards, or None where one is not complete. Raises: UserError, as `read_summary` does."""
+    """Return the summaries of all shards, or None if one is not complete. Raises: UserError, as `read_summary` does."""
     summaries = []
     for shard in range(shards):
         summary = read_summary(directory, kind, shard, shards)
@@ -285,7 +285,7 @@ def read_summaries(directory: Path, kind: str, shards: int) -> list[dict[str, An
 def read_index(directory: Path, shards: int, only: Iterable[int] | None = None) -> Iterator[np.ndarray]:
     """Yield the index of each shard, or of those in `only`: a row for every document, `INDEX` [D].
 
-    Raises: UserError, where a file is missing or damaged.
+    Raises: UserError, if a file is missing or damaged.
     """
     for shard in range(shards) if only is None else only:
         yield np.frombuffer(_read_checked(directory, "index", ".bin", shard, shards), INDEX)

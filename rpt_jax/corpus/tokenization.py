@@ -28,7 +28,7 @@ from rpt_jax.infra.digest import digest
 from rpt_jax.infra.signals import end_with_parent
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-SHARD_BYTES = 32 * 2**20  # Size of the files of a shard, where data.shard does not set the number of shards.
+SHARD_BYTES = 32 * 2**20  # Size of the files of a shard, unless data.shard sets the number of shards.
 REJECTED = "rejected"  # Kind of the files that list rejected records, see `shard_name`.
 # A batch of documents to tokenize ends after this many documents or characters.
 _BATCH_DOCUMENTS = 512
@@ -80,7 +80,7 @@ def content_fields(config: DataConfig) -> dict[str, Any]:
 
 
 def files_digest(config: DataConfig) -> str:
-    """Return a digest of the names and sizes of the corpus' files. Raises: UserError, where they do not exist."""
+    """Return a digest of the names and sizes of the corpus' files. Raises: UserError, if they do not exist."""
     file_ranges = _file_ranges(config) or []
     return digest(sorted({(file_range.name, file_range.path.stat().st_size) for file_range in file_ranges}))
 
@@ -210,8 +210,8 @@ def tokenize_shard(
       made_from: what determines the shard's contents; stored in its summary, and compared with that of a complete shard.
       advance: called `shard.steps` times with a short status.
 
-    Raises: UserError, where a file cannot be read, for the first rejected record if `data.strict`, and where the complete shard
-      was made from something else.
+    Raises: UserError, if a file cannot be read, `data.strict` is set and a record is rejected, or the complete shard was made
+      from something else.
     """
     number, shards = shard.number, shard.shards
     if summary := read_summary(directory, "tokens", number, shards):

@@ -80,7 +80,7 @@ def open_tokens(config: DataConfig, directory: Path, shards: int) -> TokenizedCo
     Splits and duplicates are determined here rather than while tokenizing, because they depend on all shards. Memory holds 7
     bytes for every document and 4 for every window; `Windows` takes 8 more for each of its windows.
 
-    Raises: UserError, where a shard is missing or damaged or there are fewer than two documents.
+    Raises: UserError, if a shard is missing or damaged or there are fewer than two documents.
     """
     tokens = Records(directory, "tokens", shards)
     # Copied, so that the rest of each shard's index is freed.
