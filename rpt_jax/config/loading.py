@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 import re
 import sys
 import traceback
@@ -20,6 +21,8 @@ from rpt_jax.config.schema import Experiment
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError, nearest
 from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
+
+logger = logging.getLogger(__name__)
 
 # Fields that hold the options of a choice, and the registry of that choice.
 _OPTIONS = {"data.source_options": CORPUS_SOURCES, "pretrain.trace_options": TRACE_WRITERS}
@@ -89,7 +92,8 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
 
     Args:
       config: nested values by field name; fields that are missing have their defaults.
-      overrides: assignments of a command line, `section.field=value`, which are applied last.
+      overrides: assignments of a command line, `section.field=value`, which are applied last. One that changes a choice, such as
+        `data.source=path`, drops the options that the file gives to its own choice.
 
     Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
       wrong types and impossible values.
@@ -97,18 +101,28 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     fields = dataclasses.asdict(build(Experiment, dict(config)))
     overrides = list(overrides)
     option_prefixes = tuple(f"{name}." for name in _OPTIONS)
+    choices_of_file = {name: _chosen(fields, registry) for name, registry in _OPTIONS.items()}
     for assignment in overrides:
         if not assignment.startswith(option_prefixes):
             override(Experiment, fields, assignment)
     # Which options there are is known only now that no choice changes any more.
     for name, registry in _OPTIONS.items():
         section, _, field = name.partition(".")
-        chosen = registry[fields[section][registry.field.partition(".")[2]]]
+        chosen = registry[_chosen(fields, registry)]
+        if chosen.name != choices_of_file[name] and fields[section][field]:
+            logger.info("%s=%r: the options of %r do not apply.", registry.field, chosen.name, choices_of_file[name])
+            fields[section][field] = None
         assignments = [a.removeprefix(f"{name}.") for a in overrides if a.startswith(f"{name}.")]
         fields[section][field] = _build_options(name, registry, chosen, fields[section][field], assignments)
     experiment = build(Experiment, fields)
     check_experiment(experiment)
     return experiment
+
+
+def _chosen(fields: Mapping[str, Any], registry: Registry) -> str:
+    """Return the name that the registry's field has in nested `fields`."""
+    section, _, field = registry.field.partition(".")
+    return fields[section][field]
 
 
 def _build_options(name: str, registry: Registry, chosen: Choice, given: Any, assignments: list[str]) -> Any:

@@ -218,6 +218,9 @@ def test_options_follow_the_choice_that_an_override_makes():
     overrides = ["pretrain.trace_options.drills_per_document=2", "pretrain.traces=arithmetic"]
     assert from_config_dict({}, overrides).pretrain.trace_options.drills_per_document == 2
     assert from_config_dict({}, ["data.source=champ"]).data.source_options is None
+    file = {"data": {"source_options": {"documents": 5}}}
+    assert from_config_dict(file, ["data.source=champ"]).data.source_options is None
+    assert from_config_dict(file, ["data.source=gsm_symbolic"]).data.source_options.documents == 5
 
 
 @hypothesis.given(data=st.data(), name=st.sampled_from(TYPED))
