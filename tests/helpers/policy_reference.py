@@ -92,4 +92,4 @@ def hidden(params: Params, config: ModelConfig, tokens: list[int]) -> np.ndarray
 
 def logits(params: Params, config: ModelConfig, tokens: list[int]) -> np.ndarray:
     """Return the logits [S, V] of one sequence."""
-    return hidden(params, s, tokens) @ np.asarray(params["embedding" if config.tied else "head"], np.float64).T
+    return hidden(params, config, tokens) @ np.asarray(params["embedding" if config.tied else "head"], np.float64).T

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import PRESETS, check_preset, preset
 from rpt_jax.model.transformer import Transformer, branch_hidden, head, prefill, rms_norm, rotary_angles, rotate
-from rpt_jax.weights.hf import WEIGHTS, load_model_config, load_policy, save_policy
+from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
+from rpt_jax.weights.safetensors_io import WEIGHTS_FILE
 from tests.helpers import policy_reference as reference
 from tests.helpers.policy_reference import POLICY, SHALLOW, SHAPE, random_params
 
@@ -200,7 +201,7 @@ def test_saving_and_loading_is_exact(saved, name):
 def hugging_face_logits(directory, tokens) -> np.ndarray:
     """Compute logits from exported files as Hugging Face's Llama and Qwen classes do, transcribed to NumPy."""
     config = json.loads((directory / "config.json").read_text())
-    w = {name: tensor.astype(np.float64) for name, tensor in load_file(directory / WEIGHTS).items()}
+    w = {name: tensor.astype(np.float64) for name, tensor in load_file(directory / WEIGHTS_FILE).items()}
     eps, heads, kv_heads = config["rms_norm_eps"], config["num_attention_heads"], config["num_key_value_heads"]
     x = w["model.embed_tokens.weight"][tokens]
     for i in range(config["num_hidden_layers"]):
@@ -240,9 +241,9 @@ def copy(saved, tmp_path):
     save_policy(tmp_path, VARIANTS["qwen2"], params, TOKENIZER_FILES, "sha")
 
     def rewrite(change):
-        tensors = load_file(tmp_path / WEIGHTS)
+        tensors = load_file(tmp_path / WEIGHTS_FILE)
         change(tensors)
-        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, tmp_path / WEIGHTS)
+        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, tmp_path / WEIGHTS_FILE)
 
     return tmp_path, rewrite
 
@@ -268,25 +269,25 @@ def test_weights_with_a_wrong_tensor_are_refused(copy, change, tensor):
     rewrite(change)
     with pytest.raises(UserError, match=re.escape(tensor)) as raised:
         load_policy(directory)
-    assert raised.value.field == str(directory / WEIGHTS)
+    assert raised.value.field == str(directory / WEIGHTS_FILE)
 
 
 @pytest.mark.parametrize("kept", [0, 6, 200, -4])
 def test_truncated_weights_are_refused(copy, kept):
     directory, _ = copy
-    data = (directory / WEIGHTS).read_bytes()
-    (directory / WEIGHTS).write_bytes(data[:kept])
+    data = (directory / WEIGHTS_FILE).read_bytes()
+    (directory / WEIGHTS_FILE).write_bytes(data[:kept])
     with pytest.raises(UserError) as raised:
         load_policy(directory)
-    assert raised.value.field == str(directory / WEIGHTS)
+    assert raised.value.field == str(directory / WEIGHTS_FILE)
 
 
 def test_missing_weights_are_refused(copy):
     directory, _ = copy
-    (directory / WEIGHTS).unlink()
+    (directory / WEIGHTS_FILE).unlink()
     with pytest.raises(UserError) as raised:
         load_policy(directory)
-    assert raised.value.field == str(directory / WEIGHTS)
+    assert raised.value.field == str(directory / WEIGHTS_FILE)
 
 
 def assert_config_is_refused(directory, key: str = "") -> None:

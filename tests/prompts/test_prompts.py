@@ -23,8 +23,8 @@ from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
+from tests.helpers.tokenizers import any_text, byte_level_bpe, write_hf
 from tests.helpers.whole_corpus import load_corpus
-from tests.tokenizers.test_tokenizer import any_text, byte_level_bpe, write_hf
 
 
 @pytest.fixture(scope="module")
