@@ -179,7 +179,7 @@ def test_a_missing_or_damaged_checkpoint_is_refused(workdir, tmp_path):
         convert(path / "checkpoints" / "7", tmp_path / "out")
     for file in (path / "checkpoints" / "10" / "state").rglob("*"):
         if file.is_file() and "ocdbt" in str(file):
-            gguf_file.write_bytes(b"")
+            file.write_bytes(b"")
     with pytest.raises(UserError, match="10.*damaged"):
         convert(path, tmp_path / "out")
 
@@ -213,7 +213,7 @@ def test_shards_and_their_index(tmp_path):
     def assert_refused(file: str) -> None:
         with pytest.raises(UserError) as raised:
             open_safetensors(tmp_path)
-        assert raised.value.field == str(tmp_path / gguf_file)
+        assert raised.value.field == str(tmp_path / file)
 
     (tmp_path / INDEX_FILE).write_text(json.dumps(index | {"weight_map": index["weight_map"] | {"t9": files[1]}}))
     assert_refused(files[1])

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 
 from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
 from rpt_jax.model.attention.dispatch import AttentionFn, Context, KeyValues, attend
@@ -110,7 +111,6 @@ def project(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
     return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*rows, *outputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def constrain_with_gradient(x: jax.Array, axes: LogicalAxes, gradient_axes: LogicalAxes) -> jax.Array:
     """Constrain the sharding of `x` to logical axes, and that of its gradient to others.
 
@@ -122,20 +122,30 @@ def constrain_with_gradient(x: jax.Array, axes: LogicalAxes, gradient_axes: Logi
       axes: logical axis names of `x`, one per axis.
       gradient_axes: logical axis names of the gradient of `x`.
     """
-    return nn.with_logical_constraint(x, axes)
+    return _constrain(x, axes, gradient_axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrain(x: jax.Array, axes: LogicalAxes, gradient_axes: LogicalAxes) -> Any:
+    return with_logical_constraint(x, axes)
 
 
 def _constrain_forward(x: jax.Array, axes: LogicalAxes, gradient_axes: LogicalAxes) -> tuple[jax.Array, None]:
-    return nn.with_logical_constraint(x, axes), None
+    return with_logical_constraint(x, axes), None
 
 
 def _constrain_backward(
     axes: LogicalAxes, gradient_axes: LogicalAxes, residuals: None, dx: jax.Array
 ) -> tuple[jax.Array]:
-    return (nn.with_logical_constraint(dx, gradient_axes),)
+    return (with_logical_constraint(dx, gradient_axes),)
 
 
-constrain_with_gradient.defvjp(_constrain_forward, _constrain_backward)
+_constrain.defvjp(_constrain_forward, _constrain_backward)
+
+
+def _partitioned(init: Callable[..., Any], axes: LogicalAxes) -> Callable[..., Any]:
+    """Return an initializer of a parameter with logical axis names; `Module.param` returns the plain array."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 def segment_starts(segments_NxGxQ: jax.Array) -> jax.Array:
@@ -163,14 +173,14 @@ class Layer(nn.Module):
     attention: str
 
     def _weight(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, fan_in: int) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
+        init = _partitioned(nn.initializers.normal(fan_in**-0.5), axes)
         # All-gather over "width" (FSDP) and reduce-scatter the gradient. Without the constraint, XLA shards the width of the
         # activations instead and sums partial products, which takes twice as long on 256 chips.
         gathered = tuple(None if axis == "width" else axis for axis in axes)
         return constrain_with_gradient(self.param(name, init, dims, jnp.float32).astype(self.dtype), gathered, axes)
 
     def _constant(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, value: float) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.constant(value), axes)
+        init = _partitioned(nn.initializers.constant(value), axes)
         return self.param(name, init, dims, jnp.float32)
 
     @nn.compact
@@ -251,7 +261,7 @@ class Layer(nn.Module):
         cos, sin = rotary
         q = rotate(q, cos[:, :, :, None], sin[:, :, :, None])
         k = rotate(k, cos, sin)
-        q, k, v = (nn.with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
+        q, k, v = (with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
         new = KeyValues(k=k, v=v)
 
         if isinstance(ranges, KeyRanges):
@@ -273,7 +283,7 @@ class Layer(nn.Module):
         w_up = self._weight("up", (config.width, config.ffn), ("width", "ffn"), config.width)
         up = project(x_NxGxQxD, w_up)
         w_down = self._weight("down", (config.ffn, config.width), ("ffn", "width"), config.ffn)
-        hidden_NxGxQxF = nn.with_logical_constraint(nn.silu(gate) * up, ("prompt", None, None, "ffn"))
+        hidden_NxGxQxF = with_logical_constraint(nn.silu(gate) * up, ("prompt", None, None, "ffn"))
         return project(hidden_NxGxQxF, w_down)
 
 
@@ -319,7 +329,7 @@ class Transformer(nn.Module):
         Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
         """
         config = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(config.width**-0.5), ("vocab", "width"))
+        init = _partitioned(nn.initializers.normal(config.width**-0.5), ("vocab", "width"))
         embedding_VxD = self.param("embedding", init, (config.vocab, config.width), jnp.float32)
         if not config.tied:
             # Only created here; `head` reads it.
@@ -335,7 +345,7 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] (the stub omits tuples)
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config=config, dtype=self.dtype, attention=self.attention, name="layers")
@@ -348,7 +358,7 @@ class Transformer(nn.Module):
             ranges = (*((context.begin_NxGxQ, context.end_NxGxQ) for context in contexts), (begin_NxGxQ, None))
         x_NxGxQxD, new = layers(x_NxGxQxD, kvs, ranges, rotary)
 
-        norm_init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        norm_init = _partitioned(nn.initializers.ones, (None,))
         scale = self.param("norm", norm_init, (config.width,), jnp.float32)
         with jax.named_scope("final_norm"):
             return rms_norm(x_NxGxQxD, scale, config.norm_epsilon), new
@@ -359,9 +369,9 @@ def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
     """Look up token embeddings, [N, G, Q, D] in `dtype`."""
     # Gather the width of the table before the lookup: otherwise XLA shards the result by width, and has no efficient way from
     # there to sharding by prompt.
-    table_VxD = nn.with_logical_constraint(params["embedding"], ("vocab", None))
+    table_VxD = with_logical_constraint(params["embedding"], ("vocab", None))
     x_NxGxQxD = table_VxD[tokens_NxGxQ].astype(dtype)
-    return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
+    return with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
 
 
 def in_compute_dtype(policy: Transformer, params: Params) -> Params:
@@ -386,7 +396,7 @@ class Head(NamedTuple):
 def head(policy: Transformer, params: Params) -> Head:
     """Return the output head of a policy; its matrix is the embedding if the two are tied."""
     # Gather the width, because hidden states are sharded by prompt only: otherwise XLA would shard them by width.
-    matrix_VxD = nn.with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
+    matrix_VxD = with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
     absent_V = np.isin(np.arange(policy.config.vocab), policy.absent_ids) if policy.absent_ids else None
     return Head(matrix_VxD=matrix_VxD, absent_V=absent_V)
 
@@ -407,7 +417,8 @@ def prefill(
     """
     size = prompts_PxS.shape[1]
     positions_PxS = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), prompts_PxS.shape)
-    hidden, kv = policy.apply({"params": params}, prompts_PxS[:, None], positions_PxS[:, None])
+    outputs = policy.apply({"params": params}, prompts_PxS[:, None], positions_PxS[:, None])
+    hidden, kv = cast(tuple[jax.Array, KeyValues], outputs)
     last_PxD = jnp.take_along_axis(hidden[:, 0], (lengths_P - 1)[:, None, None], axis=1)[:, 0]
     return hidden[:, 0], Context(kv=kv, end_NxGxQ=lengths_P[:, None, None]), last_PxD
 

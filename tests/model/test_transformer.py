@@ -290,7 +290,7 @@ def test_missing_weights_are_refused(copy):
     assert raised.value.field == str(directory / WEIGHTS_FILE)
 
 
-def assert_config_is_refused(directory, key: str = "") -> None:
+def assert_config_is_refused(directory, key: str | None = None) -> None:
     with pytest.raises(UserError, match=key) as raised:
         load_model_config(directory)
     assert raised.value.field == str(directory / "config.json")

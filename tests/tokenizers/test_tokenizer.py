@@ -158,7 +158,7 @@ def test_a_model_trained_with_normalization_keeps_every_byte(tmp_path):
     assert (tokenizer.think_id, tokenizer.end_think_id, tokenizer.pad_id) == (-1, -1, tokenizer.eos_id)
 
 
-def assert_tokenizer_is_refused(path, message: str = "") -> None:
+def assert_tokenizer_is_refused(path, message: str | None = None) -> None:
     """Assert that loading the tokenizer of a directory raises an error about the file at `path`."""
     with pytest.raises(UserError, match=message) as raised:
         load_tokenizer(path.parent)

@@ -138,7 +138,8 @@ def _attend_dense(q_NxKxGxRxQxC: jax.Array, key_blocks: tuple[KeyBlock, ...]) ->
         peak = jnp.maximum(peak, block_scores.max(-1, keepdims=True))
     # The softmax does not depend on the peak, so that its gradient need not be computed.
     peak = jax.lax.stop_gradient(peak)
-    total, out = 0.0, 0.0
+    total = jnp.zeros((), jnp.float32)
+    out = jnp.zeros((), jnp.float32)
     for block_scores, block in zip(scores, key_blocks, strict=True):
         weights = jnp.exp(block_scores - peak)
         total = total + weights.sum(-1, keepdims=True)

@@ -6,9 +6,11 @@ queries. Padding on the right is harmless, because no earlier query attends to i
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -20,7 +22,10 @@ _SPLASH_BLOCKS = (512, 256, 128)
 
 
 def attend_cudnn(
-    q_NxKxGxRxQxC: jax.Array, k_NxKxGxQxC: jax.Array, v_NxKxGxQxC: jax.Array, implementation: str = "cudnn"
+    q_NxKxGxRxQxC: jax.Array,
+    k_NxKxGxQxC: jax.Array,
+    v_NxKxGxQxC: jax.Array,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
     """Compute causal attention with cuDNN's fused kernel.
 
@@ -51,7 +56,10 @@ def attend_splash(
 
     def attend_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_BxRxQxC, k_BxQxC, v_BxQxC = (x.reshape(-1, *x.shape[3:]) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jax.vmap(_splash_kernel(*q_BxRxQxC.shape[1:3], interpret))(q_BxRxQxC, k_BxQxC, v_BxQxC).reshape(q.shape)
+        kernel = _splash_kernel(heads=q.shape[3], length=q.shape[4], interpret=interpret)
+        # Without residuals, the kernel returns only the output.
+        out = cast(jax.Array, jax.vmap(kernel)(q_BxRxQxC, k_BxQxC, v_BxQxC))
+        return out.reshape(q.shape)
 
     length = q_NxKxGxRxQxC.shape[4]
     padding = -length % _SPLASH_BLOCKS[-1]
@@ -59,7 +67,7 @@ def attend_splash(
         jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) for x in (q_NxKxGxRxQxC, k_NxKxGxQxC, v_NxKxGxQxC)
     )
     if not jax.sharding.get_abstract_mesh().empty:
-        axes = nn.logical_to_mesh_axes(("prompt", "kv_heads"))
+        axes = logical_to_mesh_axes(("prompt", "kv_heads"))
         # check_vma is off, because the kernel does not declare over which mesh axes its outputs vary.
         attend_local = jax.shard_map(attend_local, in_specs=axes, out_specs=axes, check_vma=False)
     return attend_local(q, k, v)[..., :length, :]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import PartitionSpec
 
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES, MASKED_SCORE
@@ -95,7 +95,8 @@ def attend_packed(
     attend = _attend_all_keys if attention == "reference" else _attend_in_blocks
     if not jax.sharding.get_abstract_mesh().empty:
         # Each device computes its own rows and kv heads, so that its loop runs only as long as its own rows need.
-        axes = nn.logical_to_mesh_axes(("prompt", "kv_heads"))
+        axes = logical_to_mesh_axes(("prompt", "kv_heads"))
+        assert axes is not None  # It is None only for names that are None.
         attend = jax.shard_map(
             attend, in_specs=(axes, axes, axes, PartitionSpec(axes[0])), out_specs=axes, check_vma=False
         )
