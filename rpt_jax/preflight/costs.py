@@ -101,7 +101,7 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
         "kv_cache._over_shared": (shared,),
         "prefill._run_roots": (-(-prompts // rows),),
         "prefill._run_roots.<locals>.run_rows": (parts,),
-        "blockwise._over_keys": (max(1.0, prompt / block / 2),),
+        "blockwise._fold_keys": (max(1.0, prompt / block / 2),),
         "gradient.policy_gradient": (passes,),
         "gradient.response_logprobs": (passes,),
         "packed.attend_packed": (packed,),
