@@ -389,6 +389,19 @@ def test_a_truncated_gguf_file_is_refused(gguf_file, tmp_path, kept):
     assert raised.value.field == str(gguf_file)
 
 
+@pytest.mark.parametrize(
+    ("original", "damaged"), [(b"smollm", b"\xffmollm"), (b"head_count\x04\0\0\0\x04", b"head_count\x04\0\0\0\0")]
+)
+def test_a_gguf_file_with_an_invalid_value_is_refused(gguf_file, tmp_path, original, damaged):
+    write_gguf(gguf_file)
+    data = gguf_file.read_bytes()
+    assert original in data
+    gguf_file.write_bytes(data.replace(original, damaged))
+    with pytest.raises(UserError) as raised:
+        convert(gguf_file, tmp_path / "ours")
+    assert raised.value.field == str(gguf_file)
+
+
 def test_the_tiny_policy_records_its_tokenizer(tmp_path):
     assert "an rpt_jax policy" in convert(ROOT / "configs" / "tiny", tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.model").is_file()

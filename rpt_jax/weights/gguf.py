@@ -50,6 +50,11 @@ def gguf_model_config(path: Path) -> ModelConfig:
 
     width = value("embedding_length")
     heads = value("attention.head_count")
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+        raise UserError(
+            f"{path}: {family}.embedding_length={width!r} and {family}.attention.head_count={heads!r} must be positive integers.",
+            field=str(path),
+        )
     tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: tensor token_embd.weight is missing.", field=str(path))

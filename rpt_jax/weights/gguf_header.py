@@ -38,14 +38,24 @@ def _open(path: Path, modified_ns: int) -> Any:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path} is not a GGUF file, or it is damaged ({error}).", field=str(path)) from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a GGUF file, or it is damaged ({error}).", field=str(path))
 
 
 def header_value(path: Path, key: str, default: Any = None) -> Any:
-    """Return the value of `key` in the header, or `default`. Raises: UserError if it is missing and there is no default."""
+    """Return the value of `key` in the header, or `default`.
+
+    Raises: UserError if the value is damaged, or if it is missing and there is no default.
+    """
     field = open_gguf(path).get_field(key)
     if field is not None:
-        return field.contents()
+        try:
+            return field.contents()
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise _damaged(path, error) from None
     if default is None:
         raise UserError(f"{path}: the header has no {key}.", field=str(path))
     return default
