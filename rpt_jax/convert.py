@@ -1,20 +1,26 @@
-"""python -m rpt_jax.convert --from=SOURCE --to=DIR
+"""Convert policies from and to Hugging Face format.
 
-Brings a policy in, or out again. What SOURCE is decides what is written to the new directory DIR:
+What is written to DIR depends on what SOURCE is:
 
-    a Hugging Face directory, or a .gguf file   our policy: for policy.path, checked, tied to its tokenizer
-    our policy                                  a Hugging Face directory
-    the --workdir of a run                      a Hugging Face directory: the finished policy, else the newest checkpoint
-    one checkpoint, WORKDIR/checkpoints/STEP    a Hugging Face directory
+    SOURCE                                  DIR
+    a Hugging Face directory, or a .gguf    an rpt_jax policy, for policy.path
+    an rpt_jax policy                       a Hugging Face directory
+    the --workdir of a run                  a Hugging Face directory of its final policy,
+                                            or of its latest checkpoint if there is none
+    a checkpoint of a run,                  a Hugging Face directory
+    WORKDIR/checkpoints/STEP
 
-Ours is a Hugging Face directory too, with the fingerprint of its tokenizer in config.json: `transformers` loads both, and
-policy.path takes all but runs as they are. Tensors keep their dtype; those of GGUF files and of checkpoints are float32.
+An rpt_jax policy is a Hugging Face directory whose weights were checked and whose
+config.json records the fingerprint of its tokenizer; `transformers` loads it, too.
+policy.path accepts the first two kinds of SOURCE also without conversion. Tensors keep
+their dtype; those of GGUF files and checkpoints are written as float32.
 
-Exit codes: 0 converted, 2 something to mend (a sentence says what). Nothing is ever overwritten.
+Exit codes: 0 converted, 2 error (one line on stderr).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -22,143 +28,196 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.infra.workdir import CONFIG as RUN_CONFIG_FILE
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.gguf_header import is_gguf
 from rpt_jax.weights.hf import load_model_config, open_weights, params_as_tensors, write_policy
-from rpt_jax.weights.hf_config import CONFIG, FINGERPRINT, read_config, to_config
+from rpt_jax.weights.hf_config import FINGERPRINT_KEY, MODEL_CONFIG_FILE, read_json_object, to_hf_config
 from rpt_jax.weights.safetensors_io import Tensors
 
-_FROM = flags.DEFINE_string(
-    "from", None, "A Hugging Face directory, a .gguf file, our policy, a run or its checkpoint."
-)
-_TO = flags.DEFINE_string("to", None, "The directory to make; it must not exist.")
 
+class SourcePolicy(NamedTuple):
+    """A policy to convert.
 
-class Policy(NamedTuple):
-    """A policy on its way: nothing of `tensors` is in memory."""
+    Attributes:
+      description: what the source is, for the final message.
+      is_import: True to write an rpt_jax policy, False to write a Hugging Face directory.
+      hf_config: content of config.json.
+      tensors: weights with Hugging Face's names, loaded on demand.
+      tokenizer_files: content by file name.
+      tokenizer: the tokenizer of these files.
+    """
 
-    kind: str
-    config: dict[str, Any]  # As config.json.
+    description: str
+    is_import: bool
+    hf_config: dict[str, Any]
     tensors: Tensors
-    files: dict[str, bytes]  # Of the tokenizer.
+    tokenizer_files: dict[str, bytes]
     tokenizer: Tokenizer
 
 
-def open_policy(source: Path) -> Policy:
-    """Recognize what `source` is and open it. Raises: UserError, where it is nothing that can be converted, or damaged."""
+def open_source(source: Path) -> SourcePolicy:
+    """Detect what `source` is and open it. Raises: UserError if it cannot be converted."""
     if is_gguf(source):
-        shape, _ = load_model_config(source)
-        return _checked("a GGUF file", source, to_config(shape) | {"torch_dtype": "float32"}, shape)
+        config, _ = load_model_config(source)
+        hf_config = to_hf_config(config) | {"torch_dtype": "float32"}
+        return _open_policy(source, config, hf_config, description="a GGUF file", is_import=True)
     if source.parent.name == CHECKPOINTS and source.name.isdecimal():
         return _open_checkpoint(source.parents[1], int(source.name))
+    if _is_run(source):
+        final_policy = source / "policy"
+        has_final_policy = (final_policy / MODEL_CONFIG_FILE).is_file()
+        return open_source(final_policy) if has_final_policy else _open_checkpoint(source, None)
     try:
-        config = read_config(source / CONFIG)
+        hf_config = read_json_object(source / MODEL_CONFIG_FILE)
     except OSError:
         raise UserError(
-            f"--from={source} is neither a .gguf file nor a directory with a config.json: give a Hugging Face directory, "
-            "one of our policies, the --workdir of a run or one of its checkpoints."
+            f"--from={source} is neither a .gguf file nor a directory with a {MODEL_CONFIG_FILE}. Expected a Hugging Face "
+            "directory, a .gguf file, an rpt_jax policy, the --workdir of a run or one of its checkpoints.",
+            field="--from",
         ) from None
-    if "policy.path" in config:
-        finished = source / "policy"
-        return open_policy(finished) if (finished / CONFIG).is_file() else _open_checkpoint(source, None)
-    kind = "our policy" if FINGERPRINT in config else "a Hugging Face directory"
-    return _checked(kind, source, config, load_model_config(source)[0])
+    config, _ = load_model_config(source)
+    is_import = FINGERPRINT_KEY not in hf_config
+    description = "a Hugging Face directory" if is_import else "an rpt_jax policy"
+    return _open_policy(source, config, hf_config, description=description, is_import=is_import)
 
 
-def _checked(kind: str, source: Path, config: dict[str, Any], shape: ModelConfig) -> Policy:
-    """Open a policy's weights and its tokenizer, and check that they are each other's."""
+def _is_run(directory: Path) -> bool:
+    path = directory / RUN_CONFIG_FILE
+    return path.is_file() and "policy.path" in read_json_object(path)
+
+
+def _open_policy(
+    source: Path, config: ModelConfig, hf_config: dict[str, Any], *, description: str, is_import: bool
+) -> SourcePolicy:
+    """Open weights and tokenizer, and check that they belong together."""
     tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > shape.vocab or config.get(FINGERPRINT, tokenizer.fingerprint) != tokenizer.fingerprint:
+    fingerprint = hf_config.get(FINGERPRINT_KEY, tokenizer.fingerprint)
+    if tokenizer.vocab_size > config.vocab or fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{tokenizer.source} is not the tokenizer of the policy in '{source}': it has {tokenizer.vocab_size} tokens and "
-            f"SHA-256 {tokenizer.fingerprint[:12]}…, config.json says {shape.vocab} and "
-            f"{config.get(FINGERPRINT, 'nothing')[:12]}…."
+            f"SHA-256 {tokenizer.fingerprint[:12]}…; {MODEL_CONFIG_FILE} has {config.vocab} and {fingerprint[:12]}….",
+            field=tokenizer.source,
         )
-    return Policy(kind, config, open_weights(source, shape), read_tokenizer_files(source), tokenizer)
+    return SourcePolicy(
+        description=description,
+        is_import=is_import,
+        hf_config=hf_config,
+        tensors=open_weights(source, config),
+        tokenizer_files=read_tokenizer_files(source),
+        tokenizer=tokenizer,
+    )
 
 
-def _open_checkpoint(workdir: Path, step: int | None) -> Policy:
-    """Open the parameters of a run's checkpoint; shape and tokenizer are those that its config names."""
+def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
+    """Open the parameters of a checkpoint; architecture and tokenizer are those in the config of the run.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; None for the latest.
+    """
     try:
-        run = read_config(workdir / CONFIG)
+        run_config = read_json_object(workdir / RUN_CONFIG_FILE)
     except OSError:
-        raise UserError(f"{workdir} has no {CONFIG}: it is no --workdir of a run.") from None
-    start = Path(str(run.get("policy.path", "")))
-    if start.name:
-        # As the run read it: from the directory that it was started in.
-        shape, _ = load_model_config(start)
-        tokenizer_of = start
+        raise UserError(
+            f"{workdir} has no {RUN_CONFIG_FILE}, so it is not the --workdir of a run.", field="--from"
+        ) from None
+    initial_policy = str(run_config.get("policy.path", ""))
+    if initial_policy:
+        # A relative path refers to the directory in which the run was started.
+        tokenizer_source = Path(initial_policy)
+        config, _ = load_model_config(tokenizer_source)
     else:
-        shape, tokenizer_of = preset(str(run.get("policy.preset"))), workdir
-    tokenizer = load_tokenizer(tokenizer_of)
-    step, leaf = open_parameters(workdir, step)
-    config = to_config(shape) | {"torch_dtype": "float32"}
-    tensors = params_as_tensors(shape, leaf)
-    return Policy(f"checkpoint {step} of a run", config, tensors, read_tokenizer_files(tokenizer_of), tokenizer)
+        tokenizer_source = workdir
+        config = preset(str(run_config.get("policy.preset")))
+    tokenizer = load_tokenizer(tokenizer_source)
+    step, get_param = open_parameters(workdir, step)
+    return SourcePolicy(
+        description=f"checkpoint {step} of a run",
+        is_import=False,
+        hf_config=to_hf_config(config) | {"torch_dtype": "float32"},
+        tensors=params_as_tensors(config, get_param),
+        tokenizer_files=read_tokenizer_files(tokenizer_source),
+        tokenizer=tokenizer,
+    )
 
 
 def convert(source: Path, target: Path) -> str:
-    """Convert `source` to the new directory `target`, which appears whole or not at all; return what was done.
+    """Convert a policy.
 
-    Raises: UserError.
+    Args:
+      source: a Hugging Face directory, a .gguf file, an rpt_jax policy, the workdir of a run or one of its checkpoints.
+      target: directory to create; after an error, it does not exist.
+
+    Returns: a message that says what was done, with notes about the tokenizer.
+
+    Raises: UserError if the target exists or the source cannot be converted.
     """
     if target.exists():
-        raise UserError(f"--to={target} exists, and nothing is overwritten: give a new directory.")
-    policy = open_policy(source)
-    ours = policy.kind in ("a GGUF file", "a Hugging Face directory")
-    config = {name: value for name, value in policy.config.items() if name != FINGERPRINT}
-    if ours:
-        config[FINGERPRINT] = policy.tokenizer.fingerprint
+        raise UserError(f"--to={target} already exists. Give a new directory.", field="--to")
+    policy = open_source(source)
+    hf_config = {name: value for name, value in policy.hf_config.items() if name != FINGERPRINT_KEY}
+    if policy.is_import:
+        hf_config[FINGERPRINT_KEY] = policy.tokenizer.fingerprint
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        write_policy(partial, config, policy.tensors, policy.files)
-        partial.chmod(0o755)  # mkdtemp's are the owner's alone.
+        write_policy(partial, hf_config, policy.tensors, policy.tokenizer_files)
+        partial.chmod(0o755)  # mkdtemp creates directories that only their owner can read.
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    done = f"{source} is {policy.kind}: it is now {'our policy' if ours else 'a Hugging Face directory'} in {target}."
-    return " ".join([done, *_remarks(policy)])
+    result = "an rpt_jax policy" if policy.is_import else "a Hugging Face directory"
+    message = f"Converted {source} ({policy.description}) to {target} ({result})."
+    return " ".join([message, *_tokenizer_notes(policy)])
 
 
-def _remarks(policy: Policy) -> list[str]:
-    """What one should know of a tokenizer, in sentences."""
-    tokenizer, ids, said = policy.tokenizer, policy.config["vocab_size"], []
+def _tokenizer_notes(policy: SourcePolicy) -> list[str]:
+    tokenizer, vocab_size = policy.tokenizer, policy.hf_config["vocab_size"]
+    notes = []
     if tokenizer.normalizer:
-        said.append(
-            f"Its tokenizer normalizes texts ({tokenizer.normalizer}): rpt_jax does not, and tokenizes, predicts and rewards "
-            "the very bytes of a document."
+        notes.append(
+            f"The tokenizer normalizes texts ({tokenizer.normalizer}); rpt_jax does not, and uses the exact bytes of a document."
         )
-    if spare := len(tokenizer.absent_ids(ids)):
-        said.append(f"{spare} of its {ids} ids stand for no token; rpt_jax never samples them.")
-    return said
+    if absent := len(tokenizer.absent_ids(vocab_size)):
+        notes.append(f"{absent} of its {vocab_size} ids have no token; rpt_jax never samples them.")
+    return notes
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code."""
+    """Run the command line tool and return its exit code."""
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m rpt_jax.convert",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="SOURCE",
+        type=Path,
+        required=True,
+        help="a Hugging Face directory, a .gguf file, an rpt_jax policy, the --workdir of a run or one of its checkpoints",
+    )
+    parser.add_argument(
+        "--to", dest="target", metavar="DIR", type=Path, required=True, help="directory to create; it must not exist"
+    )
+    options = parser.parse_args(argv[1:])
     try:
-        try:
-            rest = flags.FLAGS(argv)
-        except flags.Error as error:
-            raise UserError(str(error)) from None
-        if len(rest) > 1 or not _FROM.value or not _TO.value:
-            raise UserError("give --from=SOURCE and --to=DIR, and nothing else.")
-        print(convert(Path(_FROM.value), Path(_TO.value)))
-        return 0
-    except UserError as error:
+        print(convert(options.source, options.target))
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: {error}. Nothing was left in its place.", file=sys.stderr)
-        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ from rpt_jax.objective.update import TrainState, if_finite
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
 from rpt_jax.setup import load_starting_policy, make_policy
+from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 from rpt_jax.weights.hf import save_policy
-from rpt_jax.weights.hf_config import CONFIG
+from rpt_jax.weights.hf_config import MODEL_CONFIG_FILE
 
 _TOKENIZER_BYTES = (
     2**26
@@ -145,7 +146,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = F
     if replay:
         print(f"Every number of step {last} is finite.")
         return
-    save_policy(directory, policy.config, state.params, tokenizer.source, tokenizer.fingerprint)
+    files = read_tokenizer_files(tokenizer.source)
+    save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
     print(f"The policy is in {directory}.")
 
 
@@ -157,7 +159,7 @@ def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool =
     if not experiment.cold_start.total_steps:
         return experiment
     directory = workdir / "cold_start"
-    if not (directory / "policy" / CONFIG).is_file():
+    if not (directory / "policy" / MODEL_CONFIG_FILE).is_file():
         pretrain(cold_start_experiment(experiment), directory, mesh, replay)
         if replay:
             return None

@@ -62,6 +62,7 @@ from rpt_jax.rollout.sampler import (
     to_update_batch,
 )
 from rpt_jax.setup import Setup, check_sampling, set_up
+from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 from rpt_jax.weights.hf import save_policy
 
@@ -192,8 +193,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                 checkpoints.save()
             clock.lap("checkpoint")
             progress.advance(status(scalars, dynamic))
-    source, mark = setup.tokenizer.source, setup.tokenizer.fingerprint
-    save_policy(workdir / "policy", setup.policy.config, state.params, source, mark)
+    files = read_tokenizer_files(setup.tokenizer.source)
+    save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
     finish(workdir, before, after, clock.seconds, experiment.seed)
     checkpoints.close()
 

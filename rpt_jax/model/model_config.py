@@ -1,16 +1,38 @@
-"""Shapes of the one decoder family, by name."""
+"""Configuration of the decoder and presets for published models."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.model.rope import Llama3, Scaling
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What fixes a policy but for its parameters. Letters: L layers, D width, H heads, K kv heads, C head size, F, V."""
+    """Architecture of a decoder: everything that determines the policy except its parameters.
+
+    Letters in shape suffixes: L layers, D width, H query heads, K key/value heads, C head size, F feed-forward size,
+    V vocabulary. Each key/value head serves R = H / K query heads.
+
+    Attributes:
+      layers: number of transformer layers (L).
+      width: size of the residual stream (D).
+      heads: number of query heads (H), a multiple of `kv_heads`.
+      kv_heads: number of key/value heads (K).
+      head_size: size of a query, key or value vector (C), even.
+      ffn: hidden size of the SwiGLU feed-forward layer (F).
+      vocab: rows of the embedding (V), which may exceed the number of tokens.
+      rope_base: base of the rotary frequencies.
+      rope_scaling: how the rotary frequencies are changed for longer contexts; None for no change.
+      norm_epsilon: added to the mean square in every RMSNorm.
+      qkv_bias: whether the query, key and value projections have a bias (Qwen2).
+      qk_norm: whether queries and keys are normalized per head (Qwen3).
+      tied: whether the output head is the embedding matrix.
+      context: longest sequence that the model was trained for, in tokens. It is stored with the weights, has no effect on
+        the computation, and is ignored when two configs are compared.
+    """
 
     layers: int
     width: int
@@ -25,51 +47,104 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied: bool = True
-    # Positions that it is meant for. Goes along with the weights and changes nothing here, so it tells no shapes apart.
     context: int = dataclasses.field(default=32_768, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.qkv_bias and self.qk_norm:
-            raise ValueError("qkv_bias and qk_norm together are no family's: no config.json could say it.")
+            raise ValueError("qkv_bias and qk_norm cannot be combined: no model family of config.json has both.")
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, embedding and head included."""
+        """Number of parameters, including the embedding and the head."""
         attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         bias = self.head_size * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
         qk_norm = 2 * self.head_size if self.qk_norm else 0
-        layer = attention + bias + qk_norm + 3 * self.width * self.ffn + 2 * self.width
-        return self.layers * layer + self.width + self.vocab * self.width * (1 if self.tied else 2)
+        norms = 2 * self.width
+        layer = attention + bias + qk_norm + 3 * self.width * self.ffn + norms
+        embedding_and_head = self.vocab * self.width * (1 if self.tied else 2)
+        return self.layers * layer + self.width + embedding_and_head
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that a token is multiplied with: all but the norms, the biases and an untied input embedding."""
-        layer = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads) + 3 * self.width * self.ffn
+        """Number of parameters in matrix products: all except norms, biases and the embedding lookup."""
+        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        layer = attention + 3 * self.width * self.ffn
         return self.layers * layer + self.vocab * self.width
 
 
-def _qwen2(layers, width, heads, kv_heads, ffn, vocab=151_936, **others) -> ModelConfig:
-    facts = {"rope_base": 1e6, "qkv_bias": True, "context": 131_072} | others
-    return ModelConfig(layers, width, heads, kv_heads, width // heads, ffn, vocab, **facts)
+def _qwen2(
+    layers: int, width: int, heads: int, kv_heads: int, ffn: int, vocab: int = 151_936, **options: Any
+) -> ModelConfig:
+    fields = {
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_size": width // heads,
+        "ffn": ffn,
+        "vocab": vocab,
+        "rope_base": 1e6,
+        "qkv_bias": True,
+        "context": 131_072,
+    }
+    return ModelConfig(**fields | options)
 
 
-def _qwen3(layers, width, heads, ffn, tied) -> ModelConfig:
-    facts = {"rope_base": 1e6, "qk_norm": True, "context": 40_960}
-    return ModelConfig(layers, width, heads, 8, 128, ffn, 151_936, tied=tied, **facts)
+def _qwen3(layers: int, width: int, heads: int, ffn: int, tied: bool) -> ModelConfig:
+    return ModelConfig(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=8,
+        head_size=128,
+        ffn=ffn,
+        vocab=151_936,
+        rope_base=1e6,
+        qk_norm=True,
+        tied=tied,
+        context=40_960,
+    )
 
 
-def _llama3(layers, width, heads, head_size, ffn, factor=8.0, tied=False) -> ModelConfig:
-    facts = {"rope_base": 5e5, "rope_scaling": Llama3(factor, 1.0, 4.0, 8192), "norm_epsilon": 1e-5, "context": 131_072}
-    return ModelConfig(layers, width, heads, 8, head_size, ffn, 128_256, tied=tied, **facts)
+def _llama3(
+    layers: int, width: int, heads: int, head_size: int, ffn: int, factor: float = 8.0, tied: bool = False
+) -> ModelConfig:
+    return ModelConfig(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=8,
+        head_size=head_size,
+        ffn=ffn,
+        vocab=128_256,
+        rope_base=5e5,
+        rope_scaling=Llama3(
+            factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+        ),
+        norm_epsilon=1e-5,
+        tied=tied,
+        context=131_072,
+    )
 
 
-def _smollm2(layers, width, heads, kv_heads, ffn, rope_base) -> ModelConfig:
-    return ModelConfig(layers, width, heads, kv_heads, 64, ffn, 49_152, rope_base, norm_epsilon=1e-5, context=8192)
+def _smollm2(layers: int, width: int, heads: int, kv_heads: int, ffn: int, rope_base: float) -> ModelConfig:
+    return ModelConfig(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=64,
+        ffn=ffn,
+        vocab=49_152,
+        rope_base=rope_base,
+        norm_epsilon=1e-5,
+        context=8192,
+    )
 
 
-# Each as its published config.json has it. Base and instruct models of a size differ in what they learned, not in shape.
+# Values of the published config.json files. Base and instruct models of one size have the same architecture.
 PRESETS = {
-    # Ours: small enough to learn on two processor cores while one watches.
+    # Not a published model: small enough to train on two CPU cores.
     "tiny": ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_size=32, ffn=384, vocab=1024),
     "smollm2-135m": _smollm2(30, 576, 9, 3, 1536, 1e5),
     "smollm2-360m": _smollm2(32, 960, 15, 5, 2560, 1e5),
@@ -80,7 +155,7 @@ PRESETS = {
     "qwen2.5-7b": _qwen2(28, 3584, 28, 4, 18_944, 152_064, tied=False),
     "qwen2.5-14b": _qwen2(48, 5120, 40, 8, 13_824, 152_064, tied=False, norm_epsilon=1e-5),
     "qwen2.5-32b": _qwen2(64, 5120, 40, 8, 27_648, 152_064, tied=False, norm_epsilon=1e-5),
-    # The two small ones come from Qwen2.5-Math, with another base of the angles, and have a head of their own.
+    # Distilled from Qwen2.5-Math, which has another rotary base; the head is not tied.
     "r1-distill-qwen-1.5b": _qwen2(28, 1536, 12, 2, 8960, tied=False, rope_base=1e4),
     "r1-distill-qwen-7b": _qwen2(28, 3584, 28, 4, 18_944, 152_064, tied=False, rope_base=1e4),
     "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tied=True),
@@ -94,7 +169,7 @@ PRESETS = {
     "llama3.1-8b": _llama3(32, 4096, 32, 128, 14_336),
     "llama3.1-70b": _llama3(80, 8192, 64, 128, 28_672),
 }
-# The distilled models with the very shape of another.
+# Models with exactly the architecture of another preset.
 PRESETS |= {
     "r1-distill-qwen-14b": PRESETS["qwen2.5-14b"],
     "r1-distill-qwen-32b": PRESETS["qwen2.5-32b"],
@@ -105,20 +180,30 @@ PRESETS |= {
 
 
 def preset(name: str) -> ModelConfig:
-    """Return the shape called `name`. Raises: UserError, where there is none, with the nearest name."""
+    """Return the preset called `name`. Raises: UserError with the nearest name if there is none."""
     return PRESETS[check_choice("policy.preset", name, PRESETS)]
 
 
-def check_preset(path: str, name: str, shape: ModelConfig) -> None:
-    """Refuse a policy in `path` whose `shape` is not the preset's, where one is named. Raises: UserError."""
-    if not name or preset(name) == shape:
+def check_preset(path: str, name: str, config: ModelConfig) -> None:
+    """Check that the policy in `path` has the architecture of preset `name`.
+
+    Args:
+      path: value of `policy.path`, for the message.
+      name: value of `policy.preset`; "" accepts any architecture.
+      config: architecture that was read from `path`.
+
+    Raises: UserError that lists the fields that differ.
+    """
+    if not name or preset(name) == config:
         return
-    compared = [
-        (f.name, getattr(shape, f.name), getattr(preset(name), f.name))
+    expected = preset(name)
+    differences = [
+        f"{f.name} {getattr(config, f.name)} instead of {getattr(expected, f.name)}"
         for f in dataclasses.fields(ModelConfig)
-        if f.compare
+        if f.compare and getattr(config, f.name) != getattr(expected, f.name)
     ]
-    differing = ", ".join(f"{field} {theirs} instead of {ours}" for field, theirs, ours in compared if theirs != ours)
     raise UserError(
-        f"policy.path='{path}' does not hold policy.preset='{name}': {differing}. Give its preset, or '' for any."
+        f"The policy in policy.path='{path}' does not match policy.preset='{name}': {', '.join(differences)}. "
+        "Set policy.preset to the preset of this policy, or to '' to accept any architecture.",
+        field="policy.preset",
     )

@@ -1,4 +1,4 @@
-"""Rotary frequencies, plain and stretched to longer contexts in the three ways of the families that we have."""
+"""Rotary position embedding frequencies, unscaled or scaled for longer contexts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Position interpolation (Chen et al., 2306.15595): every position is divided by `factor`."""
+    """Position interpolation (Chen et al., arXiv 2306.15595): divide every position by `factor`."""
 
     factor: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3:
-    """Llama 3.1: waves longer than the original context are slowed by `factor`, short ones are kept, smooth between."""
+    """Scaling of Llama 3.1 by wavelength.
+
+    Frequencies with a wavelength longer than the original context / `low_freq_factor` are divided by `factor`, those with
+    one shorter than the original context / `high_freq_factor` are unchanged, and those between are interpolated.
+    """
 
     factor: float
     low_freq_factor: float
@@ -27,7 +31,16 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN (Peng et al., 2309.00071). `attention_factor` multiplies cosines and sines; None is the paper's own."""
+    """YaRN (Peng et al., arXiv 2309.00071).
+
+    Attributes:
+      factor: how many times longer the context becomes.
+      original_max_position_embeddings: context that the model was pre-trained with, in tokens.
+      attention_factor: multiplies cosines and sines; None for the paper's 0.1 · ln(factor) + 1.
+      beta_fast: frequencies with more rotations than this within the original context are unchanged.
+      beta_slow: frequencies with fewer rotations than this are divided by `factor`; those between are interpolated.
+      truncate: whether the ends of the interpolated range are rounded to whole frequencies.
+    """
 
     factor: float
     original_max_position_embeddings: int
@@ -38,12 +51,20 @@ class Yarn:
 
 
 Scaling = Linear | Llama3 | Yarn
-# The names, of kinds and fields alike, are those of config.json.
+# `rope_type` in config.json -> scaling. The fields are also named as in config.json.
 SCALINGS: dict[str, type[Scaling]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 
 def rope_frequencies(head_size: int, base: float, scaling: Scaling | None) -> tuple[np.ndarray, float]:
-    """Return the angle a position of each of the C/2 pairs, float32, and what cosines and sines are multiplied with."""
+    """Compute the rotary frequencies.
+
+    Args:
+      head_size: size C of a query or key vector.
+      base: base of the geometric series of frequencies.
+      scaling: change for longer contexts, or None.
+
+    Returns: radians per position, float32 [C / 2], and a factor for the cosines and sines.
+    """
     frequency = base ** (-np.arange(0, head_size, 2) / head_size)
     factor = 1.0
     match scaling:
@@ -52,30 +73,36 @@ def rope_frequencies(head_size: int, base: float, scaling: Scaling | None) -> tu
         case Llama3():
             frequency = frequency / llama3_divisors(frequency, scaling)
         case Yarn():
-            frequency = _yarn(frequency, base, scaling)
-            factor = scaling.attention_factor
-            factor = 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
+            frequency = _scale_yarn(frequency, base, scaling)
+            if scaling.attention_factor is None:
+                factor = 0.1 * math.log(scaling.factor) + 1.0
+            else:
+                factor = scaling.attention_factor
     return frequency.astype(np.float32), factor
 
 
-def llama3_divisors(frequency: np.ndarray, s: Llama3) -> np.ndarray:
-    """Return what each frequency is divided by, 1 to `factor`."""
-    turns = s.original_max_position_embeddings * frequency / (2 * math.pi)
-    kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-    return 1.0 / (kept + (1.0 - kept) / s.factor)
+def llama3_divisors(frequency: np.ndarray, scaling: Llama3) -> np.ndarray:
+    """Return the divisor of each frequency, between 1 and `scaling.factor`."""
+    rotations = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    slow, fast = scaling.low_freq_factor, scaling.high_freq_factor
+    unscaled = np.clip((rotations - slow) / (fast - slow), 0.0, 1.0)
+    return 1.0 / (unscaled + (1.0 - unscaled) / scaling.factor)
 
 
-def _yarn(frequency: np.ndarray, base: float, s: Yarn) -> np.ndarray:
+def _scale_yarn(frequency: np.ndarray, base: float, scaling: Yarn) -> np.ndarray:
     size = 2 * len(frequency)
 
-    def pair_that_turns(times: float) -> float:
-        """The pair, as a real number, whose wave turns so often within the original context."""
-        return size * math.log(s.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(base))
+    def index_with_rotations(rotations: float) -> float:
+        """Return the (fractional) index of the frequency with this many rotations within the original context."""
+        context = scaling.original_max_position_embeddings
+        return size * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair_that_turns(s.beta_fast), pair_that_turns(s.beta_slow)
-    if s.truncate:
+    low = index_with_rotations(scaling.beta_fast)
+    high = index_with_rotations(scaling.beta_slow)
+    if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
-    # The small number is the published implementation's, where the ramp has no width.
+    low = max(low, 0)
+    high = min(high, size - 1)
+    # 0.001 is the published implementation's width for an empty range.
     interpolated = np.clip((np.arange(len(frequency)) - low) / (high - low or 0.001), 0.0, 1.0)
-    return frequency * (interpolated / s.factor + 1.0 - interpolated)
+    return frequency * (interpolated / scaling.factor + 1.0 - interpolated)

@@ -1,12 +1,22 @@
-"""The policy: one pre-norm decoder (RMSNorm, RoPE, GQA, SwiGLU) for training, prefill and decode alike.
+"""Decoder-only transformer (pre-norm RMSNorm, RoPE, GQA, SwiGLU) for training, prefill and decoding.
 
-New tokens come as `tokens_NxGxQ`: N prompts, G branches of each, Q tokens a branch. What they may look at besides each
-other comes as contexts: the prompt's keys, shared by its branches, and the branch's own past. So
+New tokens are passed as `tokens_NxGxQ`: N prompts, G branches per prompt (its sampled responses), Q tokens per branch. Earlier
+tokens that they attend to are passed as contexts: keys and values of the prompt, shared by its branches, or of the branch.
 
-    prefill   Q = S, G = 1, no context
-    decode    Q = 1, contexts = (prompt, past)
-    scoring   Q = S, G = 1 for the prompts, then Q = T with context (prompt,) for their continuations
-    training  Q = W, G = 1: rows of prompts and responses, each token of which sees its own part of the row (packed.py)
+    prefill    G = 1, Q = prompt length, no context
+    decoding   Q = 1, attention over the KV cache (`cached_attention`)
+    scoring    prefill of the prompts, then their continuations with the prompt as context
+    training   G = 1, Q = row length: prompts and responses packed into rows (attention/packed.py)
+
+Parameters and activations carry logical axis names, which distributed/sharding.py maps to mesh axes:
+
+    prompt     the batch of prompts or rows (N)
+    sequence   tokens of a packed row (Q), sharded between the matrix products of a layer if sequence parallelism is on
+    width      the residual stream of a parameter (D); activations keep it unsharded
+    kv_heads   key/value heads (K), each with its R query heads
+    ffn        hidden units of the feed-forward layer (F)
+    vocab      rows of the embedding and the head (V)
+    layers     the stack of layers (L), never sharded
 """
 
 from __future__ import annotations
@@ -14,35 +24,47 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 
-from rpt_jax.model.attention.blockwise import RESULT
-from rpt_jax.model.attention.dispatch import Context, KeyValues, attend
+from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
+from rpt_jax.model.attention.dispatch import AttentionFn, Context, KeyValues, attend
 from rpt_jax.model.attention.packed import KeyRanges, attend_packed
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Scaling, rope_frequencies
 
 Params = dict[str, Any]
+LogicalAxes = tuple[str | None, ...]
+# For each context, and then for the new tokens themselves: begin and end of each query's keys, as in `Context`.
+ContextRanges = tuple[tuple[jax.Array | None, jax.Array | None], ...]
+
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-# What a layer keeps for its backward pass, by the names of `policy.remat`: the results of its projections and of attention in
-# blocks (never scores, which are what takes memory), or nothing but its input. Under "none" it keeps everything.
-_REMAT = {
+# What a layer saves for its backward pass, by `policy.remat`. "dots" saves the results of the projections and of attention
+# kernels and recomputes the rest. It never saves attention scores, whose size is quadratic in the length. "full" saves only the
+# input of the layer. "none", which is not in this table, saves everything.
+_REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(RESULT),
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32 whatever the dtype of `x`."""
-    # Without leading axes of size 1: XLA's CPU backend takes ten times as long for the gradient of `scale` where there are any.
+    """Apply RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over the last axis.
+
+    Args:
+      x: activations [..., D]; the norm is computed in float32 and returned in the dtype of `x`.
+      scale: float32 [D].
+      epsilon: added to the mean square.
+    """
+    # Drop axes of size 1: with them, XLA's CPU backend takes ten times as long to compute the gradient of `scale`.
     x32 = x.astype(jnp.float32).reshape(*(size for size in x.shape[:-1] if size > 1), x.shape[-1])
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
     return (x32 * scale).astype(x.dtype).reshape(x.shape)
@@ -51,73 +73,114 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 def rotary_angles(
     positions_NxGxQ: jax.Array, head_size: int, base: float, scaling: Scaling | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [N, 1, G, Q, C/2] in float32: bfloat16 cannot tell position 256 from 257."""
+    """Compute the cosines and sines of rotary position embedding (RoPE; Su et al., arXiv 2104.09864).
+
+    Args:
+      positions_NxGxQ: integer positions.
+      head_size: size C of a query or key vector.
+      base: base of the rotary frequencies.
+      scaling: change of the frequencies for longer contexts, or None.
+
+    Returns: cosines and sines [N, 1, G, Q, C / 2], always float32: bfloat16 rounds position 257 to 256.
+    """
     frequency, factor = rope_frequencies(head_size, base, scaling)
     angle = positions_NxGxQ[:, None, :, :, None].astype(jnp.float32) * frequency
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding of the last axis, first half against second half."""
+    """Apply rotary position embedding to the last axis, pairing its first half with its second half.
+
+    Args:
+      x: queries or keys [..., C].
+      cos, sin: results of `rotary_angles`, broadcastable to [..., C / 2].
+    """
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def project(x: jax.Array, w: jax.Array, axes: int = 1) -> jax.Array:
-    """Contract the last `axes` of `x` with the first of `w`, as a product of two matrices.
+    """Contract the last `axes` axes of `x` with the first `axes` axes of `w`.
 
-    XLA's CPU backend copies operands with more axes than two for the gradient of `w`: forward and backward of a feed-forward
-    part took 1.6 times as long.
+    Both are reshaped to matrices first: for the gradient of `w`, XLA's CPU backend copies operands with more than two axes,
+    which made forward and backward of the feed-forward layer 1.6 times as slow.
     """
-    rows, kept, size = x.shape[: x.ndim - axes], w.shape[axes:], math.prod(w.shape[:axes])
-    return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*rows, *kept)
+    rows = x.shape[: x.ndim - axes]
+    outputs = w.shape[axes:]
+    size = math.prod(w.shape[:axes])
+    return (x.reshape(-1, size) @ w.reshape(size, -1)).reshape(*rows, *outputs)
+
+
+def constrain_with_gradient(x: jax.Array, axes: LogicalAxes, gradient_axes: LogicalAxes) -> jax.Array:
+    """Constrain the sharding of `x` to logical axes, and that of its gradient to others.
+
+    An all-gather in the forward pass thereby becomes a reduce-scatter in the backward pass, and vice versa. If the gradient had
+    the axes of `x`, XLA would replicate gradients whose tokens are sharded before it multiplies them.
+
+    Args:
+      x: any array.
+      axes: logical axis names of `x`, one per axis.
+      gradient_axes: logical axis names of the gradient of `x`.
+    """
+    return _constrain(x, axes, gradient_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def laid_out(x: jax.Array, axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...]) -> jax.Array:
-    """`x` along logical axes, and its gradient along others: what is gathered one way is summed and split the other way.
-
-    With the same ones both ways, XLA would look for a way to multiply a gradient whose tokens are split, and copy it whole.
-    """
-    return nn.with_logical_constraint(x, axes)
+def _constrain(x: jax.Array, axes: LogicalAxes, gradient_axes: LogicalAxes) -> Any:
+    return with_logical_constraint(x, axes)
 
 
-def _lay_out(
-    x: jax.Array, axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...]
-) -> tuple[jax.Array, None]:
-    return nn.with_logical_constraint(x, axes), None
+def _constrain_forward(x: jax.Array, axes: LogicalAxes, gradient_axes: LogicalAxes) -> tuple[jax.Array, None]:
+    return with_logical_constraint(x, axes), None
 
 
-def _lay_gradient_out(axes: tuple[str | None, ...], gradient_axes: tuple[str | None, ...], _: None, dx: jax.Array):
-    return (nn.with_logical_constraint(dx, gradient_axes),)
+def _constrain_backward(
+    axes: LogicalAxes, gradient_axes: LogicalAxes, residuals: None, dx: jax.Array
+) -> tuple[jax.Array]:
+    return (with_logical_constraint(dx, gradient_axes),)
 
 
-laid_out.defvjp(_lay_out, _lay_gradient_out)
+_constrain.defvjp(_constrain_forward, _constrain_backward)
+
+
+def _partitioned(init: Callable[..., Any], axes: LogicalAxes) -> Callable[..., Any]:
+    """Return an initializer of a parameter with logical axis names; `Module.param` returns the plain array."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 def segment_starts(segments_NxGxQ: jax.Array) -> jax.Array:
-    """Index at which the run of equal numbers that each token is part of begins, int32 [N, G, Q]."""
+    """Return the index of the first token of each token's segment, int32 [N, G, Q].
+
+    Args:
+      segments_NxGxQ: segment numbers; a segment is a run of equal numbers.
+    """
     indices_Q = jnp.arange(segments_NxGxQ.shape[-1], dtype=jnp.int32)
     changed = jnp.diff(segments_NxGxQ, axis=-1, prepend=segments_NxGxQ[..., :1]) != 0
     return jax.lax.cummax(jnp.where(changed, indices_Q, 0), axis=segments_NxGxQ.ndim - 1)
 
 
 class Layer(nn.Module):
-    """Attention and SwiGLU, each on the normalized residual."""
+    """Transformer layer: attention and a SwiGLU feed-forward network, each pre-normalized and with a residual connection.
+
+    Attributes:
+      config: architecture.
+      dtype: dtype of activations and of the matrices in products; parameters are stored in float32.
+      attention: name of the attention implementation, as `choose_attention` returns it.
+    """
 
     config: ModelConfig
     dtype: Any
     attention: str
 
-    def _weight(self, name: str, dims: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(fan_in**-0.5), axes)
-        # Fetched whole for the layer, over devices that have other tokens. Left to itself, XLA splits the tokens' width over many
-        # such devices instead, and sums what they multiply: on 256 chips twice the time.
-        whole = tuple(None if axis == "width" else axis for axis in axes)
-        return laid_out(self.param(name, init, dims, jnp.float32).astype(self.dtype), whole, axes)
+    def _weight(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, fan_in: int) -> jax.Array:
+        init = _partitioned(nn.initializers.normal(fan_in**-0.5), axes)
+        # All-gather over "width" (FSDP) and reduce-scatter the gradient. Without the constraint, XLA shards the width of the
+        # activations instead and sums partial products, which takes twice as long on 256 chips.
+        gathered = tuple(None if axis == "width" else axis for axis in axes)
+        return constrain_with_gradient(self.param(name, init, dims, jnp.float32).astype(self.dtype), gathered, axes)
 
-    def _constant(self, name: str, dims: tuple[int, ...], axes: tuple[str | None, ...], value: float) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.constant(value), axes)
+    def _constant(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, value: float) -> jax.Array:
+        init = _partitioned(nn.initializers.constant(value), axes)
         return self.param(name, init, dims, jnp.float32)
 
     @nn.compact
@@ -125,75 +188,121 @@ class Layer(nn.Module):
         self,
         x_NxGxQxD: jax.Array,
         kvs: tuple[KeyValues, ...],
-        ranges: tuple[tuple[jax.Array | None, jax.Array | None], ...] | KeyRanges,
+        ranges: ContextRanges | KeyRanges,
         rotary: tuple[jax.Array, jax.Array],
-        look: Callable[[jax.Array, KeyValues], jax.Array] | None = None,
+        cached_attention: AttentionFn | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        """Return the residual stream after this layer, and this layer's keys and values of the new tokens.
+        """Run the layer.
 
-        `look`, of queries and new keys, takes the place of attention over `kvs`: for caches laid out in another way.
+        Args:
+          x_NxGxQxD: residual stream of the new tokens, in `dtype`.
+          kvs: this layer's keys and values of each context.
+          ranges: begin and end of each query's keys in each context and in the new tokens; or `KeyRanges` for packed rows,
+            which have no contexts.
+          rotary: cosines and sines of the positions of the new tokens, from `rotary_angles`.
+          cached_attention: attention of the new queries over a KV cache and over the new keys and values, for caches with
+            another layout. It replaces attention over `kvs`.
+
+        Returns: the residual stream after this layer, and this layer's keys and values of the new tokens.
         """
-        s = self.config
-        # Rows of an update are long, and as many tokens as were asked for: what else runs may be of any length.
+        config = self.config
+        # Sequence parallelism: between the matrix products, the tokens of a packed row are sharded over the tensor axes; inside
+        # them every device has all tokens and shards heads or hidden units. Only packed rows have a length that is known to be
+        # divisible.
         between = ("prompt", None, "sequence" if isinstance(ranges, KeyRanges) else None, None)
         inside = ("prompt", None, None, None)
-        scale = self._constant("attention_norm", (s.width,), (None,), 1.0)
-        y_NxGxQxD = laid_out(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), inside, between)
-        y_NxGxQxD, kv = self._attention(y_NxGxQxD, kvs, ranges, rotary, look)
-        x_NxGxQxD = x_NxGxQxD + laid_out(y_NxGxQxD, between, inside)
-        scale = self._constant("ffn_norm", (s.width,), (None,), 1.0)
-        y_NxGxQxD = laid_out(rms_norm(x_NxGxQxD, scale, s.norm_epsilon), inside, between)
-        return x_NxGxQxD + laid_out(self._ffn(y_NxGxQxD), between, inside), kv
 
-    def _attention(self, x_NxGxQxD, kvs, ranges, rotary, look) -> tuple[jax.Array, KeyValues]:
-        s, group = self.config, self.config.heads // self.config.kv_heads
-        wq = self._weight("q", (s.width, s.kv_heads, group, s.head_size), ("width", "kv_heads", None, None), s.width)
-        wk = self._weight("k", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
-        wv = self._weight("v", (s.width, s.kv_heads, s.head_size), ("width", "kv_heads", None), s.width)
+        with jax.named_scope("attention"):
+            scale = self._constant("attention_norm", (config.width,), (None,), 1.0)
+            y_NxGxQxD = rms_norm(x_NxGxQxD, scale, config.norm_epsilon)
+            y_NxGxQxD = constrain_with_gradient(y_NxGxQxD, inside, between)
+            y_NxGxQxD, kv = self._attention(y_NxGxQxD, kvs, ranges, rotary, cached_attention)
+            x_NxGxQxD = x_NxGxQxD + constrain_with_gradient(y_NxGxQxD, between, inside)
+
+        with jax.named_scope("ffn"):
+            scale = self._constant("ffn_norm", (config.width,), (None,), 1.0)
+            y_NxGxQxD = rms_norm(x_NxGxQxD, scale, config.norm_epsilon)
+            y_NxGxQxD = constrain_with_gradient(y_NxGxQxD, inside, between)
+            x_NxGxQxD = x_NxGxQxD + constrain_with_gradient(self._ffn(y_NxGxQxD), between, inside)
+        return x_NxGxQxD, kv
+
+    def _attention(
+        self,
+        x_NxGxQxD: jax.Array,
+        kvs: tuple[KeyValues, ...],
+        ranges: ContextRanges | KeyRanges,
+        rotary: tuple[jax.Array, jax.Array],
+        cached_attention: AttentionFn | None,
+    ) -> tuple[jax.Array, KeyValues]:
+        config = self.config
+        width, kv_heads, head_size = config.width, config.kv_heads, config.head_size
+        group = config.heads // kv_heads
+
+        # Projections, with the heads moved before the tokens: q [N, K, G, R, Q, C], k and v [N, K, G, Q, C].
+        wq = self._weight("q", (width, kv_heads, group, head_size), ("width", "kv_heads", None, None), width)
+        wk = self._weight("k", (width, kv_heads, head_size), ("width", "kv_heads", None), width)
+        wv = self._weight("v", (width, kv_heads, head_size), ("width", "kv_heads", None), width)
         wo = self._weight(
-            "o", (s.kv_heads, group, s.head_size, s.width), ("kv_heads", None, None, "width"), s.heads * s.head_size
+            "o", (kv_heads, group, head_size, width), ("kv_heads", None, None, "width"), config.heads * head_size
         )
         q = project(x_NxGxQxD, wq).transpose(0, 3, 1, 4, 2, 5)
-        k, v = (project(x_NxGxQxD, w).transpose(0, 3, 1, 2, 4) for w in (wk, wv))
-        if s.qkv_bias:
-            dims, axes = (1, s.kv_heads, 1, 1, s.head_size), (None, "kv_heads", None, None, None)
-            bias_q = self._constant("q_bias", (1, s.kv_heads, 1, group, 1, s.head_size), (*axes, None), 0.0)
+        k = project(x_NxGxQxD, wk).transpose(0, 3, 1, 2, 4)
+        v = project(x_NxGxQxD, wv).transpose(0, 3, 1, 2, 4)
+        if config.qkv_bias:
+            dims, axes = (1, kv_heads, 1, 1, head_size), (None, "kv_heads", None, None, None)
+            bias_q = self._constant("q_bias", (1, kv_heads, 1, group, 1, head_size), (*axes, None), 0.0)
             q = q + bias_q.astype(self.dtype)
             k = k + self._constant("k_bias", dims, axes, 0.0).astype(self.dtype)
             v = v + self._constant("v_bias", dims, axes, 0.0).astype(self.dtype)
-        if s.qk_norm:
-            q = rms_norm(q, self._constant("q_norm", (s.head_size,), (None,), 1.0), s.norm_epsilon)
-            k = rms_norm(k, self._constant("k_norm", (s.head_size,), (None,), 1.0), s.norm_epsilon)
+        if config.qk_norm:
+            q = rms_norm(q, self._constant("q_norm", (head_size,), (None,), 1.0), config.norm_epsilon)
+            k = rms_norm(k, self._constant("k_norm", (head_size,), (None,), 1.0), config.norm_epsilon)
+
         cos, sin = rotary
-        q, k = rotate(q, cos[:, :, :, None], sin[:, :, :, None]), rotate(k, cos, sin)
-        q, k, v = (nn.with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
-        new = KeyValues(k, v)
+        q = rotate(q, cos[:, :, :, None], sin[:, :, :, None])
+        k = rotate(k, cos, sin)
+        q, k, v = (with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
+        new = KeyValues(k=k, v=v)
+
         if isinstance(ranges, KeyRanges):
             out_NxKxGxRxQxC = attend_packed(q, k, v, ranges, self.attention)
-        elif look is None:
-            contexts = [Context(kv, *seen) for kv, seen in zip((*kvs, new), ranges, strict=True)]
-            out_NxKxGxRxQxC = attend(q, contexts, self.attention)
+        elif cached_attention is not None:
+            out_NxKxGxRxQxC = cached_attention(q, new)
         else:
-            out_NxKxGxRxQxC = look(q, new)
+            contexts = [
+                Context(kv=kv, begin_NxGxQ=begin, end_NxGxQ=end)
+                for kv, (begin, end) in zip((*kvs, new), ranges, strict=True)
+            ]
+            out_NxKxGxRxQxC = attend(q, contexts, self.attention)
         return project(out_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5), wo, axes=3), new
 
     def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
-        s = self.config
-        gate = project(x_NxGxQxD, self._weight("gate", (s.width, s.ffn), ("width", "ffn"), s.width))
-        up = project(x_NxGxQxD, self._weight("up", (s.width, s.ffn), ("width", "ffn"), s.width))
-        down = self._weight("down", (s.ffn, s.width), ("ffn", "width"), s.ffn)
-        hidden_NxGxQxF = nn.with_logical_constraint(nn.silu(gate) * up, ("prompt", None, None, "ffn"))
-        return project(hidden_NxGxQxF, down)
+        config = self.config
+        w_gate = self._weight("gate", (config.width, config.ffn), ("width", "ffn"), config.width)
+        gate = project(x_NxGxQxD, w_gate)
+        w_up = self._weight("up", (config.width, config.ffn), ("width", "ffn"), config.width)
+        up = project(x_NxGxQxD, w_up)
+        w_down = self._weight("down", (config.ffn, config.width), ("ffn", "width"), config.ffn)
+        hidden_NxGxQxF = with_logical_constraint(nn.silu(gate) * up, ("prompt", None, None, "ffn"))
+        return project(hidden_NxGxQxF, w_down)
 
 
 class Transformer(nn.Module):
-    """The decoder without its head: tokens in, final hidden states and new keys and values out."""
+    """Decoder without its output head: from tokens to final hidden states, keys and values.
+
+    Attributes:
+      config: architecture.
+      dtype: dtype of activations and of the matrices in products; parameters are stored in float32.
+      remat: what layers save for the backward pass: "none" (everything), "dots" or "full" (only their input).
+      attention: name of the attention implementation, as `choose_attention` returns it.
+      absent_ids: ids of the vocabulary without a token, most of them padding; the head gives them no probability.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "reference"
-    absent_ids: tuple[int, ...] = ()  # Of the vocabulary, those that stand for no token: padding, for the most part.
+    absent_ids: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(
@@ -202,109 +311,136 @@ class Transformer(nn.Module):
         positions_NxGxQ: jax.Array,
         contexts: Sequence[Context] = (),
         segments_NxGxQ: jax.Array | None = None,
-        seen: KeyRanges | None = None,
+        key_ranges: KeyRanges | None = None,
     ) -> tuple[jax.Array, KeyValues]:
-        """Run the trunk.
+        """Run all layers.
+
+        Without `key_ranges`, attention among the new tokens is causal; padding on the right is therefore harmless.
 
         Args:
-          tokens_NxGxQ: int32 ids; right padding is harmless, since no real token ever sees what comes after it.
-          positions_NxGxQ: int32 positions in the sequence that the branch belongs to.
-          contexts: earlier keys (with a leading L axis) and which of them each new token sees.
-          segments_NxGxQ: where several sequences are packed into one branch, one after the other, a number for each: tokens see
-            their own only.
-          seen: what the tokens see of each other, for rows of another order than left to right; G is 1, and nothing else is seen.
+          tokens_NxGxQ: int32 token ids.
+          positions_NxGxQ: int32 positions in the sequence of each branch.
+          contexts: earlier keys and values, with a leading L axis, and which of them each new token attends to.
+          segments_NxGxQ: segment numbers, if several sequences are packed one after the other into a branch; tokens attend only
+            to new tokens of their own segment.
+          key_ranges: which keys of its row each token attends to, for packed rows (attention/packed.py); G is then 1, and
+            `contexts` and `segments_NxGxQ` are not used.
 
         Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
         """
-        s = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(s.width**-0.5), ("vocab", "width"))
-        embedding_VxD = self.param("embedding", init, (s.vocab, s.width), jnp.float32)
-        if not s.tied:
-            self.param("head", init, (s.vocab, s.width), jnp.float32)
+        config = self.config
+        init = _partitioned(nn.initializers.normal(config.width**-0.5), ("vocab", "width"))
+        embedding_VxD = self.param("embedding", init, (config.vocab, config.width), jnp.float32)
+        if not config.tied:
+            # Only created here; `head` reads it.
+            self.param("head", init, (config.vocab, config.width), jnp.float32)
         x_NxGxQxD = embed({"embedding": embedding_VxD}, tokens_NxGxQ, self.dtype)
-        rotary = rotary_angles(positions_NxGxQ, s.head_size, s.rope_base, s.rope_scaling)
-        since_NxGxQ = None if segments_NxGxQ is None else segment_starts(segments_NxGxQ)
+        rotary = rotary_angles(positions_NxGxQ, config.head_size, config.rope_base, config.rope_scaling)
+
         layer = Layer
         if self.remat != "none":
-            # In a loop XLA cannot undo the recomputation, and the barriers against that would only cost.
-            layer = nn.remat(Layer, policy=_REMAT[self.remat], prevent_cse=False)
+            # `prevent_cse` is not needed inside a scan, where XLA cannot merge the recomputation with the forward pass.
+            layer = nn.remat(Layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=s.layers,
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] (the stub omits tuples)
+            length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(s, self.dtype, self.attention, name="layers")
+        )(config=config, dtype=self.dtype, attention=self.attention, name="layers")
+
         kvs = tuple(context.kv for context in contexts)
-        ranges = seen or (*((context.begin_NxGxQ, context.end_NxGxQ) for context in contexts), (since_NxGxQ, None))
+        if key_ranges is not None:
+            ranges = key_ranges
+        else:
+            begin_NxGxQ = None if segments_NxGxQ is None else segment_starts(segments_NxGxQ)
+            ranges = (*((context.begin_NxGxQ, context.end_NxGxQ) for context in contexts), (begin_NxGxQ, None))
         x_NxGxQxD, new = layers(x_NxGxQxD, kvs, ranges, rotary)
-        scale = self.param("norm", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (s.width,), jnp.float32)
-        return rms_norm(x_NxGxQxD, scale, s.norm_epsilon), new
+
+        norm_init = _partitioned(nn.initializers.ones, (None,))
+        scale = self.param("norm", norm_init, (config.width,), jnp.float32)
+        with jax.named_scope("final_norm"):
+            return rms_norm(x_NxGxQxD, scale, config.norm_epsilon), new
 
 
+@jax.named_scope("embed")
 def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
-    """Look tokens up in the embedding, [N, G, Q, D]."""
-    # Left to itself, XLA splits what is looked up by width, as the table is, and finds no way from there to prompts.
-    table_VxD = nn.with_logical_constraint(params["embedding"], ("vocab", None))
+    """Look up token embeddings, [N, G, Q, D] in `dtype`."""
+    # Gather the width of the table before the lookup: otherwise XLA shards the result by width, and has no efficient way from
+    # there to sharding by prompt.
+    table_VxD = with_logical_constraint(params["embedding"], ("vocab", None))
     x_NxGxQxD = table_VxD[tokens_NxGxQ].astype(dtype)
-    return nn.with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
+    return with_logical_constraint(x_NxGxQxD, ("prompt", None, None, None))
 
 
 def in_compute_dtype(policy: Transformer, params: Params) -> Params:
-    """Parameters as decoding reads them: the layers' matrices in the dtype to which each layer would round them anyway."""
+    """Return parameters for decoding: the matrices of the layers cast to `policy.dtype`, as each layer would cast them."""
     layers = {k: x.astype(policy.dtype) if k in _MATRICES else x for k, x in params["layers"].items()}
     return params | {"layers": layers}
 
 
 class Head(NamedTuple):
-    """What makes logits of hidden states.
+    """Output head, which maps hidden states to logits.
 
     Attributes:
       matrix_VxD: float32.
-      absent_V: bool, ids that stand for no token and have no probability; None where all do.
+      absent_V: bool, ids without a token, which get no probability; None if every id has a token.
     """
 
     matrix_VxD: jax.Array
     absent_V: np.ndarray | None = None
 
 
+@jax.named_scope("head")
 def head(policy: Transformer, params: Params) -> Head:
-    """Return the policy's head; its matrix is its own, or the embedding where they are tied."""
-    # Hidden states are split by prompt alone: without this, XLA would split them by width, as the matrix is.
-    matrix_VxD = nn.with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
-    absent = policy.absent_ids
-    return Head(matrix_VxD, np.isin(np.arange(policy.config.vocab), absent) if absent else None)
+    """Return the output head of a policy; its matrix is the embedding if the two are tied."""
+    # Gather the width, because hidden states are sharded by prompt only: otherwise XLA would shard them by width.
+    matrix_VxD = with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
+    absent_V = np.isin(np.arange(policy.config.vocab), policy.absent_ids) if policy.absent_ids else None
+    return Head(matrix_VxD=matrix_VxD, absent_V=absent_V)
 
 
 def prefill(
     policy: Transformer, params: Params, prompts_PxS: jax.Array, lengths_P: jax.Array
 ) -> tuple[jax.Array, Context, jax.Array]:
-    """Run the prompts once.
+    """Run the prompts through the policy.
 
     Args:
-      prompts_PxS: int32 ids, padded on the right.
-      lengths_P: int32 number of real tokens, at least 1.
+      policy: the decoder.
+      params: its parameters.
+      prompts_PxS: int32 token ids, padded on the right.
+      lengths_P: int32 prompt lengths without padding, at least 1.
 
-    Returns: hidden_PxSxD of every token, the prompts as a context for their branches, and hidden_PxD of the last real token.
+    Returns: hidden_PxSxD of every token, the prompts as a context for their branches, and hidden_PxD of the last token of each
+    prompt.
     """
     size = prompts_PxS.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), prompts_PxS.shape)
-    hidden, kv = policy.apply({"params": params}, prompts_PxS[:, None], positions[:, None])
+    positions_PxS = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), prompts_PxS.shape)
+    outputs = policy.apply({"params": params}, prompts_PxS[:, None], positions_PxS[:, None])
+    hidden, kv = cast(tuple[jax.Array, KeyValues], outputs)
     last_PxD = jnp.take_along_axis(hidden[:, 0], (lengths_P - 1)[:, None, None], axis=1)[:, 0]
-    return hidden[:, 0], Context(kv, end_NxGxQ=lengths_P[:, None, None]), last_PxD
+    return hidden[:, 0], Context(kv=kv, end_NxGxQ=lengths_P[:, None, None]), last_PxD
 
 
 def branch_hidden(
     policy: Transformer, params: Params, prompts_PxS: jax.Array, lengths_P: jax.Array, responses_PxGxT: jax.Array
 ) -> jax.Array:
-    """Return hidden_PxGxTxD, whose entry t is the state that predicts response token t.
+    """Return the hidden states that predict each response token, hidden_PxGxTxD.
 
-    The prompt runs once for its G responses, forward and backward (S + G·T tokens).
+    Each prompt is run once for its G responses, forward and backward (S + G·T tokens).
+
+    Args:
+      policy: the decoder.
+      params: its parameters.
+      prompts_PxS: int32 token ids, padded on the right.
+      lengths_P: int32 prompt lengths without padding, at least 1.
+      responses_PxGxT: int32 token ids, padded on the right.
     """
     _, prompt, last_PxD = prefill(policy, params, prompts_PxS, lengths_P)
     steps_T = jnp.arange(responses_PxGxT.shape[-1], dtype=jnp.int32)
     positions = jnp.broadcast_to(lengths_P[:, None, None] + steps_T, responses_PxGxT.shape)
     hidden, _ = policy.apply({"params": params}, responses_PxGxT[..., :-1], positions[..., :-1], (prompt,))
+    # The first response token is predicted by the last prompt token.
     first = jnp.broadcast_to(last_PxD[:, None, None], (*responses_PxGxT.shape[:2], 1, last_PxD.shape[-1]))
     return jnp.concatenate([first, hidden], axis=2)

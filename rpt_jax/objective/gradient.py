@@ -45,7 +45,7 @@ def row_scores(
     Float32 [N, J, T], defined up to each response's length; T is `limit`.
     """
     tokens, positions = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
-    hidden, _ = policy.apply({"params": params}, tokens, positions, seen=rows.seen)
+    hidden, _ = policy.apply({"params": params}, tokens, positions, key_ranges=rows.seen)
 
     def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         chunk = (

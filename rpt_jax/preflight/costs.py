@@ -8,7 +8,8 @@ from typing import NamedTuple
 from rpt_jax.config import Experiment
 from rpt_jax.describe import attention_flops, describe
 from rpt_jax.distributed.sharding import DECODING, num_batch_shards
-from rpt_jax.model.attention.packed import BLOCK, PANEL
+from rpt_jax.model.attention.blockwise import BLOCK_SIZES
+from rpt_jax.model.attention.packed import QUERY_PANEL_SIZES
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import Step
@@ -83,7 +84,7 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
     """How often the loops go round whose end the data decide on, where every prompt and every response is as long as may be."""
     e, platform = experiment, target_platform()
     prompt, response = e.prompt.max_tokens, e.rollout.max_new_tokens
-    panel, block = PANEL[platform], BLOCK[platform]
+    panel, block = QUERY_PANEL_SIZES[platform], BLOCK_SIZES[platform]
     replicas = num_batch_shards(step.setup.mesh, DECODING)
     prompts, samples = -(-e.training.prompts_per_step // replicas), e.rollout.samples_per_prompt
     parts = -(-prompt // e.rollout.prefill_tokens)
@@ -100,7 +101,7 @@ def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]
         "kv_cache._over_shared": (shared,),
         "prefill._run_roots": (-(-prompts // rows),),
         "prefill._run_roots.<locals>.run_rows": (parts,),
-        "blockwise._over_keys": (max(1.0, prompt / block / 2),),
+        "blockwise._fold_keys": (max(1.0, prompt / block / 2),),
         "gradient.policy_gradient": (passes,),
         "gradient.response_logprobs": (passes,),
         "packed.attend_packed": (packed,),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rpt_jax.model.attention.blockwise import HIDDEN
+from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.dispatch import KeyValues
 
 # Keys of a block. A core's cache holds what a block makes; an accelerator wants fewer and larger products.
@@ -116,7 +116,7 @@ class _Running(NamedTuple):
     def add(self, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> _Running:
         """Go over one block: queries [N, K, Q, C], keys [N, K, C, B], values [N, K, B, C], seen [N, 1, Q or 1, B]."""
         scores = jnp.einsum("nkqc,nkcb->nkqb", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen, scores, HIDDEN)
+        scores = jnp.where(seen, scores, MASKED_SCORE)
         peak = jnp.maximum(self.peak, scores.max(-1, keepdims=True))
         weights, shrink = jnp.exp(scores - peak), jnp.exp(self.peak - peak)
         out = jnp.einsum("nkqb,nkbc->nkqc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -208,7 +208,7 @@ def _over_shared(
         seen = i * keys.size + jnp.arange(keys.size) < end_NxQ
         return running.add(rows, *keys.block(layer, i), seen)
 
-    peak = jnp.full((*rows.shape[:-1], 1), HIDDEN, jnp.float32)
+    peak = jnp.full((*rows.shape[:-1], 1), MASKED_SCORE, jnp.float32)
     running = _Running(peak, jnp.zeros_like(peak), jnp.zeros(rows.shape, jnp.float32))
     running = jax.lax.fori_loop(0, -(-end_NxW.max() // keys.size), add, running)
 

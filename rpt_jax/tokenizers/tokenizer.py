@@ -1,9 +1,8 @@
-"""Tokenizers as raw bytes: whatever a tokenizer does inside, here it is a table of what every token stands for.
+"""Lossless tokenizers: each token is a byte string, and the tokens of a text concatenate to its UTF-8 bytes.
 
-The reward compares bytes, so one property carries everything: the bytes of the tokens of a text, joined, are the
-UTF-8 bytes of the text, for any text. Two formats reduce to it, sentencepiece with byte fallback and Hugging Face
-byte-level BPE. What either would change in a text (normalization, an added or removed space, a special token that the
-text merely spells) is switched off on loading, and every encoding is checked.
+Rewards compare bytes and rely on this property for every text. Two formats have it: sentencepiece with byte fallback, and Hugging
+Face byte-level BPE. Everything with which they would change a text is disabled on loading (normalization, adding and removing
+spaces, parsing special tokens in a text), and each encoding is checked.
 """
 
 from __future__ import annotations
@@ -26,31 +25,59 @@ from rpt_jax.tokenizers.files import read_tokenizer_files
 
 THINK, END_THINK = "<think>", "</think>"
 
-Files = dict[str, bytes]  # By name.
+Files = dict[str, bytes]  # Content by file name.
 
-_SPACE_MARK = "\u2581"  # What sentencepiece writes for a space in its pieces.
-# Bytes that a byte-level BPE may lack, as SmolLM2's does: those that no UTF-8 has, the first bytes of planes without
-# characters, and control characters. A text that holds one all the same is refused as it is encoded.
-_DISPENSABLE = {*range(0x01, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
+_SPACE_MARK = "\u2581"  # Stands for a space in the pieces of sentencepiece.
+# Bytes that a byte-level BPE need not have (SmolLM2's does not): those that never occur in UTF-8, first bytes of unassigned
+# planes, and control characters. Encoding a text with such a byte raises an error.
+_OPTIONAL_BYTES = {
+    *range(0x01, 0x09),
+    0x0B,
+    0x0C,
+    *range(0x0E, 0x20),
+    0x7F,
+    0xC0,
+    0xC1,
+    0xF1,
+    0xF2,
+    *range(0xF5, 0x100),
+}
+# Names of the end-of-text token, for tokenizers whose files do not specify it.
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<｜end▁of▁sentence｜>")
+# Encoded when a tokenizer is loaded, as a test that it is lossless.
 _PROBE = f"  a\u00e9\ufb01e\u0301 {_SPACE_MARK}\r\n\t\x00 {THINK}</s>\U0001f9ee 12.50 "
 
 
 class ByteVocab(NamedTuple):
-    """The raw bytes of every token: row v holds `lengths_V[v]` bytes and then zeros; special tokens have length 0."""
+    """The byte strings of all tokens as arrays.
 
-    bytes_VxX: np.ndarray  # uint8
-    lengths_V: np.ndarray  # int32
+    Attributes:
+      bytes_VxX: uint8; row v has the bytes of token v, padded with zeros.
+      lengths_V: int32, number of bytes; 0 for special tokens.
+    """
+
+    bytes_VxX: np.ndarray
+    lengths_V: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Tokenizer:
-    """Made by `load_tokenizer`.
+    """A lossless tokenizer; use `load_tokenizer` to create one.
 
-    `pieces` are the bytes of every token. `bos_id` and `pad_id` fall back to `eos_id` where the model has none;
-    `think_id` and `end_think_id` are then -1. `stop_ids` end a response: `eos_id`, and others that
-    generation_config.json names. `special_ids` have no bytes, and no text encodes to them. `unused_ids` are no tokens at
-    all. `normalizer` names what the file would do to a text before splitting it, such as NFC, and is not done here.
+    Attributes:
+      pieces: byte string of each token; empty for special tokens.
+      bos_id: id of the begin-of-text token; `eos_id` if the tokenizer has none.
+      eos_id: id of the end-of-text token.
+      pad_id: id of the padding token; `eos_id` if the tokenizer has none.
+      think_id: id of <think>; -1 if it is not a special token.
+      end_think_id: id of </think>; -1 if it is not a special token.
+      stop_ids: ids that end a response: `eos_id`, and those in generation_config.json.
+      special_ids: ids of tokens without bytes; no text is encoded to them.
+      unused_ids: ids below `vocab_size` that are not tokens.
+      normalizer: name of the normalizer in tokenizer.json, such as "NFC", which is disabled here; "" for none.
+      fingerprint: SHA-256 of tokenizer.model or tokenizer.json, in hexadecimal.
+      source: path of that file, or of the GGUF file.
+      encode_ordinary: function from texts to their token ids, without any check.
     """
 
     pieces: tuple[bytes, ...] = dataclasses.field(repr=False)
@@ -63,82 +90,91 @@ class Tokenizer:
     special_ids: frozenset[int]
     unused_ids: frozenset[int]
     normalizer: str
-    fingerprint: str  # SHA-256 of tokenizer.model or tokenizer.json, in hexadecimal.
-    source: str  # That file, or the GGUF file that has it in its header.
+    fingerprint: str
+    source: str
     encode_ordinary: Callable[[Sequence[str]], list[list[int]]] = dataclasses.field(repr=False)
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids, including unused ones."""
         return len(self.pieces)
 
     def absent_ids(self, size: int) -> tuple[int, ...]:
-        """Ids of a policy's vocabulary of `size` that stand for no token: `unused_ids`, and what it is padded with."""
-        return *sorted(self.unused_ids), *range(self.vocab_size, size)
+        """Return the ids without a token in a policy's vocabulary of `size` ids: unused and padding ids."""
+        return (*sorted(self.unused_ids), *range(self.vocab_size, size))
 
     @functools.cached_property
     def byte_vocab(self) -> ByteVocab:
+        """The byte strings of all tokens as arrays."""
         lengths_V = np.array([len(piece) for piece in self.pieces], np.int32)
         bytes_VxX = np.zeros((len(self.pieces), max(1, int(lengths_V.max()))), np.uint8)
         filled_VxX = np.arange(bytes_VxX.shape[1]) < lengths_V[:, None]
         bytes_VxX[filled_VxX] = np.frombuffer(b"".join(self.pieces), np.uint8)
-        return ByteVocab(bytes_VxX, lengths_V)
+        return ByteVocab(bytes_VxX=bytes_VxX, lengths_V=lengths_V)
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids whose bytes are exactly those of `text`; nothing is added, and nothing in it is special."""
+        """Return the token ids of a text: without added tokens, and with the names of special tokens as ordinary text."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """`encode` for many texts at once: all their ids in a row, uint32 [T], and how many are of each text, int64 [D].
+        """Encode D texts.
 
-        Raises: UserError, where the tokenizer cannot express a text exactly.
+        Returns: the concatenated token ids of all texts, uint32 [T], and the number of tokens of each text, int64 [D].
+
+        Raises: UserError if the tokens of a text do not have exactly its bytes.
         """
         batch = self.encode_ordinary(texts)
         sizes_D = np.fromiter(map(len, batch), np.int64, len(batch))
         ids_T = np.fromiter(itertools.chain.from_iterable(batch), np.uint32, sizes_D.sum())
-        # As many bytes as each text has, and together the same ones: so each has its own.
+        # The encoding is exact if the concatenated bytes are right and each text has the right number of them.
         ends_T = np.concatenate([[0], np.cumsum(self.byte_vocab.lengths_V[ids_T])])
         ends_D = ends_T[np.cumsum(sizes_D)]
-        wanted = [text.encode("utf-8") for text in texts]
-        if ends_D.tolist() != list(itertools.accumulate(map(len, wanted))) or self._joined(ids_T) != b"".join(wanted):
-            for text, data, ids in zip(texts, wanted, batch, strict=True):
+        expected = [text.encode("utf-8") for text in texts]
+        same_lengths = ends_D.tolist() == list(itertools.accumulate(map(len, expected)))
+        if not same_lengths or self._concatenated_bytes(ids_T) != b"".join(expected):
+            for text, data, ids in zip(texts, expected, batch, strict=True):
                 if self.token_bytes(ids) != data:
                     raise UserError(
-                        f"{self.source} does not give back the bytes of the text that it encodes, here of {text[:60]!r}: it "
-                        "drops, adds or replaces something. Use a byte-level BPE, or sentencepiece with byte fallback."
+                        f"{self.source} is not lossless: decoding the tokens of {text[:60]!r} gives other bytes. Use a "
+                        "byte-level BPE, or sentencepiece with byte fallback.",
+                        field=self.source,
                     )
         return ids_T, sizes_D
 
     @functools.cached_property
-    def _all_pieces(self) -> tuple[np.ndarray, np.ndarray]:
+    def _concatenated_pieces(self) -> tuple[np.ndarray, np.ndarray]:
+        """The concatenated bytes of all tokens of the vocabulary, and where each token begins."""
         lengths_V = self.byte_vocab.lengths_V
         return np.frombuffer(b"".join(self.pieces), np.uint8), np.cumsum(lengths_V) - lengths_V
 
-    def _joined(self, ids_T: np.ndarray) -> bytes:
-        """`token_bytes` of very many: a tenth of the time."""
-        pieces, starts_V = self._all_pieces
+    def _concatenated_bytes(self, ids_T: np.ndarray) -> bytes:
+        """Return the same as `token_bytes`, ten times as fast for many ids."""
+        pieces, starts_V = self._concatenated_pieces
         lengths_T = self.byte_vocab.lengths_V[ids_T]
         shifts_T = starts_V[ids_T] - np.cumsum(lengths_T) + lengths_T
-        places = np.repeat(shifts_T, lengths_T)
-        places += np.arange(len(places))
-        return pieces[places].tobytes()
+        indices = np.repeat(shifts_T, lengths_T)
+        indices += np.arange(len(indices))
+        return pieces[indices].tobytes()
 
     def token_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of the tokens, joined. Raises `IndexError` for an id outside of the vocabulary."""
+        """Return the concatenated bytes of tokens. Raises: IndexError for an id outside of the vocabulary."""
         ids = [int(i) for i in ids]
         if ids and min(ids) < 0:
             raise IndexError(f"{min(ids)} is not a token id")
         return b"".join(map(self.pieces.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the tokens, with U+FFFD for bytes that are not UTF-8 and nothing for special tokens."""
+        """Return the text of tokens, with U+FFFD for invalid UTF-8 and without special tokens."""
         return self.token_bytes(ids).decode("utf-8", errors="replace")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load `tokenizer.model` (sentencepiece) or, where there is none, `tokenizer.json` (Hugging Face byte-level BPE).
+    """Load `tokenizer.model` (sentencepiece) or, if it does not exist, `tokenizer.json` (Hugging Face byte-level BPE).
 
-    `source` is their directory, or a GGUF file. Raises `UserError` where neither is there, where the file is damaged, and
-    where it cannot express every byte.
+    Args:
+      source: the directory of these files, or a GGUF file.
+
+    Raises: UserError if neither file exists, or if it is damaged or cannot represent every text.
     """
     files = read_tokenizer_files(source)
     loaders = {"tokenizer.model": _load_sentencepiece, "tokenizer.json": _load_byte_level_bpe}
@@ -149,17 +185,15 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             tokenizer.encode(_PROBE)
             return tokenizer
     raise UserError(
-        f"No tokenizer in '{source}': expected {' or '.join(loaders)}. Give the directory of an exported model."
+        f"'{source}' has no tokenizer: expected {' or '.join(loaders)}. Copy it from the model's repository.",
+        field=str(source),
     )
 
 
-# --- sentencepiece --------------------------------------------------------------------------------
-
-
 def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
-    # Appending one serialised protocol buffer to another merges them field by field, and the later value wins. This
-    # sets field 3, the normalizer, to: no character map, no space put in front, none removed, all marked. A model
-    # that was trained with other settings would change the text.
+    """Load a sentencepiece model with its normalizer disabled."""
+    # Concatenated protocol buffers are merged field by field, and the last value of a field wins. This overrides the normalizer
+    # (field 3) with: no character map, no dummy prefix, no removal of whitespace, and escaped spaces.
     identity = b"\x1a\x08" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data + identity)
@@ -167,24 +201,27 @@ def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
         names = [processor.id_to_piece(i) for i in range(size)]
         byte_ids = {int(name[1:-1], 16): i for i, name in enumerate(names) if processor.is_byte(i)}
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a sentencepiece model, or damaged: {error}.") from error
+        raise UserError(f"{path} is not a sentencepiece model, or it is damaged: {error}.", field=str(path)) from error
     if len(byte_ids) < 256:
         raise UserError(
-            f"{path} has no byte fallback ({len(byte_ids)} of 256 byte tokens), so it cannot express every text. "
-            "Train it with byte_fallback=True."
+            f"{path} cannot represent every text, because it has only {len(byte_ids)} of 256 byte tokens. Train it with "
+            "byte_fallback=True.",
+            field=str(path),
         )
     eos_id = processor.eos_id()
     if eos_id < 0:
-        raise UserError(f"{path} has no end-of-sentence token. Train it with an eos_id.")
+        raise UserError(f"{path} has no end-of-sentence token. Train it with an eos_id.", field=str(path))
     special_ids = frozenset(i for i in range(size) if processor.is_control(i) or processor.is_unknown(i))
     byte_of = {i: bytes([byte]) for byte, i in byte_ids.items()}
 
     def control_id(name: str) -> int:
-        found = processor.piece_to_id(name)  # The unknown token for a name that is not there.
-        return found if processor.is_control(found) else -1
+        i = processor.piece_to_id(name)  # The id of the unknown token if there is no such piece.
+        return i if processor.is_control(i) else -1
 
     def piece(i: int) -> bytes:
-        return b"" if i in special_ids else byte_of.get(i) or names[i].replace(_SPACE_MARK, " ").encode("utf-8")
+        if i in special_ids:
+            return b""
+        return byte_of.get(i) or names[i].replace(_SPACE_MARK, " ").encode("utf-8")
 
     return Tokenizer(
         pieces=tuple(piece(i) for i in range(size)),
@@ -208,8 +245,7 @@ def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
 def _encode_sentencepiece(
     processor: sentencepiece.SentencePieceProcessor, space_mark_ids: list[int], texts: Sequence[str]
 ) -> list[list[int]]:
-    # A space mark that a text itself contains would come back as a space: it is kept from sentencepiece, and its bytes
-    # are put in its place.
+    # Sentencepiece would decode a space mark in the text itself as a space: encode such a mark as bytes instead.
     batch = []
     for text in texts:
         first, *others = text.split(_SPACE_MARK)
@@ -220,13 +256,10 @@ def _encode_sentencepiece(
     return batch
 
 
-# --- Hugging Face byte-level BPE ------------------------------------------------------------------
-
-
 def byte_level_alphabet() -> dict[str, int]:
-    """Return the byte that each character of a byte-level BPE vocabulary stands for (the convention of GPT-2).
+    """Return the byte for each character in the vocabulary of a byte-level BPE (as in GPT-2).
 
-    The printable characters of Latin-1 stand for themselves; the other 68 bytes are, in order, U+0100 to U+0143.
+    Printable Latin-1 characters stand for their own byte; U+0100 to U+0143 stand for the other 68 bytes, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -234,17 +267,22 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
-    """Load a `tokenizer.json` without its normalizer: Qwen3's is NFC, which would change the bytes of a text."""
+    """Load a tokenizer.json with its normalizer disabled: that of Qwen models is NFC, which would change texts."""
     spec = _parse_json(path, data)
     try:
-        tokenizers.Tokenizer.from_str(data.decode("utf-8"))  # Checks the form that everything below relies on.
-    except Exception as error:  # noqa: BLE001 - the library raises this very class, whatever is wrong.
-        raise UserError(f"{path} is not a valid tokenizer.json: {error}. Download or export it again.") from error
-    alphabet, vocab = byte_level_alphabet(), spec["model"]["vocab"]
+        tokenizers.Tokenizer.from_str(data.decode("utf-8"))  # Validates the structure, which the code below relies on.
+    except Exception as error:  # noqa: BLE001 - the library raises Exception itself.
+        raise UserError(
+            f"{path} is not a valid tokenizer.json: {error}. Download or export it again.", field=str(path)
+        ) from error
+    alphabet = byte_level_alphabet()
+    vocab = spec["model"]["vocab"]
     if spec["model"].get("type") != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
-        raise UserError(f"{path} is not a byte-level BPE, the kind of tokenizer.json that keeps every byte of a text.")
-    if missing := sum(character not in vocab for character, byte in alphabet.items() if byte not in _DISPENSABLE):
-        raise UserError(f"{path} cannot express every text: {missing} of the 256 bytes have no token of their own.")
+        raise UserError(f"{path} is not a byte-level BPE, the only kind of tokenizer.json supported.", field=str(path))
+    if missing := sum(character not in vocab for character, byte in alphabet.items() if byte not in _OPTIONAL_BYTES):
+        raise UserError(
+            f"{path} cannot represent every text: {missing} of the 256 bytes have no token.", field=str(path)
+        )
     added = {token["content"]: token for token in spec.get("added_tokens", ())}
     ids = vocab | {content: token["id"] for content, token in added.items()}
     special = _special_ids(path, files, ids)
@@ -279,8 +317,8 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
 
 
 def _exact_backend(spec: dict[str, Any], special_ids: frozenset[int]) -> tokenizers.Tokenizer:
-    """Build the library's tokenizer from `spec`, less everything that would change or reinterpret a text."""
-    # Only tokens that are marked special can be kept from matching a text that spells them, and R1's <think> is not.
+    """Build the library's tokenizer without anything that would change a text or parse special tokens in it."""
+    # `encode_special_tokens` below applies only to tokens that are marked as special; <think> of DeepSeek-R1 is not.
     added = [
         token | {"lstrip": False, "rstrip": False, "special": token["id"] in special_ids}
         for token in spec.get("added_tokens", ())
@@ -309,7 +347,7 @@ def _has_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _without_prefix_space(pre_tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """Return the pre-tokenizer with no part of it putting a space before the text."""
+    """Return the pre-tokenizer with `add_prefix_space` turned off in all of its parts."""
     changed = dict(pre_tokenizer)
     if "add_prefix_space" in changed:
         changed["add_prefix_space"] = False
@@ -326,7 +364,15 @@ def _normalizer_name(normalizer: dict[str, Any] | None) -> str:
 
 
 def _special_ids(path: Path, files: Files, ids: dict[str, int]) -> dict[str, int]:
-    """Return `bos_id`, `eos_id` and `pad_id` as the files beside `path` say; the end also by its usual names."""
+    """Return `bos_id`, `eos_id` and `pad_id`.
+
+    They are read from tokenizer_config.json or generation_config.json; `eos_id` is also found by its usual names.
+
+    Args:
+      path: of tokenizer.json, for messages.
+      files: content of the tokenizer's files by name.
+      ids: token -> id.
+    """
     names = _parse_optional(path, files, "tokenizer_config.json")
     numbers = _parse_optional(path, files, "generation_config.json")
 
@@ -343,8 +389,12 @@ def _special_ids(path: Path, files: Files, ids: dict[str, int]) -> dict[str, int
     if eos_id is None:
         eos_id = next((ids[name] for name in _EOS_NAMES if name in ids), None)
     if eos_id is None:
-        raise UserError(f"No end-of-text token for {path}: name it as eos_token in tokenizer_config.json beside it.")
-    bos_id, pad_id = find("bos"), find("pad")
+        raise UserError(
+            f"{path} has no end-of-text token. Set eos_token in tokenizer_config.json in the same directory.",
+            field=str(path),
+        )
+    bos_id = find("bos")
+    pad_id = find("pad")
     return {
         "bos_id": eos_id if bos_id is None else bos_id,
         "eos_id": eos_id,
@@ -353,7 +403,7 @@ def _special_ids(path: Path, files: Files, ids: dict[str, int]) -> dict[str, int
 
 
 def _stop_ids(path: Path, files: Files, eos_id: int, size: int) -> tuple[int, ...]:
-    """Return `eos_id` and what else generation_config.json ends a response with."""
+    """Return `eos_id` and the other ids that end a response according to generation_config.json."""
     others = _parse_optional(path, files, "generation_config.json").get("eos_token_id")
     others = others if isinstance(others, list) else [others]
     known = [i for i in others if type(i) is int and 0 <= i < size]
@@ -368,7 +418,7 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}. Download or export it again.") from error
+        raise UserError(f"{path} is not valid JSON: {error}. Download or export it again.", field=str(path)) from error
     if not isinstance(parsed, dict):
-        raise UserError(f"{path} holds a JSON {type(parsed).__name__}, expected an object.")
+        raise UserError(f"{path} must contain a JSON object, not a {type(parsed).__name__}.", field=str(path))
     return parsed

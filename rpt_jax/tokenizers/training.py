@@ -1,4 +1,4 @@
-"""A sentencepiece model of one's own, for a policy that starts from random weights."""
+"""Training of a sentencepiece tokenizer, for a policy that starts from random weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from rpt_jax.tokenizers.tokenizer import END_THINK, THINK
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
-    r"""Train a BPE model with byte fallback on `texts` and write it to the file `path`: equal texts, equal files.
+    r"""Train a sentencepiece BPE model with byte fallback and write it to a file.
 
-    Digits stay single, and `\boxed{`, `}` and the newline are tokens of their own, so that no token reaches across
-    the border of a box or of a line. Raises `UserError` where `vocab_size` does not fit the texts.
+    Training is deterministic. Each digit is one token, and `\boxed{`, `}` and the newline are separate tokens, so that no token
+    crosses the boundary of a box or of a line.
+
+    Args:
+      texts: training texts.
+      vocab_size: number of tokens (`pretrain.vocab_size`).
+      path: file to write; its directory is created if necessary.
+
+    Raises: UserError if `vocab_size` is too small or too large for the texts.
     """
     model = io.BytesIO()
     try:
@@ -26,7 +33,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=0.9995,  # The rest, single rare characters, falls back to bytes.
+            character_coverage=0.9995,  # Rarer characters are encoded as bytes.
             split_digits=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -43,15 +50,16 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
         )
     except RuntimeError as error:
         raise UserError(
-            f"pretrain.vocab_size={vocab_size} does not fit the texts: {str(error).rpartition('] ')[2]} Choose "
-            "fewer for a small corpus, and at least 265 (256 bytes, 9 symbols) plus one for every frequent character."
+            f"pretrain.vocab_size={vocab_size} does not suit the training texts: {str(error).rpartition('] ')[2]} Reduce it for "
+            "a small corpus; the minimum is 265 (256 bytes and 9 symbols) plus the number of frequent characters.",
+            field="pretrain.vocab_size",
         ) from error
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(model.getvalue())
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    # The trainer leaves out, without a word, what is longer than 4,192 bytes; 1,000 characters are at most 4,000.
+    # The trainer silently skips lines longer than 4,192 bytes; 1,000 characters are at most 4,000 bytes.
     for text in texts:
         for line in text.split("\n"):
             yield from (line[start : start + 1000] for start in range(0, len(line), 1000))

@@ -1,13 +1,13 @@
-"""Policies on disk, in the form of Hugging Face: config.json, safetensors and the tokenizer's files; GGUF as a source."""
+"""Policies in Hugging Face format (config.json, safetensors, tokenizer files); GGUF files can be loaded, too."""
 
 from __future__ import annotations
 
 import functools
 import json
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,29 @@ from rpt_jax.distributed.sharding import is_leader, to_host
 from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
-from rpt_jax.tokenizers.files import read_tokenizer_files
-from rpt_jax.weights.gguf import gguf_shape, gguf_tensors
+from rpt_jax.weights.gguf import gguf_model_config, gguf_tensors
 from rpt_jax.weights.gguf_header import is_gguf
-from rpt_jax.weights.hf_config import CONFIG, FINGERPRINT, from_config, read_config, to_config
-from rpt_jax.weights.safetensors_io import INDEX, WEIGHTS, Spec, Tensors, open_safetensors, write_safetensors
+from rpt_jax.weights.hf_config import (
+    FINGERPRINT_KEY,
+    MODEL_CONFIG_FILE,
+    from_hf_config,
+    read_json_object,
+    to_hf_config,
+)
+from rpt_jax.weights.safetensors_io import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Tensors,
+    TensorSpec,
+    open_safetensors,
+    write_safetensors,
+)
 
-_TOP = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-# Ours: (theirs, number of our axes that are inputs). Theirs is always [outputs, inputs].
-_LAYER = {
+# Parameter -> tensor on disk.
+_TOP_NAMES = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+# Parameter of a layer -> (tensor on disk, number of leading axes of the parameter that are inputs). Matrices on disk are
+# [outputs, inputs], transposed relative to ours, with the head axes merged. 0 means a vector, which is only reshaped.
+_LAYER_NAMES = {
     "attention_norm": ("input_layernorm.weight", 0),
     "q": ("self_attn.q_proj.weight", 1),
     "k": ("self_attn.k_proj.weight", 1),
@@ -45,96 +59,124 @@ _LAYER = {
 
 
 def check_files(source: str | Path) -> None:
-    """Raises: UserError, naming every file of a policy that `source` lacks."""
+    """Check that the files of a policy exist.
+
+    Args:
+      source: value of `policy.path`: a directory in Hugging Face format, or a GGUF file.
+
+    Raises: UserError that lists all missing files.
+    """
     if is_gguf(source):
         if not Path(source).is_file():
-            raise UserError(f"policy.path='{source}' does not exist.")
+            raise UserError(f"policy.path='{source}' does not exist.", field="policy.path")
         return
-    needed = {CONFIG: (CONFIG,), WEIGHTS: (WEIGHTS, INDEX)}
-    needed["tokenizer.model or tokenizer.json"] = ("tokenizer.model", "tokenizer.json")
-    lacking = [what for what, names in needed.items() if not any((Path(source) / name).is_file() for name in names)]
-    if lacking:
+    required = {
+        MODEL_CONFIG_FILE: (MODEL_CONFIG_FILE,),
+        WEIGHTS_FILE: (WEIGHTS_FILE, INDEX_FILE),
+        "tokenizer.model or tokenizer.json": ("tokenizer.model", "tokenizer.json"),
+    }
+    missing = [
+        description
+        for description, names in required.items()
+        if not any((Path(source) / name).is_file() for name in names)
+    ]
+    if missing:
         raise UserError(
-            f"policy.path='{source}' must be the directory of a policy, or a .gguf file, and lacks {', '.join(lacking)}: put "
-            "them there, or name another one."
+            f"policy.path='{source}' must be a directory in Hugging Face format or a .gguf file, but it has no "
+            f"{', no '.join(missing)}.",
+            field="policy.path",
         )
 
 
 def load_model_config(source: str | Path) -> tuple[ModelConfig, str]:
-    """Read shape and tokenizer fingerprint ("" where it is not known) from config.json or from a GGUF file's header.
+    """Read the architecture of a policy, and the fingerprint of its tokenizer ("" if it is not recorded).
 
-    Raises: UserError, for a missing, broken or foreign one.
+    Args:
+      source: a directory in Hugging Face format, or a GGUF file.
+
+    Raises: UserError if config.json, or the header of the GGUF file, is missing, damaged or not supported.
     """
     if is_gguf(source):
-        return gguf_shape(Path(source)), ""
-    path = Path(source) / CONFIG
+        return gguf_model_config(Path(source)), ""
+    path = Path(source) / MODEL_CONFIG_FILE
     try:
-        config = read_config(path)
+        content = read_json_object(path)
     except OSError:
         raise UserError(
-            f"policy.path='{source}' has no config.json: it must be the directory of a policy "
-            f"(config.json, {WEIGHTS}, tokenizer.model or tokenizer.json), or a .gguf file."
+            f"policy.path='{source}' has no {MODEL_CONFIG_FILE}. Expected a .gguf file, or a directory with "
+            f"{MODEL_CONFIG_FILE}, {WEIGHTS_FILE} and tokenizer.model or tokenizer.json.",
+            field="policy.path",
         ) from None
-    return from_config(config, path), str(config.get(FINGERPRINT, ""))
+    return from_hf_config(content, path), str(content.get(FINGERPRINT_KEY, ""))
 
 
-def open_weights(source: str | Path, shape: ModelConfig) -> Tensors:
-    """Open the weights of a policy under Hugging Face's names, checked against `shape`.
+def open_weights(source: str | Path, config: ModelConfig) -> Tensors:
+    """Open the weights of a policy, with Hugging Face's tensor names.
 
-    Raises: UserError, naming file and tensor, for one that is missing, that is not mapped or has another shape.
+    Args:
+      source: a directory in Hugging Face format, or a GGUF file.
+      config: its architecture.
+
+    Raises: UserError that names file and tensor, for a tensor that is missing, unknown or of another shape.
     """
     path = Path(source)
-    tensors = gguf_tensors(path, shape) if is_gguf(source) else open_safetensors(path)
-    head = _TOP["head"]
-    if shape.tied and head in tensors.specs and _TOP["embedding"] in tensors.specs:
-        # Some exports write a tied matrix twice.
-        if not np.array_equal(tensors.read(head), tensors.read(_TOP["embedding"])):
-            raise UserError(f"{tensors.source}: {head} is not the embedding, but config.json has tie_word_embeddings.")
+    tensors = gguf_tensors(path, config) if is_gguf(source) else open_safetensors(path)
+    head, embedding = _TOP_NAMES["head"], _TOP_NAMES["embedding"]
+    if config.tied and head in tensors.specs and embedding in tensors.specs:
+        # Some exports contain the tied matrix twice.
+        if not np.array_equal(tensors.read(head), tensors.read(embedding)):
+            raise UserError(
+                f"{tensors.source}: {head} differs from the embedding, but {MODEL_CONFIG_FILE} has tie_word_embeddings.",
+                field=tensors.source,
+            )
         tensors = tensors.without(head)
-    return tensors.check((name, on_disk) for name, on_disk, _, _ in _names(shape))
+    return tensors.select((entry.name, entry.shape) for entry in _tensor_entries(config))
 
 
 def load_policy(source: str | Path, shardings: Any = None) -> tuple[ModelConfig, Params, str]:
-    """Read shape, float32 parameters and tokenizer fingerprint.
+    """Load architecture, float32 parameters and tokenizer fingerprint ("" if it is not recorded).
 
-    The host holds one tensor of the files at a time, in their dtype, and no device more than its own share.
+    The host holds one tensor at a time, in the dtype on disk, and each device only its own shards.
 
     Args:
-      source: a directory in the form of Hugging Face, or a GGUF file.
-      shardings: tree of NamedShardings like the parameters; without it they go to the default device.
+      source: a directory in Hugging Face format, or a GGUF file.
+      shardings: tree of NamedShardings like the parameters; None to put them on the default device.
 
-    Raises: UserError, naming the file and the tensor that is at fault.
+    Raises: UserError that names the file and the tensor that cannot be loaded.
     """
-    shape, fingerprint = load_model_config(source)
-    tensors, dims = open_weights(source, shape), _leaf_dims(shape)
+    config, fingerprint = load_model_config(source)
+    tensors = open_weights(source, config)
+    shapes = _param_shapes(config)
     params: Params = {"layers": {}}
-    for name, _, ours, layer in _names(shape):
-        if layer is None:
-            sharding = shardings and shardings[ours]
-            params[ours] = jax.block_until_ready(_put(tensors.read(name), sharding).astype(jnp.float32))
+    for entry in _tensor_entries(config):
+        name = entry.parameter
+        if entry.layer is None:
+            sharding = shardings and shardings[name]
+            params[name] = jax.block_until_ready(_to_device(tensors.read(entry.name), sharding).astype(jnp.float32))
             continue
-        inputs, sharding = _LAYER[ours][1], shardings and shardings["layers"][ours]
-        if layer == 0:
-            params["layers"][ours] = _empty_stack((shape.layers, *dims[ours]), sharding)
-        # Not kept in a name of its own, which would hold this tensor while the next one is read.
-        params["layers"][ours] = _write_layer(
-            params["layers"][ours],
-            _put(tensors.read(name), sharding and _on_disk(sharding, inputs)),
-            layer,
-            dims[ours],
-            inputs,
+        input_axes = _LAYER_NAMES[name][1]
+        sharding = shardings and shardings["layers"][name]
+        if entry.layer == 0:
+            params["layers"][name] = _zeros((config.layers, *shapes[name]), sharding)
+        # The tensor is not bound to a variable, which would keep it alive while the next one is read.
+        params["layers"][name] = _write_layer(
+            params["layers"][name],
+            _to_device(tensors.read(entry.name), sharding and _sharding_on_disk(sharding, input_axes)),
+            entry.layer,
+            shapes[name],
+            input_axes,
             sharding,
         )
-        # Waited for, or reading would run ahead and the tensors of many layers wait on the host.
-        jax.block_until_ready(params["layers"][ours])
-    return shape, params, fingerprint
+        # Wait, or reading would run ahead of the transfers, with the tensors of many layers in host memory.
+        jax.block_until_ready(params["layers"][name])
+    return config, params, fingerprint
 
 
-def _put(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
-    """Put a tensor where it belongs, in memory of its own.
+def _to_device(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    """Copy a tensor to its devices, into memory that JAX owns.
 
-    On the CPU, JAX makes arrays of NumPy's own memory where it can, and lets go of that only in the call after the array's
-    end: without the copy, a tensor would still be there while the next one is read.
+    On the CPU, JAX may alias the memory of a NumPy array and release it only in the call after the array is deleted. Without the
+    explicit copy, the tensor would therefore still be in memory while the next one is read.
     """
     if sharding is None:
         return jnp.asarray(tensor)
@@ -146,123 +188,161 @@ def _put(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
 _copy = jax.jit(jnp.copy)
 
 
-def _on_disk(sharding: NamedSharding, inputs: int) -> NamedSharding:
-    """Return how a layer's tensor as it is on disk, [outputs, inputs], is split like the parameter that it becomes."""
+def _sharding_on_disk(sharding: NamedSharding, input_axes: int) -> NamedSharding:
+    """Return the sharding of a layer's tensor on disk, [outputs, inputs], that matches the sharding of its parameter.
+
+    Args:
+      sharding: of the parameter, with the layer axis.
+      input_axes: as in `_LAYER_NAMES`.
+    """
     axes = sharding.spec[1:]
-    parts = (axes[inputs:], axes[:inputs]) if inputs else (axes,)
-    # Of the axes that are one on disk, the first that is longer than one is the only one that is ever split.
-    merged = (next((axis for axis in part if axis is not None), None) for part in parts)
+    groups = (axes[input_axes:], axes[:input_axes]) if input_axes else (axes,)
+    # Of the axes that are merged on disk, only the first one longer than 1 is ever sharded.
+    merged = (next((axis for axis in group if axis is not None), None) for group in groups)
     return NamedSharding(sharding.mesh, PartitionSpec(*merged))
 
 
-@functools.partial(jax.jit, static_argnames=("dims", "sharding"))
-def _empty_stack(dims: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    stack = jnp.zeros(dims, jnp.float32)
+@functools.partial(jax.jit, static_argnames=("shape", "sharding"))
+def _zeros(shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    stack = jnp.zeros(shape, jnp.float32)
     return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
 
 
-@functools.partial(jax.jit, static_argnames=("dims", "inputs", "sharding"), donate_argnames="stack")
+@functools.partial(jax.jit, static_argnames=("shape", "input_axes", "sharding"), donate_argnames="stack")
 def _write_layer(
     stack: jax.Array,
     tensor: jax.Array,
     layer: int,
-    dims: tuple[int, ...],
-    inputs: int,
+    shape: tuple[int, ...],
+    input_axes: int,
     sharding: NamedSharding | None,
 ) -> jax.Array:
-    ours = (tensor.T if inputs else tensor).reshape(dims).astype(jnp.float32)
-    stack = jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0)
+    """Write one layer's tensor, as it is on disk, into the parameter with a layer axis."""
+    value = (tensor.T if input_axes else tensor).reshape(shape).astype(jnp.float32)
+    stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
     return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
 
 
 def save_policy(
-    directory: str | Path, shape: ModelConfig, params: Params, tokenizer_file: str | Path, fingerprint: str
+    directory: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer_files: Mapping[str, bytes],
+    fingerprint: str,
 ) -> None:
-    """Write a directory that `load_policy` and `transformers` read, in float32, one tensor after the other.
+    """Write a directory that `load_policy` and `transformers` can load, in float32, one tensor at a time.
 
-    `fingerprint` is the tokenizer's: token ids mean nothing to these weights under another one. The files beside
-    `tokenizer_file` that belong to it (chat template, special and stop ids) come along. Of several processes one writes.
-    """
-    tensors = params_as_tensors(shape, lambda path: functools.reduce(operator.getitem, path, params))
-    config = to_config(shape) | {"torch_dtype": "float32", FINGERPRINT: fingerprint}
-    if is_leader():
-        write_policy(Path(directory), config, tensors, read_tokenizer_files(tokenizer_file))
-    else:
-        for name in tensors.specs:
-            tensors.read(name)  # Every process must ask for what lies with several.
-
-
-def write_policy(directory: Path, config: dict[str, Any], tensors: Tensors, files: dict[str, bytes]) -> None:
-    """Write config.json, the weights and the tokenizer's files into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory, tensors)
-    for name, data in files.items():
-        (directory / name).write_bytes(data)
-    # The last one, because it makes a directory a policy's.
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def params_as_tensors(shape: ModelConfig, leaf: Callable[[tuple[str, ...]], Any]) -> Tensors:
-    """Our parameters as float32 tensors under Hugging Face's names, one parameter's layers after the other.
+    In a run with several processes, all must call this function, and the leader writes.
 
     Args:
-      leaf: gives a parameter, with its layer axis, by its path in the tree; on the host or sharded over devices.
-
-    Raises: UserError on reading, where a parameter is not of `shape`.
+      directory: where to write; created if necessary.
+      config: architecture.
+      params: parameters, on the host or sharded over devices.
+      tokenizer_files: content by file name (`tokenizers.files.read_tokenizer_files`).
+      fingerprint: of the tokenizer; it is recorded because the weights are meaningless with other token ids.
     """
-    ours = _leaf_dims(shape)
-    places = {name: (dims, parameter, layer) for name, dims, parameter, layer in _names(shape)}
+    tensors = params_as_tensors(config, lambda path: functools.reduce(operator.getitem, path, params))
+    content = to_hf_config(config) | {"torch_dtype": "float32", FINGERPRINT_KEY: fingerprint}
+    if is_leader():
+        write_policy(Path(directory), content, tensors, tokenizer_files)
+    else:
+        for name in tensors.specs:
+            tensors.read(name)  # A collective operation if the parameter is sharded over processes.
+
+
+def write_policy(
+    directory: Path, hf_config: dict[str, Any], tensors: Tensors, tokenizer_files: Mapping[str, bytes]
+) -> None:
+    """Write weights, tokenizer files and config.json into `directory`.
+
+    Args:
+      directory: where to write; created if necessary.
+      hf_config: content of config.json.
+      tensors: weights with Hugging Face's names.
+      tokenizer_files: content by file name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory, tensors)
+    for name, data in tokenizer_files.items():
+        (directory / name).write_bytes(data)
+    # Last, because a directory with config.json is taken for a complete policy.
+    (directory / MODEL_CONFIG_FILE).write_text(json.dumps(hf_config, indent=2) + "\n")
+
+
+def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]], Any]) -> Tensors:
+    """Return parameters as float32 tensors with Hugging Face's names, parameter by parameter, and layer by layer within one.
+
+    Args:
+      config: architecture.
+      get_param: function from the path of a parameter in the tree to its value, with the layer axis, on the host or sharded.
+
+    Raises: UserError on reading a parameter whose shape does not match `config`.
+    """
+    shapes = _param_shapes(config)
+    entries = {entry.name: entry for entry in _tensor_entries(config)}
 
     def fetch(name: str) -> np.ndarray:
-        dims, parameter, layer = places[name]
-        array = leaf((parameter,) if layer is None else ("layers", parameter))
-        expected = ours[parameter] if layer is None else (shape.layers, *ours[parameter])
+        entry = entries[name]
+        parameter, layer = entry.parameter, entry.layer
+        array = get_param((parameter,) if layer is None else ("layers", parameter))
+        expected = shapes[parameter] if layer is None else (config.layers, *shapes[parameter])
         if array.shape != expected:
-            raise UserError(f"the parameter {parameter} has shape {array.shape}, expected {expected} of its policy.")
+            raise UserError(f"parameter {parameter} has shape {array.shape}, but its policy has {expected}.")
         array = to_host(array if layer is None else array[layer])
-        return array.reshape(dims[::-1]).T if layer is not None and _LAYER[parameter][1] else array.reshape(dims)
+        if layer is not None and _LAYER_NAMES[parameter][1]:
+            return array.reshape(entry.shape[::-1]).T
+        return array.reshape(entry.shape)
 
-    return Tensors("the policy", {n: Spec(np.dtype(np.float32), place[0]) for n, place in places.items()}, fetch)
-
-
-def _layer_name(ours: str, layer: int) -> str:
-    return f"model.layers.{layer}.{_LAYER[ours][0]}"
-
-
-def _names(shape: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], str, int | None]]:
-    """Yield of every tensor on disk its name, its dimensions, our name and the layer (None outside of the layers)."""
-    dims = _leaf_dims(shape)
-    for name in _TOP:
-        if name in dims:
-            yield _TOP[name], dims[name], name, None
-    for name, (_, inputs) in _LAYER.items():
-        if name in dims:
-            rows, columns = (int(np.prod(part)) for part in (dims[name][:inputs], dims[name][inputs:]))
-            for layer in range(shape.layers):
-                yield _layer_name(name, layer), (columns, rows) if inputs else (columns,), name, layer
+    specs = {name: TensorSpec(dtype=np.dtype(np.float32), shape=entry.shape) for name, entry in entries.items()}
+    return Tensors(source="the parameters", specs=specs, fetch=fetch)
 
 
-def _leaf_dims(s: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters, a layer's without the layer axis."""
-    group = s.heads // s.kv_heads
-    dims: dict[str, tuple[int, ...]] = {
-        "embedding": (s.vocab, s.width),
-        "norm": (s.width,),
-        "attention_norm": (s.width,),
-        "q": (s.width, s.kv_heads, group, s.head_size),
-        "k": (s.width, s.kv_heads, s.head_size),
-        "v": (s.width, s.kv_heads, s.head_size),
-        "o": (s.kv_heads, group, s.head_size, s.width),
-        "ffn_norm": (s.width,),
-        "gate": (s.width, s.ffn),
-        "up": (s.width, s.ffn),
-        "down": (s.ffn, s.width),
+class _TensorEntry(NamedTuple):
+    """A tensor on disk and the parameter that it belongs to."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    layer: int | None  # None outside of the layers.
+
+
+def _tensor_entries(config: ModelConfig) -> Iterator[_TensorEntry]:
+    shapes = _param_shapes(config)
+    for parameter, name in _TOP_NAMES.items():
+        if parameter in shapes:
+            yield _TensorEntry(name=name, shape=shapes[parameter], parameter=parameter, layer=None)
+    for parameter, (name, input_axes) in _LAYER_NAMES.items():
+        if parameter not in shapes:
+            continue
+        inputs = int(np.prod(shapes[parameter][:input_axes]))
+        outputs = int(np.prod(shapes[parameter][input_axes:]))
+        shape = (outputs, inputs) if input_axes else (outputs,)
+        for layer in range(config.layers):
+            yield _TensorEntry(name=f"model.layers.{layer}.{name}", shape=shape, parameter=parameter, layer=layer)
+
+
+def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter, for those of the layers without the layer axis."""
+    width, kv_heads, head_size = config.width, config.kv_heads, config.head_size
+    group = config.heads // kv_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding": (config.vocab, width),
+        "norm": (width,),
+        "attention_norm": (width,),
+        "q": (width, kv_heads, group, head_size),
+        "k": (width, kv_heads, head_size),
+        "v": (width, kv_heads, head_size),
+        "o": (kv_heads, group, head_size, width),
+        "ffn_norm": (width,),
+        "gate": (width, config.ffn),
+        "up": (width, config.ffn),
+        "down": (config.ffn, width),
     }
-    if not s.tied:
-        dims["head"] = (s.vocab, s.width)
-    if s.qkv_bias:
-        dims["q_bias"] = (1, s.kv_heads, 1, group, 1, s.head_size)
-        dims["k_bias"] = dims["v_bias"] = (1, s.kv_heads, 1, 1, s.head_size)
-    if s.qk_norm:
-        dims["q_norm"] = dims["k_norm"] = (s.head_size,)
-    return dims
+    if not config.tied:
+        shapes["head"] = (config.vocab, width)
+    if config.qkv_bias:
+        shapes["q_bias"] = (1, kv_heads, 1, group, 1, head_size)
+        shapes["k_bias"] = shapes["v_bias"] = (1, kv_heads, 1, 1, head_size)
+    if config.qk_norm:
+        shapes["q_norm"] = shapes["k_norm"] = (head_size,)
+    return shapes

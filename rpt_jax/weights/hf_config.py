@@ -1,4 +1,4 @@
-"""Shapes as Hugging Face writes them: config.json, read and written for each family."""
+"""Conversion between `ModelConfig` and Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import SCALINGS, Scaling
 
-CONFIG = "config.json"
-FINGERPRINT = "tokenizer_sha256"  # Our own field; other readers ignore it.
-# What model_type may be -> the models of that kind, for people who know these by their names only.
+MODEL_CONFIG_FILE = "config.json"
+# Key of the tokenizer's fingerprint in config.json. Only rpt_jax writes and reads it; other readers ignore it.
+FINGERPRINT_KEY = "tokenizer_sha256"
+# Supported values of `model_type` -> names of models, for error messages.
 _FAMILIES = {"llama": "Llama 3 and SmolLM2", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3 without experts"}
-# What the families could have and none of those we know of does: (field, the values that mean that it has not).
-_ABSENT = {
+# Options that are not supported: key of config.json -> values that turn the option off (or are the default).
+_UNSUPPORTED_OPTIONS = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
@@ -25,69 +26,89 @@ _ABSENT = {
 }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Parse a JSON object. Raises: UserError, where the file holds something else; OSError, where it cannot be read."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises: UserError if the file contains something else; OSError if it cannot be read.
+    """
     try:
-        config = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object.")
-    return config
+        raise UserError(f"{path} is not valid JSON ({error}).", field=str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must contain a JSON object.", field=str(path))
+    return content
 
 
-def to_config(s: ModelConfig) -> dict[str, Any]:
-    """Return what config.json says of a shape, in names that releases 4 and 5 of `transformers` read alike."""
-    kind = "qwen3" if s.qk_norm else "qwen2" if s.qkv_bias else "llama"
-    config = {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "model_type": kind,
-        "num_hidden_layers": s.layers,
-        "hidden_size": s.width,
-        "num_attention_heads": s.heads,
-        "num_key_value_heads": s.kv_heads,
-        "head_dim": s.head_size,
-        "intermediate_size": s.ffn,
-        "vocab_size": s.vocab,
-        "max_position_embeddings": s.context,
-        "rope_theta": s.rope_base,
-        "rms_norm_eps": s.norm_epsilon,
-        "tie_word_embeddings": s.tied,
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the content of config.json for an architecture, in the form that `transformers` 4 and 5 both read."""
+    family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    content: dict[str, Any] = {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.ffn,
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.context,
+        "rope_theta": config.rope_base,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied,
         "hidden_act": "silu",
     }
-    if s.rope_scaling:
-        [name] = (name for name, kind in SCALINGS.items() if isinstance(s.rope_scaling, kind))
-        fields = {n: v for n, v in dataclasses.asdict(s.rope_scaling).items() if v is not None}
-        config["rope_scaling"] = {"rope_type": name} | fields
-    return config
+    if config.rope_scaling:
+        [rope_type] = (name for name, kind in SCALINGS.items() if isinstance(config.rope_scaling, kind))
+        fields = {n: v for n, v in dataclasses.asdict(config.rope_scaling).items() if v is not None}
+        content["rope_scaling"] = {"rope_type": rope_type} | fields
+    return content
 
 
-def check_family(where: str, family: Any) -> None:
-    """Refuse a family that is not ours, with those that are. Raises: UserError."""
+def check_family(path: Path, key: str, family: Any) -> None:
+    """Check that a model family is supported.
+
+    Args:
+      path: file that names the family, for the message.
+      key: key of the family in this file, for the message.
+      family: its value.
+
+    Raises: UserError with the supported families.
+    """
     if not isinstance(family, str) or family not in _FAMILIES:
-        ours = ", ".join(f"'{name}' ({models})" for name, models in _FAMILIES.items())
-        raise UserError(f"{where}={family!r} is not among the architectures of rpt_jax: {ours}.")
+        supported = ", ".join(f"'{name}' ({models})" for name, models in _FAMILIES.items())
+        raise UserError(f"{path}: {key}={family!r} is not supported; choose one of: {supported}.", field=str(path))
 
 
-def from_config(config: dict[str, Any], path: Path) -> ModelConfig:
-    """Read a shape. Raises: UserError, naming `path` and the field, for anything that we do not have or cannot read."""
-    kind = config.get("model_type")
-    check_family(f"{path}: model_type", kind)
-    _refuse_options(config, path)
+def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
+    """Return the architecture that a config.json describes.
+
+    Args:
+      content: the parsed file.
+      path: the file, for messages.
+
+    Raises: UserError that names the file and the key, for a value that is missing, invalid or not supported.
+    """
+    family = content.get("model_type")
+    check_family(path, "model_type", family)
+    _check_options(content, path)
 
     def number(name: str, expected: type, default: Any = None) -> Any:
-        return _number(path, name, config.get(name, default), expected)
+        return _check_number(path, name, content.get(name, default), expected)
 
-    width, heads = number("hidden_size", int), number("num_attention_heads", int)
+    width = number("hidden_size", int)
+    heads = number("num_attention_heads", int)
     kv_heads = number("num_key_value_heads", int, heads)
-    head_size = width // heads if config.get("head_dim") is None else number("head_dim", int)
+    head_size = width // heads if content.get("head_dim") is None else number("head_dim", int)
     if heads % kv_heads or head_size % 2:
         raise UserError(
             f"{path}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, and "
-            f"head_dim={head_size} even."
+            f"head_dim={head_size} must be even.",
+            field=str(path),
         )
     context = number("max_position_embeddings", int, ModelConfig.context)
-    base, scaling = _rope(config, path, context)
+    base, scaling = _read_rope(content, path, context)
     return ModelConfig(
         layers=number("num_hidden_layers", int),
         width=width,
@@ -99,62 +120,84 @@ def from_config(config: dict[str, Any], path: Path) -> ModelConfig:
         rope_base=base,
         rope_scaling=scaling,
         norm_epsilon=number("rms_norm_eps", float),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        tied=bool(content.get("tie_word_embeddings", False)),
         context=context,
     )
 
 
-def _refuse_options(config: dict[str, Any], path: Path) -> None:
-    for name, absent in _ABSENT.items():
-        if config.get(name) not in absent:
-            raise UserError(f"{path}: {name}={config[name]!r} is not supported; what is: {absent[-1]!r}.")
-    slides = config.get("use_sliding_window") and config.get("max_window_layers", 0) < config.get(
+def _check_options(content: dict[str, Any], path: Path) -> None:
+    for name, supported in _UNSUPPORTED_OPTIONS.items():
+        if content.get(name) not in supported:
+            raise UserError(
+                f"{path}: {name}={content[name]!r} is not supported; expected {supported[-1]!r}.", field=str(path)
+            )
+    has_sliding_layers = content.get("use_sliding_window") and content.get("max_window_layers", 0) < content.get(
         "num_hidden_layers", 0
     )
-    if slides or "sliding_attention" in (config.get("layer_types") or ()):
-        raise UserError(f"{path}: it has layers with a sliding window, which are not supported.")
+    if has_sliding_layers or "sliding_attention" in (content.get("layer_types") or ()):
+        raise UserError(f"{path}: layers with sliding-window attention are not supported.", field=str(path))
 
 
-def _rope(config: dict[str, Any], path: Path, context: int) -> tuple[float, Scaling | None]:
-    """Read base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    fields = config.get(name) or {}
+def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float, Scaling | None]:
+    """Read the RoPE base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    section = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
+    fields = content.get(section) or {}
     if not isinstance(fields, dict):
-        raise UserError(f"{path}: {name}={fields!r} must be an object.")
+        raise UserError(f"{path}: {section}={fields!r} must be an object.", field=str(path))
     fields = dict(fields)
-    base = _number(path, "rope_theta", fields.pop("rope_theta", config.get("rope_theta", 10_000.0)), float)
-    # The older name of the same field may stand beside it.
-    old = fields.pop("type", "default")
-    kind = fields.pop("rope_type", old)
-    if kind != "default" and kind not in SCALINGS:
-        raise UserError(f"{path}: {name}: rope_type={kind!r} is not one of: default, {', '.join(SCALINGS)}.")
-    if kind == "default":
-        wanted: dict[str, Any] = {}
-    else:
-        wanted = typing.get_type_hints(SCALINGS[kind])
-        if "original_max_position_embeddings" in wanted:
+    theta = fields.pop("rope_theta", content.get("rope_theta", 10_000.0))
+    base = _check_number(path, "rope_theta", theta, float)
+
+    # Older files have "type" instead of, or in addition to, "rope_type".
+    old_type = fields.pop("type", "default")
+    rope_type = fields.pop("rope_type", old_type)
+    if not isinstance(rope_type, str) or rope_type not in ("default", *SCALINGS):
+        raise UserError(
+            f"{path}: {section}: rope_type={rope_type!r} is not one of: default, {', '.join(SCALINGS)}.",
+            field=str(path),
+        )
+    types: dict[str, Any] = {}
+    if rope_type != "default":
+        types = typing.get_type_hints(SCALINGS[rope_type])
+        if "original_max_position_embeddings" in types:
             fields.setdefault("original_max_position_embeddings", context)
-    partial = fields.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if unknown := sorted({*fields} - {*wanted}) or ([] if partial in (None, 1.0) else ["partial_rotary_factor"]):
-        raise UserError(f"{path}: {name}: {', '.join(unknown)} is nothing that rope_type={kind!r} has here.")
-    if kind == "default":
+
+    # Refuse what would change the frequencies in a way that is not implemented.
+    partial = fields.pop("partial_rotary_factor", content.get("partial_rotary_factor"))
+    unknown = sorted(fields.keys() - types.keys())
+    if not unknown and partial not in (None, 1.0):
+        unknown = ["partial_rotary_factor"]
+    if unknown:
+        raise UserError(
+            f"{path}: {section}: {', '.join(unknown)} is not supported for rope_type={rope_type!r}.", field=str(path)
+        )
+    if rope_type == "default":
         return base, None
-    values = {n: _field(path, f"{name}.{n}", value, wanted[n]) for n, value in fields.items() if value is not None}
-    required = [f.name for f in dataclasses.fields(SCALINGS[kind]) if f.default is dataclasses.MISSING]
-    if missing := [n for n in required if n not in values]:
-        raise UserError(f"{path}: {name} with rope_type={kind!r} lacks {', '.join(missing)}.")
-    return base, SCALINGS[kind](**values)
+
+    values = {
+        name: _check_rope_field(path, f"{section}.{name}", value, types[name])
+        for name, value in fields.items()
+        if value is not None
+    }
+    required = [f.name for f in dataclasses.fields(SCALINGS[rope_type]) if f.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise UserError(
+            f"{path}: {section} with rope_type={rope_type!r} requires {', '.join(missing)}.", field=str(path)
+        )
+    return base, SCALINGS[rope_type](**values)
 
 
-def _field(path: Path, name: str, value: Any, expected: Any) -> Any:
+def _check_rope_field(path: Path, name: str, value: Any, expected: Any) -> Any:
     if expected is bool:
         return bool(value)
-    return _number(path, name, value, int if expected is int else float)
+    return _check_number(path, name, value, int if expected is int else float)
 
 
-def _number(path: Path, name: str, value: Any, expected: type) -> Any:
+def _check_number(path: Path, name: str, value: Any, expected: type) -> Any:
+    """Return a positive number as the expected type. Raises: UserError that names the file and the key."""
     if isinstance(value, bool) or not isinstance(value, int | expected) or not 0 < value < 10**12:
-        raise UserError(f"{path}: {name}={value!r} must be a positive {'number' if expected is float else 'integer'}.")
+        kind = "number" if expected is float else "integer"
+        raise UserError(f"{path}: {name}={value!r} must be a positive {kind}.", field=str(path))
     return expected(value)

@@ -1,4 +1,7 @@
-"""The policy once more, in NumPy and float64, one sequence at a time: no padding, no branches, no cache, no scan."""
+"""Independent reference implementation of the policy in NumPy and float64.
+
+It runs one sequence at a time, without padding, branches, cache or scan.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from flax import linen as nn
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params, Transformer
 
-# Two layers, because one cannot tell whether keys went to their own layer; two kv heads with a group of two each.
+# Two layers, so that keys of the wrong layer are noticed; two kv heads with two query heads each.
 SHAPE = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, head_size=8, ffn=24, vocab=48)
 POLICY = Transformer(SHAPE)
-# For gradients, which take seconds a layer to compile.
+# For gradients, which take seconds per layer to compile.
 SHALLOW = Transformer(dataclasses.replace(SHAPE, layers=1))
 
 
 def random_params(policy: Transformer, seed: int) -> Params:
-    """Return float32 parameters, all of them random: the ones and zeros of norms and biases would hide what is not used."""
+    """Return random float32 parameters, also for norms and biases: ones and zeros would hide parameters that are not used."""
     tokens = np.zeros((1, 1, 1), np.int32)
     init = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), tokens, tokens)["params"]))
     rng = np.random.default_rng(seed)
@@ -47,7 +50,7 @@ def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 def rotate(x_SxC: np.ndarray, base: float) -> np.ndarray:
-    """Turn the pair (x_j, x_{j + C/2}) at position s by the angle s · base^(-2j/C), as a complex number."""
+    """Rotate the pair (x_j, x_{j + C/2}) at position s by the angle s · base^(-2j/C), as a complex number."""
     size = x_SxC.shape[-1]
     angle = np.arange(x_SxC.shape[-2])[:, None] * base ** (-2 * np.arange(size // 2) / size)
     turned = (x_SxC[..., : size // 2] + 1j * x_SxC[..., size // 2 :]) * np.exp(1j * angle)
@@ -59,34 +62,34 @@ def causal_attention(q_SxC: np.ndarray, k_SxC: np.ndarray, v_SxC: np.ndarray) ->
     return softmax(np.where(np.tri(len(scores), dtype=bool), scores, -np.inf)) @ v_SxC
 
 
-def hidden(params: Params, s: ModelConfig, tokens: list[int]) -> np.ndarray:
+def hidden(params: Params, config: ModelConfig, tokens: list[int]) -> np.ndarray:
     """Return the final hidden states [S, D] of one sequence."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     x_SxD = params["embedding"][np.asarray(tokens)]
-    for i in range(s.layers):
+    for i in range(config.layers):
         p = {name: leaf[i] for name, leaf in params["layers"].items()}
-        y_SxD, out_SxD = rms_norm(x_SxD, p["attention_norm"], s.norm_epsilon), np.zeros_like(x_SxD)
-        for k in range(s.kv_heads):
+        y_SxD, out_SxD = rms_norm(x_SxD, p["attention_norm"], config.norm_epsilon), np.zeros_like(x_SxD)
+        for k in range(config.kv_heads):
             key, value = y_SxD @ p["k"][:, k], y_SxD @ p["v"][:, k]
-            if s.qkv_bias:
+            if config.qkv_bias:
                 key, value = key + p["k_bias"][0, k, 0, 0], value + p["v_bias"][0, k, 0, 0]
-            if s.qk_norm:
-                key = rms_norm(key, p["k_norm"], s.norm_epsilon)
-            for r in range(s.heads // s.kv_heads):
+            if config.qk_norm:
+                key = rms_norm(key, p["k_norm"], config.norm_epsilon)
+            for r in range(config.heads // config.kv_heads):
                 query = y_SxD @ p["q"][:, k, r]
-                if s.qkv_bias:
+                if config.qkv_bias:
                     query = query + p["q_bias"][0, k, 0, r, 0]
-                if s.qk_norm:
-                    query = rms_norm(query, p["q_norm"], s.norm_epsilon)
-                turned = rotate(query, s.rope_base), rotate(key, s.rope_base)
+                if config.qk_norm:
+                    query = rms_norm(query, p["q_norm"], config.norm_epsilon)
+                turned = rotate(query, config.rope_base), rotate(key, config.rope_base)
                 out_SxD = out_SxD + causal_attention(*turned, value) @ p["o"][k, r]
         x_SxD = x_SxD + out_SxD
-        y_SxD = rms_norm(x_SxD, p["ffn_norm"], s.norm_epsilon)
+        y_SxD = rms_norm(x_SxD, p["ffn_norm"], config.norm_epsilon)
         gate_SxF = y_SxD @ p["gate"]
         x_SxD = x_SxD + (gate_SxF / (1 + np.exp(-gate_SxF)) * (y_SxD @ p["up"])) @ p["down"]
-    return rms_norm(x_SxD, params["norm"], s.norm_epsilon)
+    return rms_norm(x_SxD, params["norm"], config.norm_epsilon)
 
 
-def logits(params: Params, s: ModelConfig, tokens: list[int]) -> np.ndarray:
+def logits(params: Params, config: ModelConfig, tokens: list[int]) -> np.ndarray:
     """Return the logits [S, V] of one sequence."""
-    return hidden(params, s, tokens) @ np.asarray(params["embedding" if s.tied else "head"], np.float64).T
+    return hidden(params, config, tokens) @ np.asarray(params["embedding" if config.tied else "head"], np.float64).T

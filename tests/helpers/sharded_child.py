@@ -98,7 +98,7 @@ def step(
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
 
 
-def mesh_of(sizes: tuple[int, int, int, int]) -> Mesh:
+def mesh_from_config(sizes: tuple[int, int, int, int]) -> Mesh:
     *axes, together = sizes
     return make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))], rollout_tensor=together)
 
@@ -108,7 +108,7 @@ def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
 
     Adam's first moment after the first step is a tenth of the gradient.
     """
-    mesh = mesh_of(sizes)
+    mesh = mesh_from_config(sizes)
     with use_mesh(mesh, split_rows=sizes == SPLIT_ROWS):
         params = init_parameters(SHALLOW, mesh, seed=0)
         state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
@@ -139,7 +139,7 @@ def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
 
 def run_rollouts(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """Return what the first step of `run` samples."""
-    mesh = mesh_of(sizes)
+    mesh = mesh_from_config(sizes)
     with use_mesh(mesh):
         layout = make_reshard_fn(SHALLOW, mesh, lambda params: params) or (lambda params: params)
         params = layout(init_parameters(SHALLOW, mesh, seed=0))
@@ -153,7 +153,7 @@ def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
 
 def main() -> None:
     assert jax.device_count() == DEVICES
-    alone = mesh_of((1, 1, 1, 1))
+    alone = mesh_from_config((1, 1, 1, 1))
     results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
     for sizes in MESHES:
         results |= flat(run(sizes), "x".join(map(str, sizes)))

@@ -15,7 +15,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from tests.tokenizers.test_tokenizer import any_text, byte_level_bpe, write_hf
+from tests.helpers.tokenizers import any_text, byte_level_bpe, write_hf
 
 
 def write_template(folder: Path, text: str) -> str:

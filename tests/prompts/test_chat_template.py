@@ -12,7 +12,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.positions import Position
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from tests.tokenizers.test_tokenizer import byte_level_bpe, write_hf
+from tests.helpers.tokenizers import byte_level_bpe, write_hf
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_end|>' + message['role'] + '\\n' + message['content'] }}"

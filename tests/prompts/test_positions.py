@@ -87,8 +87,8 @@ def test_evaluation_positions_are_above_the_threshold_and_have_context() -> None
     scores = [
         Scores(
             entropy_S=np.array(entropy, np.float32),
-            right_S=np.zeros(len(entropy), bool),
-            plain_entropy_S=np.zeros(len(entropy)),
+            top1_correct_S=np.zeros(len(entropy), bool),
+            partial_entropy_S=np.zeros(len(entropy)),
         )
         for entropy in entropies
     ]

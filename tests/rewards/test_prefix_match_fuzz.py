@@ -13,6 +13,7 @@ from rpt_jax.rewards.prefix_match import Status, predicted_first_token, prefix_m
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 from tests.helpers import reward_reference
+from tests.helpers.tokenizers import TEXTS, byte_level_bpe, write_hf
 from tests.rewards.test_prefix_match import (
     BOX,
     MARK,
@@ -29,7 +30,6 @@ from tests.rewards.test_prefix_match import (
     store,
     vocab_arrays,
 )
-from tests.tokenizers.test_tokenizer import TEXTS, byte_level_bpe, write_hf
 
 UNKNOWN = len(VOCAB)  # Stands for an id outside of the vocabulary, as PAD and the others do for special tokens.
 

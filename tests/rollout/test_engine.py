@@ -359,7 +359,7 @@ def test_planned_memory_is_what_the_arrays_take():
 
 
 def test_bench_rollout(params, tmp_path, capsys):
-    save_policy(tmp_path / "model", SHAPE, params, tmp_path / "tokenizer.json", "")
+    save_policy(tmp_path / "model", SHAPE, params, {}, "")
     prompts, lengths, _ = nested()
     np.savez(tmp_path / "prompts.npz", prompts=prompts, lengths=lengths)
     options = [f"--model={tmp_path / 'model'}", "--samples=4", "--max_new_tokens=24", "--stop_ids=2,8", "--repeats=1"]

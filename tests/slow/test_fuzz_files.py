@@ -24,15 +24,16 @@ from rpt_jax.corpus.tokenization import tokenize
 from rpt_jax.corpus.tokenized import open_tokens
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Transformer
+from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import load_model_config, open_weights, save_policy
-from rpt_jax.weights.safetensors_io import INDEX, WEIGHTS
+from rpt_jax.weights.safetensors_io import INDEX_FILE, WEIGHTS_FILE
 from tests.helpers.corpora import write_every_format, write_jsonl
 from tests.helpers.fuzzing import altered, altered_json, many, values
+from tests.helpers.hf_models import SHAPE, tokenizer_spec, write_gguf
 from tests.helpers.paths import TINY
 from tests.helpers.policy_reference import random_params
 from tests.helpers.whole_corpus import load_corpus
-from tests.test_convert import SHAPE, tokenizer_spec, write_gguf
 
 pytestmark = pytest.mark.slow
 TEXTS = ["Tom has 3 apples.\nHe buys 4 more.", "naïve \U0001f9ee", "a b c " * 40, "12 + 30 = 42"]
@@ -138,7 +139,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("policy")
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer_spec()))
     (directory / "generation_config.json").write_text(json.dumps(BESIDE["generation_config.json"]))
-    save_policy(directory, SHAPE, random_params(Transformer(SHAPE), 0), directory / "tokenizer.json", "")
+    save_policy(directory, SHAPE, random_params(Transformer(SHAPE), 0), read_tokenizer_files(directory), "")
     write_gguf(directory / "tiny.gguf")
     return directory
 
@@ -148,18 +149,18 @@ def read_weights(source: Path) -> None:
     tensors = open_weights(source, shape)
     for name, spec in tensors.specs.items():
         tensor = tensors.read(name)
-        assert tensor.shape == spec.dims and np.isfinite(tensor).all()
+        assert tensor.shape == spec.shape and np.isfinite(tensor).all()
 
 
 @many
 @given(st.data())
 def test_safetensors(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
-    whole = (policy / WEIGHTS).read_bytes()
+    whole = (policy / WEIGHTS_FILE).read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     # Most of a file is numbers, in which nothing can be wrong but infinity; so most changes are to its header.
     header = data.draw(altered(whole[:end]) | altered_json(json.loads(whole[8:end])).map(_with_length))
     (tmp_path / "config.json").write_bytes((policy / "config.json").read_bytes())
-    (tmp_path / WEIGHTS).write_bytes(header + data.draw(st.just(whole[end:]) | altered(whole[end:])))
+    (tmp_path / WEIGHTS_FILE).write_bytes(header + data.draw(st.just(whole[end:]) | altered(whole[end:])))
     refused_or(tmp_path, lambda: read_weights(tmp_path))
 
 
@@ -171,12 +172,12 @@ def _with_length(header: bytes) -> bytes:
 @given(st.data())
 def test_indices_of_safetensors_and_shapes(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
     file = "model-00001-of-00001.safetensors"
-    (tmp_path / file).write_bytes((policy / WEIGHTS).read_bytes())
+    (tmp_path / file).write_bytes((policy / WEIGHTS_FILE).read_bytes())
     tensors = open_weights(policy, SHAPE)
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors.specs, file)}
     config = json.loads((policy / "config.json").read_text())
     whole = json.dumps(index).encode()
-    (tmp_path / INDEX).write_bytes(data.draw(st.just(whole) | altered_json(index) | altered(whole)))
+    (tmp_path / INDEX_FILE).write_bytes(data.draw(st.just(whole) | altered_json(index) | altered(whole)))
     (tmp_path / "config.json").write_bytes(
         data.draw(altered_json(config) | altered_json(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))
     )

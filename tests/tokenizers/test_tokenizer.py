@@ -1,3 +1,5 @@
+"""Tokenizers: losslessness, training, and the two file formats."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,20 +11,12 @@ import pytest
 import sentencepiece
 import tokenizers
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import byte_level_alphabet, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
-
-TEXTS = [
-    f"{name} has {n} apples and buys {n * 3 % 17} more.\nNow {n} + {n * 3 % 17} = {n + n * 3 % 17}. 漢字 \U0001f600"
-    for n, name in enumerate(["Ann", "Bob", "Zoe", "Eve"] * 20)
-]
-SPELLED = ["<think>", "</think>", "<s>", "</s>", "<unk>", "<0x41>", "<|endoftext|>", "<tool>", "\\boxed{", "}"]
-MARKS = ["\u2581", "\u2585", "\x00", "\r\n", "\r", "\n", "  ", "\t", "e\u0301", "\ufb01", "\u212b", "\ufeff", "漢"]
-any_text = st.lists(st.one_of(st.sampled_from(SPELLED + MARKS), st.text(max_size=6)), max_size=20).map("".join)
+from tests.helpers.tokenizers import FRAGILE, TEXTS, TOKEN_NAMES, any_text, byte_level_bpe, write_hf
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +24,6 @@ def spm(tmp_path_factory):
     directory = tmp_path_factory.mktemp("spm")
     train_sentencepiece(TEXTS, 350, directory / "tokenizer.model")
     return load_tokenizer(directory)
-
-
-def byte_level_bpe(texts=TEXTS, **changes) -> dict:
-    """A small tokenizer.json with everything in it that would change a text."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=True)])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
-    )
-    backend.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
-    backend.add_tokens([tokenizers.AddedToken("<think>", lstrip=True), "</think>"])
-    backend.add_tokens([tokenizers.AddedToken("<tool>", lstrip=True, rstrip=True)])
-    backend.enable_truncation(5)
-    backend.enable_padding(length=8)
-    return json.loads(backend.to_str()) | changes
-
-
-def write_hf(directory, spec: dict, **others):
-    directory.mkdir(exist_ok=True)
-    (directory / "tokenizer.json").write_text(json.dumps(spec))
-    for name, content in others.items():
-        (directory / f"{name}.json").write_text(json.dumps(content))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +51,7 @@ def test_byte_level_bpe_keeps_every_byte(bpe, text):
 
 
 @pytest.mark.parametrize("kind", ["spm", "bpe"])
-def test_byte_vocab_is_the_pieces(kind, request):
+def test_byte_vocab_has_the_bytes_of_all_tokens(kind, request):
     tokenizer = request.getfixturevalue(kind)
     bytes_VxX, lengths_V = tokenizer.byte_vocab
     assert (bytes_VxX.dtype, lengths_V.dtype) == (np.uint8, np.int32)
@@ -95,7 +64,7 @@ def test_byte_vocab_is_the_pieces(kind, request):
 
 
 @pytest.mark.parametrize("kind", ["spm", "bpe"])
-def test_batch_equals_single(kind, request):
+def test_encoding_a_batch_equals_encoding_each_text(kind, request):
     tokenizer = request.getfixturevalue(kind)
     ids_T, sizes_D = tokenizer.encode_batch(TEXTS)
     assert ids_T.dtype == np.uint32 and sizes_D.sum() == len(ids_T)
@@ -104,28 +73,29 @@ def test_batch_equals_single(kind, request):
     assert [len(part) for part in tokenizer.encode_batch([])] == [0, 0] and tokenizer.encode("") == []
 
 
-@pytest.mark.parametrize("wrong", ["dropped", "replaced", "given to the next text", "given to the text before"])
-def test_a_batch_of_other_bytes_is_refused(spm, wrong):
-    """The bytes of all texts together may be right where those of each are not."""
+@pytest.mark.parametrize("wrong", ["dropped", "replaced", "moved to the next text", "moved to the previous text"])
+def test_an_encoding_with_wrong_bytes_is_refused(spm, wrong):
+    """Also if the concatenated bytes of all texts are right, but not those of each text."""
     first, second = spm.encode("one"), spm.encode("two ")
     batch = {
         "dropped": [first, second[:-1]],
         "replaced": [first, [*spm.encode("twa"), second[-1]]],
-        "given to the next text": [first[:-1], [first[-1], *second]],
-        "given to the text before": [[*first, second[0]], second[1:]],
+        "moved to the next text": [first[:-1], [first[-1], *second]],
+        "moved to the previous text": [[*first, second[0]], second[1:]],
     }[wrong]
     tokenizer = dataclasses.replace(spm, encode_ordinary=lambda texts: batch[: len(texts)])
-    with pytest.raises(UserError, match="does not give back the bytes"):
+    with pytest.raises(UserError) as raised:
         tokenizer.encode_batch(["one", "two "])
+    assert raised.value.field == tokenizer.source
 
 
-def test_ids_that_are_no_tokens(spm):
+def test_an_id_outside_of_the_vocabulary_is_refused(spm):
     for wrong in (-1, spm.vocab_size):
         with pytest.raises(IndexError):
             spm.token_bytes([wrong])
 
 
-def test_half_a_character_decodes_to_the_replacement_character(spm):
+def test_a_partial_character_decodes_to_the_replacement_character(spm):
     ids = spm.encode("\U0001f9ee")
     assert len(ids) == 4 and spm.token_bytes(np.array(ids)[:2]) == b"\xf0\x9f"
     assert spm.decode(ids[:2]) == "\ufffd"
@@ -134,7 +104,7 @@ def test_half_a_character_decodes_to_the_replacement_character(spm):
 # --- sentencepiece -----------------------------------------------------------------------------------
 
 
-def test_trained_model_has_its_symbols(spm):
+def test_a_trained_model_has_separate_tokens_for_symbols_and_digits(spm):
     assert spm.vocab_size == 350
     assert (spm.pad_id, spm.bos_id, spm.eos_id, spm.think_id, spm.end_think_id) == (0, 1, 2, 4, 5)
     pieces = [spm.pieces[i] for i in spm.encode("\\boxed{12}\n")]
@@ -150,23 +120,25 @@ def test_training_is_deterministic(tmp_path, spm):
     assert load_tokenizer(tmp_path / "new").fingerprint != spm.fingerprint
 
 
-def test_training_reads_long_lines(tmp_path):
+def test_training_uses_long_lines(tmp_path):
     train_sentencepiece(["wonderful " * 2000], 290, tmp_path / "tokenizer.model")
     assert len(load_tokenizer(tmp_path).encode(" wonderful")) == 1
 
 
-def test_indentation_becomes_a_token(tmp_path):
+def test_training_merges_indentation(tmp_path):
     train_sentencepiece(["if so:\n        do this\n"] * 20, 285, tmp_path / "tokenizer.model")
     assert len(load_tokenizer(tmp_path).encode(" " * 8)) < 4
 
 
 @pytest.mark.parametrize("size", [200, 100_000])
-def test_vocabulary_that_does_not_fit(tmp_path, size):
-    with pytest.raises(UserError, match=f"pretrain.vocab_size={size} does not fit"):
+def test_an_unsuitable_vocabulary_size_is_refused(tmp_path, size):
+    with pytest.raises(UserError) as raised:
         train_sentencepiece(TEXTS, size, tmp_path / "tokenizer.model")
+    assert raised.value.field == "pretrain.vocab_size"
 
 
-def foreign_sentencepiece(directory, **options):
+def train_foreign_sentencepiece(directory, **options):
+    """Train a model with the defaults of sentencepiece, which change texts; return the directory."""
     model = io.BytesIO()
     options = {"vocab_size": 330, "byte_fallback": True} | options
     sentencepiece.SentencePieceTrainer.train(
@@ -176,32 +148,37 @@ def foreign_sentencepiece(directory, **options):
     return directory
 
 
-def test_foreign_model_that_normalizes_keeps_every_byte(tmp_path):
-    foreign_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc_cf", user_defined_symbols=["<tool>"])
+def test_a_model_trained_with_normalization_keeps_every_byte(tmp_path):
+    train_foreign_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc_cf", user_defined_symbols=["<tool>"])
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    assert processor.decode(processor.encode("  \ufb01  ")) == "fi", "this model should have changed the text"
+    assert processor.decode(processor.encode("  \ufb01  ")) == "fi", "the library itself should change this text"
     tokenizer = load_tokenizer(tmp_path)
-    for text in ["  \ufb01  Ann \u2581 e\u0301\n\n", "<tool>", "ANN", *SPELLED, *MARKS]:
+    for text in ["  \ufb01  Ann \u2581 e\u0301\n\n", "<tool>", "ANN", *TOKEN_NAMES, *FRAGILE]:
         assert_exact(tokenizer, text)
     assert (tokenizer.think_id, tokenizer.end_think_id, tokenizer.pad_id) == (-1, -1, tokenizer.eos_id)
 
 
-def test_sentencepiece_models_that_cannot_be_used(tmp_path):
-    foreign_sentencepiece(tmp_path, byte_fallback=False, vocab_size=60)
-    with pytest.raises(UserError, match="no byte fallback"):
-        load_tokenizer(tmp_path)
-    foreign_sentencepiece(tmp_path, eos_id=-1)
-    with pytest.raises(UserError, match="no end-of-sentence"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="tokenizer.model is not a sentencepiece model"):
-        load_tokenizer(tmp_path)
+def assert_tokenizer_is_refused(path, message: str | None = None) -> None:
+    """Assert that loading the tokenizer of a directory raises an error about the file at `path`."""
+    with pytest.raises(UserError, match=message) as raised:
+        load_tokenizer(path.parent)
+    assert raised.value.field == str(path)
+
+
+def test_a_sentencepiece_model_that_cannot_be_used_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    train_foreign_sentencepiece(tmp_path, byte_fallback=False, vocab_size=60)
+    assert_tokenizer_is_refused(path, "byte_fallback")
+    train_foreign_sentencepiece(tmp_path, eos_id=-1)
+    assert_tokenizer_is_refused(path, "eos_id")
+    path.write_bytes(b"not a model")
+    assert_tokenizer_is_refused(path)
 
 
 # --- byte-level BPE ----------------------------------------------------------------------------------
 
 
-def test_alphabet_is_the_libraries():
+def test_the_byte_alphabet_equals_that_of_the_library():
     alphabet = byte_level_alphabet()
     assert set(alphabet) == set(pre_tokenizers.ByteLevel.alphabet())
     assert sorted(alphabet.values()) == list(range(256))
@@ -210,20 +187,20 @@ def test_alphabet_is_the_libraries():
         assert alphabet[mapped] == byte
 
 
-def test_ids_are_those_of_the_library(bpe):
+def test_token_ids_equal_those_of_the_library(bpe):
     backend = tokenizers.Tokenizer.from_str(json.dumps(byte_level_bpe(truncation=None, padding=None)))
     for text in TEXTS[:5]:
-        # The library puts a space in front, and here every text starts with one.
+        # The library adds a space in front of a text unless it begins with one.
         assert bpe.encode(" " + text) == backend.encode(" " + text).ids
     assert any(len(bpe.pieces[i]) > 1 for i in bpe.encode("apples"))
 
 
-def test_characters_may_be_cut_between_tokens(bpe):
+def test_a_character_may_be_split_over_several_tokens(bpe):
     pieces = [bpe.pieces[i] for i in bpe.encode("鰯\U0001f9ee")]
     assert b"".join(pieces) == "鰯\U0001f9ee".encode() and len(pieces) > 2
 
 
-def test_added_tokens(bpe):
+def test_added_tokens_are_special_except_those_with_text(bpe):
     spec = byte_level_bpe()
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     assert bpe.vocab_size == max(added.values()) + 1
@@ -234,7 +211,7 @@ def test_added_tokens(bpe):
     assert added["<think>"] not in bpe.encode(" <think>")
 
 
-def test_end_of_text_is_the_one_the_model_names(tmp_path):
+def test_special_tokens_are_read_from_the_config_files(tmp_path):
     spec = byte_level_bpe()
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     named = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>", "bos_token": None}
@@ -244,37 +221,42 @@ def test_end_of_text_is_the_one_the_model_names(tmp_path):
     tokenizer = load_tokenizer(write_hf(tmp_path / "b", spec, generation_config=numbered))
     assert (tokenizer.eos_id, tokenizer.bos_id) == (added["<|im_end|>"], added["<|endoftext|>"])
     assert tokenizer.pad_id == tokenizer.eos_id
-    plain = byte_level_bpe(added_tokens=[])
-    with pytest.raises(UserError, match="No end-of-text token"):
-        load_tokenizer(write_hf(tmp_path / "c", plain))
 
 
-def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(UserError, match="expected tokenizer.model or tokenizer.json"):
-        load_tokenizer(tmp_path)
-    path = write_hf(tmp_path, {}) / "tokenizer.json"
-    path.write_text('{"model": ')
-    with pytest.raises(UserError, match="tokenizer.json is not JSON"):
-        load_tokenizer(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(UserError, match="expected an object"):
-        load_tokenizer(tmp_path)
-    path.write_text('{"model": {"type": "BPE"}}')
-    with pytest.raises(UserError, match="not a valid tokenizer.json"):
-        load_tokenizer(tmp_path)
+def test_a_tokenizer_without_end_of_text_token_is_refused(tmp_path):
+    write_hf(tmp_path, byte_level_bpe(added_tokens=[]))
+    assert_tokenizer_is_refused(tmp_path / "tokenizer.json", "eos_token")
 
 
-def test_other_kinds_of_tokenizer_are_refused(tmp_path):
-    spec = byte_level_bpe(pre_tokenizer={"type": "Whitespace"})
-    with pytest.raises(UserError, match="not a byte-level BPE"):
-        load_tokenizer(write_hf(tmp_path, spec))
+def test_a_directory_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError) as raised:
+        load_tokenizer(tmp_path)
+    assert raised.value.field == str(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"model": ', "[]", '{"model": {"type": "BPE"}}'])
+def test_an_invalid_tokenizer_json_is_refused(tmp_path, text):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(text)
+    assert_tokenizer_is_refused(path)
+
+
+def test_a_tokenizer_that_is_not_a_byte_level_bpe_is_refused(tmp_path):
+    write_hf(tmp_path, byte_level_bpe(pre_tokenizer={"type": "Whitespace"}))
+    assert_tokenizer_is_refused(tmp_path / "tokenizer.json", "byte-level BPE")
+
+
+def test_a_byte_level_bpe_without_a_byte_is_refused(tmp_path):
     spec = byte_level_bpe()
     del spec["model"]["vocab"]["Ā"]
-    with pytest.raises(UserError, match="1 of the 256 bytes"):
-        load_tokenizer(write_hf(tmp_path, spec))
+    write_hf(tmp_path, spec)
+    assert_tokenizer_is_refused(tmp_path / "tokenizer.json", "1 of the 256 bytes")
+
+
+def test_a_byte_level_bpe_that_drops_spaces_is_refused(tmp_path):
     spec = byte_level_bpe()
     spec["pre_tokenizer"]["pretokenizers"].insert(
         0, {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
     )
-    with pytest.raises(UserError, match="does not give back the bytes"):
-        load_tokenizer(write_hf(tmp_path, spec))
+    write_hf(tmp_path, spec)
+    assert_tokenizer_is_refused(tmp_path / "tokenizer.json", "lossless")

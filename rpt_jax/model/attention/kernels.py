@@ -1,27 +1,38 @@
-"""Causal self-attention by the platforms' kernels: cuDNN on GPUs, splash attention on TPUs.
+"""Causal self-attention with platform kernels: cuDNN on GPUs, splash attention on TPUs.
 
 Both take queries [N, K, G, R, Q, C], keys and values [N, K, G, Q, C], and return [N, K, G, R, Q, C] in the dtype of the
-queries. Padding on the right is harmless: no earlier query sees it.
+queries. Padding on the right is harmless, because no earlier query attends to it.
 """
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from rpt_jax.model.attention.blockwise import RESULT
+from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
 
-# Largest first: the kernel's time is spent in whole blocks, and it takes only lengths that these divide.
+# Block sizes of the splash kernel, in order of preference. The length is padded to a multiple of the smallest, and the largest
+# size that divides it is the fastest.
 _SPLASH_BLOCKS = (512, 256, 128)
 
 
 def attend_cudnn(
-    q_NxKxGxRxQxC: jax.Array, k_NxKxGxQxC: jax.Array, v_NxKxGxQxC: jax.Array, implementation: str = "cudnn"
+    q_NxKxGxRxQxC: jax.Array,
+    k_NxKxGxQxC: jax.Array,
+    v_NxKxGxQxC: jax.Array,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """cuDNN's fused attention; `implementation` "xla" is JAX's reading of the same call, for machines without cuDNN."""
+    """Compute causal attention with cuDNN's fused kernel.
+
+    Args:
+      q_NxKxGxRxQxC, k_NxKxGxQxC, v_NxKxGxQxC: unscaled queries, keys and values.
+      implementation: "cudnn", or "xla" for the same call without cuDNN.
+    """
     n, kv_heads, g, r, length, c = q_NxKxGxRxQxC.shape
     q_BxQxHxC = q_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5).reshape(n * g, length, kv_heads * r, c)
     k_BxQxKxC, v_BxQxKxC = (
@@ -34,14 +45,21 @@ def attend_cudnn(
 def attend_splash(
     q_NxKxGxRxQxC: jax.Array, k_NxKxGxQxC: jax.Array, v_NxKxGxQxC: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Splash attention; `interpret` runs the kernel without a TPU.
+    """Compute causal attention with the splash kernel.
 
-    XLA cannot split a kernel over devices: each runs its own prompts and kv heads, as the logical axes say.
+    XLA cannot partition a kernel, so it runs under `shard_map`: each device computes its own prompts and kv heads.
+
+    Args:
+      q_NxKxGxRxQxC, k_NxKxGxQxC, v_NxKxGxQxC: unscaled queries, keys and values.
+      interpret: run the kernel in interpret mode, without a TPU.
     """
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_BxRxQxC, k_BxQxC, v_BxQxC = (x.reshape(-1, *x.shape[3:]) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jax.vmap(_splash_kernel(*q_BxRxQxC.shape[1:3], interpret))(q_BxRxQxC, k_BxQxC, v_BxQxC).reshape(q.shape)
+        kernel = _splash_kernel(heads=q.shape[3], length=q.shape[4], interpret=interpret)
+        # Without residuals, the kernel returns only the output.
+        out = cast(jax.Array, jax.vmap(kernel)(q_BxRxQxC, k_BxQxC, v_BxQxC))
+        return out.reshape(q.shape)
 
     length = q_NxKxGxRxQxC.shape[4]
     padding = -length % _SPLASH_BLOCKS[-1]
@@ -49,18 +67,19 @@ def attend_splash(
         jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) for x in (q_NxKxGxRxQxC, k_NxKxGxQxC, v_NxKxGxQxC)
     )
     if not jax.sharding.get_abstract_mesh().empty:
-        axes = nn.logical_to_mesh_axes(("prompt", "kv_heads"))
-        # Off, because the kernel does not say over which axes its outputs vary.
-        local = jax.shard_map(local, in_specs=axes, out_specs=axes, check_vma=False)
-    return local(q, k, v)[..., :length, :]
+        axes = logical_to_mesh_axes(("prompt", "kv_heads"))
+        # check_vma is off, because the kernel does not declare over which mesh axes its outputs vary.
+        attend_local = jax.shard_map(attend_local, in_specs=axes, out_specs=axes, check_vma=False)
+    return attend_local(q, k, v)[..., :length, :]
 
 
 def _splash_kernel(heads: int, length: int, interpret: bool) -> splash.SplashAttentionKernel:
+    """Build the kernel for `heads` query heads that share a kv head; `length` must be a multiple of the smallest block."""
     block = next(b for b in _SPLASH_BLOCKS if length % b == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     return splash.make_splash_mqa_single_device(
         mask=splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
-        residual_checkpoint_name=RESULT,
+        residual_checkpoint_name=ATTENTION_RESULT,
         interpret=interpret,
     )

@@ -1,36 +1,39 @@
-"""Attention inside rows that hold many stretches of text: each token sees a few ranges of its own row's keys.
+"""Attention within rows into which many sequences are packed: each token attends to a few ranges of keys of its row.
 
-So sequences that share prefixes lie in one row, each prefix once: a token sees its ancestors' ranges and its own stretch. A
-block of queries goes over those blocks of keys alone that some query in it sees, with a running softmax as in blockwise.py,
-many blocks of queries at a time; memory grows with the tokens of a row, forward and backward.
+Sequences that share a prefix lie in one row, which holds the prefix once: a token attends to the ranges of the prefixes that its
+sequence begins with, and to its own sequence up to itself. A block of queries is compared only with the blocks of keys that any
+of its queries attends to, with an online softmax as in blockwise.py, for a panel of many query blocks at a time. Memory grows
+linearly with the tokens of a row, forward and backward.
+
+Letters in shape suffixes: N rows of W tokens, each of B blocks of b tokens (W = B·b), M ranges per token.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import PartitionSpec
 
-from rpt_jax.model.attention.blockwise import HIDDEN
+from rpt_jax.model.attention.blockwise import BLOCK_SIZES, MASKED_SCORE
 from rpt_jax.model.attention.platform import target_platform
 
-# Tokens of a block, and of the blocks of queries that are run at one time: what stays in a core's cache is fastest on a CPU, an
-# accelerator wants large products.
-BLOCK = {"cpu": 64, "gpu": 256, "tpu": 256}
-PANEL = {"cpu": 512, "gpu": 4096, "tpu": 4096}
+# Queries per panel, by platform: how many query tokens of each row are processed at a time.
+QUERY_PANEL_SIZES = {"cpu": 512, "gpu": 4096, "tpu": 4096}
 
 
 class KeyRanges(NamedTuple):
-    """What the tokens of N rows of W tokens see of their row; the same in every layer.
+    """Which keys of its row each token attends to; the same in every layer.
 
     Attributes:
-      begin_NxMxW, end_NxMxW: int32, M ranges of keys; a token sees what is in any of its M. Each must see something.
-      blocks_NxBxB: int32, for each block of W / B queries the blocks of keys, those with something to see first;
-      counts_NxB: int32, and how many these are.
+      begin_NxMxW, end_NxMxW: int32, M ranges of keys per token, from `begin` up to, but not including, `end`. Each token must
+        attend to at least one key.
+      blocks_NxBxB: int32, for each query block all key blocks, those that it attends to first.
+      counts_NxB: int32, for each query block the number of key blocks that it attends to.
     """
 
     begin_NxMxW: jax.Array
@@ -40,203 +43,274 @@ class KeyRanges(NamedTuple):
 
 
 def row_size(tokens: int) -> int:
-    """The least size of a row, at least `tokens`, that is made of whole blocks."""
+    """Return `tokens` rounded up to whole query panels, or to whole blocks if a row is shorter than a panel."""
     platform = target_platform()
-    multiple = next((m for m in (PANEL[platform], BLOCK[platform]) if tokens > m), 1)
+    multiple = next((size for size in (QUERY_PANEL_SIZES[platform], BLOCK_SIZES[platform]) if tokens > size), 1)
     return -(-tokens // multiple) * multiple
 
 
 def make_key_ranges(begin_NxMxW: jax.Array, end_NxMxW: jax.Array, block: int | None = None) -> KeyRanges:
-    """Find out which blocks see each other. `block`, a platform's own by default, must divide W if it is smaller."""
+    """Find the pairs of blocks between which there is attention.
+
+    Args:
+      begin_NxMxW, end_NxMxW: int32, as in `KeyRanges`.
+      block: tokens per block; None for the platform's default. A block smaller than W must divide W.
+    """
     n, _, size = begin_NxMxW.shape
-    block = min(block or BLOCK[target_platform()], size)
-    first_B = jnp.arange(0, size, block, dtype=jnp.int32)
+    block = min(block or BLOCK_SIZES[target_platform()], size)
+    starts_B = jnp.arange(0, size, block, dtype=jnp.int32)
 
-    def sees(range_: tuple[jax.Array, jax.Array]) -> jax.Array:
-        begin_NxWx1, end_NxWx1 = (x[..., None] for x in range_)
-        met = (jnp.maximum(begin_NxWx1, first_B) < jnp.minimum(end_NxWx1, first_B + block)).reshape(
-            n, -1, block, len(first_B)
-        )
-        return met.any(axis=2)
+    def overlaps(begin_NxW: jax.Array, end_NxW: jax.Array) -> jax.Array:
+        """Return whether any token of a query block has a range that overlaps a key block, bool [N, B, B]."""
+        begin_NxWx1, end_NxWx1 = begin_NxW[..., None], end_NxW[..., None]
+        overlap_NxWxB = jnp.maximum(begin_NxWx1, starts_B) < jnp.minimum(end_NxWx1, starts_B + block)
+        return overlap_NxWxB.reshape(n, -1, block, len(starts_B)).any(axis=2)
 
-    seen_NxBxB = functools.reduce(jnp.logical_or, map(sees, zip(*_ranges(begin_NxMxW, end_NxMxW), strict=True)))
-    blocks_NxBxB = jnp.argsort(~seen_NxBxB, axis=-1, stable=True).astype(jnp.int32)
-    return KeyRanges(begin_NxMxW, end_NxMxW, blocks_NxBxB, seen_NxBxB.sum(axis=-1, dtype=jnp.int32))
-
-
-def _ranges(*arrays_NxMxW: jax.Array) -> tuple[list[jax.Array], ...]:
-    return tuple([x[:, m] for m in range(x.shape[1])] for x in arrays_NxMxW)
+    # One range at a time, because all of them together would take M times the memory.
+    per_range = [overlaps(begin_NxMxW[:, m], end_NxMxW[:, m]) for m in range(begin_NxMxW.shape[1])]
+    attended_NxBxB = functools.reduce(jnp.logical_or, per_range)
+    return KeyRanges(
+        begin_NxMxW=begin_NxMxW,
+        end_NxMxW=end_NxMxW,
+        blocks_NxBxB=jnp.argsort(~attended_NxBxB, axis=-1, stable=True).astype(jnp.int32),
+        counts_NxB=attended_NxBxB.sum(axis=-1, dtype=jnp.int32),
+    )
 
 
 @jax.named_scope("packed_attention")
 def attend_packed(
-    q_NxKx1xRxWxC: jax.Array, k_NxKx1xWxC: jax.Array, v_NxKx1xWxC: jax.Array, seen: KeyRanges, attention: str
+    q_NxKx1xRxWxC: jax.Array, k_NxKx1xWxC: jax.Array, v_NxKx1xWxC: jax.Array, key_ranges: KeyRanges, attention: str
 ) -> jax.Array:
-    """Softmax attention of each token over what it sees of its row.
+    """Compute softmax attention of each token over its key ranges.
 
     Args:
-      q_NxKx1xRxWxC: rotated queries; a row is one branch.
+      q_NxKx1xRxWxC: queries after rotary position embedding; each row has one branch.
       k_NxKx1xWxC, v_NxKx1xWxC: keys and values of the same tokens.
-      attention: "reference" forms all scores at once. The platforms' kernels know no such rows: all others mean blocks.
+      key_ranges: which keys of its row each token attends to.
+      attention: "reference" computes all scores at once; every other name means blocks, because the platform kernels do not
+        support packed rows.
 
-    Returns: [N, K, 1, R, W, C] in the dtype of the queries; scores and softmax are float32.
+    Returns: [N, K, 1, R, W, C] in the dtype of the queries; scores and softmax are computed in float32.
     """
-    attend = _attend_reference if attention == "reference" else _attend_blocks
+    attend = _attend_all_keys if attention == "reference" else _attend_in_blocks
     if not jax.sharding.get_abstract_mesh().empty:
-        # Each device runs its own rows and kv heads, as many blocks as these need.
-        axes = nn.logical_to_mesh_axes(("prompt", "kv_heads"))
-        specs = (*[axes] * 3, PartitionSpec(axes[0]))
-        attend = jax.shard_map(attend, in_specs=specs, out_specs=axes, check_vma=False)
+        # Each device computes its own rows and kv heads, so that its loop runs only as long as its own rows need.
+        axes = logical_to_mesh_axes(("prompt", "kv_heads"))
+        assert axes is not None  # It is None only for names that are None.
+        attend = jax.shard_map(
+            attend, in_specs=(axes, axes, axes, PartitionSpec(axes[0])), out_specs=axes, check_vma=False
+        )
     q = q_NxKx1xRxWxC * q_NxKx1xRxWxC.shape[-1] ** -0.5
-    return attend(*(x[:, :, 0] for x in (q, k_NxKx1xWxC, v_NxKx1xWxC)), seen)[:, :, None]
+    return attend(q[:, :, 0], k_NxKx1xWxC[:, :, 0], v_NxKx1xWxC[:, :, 0], key_ranges)[:, :, None]
 
 
-def _attend_reference(q_NxKxRxWxC: jax.Array, k_NxKxWxC: jax.Array, v_NxKxWxC: jax.Array, seen: KeyRanges) -> jax.Array:
-    """All scores at once: what the blocks must equal."""
+def _attend_all_keys(
+    q_NxKxRxWxC: jax.Array, k_NxKxWxC: jax.Array, v_NxKxWxC: jax.Array, key_ranges: KeyRanges
+) -> jax.Array:
+    """Compute attention with all scores of a row at once: the reference for `_attend_in_blocks`."""
     keys_W = jnp.arange(k_NxKxWxC.shape[2])
-    sees = ((seen.begin_NxMxW[..., None] <= keys_W) & (keys_W < seen.end_NxMxW[..., None])).any(axis=1)
+    attended = (key_ranges.begin_NxMxW[..., None] <= keys_W) & (keys_W < key_ranges.end_NxMxW[..., None])
+    mask_NxWxW = attended.any(axis=1)
     scores = jnp.einsum("nkrqc,nksc->nkrqs", q_NxKxRxWxC, k_NxKxWxC, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(sees[:, None, None], scores, HIDDEN)).astype(v_NxKxWxC.dtype)
+    weights = jax.nn.softmax(jnp.where(mask_NxWxW[:, None, None], scores, MASKED_SCORE)).astype(v_NxKxWxC.dtype)
     out = jnp.einsum("nkrqs,nksc->nkrqc", weights, v_NxKxWxC, preferred_element_type=jnp.float32)
     return out.astype(q_NxKxRxWxC.dtype)
 
 
-class _Queries(NamedTuple):
-    """Blocks of b queries, [B, N, …] each: who they are, what they see, and in the backward pass what came of them."""
+class _QueryBlocks(NamedTuple):
+    """Blocks of b queries with their key ranges; the block axis comes first, so that a slice of it is a panel."""
 
     q: jax.Array  # [B, N, K, R, b, C]
     begin: jax.Array  # [B, N, M, b]
-    end: jax.Array
-    blocks: jax.Array  # [B, N, B]
-    counts: jax.Array  # [B, N]
-    dout: jax.Array | None = None  # As q,
-    inner: jax.Array | None = None  # and [B, N, K, R, b, 1]: the products of `dout` and the output,
-    log_total: jax.Array | None = None  # the logarithm of each query's sum of exponentials.
+    end: jax.Array  # [B, N, M, b]
+    blocks: jax.Array  # [B, N, B], key blocks, those that are attended to first.
+    counts: jax.Array  # [B, N], how many of them are attended to.
+
+
+class _OutputBlocks(NamedTuple):
+    """What the backward pass needs of the output of `_QueryBlocks`."""
+
+    dout: jax.Array  # [B, N, K, R, b, C], gradient of the output.
+    dout_dot_out: jax.Array  # [B, N, K, R, b, 1], dot product of the gradient and the output.
+    log_total: jax.Array  # [B, N, K, R, b, 1], log of each query's sum of exponentials.
 
 
 @jax.custom_vjp
-def _attend_blocks(q_NxKxRxWxC: jax.Array, k_NxKxWxC: jax.Array, v_NxKxWxC: jax.Array, seen: KeyRanges) -> jax.Array:
-    return _saving(q_NxKxRxWxC, k_NxKxWxC, v_NxKxWxC, seen)[0]
+def _attend_in_blocks(
+    q_NxKxRxWxC: jax.Array, k_NxKxWxC: jax.Array, v_NxKxWxC: jax.Array, key_ranges: KeyRanges
+) -> jax.Array:
+    return _forward_with_residuals(q_NxKxRxWxC, k_NxKxWxC, v_NxKxWxC, key_ranges)[0]
 
 
-def _saving(q: jax.Array, k: jax.Array, v: jax.Array, seen: KeyRanges) -> tuple[jax.Array, tuple[Any, ...]]:
-    queries, (k_NxBxKxbxC, v_NxBxKxbxC) = _queries(q, seen), (_key_blocks(x, seen) for x in (k, v))
+def _forward_with_residuals(
+    q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: KeyRanges
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    queries = _split_queries(q, key_ranges)
+    num_blocks = key_ranges.counts_NxB.shape[1]
+    k_NxBxKxbxC, v_NxBxKxbxC = _split_keys(k, num_blocks), _split_keys(v, num_blocks)
 
-    def rows(panel: _Queries, results: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
-        def add(running: tuple[jax.Array, ...], index_BxN: jax.Array, live_BxN: jax.Array) -> tuple[jax.Array, ...]:
+    def run_panel(panel: _QueryBlocks, results: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
+        def add_keys(
+            running: tuple[jax.Array, ...], index_BxN: jax.Array, live_BxN: jax.Array
+        ) -> tuple[jax.Array, ...]:
             peak, total, out = running
-            scores = _scores(panel, _pick(k_NxBxKxbxC, index_BxN), index_BxN, live_BxN)
+            scores = _masked_scores(panel, _gather_blocks(k_NxBxKxbxC, index_BxN), index_BxN, live_BxN)
             higher = jnp.maximum(peak, scores.max(-1, keepdims=True))
-            weights, shrink = jnp.exp(scores - higher), jnp.exp(peak - higher)
+            weights = jnp.exp(scores - higher)
+            shrink = jnp.exp(peak - higher)
             total = total * shrink + weights.sum(-1, keepdims=True)
-            return higher, total, out * shrink + _weighted(weights, _pick(v_NxBxKxbxC, index_BxN))
+            return higher, total, out * shrink + _weighted_sums(weights, _gather_blocks(v_NxBxKxbxC, index_BxN))
 
-        peak = jnp.full((*panel.q.shape[:-1], 1), HIDDEN, jnp.float32)
+        peak = jnp.full((*panel.q.shape[:-1], 1), MASKED_SCORE, jnp.float32)
         start = peak, jnp.zeros_like(peak), jnp.zeros(panel.q.shape, jnp.float32)
-        peak, total, out = _over_keys(add, start, panel)
+        peak, total, out = _fold_keys(add_keys, start, panel)
         new = (out / total).astype(q.dtype), peak + jnp.log(total)
         return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, first, 0) for x, y in zip(results, new, strict=True))
 
-    room = jnp.zeros(queries.q.shape, q.dtype), jnp.zeros((*queries.q.shape[:-1], 1), jnp.float32)
-    out, log_total = _over_queries(rows, room, queries)
-    return _in_rows(out), (queries, k_NxBxKxbxC, v_NxBxKxbxC, out, log_total)
+    start = jnp.zeros(queries.q.shape, q.dtype), jnp.zeros((*queries.q.shape[:-1], 1), jnp.float32)
+    out, log_total = _fold_panels(run_panel, start, queries, queries)
+    return _join_queries(out), (queries, k_NxBxKxbxC, v_NxBxKxbxC, out, log_total)
 
 
-def _backward(saved: tuple[Any, ...], dout_NxKxRxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    queries, k_NxBxKxbxC, v_NxBxKxbxC, out, log_total = saved
-    dout = _query_blocks(dout_NxKxRxWxC, queries.q.shape[0])
-    inner = jnp.sum(dout.astype(jnp.float32) * out, axis=-1, keepdims=True)
-    queries = queries._replace(dout=dout, inner=inner, log_total=log_total)
+def _backward(residuals: tuple[Any, ...], dout_NxKxRxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    queries, k_NxBxKxbxC, v_NxBxKxbxC, out, log_total = residuals
+    dout = _split_tokens(dout_NxKxRxWxC, queries.q.shape[0])
+    outputs = _OutputBlocks(
+        dout=dout,
+        dout_dot_out=jnp.sum(dout.astype(jnp.float32) * out, axis=-1, keepdims=True),
+        log_total=log_total,
+    )
 
-    def rows(panel: _Queries, grads: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
-        def add(carry: tuple[jax.Array, ...], index_BxN: jax.Array, live_BxN: jax.Array) -> tuple[jax.Array, ...]:
+    def run_panel(
+        panels: tuple[_QueryBlocks, _OutputBlocks], grads: tuple[jax.Array, ...], first: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        panel, output = panels
+
+        def add_keys(carry: tuple[jax.Array, ...], index_BxN: jax.Array, live_BxN: jax.Array) -> tuple[jax.Array, ...]:
             dq, dk, dv = carry
-            k, v = _pick(k_NxBxKxbxC, index_BxN), _pick(v_NxBxKxbxC, index_BxN)
-            weights = jnp.exp(_scores(panel, k, index_BxN, live_BxN) - panel.log_total)
-            dscores = weights * (_products(panel.dout, v) - panel.inner)
-            dk = _add_at(dk, index_BxN, _key_sums(dscores, panel.q))
-            dv = _add_at(dv, index_BxN, _key_sums(weights, panel.dout))
-            return dq + _weighted(dscores, k), dk, dv
+            k, v = _gather_blocks(k_NxBxKxbxC, index_BxN), _gather_blocks(v_NxBxKxbxC, index_BxN)
+            weights = jnp.exp(_masked_scores(panel, k, index_BxN, live_BxN) - output.log_total)
+            dscores = weights * (_products(output.dout, v) - output.dout_dot_out)
+            dk = _scatter_add_blocks(dk, index_BxN, _sum_over_queries(dscores, panel.q))
+            dv = _scatter_add_blocks(dv, index_BxN, _sum_over_queries(weights, output.dout))
+            return dq + _weighted_sums(dscores, k), dk, dv
 
-        dq, *dkv = grads
-        dq_panel, *dkv = _over_keys(add, (jnp.zeros(panel.q.shape, jnp.float32), *dkv), panel)
-        return jax.lax.dynamic_update_slice_in_dim(dq, dq_panel, first, 0), *dkv
+        dq, dk, dv = grads
+        dq_panel, dk, dv = _fold_keys(add_keys, (jnp.zeros(panel.q.shape, jnp.float32), dk, dv), panel)
+        return jax.lax.dynamic_update_slice_in_dim(dq, dq_panel, first, 0), dk, dv
 
-    dq, dk, dv = _over_queries(rows, tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries.q, *saved[1:3])), queries)
-    dk, dv = (x.transpose(0, 2, 1, 3, 4).reshape(*dk.shape[:1], dk.shape[2], -1, dk.shape[4]) for x in (dk, dv))
-    return _in_rows(dq).astype(queries.q.dtype), dk.astype(k_NxBxKxbxC.dtype), dv.astype(v_NxBxKxbxC.dtype), None
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (queries.q, k_NxBxKxbxC, v_NxBxKxbxC))
+    dq, dk, dv = _fold_panels(run_panel, start, queries, (queries, outputs))
+    return (
+        _join_queries(dq).astype(queries.q.dtype),
+        _join_keys(dk).astype(k_NxBxKxbxC.dtype),
+        _join_keys(dv).astype(v_NxBxKxbxC.dtype),
+        None,  # The integer ranges have no gradient.
+    )
 
 
-_attend_blocks.defvjp(_saving, _backward)
+_attend_in_blocks.defvjp(_forward_with_residuals, _backward)
 
 
-def _over_queries(rows: Any, carry: Any, queries: _Queries) -> Any:
-    """Fold `rows(some blocks of queries, carry, index of the first)` over all of them."""
-    blocks, size = queries.q.shape[0], queries.q.shape[4]
-    panel = max(1, PANEL[target_platform()] // size)
-    panel = panel if blocks % panel == 0 else 1
+def _fold_panels(run_panel: Callable[..., Any], carry: Any, queries: _QueryBlocks, blocks: Any) -> Any:
+    """Fold `run_panel(panel, carry, index of its first block)` over panels of query blocks.
+
+    Args:
+      run_panel: function of a panel, which is a slice of `blocks` along their first axis.
+      carry: initial value.
+      queries: all query blocks; they determine the size of a panel.
+      blocks: tree of arrays with a leading block axis, sliced into panels.
+    """
+    num_blocks, block_size = queries.q.shape[0], queries.q.shape[4]
+    panel_blocks = max(1, QUERY_PANEL_SIZES[target_platform()] // block_size)
+    panel_blocks = panel_blocks if num_blocks % panel_blocks == 0 else 1
 
     def step(i: jax.Array, carry: Any) -> Any:
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * panel, panel, 0), queries)
-        return rows(part, carry, i * panel)
+        first = i * panel_blocks
+        panel = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, panel_blocks, 0), blocks)
+        return run_panel(panel, carry, first)
 
-    return jax.lax.fori_loop(0, blocks // panel, step, carry)
+    return jax.lax.fori_loop(0, num_blocks // panel_blocks, step, carry)
 
 
-def _over_keys(add: Any, carry: Any, panel: _Queries) -> Any:
-    """Fold `add(carry, a block of keys for each block of queries, whether it sees it)`."""
+def _fold_keys(add_keys: Callable[..., Any], carry: Any, panel: _QueryBlocks) -> Any:
+    """Fold `add_keys(carry, a key block for each query block, whether it attends to that key block)`."""
 
     def step(j: jax.Array, carry: Any) -> Any:
-        return add(carry, jax.lax.dynamic_index_in_dim(panel.blocks, j, 2, keepdims=False), j < panel.counts)
+        return add_keys(carry, jax.lax.dynamic_index_in_dim(panel.blocks, j, 2, keepdims=False), j < panel.counts)
 
     return jax.lax.fori_loop(0, panel.counts.max(), step, carry)
 
 
-def _scores(panel: _Queries, k: jax.Array, index_BxN: jax.Array, live_BxN: jax.Array) -> jax.Array:
-    """Products [B, N, K, R, b, b] of queries and a block of keys each, `HIDDEN` where a query does not see a key."""
+def _masked_scores(panel: _QueryBlocks, k: jax.Array, index_BxN: jax.Array, live_BxN: jax.Array) -> jax.Array:
+    """Compute scores [B, N, K, R, b, b] of each query block and one key block, `MASKED_SCORE` outside of the ranges.
+
+    Args:
+      panel: query blocks.
+      k: a key block for each query block, [B, N, K, b, C].
+      index_BxN: indices of these key blocks in their rows.
+      live_BxN: bool, whether the query block attends to this key block at all.
+    """
     keys = (index_BxN[..., None] * k.shape[3] + jnp.arange(k.shape[3]))[:, :, None, None]
-    seen = ((panel.begin[..., None] <= keys) & (keys < panel.end[..., None])).any(axis=2) & live_BxN[..., None, None]
-    return jnp.where(seen[:, :, None, None], _products(panel.q, k), HIDDEN)
+    in_range = ((panel.begin[..., None] <= keys) & (keys < panel.end[..., None])).any(axis=2)
+    attended = in_range & live_BxN[..., None, None]
+    return jnp.where(attended[:, :, None, None], _products(panel.q, k), MASKED_SCORE)
 
 
 def _products(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.einsum("bnkrqc,bnksc->bnkrqs", q, k, preferred_element_type=jnp.float32)
 
 
-def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+def _weighted_sums(weights: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bnkrqs,bnksc->bnkrqc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
 
-def _key_sums(weights: jax.Array, x: jax.Array) -> jax.Array:
+def _sum_over_queries(weights: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.einsum("bnkrqs,bnkrqc->bnksc", weights.astype(x.dtype), x, preferred_element_type=jnp.float32)
 
 
-def _pick(x_NxBxKxbxC: jax.Array, index_BxN: jax.Array) -> jax.Array:
+def _gather_blocks(x_NxBxKxbxC: jax.Array, index_BxN: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, index: x[index], in_axes=(0, 1), out_axes=1)(x_NxBxKxbxC, index_BxN)
 
 
-def _add_at(x_NxBxKxbxC: jax.Array, index_BxN: jax.Array, y: jax.Array) -> jax.Array:
+def _scatter_add_blocks(x_NxBxKxbxC: jax.Array, index_BxN: jax.Array, y: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, index, y: x.at[index].add(y), in_axes=(0, 1, 1))(x_NxBxKxbxC, index_BxN, y)
 
 
-def _queries(q: jax.Array, seen: KeyRanges) -> _Queries:
-    blocks = seen.counts_NxB.shape[1]
-    begin, end = (x.reshape(*x.shape[:2], blocks, -1).transpose(2, 0, 1, 3) for x in (seen.begin_NxMxW, seen.end_NxMxW))
-    return _Queries(
-        _query_blocks(q, blocks), begin, end, seen.blocks_NxBxB.transpose(1, 0, 2), seen.counts_NxB.transpose(1, 0)
+def _split_queries(q: jax.Array, key_ranges: KeyRanges) -> _QueryBlocks:
+    num_blocks = key_ranges.counts_NxB.shape[1]
+
+    def split_ranges(x_NxMxW: jax.Array) -> jax.Array:
+        return x_NxMxW.reshape(*x_NxMxW.shape[:2], num_blocks, -1).transpose(2, 0, 1, 3)
+
+    return _QueryBlocks(
+        q=_split_tokens(q, num_blocks),
+        begin=split_ranges(key_ranges.begin_NxMxW),
+        end=split_ranges(key_ranges.end_NxMxW),
+        blocks=key_ranges.blocks_NxBxB.transpose(1, 0, 2),
+        counts=key_ranges.counts_NxB.transpose(1, 0),
     )
 
 
-def _query_blocks(q_NxKxRxWxC: jax.Array, blocks: int) -> jax.Array:
-    n, k, r, _, c = q_NxKxRxWxC.shape
-    return q_NxKxRxWxC.reshape(n, k, r, blocks, -1, c).transpose(3, 0, 1, 2, 4, 5)
+def _split_tokens(x_NxKxRxWxC: jax.Array, num_blocks: int) -> jax.Array:
+    """Return [B, N, K, R, b, C]."""
+    n, k, r, _, c = x_NxKxRxWxC.shape
+    return x_NxKxRxWxC.reshape(n, k, r, num_blocks, -1, c).transpose(3, 0, 1, 2, 4, 5)
 
 
-def _key_blocks(k_NxKxWxC: jax.Array, seen: KeyRanges) -> jax.Array:
-    n, k, _, c = k_NxKxWxC.shape
-    return k_NxKxWxC.reshape(n, k, seen.counts_NxB.shape[1], -1, c).transpose(0, 2, 1, 3, 4)
-
-
-def _in_rows(x: jax.Array) -> jax.Array:
-    x = x.transpose(1, 2, 3, 0, 4, 5)
+def _join_queries(x_BxNxKxRxbxC: jax.Array) -> jax.Array:
+    """Return [N, K, R, W, C], the inverse of `_split_tokens`."""
+    x = x_BxNxKxRxbxC.transpose(1, 2, 3, 0, 4, 5)
     return x.reshape(*x.shape[:3], -1, x.shape[5])
+
+
+def _split_keys(k_NxKxWxC: jax.Array, num_blocks: int) -> jax.Array:
+    """Return [N, B, K, b, C]."""
+    n, k, _, c = k_NxKxWxC.shape
+    return k_NxKxWxC.reshape(n, k, num_blocks, -1, c).transpose(0, 2, 1, 3, 4)
+
+
+def _join_keys(x_NxBxKxbxC: jax.Array) -> jax.Array:
+    """Return [N, K, W, C], the inverse of `_split_keys`."""
+    n, _, k, _, c = x_NxBxKxbxC.shape
+    return x_NxBxKxbxC.transpose(0, 2, 1, 3, 4).reshape(n, k, -1, c)

@@ -1,0 +1,52 @@
+"""Small tokenizers, and texts that are hard to tokenize without loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+TEXTS = [
+    f"{name} has {n} apples and buys {n * 3 % 17} more.\nNow {n} + {n * 3 % 17} = {n + n * 3 % 17}. 漢字 \U0001f600"
+    for n, name in enumerate(["Ann", "Bob", "Zoe", "Eve"] * 20)
+]
+# Names of tokens as ordinary text, and characters that normalizers or decoders of tokenizers change.
+TOKEN_NAMES = ["<think>", "</think>", "<s>", "</s>", "<unk>", "<0x41>", "<|endoftext|>", "<tool>", "\\boxed{", "}"]
+FRAGILE = ["\u2581", "\u2585", "\x00", "\r\n", "\r", "\n", "  ", "\t", "e\u0301", "\ufb01", "\u212b", "\ufeff", "漢"]
+any_text = st.lists(st.one_of(st.sampled_from(TOKEN_NAMES + FRAGILE), st.text(max_size=6)), max_size=20).map("".join)
+
+
+def byte_level_bpe(texts: Iterable[str] = TEXTS, **changes: Any) -> dict[str, Any]:
+    """Return the content of a small tokenizer.json with every option that changes texts turned on.
+
+    Args:
+      texts: what it is trained on.
+      changes: values of the file's top-level keys that are replaced.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=True)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    backend.add_tokens([tokenizers.AddedToken("<think>", lstrip=True), "</think>"])
+    backend.add_tokens([tokenizers.AddedToken("<tool>", lstrip=True, rstrip=True)])
+    backend.enable_truncation(5)
+    backend.enable_padding(length=8)
+    return json.loads(backend.to_str()) | changes
+
+
+def write_hf(directory: Path, spec: dict[str, Any], **others: Any) -> Path:
+    """Write `spec` as tokenizer.json, and other JSON files by name without extension; return the directory."""
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    for name, content in others.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
