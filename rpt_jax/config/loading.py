@@ -16,6 +16,19 @@ from rpt_jax.config.schema import Experiment
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError, nearest
 
+_OVERRIDE = "--config."
+
+
+def split_overrides(argv: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into config overrides (`section.field=value`, without `--config.`) and all other arguments."""
+    overrides, rest = [], []
+    for argument in argv:
+        if argument.startswith(_OVERRIDE):
+            overrides.append(argument.removeprefix(_OVERRIDE))
+        else:
+            rest.append(argument)
+    return overrides, rest
+
 
 def default_config() -> ml_collections.ConfigDict:
     """Return every field with its default, for a file in configs/ to change; a misspelt assignment raises there."""

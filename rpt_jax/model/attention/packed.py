@@ -183,6 +183,7 @@ def _over_queries(rows: Any, carry: Any, queries: _Queries) -> Any:
     return jax.lax.fori_loop(0, blocks // panel, step, carry)
 
 
+@jax.named_scope("packed_key_blocks")
 def _over_keys(add: Any, carry: Any, panel: _Queries) -> Any:
     """Fold `add(carry, a block of keys for each block of queries, whether it sees it)`."""
 
