@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import DataConfig, Experiment
+from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import BIN, forward_passes, keep_fraction, score_shard
 from rpt_jax.corpus.store import MANIFEST, Records, read_json, read_summary, write_json
 from rpt_jax.corpus.tokenization import (
@@ -27,12 +28,10 @@ from rpt_jax.distributed.sharding import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
 from rpt_jax.infra.metrics import Progress
+from rpt_jax.infra.plots import write_entropy_plot
 from rpt_jax.infra.signals import save_on_stop
 from rpt_jax.model.transformer import Params, Transformer
-from rpt_jax.report import write_entropy_plot
 from rpt_jax.tokenizers.tokenizer import Tokenizer
-
-THRESHOLDS = (0.5, 1.0, 1.5)  # Nats; the borders of the paper's splits (section 4.1).
 
 
 class Prepared(NamedTuple):
@@ -107,7 +106,7 @@ def _write_manifest(experiment: Experiment, tokenizer: Tokenizer, proxy: str, di
     corpus = open_tokens(experiment.data, directory, shards)
     parts = summaries(directory, "scores", shards)
     histogram_N = np.sum([part["histogram"] for part in parts], axis=0)
-    shares = {str(threshold): keep_fraction(histogram_N, threshold) for threshold in THRESHOLDS}
+    shares = {str(threshold): keep_fraction(histogram_N, threshold) for threshold in DIFFICULTIES.values()}
     write_entropy_plot(directory, histogram_N, BIN, shares)
     manifest = {
         "content": content(experiment.data),
