@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.distributed.sharding import gather_and_spread
@@ -707,7 +708,7 @@ def _run_sizes(experiment: Experiment, config: ModelConfig) -> RunSizes:
     trees = 4 if has_average else 3
     return RunSizes(
         total_steps=steps,
-        learning_rates=tuple((update + 1, float(schedule(update))) for update in updates),
+        learning_rates=tuple((update + 1, float(np.asarray(schedule(update)))) for update in updates),
         checkpoint_bytes=trees * _FLOAT32_BYTES * config.parameters * experiment.checkpoint.keep,
     )
 

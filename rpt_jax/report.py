@@ -16,7 +16,7 @@ from rpt_jax.infra.plots import write_plots
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
-    description = __doc__.partition("\n\n")[2]
+    description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.report", description=description)
     parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
     options = parser.parse_args(argv[1:])

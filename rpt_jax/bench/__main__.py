@@ -31,11 +31,12 @@ def main(argv: list[str]) -> int:
         "data": data,
         "soak": soak,
     }
-    description = __doc__.partition("\n\n")[2]
+    description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.bench", description=description)
     commands = parser.add_subparsers(dest="name", required=True)
     for name, module in benches.items():
-        command = commands.add_parser(name, description=module.__doc__, help=module.__doc__.splitlines()[0])
+        summary = (module.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(name, description=module.__doc__, help=summary)
         module.add_options(command)
         command.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args(argv[1:])

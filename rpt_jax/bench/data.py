@@ -174,7 +174,7 @@ def _measure_full_batches(
 ) -> list[list[Any]]:
     """Compare scoring with the policy's forward pass on a batch of the longest windows."""
     windows, length = experiment.data.score_batch_windows, experiment.data.max_document_tokens
-    ids = np.random.default_rng(0).integers(0, policy.config.vocab, (windows, length)).astype(np.int32)
+    ids: Any = np.random.default_rng(0).integers(0, policy.config.vocab, (windows, length)).astype(np.int32)
     tokens, lengths = shard_prompts((ids, np.full(windows, length, np.int32)), mesh)
 
     @jax.jit

@@ -89,7 +89,7 @@ def _random_qwen2(config: ModelConfig, length: int, dtype: str) -> tuple[Any, An
         hidden_size=config.width,
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
-        head_dim=config.head_size,
+        head_dim=config.head_size,  # pyright: ignore[reportCallIssue] - missing in the stubs.
         intermediate_size=config.ffn,
         vocab_size=config.vocab,
         tie_word_embeddings=config.tied,
@@ -97,5 +97,6 @@ def _random_qwen2(config: ModelConfig, length: int, dtype: str) -> tuple[Any, An
         rms_norm_eps=config.norm_epsilon,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2ForCausalLM(qwen2_config).to(device, getattr(torch, dtype)).train()
+    model: Any = Qwen2ForCausalLM(qwen2_config)
+    model = model.to(device, getattr(torch, dtype)).train()
     return torch, model

@@ -91,18 +91,18 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
 
 def make_batch(options: argparse.Namespace, config: ModelConfig) -> UpdateBatch:
     """Return random tokens and advantages, with every prompt and every response at full length."""
-    rng = np.random.default_rng(0)
+    rng: Any = np.random.default_rng(0)
     groups = (options.prompts, options.samples)
     tokens = rng.integers(0, config.vocab, (*groups, options.response_tokens)).astype(np.int32)
     return UpdateBatch(
         prompts_PxS=rng.integers(0, config.vocab, (options.prompts, options.prompt_tokens)).astype(np.int32),
-        lengths_P=np.full(options.prompts, options.prompt_tokens, np.int32),
-        window_P=np.arange(options.prompts, dtype=np.int32),
+        lengths_P=_host(np.full(options.prompts, options.prompt_tokens, np.int32)),
+        window_P=_host(np.arange(options.prompts, dtype=np.int32)),
         tokens_PxGxT=tokens,
-        mask_PxGxT=np.ones(tokens.shape, bool),
-        sampler_logprobs_PxGxT=np.zeros(tokens.shape, np.float32),
+        mask_PxGxT=_host(np.ones(tokens.shape, bool)),
+        sampler_logprobs_PxGxT=_host(np.zeros(tokens.shape, np.float32)),
         advantages_PxG=rng.standard_normal(groups).astype(np.float32),
-        counted_P=np.ones(options.prompts, bool),
+        counted_P=_host(np.ones(options.prompts, bool)),
     )
 
 
@@ -111,19 +111,27 @@ def unshared(batch: UpdateBatch) -> UpdateBatch:
     samples = batch.tokens_PxGxT.shape[1]
     prompts = len(batch.lengths_P) * samples
 
-    def ungroup(x: np.ndarray) -> np.ndarray:
+    def repeat(x: Any) -> Any:
+        return np.repeat(x, samples, axis=0)
+
+    def ungroup(x: Any) -> Any:
         return x.reshape(prompts, 1, *x.shape[2:])
 
     return UpdateBatch(
-        prompts_PxS=np.repeat(batch.prompts_PxS, samples, axis=0),
-        lengths_P=np.repeat(batch.lengths_P, samples, axis=0),
-        window_P=np.arange(prompts, dtype=np.int32),
+        prompts_PxS=repeat(batch.prompts_PxS),
+        lengths_P=repeat(batch.lengths_P),
+        window_P=_host(np.arange(prompts, dtype=np.int32)),
         tokens_PxGxT=ungroup(batch.tokens_PxGxT),
         mask_PxGxT=ungroup(batch.mask_PxGxT),
         sampler_logprobs_PxGxT=ungroup(batch.sampler_logprobs_PxGxT),
         advantages_PxG=ungroup(batch.advantages_PxG),
-        counted_P=np.repeat(batch.counted_P, samples, axis=0),
+        counted_P=repeat(batch.counted_P),
     )
+
+
+def _host(x: np.ndarray) -> Any:
+    """Return a host array where the type says device array: the batch is moved to the devices before it is used."""
+    return x
 
 
 def update_call(options: argparse.Namespace, config: ModelConfig, batch: UpdateBatch) -> Callable[[], Any]:

@@ -25,7 +25,7 @@ COLORS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
 MARKERS = {"easy": "o", "medium": "s", "hard": "^"}
 INK = "#33658A"
 DASHES = (0, (5, 3))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.titlesize": 12,
     "axes.grid": True,
@@ -92,7 +92,7 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
         scipy.optimize.least_squares(
             residuals,
             (-0.1, np.log(start), 0.5),
-            jacobian,
+            jacobian,  # pyright: ignore[reportArgumentType] - the stubs allow strings only.
             bounds=([-np.inf, lower, 0.0], [np.inf, upper, 1.0]),
             method="dogbox",
             ftol=1e-15,
@@ -155,7 +155,7 @@ def write_entropy_plot(directory: Path, counts_N: np.ndarray, bin_width: float, 
     axes.bar(edges_N, 100 * counts_N / max(1, counts_N.sum()), width=bin_width, align="edge", color=INK)
     for (threshold, fraction), color in zip(fractions.items(), COLORS.values(), strict=True):
         axes.axvline(float(threshold), color=color, linestyle=DASHES, label=f"{fraction:.1%} above {threshold} nats")
-    axes.set_xlim(0, edges_N[np.flatnonzero(counts_N).max(initial=0)] + bin_width)
+    axes.set_xlim(0, float(edges_N[np.flatnonzero(counts_N).max(initial=0)]) + bin_width)
     axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
     _finish(axes, "How hard positions are", "share of positions (%)")
     path = directory / "entropy.png"
@@ -241,7 +241,8 @@ def _finish(axes: Axes, title: str, y_label: str, columns: int = 3) -> None:
 def _step_axis(axes: Axes, metrics: _Metrics) -> None:
     axes.set_xlabel("training step")
     axes.set_xlim(0, metrics.last_step * 1.01)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
 
 
 def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) -> None:

@@ -23,7 +23,7 @@ from rpt_jax.preflight.topology import parse_topology, prepare_process
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    usage, _, description = __doc__.partition("\n\n")
+    usage, _, description = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight", description=description, usage=usage)
     parser.add_argument("--config", required=True, help="config file; --config.section.field=value overrides a field")
     parser.add_argument("--topology", required=True, help="chips and their arrangement: v5p:4x4x4, v6e:8x8, h100:8")

@@ -185,6 +185,8 @@ def _compile(program: Program) -> tuple[Memory, str | None]:
         memory = Memory(arguments=0, results=0, temporaries=needed, code=0, resident=program.resident_bytes)
         return memory, None
     analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"The compiler reports no memory for program '{program.name}'.")
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     known = analysis.argument_size_in_bytes + results
     # Prefer the peak if the backend reports it: the sum of all temporaries overstates it.

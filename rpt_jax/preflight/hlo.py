@@ -124,15 +124,15 @@ class _Reader:
         memory = 0.0
         for count, instruction, computation in self._executed(self._entry, 1.0):
             memory += count * self._memory_bytes(instruction, computation)
-        sent: collections.Counter[Collective] = collections.Counter()
-        runs: collections.Counter[Collective] = collections.Counter()
+        sent: dict[Collective, float] = collections.defaultdict(float)
+        runs: dict[Collective, float] = collections.defaultdict(float)
         for count, instruction, computation in self._executed(self._entry, 1.0, into_fusions=True):
             kind = instruction.opcode.removesuffix("-start")
             if kind in _COLLECTIVES:
                 collective, size = self._sent_bytes(kind, instruction, computation)
                 sent[collective] += count * size
                 runs[collective] += count
-        return Traffic(memory=memory, sent=sent, runs=runs, unknown_loops=frozenset(self._unknown_loops))
+        return Traffic(memory=memory, sent=dict(sent), runs=dict(runs), unknown_loops=frozenset(self._unknown_loops))
 
     def _executed(
         self, name: str, count: float, into_fusions: bool = False

@@ -108,7 +108,7 @@ def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
         train=(),
         held_out=(),
         unseen_templates=(),
-        prepared=None,
+        prepared=None,  # pyright: ignore[reportArgumentType] - preflight has no corpus.
     )
     if experiment.task == "score":
         return Step(programs=(_score_program(experiment, setup),), setup=setup, decoding=None)
@@ -242,8 +242,8 @@ def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> Sampled:
         tokens_PxS=_ids(p, experiment.prompt.max_tokens),
         lengths_P=_ids(p),
         ids_P=_ids(p),
-        reference_PxR=jax.ShapeDtypeStruct((p, r), jnp.uint8),
-        boundaries_PxRp1=jax.ShapeDtypeStruct((p, r + 1), bool),
+        reference_PxR=_abstract((p, r), jnp.uint8),
+        boundaries_PxRp1=_abstract((p, r + 1), bool),
         reference_ids_PxR=_ids(p, r),
         window_P=_ids(p),
         position_P=_ids(p),
@@ -259,27 +259,24 @@ def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> Sampled:
     return Sampled(prompts=prompts, rollouts=rollouts, reward_PxG=reward, status_PxG=status, decoded=_ids(2))
 
 
-def _update_batch(experiment: Experiment, sampled: Sampled) -> UpdateBatch:
-    """Return the abstract batch of an update."""
+def _update_batch(experiment: Experiment, sampled: Any) -> UpdateBatch:
+    """Return the abstract batch of an update on abstract rollouts."""
     prompts, rollouts = sampled.prompts, sampled.rollouts
-
-    def as_bool(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, bool, sharding=x.sharding)
 
     documents = None
     if experiment.objective.document_weight:
         ids = _ids(*prompts.lengths_P.shape, experiment.data.max_document_tokens)
-        batch = NextTokenBatch(inputs_NxS=ids, targets_NxS=ids, mask_NxS=as_bool(ids))
+        batch = NextTokenBatch(inputs_NxS=ids, targets_NxS=ids, mask_NxS=_as_bool(ids))
         documents = abstract_prompts(batch, prompts.lengths_P.sharding.mesh)
     return UpdateBatch(
         prompts_PxS=prompts.tokens_PxS,
         lengths_P=prompts.lengths_P,
         window_P=prompts.window_P,
         tokens_PxGxT=rollouts.tokens_PxGxT,
-        mask_PxGxT=as_bool(rollouts.tokens_PxGxT),
+        mask_PxGxT=_as_bool(rollouts.tokens_PxGxT),
         sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,
         advantages_PxG=sampled.reward_PxG,
-        counted_P=as_bool(prompts.lengths_P),
+        counted_P=_as_bool(prompts.lengths_P),
         documents=documents,
     )
 
@@ -294,9 +291,18 @@ def _key() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _ids(*dims: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(dims, jnp.int32)
+# Any, because abstract arrays stand in for arrays of the host or of devices.
+def _ids(*dims: int) -> Any:
+    return _abstract(dims, jnp.int32)
 
 
-def _floats(*dims: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(dims, jnp.float32)
+def _floats(*dims: int) -> Any:
+    return _abstract(dims, jnp.float32)
+
+
+def _as_bool(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, bool, sharding=x.sharding)
+
+
+def _abstract(dims: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(dims, dtype)

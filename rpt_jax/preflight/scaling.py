@@ -58,7 +58,7 @@ SCALINGS: dict[str, Callable[[Run], float]] = {
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code: 0, or 2 after an error of the user."""
-    description = __doc__.partition("\n\n")[2]
+    description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight.scaling", description=description)
     parser.add_argument("runs", type=Path, nargs="+", help="records written by preflight --json")
     parser.add_argument("--plot", type=Path, help="image file to draw")
