@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpt_jax.config import Experiment
+from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import Scorer, Scores
 from rpt_jax.corpus.sources import source_name
 from rpt_jax.corpus.tokenized import Windows
@@ -20,8 +21,6 @@ from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup
 
-# Nested, as the paper words it: an easy position has an entropy above 0.5 nats, and a hard one is easy too.
-DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
 # Folded into the run's key in place of a step: all evaluations of a run share their noise.
 _NOISE = 2**31 - 1
 _Z = 1.96  # Standard errors to either side of a 95 % interval.

@@ -21,12 +21,12 @@ from absl import flags
 
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.loading import split_overrides
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import end_all, joined
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.infra.signals import stops_on_signals
 
-_OVERRIDE = "--config."
 _CONFIG = flags.DEFINE_string(
     "config", None, "Config file: one of configs/, or your own. --config.section.field=value changes a field of it."
 )
@@ -54,11 +54,11 @@ _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that follows 
 
 def load_experiment(argv: list[str]) -> Experiment:
     """Parse the command line into a validated experiment. Raises: UserError, for whatever is wrong with it."""
-    overrides = [argument.removeprefix(_OVERRIDE) for argument in argv if argument.startswith(_OVERRIDE)]
+    overrides, others = split_overrides(argv)
     try:
-        rest = flags.FLAGS([argument for argument in argv if not argument.startswith(_OVERRIDE)])
+        rest = flags.FLAGS(others)
     except flags.Error as error:
-        raise UserError(f"{error}. (A field of the config is set by {_OVERRIDE}section.field=value.)") from None
+        raise UserError(f"{error}. (A field of the config is set by --config.section.field=value.)") from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}'; options begin with --, and values follow a =.")
     if _CONFIG.value is None:

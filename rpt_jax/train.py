@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax import report
 from rpt_jax.config import Experiment
+from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import Scorer, next_token_rows
 from rpt_jax.distributed.sharding import (
     check_batches,
@@ -27,7 +27,7 @@ from rpt_jax.distributed.sharding import (
     to_host,
 )
 from rpt_jax.errors import UserError
-from rpt_jax.evaluate import DIFFICULTIES, Evaluator, evaluation_metrics
+from rpt_jax.evaluate import Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.checkpoint import Checkpointer
@@ -36,6 +36,7 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, as_floats, show_rollouts, table
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.signals import defer_signals
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateConfig
@@ -360,5 +361,5 @@ def finish(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds
     for name in ("before", "after"):
         unseen = {"unseen": result["unseen"][name]} if result["unseen"][name] else {}
         show_evaluation(name, result[name] | unseen | {"details": result["details"][name]})
-    print(f"Plots: {', '.join(str(path) for path in report.write_plots(workdir))}")
+    print(f"Plots: {', '.join(str(path) for path in write_plots(workdir))}")
     print(f"Complete in {seconds:.0f} s: {workdir / RESULT}")

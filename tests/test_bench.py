@@ -1,29 +1,31 @@
-"""The benches: what they count, what they write, and that a deep policy compiles to no more than a shallow one."""
+"""The benches: FLOPs that they count, figures that they write, and the baselines that they compare with."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from rpt_jax.bench import __main__ as bench
 from rpt_jax.bench import update
 from rpt_jax.bench.measure import interleaved
+from rpt_jax.bench.options import chosen_model
+from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.model.transformer import Transformer
+from rpt_jax.weights.hf import save_policy
+from tests.helpers.policy_reference import random_params
 
-SMALL = [
-    "--layers=1",
-    "--width=16",
-    "--heads=2",
-    "--kv-heads=1",
-    "--head-size=8",
-    "--ffn=16",
-    "--vocab=32",
-    "--batch=2",
-]
+MODEL = ["--layers=1", "--width=16", "--heads=2", "--kv-heads=1", "--head-size=8", "--ffn=16", "--vocab=32"]
+UPDATE = ["--prompts=2", "--samples=2", "--prompt-tokens=8", "--response-tokens=4", "--microbatch-tokens=24"]
 
 
-def figures(tmp_path, *arguments):
+def run_bench(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run a bench and return the figures that it writes."""
     out = tmp_path / "out.json"
     assert bench.main(["bench", *arguments, f"--json={out}"]) == 0
     written = json.loads(out.read_text())
@@ -31,10 +33,16 @@ def figures(tmp_path, *arguments):
     return written["figures"]
 
 
-def test_policy_prints_and_writes_the_same(tmp_path, capsys):
-    rows = figures(tmp_path, "policy", *SMALL, "--length=16", "--repeats=2")
-    assert [row["program"] for row in rows] == ["forward", "forward and backward", "prefill", "ceiling"]
-    # By hand: matrices 16·8·(2·2 + 2·1) + 3·16·16 + 32·16 = 2048, and causal attention over 136 pairs a sequence.
+def update_options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    update.add_options(parser)
+    return parser.parse_args([*MODEL, *UPDATE, *arguments])
+
+
+def test_policy_prints_and_writes_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = run_bench(tmp_path, "policy", *MODEL, "--batch=2", "--length=16", "--repeats=2")
+    assert [row["program"] for row in rows] == ["forward", "forward and backward", "prefill", "peak matmul"]
+    # By hand: matrices 16·8·(2·2 + 2·1) + 3·16·16 + 32·16 = 2048, and causal attention over 136 pairs per sequence.
     forward = 2 * (2048 * 32 + 2 * 2 * 8 * 2 * 136)
     counted = {"forward": forward, "forward and backward": 3 * forward, "prefill": forward - 2 * 32 * 16 * 32}
     printed = capsys.readouterr().out
@@ -46,46 +54,56 @@ def test_policy_prints_and_writes_the_same(tmp_path, capsys):
         assert row["program"] in printed
 
 
-def test_a_deep_policy_lowers_to_no_more_than_a_shallow_one(tmp_path):
-    rows = figures(tmp_path, "compile", "--depths", "7", "48", "--width=32", "--batch=1", "--length=16")
+def test_the_lowered_program_does_not_grow_with_depth(tmp_path: Path):
+    rows = run_bench(tmp_path, "compile", "--depths", "7", "48", "--width=32", "--batch=1", "--length=16")
     assert [row["layers"] for row in rows] == [7, 48]
     small, large = (row["bytes of the lowered program"] for row in rows)
     assert large < 1.01 * small
 
 
-def test_reward_is_read_alike_by_kernel_and_loop(tmp_path):
-    rows = figures(tmp_path, "reward", "--responses=8", "--length=64", "--vocab=300", "--python=4", "--repeats=1")
-    kernel, loop = rows
-    assert kernel["times as fast as the loop"] == pytest.approx(loop["seconds"] / kernel["seconds"], rel=0.01)
-    assert loop["of a step's time"] == pytest.approx(
-        kernel["of a step's time"] * loop["seconds"] / kernel["seconds"], rel=0.01
-    )
+def test_the_reward_kernel_is_compared_with_python(tmp_path: Path):
+    rows = run_bench(tmp_path, "reward", "--responses=8", "--length=64", "--vocab=300", "--python=4", "--repeats=1")
+    kernel, python = rows
+    ratio = python["seconds"] / kernel["seconds"]
+    assert kernel["speedup over Python"] == pytest.approx(ratio, rel=0.01)
+    assert python["fraction of a step"] == pytest.approx(kernel["fraction of a step"] * ratio, rel=0.01)
 
 
-def test_update_with_and_without_sharing(tmp_path):
-    sizes = ["--prompts=2", "--samples=2", "--context=8", "--response=4", "--microbatch-tokens=24", "--repeats=1"]
-    shared, alone, _ = figures(tmp_path, "update", *(x for x in SMALL if "batch" not in x), *sizes)
+def test_update_counts_prompts_once_or_once_per_sample(tmp_path: Path):
+    shared, alone, _ = run_bench(tmp_path, "update", *MODEL, *UPDATE, "--repeats=1")
     # By hand: matrices 1536 in the trunk and 512 in the head; causal attention of 8 prompt and 4 response tokens.
-    for row, runs in ((shared, 1), (alone, 2)):
-        tokens, pairs = 8 * runs + 2 * 4, 36 * runs + 2 * (4 * 8 + 10)
+    for row, prompts in ((shared, 1), (alone, 2)):
+        tokens, pairs = 8 * prompts + 2 * 4, 36 * prompts + 2 * (4 * 8 + 10)
         flops = 2 * (6 * (1536 * tokens + 512 * 2 * 4) + 3 * 4 * 2 * 8 * pairs)
         assert row["GFLOP/s"] * row["seconds"] == pytest.approx(flops / 1e9, rel=0.01)
         assert row["response tokens/s"] * row["seconds"] == pytest.approx(16, rel=0.01)
 
 
-def test_an_update_of_repeated_prompts_is_the_same(tmp_path):
-    """What is compared is one computation: sharing changes no gradient."""
-    options = bench_options("--prompts=2", "--samples=2", "--context=8", "--response=4", "--microbatch-tokens=24")
-    shape = update.chosen_shape(options)
-    batch = update.make_batch(options, shape)
-    norms = [float(update.update_call(options, shape, part)()) for part in (batch, update.unshared(batch))]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+def test_an_update_with_repeated_prompts_has_the_same_gradient():
+    options = update_options()
+    config = chosen_model(options)
+    batch = update.make_batch(options, config)
+    shared, alone = (float(update.update_call(options, config, b)()) for b in (batch, update.unshared(batch)))
+    assert shared == pytest.approx(alone, rel=1e-5)
 
 
-def bench_options(*arguments):
-    parser = argparse.ArgumentParser()
-    update.add_options(parser)
-    return parser.parse_args([*(x for x in SMALL if "batch" not in x), *arguments])
+def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, head_size=8, ffn=16, vocab=32)
+    params = random_params(Transformer(config), 0)
+    save_policy(tmp_path / "model", config, params, tmp_path / "tokenizer.json", "")
+    rng = np.random.default_rng(0)
+    prompts, lengths = rng.integers(0, 32, (4, 12)).astype(np.int32), np.array([12, 9, 12, 5], np.int32)
+    np.savez(tmp_path / "prompts.npz", prompts=prompts, lengths=lengths)
+    options = ["--samples=4", "--max-new-tokens=24", "--stop-ids=2,8", "--repeats=1", "--decode-slots=6"]
+    arguments = ["rollout", f"--model={tmp_path / 'model'}", *options]
+    (figures,) = run_bench(tmp_path, *arguments, f"--prompts={tmp_path / 'prompts.npz'}")
+    assert figures["tokens_per_second"] == pytest.approx(figures["generated_tokens"] / figures["seconds"], rel=0.01)
+    assert figures["slots"] == 6
+    assert 0.5 < figures["occupancy"] <= 1
+    assert figures["decode_seconds"] > 0
+    np.savez(tmp_path / "bad.npz", prompts=prompts, lengths=lengths + 100)
+    assert bench.main(["bench", *arguments, f"--prompts={tmp_path / 'bad.npz'}"]) == 2
+    assert "bad.npz" in capsys.readouterr().err
 
 
 def test_calls_take_turns():
@@ -93,9 +111,10 @@ def test_calls_take_turns():
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = interleaved(calls, repeats=2)
     assert "".join(order) == "ab" + "abab"
-    assert all(0 <= s.low <= s.median <= s.high for s in seconds.values())
+    assert all(0 <= s.fastest <= s.median <= s.slowest for s in seconds.values())
 
 
-def test_what_does_not_run_here_is_a_sentence(capsys):
-    assert bench.main(["bench", "policy", *SMALL, "--attention=splash"]) == 2
-    assert "policy.attention='splash' is for a tpu" in capsys.readouterr().err
+def test_an_unavailable_choice_is_an_error_without_a_traceback(capsys: pytest.CaptureFixture[str]):
+    assert jax.default_backend() == "cpu"
+    assert bench.main(["bench", "policy", *MODEL, "--attention=splash"]) == 2
+    assert capsys.readouterr().err.startswith("error: policy.attention='splash'")

@@ -1,14 +1,14 @@
-"""Derived sizes against hand arithmetic, and against what JAX keeps."""
+"""Derived sizes against arithmetic by hand, and against the arrays that JAX saves."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import fnmatch
 import io
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,244 +19,275 @@ import rich
 from flax import linen as nn
 from rich.console import Console
 
-from rpt_jax.config import Experiment, MeshConfig
+from rpt_jax.config import Experiment, MeshConfig, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.describe import describe, print_description
+from rpt_jax.describe import derive, print_description, render
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.packed import make_key_ranges
 from rpt_jax.model.model_config import preset
 from rpt_jax.model.transformer import Transformer
-from tests.config.test_config import CONFIGS, load
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import CONFIGS
 
-PAPER = load(ROOT / "configs" / "rpt_14b.py")
 GIB = 2**30
 
 
-def values(experiment: Experiment, devices: int = 1) -> dict[str, Any]:
-    """Return the value of every row by its name, which must be its own."""
-    rows = describe(experiment, devices)
-    assert len({row.what for row in rows}) == len(rows)
-    return {row.what: row.value for row in rows}
+def load(path: Path) -> Experiment:
+    return from_config_dict(load_config_file(str(path)))
+
+
+PAPER = load(CONFIGS / "rpt_14b.py")
 
 
 def replaced(experiment: Experiment, section: str, **fields: Any) -> Experiment:
     return dataclasses.replace(experiment, **{section: dataclasses.replace(getattr(experiment, section), **fields)})
 
 
+def with_task(task: str) -> Experiment:
+    return dataclasses.replace(Experiment(), task=task)
+
+
+def numbers_in(sizes: Any) -> Iterator[tuple[str, float]]:
+    """Yield every number of a tree of dataclasses with its field, properties included."""
+    for field in dataclasses.fields(sizes):
+        value = getattr(sizes, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from numbers_in(value)
+        elif isinstance(value, int | float):
+            yield field.name, value
+    for name, attribute in vars(type(sizes)).items():
+        if isinstance(attribute, property):
+            yield name, getattr(sizes, name)
+
+
 def test_14b_sizes_by_hand():
-    found = values(PAPER, 64)
+    derived = derive(PAPER, 64)
     n = 48 * (5120 * 128 * (40 + 8 + 8 + 40) + 3 * 5120 * 13_824) + 152_064 * 5120
-    expected = {
-        "parameters": n + 152_064 * 5120 + 48 * (7 * 1024 + 2 * 5120) + 5120,
-        "parameters that a token is multiplied with (N)": n,
-        "mesh: data x fsdp x tensor": "1 x 8 x 8 = 64 devices",
-        "rollouts per step": 2048,
-        "microbatches per step, at most": 128,
-        "prompts per device": 32,
-        "rollouts per device": 256,
-        "tokens per device, microbatch": 20_480,
-        "prompt tokens per step, at most": 256 * 4096,
-        "response tokens per step, at most": 2048 * 8192,
-        "trunk tokens per prompt, its samples sharing it: S + G*T": 69_632,
-        "trunk tokens per prompt, were it not shared: G*(S + T)": 98_304,
-        "trunk tokens, shared / not shared": pytest.approx(17 / 24),
-        "bytes of a token's keys and values": 196_608,
-        "bytes per device: keys and values of prompts": 3 * GIB,
-        "bytes per device: keys and values of responses": 48 * GIB,
-        "bytes per device: a layer's attention scores, prompts": 0,
-        "bytes per device: a chunk of logits": 4096 * 152_064 * 4 // 8,
-        "steps": 1000,
-    }
-    assert {name: found[name] for name in expected} == expected
-    assert found["parameters"] == pytest.approx(14.77e9, rel=1e-4)
+    assert derived.policy.matmul_parameters == n
+    assert derived.policy.parameters == n + 152_064 * 5120 + 48 * (7 * 1024 + 2 * 5120) + 5120
+    assert derived.policy.parameters == pytest.approx(14.77e9, rel=1e-4)
+    assert (derived.mesh.data, derived.mesh.fsdp, derived.mesh.tensor) == (1, 8, 8)
+    assert derived.mesh.devices == derived.mesh.available == 64
+    batch, tokens = derived.rpt.batch, derived.rpt.tokens
+    assert batch.rollouts_per_step == 2048
+    assert batch.max_microbatches_per_step == 128
+    assert batch.prompts_per_device == 32
+    assert batch.rollouts_per_device == 256
+    assert batch.microbatch_tokens_per_device == 20_480
+    assert tokens.prompt_tokens_per_step == 256 * 4096
+    assert tokens.response_tokens_per_step == 2048 * 8192
+    assert tokens.shared_tokens_per_prompt == 69_632
+    assert tokens.unshared_tokens_per_prompt == 98_304
+    assert tokens.sharing_ratio == pytest.approx(17 / 24)
+    sampling = derived.rpt.memory.sampling
+    assert sampling.kv_per_token == 196_608
+    assert sampling.prompt_kv == 3 * GIB
+    assert sampling.response_kv == 48 * GIB
+    assert sampling.prompt_attention_scores == 0
+    assert derived.rpt.memory.update.backward.logit_chunk == 4096 * 152_064 * 4 // 8
+    assert derived.run.total_steps == 1000
 
 
 def test_14b_compute_by_hand():
-    found = values(PAPER, 64)
+    flops = derive(PAPER, 64).rpt.flops
     n, tokens = 13_990_625_280, 256 * 69_632
-    # Per layer and head, 2 FLOPs a dimension for the score of a pair and 2 for its value.
+    # Per layer and head, 2 FLOPs per dimension for the score of a pair and 2 for its value.
     pairs = 256 * (4096**2 + 8 * 8192 * (4096 + 8192))
     attention = 4 * 48 * 40 * 128 * pairs
-    assert found["FLOPs of sampling: 2*N a token"] == pytest.approx(2 * n * tokens)
-    assert found["FLOPs of the update: 6*N a token"] == pytest.approx(6 * n * tokens)
-    assert found["FLOPs of sampling: attention"] == pytest.approx(attention)
-    assert found["FLOPs of the update: attention"] == pytest.approx(3 * attention)
+    assert flops.sampling_matmul == 2 * n * tokens
+    assert flops.update_matmul == 6 * n * tokens
+    assert flops.sampling_attention == attention
+    assert flops.update_attention == 3 * attention
     step = 8 * n * tokens + 4 * attention
-    assert found["FLOPs of a step, at most"] == pytest.approx(step)
-    assert found["FLOPs of all steps, at most"] == pytest.approx(1000 * step)
-    # Steps 500 to 1000 sample up to two times more.
-    assert found["FLOPs of dynamic sampling on top, at most"] == pytest.approx(501 * 2 * (2 * n * tokens + attention))
+    assert flops.step == step
+    assert flops.run == 1000 * step
+    # Steps 500 to 1000 sample up to two more times.
+    assert flops.dynamic_sampling == 501 * 2 * (2 * n * tokens + attention)
 
 
 def test_14b_memory_by_hand():
-    found = values(PAPER, 64)
-    share = 4 * 14_770_033_664 // 64
-    assert found["bytes per device: parameters, and those of the start"] == 2 * share
-    assert found["bytes per device: Adam's two moments"] == 2 * share
-    assert found["bytes per device: gradients, sum and microbatch's"] == 2 * share
-    # Whole on every 4 devices, for decoding: the layers' matrices in bfloat16, the rest in float32.
+    derived = derive(PAPER, 64)
+    memory = derived.rpt.memory
+    shard = 4 * 14_770_033_664 // 64
+    assert memory.state.parameters_and_reference == 2 * shard
+    assert memory.state.adam_moments == 2 * shard
+    assert memory.update.gradients == 2 * shard
+    # The copy for decoding is split over 4 devices: the layers' matrices in bfloat16, the rest in float32.
     matrices = 48 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 13_824)
-    copy = 16 * share - 2 * matrices // 4
-    assert found["bytes per device: parameters laid out for decoding"] == copy
-    assert found["bytes per device in all while sampling, at least"] == 4 * share + copy + 51 * GIB
-    # One prompt with two of its responses a device, in a row.
-    other = 48 * 20_480 * 5120 * 2 + 20_480 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
-    assert found["bytes per device: attention scores for the backward pass"] == 0
-    assert found["bytes per device: other activations for it"] == other
-    total = 6 * share + other + 4096 * 152_064 * 4 // 8
-    assert found["bytes per device in all in the update, at least"] == total
-    assert found["bytes of checkpoints on disk"] == 12 * 14_770_033_664 * PAPER.checkpoint.keep
+    copy = 16 * shard - 2 * matrices // 4
+    assert memory.sampling.resharded_parameters == copy
+    assert memory.sampling_total == 4 * shard + copy + 51 * GIB
+    # A row holds one prompt with two of its responses.
+    activations = 48 * 20_480 * 5120 * 2 + 20_480 * (5120 * (6 * 4 + 2 * 2) + 6 * 13_824 // 8 * 2)
+    assert memory.update.backward.attention_scores == 0
+    assert memory.update.backward.other_activations == activations
+    assert memory.update_total == 6 * shard + activations + 4096 * 152_064 * 4 // 8
+    assert derived.run.checkpoint_bytes == 12 * 14_770_033_664 * PAPER.checkpoint.keep
+    assert derived.peak_bytes_per_device == max(memory.sampling_total, memory.update_total)
 
 
-def test_plain_attention_keeps_its_scores():
-    """Of a prompt: five of the forty heads, in float32, and for the backward pass in bfloat16 too."""
-    found = values(replaced(PAPER, "policy", attention="reference"), 64)
-    assert found["bytes per device: a layer's attention scores, prompts"] == 32 * 5 * 4 * 4096**2
-    assert found["bytes per device: attention scores for the backward pass"] == 5 * (4 + 2) * 20_480**2
-
-
-def test_14b_label_says_what_describe_says():
-    label = " ".join(ast.get_docstring(ast.parse((ROOT / "configs" / "rpt_14b.py").read_text())).split())
-    found = values(PAPER, 64)
-    sampling = round(found["bytes per device in all while sampling, at least"] / GIB)
-    update = round(found["bytes per device in all in the update, at least"] / GIB)
-    assert f"by arithmetic {sampling} GiB while sampling and {update} GiB in the update" in label
-    disk = re.search(r"(\d+) GiB of disk", label)
-    assert found["bytes of checkpoints on disk"] < int(disk[1]) * GIB
+def test_reference_attention_stores_its_scores():
+    """Five of the forty heads per device: in float32 for a prompt, and in bfloat16 as well for the backward pass."""
+    memory = derive(replaced(PAPER, "policy", attention="reference"), 64).rpt.memory
+    assert memory.sampling.prompt_attention_scores == 32 * 5 * 4 * 4096**2
+    assert memory.update.backward.attention_scores == 5 * (4 + 2) * 20_480**2
 
 
 @pytest.mark.parametrize("devices", [1, 6, 64])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_is_described_on_any_machine(path: Path, devices: int):
+    derived = derive(load(path), devices)
+    assert all(value >= 0 and math.isfinite(value) for _, value in numbers_in(derived))
     names = {*dict(leaves(Experiment())), *(field.name for field in dataclasses.fields(Experiment))}
-    for row in describe(load(path), devices):
-        assert isinstance(row.value, str) or (row.value >= 0 and math.isfinite(row.value)), row
-        for name in re.findall(r"\b[a-z]+\.[a-z_0-9]+\*?", row.fields):
-            assert fnmatch.filter(names, name), f"{row.what} is derived from {name}, which is no field"
+    rows = render(derived)
+    assert len({row.quantity for row in rows}) == len(rows)
+    for row in rows:
+        for name in re.findall(r"\b[a-z]+\.[a-z_0-9]+\*?", row.derived_from):
+            assert fnmatch.filter(names, name), f"{row.quantity} is derived from {name}, which is not a config field"
 
 
-def test_a_cold_start_is_pretraining_of_its_own():
-    """Its rows stand beside those of the run, which they leave as they are."""
-    suffix, rows = "; of the cold start", values(replaced(Experiment(), "cold_start", total_steps=7))
-    own = {what.removesuffix(suffix): rows.pop(what) for what in list(rows) if what.endswith(suffix)}
-    assert rows == values(Experiment())
-    alone = values(replaced(dataclasses.replace(Experiment(), task="pretrain"), "training", total_steps=7))
-    assert own.items() <= alone.items() and "FLOPs of all steps, at most" in own
+def test_a_cold_start_is_described_like_pretraining():
+    """It is added to the description of the run, whose other sizes do not change."""
+    derived = derive(replaced(Experiment(), "cold_start", total_steps=7), 1)
+    alone = derive(replaced(with_task("pretrain"), "training", total_steps=7), 1)
+    assert derived.cold_start == alone.pretrain
+    assert dataclasses.replace(derived, cold_start=None) == derive(Experiment(), 1)
+    assert {f"cold start: {row.quantity}" for row in render(alone)} & {row.quantity for row in render(derived)}
 
 
 def test_pretraining_by_hand():
-    experiment = dataclasses.replace(Experiment(), task="pretrain")
-    experiment = replaced(experiment, "data", max_document_tokens=100)
+    experiment = replaced(with_task("pretrain"), "data", max_document_tokens=100)
     experiment = replaced(
         experiment, "pretrain", documents_per_step=16, traces_per_document=9, rows_per_document=3, row_tokens=20
     )
-    found = values(experiment, 8)
+    sizes = derive(experiment, 8).pretrain
     n = 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 384) + 1024 * 128
     pairs = 100 * 100 + 3 * 20 * (100 + 20)
-    assert found["documents per device"] == 2
-    assert found["traces per step, at most"] == 144
-    assert found["tokens per step, at most"] == 16 * 160
+    assert sizes.documents_per_device == 2
+    assert sizes.traces_per_step == 144
+    assert sizes.tokens_per_step == 16 * 160
     step = 16 * (6 * n * 160 + 3 * 4 * 4 * 128 * pairs)
-    assert found["FLOPs of a step, at most: 6*N a token, and attention"] == pytest.approx(step)
-    assert found["FLOPs of all steps, at most"] == pytest.approx(1000 * step)
+    assert sizes.flops_per_step == step
+    assert sizes.run_flops == 1000 * step
     # Split over data alone, every device has all parameters, both moments and one gradient.
-    others = [v for name, v in found.items() if "backward" in name or "for it" in name or "logits" in name]
-    assert len(others) == 3
-    assert found["bytes per device in all, at least"] == 4 * 4 * preset("tiny").parameters + sum(others)
+    assert sizes.memory.total == 4 * 4 * preset("tiny").parameters + sizes.memory.backward.total
+    backward = sizes.memory.backward
+    assert backward.total == backward.attention_scores + backward.other_activations + backward.logit_chunk
+
+
+def test_scoring_by_hand():
+    experiment = replaced(with_task("score"), "data", max_document_tokens=100, score_batch_windows=16)
+    sizes = derive(experiment, 8).score
+    n = 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 384) + 1024 * 128
+    assert sizes.tokens_per_batch == 1600
+    assert sizes.windows_per_device == 2
+    assert sizes.flops_per_token == pytest.approx(2 * n + 4 * 4 * 128 * 100)
+    assert sizes.parameter_bytes == 4 * preset("tiny").parameters
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_are_nearly_what_the_derivative_keeps(dtype: str):
-    """Without rematerialization JAX can say what it keeps; the formula may forget small things, never invent any."""
+def test_activations_are_nearly_those_that_jax_saves_for_the_derivative(dtype: str):
+    """Without rematerialization JAX reports what it saves; the formula may miss small arrays but never invents any."""
     plain = replaced(Experiment(), "policy", dtype=dtype, attention="reference")
-    experiment = replaced(plain, "training", microbatch_tokens=512)
-    found = values(experiment)
+    derived = derive(replaced(plain, "training", microbatch_tokens=512), 1)
     policy = Transformer(preset("tiny"), jnp.dtype(dtype), attention="reference")
 
-    def kept(params: Any, tokens_NxW: jax.Array) -> Any:
-        places_NxMxW = jnp.zeros((1, 3, 512), jnp.int32)
-        rows = tokens_NxW[:, None], tokens_NxW[:, None], (), None, make_key_ranges(places_NxMxW, places_NxMxW + 1)
+    def saved(params: Any, tokens_NxW: jax.Array) -> Any:
+        positions_NxMxW = jnp.zeros((1, 3, 512), jnp.int32)
+        ranges = make_key_ranges(positions_NxMxW, positions_NxMxW + 1)
+        rows = tokens_NxW[:, None], tokens_NxW[:, None], (), None, ranges
         return jax.vjp(lambda params: policy.apply({"params": params}, *rows)[0], params)[1]
 
     one = jnp.zeros((1, 1, 1), jnp.int32)
     params = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), one, one)["params"]))
-    residuals = jax.tree.leaves(jax.eval_shape(kept, params, jax.ShapeDtypeStruct((1, 512), jnp.int32)))
-    # Of four layers, what there is of every token.
+    residuals = jax.tree.leaves(jax.eval_shape(saved, params, jax.ShapeDtypeStruct((1, 512), jnp.int32)))
+    # Arrays of all four layers that have an axis of tokens.
     in_layers = sum(x.size * x.dtype.itemsize for x in residuals if x.shape[:1] == (4,) and 512 in x.shape)
-    ours = found["bytes per device: attention scores for the backward pass"]
-    ours += found["bytes per device: other activations for it"]
-    assert 0.7 < ours / in_layers <= 1.0
+    backward = derived.rpt.memory.update.backward
+    assert 0.7 < (backward.attention_scores + backward.other_activations) / in_layers <= 1.0
 
 
-def test_rematerialization_trades_memory_for_nothing_else():
-    without, dots, with_it = (
-        values(replaced(Experiment(), "policy", remat=remat, attention="reference"))
+def test_rematerialization_changes_activation_memory_only():
+    none, dots, full = (
+        derive(replaced(Experiment(), "policy", remat=remat, attention="reference"), 1)
         for remat in ("none", "dots", "full")
     )
-    differing = {name for name in without if without[name] != with_it[name]}
-    activations = "bytes per device: other activations for it"
-    assert with_it[activations] < dots[activations] < without[activations]
-    assert differing == {
-        "bytes per device: attention scores for the backward pass",
-        "bytes per device: other activations for it",
-        "bytes per device in all in the update, at least",
-    }
-    assert all(with_it[name] < without[name] for name in differing)
+    activations = [derived.rpt.memory.update.backward.other_activations for derived in (full, dots, none)]
+    assert activations == sorted(set(activations))
+    assert full.rpt.memory.update_total < none.rpt.memory.update_total
+    assert full.rpt.memory.update.backward.attention_scores < none.rpt.memory.update.backward.attention_scores
+    full_backward = full.rpt.memory.update.backward
+    update = dataclasses.replace(none.rpt.memory.update, backward=full_backward)
+    memory = dataclasses.replace(none.rpt.memory, update=update)
+    assert dataclasses.replace(none, rpt=dataclasses.replace(none.rpt, memory=memory)) == full
 
 
 def test_several_minibatches_cost_another_forward_pass():
-    found = values(replaced(PAPER, "training", minibatches_per_step=4), 64)
-    one = values(PAPER, 64)
-    assert found["FLOPs of the update: 8*N a token"] == pytest.approx(4 * one["FLOPs of sampling: 2*N a token"])
-    assert found["FLOPs of the update: attention"] == pytest.approx(4 * one["FLOPs of sampling: attention"])
+    flops = derive(replaced(PAPER, "training", minibatches_per_step=4), 64).rpt.flops
+    assert flops.update_forward_passes == 4
+    assert flops.update_matmul == 4 * flops.sampling_matmul
+    assert flops.update_attention == 4 * flops.sampling_attention
 
 
-def test_what_the_objective_adds_by_hand():
-    """A forward pass for KL; two of prompts and one of responses for information gain, whose average is kept; documents."""
-    one, n, parameters = values(PAPER, 64), 13_990_625_280, 14_770_033_664
+def test_several_minibatches_keep_the_state_before_the_step():
+    """All but the reference parameters, which no step changes."""
+    one = derive(PAPER, 64).rpt.memory
+    several = derive(replaced(PAPER, "training", minibatches_per_step=4), 64).rpt.memory
+    assert one.update.state_before_step == 0
+    assert several.update.state_before_step == several.state.total - several.state.parameters_and_reference // 2
+
+
+def test_costs_of_the_objective_by_hand():
+    """A forward pass for KL; two of prompts and one of responses for info_gain, with a moving average; and documents."""
+    one, n, parameters = derive(PAPER, 64), 13_990_625_280, 14_770_033_664
     objective = {"reward": "info_gain", "kl": "k3", "kl_weight": 1e-3, "document_weight": 0.1}
-    found = values(replaced(PAPER, "objective", **objective), 64)
-    assert found["FLOPs of the update: 8*N a token"] == pytest.approx(4 * one["FLOPs of sampling: 2*N a token"])
+    derived = derive(replaced(PAPER, "objective", **objective), 64)
+    flops = derived.rpt.flops
+    assert flops.update_matmul == 4 * one.rpt.flops.sampling_matmul
     prompt, responses = (4096, 4096**2), (8 * 8192, 8 * 8192 * (4096 + 8192))
-    pairs = 4 * 48 * 40 * 128
-    reward = sum(passes * (2 * n * tokens + pairs * p) for passes, (tokens, p) in ((2, prompt), (1, responses)))
-    documents = 6 * n * 4096 + 3 * pairs * 4096**2
-    assert found["FLOPs of the reward: forward passes"] == pytest.approx(256 * reward)
-    assert found["FLOPs of the documents: 6*N a token, and attention"] == pytest.approx(256 * documents)
-    sampled = one["FLOPs of sampling: 2*N a token"] + one["FLOPs of sampling: attention"]
-    assert found["FLOPs of a step, at most"] == pytest.approx(5 * sampled + 256 * (reward + documents))
-    average = found["bytes per device: moving average of the parameters"]
-    assert average == found["bytes per device: parameters, and those of the start"] // 2
-    for use in ("while sampling", "in the update"):
-        name = f"bytes per device in all {use}, at least"
-        assert found[name] == one[name] + average
-    assert found["bytes of checkpoints on disk"] == 16 * parameters * PAPER.checkpoint.keep
+    pair = 4 * 48 * 40 * 128
+    reward = sum(passes * (2 * n * tokens + pair * p) for passes, (tokens, p) in ((2, prompt), (1, responses)))
+    documents = 6 * n * 4096 + 3 * pair * 4096**2
+    assert flops.reward == 256 * reward
+    assert flops.documents == 256 * documents
+    assert flops.step == 5 * one.rpt.flops.sampling + 256 * (reward + documents)
+    memory = derived.rpt.memory
+    average = memory.state.moving_average
+    assert average == memory.state.parameters_and_reference // 2
+    assert memory.sampling_total == one.rpt.memory.sampling_total + average
+    assert memory.update_total == one.rpt.memory.update_total + average
+    assert derived.run.checkpoint_bytes == 16 * parameters * PAPER.checkpoint.keep
 
 
-def test_warmup_and_decay_are_shown():
+def test_learning_rate_is_given_at_warmup_and_at_the_end():
     experiment = replaced(Experiment(), "optimizer", learning_rate=1e-3, warmup_steps=100, schedule="cosine")
-    assert values(experiment)["learning rate"].startswith("0 in step 1, 0.001 in step 101, 0.0001")
+    rates = derive(experiment, 1).run.learning_rates
+    assert [step for step, _ in rates] == [1, 101, 1000]
+    assert [rate for _, rate in rates] == pytest.approx([0, 1e-3, 1e-4], rel=1e-2)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "devices", "text"),
+    ("mesh", "devices", "sizes"),
     [
-        (MeshConfig(-1, 1, 1), 8, "8 x 1 x 1 = 8 devices"),
-        (MeshConfig(2, -1, 2), 8, "2 x 2 x 2 = 8 devices"),
-        (MeshConfig(1, 1, 1), 1, "1 x 1 x 1 = 1 device"),
-        (MeshConfig(1, -1, 8), 1, "1 x 1 x 8 = 8 devices; here are 1, so this will not run here"),
-        (MeshConfig(1, -1, 4), 6, "1 x 1 x 4 = 4 devices; here are 6, so this will not run here"),
-        (MeshConfig(1, 8, 8), 1, "1 x 8 x 8 = 64 devices; here are 1, so this will not run here"),
+        (MeshConfig(-1, 1, 1), 8, (8, 1, 1)),
+        (MeshConfig(2, -1, 2), 8, (2, 2, 2)),
+        (MeshConfig(1, 1, 1), 1, (1, 1, 1)),
+        (MeshConfig(1, -1, 8), 1, (1, 1, 8)),
+        (MeshConfig(1, -1, 4), 6, (1, 1, 4)),
+        (MeshConfig(1, 8, 8), 1, (1, 8, 8)),
     ],
 )
-def test_mesh_is_resolved(mesh: MeshConfig, devices: int, text: str):
-    assert values(dataclasses.replace(Experiment(), mesh=mesh), devices)["mesh: data x fsdp x tensor"] == text
+def test_mesh_is_resolved(mesh: MeshConfig, devices: int, sizes: tuple[int, int, int]):
+    derived = derive(dataclasses.replace(Experiment(), mesh=mesh), devices)
+    found = derived.mesh
+    assert (found.data, found.fsdp, found.tensor) == sizes
+    assert found.devices == math.prod(sizes) and found.available == devices
+    (row,) = (row for row in render(derived) if row.quantity.startswith("mesh"))
+    assert ("will not run here" in str(row.value)) == (found.devices != devices)
 
 
 def test_an_uneven_split_is_described_by_the_fullest_device():
-    found = values(Experiment(), 6)
-    assert (found["prompts per device"], found["rollouts per device"]) == (43, 43 * 8)
+    batch = derive(Experiment(), 6).rpt.batch
+    assert (batch.prompts_per_device, batch.rollouts_per_device) == (43, 43 * 8)
 
 
 @pytest.mark.parametrize(
@@ -264,13 +295,13 @@ def test_an_uneven_split_is_described_by_the_fullest_device():
 )
 def test_impossible_mesh_is_refused(mesh: MeshConfig):
     with pytest.raises(UserError, match=rf"mesh\.tensor={mesh.tensor}"):
-        describe(dataclasses.replace(Experiment(), mesh=mesh), 4)
+        derive(dataclasses.replace(Experiment(), mesh=mesh), 4)
 
 
 def test_policy_on_disk_comes_before_the_preset(tmp_path: Path):
     experiment = replaced(PAPER, "policy", path=str(tmp_path))
     with pytest.raises(UserError, match=r"config\.json"):
-        describe(experiment, 1)
+        derive(experiment, 1)
     config = {
         "model_type": "qwen2",
         "num_hidden_layers": 48,
@@ -284,30 +315,34 @@ def test_policy_on_disk_comes_before_the_preset(tmp_path: Path):
         "tie_word_embeddings": False,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    name = "policy: layers x width, vocabulary"
-    assert values(experiment)[name] == values(PAPER)[name] == "48 x 5120, 152064"
+    policy = derive(experiment, 1).policy
+    assert (policy.layers, policy.width, policy.vocab) == (48, 5120, 152_064)
+    assert str(tmp_path) in policy.source
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(UserError, match=rf"{tmp_path}.*'qwen2\.5-14b': layers 3 instead of 48\."):
-        describe(experiment, 1)
-    assert values(replaced(experiment, "policy", preset=""))[name] == "3 x 5120, 152064"
+        derive(experiment, 1)
+    assert derive(replaced(experiment, "policy", preset=""), 1).policy.layers == 3
+
+
+def test_unknown_preset_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match=r"policy\.preset='qwen2.5-14'.*Did you mean 'qwen2\.5-14b'"):
-        describe(replaced(experiment, "policy", preset="qwen2.5-14"), 1)
+        derive(replaced(PAPER, "policy", preset="qwen2.5-14"), 1)
 
 
-def test_it_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):
+def test_the_description_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):
     out = io.StringIO()
     monkeypatch.setattr(rich, "get_console", lambda: Console(file=out))
     print_description(PAPER, 64)
     lines = {
         cells[1].strip(): cells[2].strip() for line in out.getvalue().splitlines() if len(cells := line.split("|")) > 3
     }
-    assert lines.keys() > values(PAPER, 64).keys()
+    assert lines.keys() > {row.quantity for row in render(derive(PAPER, 64))}
     assert lines["parameters"] == "14,770,033,664"
     assert lines["bytes per device: keys and values of responses"] == "48 GiB"
-    assert lines["bytes of a token's keys and values"] == "192 KiB"
+    assert lines["bytes per token: keys and values"] == "192 KiB"
 
 
-def test_without_a_number_of_devices_it_is_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_the_devices_of_this_machine_are_the_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     monkeypatch.setattr(rich, "get_console", Console)
     print_description(Experiment())

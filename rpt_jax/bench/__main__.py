@@ -1,6 +1,6 @@
 """python -m rpt_jax.bench NAME [options] [--json=FILE]
 
-Measures one part of the system on this machine, prints a table and, with --json, writes the same figures to a file.
+Measures one part of the system on this machine and prints a table; --json writes the same figures to a file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from rpt_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0, or 2 where a sentence says what to mend."""
-    # The first line of XLA's chatter would land in the table.
+    """Run the command and return the exit code: 0, or 2 after an error of the user."""
+    # Keep XLA's log lines out of the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
     from rpt_jax.bench.measure import machine
@@ -31,10 +31,12 @@ def main(argv: list[str]) -> int:
         "data": data,
         "soak": soak,
     }
-    parser = argparse.ArgumentParser(prog="python -m rpt_jax.bench", description=__doc__.splitlines()[2])
+    description = (__doc__ or "").partition("\n\n")[2]
+    parser = argparse.ArgumentParser(prog="python -m rpt_jax.bench", description=description)
     commands = parser.add_subparsers(dest="name", required=True)
     for name, module in benches.items():
-        command = commands.add_parser(name, description=module.__doc__, help=module.__doc__.splitlines()[0])
+        summary = (module.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(name, description=module.__doc__, help=summary)
         module.add_options(command)
         command.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args(argv[1:])
@@ -48,10 +50,10 @@ def main(argv: list[str]) -> int:
     if options.json:
         figures = [dict(zip(columns, row, strict=True)) for row in rows]
         arguments = {k: str(v) for k, v in vars(options).items()}
-        content = {"machine": here, "options": arguments, "figures": figures} | (
-            figures[0] if len(figures) == 1 else {}
-        )
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        record = {"machine": here, "options": arguments, "figures": figures}
+        if len(figures) == 1:
+            record |= figures[0]
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Seconds that XLA takes to compile forward and backward, for policies that differ in depth alone.
+"""Seconds to compile a forward and backward pass, by the number of layers.
 
-Layers run in a loop, so the time does not grow with their number.
+The layers run in a loop, so the time should not grow with their number.
 """
 
 from __future__ import annotations
@@ -13,26 +13,32 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rpt_jax.bench.options import add_compute_options
 from rpt_jax.config import PolicyConfig
-from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.setup import make_policy
 
+_LOGIT_CHUNK_TOKENS = 4096
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this bench."""
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 48], help="numbers of layers")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
-    parser.add_argument("--remat", choices=REMATS, default="full")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    add_compute_options(parser, remat="full", dtype=False)
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of the table. Raises: UserError, where a choice does not run here."""
-    # A program fetched from the cache was not compiled.
+    """Return the columns and the rows of the table.
+
+    Raises:
+      UserError: the attention is not available on this platform.
+    """
+    # A program from the compilation cache would not be compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     _compile(options, layers=1)  # The first compilation of a process also loads the compiler.
     rows = []
@@ -43,20 +49,25 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
 
 
 def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, int]:
-    w = options.width
-    shape = ModelConfig(layers=layers, width=w, heads=4, kv_heads=2, head_size=w // 4, ffn=3 * w, vocab=1024)
-    policy = make_policy(PolicyConfig(remat=options.remat, attention=options.attention), shape)
+    """Return the seconds to trace and lower, the seconds to compile, and the bytes of the lowered program."""
+    width = options.width
+    config = ModelConfig(
+        layers=layers, width=width, heads=4, kv_heads=2, head_size=width // 4, ffn=3 * width, vocab=1024
+    )
+    policy = make_policy(PolicyConfig(remat=options.remat, attention=options.attention), config)
     one = jnp.zeros((1, 1, 1), jnp.int32)
     params = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), one, one)["params"]))
     tokens = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
 
-    def loss(params: Params, tokens: jax.Array) -> jax.Array:
-        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-        hidden = prefill(policy, params, tokens, lengths)[0].reshape(-1, w)
-        return -token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, 4096).mean()
+    def loss(params: Params, tokens_NxS: jax.Array) -> jax.Array:
+        lengths_N = jnp.full(tokens_NxS.shape[0], tokens_NxS.shape[1], jnp.int32)
+        hidden_MxD = prefill(policy, params, tokens_NxS, lengths_N)[0].reshape(-1, width)
+        return -token_logprobs(
+            head(policy, params), hidden_MxD, tokens_NxS.reshape(-1), 1.0, _LOGIT_CHUNK_TOKENS
+        ).mean()
 
     start = time.perf_counter()
     lowered = jax.jit(jax.grad(loss)).lower(params, tokens)
-    between = time.perf_counter()
+    lowered_at = time.perf_counter()
     lowered.compile()
-    return between - start, time.perf_counter() - between, len(lowered.as_text())
+    return lowered_at - start, time.perf_counter() - lowered_at, len(lowered.as_text())

@@ -1,10 +1,10 @@
-"""Speed and memory of the way from text to prompts: preparing tokens, scoring them, drawing prompts from them.
+"""Speed and memory from text to prompts: tokenizing a corpus, scoring it, and building prompts.
 
-A corpus of so many megabytes is generated in a temporary folder and prepared as task "score" does it. Beside preparing stands
-the tokenizer alone on the same texts, already in memory: that of `tokenizer.json` as its library encodes batches on all cores.
-Beside scoring, in turns, the policy's forward pass over full batches of documents of the longest length, to the log-probability
-of every token and nothing more. Nothing compiles while it is measured. Peak memory is that of the largest process, which is not
-this one where there are several shards.
+A corpus of --megabytes is generated in a temporary folder and prepared as task "score" does it. Two baselines: the
+tokenizer alone on the same texts in memory (for a `tokenizer.json` its library, which encodes batches on all cores),
+and the policy's forward pass over full batches of the longest windows, to the log-probability of every token, in
+turns with scoring. Compilation is not measured. Peak memory is that of the largest process, which is a worker if
+there are several shards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import tokenizers
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
 from rpt_jax.corpus.entropy import Scorer
-from rpt_jax.corpus.prepared import open_and_report, prepare, score_tokens, tokenize_on_leader
+from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
 from rpt_jax.corpus.tokenized import TokenizedCorpus
 from rpt_jax.distributed.sharding import make_mesh, shard_prompts, use_mesh
 from rpt_jax.infra.metrics import Progress
@@ -40,100 +40,126 @@ from rpt_jax.prompts.positions import index_positions
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-_WORDS = 20_000
+# The generated corpus.
+_VOCABULARY_WORDS = 20_000
 _DOCUMENT_WORDS = 300
-_PART = 16 * 10**6
-_BATCH = 256
-_ALONE = 10_000  # Texts that the tokenizer alone encodes,
-_ALONE_BATCH = 4096  # and at a time: smaller batches are slower.
+_PROGRESS_BYTES = 16 * 10**6
+_PROMPTS_PER_BATCH = 256
+# Texts that the tokenizer alone encodes, in all and at a time; smaller batches are slower.
+_ALONE_TEXTS = 10_000
+_ALONE_BATCH = 4096
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this bench."""
     parser.add_argument("--policy", default="configs/tiny", help="directory of a policy with its tokenizer")
     parser.add_argument(
-        "--tokenizer", default="", help="directory of another tokenizer: preparing alone is measured, with it"
+        "--tokenizer", default="", help="directory of another tokenizer; only tokenizing is measured then"
     )
-    parser.add_argument("--megabytes", type=float, default=4.0, help="of generated text")
-    parser.add_argument("--documents", type=int, default=32, help="of the longest length, in a batch that is scored")
-    parser.add_argument("--tokens", type=int, default=256, help="of a window")
-    parser.add_argument("--batches", type=int, default=20, help=f"of {_BATCH} prompts that are drawn")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="size of the generated text")
+    parser.add_argument("--score-batch-windows", type=int, default=32, help="windows per batch of scoring")
+    parser.add_argument("--max-document-tokens", type=int, default=256, help="tokens per window")
+    parser.add_argument("--batches", type=int, default=20, help=f"batches of {_PROMPTS_PER_BATCH} prompts to build")
     parser.add_argument("--workers", type=int, default=0, help="processes that build prompts")
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of the table. Raises: UserError, where policy or tokenizer cannot be loaded."""
+    """Return the columns and the rows of the table.
+
+    Raises:
+      UserError: the policy or the tokenizer cannot be loaded.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.jsonl"
-        _generate(path, int(options.megabytes * 1e6))
-        data = DataConfig(source="path", path=str(path), max_document_tokens=options.tokens, workers=options.workers)
+        _generate_corpus(path, int(options.megabytes * 1e6))
+        data = DataConfig(
+            source="path",
+            path=str(path),
+            max_document_tokens=options.max_document_tokens,
+            workers=options.workers,
+        )
         tokenizer = load_tokenizer(options.tokenizer or options.policy)
-        rows, corpus = _preparing(data, tokenizer, Path(folder) / "prepared")
+        rows, corpus = _measure_tokenizing(data, tokenizer, Path(folder) / "prepared")
         if not options.tokenizer:
-            rows += _scoring(options, data, corpus)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e3
-    rows.append(["peak memory of a process", 0.0, peak, "MB"])
+            rows += _measure_scoring(options, data, corpus)
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    rows.append(["peak memory of a process", 0.0, max(usage) / 1e3, "MB"])
     return ["stage", "seconds", "figure", "unit"], rows
 
 
-def _preparing(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> tuple[list[list[Any]], TokenizedCorpus]:
+def _measure_tokenizing(
+    data: DataConfig, tokenizer: Tokenizer, directory: Path
+) -> tuple[list[list[Any]], TokenizedCorpus]:
     """Tokenize the corpus and open it."""
     size = Path(data.path).stat().st_size
-    alone = _tokenizer_alone(Path(data.path), tokenizer)
+    alone = _measure_tokenizer_alone(Path(data.path), tokenizer)
     start = time.perf_counter()
     tokenize_on_leader(data, tokenizer, directory)
-    tokenized = time.perf_counter() - start
+    tokenized = time.perf_counter()
     corpus = open_and_report(data, directory)
-    opened = time.perf_counter() - start - tokenized
+    opened = time.perf_counter()
+    documents = len(corpus.sizes_D)
     rows = [
         alone,
-        ["preparing: reading, tokenizing, writing", tokenized, size / tokenized / 1e6, "MB/s"],
-        ["opening, splitting, looking for near-duplicates", opened, len(corpus.sizes_D) / opened, "documents/s"],
+        ["tokenizing a corpus: read, tokenize, write", tokenized - start, size / (tokenized - start) / 1e6, "MB/s"],
+        [
+            "opening it: split, find near-duplicates",
+            opened - tokenized,
+            documents / (opened - tokenized),
+            "documents/s",
+        ],
     ]
     return rows, corpus
 
 
-def _scoring(options: argparse.Namespace, data: DataConfig, corpus: TokenizedCorpus) -> list[list[Any]]:
-    """Score the tokenized corpus and draw prompts from it."""
+def _measure_scoring(options: argparse.Namespace, data: DataConfig, corpus: TokenizedCorpus) -> list[list[Any]]:
+    """Score the tokenized corpus and build prompts from it."""
     mesh = make_mesh(-1, 1, 1)
-    experiment = Experiment(data=dataclasses.replace(data, score_batch_windows=options.documents))
+    data = dataclasses.replace(data, score_batch_windows=options.score_batch_windows)
+    experiment = Experiment(data=data)
     with use_mesh(mesh):
         policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh)
         scorer = Scorer(policy, params, tokenizer, mesh, experiment)
-        rows = _full_batches(scorer)
-        lengths = [options.tokens >> i for i in range(options.tokens.bit_length())]  # One at least of every bucket.
+        rows = _measure_full_batches(scorer)
+        # Compile for every bucket of lengths.
+        longest = options.max_document_tokens
+        lengths = [longest >> i for i in range(longest.bit_length())]
         scorer.score([[0] * length for length in lengths])
         start = time.perf_counter()
         score_tokens(scorer, corpus.directory)
-        seconds, tokens = time.perf_counter() - start, int(corpus.sizes_D.sum())
+        seconds = time.perf_counter() - start
+        tokens = int(corpus.sizes_D.sum())
         rows.append(["scoring the corpus, with reading and writing", seconds, tokens / seconds, "tokens/s"])
-        prepared = prepare(scorer, corpus.directory)  # All is there, but for the manifest.
-        return [*rows, _prompts(experiment, tokenizer, prepared, options.batches)]
+        # Only the manifest is missing by now.
+        prepared = prepare(scorer, corpus.directory)
+        if prepared is None:
+            raise AssertionError("The generated corpus is not complete.")
+        return [*rows, _measure_prompts(experiment, tokenizer, prepared, options.batches)]
 
 
-def _generate(path: Path, size: int) -> None:
-    """Write documents of made-up words, frequent and rare, until `size` bytes."""
+def _generate_corpus(path: Path, size: int) -> None:
+    """Write documents of made-up words, with Zipf-distributed frequencies, until the file has `size` bytes."""
     rng = np.random.default_rng(0)
-    letters = rng.integers(ord("a"), ord("z") + 1, (_WORDS, 9)).astype(np.uint8)
+    letters = rng.integers(ord("a"), ord("z") + 1, (_VOCABULARY_WORDS, 9)).astype(np.uint8)
     words = [row[: 2 + i % 8].tobytes().decode() for i, row in enumerate(letters)]
-    written, parts = 0, -(-size // _PART)
+    written = 0
+    parts = -(-size // _PROGRESS_BYTES)
     with path.open("w") as file, Progress("generate, parts of a corpus", parts) as progress:
         for part in range(1, parts + 1):
-            while written < min(size, part * _PART):
-                chosen = np.minimum(rng.zipf(1.3, _DOCUMENT_WORDS), _WORDS) - 1
+            while written < min(size, part * _PROGRESS_BYTES):
+                chosen = np.minimum(rng.zipf(1.3, _DOCUMENT_WORDS), _VOCABULARY_WORDS) - 1
                 written += file.write(json.dumps({"text": " ".join(words[i] for i in chosen)}) + "\n")
             progress.advance(f"{written / 1e6:,.0f} MB")
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _read_texts(path: Path) -> Iterator[str]:
     with path.open() as lines:
         yield from (json.loads(line)["text"] for line in lines)
 
 
-def _tokenizer_alone(path: Path, tokenizer: Tokenizer) -> list[Any]:
-    texts, size = [], 0
-    for text in itertools.islice(_texts(path), _ALONE):
-        texts.append(text)
-        size += len(text)
+def _measure_tokenizer_alone(path: Path, tokenizer: Tokenizer) -> list[Any]:
+    texts = list(itertools.islice(_read_texts(path), _ALONE_TEXTS))
+    size = sum(map(len, texts))
     encode = tokenizer.encode_ordinary
     if tokenizer.source.endswith(".json"):
         library = tokenizers.Tokenizer.from_file(tokenizer.source)
@@ -145,36 +171,38 @@ def _tokenizer_alone(path: Path, tokenizer: Tokenizer) -> list[Any]:
     return ["the tokenizer alone", seconds, size / seconds / 1e6, "MB/s"]
 
 
-def _full_batches(scorer: Scorer) -> list[list[Any]]:
+def _measure_full_batches(scorer: Scorer) -> list[list[Any]]:
+    """Compare scoring with the policy's forward pass on a batch of the longest windows."""
     policy = scorer.policy
-    shape = (scorer.config.data.score_batch_windows, scorer.config.data.max_document_tokens)
-    documents = np.random.default_rng(0).integers(0, policy.config.vocab, shape).astype(np.int32)
-    tokens, lengths = shard_prompts((documents, np.full(shape[0], shape[1], np.int32)), scorer.mesh)
+    windows = scorer.config.data.score_batch_windows
+    length = scorer.config.data.max_document_tokens
+    ids: Any = np.random.default_rng(0).integers(0, policy.config.vocab, (windows, length)).astype(np.int32)
+    tokens, lengths = shard_prompts((ids, np.full(windows, length, np.int32)), scorer.mesh)
 
     @jax.jit
     def forward(params: Params) -> jax.Array:
         hidden = prefill(policy, params, tokens, lengths)[0].reshape(tokens.size, -1)
-        chunk = scorer.config.training.logit_chunk_tokens
-        return token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, chunk)
+        chunk_tokens = scorer.config.training.logit_chunk_tokens
+        return token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, chunk_tokens)
 
     def score() -> None:
-        scorer.score(list(documents))
+        scorer.score(list(ids))
 
     seconds = interleaved({"forward": lambda: forward(scorer.params), "score": score}, repeats=21)
     names = {"forward": "forward passes over full batches", "score": "scoring full batches, in turns with them"}
     return [[names[key], s.median, tokens.size / s.median, "tokens/s"] for key, s in seconds.items()]
 
 
-def _prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Any, batches: int) -> list[Any]:
+def _measure_prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: PreparedCorpus, batches: int) -> list[Any]:
     windows = prepared.corpus.windows("train")
     stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
-    order = position_order(stages, [], stage_prompts=0, batch=_BATCH, per_window=0, seed=0)
+    order = position_order(stages, [], stage_prompts=0, batch=_PROMPTS_PER_BATCH, per_window=0, seed=0)
     longest = experiment.data.max_document_tokens
     builder = PromptBuilder(PromptConfig(prefill_think_token=False, max_tokens=longest), tokenizer)
-    stream = PromptStream(builder, windows, order, batch=_BATCH, workers=experiment.data.workers)
-    next(stream)  # The workers start.
+    stream = PromptStream(builder, windows, order, batch=_PROMPTS_PER_BATCH, workers=experiment.data.workers)
+    next(stream)  # Start the workers.
     start = time.perf_counter()
     for _ in range(batches):
         next(stream)
     seconds = time.perf_counter() - start
-    return ["drawing prompts", seconds, batches * _BATCH / seconds, "prompts/s"]
+    return ["building prompts", seconds, batches * _PROMPTS_PER_BATCH / seconds, "prompts/s"]

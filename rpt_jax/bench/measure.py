@@ -1,4 +1,4 @@
-"""What every bench needs: seconds of repeated calls, the machine, and how fast it multiplies matrices at best."""
+"""Shared parts of the benches: timing of repeated calls, a description of the machine, and its matrix-multiply rate."""
 
 from __future__ import annotations
 
@@ -15,42 +15,53 @@ import jax.numpy as jnp
 
 from rpt_jax.infra.metrics import Progress
 
-# Large enough that a device is busy, small enough that a CPU is done in a tenth of a second.
-_MATRIX = {"cpu": 2048}
-_LARGE_MATRIX = 8192
+# Rows of the matrix that measures the peak: large enough to saturate the device, and on a CPU done in a tenth of a second.
+_CPU_MATRIX = 2048
+_MATRIX = 8192
 
 
 class Seconds(NamedTuple):
-    """Of repeated calls: the median, the fastest and the slowest."""
+    """Seconds of repeated calls: median, fastest and slowest."""
 
     median: float
-    low: float
-    high: float
+    fastest: float
+    slowest: float
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
-    """Time each call `repeats` times after one that compiles, in turns: a busy minute then hits all of them."""
+    """Time each call `repeats` times after one run that compiles it.
+
+    The calls take turns, so that other load on the machine affects all of them alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with Progress("turn", repeats + 1) as progress:
-        for turn in range(repeats + 1):
+    with Progress("repeat", repeats + 1) as progress:
+        for repeat in range(repeats + 1):
             for name, call in calls.items():
                 start = time.perf_counter()
                 jax.block_until_ready(call())
                 seconds[name].append(time.perf_counter() - start)
-            progress.advance(", ".join(f"{name} {s[-1]:.3g} s" for name, s in seconds.items()) if turn else "compiled")
-    return {name: Seconds(statistics.median(s), min(s), max(s)) for name, (_, *s) in seconds.items()}
+            latest = ", ".join(f"{name} {s[-1]:.3g} s" for name, s in seconds.items())
+            progress.advance(latest if repeat else "compiled")
+    return {
+        name: Seconds(median=statistics.median(s), fastest=min(s), slowest=max(s)) for name, (_, *s) in seconds.items()
+    }
 
 
 def matmul_call(dtype: str) -> tuple[Callable[[], Any], float]:
-    """A product of square matrices, and its FLOPs: what the fastest of its runs reaches is the ceiling of the machine."""
-    size = _MATRIX.get(jax.default_backend(), _LARGE_MATRIX)
+    """Return a product of large square matrices, and its FLOPs: its fastest run is the peak rate of the machine."""
+    size = _CPU_MATRIX if jax.default_backend() == "cpu" else _MATRIX
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x, y: x @ y)
     return lambda: multiply(x, x), 2.0 * size**3
 
 
+def round_to_4_digits(value: float) -> float:
+    """Round to four significant digits."""
+    return float(f"{value:.4g}")
+
+
 def machine() -> dict[str, Any]:
-    """What figures are to be read with: device, cores, JAX and how busy the machine is (load average of a minute)."""
+    """Return the device, cores, JAX version and load average of a minute, which figures depend on."""
     device = jax.devices()[0]
     return {
         "device": f"{jax.device_count()} x {_cpu_model() if device.platform == 'cpu' else device.device_kind}",

@@ -1,4 +1,4 @@
-"""The same shape in `transformers` on PyTorch, for comparisons in one run."""
+"""The same model in `transformers` on PyTorch, as a baseline measured in the same run."""
 
 from __future__ import annotations
 
@@ -12,37 +12,50 @@ from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.objective.batch import UpdateBatch
 
 
-def transformers_calls(shape: ModelConfig, batch: int, length: int, dtype: str) -> dict[str, Callable[[], Any]]:
-    """Forward, and forward and backward, of a random Qwen2 model. Raises: UserError, where PyTorch is not installed."""
-    torch, model = _random_qwen2(shape, length, dtype)
-    tokens = torch.randint(0, shape.vocab, (batch, length), device=model.device)
+def transformers_calls(config: ModelConfig, batch: int, length: int, dtype: str) -> dict[str, Callable[[], Any]]:
+    """Return a forward pass, and a forward and backward pass, of a random Qwen2 model.
+
+    Raises:
+      UserError: torch or transformers is not installed.
+    """
+    torch, model = _random_qwen2(config, length, dtype)
+    tokens = torch.randint(0, config.vocab, (batch, length), device=model.device)
 
     def forward() -> float:
         with torch.no_grad():
             return model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
 
-    def both() -> float:
+    def forward_and_backward() -> float:
         model.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         return loss.item()
 
-    return {"transformers: forward": forward, "transformers: forward and backward": both}
+    return {"transformers: forward": forward, "transformers: forward and backward": forward_and_backward}
 
 
 def transformers_update(
-    shape: ModelConfig, batch: UpdateBatch, microbatch: int, autocast: bool
+    config: ModelConfig, batch: UpdateBatch, microbatch: int, autocast: bool
 ) -> dict[str, Callable[[], Any]]:
-    """One AdamW step on the batch in plain PyTorch, `microbatch` responses a pass: float32, or under bfloat16 autocast.
+    """Return one AdamW step on the batch in PyTorch, in float32 or under bfloat16 autocast.
 
-    Logits are computed where responses are predicted; every response has a prompt of its own. Raises: UserError.
+    Logits are computed at response positions only; every response repeats its prompt.
+
+    Args:
+      config: the model.
+      batch: host arrays of full length.
+      microbatch: responses per forward and backward pass.
+      autocast: whether to run under bfloat16 autocast.
+
+    Raises:
+      UserError: torch or transformers is not installed.
     """
     samples, response = batch.tokens_PxGxT.shape[1:]
     prompts = np.repeat(batch.prompts_PxS, samples, axis=0)
     rows = np.concatenate([prompts, batch.tokens_PxGxT.reshape(-1, response)], axis=1)
-    torch, model = _random_qwen2(shape, rows.shape[1], "float32")
+    torch, model = _random_qwen2(config, rows.shape[1], "float32")
     ids = torch.from_numpy(rows).long().to(model.device)
-    advantages = torch.from_numpy(batch.advantages_PxG.reshape(-1, 1)).to(model.device)
+    advantages = torch.from_numpy(np.asarray(batch.advantages_PxG).reshape(-1, 1)).to(model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def update() -> float:
@@ -62,25 +75,28 @@ def transformers_update(
     return {f"transformers: {'bfloat16 autocast' if autocast else 'float32'}": update}
 
 
-def _random_qwen2(shape: ModelConfig, length: int, dtype: str) -> tuple[Any, Any]:
-    """Return torch, and the shape as a model in training mode. Raises: UserError, where PyTorch is not installed."""
+def _random_qwen2(config: ModelConfig, length: int, dtype: str) -> tuple[Any, Any]:
+    """Return the torch module and a random model in training mode. Raises UserError if they are not installed."""
     try:
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
     except ImportError as error:
-        raise UserError(f"--beside=transformers: {error}. Install torch and transformers, or leave it out.") from None
-    config = Qwen2Config(
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.width,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        intermediate_size=shape.ffn,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied,
+        raise UserError(
+            f"--compare=transformers: {error}. Install torch and transformers, or omit --compare.", field="--compare"
+        ) from None
+    qwen2_config = Qwen2Config(
+        num_hidden_layers=config.layers,
+        hidden_size=config.width,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_size,  # pyright: ignore[reportCallIssue] - missing in the stubs.
+        intermediate_size=config.ffn,
+        vocab_size=config.vocab,
+        tie_word_embeddings=config.tied,
         max_position_embeddings=length,
-        rms_norm_eps=shape.norm_epsilon,
+        rms_norm_eps=config.norm_epsilon,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2ForCausalLM(config).to(device, getattr(torch, dtype)).train()
+    model: Any = Qwen2ForCausalLM(qwen2_config)
+    model = model.to(device, getattr(torch, dtype)).train()
     return torch, model

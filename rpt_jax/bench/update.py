@@ -1,10 +1,10 @@
-"""Response tokens a second of one GRPO update: prompts shared by their samples, and not shared; and beside transformers.
+"""Response tokens per second of one GRPO update, with and without prompts shared by their samples, and of a baseline.
 
-One AdamW step on --prompts groups of --samples responses, all of full length, with random advantages. FLOPs are those of the
-matrices and of attention, forward and backward, nothing recomputed counted, and of the head at response positions alone. The
-ceiling is the fastest of as many runs of one large matrix product. With --beside=transformers the same update of the same shape
-runs in PyTorch between our runs, in float32; with --beside=autocast under bfloat16 autocast, which takes minutes on a CPU that
-has to emulate it.
+One AdamW step on --prompts groups of --samples responses, all of full length, with random advantages. FLOPs count the
+matrices and attention, forward and backward, without recomputation, and the head at response positions only. The peak
+is the fastest of the runs of one large matrix product. With --compare=transformers the same update of the same model
+runs in PyTorch between these runs, in float32; with --compare=autocast under bfloat16 autocast, which takes minutes
+on a CPU that emulates it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rpt_jax.bench.measure import interleaved, matmul_call
+from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
+from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model
 from rpt_jax.bench.peer import transformers_update
-from rpt_jax.bench.policy import add_shape_options, chosen_shape
 from rpt_jax.config import OptimizerConfig, PolicyConfig
-from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.describe import attention_flops
 from rpt_jax.distributed.sharding import (
     init_optimizer,
@@ -38,101 +37,143 @@ from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.setup import make_policy
 
-_CEILING = "ceiling"
+_PEAK = "peak matmul"
+_BASELINE_MICROBATCH = 32  # Responses per forward and backward pass of the baseline.
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_shape_options(parser)
+    """Add the options of this bench."""
+    add_model_options(parser)
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=8, help="responses to a prompt")
-    parser.add_argument("--context", type=int, default=128, help="tokens of a prompt")
-    parser.add_argument("--response", type=int, default=128, help="tokens of a response")
-    parser.add_argument("--microbatch-tokens", type=int, default=4608, help="tokens of a pass on each device")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
-    parser.add_argument("--remat", choices=REMATS, default="none")
-    parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist at one time")
+    parser.add_argument("--samples", type=int, default=8, help="responses per prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="tokens per prompt")
+    parser.add_argument("--response-tokens", type=int, default=128, help="tokens per response")
+    parser.add_argument("--microbatch-tokens", type=int, default=4608, help="tokens per pass on each device")
+    add_compute_options(parser, remat="none")
+    add_logit_chunk_option(parser)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--beside", choices=("transformers", "autocast"), help="measure this one too, in turns")
+    parser.add_argument("--compare", choices=("transformers", "autocast"), help="baseline to measure in the same run")
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
-    """Return the columns and the rows of the table. Raises: UserError, where a choice does not run here."""
-    if options.microbatch_tokens < options.context + options.response:
-        raise UserError(f"--microbatch-tokens={options.microbatch_tokens} does not hold a prompt and a response.")
-    shape = chosen_shape(options)
-    batch = make_batch(options, shape)
+    """Return the columns and the rows of the table.
+
+    Raises:
+      UserError: an option is invalid or not available on this platform.
+    """
+    if options.microbatch_tokens < options.prompt_tokens + options.response_tokens:
+        raise UserError(
+            f"--microbatch-tokens={options.microbatch_tokens} must be at least --prompt-tokens + --response-tokens = "
+            f"{options.prompt_tokens + options.response_tokens}.",
+            field="--microbatch-tokens",
+        )
+    config = chosen_model(options)
+    batch = make_batch(options, config)
     calls = {
-        "shared": update_call(options, shape, batch),
-        "not shared": update_call(options, shape, unshared(batch)),
+        "shared": update_call(options, config, batch),
+        "not shared": update_call(options, config, unshared(batch)),
     }
-    if options.beside:
-        calls |= transformers_update(shape, batch, 32, options.beside == "autocast")
-    calls[_CEILING], ceiling_flops = matmul_call(options.dtype)
+    if options.compare:
+        calls |= transformers_update(config, batch, _BASELINE_MICROBATCH, autocast=options.compare == "autocast")
+    calls[_PEAK], peak_flops = matmul_call(options.dtype)
     seconds = interleaved(calls, options.repeats)
-    ceiling = ceiling_flops / seconds[_CEILING].low
-    tokens, rows = batch.tokens_PxGxT.size, []
+    peak = peak_flops / seconds[_PEAK].fastest
+    tokens = batch.tokens_PxGxT.size
+    rows = []
     for name, s in seconds.items():
-        sharing = 1 if name == "shared" else options.samples
-        flops = ceiling_flops if name == _CEILING else update_flops(options, shape, sharing)
-        rate = 0.0 if name == _CEILING else tokens / s.median
-        row = [s.median, s.low, s.high, rate, flops / s.median / 1e9, flops / s.median / ceiling]
-        rows.append([name, *(float(f"{x:.4g}") for x in row)])
-    return ["update", "seconds", "fastest", "slowest", "response tokens/s", "GFLOP/s", "of the ceiling"], rows
+        prompts_per_group = 1 if name == "shared" else options.samples
+        flops = peak_flops if name == _PEAK else update_flops(options, config, prompts_per_group)
+        tokens_per_second = 0.0 if name == _PEAK else tokens / s.median
+        row = [*s, tokens_per_second, flops / s.median / 1e9, flops / s.median / peak]
+        rows.append([name, *map(round_to_4_digits, row)])
+    return ["update", "seconds", "fastest", "slowest", "response tokens/s", "GFLOP/s", "fraction of peak"], rows
 
 
-def make_batch(options: argparse.Namespace, shape: ModelConfig) -> UpdateBatch:
-    """Random tokens and advantages; every prompt and every response is as long as it may be."""
-    rng, groups = np.random.default_rng(0), (options.prompts, options.samples)
-    tokens = rng.integers(0, shape.vocab, (*groups, options.response)).astype(np.int32)
+def make_batch(options: argparse.Namespace, config: ModelConfig) -> UpdateBatch:
+    """Return random tokens and advantages, with every prompt and every response at full length."""
+    rng: Any = np.random.default_rng(0)
+    groups = (options.prompts, options.samples)
+    tokens = rng.integers(0, config.vocab, (*groups, options.response_tokens)).astype(np.int32)
     return UpdateBatch(
-        prompts_PxS=rng.integers(0, shape.vocab, (options.prompts, options.context)).astype(np.int32),
-        lengths_P=np.full(options.prompts, options.context, np.int32),
-        window_P=np.arange(options.prompts, dtype=np.int32),
+        prompts_PxS=rng.integers(0, config.vocab, (options.prompts, options.prompt_tokens)).astype(np.int32),
+        lengths_P=_host(np.full(options.prompts, options.prompt_tokens, np.int32)),
+        window_P=_host(np.arange(options.prompts, dtype=np.int32)),
         tokens_PxGxT=tokens,
-        mask_PxGxT=np.ones(tokens.shape, bool),
-        sampler_logprobs_PxGxT=np.zeros(tokens.shape, np.float32),
+        mask_PxGxT=_host(np.ones(tokens.shape, bool)),
+        sampler_logprobs_PxGxT=_host(np.zeros(tokens.shape, np.float32)),
         advantages_PxG=rng.standard_normal(groups).astype(np.float32),
-        counted_P=np.ones(options.prompts, bool),
+        counted_P=_host(np.ones(options.prompts, bool)),
     )
 
 
 def unshared(batch: UpdateBatch) -> UpdateBatch:
-    """The same responses, each with a prompt of its own."""
+    """Return the same responses as groups of one, each with its own copy of the prompt."""
     samples = batch.tokens_PxGxT.shape[1]
-    names = ("prompts_PxS", "lengths_P", "counted_P")
-    repeated = {name: np.repeat(getattr(batch, name), samples, axis=0) for name in names}
-    repeated["window_P"] = np.arange(len(repeated["lengths_P"]), dtype=np.int32)
-    alone = jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), batch._replace(**dict.fromkeys(repeated)))
-    return alone._replace(**repeated)
+    prompts = len(batch.lengths_P) * samples
+
+    def repeat(x: Any) -> Any:
+        return np.repeat(x, samples, axis=0)
+
+    def ungroup(x: Any) -> Any:
+        return x.reshape(prompts, 1, *x.shape[2:])
+
+    return UpdateBatch(
+        prompts_PxS=repeat(batch.prompts_PxS),
+        lengths_P=repeat(batch.lengths_P),
+        window_P=_host(np.arange(prompts, dtype=np.int32)),
+        tokens_PxGxT=ungroup(batch.tokens_PxGxT),
+        mask_PxGxT=ungroup(batch.mask_PxGxT),
+        sampler_logprobs_PxGxT=ungroup(batch.sampler_logprobs_PxGxT),
+        advantages_PxG=ungroup(batch.advantages_PxG),
+        counted_P=repeat(batch.counted_P),
+    )
 
 
-def update_call(options: argparse.Namespace, shape: ModelConfig, batch: UpdateBatch) -> Callable[[], Any]:
-    """One optimizer step a call, each from where the last one ended."""
-    policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), shape)
-    mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(OptimizerConfig(), total_steps=1)
-    config = UpdateConfig(
-        1, num_batch_shards(mesh), options.microbatch_tokens, options.chunk, temperature=1.0, bounds=ClipRange(0.2, 0.2)
+def _host(x: np.ndarray) -> Any:
+    """Return a host array where the type says device array: the batch is moved to the devices before it is used."""
+    return x
+
+
+def update_call(options: argparse.Namespace, config: ModelConfig, batch: UpdateBatch) -> Callable[[], Any]:
+    """Return a call that takes one optimizer step from the state that the previous call left."""
+    policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), config)
+    mesh = make_mesh(-1, 1, 1)
+    optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
+    update_config = UpdateConfig(
+        minibatches=1,
+        rows=num_batch_shards(mesh),
+        row_tokens=options.microbatch_tokens,
+        chunk=options.logit_chunk_tokens,
+        temperature=1.0,
+        bounds=ClipRange(0.2, 0.2),
     )
     with use_mesh(mesh):
         params = init_parameters(policy, mesh, seed=0)
-        states = [TrainState(params, init_optimizer(optimizer, params, mesh))]
+        state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
         batch = shard_prompts(batch, mesh)
+    # The update donates its state, so only the list may hold it.
+    states = [state]
+    del state, params
 
     def call() -> jax.Array:
         with use_mesh(mesh):
-            state, metrics = update_policy(policy, optimizer, config, states.pop(), batch)
+            state, metrics = update_policy(policy, optimizer, update_config, states.pop(), batch)
         states.append(state)
         return jax.block_until_ready((state, metrics))[1]["gradient/norm"]
 
     return call
 
 
-def update_flops(options: argparse.Namespace, shape: ModelConfig, prompts_per_group: int) -> float:
-    """FLOPs of a step that runs every prompt so many times: the trunk everywhere, the head where responses are predicted."""
-    head = shape.vocab * shape.width
-    prompt, response = options.context * prompts_per_group, options.response * options.samples
-    pairs = prompts_per_group * options.context * (options.context + 1) // 2
-    pairs += options.samples * (options.response * options.context + options.response * (options.response + 1) // 2)
-    matrices = (shape.matmul_parameters - head) * (prompt + response) + head * response
-    return options.prompts * (6.0 * matrices + 3.0 * attention_flops(shape, pairs))
+def update_flops(options: argparse.Namespace, config: ModelConfig, prompts_per_group: int) -> float:
+    """Return the FLOPs of a step that runs each prompt `prompts_per_group` times.
+
+    The trunk runs on all tokens, the head at response positions only; attention is causal.
+    """
+    head = config.vocab * config.width
+    prompt, response = options.prompt_tokens, options.response_tokens
+    prompt_tokens = prompts_per_group * prompt
+    response_tokens = options.samples * response
+    pairs = prompts_per_group * prompt * (prompt + 1) // 2
+    pairs += options.samples * (response * prompt + response * (response + 1) // 2)
+    matmul = (config.matmul_parameters - head) * (prompt_tokens + response_tokens) + head * response_tokens
+    return options.prompts * (6.0 * matmul + 3.0 * attention_flops(config, pairs))

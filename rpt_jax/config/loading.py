@@ -27,6 +27,19 @@ logger = logging.getLogger(__name__)
 # Fields that hold the options of a choice, and the registry of that choice.
 _OPTIONS = {"data.source_options": CORPUS_SOURCES, "pretrain.trace_options": TRACE_WRITERS}
 
+_OVERRIDE = "--config."
+
+
+def split_overrides(argv: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into config overrides (`section.field=value`, without `--config.`) and all other arguments."""
+    overrides, rest = [], []
+    for argument in argv:
+        if argument.startswith(_OVERRIDE):
+            overrides.append(argument.removeprefix(_OVERRIDE))
+        else:
+            rest.append(argument)
+    return overrides, rest
+
 
 def default_config() -> Any:
     """Return a locked `ConfigDict` of all fields with their defaults, for a config file to change.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpt_jax.config import DataConfig, Experiment
+from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import BIN_NATS, Scorer, fraction_above
 from rpt_jax.corpus.store import FORMAT, MANIFEST, Records, read_json, read_summaries, read_summary, write_json
 from rpt_jax.corpus.tokenization import (
@@ -24,11 +25,9 @@ from rpt_jax.distributed.sharding import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.metrics import Progress
+from rpt_jax.infra.plots import write_entropy_plot
 from rpt_jax.infra.signals import save_on_stop
-from rpt_jax.report import write_entropy_plot
 from rpt_jax.tokenizers.tokenizer import Tokenizer
-
-THRESHOLDS = (0.5, 1.0, 1.5)  # Nats; the boundaries of the paper's difficulty splits (section 4.1).
 
 
 class PreparedCorpus(NamedTuple):
@@ -118,7 +117,7 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
     data = config.data
     _, shards = parse_shard(data)
     histogram_N = np.sum([s["histogram"] for s in read_summaries(directory, "scores", shards) or []], axis=0)
-    fractions = {str(threshold): fraction_above(histogram_N, threshold) for threshold in THRESHOLDS}
+    fractions = {str(threshold): fraction_above(histogram_N, threshold) for threshold in DIFFICULTIES.values()}
     counts = report_corpus(open_tokens(data, directory, shards))
     write_entropy_plot(directory, histogram_N, BIN_NATS, fractions)
     manifest = {

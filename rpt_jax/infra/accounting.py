@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.distributed.rendezvous import at
+from rpt_jax.infra.chips import published_flops
 
 _compiling: collections.Counter[str] = collections.Counter()
 
@@ -29,23 +30,12 @@ jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 # The stages of a step that MFU is of.
 _TRAINING = ("data", "reshard", "rollout", "reward", "update")
-# FLOP/s of one device in bfloat16, without sparsity, as their makers say.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 @functools.cache
 def peak_flops() -> float:
     """FLOP/s of one device: its maker's figure in bfloat16 or, of devices not listed, what the best of five products reaches."""
-    if peak := _PEAKS.get(jax.devices()[0].device_kind):
+    if peak := published_flops(jax.devices()[0].device_kind):
         return peak
     x, seconds = jax.device_put(np.ones((1024, 1024), np.float32)), []
     multiply = jax.jit(jnp.matmul)

@@ -1,4 +1,4 @@
-"""What a program computes, by formula, how often its loops go round, and the time that follows: all for full lengths."""
+"""Estimates for the programs of a step at full lengths: FLOPs, trip counts of loops, and time."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from rpt_jax.config import Experiment
-from rpt_jax.describe import attention_flops, describe
+from rpt_jax.describe import derive
 from rpt_jax.distributed.sharding import DECODING, num_batch_shards
+from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.packed import QUERY_PANEL_SIZES
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import Step
-from rpt_jax.preflight.topology import Chip
 from rpt_jax.rollout.engine import live_sizes
 from rpt_jax.rollout.kv_cache import block_size
 
-# Rows of `describe` that a program's FLOPs are in.
-_FLOPS = {
-    "sample": ("FLOPs of sampling",),
-    "training reward": ("FLOPs of the reward",),
-    "update": ("FLOPs of the update", "FLOPs of the documents"),
-}
+# Bytes per token of text, about: the reward reads one byte per iteration.
+_BYTES_PER_TOKEN = 4
 
 
 class Times(NamedTuple):
-    """Seconds that a chip would take for each part, were it at its maker's figures: the longest is the bound."""
+    """Seconds that a chip would take for each part at its published figures; the longest one is the bound."""
 
     compute: float
     memory: float
@@ -38,73 +34,99 @@ class Times(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The longest part, as if the others ran beside it: less than a real run takes."""
+        """The longest part, as if the others overlapped with it completely: a lower bound of a real run's time."""
         return max(self)
 
 
-def times(chip: Chip, flops: float, moved: Traffic) -> Times:
-    """What a program's figures imply on a chip."""
-    far = chip.far_speed or chip.link_speed
-    network = sum(size / (chip.link_speed if c.in_host else far) for c, size in moved.sent.items())
-    return Times(flops / chip.flops, moved.memory / chip.memory_speed, network)
+def estimate_times(chip: Chip, flops: float, traffic: Traffic) -> Times:
+    """Return the time of a program on a chip.
+
+    Args:
+      chip: published figures.
+      flops: FLOPs per chip.
+      traffic: data moved per chip.
+    """
+    between_hosts = chip.network_speed or chip.link_speed
+    network = sum(size / (chip.link_speed if c.in_host else between_hosts) for c, size in traffic.sent.items())
+    return Times(compute=flops / chip.flops, memory=traffic.memory / chip.memory_speed, network=network)
 
 
 def update_rows(experiment: Experiment) -> int:
-    """Rows of `training.microbatch_tokens` that an update's groups take: whole groups or, where none fits, parts of one."""
-    t, prompt, response = experiment.training, experiment.prompt.max_tokens, experiment.rollout.max_new_tokens
-    samples, in_a_row = experiment.rollout.samples_per_prompt, (t.microbatch_tokens - prompt) // response
-    if in_a_row >= samples:
-        return -(-t.prompts_per_step // (t.microbatch_tokens // (prompt + samples * response)))
-    return t.prompts_per_step * -(-samples // max(1, in_a_row))
+    """Return the number of rows of `training.microbatch_tokens` in an update at full lengths.
 
-
-def flops_a_chip(experiment: Experiment, step: Step) -> dict[str, float]:
-    """FLOPs of each program on each chip, where it has more than a few.
-
-    Beyond what `describe` counts, an update runs a prompt again in each row that has responses to it, and with
-    rematerialization everything forward again.
+    A row holds whole groups or, if a group is longer than a row, the prompt and as many of its responses as fit.
     """
-    setup, chips = step.setup, step.setup.mesh.size
-    documents, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
-    shape = setup.policy.config
-    scoring = documents * (2 * shape.matmul_parameters * size + attention_flops(shape, size**2))
-    flops = {"score": scoring / chips}
-    rows = [] if experiment.task == "score" else describe(experiment, chips)
-    for name, begins in _FLOPS.items():
-        flops[name] = sum(row.value for row in rows if row.what.startswith(begins)) / chips
+    training = experiment.training
+    prompt = experiment.prompt.max_tokens
+    response = experiment.rollout.max_new_tokens
+    samples = experiment.rollout.samples_per_prompt
+    responses_per_row = (training.microbatch_tokens - prompt) // response
+    if responses_per_row >= samples:
+        groups_per_row = training.microbatch_tokens // (prompt + samples * response)
+        return -(-training.prompts_per_step // groups_per_row)
+    return training.prompts_per_step * -(-samples // max(1, responses_per_row))
+
+
+def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
+    """Return the FLOPs of each program on each chip; programs with negligible FLOPs are left out.
+
+    In addition to what `describe` counts, an update runs a prompt once in every row that holds responses to it, and full
+    rematerialization runs the forward pass twice.
+    """
+    chips = step.setup.mesh.size
+    derived = derive(experiment, chips)
+    score, rpt = derived.score, derived.rpt
+    flops = {"score": score.flops_per_batch / chips if score else 0.0}
+    if rpt is None:
+        return flops
+    update = (rpt.flops.update + rpt.flops.documents) / chips
     if experiment.policy.remat == "full":
-        flops["update"] *= 4 / 3  # Forward, forward again and backward in place of forward and backward.
-    tree = experiment.prompt.max_tokens + experiment.rollout.samples_per_prompt * experiment.rollout.max_new_tokens
-    trees = experiment.training.prompts_per_step * tree
-    flops["update"] *= max(1.0, update_rows(experiment) * experiment.training.microbatch_tokens / trees)
-    return flops
+        update *= 4 / 3  # Forward, recomputed forward and backward instead of forward and backward.
+    tokens = experiment.training.prompts_per_step * rpt.tokens.shared_tokens_per_prompt
+    update *= max(1.0, update_rows(experiment) * experiment.training.microbatch_tokens / tokens)
+    return flops | {
+        "sample": rpt.flops.sampling / chips,
+        "training reward": rpt.flops.reward / chips,
+        "update": update,
+    }
 
 
-def turns(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]:
-    """How often the loops go round whose end the data decide on, where every prompt and every response is as long as may be."""
-    e, platform = experiment, target_platform()
-    prompt, response = e.prompt.max_tokens, e.rollout.max_new_tokens
-    panel, block = QUERY_PANEL_SIZES[platform], BLOCK_SIZES[platform]
+def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]:
+    """Return the trip counts of data-dependent loops at full lengths, by the `jax.named_scope` that each stands in.
+
+    A scope with several loops has one count for each, in program order; the last count holds for all further loops.
+    """
+    platform = target_platform()
+    prompt = experiment.prompt.max_tokens
+    response = experiment.rollout.max_new_tokens
+    samples = experiment.rollout.samples_per_prompt
+    # Sampling: each replica has its share of the prompts and of the decode slots.
     replicas = num_batch_shards(step.setup.mesh, DECODING)
-    prompts, samples = -(-e.training.prompts_per_step // replicas), e.rollout.samples_per_prompt
-    parts = -(-prompt // e.rollout.prefill_tokens)
-    rows = min(prompts, max(1, e.rollout.prefill_tokens // -(-prompt // parts)))
+    prompts = -(-experiment.training.prompts_per_step // replicas)
+    prefill_tokens = experiment.rollout.prefill_tokens
+    chunks = -(-prompt // prefill_tokens)
+    rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
     slots = live_sizes(-(-step.decoding.slots // replicas), prompts * samples)[0] if step.decoding else 1
-    passes = -(-update_rows(e) // num_batch_shards(step.setup.mesh))
-    # A panel of queries goes over as many blocks as the one of them that sees most: its prompt and half of a response.
-    packed = (prompt + (response + min(panel, response)) / 2) / block
-    own, shared = (-(-length // block_size(platform, length)) for length in (response, prompt))
+    waves = -(-prompts * samples // slots)
+    own_blocks = -(-response // block_size(platform, response))
+    # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
+    # most keys: a prompt and, on average, half of a response.
+    passes = -(-update_rows(experiment) // num_batch_shards(step.setup.mesh))
+    packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / BLOCK_SIZES[platform]
     return {
-        # All live until the last one ends; the smaller batches have no turn.
-        "engine.decode_until": (-(-prompts * samples // slots) * (response - 1), 0),
-        "kv_cache._over_own": ((own + 1) / 2,),
-        "kv_cache._over_shared": (shared,),
-        "prefill._run_roots": (-(-prompts // rows),),
-        "prefill._run_roots.<locals>.run_rows": (parts,),
-        "blockwise._fold_keys": (max(1.0, prompt / block / 2),),
-        "gradient.policy_gradient": (passes,),
-        "gradient.response_logprobs": (passes,),
-        "packed.attend_packed": (packed,),
-        "layers._attention/shard_map": (packed,),
-        "prefix_match._read": (4 * response,),  # A byte a turn, of which text has about four a token.
+        # All slots are live until the last rollouts end; the loops over smaller batches have nothing left to do.
+        "decode_loop": (waves * (response - 1), 0),
+        # The cache of a rollout's own tokens grows from empty to full.
+        "own_cache_blocks": ((own_blocks + 1) / 2,),
+        "shared_cache_blocks": (-(-prompt // block_size(platform, prompt)),),
+        "prefill_rows": (-(-prompts // rows),),
+        "prefill_chunks": (chunks,),
+        # Causal: half of the keys on average.
+        "key_blocks": (max(1.0, prompt / BLOCK_SIZES[platform] / 2),),
+        "policy_gradient": (passes,),
+        "old_logprobs": (passes,),
+        "packed_key_blocks": (packed_blocks,),
+        # Compilers may name a loop within shard_map by the shard_map's scope alone.
+        "packed_attention": (packed_blocks,),
+        "read_box": (_BYTES_PER_TOKEN * response,),
     }

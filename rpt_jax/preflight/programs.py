@@ -1,4 +1,4 @@
-"""The programs that a step of a run is made of, with abstract arguments: lowered as training lowers them, and never run."""
+"""The programs of a step, lowered with abstract arguments as training lowers them, without running anything."""
 
 from __future__ import annotations
 
@@ -45,30 +45,33 @@ from rpt_jax.setup import Setup, make_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.train import update_config
 
-# Bytes of the longest token of the tokenizer that stands in for one that is not here: Qwen's has spaces of so many.
-_LONGEST = 128
-_SPECIAL = 4  # Its first ids: beginning, end, <think>, </think>.
+# The stand-in tokenizer: its longest token has as many bytes as Qwen's longest, a run of spaces, and its first ids are
+# special: beginning, end, <think> and </think>.
+_LONGEST_TOKEN_BYTES = 128
+_SPECIAL_TOKENS = 4
 
 
 class Program(NamedTuple):
     """A program of a step.
 
     Attributes:
-      name: as tables have it.
-      lower: traces it for its mesh, under `use_mesh`.
-      beside: bytes a device of what lives while it runs and is none of its arguments.
+      name: name in tables and JSON.
+      lower: traces the program; call it in the context of its mesh.
+      resident_bytes: bytes per device of arrays that live while it runs but are not among its arguments.
     """
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
-    beside: int
+    resident_bytes: int
 
 
 class Step(NamedTuple):
-    """A step of a run on a mesh: its programs in their order, and what the config decided on.
+    """The programs of a step on a mesh, in execution order.
 
     Attributes:
-      decoding: how rollouts are sampled, None for the task "score".
+      programs: the programs.
+      setup: the policy with abstract parameters, the mesh and the tokenizer; it has no corpus.
+      decoding: how rollouts are sampled, None for task "score".
     """
 
     programs: tuple[Program, ...]
@@ -77,39 +80,44 @@ class Step(NamedTuple):
 
 
 def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
-    """The programs of a step, in the mesh's context; `memory` is bytes a device to plan decode slots with.
+    """Return the programs of a step; call it in the context of the mesh.
 
-    Raises: UserError, where the config does not fit the mesh, or the slots that it asks for the memory.
+    Args:
+      experiment: a validated config.
+      mesh: devices that the programs are compiled for.
+      memory: bytes per device available to decode slots and everything that is resident with them.
+
+    Raises:
+      UserError: the config does not fit the mesh, or `rollout.decode_slots` the memory.
     """
-    shape, _ = model_config_of(experiment)
+    config, _ = model_config_of(experiment)
     path = experiment.policy.path
     if path and Path(path).exists():
         tokenizer = load_tokenizer(path)
     else:
-        tokenizer = stand_in_tokenizer(shape.vocab)
-        # Its tokens are bytes: a template would take several times the room that it takes in truth.
+        tokenizer = stand_in_tokenizer(config.vocab)
+        # The stand-in encodes one byte per token, so a real template would take several times its tokens.
         prompt = dataclasses.replace(experiment.prompt, template="plain", chat_template=False)
         experiment = dataclasses.replace(experiment, prompt=prompt)
-    policy = make_policy(experiment.policy, shape, tokenizer)
-    params = abstract_parameters(policy, mesh)
+    policy = make_policy(experiment.policy, config, tokenizer)
     setup = Setup(
         policy=policy,
-        params=params,
+        params=abstract_parameters(policy, mesh),
         mesh=mesh,
         tokenizer=tokenizer,
         train=(),
         held_out=(),
         unseen=(),
-        prepared=None,
+        prepared=None,  # pyright: ignore[reportArgumentType] - preflight has no corpus.
     )
     if experiment.task == "score":
-        return Step((_scoring(experiment, setup),), setup, None)
+        return Step(programs=(_score_program(experiment, setup),), setup=setup, decoding=None)
     decoding = decoding_of(experiment, setup, memory)
-    return Step(tuple(_rpt_programs(experiment, setup, decoding)), setup, decoding)
+    return Step(programs=tuple(_rpt_programs(experiment, setup, decoding)), setup=setup, decoding=decoding)
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Bytes of abstract arrays on each device; those without a place are on all of them."""
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes of abstract arrays on each device; arrays without a sharding are replicated."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)) * jnp.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(tree)
@@ -117,9 +125,9 @@ def bytes_a_device(tree: Any) -> int:
 
 
 def stand_in_tokenizer(vocab: int) -> Tokenizer:
-    """A tokenizer of the right size, whose tokens are the bytes, for a policy whose own is not on this machine."""
-    pieces = [b""] * _SPECIAL + [bytes([b]) for b in range(256)]
-    pieces += [b" " * _LONGEST] * (vocab - len(pieces))
+    """Return a byte-level tokenizer of `vocab` tokens, for a policy whose tokenizer does not exist here."""
+    pieces = [b""] * _SPECIAL_TOKENS + [bytes([byte]) for byte in range(256)]
+    pieces += [b" " * _LONGEST_TOKEN_BYTES] * (vocab - len(pieces))
     return Tokenizer(
         pieces=tuple(pieces),
         bos_id=0,
@@ -128,144 +136,173 @@ def stand_in_tokenizer(vocab: int) -> Tokenizer:
         think_id=2,
         end_think_id=3,
         stop_ids=(1,),
-        special_ids=frozenset(range(_SPECIAL)),
+        special_ids=frozenset(range(_SPECIAL_TOKENS)),
         unused_ids=frozenset(),
         normalizer="",
         fingerprint="",
-        source="a tokenizer that stands in",
-        encode_ordinary=lambda texts: [[_SPECIAL + b for b in text.encode()] for text in texts],
+        source="a stand-in tokenizer",
+        encode_ordinary=lambda texts: [[_SPECIAL_TOKENS + byte for byte in text.encode()] for text in texts],
     )
 
 
 def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> list[Program]:
-    """What runs in a step of the task "rpt": `train.train` says in which order, and what lives how long."""
-    t, o, mesh, params = experiment.training, experiment.objective, setup.mesh, setup.params
-    optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
-    average = params if REWARDS[o.reward].requirements.average else None
-    state = TrainState(params, abstract_optimizer(optimizer, params, mesh), average)
-    layout = make_reshard_fn(setup.policy, mesh, lambda p: in_compute_dtype(setup.policy, p))
-    weights = _decoding_weights(setup, layout) if layout else params
-    sampled = _sampled(experiment, mesh)
-    kept, laid_out, drawn = (
-        bytes_a_device((state, params)),
-        bytes_a_device(weights) if layout else 0,
-        bytes_a_device(sampled),
-    )
+    """Return the programs of a step of task "rpt", in the order and with the array lifetimes of `train.train`."""
+    training, objective = experiment.training, experiment.objective
+    mesh, params = setup.mesh, setup.params
+
+    # Abstract arrays of the run.
+    optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
+    average = params if REWARDS[objective.reward].requirements.average else None
+    state = TrainState(params=params, optimizer=abstract_optimizer(optimizer, params, mesh), average=average)
+    reshard = make_reshard_fn(setup.policy, mesh, lambda p: in_compute_dtype(setup.policy, p))
+    rollout_params = _resharded_params(setup, reshard) if reshard else params
+    sampled = _abstract_rollouts(experiment, mesh)
     vocab = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in setup.tokenizer.byte_vocab)
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
 
-    def sampling() -> jax.stages.Lowered:
-        roots = on_their_roots(_blank(sampled.prompts), shared_tail(experiment, builder))
-        roots = abstract_prompts(roots, mesh, DECODING)
+    def lower_sample() -> jax.stages.Lowered:
+        prompts = on_their_roots(_one_token_prompts(sampled.prompts), shared_tail(experiment, builder))
+        prompts = abstract_prompts(prompts, mesh, DECODING)
         box_vocab = vocab if experiment.rollout.stop_at_box else None
-        return sample_rollouts.lower(setup.policy, weights, roots, _key(), decoding, box_vocab)
+        return sample_rollouts.lower(setup.policy, rollout_params, prompts, _key(), decoding, box_vocab)
 
-    def rewarding() -> jax.stages.Lowered:
-        r, p = sampled.rollouts, sampled.prompts
-        finished = jax.ShapeDtypeStruct(r.ended_PxG.shape, bool, sharding=r.ended_PxG.sharding)
-        arguments = r.tokens_PxGxT, r.lengths_PxG, finished, p.reference_PxR, p.boundaries_PxRp1
-        return prefix_match_reward.lower(*arguments, *vocab, setup.tokenizer.end_think_id)
+    def lower_reward() -> jax.stages.Lowered:
+        rollouts, prompts = sampled.rollouts, sampled.prompts
+        ended = rollouts.ended_PxG
+        return prefix_match_reward.lower(
+            rollouts.tokens_PxGxT,
+            rollouts.lengths_PxG,
+            jax.ShapeDtypeStruct(ended.shape, bool, sharding=ended.sharding),
+            prompts.reference_PxR,
+            prompts.boundaries_PxRp1,
+            *vocab,
+            setup.tokenizer.end_think_id,
+        )
 
-    def training_rewarding() -> jax.stages.Lowered:
+    def lower_training_reward() -> jax.stages.Lowered:
         config = reward_config(experiment, setup, builder)
         return training_reward.lower(setup.policy, config, (params, average), sampled, vocab, _ids())
 
-    def updating() -> jax.stages.Lowered:
-        reference = params if o.kl != "none" else None
-        config, batch = update_config(experiment, num_batch_shards(mesh)), _update_batch(experiment, sampled)
-        return update_policy.lower(setup.policy, optimizer, config, state, batch, reference)
-
-    programs = [_scoring(experiment, setup)]
-    if layout:
-        programs.append(Program("reshard", lambda: layout.lower(params), kept - bytes_a_device(params)))
-    own = 0 if layout else bytes_a_device(params)
-    programs.append(Program("sample", sampling, kept - own))
-    programs.append(Program("reward", rewarding, kept + laid_out))
-    if not is_prefix_match(o):
-        programs.append(
-            Program("training reward", training_rewarding, kept + laid_out - bytes_a_device((params, average)))
+    def lower_update() -> jax.stages.Lowered:
+        reference = params if objective.kl != "none" else None
+        config = update_config(experiment, num_batch_shards(mesh))
+        return update_policy.lower(
+            setup.policy, optimizer, config, state, _update_batch(experiment, sampled), reference
         )
-    reference = bytes_a_device(params) if o.kl != "none" else 0
-    programs.append(Program("update", updating, kept - bytes_a_device(state) - reference + drawn))
+
+    # The state and the reference parameters live through the whole step. A program's resident bytes are those of all live
+    # arrays less those of its arguments.
+    param_bytes = bytes_per_device(params)
+    run_bytes = bytes_per_device((state, params))
+    resharded_bytes = bytes_per_device(rollout_params) if reshard else 0
+    programs = [_score_program(experiment, setup)]
+    if reshard:
+        programs.append(
+            Program(name="reshard", lower=lambda: reshard.lower(params), resident_bytes=run_bytes - param_bytes)
+        )
+    programs.append(
+        Program(name="sample", lower=lower_sample, resident_bytes=run_bytes - (0 if reshard else param_bytes))
+    )
+    programs.append(Program(name="reward", lower=lower_reward, resident_bytes=run_bytes + resharded_bytes))
+    if not is_prefix_match(objective):
+        resident = run_bytes + resharded_bytes - bytes_per_device((params, average))
+        programs.append(Program(name="training reward", lower=lower_training_reward, resident_bytes=resident))
+    reference_bytes = param_bytes if objective.kl != "none" else 0
+    resident = run_bytes - bytes_per_device(state) - reference_bytes + bytes_per_device(sampled)
+    programs.append(Program(name="update", lower=lower_update, resident_bytes=resident))
     return programs
 
 
-def _scoring(experiment: Experiment, setup: Setup) -> Program:
-    documents, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
+def _score_program(experiment: Experiment, setup: Setup) -> Program:
+    windows, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
 
     def lower() -> jax.stages.Lowered:
-        tokens, lengths = _ids(documents, size), _ids(documents)
+        tokens, lengths = _ids(windows, size), _ids(windows)
         rows = abstract_prompts((tokens, tokens, lengths), setup.mesh)
         sizes = {"top_k": experiment.data.entropy_top_k, "logit_chunk_tokens": experiment.training.logit_chunk_tokens}
         return score_batch.lower(setup.policy, setup.params, *rows, **sizes)
 
-    return Program("score", lower, beside=0)
+    return Program(name="score", lower=lower, resident_bytes=0)
 
 
-def _decoding_weights(setup: Setup, layout: Any) -> Any:
-    places = parameter_shardings(setup.policy, setup.mesh, DECODING)
-    shapes = jax.eval_shape(layout, setup.params)
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+def _resharded_params(setup: Setup, reshard: Any) -> Any:
+    """Return the abstract parameters in the sharding and dtype of decoding."""
+    shardings = parameter_shardings(setup.policy, setup.mesh, DECODING)
+    shapes = jax.eval_shape(reshard, setup.params)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
 
 
-def _sampled(experiment: Experiment, mesh: Mesh) -> Sampled:
-    """Prompts and rollouts of a step, as they lie on the mesh."""
+def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> Sampled:
+    """Return the abstract prompts, rollouts and rewards of a step, sharded over the mesh."""
     p, g = experiment.training.prompts_per_step, experiment.rollout.samples_per_prompt
     t, r = experiment.rollout.max_new_tokens, experiment.prompt.reference_bytes
     prompts = PromptBatch(
         tokens_PxS=_ids(p, experiment.prompt.max_tokens),
         lengths_P=_ids(p),
         ids_P=_ids(p),
-        reference_PxR=jax.ShapeDtypeStruct((p, r), jnp.uint8),
-        boundaries_PxRp1=jax.ShapeDtypeStruct((p, r + 1), bool),
+        reference_PxR=_abstract((p, r), jnp.uint8),
+        boundaries_PxRp1=_abstract((p, r + 1), bool),
         reference_ids_PxR=_ids(p, r),
         window_P=_ids(p),
         position_P=_ids(p),
         entropy_P=_floats(p),
     )
-    rollouts = Rollouts(_ids(p, g, t), _ids(p, g), _floats(p, g, t), _ids(p, g))
+    rollouts = Rollouts(
+        tokens_PxGxT=_ids(p, g, t),
+        lengths_PxG=_ids(p, g),
+        logprobs_PxGxT=_floats(p, g, t),
+        ended_PxG=_ids(p, g),
+    )
     prompts, rollouts, reward, status = abstract_prompts((prompts, rollouts, _floats(p, g), _ids(p, g)), mesh)
-    return Sampled(prompts, rollouts, reward, status, _ids(2))
+    return Sampled(prompts=prompts, rollouts=rollouts, reward_PxG=reward, status_PxG=status, decoded=_ids(2))
 
 
-def _update_batch(experiment: Experiment, sampled: Sampled) -> UpdateBatch:
+def _update_batch(experiment: Experiment, sampled: Any) -> UpdateBatch:
+    """Return the abstract batch of an update on abstract rollouts."""
     prompts, rollouts = sampled.prompts, sampled.rollouts
-
-    def truths(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, bool, sharding=x.sharding)
 
     documents = None
     if experiment.objective.document_weight:
         ids = _ids(*prompts.lengths_P.shape, experiment.data.max_document_tokens)
-        documents = abstract_prompts(
-            NextTokenBatch(ids, ids, jax.ShapeDtypeStruct(ids.shape, bool)), prompts.lengths_P.sharding.mesh
-        )
+        batch = NextTokenBatch(inputs_NxS=ids, targets_NxS=ids, mask_NxS=_as_bool(ids))
+        documents = abstract_prompts(batch, prompts.lengths_P.sharding.mesh)
     return UpdateBatch(
         prompts_PxS=prompts.tokens_PxS,
         lengths_P=prompts.lengths_P,
         window_P=prompts.window_P,
         tokens_PxGxT=rollouts.tokens_PxGxT,
-        mask_PxGxT=truths(rollouts.tokens_PxGxT),
+        mask_PxGxT=_as_bool(rollouts.tokens_PxGxT),
         sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,
         advantages_PxG=sampled.reward_PxG,
-        counted_P=truths(prompts.lengths_P),
+        counted_P=_as_bool(prompts.lengths_P),
         documents=documents,
     )
 
 
-def _blank(prompts: PromptBatch) -> PromptBatch:
-    """Prompts of one token each, on the host: what finds out what they have in common reads them."""
-    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), prompts)
-    return blank._replace(lengths_P=np.ones_like(blank.lengths_P))
+def _one_token_prompts(prompts: PromptBatch) -> PromptBatch:
+    """Return host arrays of one-token prompts: prefix sharing reads concrete values, of which only the shapes matter here."""
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), prompts)
+    return zeros._replace(lengths_P=np.ones_like(zeros.lengths_P))
 
 
 def _key() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _ids(*dims: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(dims, jnp.int32)
+# Any, because abstract arrays stand in for arrays of the host or of devices.
+def _ids(*dims: int) -> Any:
+    return _abstract(dims, jnp.int32)
 
 
-def _floats(*dims: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(dims, jnp.float32)
+def _floats(*dims: int) -> Any:
+    return _abstract(dims, jnp.float32)
+
+
+def _as_bool(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, bool, sharding=x.sharding)
+
+
+def _abstract(dims: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(dims, dtype)

@@ -1,4 +1,4 @@
-"""One mesh, or several, tried on a topology: what is printed, and what `--json` writes."""
+"""Check one mesh on a topology: the tables that are printed and the JSON of `--json`."""
 
 from __future__ import annotations
 
@@ -13,161 +13,193 @@ from rpt_jax.config import Experiment
 from rpt_jax.distributed.sharding import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
-from rpt_jax.preflight.costs import flops_a_chip
+from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
+from rpt_jax.preflight.costs import flops_per_chip
 from rpt_jax.preflight.programs import Step, make_step
 from rpt_jax.preflight.topology import Topology
-from rpt_jax.preflight.verdict import GIB, Memory, Verdict, as_record, judge_step
 from rpt_jax.rollout.memory import USABLE
 from rpt_jax.setup import check_sampling, mesh_from_config
 
-_ONCE = ("score",)  # Before the first step, and not in each.
+_BEFORE_FIRST_STEP = ("score",)  # Programs that do not run in every step.
 
 
 def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
-    """Compile for the config's mesh, print all, and return it. Raises: UserError, where the config does not fit the topology."""
+    """Compile the programs of a step for the config's mesh, print tables and return the JSON record.
+
+    Raises:
+      UserError: the config does not fit the topology.
+    """
     experiment = for_topology(experiment, topology)
     mesh = mesh_from_config(experiment.mesh, devices(topology))
     check_split(experiment, mesh)
-    step, verdicts = judge(experiment, topology, mesh)
-    show(experiment, topology, mesh, step, verdicts)
-    return as_result(experiment, topology, mesh, step, verdicts)
+    step, reports = check_mesh(experiment, topology, mesh)
+    show(experiment, topology, mesh, step, reports)
+    return as_result(experiment, topology, mesh, step, reports)
 
 
 def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
-    """The experiment as it can be compiled here: a GPU's attention kernel cannot be without one.
+    """Return the experiment as it can be compiled here: without a GPU, blockwise attention replaces a GPU's kernel.
 
-    Raises: UserError, where its task has no preflight.
+    Raises:
+      UserError: preflight does not support the task.
     """
     if experiment.task == "pretrain":
-        raise UserError("task='pretrain' has no preflight: it knows the programs of 'rpt' and 'score'.")
-    if topology.is_compiled_for:
+        raise UserError("task='pretrain' has no preflight: choose 'rpt' or 'score'.", field="task")
+    if topology.has_compiler:
         return experiment
     return dataclasses.replace(experiment, policy=dataclasses.replace(experiment.policy, attention="blockwise"))
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The devices that programs are compiled for. Raises: UserError, where the compiler knows no such topology."""
-    if not topology.is_compiled_for:
+    """Return the devices that programs are compiled for.
+
+    Raises:
+      UserError: the compiler does not know the topology.
+    """
+    if not topology.has_compiler:
         return jax.devices()
-    # Both cores of a v4 are one device, as on machines that have them.
+    # Both cores of a v4 form one device, as on real machines.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
-    if topology.count < topology.chip.host:
-        # A part of a host, such as one chip: libtpu takes hosts to be whole.
+    if topology.chips < topology.chip.devices_per_host:
+        # libtpu assumes whole hosts; a part of one, such as a single chip, has to be described.
         options["chips_per_host_bounds"] = (*topology.sizes, 1)[:3]
     try:
         return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--topology={topology.name}: libtpu knows no such slice: {str(error).splitlines()[0]}"
+            f"--topology={topology.name}: libtpu does not know this slice: {reason}", field="--topology"
         ) from None
 
 
-def judge(experiment: Experiment, topology: Topology, mesh: Mesh, only: str = "") -> tuple[Step, list[Verdict]]:
-    """Compile the programs of a step on a mesh, or the one called `only`.
+def check_mesh(
+    experiment: Experiment, topology: Topology, mesh: Mesh, only: str = ""
+) -> tuple[Step, list[ProgramReport]]:
+    """Compile the programs of a step on a mesh, or only the program called `only`.
 
-    Raises: UserError, where the config does not fit the mesh, or not even the plan of its decode slots.
+    Raises:
+      UserError: the config does not fit the mesh, or its decode slots do not fit the memory.
     """
     with use_mesh(mesh, experiment.mesh.split_rows):
         step = make_step(experiment, mesh, int(USABLE * topology.chip.memory))
         step = step._replace(programs=tuple(p for p in step.programs if only in ("", p.name)))
-    # Outside of a mesh whose devices are not here: it runs an operation or two.
-    flops = flops_a_chip(experiment, step)
+    # Outside of the mesh's context, since this runs an operation or two and the devices of the mesh may not exist here.
+    flops = flops_per_chip(experiment, step)
     with use_mesh(mesh, experiment.mesh.split_rows):
-        return step, judge_step(experiment, step, topology, flops)
-
-
-def fits(verdicts: list[Verdict]) -> bool:
-    """Whether every program does."""
-    return all(verdict.fits for verdict in verdicts)
-
-
-def step_seconds(verdicts: list[Verdict]) -> float:
-    """What the programs of a step imply together."""
-    return sum(v.times.seconds for v in verdicts if v.times and v.program not in _ONCE)
-
-
-def as_result(
-    experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, verdicts: list[Verdict]
-) -> dict[str, Any]:
-    """What `--json` writes of one mesh."""
-    return {
-        "fits": fits(verdicts),
-        "topology": topology.name,
-        "chips": topology.count,
-        "prompts_per_step": experiment.training.prompts_per_step,
-        "compiled_for": "the topology" if topology.is_compiled_for else "simulated CPU devices",
-        "mesh": mesh_fields(mesh),
-        "decode_slots": step.decoding.slots if step.decoding else None,
-        "estimated_step_seconds": step_seconds(verdicts),
-        "programs": [as_record(verdict) for verdict in verdicts],
-    }
-
-
-def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, verdicts: list[Verdict]) -> None:
-    """Print tables of memory and time, the collectives, and the verdict in a sentence or two."""
-    arranged = " x ".join(f"{name} {size}" for name, size in mesh_fields(mesh).items())
-    slots = f", {step.decoding.slots} decode slots" if step.decoding else ""
-    where = f"{topology.name}, {arranged}{slots}"
-    rows = [
-        (
-            v.program,
-            round(v.compile_seconds, 1),
-            *(_gib(size) for size in v.memory),
-            _gib(v.memory.total),
-            f"{v.memory.total / v.limit:.0%}",
-        )
-        for v in verdicts
-    ]
-    kinds = [*Memory._fields, "total"]
-    columns = ["program", "compiled in s", *(f"{kind}, GiB" for kind in kinds), f"of {verdicts[0].limit / GIB:.4g} GiB"]
-    table(f"Memory a chip: {where}", columns, rows)
-    rows = [
-        (v.program, v.flops / 1e12, v.moved.memory / 1e9, sum(v.moved.sent.values()) / 1e9, *v.times, v.times.bound)
-        for v in verdicts
-        if v.times
-    ]
-    columns = ["program", "TFLOPs", "GB of memory", "GB sent", "s compute", "s memory", "s network", "bound by"]
-    table(f"Time a chip, estimated: {where}", columns, rows)
-    rows = [
-        (v.program, c.kind, c.size, "yes" if c.in_host else "no", round(v.moved.runs[c]), sent / 1e9)
-        for v in verdicts
-        if v.moved
-        for c, sent in sorted(v.moved.sent.items(), key=lambda item: -item[1])
-    ]
-    if rows:
-        table("Collectives", ["program", "kind", "among", "in a host", "runs", "GB sent a chip"], rows)
-    _conclude(experiment, topology, verdicts)
-
-
-def _conclude(experiment: Experiment, topology: Topology, verdicts: list[Verdict]) -> None:
-    print(
-        "\nFLOPs are a formula's; bytes and collectives the compiled program's, loops as often as they run with every prompt and "
-        "response of full length. Times are estimates: each part at the maker's figures, the longest of them the whole."
-    )
-    if not topology.is_compiled_for:
-        print(
-            f"There is no compiler for {topology.kind} here: memory, bytes and collectives are those of {topology.count} "
-            "simulated CPU devices with blockwise attention, and are estimates, too."
-        )
-    unknown = sorted(set().union(*(v.moved.guessed for v in verdicts if v.moved)))
-    if unknown:
-        print(f"Counted once, because nothing says how often they run: loops of {', '.join(unknown)}.")
-    for v in verdicts:
-        if not v.fits:
-            print(f"{v.program}: {_gib(v.memory.total - v.limit):.2f} GiB a chip too much: {v.advice}.")
-    if fits(verdicts):
-        seconds = step_seconds(verdicts)
-        said = f" A step takes {seconds:.4g} s or more (estimate)." if experiment.task == "rpt" else ""
-        print(f"It fits.{said}")
-    else:
-        print("It does not fit.")
+        return step, check_programs(experiment, step, topology, flops)
 
 
 def check_split(experiment: Experiment, mesh: Mesh) -> None:
-    """Raises: UserError, where what the experiment runs does not split evenly over the mesh."""
+    """Check that the experiment's batches divide evenly over the mesh.
+
+    Raises:
+      UserError: one of them does not.
+    """
     check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     if experiment.task == "rpt":
         check_sampling(experiment, mesh)
+
+
+def fits(reports: list[ProgramReport]) -> bool:
+    """Return whether every program fits."""
+    return all(report.fits for report in reports)
+
+
+def step_seconds(reports: list[ProgramReport]) -> float:
+    """Return the estimated time of a step: the sum over the programs that run in every step."""
+    return sum(r.times.seconds for r in reports if r.times and r.program not in _BEFORE_FIRST_STEP)
+
+
+def as_result(
+    experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, reports: list[ProgramReport]
+) -> dict[str, Any]:
+    """Return the JSON record of one mesh."""
+    return {
+        "fits": fits(reports),
+        "topology": topology.name,
+        "chips": topology.chips,
+        "prompts_per_step": experiment.training.prompts_per_step,
+        "compiled_for": "the topology" if topology.has_compiler else "simulated CPU devices",
+        "mesh": mesh_fields(mesh),
+        "decode_slots": step.decoding.slots if step.decoding else None,
+        "estimated_step_seconds": step_seconds(reports),
+        "programs": [as_record(report) for report in reports],
+    }
+
+
+def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, reports: list[ProgramReport]) -> None:
+    """Print tables of memory, time and collectives, and the conclusion."""
+    axes = " x ".join(f"{name} {size}" for name, size in mesh_fields(mesh).items())
+    slots = f", {step.decoding.slots} decode slots" if step.decoding else ""
+    where = f"{topology.name}, {axes}{slots}"
+    rows = [
+        (
+            report.program,
+            round(report.compile_seconds, 1),
+            *(_gib(size) for size in report.memory),
+            _gib(report.memory.total),
+            f"{report.memory.total / report.limit:.0%}",
+        )
+        for report in reports
+    ]
+    sizes = [f"{kind}, GiB" for kind in (*Memory._fields, "total")]
+    columns = ["program", "compiled in s", *sizes, f"of {reports[0].limit / GIB:.4g} GiB"]
+    table(f"Memory per chip: {where}", columns, rows)
+    rows = [
+        (
+            report.program,
+            report.flops / 1e12,
+            report.traffic.memory / 1e9,
+            sum(report.traffic.sent.values()) / 1e9,
+            *report.times,
+            report.times.bound,
+        )
+        for report in reports
+        if report.traffic and report.times
+    ]
+    columns = ["program", "TFLOPs", "GB of memory", "GB sent", "s compute", "s memory", "s network", "bound by"]
+    table(f"Estimated time per chip: {where}", columns, rows)
+    rows = [
+        (
+            report.program,
+            collective.kind,
+            collective.size,
+            "yes" if collective.in_host else "no",
+            round(report.traffic.runs[collective]),
+            sent / 1e9,
+        )
+        for report in reports
+        if report.traffic
+        for collective, sent in sorted(report.traffic.sent.items(), key=lambda item: -item[1])
+    ]
+    if rows:
+        table("Collectives", ["program", "kind", "group size", "within a host", "runs", "GB sent per chip"], rows)
+    _print_conclusion(experiment, topology, reports)
+
+
+def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[ProgramReport]) -> None:
+    print(
+        "\nFLOPs come from a formula; bytes and collectives come from the compiled programs, with loops counted as often as they "
+        "run at full prompt and response lengths. Times are estimates at published figures: the longest part counts."
+    )
+    if not topology.has_compiler:
+        print(
+            f"There is no compiler for {topology.kind} here: memory, bytes and collectives are estimates from {topology.chips} "
+            "simulated CPU devices with blockwise attention."
+        )
+    unknown = sorted(set().union(*(r.traffic.unknown_loops for r in reports if r.traffic)))
+    if unknown:
+        print(f"Loops with an unknown trip count, counted once: {', '.join(unknown)}.")
+    for report in reports:
+        if not report.fits:
+            print(
+                f"{report.program}: {_gib(report.memory.total - report.limit):.2f} GiB per chip too much: {report.advice}."
+            )
+    if not fits(reports):
+        print("It does not fit.")
+        return
+    seconds = step_seconds(reports)
+    print("It fits." + (f" A step takes at least {seconds:.4g} s (estimate)." if experiment.task == "rpt" else ""))
 
 
 def _gib(size: float) -> float:

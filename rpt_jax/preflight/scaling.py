@@ -1,7 +1,7 @@
 """python -m rpt_jax.preflight.scaling RUN.json … [--plot=FILE.png]
 
-Puts what preflight wrote with --json for several numbers of chips side by side: what each chip computes, reads and sends in a
-step. Runs of one batch on ever more chips are strong scaling, those whose batch grows with the chips are weak scaling.
+Compares the records that preflight wrote with --json for several numbers of chips: what each chip computes, reads and sends in a
+step. Runs of one batch size on more and more chips show strong scaling; runs whose batch grows with the chips show weak scaling.
 """
 
 from __future__ import annotations
@@ -12,78 +12,120 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 
-_STEP = ("reshard", "sample", "reward", "training reward", "update")
-# What the runs of a line have in common.
-LINES = {"strong": lambda run: run["prompts"], "weak": lambda run: run["prompts"] / run["chips"]}
-_PARTS = {"TFLOPs": 1e12, "TB of memory": 1e12, "TB sent": 1e12}
+# Programs that run in every step.
+_STEP_PROGRAMS = ("reshard", "sample", "reward", "training reward", "update")
+_TERA = 1e12
+
+
+class Run(NamedTuple):
+    """What one chip does in a step of a run.
+
+    Attributes:
+      topology: the chips, such as "v5p:4x4x4".
+      chips: number of chips.
+      prompts: prompts per step.
+      teraflops: 1e12 FLOPs per chip.
+      terabytes_of_memory: 1e12 bytes of memory traffic per chip.
+      terabytes_sent: 1e12 bytes sent per chip.
+      seconds: estimated time of a step.
+    """
+
+    topology: str
+    chips: int
+    prompts: int
+    teraflops: float
+    terabytes_of_memory: float
+    terabytes_sent: float
+    seconds: float
+
+
+_QUANTITIES: dict[str, Callable[[Run], float]] = {
+    "TFLOPs": lambda run: run.teraflops,
+    "TB of memory": lambda run: run.terabytes_of_memory,
+    "TB sent": lambda run: run.terabytes_sent,
+}
+# What the runs of each kind of scaling have in common.
+SCALINGS: dict[str, Callable[[Run], float]] = {
+    "strong": lambda run: run.prompts,
+    "weak": lambda run: run.prompts / run.chips,
+}
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code: 0, or 2 where a sentence says what to mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rpt_jax.preflight.scaling", description=__doc__.partition("\n\n")[2]
-    )
-    parser.add_argument("runs", type=Path, nargs="+", help="files of preflight's --json")
-    parser.add_argument("--plot", type=Path, help="picture to draw")
+    """Run the command and return the exit code: 0, or 2 after an error of the user."""
+    description = (__doc__ or "").partition("\n\n")[2]
+    parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight.scaling", description=description)
+    parser.add_argument("runs", type=Path, nargs="+", help="records written by preflight --json")
+    parser.add_argument("--plot", type=Path, help="image file to draw")
     options = parser.parse_args(argv[1:])
     try:
-        runs = sorted(
-            (read(path) for path in options.runs), key=lambda run: (run["prompts"] / run["chips"], run["chips"])
-        )
+        runs = [read_run(path) for path in options.runs]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    columns = ["topology", "chips", "prompts a step", *(f"{part} a chip" for part in _PARTS), "s a step, estimated"]
-    rows = [[r["topology"], r["chips"], r["prompts"], *(r[part] for part in _PARTS), r["seconds"]] for r in runs]
-    table("A step, a chip", columns, rows)
+    runs.sort(key=lambda run: (run.prompts / run.chips, run.chips))
+    quantities = [f"{name} per chip" for name in _QUANTITIES]
+    columns = ["topology", "chips", "prompts per step", *quantities, "estimated s per step"]
+    rows = [
+        [run.topology, run.chips, run.prompts, *(get(run) for get in _QUANTITIES.values()), run.seconds] for run in runs
+    ]
+    table("One step on one chip", columns, rows)
     if options.plot:
         plot(runs, options.plot)
     return 0
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What a chip does in a step, from a file of preflight's. Raises: UserError, where it is none of a run that was compiled."""
+def read_run(path: Path) -> Run:
+    """Read a record of preflight.
+
+    Raises:
+      UserError: the file is missing or not the record of a config that compiles.
+    """
     try:
-        found = json.loads(path.read_text())
-        programs = [p for p in found["programs"] if p["program"] in _STEP]
-        figures = [
-            (p["flops"], p["memory_traffic_bytes"], sum(c["sent_bytes"] for c in p["collectives"])) for p in programs
-        ]
-        totals = [sum(part) / unit for part, unit in zip(zip(*figures, strict=True), _PARTS.values(), strict=True)]
-        run = {"topology": found["topology"], "chips": found["chips"], "prompts": found["prompts_per_step"]}
-        return run | {"seconds": found["estimated_step_seconds"]} | dict(zip(_PARTS, totals, strict=True))
+        record = json.loads(path.read_text())
+        programs = [program for program in record["programs"] if program["program"] in _STEP_PROGRAMS]
+        sent = [collective["sent_bytes"] for program in programs for collective in program["collectives"]]
+        return Run(
+            topology=record["topology"],
+            chips=record["chips"],
+            prompts=record["prompts_per_step"],
+            teraflops=sum(program["flops"] for program in programs) / _TERA,
+            terabytes_of_memory=sum(program["memory_traffic_bytes"] for program in programs) / _TERA,
+            terabytes_sent=sum(sent) / _TERA,
+            seconds=record["estimated_step_seconds"],
+        )
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path} is not what preflight writes with --json for a config that compiles ({error!r})."
+            f"{path} is not a record written by preflight --json for a config that compiles ({error!r})."
         ) from None
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw each part over the chips, with a line for the runs of one batch and one for those of as many prompts a chip."""
+def plot(runs: list[Run], path: Path) -> None:
+    """Plot each quantity over the number of chips, with one line for strong and one for weak scaling."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(_PARTS), figsize=(4 * len(_PARTS), 3.2), layout="constrained")
-    for panel, part in zip(panels, _PARTS, strict=True):
-        for name, key in LINES.items():
-            line = sorted(alike(runs, key), key=lambda r: r["chips"])
-            panel.loglog([r["chips"] for r in line], [r[part] for r in line], "o-", base=2, label=name)
-        panel.set(title=f"{part} a chip and step", xlabel="chips")
+    figure, panels = plt.subplots(1, len(_QUANTITIES), figsize=(4 * len(_QUANTITIES), 3.2), layout="constrained")
+    for panel, (name, get) in zip(panels, _QUANTITIES.items(), strict=True):
+        for scaling, key in SCALINGS.items():
+            line = sorted(largest_group(runs, key), key=lambda run: run.chips)
+            panel.loglog([run.chips for run in line], [get(run) for run in line], "o-", base=2, label=scaling)
+        panel.set(title=f"{name} per chip and step", xlabel="chips")
         panel.grid(alpha=0.3)
     panels[0].legend()
     figure.savefig(path, dpi=120)
 
 
-def alike(runs: list[dict[str, Any]], key: Callable[[dict[str, Any]], float]) -> list[dict[str, Any]]:
-    """The most runs that have `key` in common."""
-    groups = collections.defaultdict(list)
+def largest_group(runs: list[Run], key: Callable[[Run], float]) -> list[Run]:
+    """Return the largest group of runs with the same `key`."""
+    groups: dict[float, list[Run]] = collections.defaultdict(list)
     for run in runs:
         groups[key(run)].append(run)
     return max(groups.values(), key=len)

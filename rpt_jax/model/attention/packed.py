@@ -233,6 +233,7 @@ def _fold_panels(run_panel: Callable[..., Any], carry: Any, queries: _QueryBlock
     return jax.lax.fori_loop(0, num_blocks // panel_blocks, step, carry)
 
 
+@jax.named_scope("packed_key_blocks")
 def _fold_keys(add_keys: Callable[..., Any], carry: Any, panel: _QueryBlocks) -> Any:
     """Fold `add_keys(carry, a key block for each query block, whether it attends to that key block)`."""
 

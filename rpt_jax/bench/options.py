@@ -1,0 +1,46 @@
+"""Command-line options that several benches share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from rpt_jax.config.schema import ATTENTIONS, REMATS
+from rpt_jax.model.model_config import ModelConfig, preset
+
+_DEFAULT_MODEL = ModelConfig(
+    layers=6, width=384, heads=6, kv_heads=2, head_size=64, ffn=1024, vocab=4096, qkv_bias=True
+)
+_SIZES = ("layers", "width", "heads", "kv_heads", "head_size", "ffn", "vocab")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add a preset, and sizes that replace the preset's."""
+    help_text = "preset of policy.preset; default: 6 layers of width 384, vocabulary 4096"
+    parser.add_argument("--preset", help=help_text)
+    for name in _SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"replaces the preset's {name}")
+
+
+def chosen_model(options: argparse.Namespace) -> ModelConfig:
+    """Return the model that the options of `add_model_options` describe.
+
+    Raises:
+      UserError: the preset is unknown.
+    """
+    config = preset(options.preset) if options.preset else _DEFAULT_MODEL
+    sizes = {name: getattr(options, name) for name in _SIZES}
+    return dataclasses.replace(config, **{name: size for name, size in sizes.items() if size is not None})
+
+
+def add_compute_options(parser: argparse.ArgumentParser, remat: str, dtype: bool = True) -> None:
+    """Add the compute dtype, the attention and the rematerialization, whose default is `remat`."""
+    if dtype:
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
+    parser.add_argument("--remat", choices=REMATS, default=remat)
+
+
+def add_logit_chunk_option(parser: argparse.ArgumentParser) -> None:
+    """Add --logit-chunk-tokens."""
+    parser.add_argument("--logit-chunk-tokens", type=int, default=4096, help="tokens whose logits exist at one time")

@@ -1,0 +1,316 @@
+"""Plots of a run and of a corpus, and the power-law fit of accuracy against compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.optimize
+
+from rpt_jax.config.difficulty import DIFFICULTIES
+from rpt_jax.errors import UserError
+from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RESULT_NAME = "result.json"
+# Distinguishable by color-blind readers (Okabe and Ito), and by marker when printed in gray.
+COLORS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
+MARKERS = {"easy": "o", "medium": "s", "hard": "^"}
+INK = "#33658A"
+DASHES = (0, (5, 3))
+STYLE: dict[Any, Any] = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#808080",
+    "lines.linewidth": 2,
+    "legend.frameon": False,
+}
+ALPHA_BOUNDS = (1e-2, 5.0)
+# The residual has several local minima in alpha; the best fit from these starting points is taken.
+_ALPHA_STARTS = (0.05, 0.3, 1.0, 2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """P(C) = A / C^alpha + P*, Equation 5 of the paper, with C in FLOPs and P as a fraction; A < 0 if P rises."""
+
+    A: float
+    alpha: float
+    p_star: float
+    r_squared: float
+
+    def __call__(self, flops: np.ndarray) -> np.ndarray:
+        return self.A * flops**-self.alpha + self.p_star
+
+
+def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw | None:
+    """Fit Equation 5 of the paper by least squares, with P* in [0, 1] and alpha in `ALPHA_BOUNDS`.
+
+    Points of zero FLOPs, such as the evaluation at step 0, are left out: Equation 5 is not defined there. The fit is
+    deterministic.
+
+    Args:
+      flops: [N] training compute of each evaluation.
+      accuracy: [N] accuracies as fractions.
+
+    Returns:
+      The curve with R² (one minus the residual sum of squares over that about the mean), or None if three parameters cannot be
+      fitted: fewer than four different FLOPs, or an accuracy that never changes.
+    """
+    points = [(c, p) for c, p in zip(flops, accuracy, strict=True) if c > 0]
+    if len({c for c, _ in points}) < 4 or len({p for _, p in points}) == 1:
+        return None
+    c_N, p_N = np.array(points, dtype=np.float64).T
+    # Relative to the geometric mean: C^-alpha of 1e20 FLOPs and more would put A and P* on very different scales.
+    scale = np.exp(np.mean(np.log(c_N)))
+    c_N = c_N / scale
+
+    def residuals(parameters: np.ndarray) -> np.ndarray:
+        a, log_alpha, p_star = parameters
+        return a * c_N ** -np.exp(log_alpha) + p_star - p_N
+
+    def jacobian(parameters: np.ndarray) -> np.ndarray:
+        a, log_alpha, _ = parameters
+        power_N = c_N ** -np.exp(log_alpha)
+        return np.stack([power_N, -a * power_N * np.log(c_N) * np.exp(log_alpha), np.ones_like(c_N)], axis=1)
+
+    lower, upper = np.log(ALPHA_BOUNDS)
+    fits = [
+        # "dogbox" reaches the bounds exactly, which a P* of 0 or 1 lies on.
+        scipy.optimize.least_squares(
+            residuals,
+            (-0.1, np.log(start), 0.5),
+            jacobian,  # pyright: ignore[reportArgumentType] - the stubs allow strings only.
+            bounds=([-np.inf, lower, 0.0], [np.inf, upper, 1.0]),
+            method="dogbox",
+            ftol=1e-15,
+            xtol=1e-15,
+            gtol=1e-15,
+            max_nfev=2000,
+        )
+        for start in _ALPHA_STARTS
+    ]
+    best = min(fits, key=lambda fit: fit.cost)
+    a, log_alpha, p_star = map(float, best.x)
+    alpha = float(np.exp(log_alpha))
+    residual = 2.0 * float(best.cost)
+    total = float(np.sum((p_N - p_N.mean()) ** 2))
+    return PowerLaw(A=a * float(scale**alpha), alpha=alpha, p_star=p_star, r_squared=1.0 - residual / total)
+
+
+def write_plots(workdir: Path) -> list[Path]:
+    """Write the plots of a run to `workdir/plots/` and return their paths.
+
+    These are `reward.png`, `accuracy.png`, `response_length.png` and, if there is an evaluation after the first update,
+    `scaling.png`. A difficulty without positions is left out, and so is a fit with too few evaluations.
+
+    Raises:
+      UserError: `metrics.jsonl` or `result.json` is missing, corrupt, or lacks what the plots need.
+    """
+    import matplotlib
+
+    workdir = Path(workdir)
+    metrics = _Metrics(workdir / FILE_NAME)
+    direct = _base_accuracy(workdir / RESULT_NAME)
+    directory = workdir / "plots"
+    directory.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "reward": _plot_reward(metrics),
+            "accuracy": _plot_accuracy(metrics, direct),
+            "response_length": _plot_response_length(metrics),
+            "scaling": _plot_scaling(metrics),
+        }
+        paths = []
+        for name, figure in figures.items():
+            if figure is not None:
+                paths.append(directory / f"{name}.png")
+                figure.savefig(paths[-1])
+    return paths
+
+
+def write_entropy_plot(directory: Path, counts_N: np.ndarray, bin_width: float, fractions: Mapping[str, float]) -> Path:
+    """Plot the distribution of a corpus' entropies to `directory/entropy.png` and return its path.
+
+    Args:
+      directory: existing directory.
+      counts_N: positions in each bin of entropy, from 0 nats on.
+      bin_width: width of a bin in nats.
+      fractions: fraction of positions above each threshold (nats, as text).
+    """
+    figure, (axes,) = _figure()
+    edges_N = bin_width * np.arange(len(counts_N))
+    axes.bar(edges_N, 100 * counts_N / max(1, counts_N.sum()), width=bin_width, align="edge", color=INK)
+    for (threshold, fraction), color in zip(fractions.items(), COLORS.values(), strict=True):
+        axes.axvline(float(threshold), color=color, linestyle=DASHES, label=f"{fraction:.1%} above {threshold} nats")
+    axes.set_xlim(0, float(edges_N[np.flatnonzero(counts_N).max(initial=0)]) + bin_width)
+    axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
+    _finish(axes, "How hard positions are", "share of positions (%)")
+    path = directory / "entropy.png"
+    figure.savefig(path)
+    return path
+
+
+def moving_mean(values_N: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the centered moving mean over a twentieth of the steps, truncated at the ends, and its odd width."""
+    width = min(len(values_N), max(5, len(values_N) // 20)) // 2 * 2 + 1
+    box = np.ones(width)
+    inside = slice(width // 2, width // 2 + len(values_N))
+    counts_N = np.convolve(np.ones_like(values_N), box)[inside]
+    return np.convolve(values_N, box)[inside] / counts_N, width
+
+
+class _Metrics:
+    """Columns of a `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = read_metrics(path)
+        if not self._lines:
+            raise UserError(f"{path} contains no complete step. Plots need a run with at least one step.")
+        self.last_step = max(1, self._lines[-1]["step"])
+
+    def columns(self, *keys: str) -> np.ndarray:
+        """Return [len(keys), N]: the values of `keys` at the N lines that have all of them."""
+        rows = [[line[key] for key in keys] for line in self._lines if all(key in line for key in keys)]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(keys)).T
+
+    def required(self, *keys: str) -> np.ndarray:
+        """Return `columns(*keys)`. Raises UserError if no line has all keys."""
+        columns_KxN = self.columns(*keys)
+        if not columns_KxN.size:
+            raise UserError(f"{self._path} has no line with {' and '.join(keys)}. Only runs of task 'rpt' have plots.")
+        return columns_KxN
+
+    def evaluations(self, x: str) -> dict[str, np.ndarray]:
+        """Return [2, N] for each difficulty that was evaluated: the key `x`, and the accuracy by reasoning in percent."""
+        found = {level: self.columns(x, f"eval/reasoning/{level}") * [[1], [100]] for level in DIFFICULTIES}
+        found = {level: columns_2xN for level, columns_2xN in found.items() if columns_2xN.size}
+        if not found:
+            raise UserError(
+                f"{self._path} has no line with {x} and eval/reasoning/ of {', '.join(DIFFICULTIES)}. "
+                "Plots need at least one evaluation."
+            )
+        return found
+
+
+def _base_accuracy(path: Path) -> dict[str, float]:
+    """Return the accuracy of direct prediction before training in percent, by difficulty."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing. It is written at the end of a training run: let the run finish.")
+    try:
+        direct = json.loads(path.read_bytes())["before"]["direct"]
+        return {level: 100.0 * direct[level]["accuracy"] for level in DIFFICULTIES if direct[level]["positions"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not hold a number before.direct.DIFFICULTY.accuracy and .positions for each of "
+            f"{', '.join(DIFFICULTIES)} ({type(error).__name__}: {error}). It is written at the end of a training run."
+        ) from error
+
+
+def _figure(rows: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure  # Not pyplot, which would replace the backend of a notebook.
+
+    figure = Figure(figsize=(9, 4.8), dpi=150, layout="constrained")
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.1, h_pad=0.1)
+    return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _finish(axes: Axes, title: str, y_label: str, columns: int = 3) -> None:
+    """Add the title, the label of the y axis and the legend, outside of the data."""
+    axes.set_ylabel(y_label)
+    lines = -(-len(axes.get_legend_handles_labels()[0]) // columns)
+    axes.set_title(title, loc="left", pad=9 + 21 * lines, fontweight="bold")
+    if lines:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.2)
+
+
+def _step_axis(axes: Axes, metrics: _Metrics) -> None:
+    axes.set_xlabel("training step")
+    axes.set_xlim(0, metrics.last_step * 1.01)
+    locator: Any = axes.xaxis.get_major_locator()
+    locator.set_params(integer=True)
+
+
+def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) -> None:
+    smooth_N, width = moving_mean(values_N)
+    marker = "." if len(steps_N) < 20 else ""  # Without markers, a run of one step would show nothing.
+    axes.plot(steps_N, values_N, color=color, alpha=0.35, linewidth=1, marker=marker, label="each step")
+    axes.plot(steps_N, smooth_N, color=color, label=f"moving mean of width {width}")
+    axes.set_ylim(0, 1.08 * (values_N.max() or 1.0))
+
+
+def _plot_reward(metrics: _Metrics) -> Figure:
+    figure, (axes,) = _figure()
+    _curve(axes, *metrics.required("step", "reward/mean"), color=INK)
+    _step_axis(axes, metrics)
+    _finish(axes, "Reward on training positions", "mean reward per rollout")
+    return figure
+
+
+def _plot_accuracy(metrics: _Metrics, direct: Mapping[str, float]) -> Figure:
+    figure, (axes,) = _figure()
+    evaluations = metrics.evaluations("step")
+    for level, (steps_N, percent_N) in evaluations.items():
+        axes.plot(steps_N, percent_N, color=COLORS[level], marker=MARKERS[level], clip_on=False, label=level)
+    for level, percent in direct.items():
+        axes.axhline(percent, color=COLORS[level], linestyle=DASHES, linewidth=1.5)
+    axes.plot([], color="#808080", linestyle=DASHES, linewidth=1.5, label="base policy, without reasoning")
+    top = max([*direct.values(), *(percent_N.max() for _, percent_N in evaluations.values()), 1.0])
+    axes.set_ylim(0, 1.08 * top)
+    _step_axis(axes, metrics)
+    _finish(axes, "Next-token accuracy by reasoning, on held-out positions", "accuracy (%)", columns=4)
+    return figure
+
+
+def _plot_response_length(metrics: _Metrics) -> Figure:
+    figure, (length, truncated) = _figure(rows=2)
+    _curve(length, *metrics.required("step", "length/mean"), color=INK)
+    steps_N, fractions_N = metrics.required("step", "ended/length")
+    _curve(truncated, steps_N, 100 * fractions_N, color="#A23B3B")
+    _step_axis(truncated, metrics)
+    _finish(length, "Mean length of a response", "tokens")
+    _finish(truncated, "Responses cut off at the limit", "share (%)")
+    return figure
+
+
+def _plot_scaling(metrics: _Metrics) -> Figure | None:
+    evaluations = metrics.evaluations("flops/train_total")
+    trained = {level: xy_2xN[:, xy_2xN[0] > 0] for level, xy_2xN in evaluations.items()}
+    trained = {level: xy_2xN for level, xy_2xN in trained.items() if xy_2xN.size}
+    if not trained:
+        return None
+    figure, (axes,) = _figure()
+    for level, (flops_N, percent_N) in trained.items():
+        law = fit_power_law(flops_N, percent_N / 100)
+        label = f"{level}: " + (_formula(law) if law else "no fit, needs four evaluations that differ")
+        style = {"color": COLORS[level], "marker": MARKERS[level], "markersize": 7}
+        axes.plot(flops_N, percent_N, linestyle="none", label=label, **style)
+        if law:
+            curve_M = np.geomspace(flops_N.min(), flops_N.max(), 200)
+            axes.plot(curve_M, 100 * law(curve_M), color=COLORS[level], linewidth=1.5)
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute (FLOPs)")
+    _finish(axes, r"Accuracy against compute, with the fit $P(C) = A / C^{\alpha} + P^*$", "accuracy (%)", columns=1)
+    return figure
+
+
+def _formula(law: PowerLaw) -> str:
+    mantissa, exponent = f"{law.A:.2e}".split("e")
+    return (
+        rf"$A = {mantissa} \times 10^{{{int(exponent)}}}$,  $\alpha = {law.alpha:.3f}$,  "
+        rf"$P^* = {100 * law.p_star:.1f}$ %,  $R^2 = {law.r_squared:.3f}$"
+    )

@@ -1,0 +1,189 @@
+"""Plots of a run and the power-law fit: the curve is the least-squares optimum, files are written, missing data is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from rpt_jax.errors import UserError
+from rpt_jax.infra.plots import COLORS, PowerLaw, fit_power_law, moving_mean, write_plots
+from tests.helpers.plots import BASE_ACCURACY, PLOTS, keep_figures, write_run
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+    start=st.floats(1e6, 1e24),
+    span=st.floats(5, 100),
+    alpha=st.floats(0.1, 2.0),
+    p_star=st.floats(0.1, 1.0),
+    drop=st.floats(0.05, 0.9),
+    count=st.integers(4, 12),
+)
+def test_known_parameters_are_recovered(
+    start: float, span: float, alpha: float, p_star: float, drop: float, count: int
+) -> None:
+    flops_N = np.geomspace(start, start * span, count)
+    true = PowerLaw(-drop * p_star * start**alpha, alpha, p_star, 1.0)
+    law = fit_power_law(flops_N, true(flops_N))
+    assert law is not None
+    np.testing.assert_allclose([law.alpha, law.p_star], [alpha, p_star], rtol=1e-3)
+    np.testing.assert_allclose(law.A, true.A, rtol=1e-2 * np.log(start))  # A has the error of alpha times log C.
+    np.testing.assert_allclose(law(flops_N), true(flops_N), atol=1e-6)
+    assert law.r_squared > 1 - 1e-8
+
+
+def test_a_noisy_fit_is_the_least_squares_optimum() -> None:
+    flops_N = np.geomspace(1e20, 1e21, 9)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        accuracy_N = 0.45 - 0.3 * (flops_N / 1e20) ** -0.9 + 0.01 * rng.normal(size=9)
+        law = fit_power_law(flops_N, accuracy_N)
+
+        def curve(c: np.ndarray, a: float, alpha: float, p_star: float) -> np.ndarray:
+            return a * (c / 1e20) ** -alpha + p_star
+
+        best = min(
+            np.sum((curve(flops_N, *parameters) - accuracy_N) ** 2)
+            for alpha in (0.1, 0.5, 1.0, 2.0)
+            for parameters, _ in [
+                scipy.optimize.curve_fit(
+                    curve, flops_N, accuracy_N, (-0.3, alpha, 0.5), bounds=([-99, 0.01, 0], [99, 5, 1]), max_nfev=10_000
+                )
+            ]
+        )
+        assert np.sum((law(flops_N) - accuracy_N) ** 2) <= best * (1 + 1e-6)
+        assert law == fit_power_law(flops_N, accuracy_N)
+
+
+def test_r_squared_is_one_minus_residual_over_total() -> None:
+    flops_N = np.array([1.0, 2.0, 4.0, 8.0, 16.0]) * 1e15
+    accuracy_N = np.array([0.10, 0.30, 0.20, 0.35, 0.30])
+    law = fit_power_law(flops_N, accuracy_N)
+    residual = sum((p - (law.A / c**law.alpha + law.p_star)) ** 2 for c, p in zip(flops_N, accuracy_N, strict=True))
+    total = sum((p - 0.25) ** 2 for p in accuracy_N)
+    assert law.r_squared == pytest.approx(1 - residual / total, abs=1e-9)
+    assert 0.4 < law.r_squared < 0.9
+
+
+def test_p_star_stays_a_probability() -> None:
+    flops_N = np.geomspace(1e18, 1e21, 6)
+    rising = fit_power_law(flops_N, 0.05 * np.arange(1, 7) ** 1.5)  # Accelerates: the best fit has no ceiling.
+    falling = fit_power_law(flops_N, 0.4 - 0.015 * np.arange(6) ** 1.8)
+    assert rising.p_star == 1.0
+    assert rising.A < 0
+    assert falling.p_star == 0.0
+    assert falling.A > 0
+
+
+def test_step_zero_is_left_out_and_too_few_points_have_no_fit() -> None:
+    flops = [0.0, 1e20, 2e20, 4e20, 8e20]
+    accuracy = [0.9, 0.1, 0.2, 0.25, 0.27]
+    assert fit_power_law(flops, accuracy) == fit_power_law(flops[1:], accuracy[1:])
+    assert fit_power_law(flops[:4], accuracy[:4]) is None
+    assert fit_power_law([1e20, 1e20, 2e20, 4e20], [0.1, 0.2, 0.3, 0.4]) is None
+    assert fit_power_law(flops, [0.1, 0.2, 0.2, 0.2, 0.2]) is None
+    assert fit_power_law([], []) is None
+
+
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_every_plot_is_a_png_of_readable_size(tmp_path: Path) -> None:
+    paths = write_plots(write_run(tmp_path, steps=40, every=5))
+    assert paths == [tmp_path / "plots" / f"{name}.png" for name in PLOTS]
+    for path in paths:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert int.from_bytes(data[16:20], "big") >= 900
+
+
+def test_legends_are_inside_the_figure_and_outside_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = keep_figures(monkeypatch)
+    write_plots(write_run(tmp_path, steps=40, every=5))
+    for figure in figures.values():
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            legend, data = axes.get_legend().get_window_extent(), axes.get_window_extent()
+            title = axes._left_title.get_window_extent()
+            assert data.y1 <= legend.y0 + 1 and legend.y1 <= title.y0 + 1 and title.y1 <= figure.bbox.y1
+            assert legend.x1 <= figure.bbox.x1 and data.width > 0.8 * figure.bbox.width
+
+
+def test_the_curves_show_the_metrics_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = keep_figures(monkeypatch)
+    write_plots(write_run(tmp_path, steps=40, every=5))
+    (accuracy,) = figures["accuracy"].axes
+    easy = next(line for line in accuracy.lines if line.get_label() == "easy")
+    np.testing.assert_array_equal(easy.get_xdata(), range(0, 41, 5))
+    np.testing.assert_allclose(easy.get_ydata(), [42 * (1.1 - 1 / (1 + step)) for step in range(0, 41, 5)])
+    dashed = [line for line in accuracy.lines if line.get_linestyle() == "--" and len(line.get_ydata())]
+    levels = {line.get_color(): line.get_ydata()[0] for line in dashed}
+    assert levels == {COLORS[level]: 100 * accuracy for level, accuracy in BASE_ACCURACY.items()}
+    points = next(line for line in figures["scaling"].axes[0].lines if line.get_label().startswith("hard"))
+    np.testing.assert_allclose(points.get_xdata(), [3e12 * step for step in range(5, 41, 5)])
+    assert all("R^2 = 0.9" in label or "R^2 = 1.0" in label for label in legend_of(figures["scaling"]))
+
+
+def test_the_moving_mean_is_centered_and_truncated_at_the_ends() -> None:
+    values_N = np.random.default_rng(0).uniform(size=140)
+    smooth_N, width = moving_mean(values_N)
+    assert width == 7
+    expected = [values_N[max(0, i - 3) : i + 4].mean() for i in range(140)]
+    np.testing.assert_allclose(smooth_N, expected)
+    for count in range(1, 12):
+        smooth_N, width = moving_mean(np.full(count, 2.0))
+        np.testing.assert_allclose(smooth_N, np.full(count, 2.0))
+
+
+def test_a_short_run_gets_the_plots_that_its_metrics_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = keep_figures(monkeypatch)
+    write_plots(write_run(tmp_path / "one_evaluation", steps=3, every=100))
+    assert sorted(figures) == sorted(set(PLOTS) - {"scaling"})
+    figures.clear()
+    write_plots(write_run(tmp_path / "few_evaluations", steps=30, every=10, levels=("easy", "hard")))
+    assert sorted(figures) == sorted(PLOTS)
+    labels = [label.split(":") for label in legend_of(figures["scaling"])]
+    assert [(level, text[:7]) for level, text in labels] == [("easy", " no fit"), ("hard", " no fit")]
+    assert legend_of(figures["accuracy"]) == ["easy", "hard", "base policy, without reasoning"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    (write_run(tmp_path, steps=2, every=1) / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        write_plots(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["reward/mean", "length/mean", "ended/length", "eval/reasoning", "flops/train_total"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    path = write_run(tmp_path, steps=2, every=1) / "metrics.jsonl"
+    path.write_text(path.read_text().replace(key, "other"))
+    with pytest.raises(UserError, match=rf"metrics\.jsonl has no line with .*{key}"):
+        write_plots(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"before": {}}', '{"before": {"direct": {"easy": {"accuracy": 0.4, "positions": 9}}}}',
+        '{"before": {"direct": {"easy": {}, "medium": {}, "hard": {}}}}',
+        '{"before": {"direct": {"easy": {"accuracy": null, "positions": 9}}}}',
+    ],
+)  # fmt: skip
+def test_an_invalid_result_file_is_named(tmp_path: Path, text: str) -> None:
+    (write_run(tmp_path, steps=2, every=1) / "result.json").write_text(text)
+    with pytest.raises(UserError, match=r"result\.json does not hold a number before\.direct\.DIFFICULTY\.accuracy"):
+        write_plots(tmp_path)
+
+
+def test_a_run_without_a_complete_step_is_named(tmp_path: Path) -> None:
+    (write_run(tmp_path, steps=2, every=1) / "metrics.jsonl").write_text('{"step": ')
+    with pytest.raises(UserError, match=r"metrics\.jsonl contains no complete step"):
+        write_plots(tmp_path)

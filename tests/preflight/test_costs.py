@@ -1,0 +1,86 @@
+"""Estimates of preflight: rows of an update, trip counts of loops, and times."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.infra.chips import CHIPS
+from rpt_jax.preflight.costs import estimate_times, trip_counts, update_rows
+from rpt_jax.preflight.hlo import Collective, Traffic
+from rpt_jax.preflight.programs import make_step
+from tests.helpers.preflight import make_small_step, small_experiment
+
+# The scopes of data-dependent loops in each program.
+SCOPES = {
+    "score": {"key_blocks"},
+    "sample": {
+        "decode_loop",
+        "own_cache_blocks",
+        "shared_cache_blocks",
+        "prefill_rows",
+        "prefill_chunks",
+        "key_blocks",
+    },
+    "reward": {"read_box"},
+    "training reward": {"key_blocks"},
+    "update": {"policy_gradient", "old_logprobs", "packed_attention", "packed_key_blocks"},
+}
+
+
+def test_the_longest_part_is_the_bound():
+    moved = Traffic(
+        memory=3350e9,
+        sent={
+            Collective(kind="all-reduce", size=8, in_host=True): 45e9,
+            Collective(kind="all-gather", size=16, in_host=False): 100e9,
+        },
+        runs={},
+        unknown_loops=frozenset(),
+    )
+    times = estimate_times(CHIPS["h100"], 989e12 / 2, moved)
+    np.testing.assert_allclose(times, (0.5, 1.0, 2.1))
+    assert times.bound == "network"
+    assert times.seconds == pytest.approx(2.1)
+
+
+def test_trip_counts_are_those_of_full_lengths():
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    for slots, waves in ((4, 1), (2, 2)):
+        experiment = small_experiment(f"rollout.decode_slots={slots}")
+        with use_mesh(mesh):
+            counts = trip_counts(experiment, make_step(experiment, mesh, 10**9))
+        assert counts["decode_loop"] == (waves * 7, 0)
+        assert counts["policy_gradient"] == (1,)
+
+
+def test_every_scope_with_a_trip_count_is_found_in_its_programs():
+    """Renaming or removing a scope would silently drop its loops from the estimates."""
+    # Two minibatches need the old log-probabilities, info_gain runs the policy for the training reward, and attention over short
+    # sequences has no blocks.
+    small = make_small_step(
+        "training.minibatches_per_step=2",
+        "objective.reward=info_gain",
+        "policy.attention=blockwise",
+        "data.max_document_tokens=1024",
+        "prompt.max_tokens=1024",
+        "training.microbatch_tokens=2048",
+    )
+    with use_mesh(small.mesh):
+        counts = trip_counts(small.experiment, small.step)
+        texts = {p.name: p.lower().as_text(debug_info=True) for p in small.step.programs}
+    assert texts.keys() == SCOPES.keys()
+    assert set().union(*SCOPES.values()) == counts.keys()
+    for name, scopes in SCOPES.items():
+        missing = {scope for scope in scopes if not re.search(rf"\b{scope}\b", texts[name])}
+        assert not missing, f"program '{name}' has no scope {missing}"
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 1), (32, 2), (24, 4), (63, 2)])
+def test_an_update_packs_whole_groups_or_single_responses(tokens: int, rows: int):
+    """Two prompts of 16 tokens with two responses of 8 each: both in one row, one per row, or a row for each response."""
+    assert update_rows(small_experiment(f"training.microbatch_tokens={tokens}")) == rows
