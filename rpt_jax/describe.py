@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.config import Experiment, MeshConfig
-from rpt_jax.distributed.sharding import gather_and_spread
+from rpt_jax.distributed.mesh import resharding_axis_sizes
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.infra.optimizer import make_schedule
@@ -155,7 +155,7 @@ def _resolve(config: MeshConfig, devices: int) -> _Mesh:
     left = max(1, devices // abs(math.prod(sizes)))
     mesh = _Mesh(*(left if size == -1 else size for size in sizes), config.rollout_tensor)
     mesh = mesh._replace(rollout_tensor=mesh.rollout_tensor or mesh.tensor)
-    gather_and_spread(*mesh[1:])
+    resharding_axis_sizes(*mesh[1:])
     return mesh
 
 

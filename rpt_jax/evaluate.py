@@ -10,7 +10,7 @@ import numpy as np
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scores, score_part
 from rpt_jax.corpus.sources import source_name
-from rpt_jax.distributed.sharding import to_host
+from rpt_jax.distributed.processes import to_host
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack

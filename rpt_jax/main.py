@@ -72,7 +72,7 @@ def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool
     import jax
 
     from rpt_jax import pretrain, score, train
-    from rpt_jax.distributed.sharding import use_mesh
+    from rpt_jax.distributed.mesh import use_mesh
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import start_mesh
 

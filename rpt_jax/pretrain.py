@@ -23,14 +23,9 @@ from rpt_jax.corpus.tokenization import (
     parts_to_prepare,
     steps,
 )
-from rpt_jax.distributed.sharding import (
-    check_batches,
-    init_optimizer,
-    init_parameters,
-    is_leader,
-    shard_prompts,
-    wait_for_all,
-)
+from rpt_jax.distributed.mesh import check_batches
+from rpt_jax.distributed.processes import is_leader, wait_for_all
+from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.guards import guarded_loop

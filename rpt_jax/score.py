@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.prepared import prepare
-from rpt_jax.distributed.sharding import check_batches
+from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.setup import check_top_k, load_start
 
 

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.prepared import Prepared, corpus_directory, open_prepared, prepare
 from rpt_jax.corpus.sources import SPLITS, check_source
-from rpt_jax.distributed.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
+from rpt_jax.distributed.mesh import DECODING, check_batches, make_mesh, mesh_fields
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform

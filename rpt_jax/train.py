@@ -18,14 +18,9 @@ from jax.sharding import Mesh
 from rpt_jax import report
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import next_token_rows
-from rpt_jax.distributed.sharding import (
-    check_batches,
-    init_optimizer,
-    is_leader,
-    num_batch_shards,
-    shard_prompts,
-    to_host,
-)
+from rpt_jax.distributed.mesh import check_batches, num_batch_shards
+from rpt_jax.distributed.processes import is_leader, to_host
+from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import DIFFICULTIES, Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters

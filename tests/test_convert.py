@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from rpt_jax import convert as command
 from rpt_jax.config import Experiment, PolicyConfig
 from rpt_jax.convert import convert
-from rpt_jax.distributed.sharding import make_mesh, parameter_shardings
+from rpt_jax.distributed.mesh import make_mesh
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.workdir import claimed_workdir
@@ -276,7 +277,8 @@ def test_the_host_holds_less_than_two_tensors(tmp_path, sharded):
 
 _ON_EIGHT_DEVICES = """
 import sys, jax, numpy as np
-from rpt_jax.distributed.sharding import make_mesh, parameter_shardings
+from rpt_jax.distributed.mesh import make_mesh
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.weights import hf
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.setup import load_start

@@ -10,7 +10,7 @@ import pytest
 
 from rpt_jax.config import PromptConfig
 from rpt_jax.corpus.entropy import Scores, _buckets, score_documents, top_k_entropy, top_k_values
-from rpt_jax.distributed.sharding import make_mesh
+from rpt_jax.distributed.mesh import make_mesh
 from rpt_jax.evaluate import (
     EvaluationSet,
     Evaluator,

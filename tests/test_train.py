@@ -377,7 +377,7 @@ def test_the_papers_run_says_at_once_all_that_it_lacks(tmp_path: Path) -> None:
     done = command(tmp_path, "--config=configs/rpt_14b.py")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     mesh, policy, corpus = done.stderr.strip().split("\n")
-    assert "mesh.tensor=8 does not fit 1 devices: it takes a multiple of 8," in mesh
+    assert "mesh.tensor=8 does not fit 1 devices: expected a multiple of 8 devices," in mesh
     assert "models/DeepSeek-R1-Distill-Qwen-14B" in policy and "config.json, model.safetensors, tokenizer" in policy
     assert "data.path='data/omnimath' does not exist" in corpus
 

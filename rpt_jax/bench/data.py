@@ -31,7 +31,8 @@ from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
 from rpt_jax.corpus.entropy import score_part
 from rpt_jax.corpus.prepared import open_reported, prepare, score_tokens, tokenize_on_leader
 from rpt_jax.corpus.tokenization import Corpus
-from rpt_jax.distributed.sharding import make_mesh, shard_prompts, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
+from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.infra.metrics import Progress
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs

@@ -22,7 +22,8 @@ from rpt_jax.bench.measure import interleaved, matmul_call
 from rpt_jax.config import PolicyConfig
 from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.describe import attention_flops
-from rpt_jax.distributed.sharding import init_parameters, make_mesh, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
+from rpt_jax.distributed.sharding import init_parameters
 from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.model.transformer import Params, Transformer, head, prefill

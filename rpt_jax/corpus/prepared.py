@@ -23,7 +23,7 @@ from rpt_jax.corpus.tokenization import (
     summaries,
     tokenize,
 )
-from rpt_jax.distributed.sharding import is_leader, wait_for_all
+from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
 from rpt_jax.infra.metrics import Progress

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rpt_jax.distributed.processes import in_any_process, is_leader, wait_for_all
 from rpt_jax.distributed.rendezvous import leave
-from rpt_jax.distributed.sharding import in_any_process, is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
 from rpt_jax.infra.signals import defer_signals, end_stopped, save_on_stop, was_asked

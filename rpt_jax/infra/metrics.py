@@ -106,7 +106,7 @@ class MetricsWriter:
         # Late, because the tools that only print need neither.
         from tensorboardX import SummaryWriter
 
-        from rpt_jax.distributed.sharding import is_leader
+        from rpt_jax.distributed.processes import is_leader
 
         self._step, self._writes = resume_step, is_leader()
         if not self._writes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from rpt_jax.distributed.sharding import is_leader, to_host
+from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.distributed.sharding import is_leader, wait_for_all
+from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rpt_jax.config import Experiment
 from rpt_jax.describe import attention_flops, describe
-from rpt_jax.distributed.sharding import DECODING, num_batch_shards
+from rpt_jax.distributed.mesh import DECODING, num_batch_shards
 from rpt_jax.model.attention.packed import BLOCK, PANEL
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic

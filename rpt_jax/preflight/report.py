@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.sharding import check_batches, mesh_fields, use_mesh
+from rpt_jax.distributed.mesh import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.preflight.costs import flops_a_chip

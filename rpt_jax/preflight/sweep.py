@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.describe import describe, model_config_of
-from rpt_jax.distributed.sharding import make_mesh, mesh_fields
+from rpt_jax.distributed.mesh import make_mesh, mesh_fields
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import table
 from rpt_jax.preflight.programs import Step

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.sharding import DECODING, mesh_fields, num_batch_shards
+from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.preflight.costs import Times, times, turns
 from rpt_jax.preflight.hlo import Traffic, traffic
 from rpt_jax.preflight.programs import Program, Step

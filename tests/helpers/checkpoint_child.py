@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rpt_jax.distributed.sharding import make_mesh
+from rpt_jax.distributed.mesh import make_mesh
 from rpt_jax.infra.checkpoint import Checkpointer
 
 what, workdir, fsdp, tensor = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 
 from rpt_jax.distributed.hosts import Hosts
+from rpt_jax.distributed.mesh import make_mesh
+from rpt_jax.distributed.processes import in_any_process, to_host, wait_for_all
 from rpt_jax.distributed.rendezvous import at, end_all, joined
-from rpt_jax.distributed.sharding import in_any_process, make_mesh, shard_prompts, to_host, wait_for_all
+from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.guards import guarded_loop
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.score import prepare_corpus
 from tests.corpus.test_prepare import experiment
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import from_config_dict, load_config_file
-from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight import hlo, scaling, topology

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import Experiment, from_config_dict
-from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.selection import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
