@@ -26,7 +26,7 @@ from absl import flags
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
-from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, read_run_config
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +58,9 @@ def open_policy(source: Path) -> Policy:
         return _checked("a GGUF file", source, to_config(shape) | {"torch_dtype": "float32"}, shape)
     if source.parent.name == CHECKPOINTS and source.name.isdecimal():
         return _open_checkpoint(source.parents[1], int(source.name))
+    if (source / RUN_CONFIG).is_file():
+        finished = source / "policy"
+        return open_policy(finished) if (finished / CONFIG).is_file() else _open_checkpoint(source, None)
     try:
         config = read_config(source / CONFIG)
     except OSError:
@@ -65,9 +68,6 @@ def open_policy(source: Path) -> Policy:
             f"--from={source} is neither a .gguf file nor a directory with a config.json: give a Hugging Face directory, "
             "one of our policies, the --workdir of a run or one of its checkpoints."
         ) from None
-    if "policy.path" in config:
-        finished = source / "policy"
-        return open_policy(finished) if (finished / CONFIG).is_file() else _open_checkpoint(source, None)
     kind = "our policy" if FINGERPRINT in config else "a Hugging Face directory"
     return _checked(kind, source, config, load_model_config(source)[0])
 
@@ -87,9 +87,11 @@ def _checked(kind: str, source: Path, config: dict[str, Any], shape: ModelConfig
 def _open_checkpoint(workdir: Path, step: int | None) -> Policy:
     """Open the parameters of a run's checkpoint; shape and tokenizer are those that its config names."""
     try:
-        run = read_config(workdir / CONFIG)
+        run = read_run_config(workdir)
     except OSError:
-        raise UserError(f"{workdir} has no {CONFIG}: it is no --workdir of a run.") from None
+        raise UserError(
+            f"{workdir} has no {RUN_CONFIG}, so it is not the --workdir of a run.", field="--from"
+        ) from None
     start = Path(str(run.get("policy.path", "")))
     if start.name:
         # As the run read it: from the directory that it was started in.

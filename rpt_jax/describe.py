@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.distributed.mesh import resharding_axis_sizes
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.model.model_config import ModelConfig, check_preset, preset
 from rpt_jax.registry import REWARDS

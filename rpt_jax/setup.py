@@ -18,6 +18,7 @@ from rpt_jax.corpus.sources import SPLITS, check_source
 from rpt_jax.distributed.mesh import DECODING, check_batches, make_mesh, mesh_fields
 from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.model_config import ModelConfig, check_preset
@@ -124,7 +125,7 @@ def start_mesh(experiment: Experiment) -> Mesh:
     return arrange()
 
 
-def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
+def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext) -> Setup:
     """Load the starting policy and the prepared corpus, or prepare it in `workdir/corpus` with that policy as the proxy.
 
     Raises: UserError, as `load_start`, `prepare` and `open_prepared` do.
@@ -137,5 +138,5 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
     else:
         whole = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
         directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-        prepared = prepare(whole, policy, params, tokenizer, mesh, directory)
+        prepared = prepare(whole, policy, params, tokenizer, mesh, directory, context)
     return Setup(policy, params, mesh, tokenizer, *map(prepared.corpus.windows, SPLITS), prepared)

@@ -32,8 +32,10 @@ from rpt_jax.corpus.entropy import score_part
 from rpt_jax.corpus.prepared import open_reported, prepare, score_tokens, tokenize_on_leader
 from rpt_jax.corpus.tokenization import Corpus
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
+from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.distributed.sharding import shard_prompts
-from rpt_jax.infra.metrics import Progress
+from rpt_jax.infra.console import Progress
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.prompts.builder import PromptBuilder
@@ -105,10 +107,10 @@ def _scoring(options: argparse.Namespace, data: DataConfig, corpus: Corpus) -> l
         score_part(experiment, policy, params, tokenizer, mesh, [[0] * length for length in lengths])
         whole = (experiment, policy, params, tokenizer, mesh, corpus.directory)
         start = time.perf_counter()
-        score_tokens(*whole)
+        score_tokens(*whole, Heartbeat())
         seconds, tokens = time.perf_counter() - start, int(corpus.sizes_D.sum())
         rows.append(["scoring the corpus, with reading and writing", seconds, tokens / seconds, "tokens/s"])
-        prepared = prepare(*whole)  # All is there, but for the manifest.
+        prepared = prepare(*whole, RunContext())  # All is there, but for the manifest.
         return [*rows, _prompts(experiment, tokenizer, prepared, options.batches)]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.infra.metrics import Progress
+from rpt_jax.infra.console import Progress
 
 # Large enough that a device is busy, small enough that a CPU is done in a tenth of a second.
 _MATRIX = {"cpu": 2048}

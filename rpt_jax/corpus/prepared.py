@@ -24,10 +24,11 @@ from rpt_jax.corpus.tokenization import (
     tokenize,
 )
 from rpt_jax.distributed.processes import is_leader, wait_for_all
+from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.errors import UserError
+from rpt_jax.infra.console import Progress
 from rpt_jax.infra.fingerprint import digest, fingerprint_arrays
-from rpt_jax.infra.metrics import Progress
-from rpt_jax.infra.signals import save_on_stop
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.report import write_entropy_plot
 from rpt_jax.tokenizers.tokenizer import Tokenizer
@@ -52,7 +53,13 @@ def corpus_directory(workdir: Path, data: DataConfig, tokenizer: Tokenizer, *sco
 
 
 def prepare(
-    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, directory: Path
+    experiment: Experiment,
+    policy: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    directory: Path,
+    context: RunContext,
 ) -> Prepared | None:
     """Tokenize and score the shards that `data.shard` names, but for those that are there.
 
@@ -60,9 +67,9 @@ def prepare(
 
     Returns: the corpus, where no other shard is missing. Raises: UserError.
     """
-    save_on_stop(lambda: f"the shards that were complete are in {directory}")
-    tokenize_on_leader(experiment.data, tokenizer, directory)
-    proxy = score_tokens(experiment, policy, params, tokenizer, mesh, directory)
+    context.signals.set_save(lambda: f"the shards that were complete are in {directory}")
+    tokenize_on_leader(experiment.data, tokenizer, directory, context.heartbeat)
+    proxy = score_tokens(experiment, policy, params, tokenizer, mesh, directory, context.heartbeat)
     if is_leader() and not (directory / MANIFEST).exists():
         shards = parse_shard(experiment.data)[1]
         if all(summaries(directory, kind, shards) is not None for kind in ("tokens", "scores")):
@@ -73,16 +80,27 @@ def prepare(
     return open_prepared(experiment.data, tokenizer, directory, proxy)
 
 
-def tokenize_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
+def tokenize_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path, heartbeat: Heartbeat) -> None:
     """`tokenize` with its progress, in one process of all; the others wait for it. Raises: UserError."""
     if is_leader():
         with Progress("tokenize, parts of files", sum(map(steps, parts_to_prepare(data)))) as progress:
-            tokenize(data, tokenizer, directory, progress.advance)
+
+            def advance(status: str) -> None:
+                progress.advance(status)
+                heartbeat.beat("tokenization")
+
+            tokenize(data, tokenizer, directory, advance)
     wait_for_all("tokenized")
 
 
 def score_tokens(
-    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, directory: Path
+    experiment: Experiment,
+    policy: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    directory: Path,
+    heartbeat: Heartbeat,
 ) -> str:
     """`score_shard` with its progress, for the shards that `data.shard` names; return the policy's fingerprint."""
     mine, shards = parse_shard(experiment.data)
@@ -90,8 +108,13 @@ def score_tokens(
     passes = {shard: forward_passes(experiment, directory, shard, shards) for shard in mine}
     there = sum(count for shard, count in passes.items() if read_summary(directory, "scores", shard, shards))
     with Progress("score, batches of documents", sum(passes.values()), there) as progress:
+
+        def advance(status: str) -> None:
+            progress.advance(status)
+            heartbeat.beat("scoring")
+
         for shard in mine:
-            score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, progress.advance)
+            score_shard(experiment, policy, params, tokenizer, mesh, directory, shard, shards, proxy, advance)
     return proxy
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.distributed.mesh import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 from rpt_jax.preflight.costs import flops_a_chip
 from rpt_jax.preflight.programs import Step, make_step
 from rpt_jax.preflight.topology import Topology

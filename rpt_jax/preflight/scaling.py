@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 
 _STEP = ("reshard", "sample", "reward", "training reward", "update")
 # What the runs of a line have in common.

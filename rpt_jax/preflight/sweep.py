@@ -12,7 +12,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.describe import describe, model_config_of
 from rpt_jax.distributed.mesh import make_mesh, mesh_fields
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 from rpt_jax.preflight.programs import Step
 from rpt_jax.preflight.report import as_result, check_split, devices, fits, for_topology, judge, step_seconds
 from rpt_jax.preflight.topology import Topology

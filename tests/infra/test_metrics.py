@@ -19,7 +19,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra import metrics
-from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, read_metrics, show_rollouts, table
+from rpt_jax.infra.console import Progress, RolloutText, show_rollouts, table
+from rpt_jax.infra.metrics import MetricsWriter, read_metrics
 
 
 class _NoTensorBoard:
