@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rpt_jax.weights.hf import load_model_config
-from tests.test_train import ROOT, SMALL
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import SMALL
 
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
 SMOLLM2 = {

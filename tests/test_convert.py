@@ -126,7 +126,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(theirs, tmp_path, capsy
         (["--form=x", "--to=y"], "form"),
         (["--from=nowhere", "--to=y"], "neither a .gguf file nor a directory"),
         (["--from=no.gguf", "--to=y"], "no.gguf cannot be read"),
-        (["--from=nowhere/checkpoints/3", "--to=y"], "it is no --workdir of a run"),
+        (["--from=nowhere/checkpoints/3", "--to=y"], "it is not the --workdir of a run"),
     ],
     ids=str,
 )
@@ -161,7 +161,7 @@ def workdir(tmp_path, theirs):
             states[step] = TrainState(saved[step], optimizer.init(saved[step]))
         checkpoints = Checkpointer(path, 2, states[5])
         for step, state in states.items():
-            checkpoints.hold(step, state, {"stream": step})
+            checkpoints.stage(step, state, {"stream": step})
             checkpoints.save()
         checkpoints.close()
     return path, saved
@@ -187,7 +187,7 @@ def test_a_finished_run_is_its_policy(workdir, theirs, tmp_path):
 
 def test_runs_that_cannot_be_exported(workdir, theirs, tmp_path):
     path, _ = workdir
-    with pytest.raises(UserError, match="has 5, 10, but no checkpoint 7"):
+    with pytest.raises(UserError, match="has no checkpoint 7; it has 5, 10"):
         convert(path / "checkpoints" / "7", tmp_path / "out")
     for file in (path / "checkpoints" / "10" / "state").rglob("*"):
         if file.is_file() and "ocdbt" in str(file):

@@ -13,7 +13,8 @@ from rpt_jax.config import Experiment, default_config, from_config_dict
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.infra.workdir import CONFIG, claimed_workdir
+from rpt_jax.infra.run_format import format_stamp
+from rpt_jax.infra.workdir import RUN_CONFIG, claimed_workdir
 
 many = settings(
     max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -88,14 +89,14 @@ def test_metrics_files(tmp_path: Path, data: bytes) -> None:
         assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
 
 
-SAVED = json.dumps(dict(leaves(Experiment()))).encode()
+SAVED = json.dumps({**format_stamp(), "config": dict(leaves(Experiment()))}).encode()
 
 
 @pytest.mark.slow
 @many
 @given(altered(SAVED) | values.map(lambda value: json.dumps(value).encode()))
 def test_configs_of_workdirs(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / CONFIG).write_bytes(data)
+    (tmp_path / RUN_CONFIG).write_bytes(data)
     try:
         with claimed_workdir(tmp_path, Experiment()):
             pass

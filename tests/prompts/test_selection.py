@@ -12,6 +12,7 @@ import pytest
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.errors import UserError
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.selection import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
 from rpt_jax.setup import Setup, set_up
@@ -44,7 +45,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 def setup(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with use_mesh(mesh):
-        return set_up(experiment, mesh, tmp_path_factory.mktemp("run"))
+        return set_up(experiment, mesh, tmp_path_factory.mktemp("run"), RunContext())
 
 
 def parts(setup: Setup, documents: np.ndarray) -> np.ndarray:
