@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import OptimizerConfig
-from rpt_jax.errors import UserError
+from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.run_format import FORMAT
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_reported_and_set_aside(saved, tmp_path, caplog,
         before = contents(workdir)
         step, state, run = restore(workdir, make_state(0))
         assert same(state, make_state(step)) and run == RUN | {"step": step}, victim
-        said = caplog.text
+        said = "\n".join(record.message for record in caplog.records if record.name.startswith("rpt_jax."))
         caplog.clear()
         if step == 4:
             # The state does not depend on this file.
@@ -271,3 +271,17 @@ def test_a_checkpoint_of_an_older_format_is_refused(copy):
     ):
         restore(copy, before)
     assert contents(copy) == files, "nothing is moved or deleted"
+
+
+def test_a_stop_signal_saves_what_the_registered_checkpointer_has_staged(tmp_path):
+    """Another checkpointer is open, but only the one that was registered saves."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = [sys.executable, "-m", "tests.helpers.checkpoint_child"]
+    options = {"cwd": ROOT, "env": os.environ | flags, "capture_output": True, "text": True, "timeout": 120}
+    stopped = subprocess.run([*command, "stop", str(tmp_path), "1", "1"], **options)
+    assert stopped.returncode == ExitCode.RESTART and "Stopped: everything up to step 3 is in" in stopped.stderr, (
+        stopped
+    )
+    assert not list((tmp_path / "other").rglob("9"))
+    restored = subprocess.run([*command, "restore", str(tmp_path), "1", "1"], **options)
+    assert restored.returncode == 0, restored.stderr
