@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
             print_description(experiment)
             return ExitCode.COMPLETE
         # In --workdir=~/runs, the shell does not expand the tilde.
-        workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}").expanduser()
+        workdir = Path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}").expanduser()
         with console_logging():
             run_with_processes(experiment, workdir)
         return ExitCode.COMPLETE

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,8 +188,8 @@ def pretrain_step(
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     metrics["gradient/norm"] = optax.tree.norm(grads)
     metrics["update/norm"] = optax.tree.norm(updates)
-    updated = TrainState(optax.apply_updates(state.params, updates), optimizer_state)
-    return if_finite(metrics, updated, state), metrics
+    params: Any = optax.apply_updates(state.params, updates)
+    return if_finite(metrics, TrainState(params, optimizer_state), state), metrics
 
 
 def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext, *, replay: bool = False) -> None:

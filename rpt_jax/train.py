@@ -126,7 +126,6 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
     own: OwnEntropies | None = None  # Entropies under the current policy, for data.positions="self_entropy".
-    sampled: Sampled | None = None
     if restored := checkpoints.restore():
         step, state, saved = restored
         check_saved(step, saved, experiment, setup)
@@ -173,8 +172,6 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
-            if sampled and step % t.log_rollouts_every == 0:
-                show_rollouts(f"step {step}", rollout_texts(sampled, setup.tokenizer, count=2))
             if step == t.total_steps:
                 break
             if step >= last_step:
@@ -238,7 +235,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
 
-            # --- 8. Save, and stop if a signal asks for it -----------------------------------------
+            # --- 8. Save, stop if a signal asks for it, and report ---------------------------------
             checkpoints.check_writes()
             context.stop_if_requested(checkpoints.save_and_wait)
             if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
@@ -246,6 +243,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("checkpoint")
             profile.end_step(step)
             progress.advance(status(scalars, dynamic))
+            if step % t.log_rollouts_every == 0:
+                show_rollouts(f"step {step}", rollout_texts(sampled, setup.tokenizer, count=2))
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
     source, fingerprint = setup.tokenizer.source, setup.tokenizer.fingerprint
@@ -347,7 +346,8 @@ def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> Ne
     rows = [setup.train[i] for i in to_host(sampled.prompts.window_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
-    return shard_prompts(NextTokenBatch(inputs, targets, np.arange(size) < lengths[:, None]), setup.mesh)
+    arrays = {"inputs_NxS": inputs, "targets_NxS": targets, "mask_NxS": np.arange(size) < lengths[:, None]}
+    return NextTokenBatch(**shard_prompts(arrays, setup.mesh))
 
 
 def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup: Setup) -> None:

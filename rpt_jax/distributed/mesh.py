@@ -40,6 +40,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,16 +77,14 @@ DECODING: dict[str, Axes] = {
 }
 
 
-def make_mesh(
-    data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None, rollout_tensor: int = 0
-) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None, rollout_tensor: int = 0) -> Mesh:
     """Arrange devices as a mesh of data × fsdp × tensor.
 
     Args:
       data: number of FSDP groups. One of the three sizes may be -1 for all devices that are left.
       fsdp: devices that parameters and optimizer state are split over.
       tensor: tensor-parallel size in training.
-      devices: the devices to arrange; None for all devices of all processes.
+      devices: the `jax.Device`s to arrange; None for those of all processes.
       rollout_tensor: tensor-parallel size in rollouts; 0 for `tensor`. The devices of such a group are neighbors and, where
         possible, belong to one host.
 
@@ -134,7 +133,7 @@ def resharding_axis_sizes(fsdp: int, tensor: int, rollout_tensor: int) -> tuple[
     return fsdp_to_tp, tp_to_dp
 
 
-def _arrange_devices(sizes: tuple[int, ...], devices: Sequence[jax.Device], rollout_tensor: int) -> np.ndarray:
+def _arrange_devices(sizes: tuple[int, ...], devices: Sequence[Any], rollout_tensor: int) -> np.ndarray:
     """Return an array of devices in which neighbors on a mesh axis are neighbors in the network.
 
     That order may put a rollout group on several hosts. If ordering the devices by host avoids this, order them by host.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rpt_jax.distributed.mesh import DECODING, TRAINING, Axes, mesh_fields, prompt_axes
@@ -26,7 +27,7 @@ def parameter_shardings(policy: nn.Module, mesh: Mesh | AbstractMesh, table: Map
       UserError: the mesh does not divide a parameter evenly; the message gives the nearest mesh that divides all of them.
     """
     boxed = jax.eval_shape(lambda: _init(policy, jax.random.key(0)))
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, tuple(table.items()))
+    shardings = logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), tuple(table.items()))
     tensor_field = "tensor" if table is TRAINING else "rollout_tensor"
     _check_divisible(
         mesh, shardings, _abstract_values(policy), {table["width"]: "fsdp", table["kv_heads"]: tensor_field}
@@ -139,7 +140,7 @@ def constrain_batch(tree: Any) -> Any:
     if not axes:
         return tree
     # A single axis goes in as its name, the form that `_canonical` uses.
-    spec = PartitionSpec(axes if len(axes) > 1 else axes[0])
+    spec = PartitionSpec(*axes) if len(axes) == 1 else PartitionSpec(axes)
     return jax.lax.with_sharding_constraint(tree, spec)
 
 

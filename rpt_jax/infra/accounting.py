@@ -125,7 +125,7 @@ class Clock:
         self.earlier = earlier
         self._compile_times = compile_times
         self._start = self._last = time.monotonic()
-        self._laps: collections.Counter[str] = collections.Counter()
+        self._laps: dict[str, float] = collections.defaultdict(float)
 
     def lap(self, stage: str) -> None:
         """Add the time since the last lap to `stage`."""

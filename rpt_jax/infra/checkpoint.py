@@ -200,7 +200,8 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         try:
             args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-            [array] = jax.tree.leaves(reader.restore(directory / str(chosen) / "state", args=args))
+            state_directory: Any = directory / str(chosen) / "state"  # The parameter is declared as etils.epath.Path.
+            [array] = jax.tree.leaves(reader.restore(state_directory, args=args))
         except Exception as error:  # noqa: BLE001 - orbax raises `Exception` itself if an array is truncated.
             raise _damaged_error(directory / str(chosen), _first_line(error)) from None
         return array

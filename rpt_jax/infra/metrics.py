@@ -103,7 +103,7 @@ class MetricsWriter:
         shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
         for values in kept:
-            self._write_tensorboard(values.pop("step"), values)
+            self._write_tensorboard(int(values.pop("step")), values)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append the scalars of `step` to the file, and flush it.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.errors import UserError
@@ -15,7 +16,9 @@ from rpt_jax.infra.atomic_write import atomic_write
 RECORD = "not_finite.json"
 
 
-def write_record(workdir: Path, step: int, error: FloatingPointError, seed: int, **ids_P: jax.Array) -> None:
+def write_record(
+    workdir: Path, step: int, error: FloatingPointError, seed: int, **ids_P: jax.Array | np.ndarray
+) -> None:
     """Write the step that failed, the error, the seed and integer arrays that identify the step's batch."""
     record: dict[str, Any] = {"step": step, "error": str(error), "seed": seed}
     record |= {name: ids.tolist() for name, ids in to_host(ids_P).items()}

@@ -122,7 +122,7 @@ class StopSignals:
         deadline = time.monotonic() + self._grace_seconds
         while select.select([read_end], [], [], max(0.0, deadline - time.monotonic()))[0]:
             number = _read_byte(read_end, (*_SIGNALS, _SAVED, _FAILED))
-            if number in _SIGNALS:
+            if number is not None and number in _SIGNALS:
                 self._exit(
                     128 + number, "Stopped at once. Rerun the same command to resume from the latest checkpoint."
                 )
