@@ -26,7 +26,7 @@ from absl import flags
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
-from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, read_run_config
+from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, is_run_directory, read_run_config
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +58,7 @@ def open_policy(source: Path) -> Policy:
         return _checked("a GGUF file", source, to_config(shape) | {"torch_dtype": "float32"}, shape)
     if source.parent.name == CHECKPOINTS and source.name.isdecimal():
         return _open_checkpoint(source.parents[1], int(source.name))
-    if (source / RUN_CONFIG).is_file():
+    if is_run_directory(source):
         finished = source / "policy"
         return open_policy(finished) if (finished / CONFIG).is_file() else _open_checkpoint(source, None)
     try:

@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +64,30 @@ _STALL_SECONDS = flags.DEFINE_float(
     "stall_seconds", 3600.0, "Exit if no process makes progress for this many seconds.", lower_bound=1.0
 )
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that the config implies, and exit.")
+_FLAGS = (
+    _CONFIG,
+    _WORKDIR,
+    _DESCRIBE,
+    _FORCE,
+    _REPLAY,
+    _COORDINATOR,
+    _PROCESSES,
+    _PROCESS,
+    _JOIN_SECONDS,
+    _STALL_SECONDS,
+)
+
+
+def help_text() -> str:
+    """Return the description of the command and of its flags."""
+    lines = [str(__doc__), "Flags:", ""]
+    for flag in _FLAGS:
+        default = "" if flag.default in (None, False) else f" Default: {flag.default:g}."
+        text = textwrap.fill(
+            f"{flags.FLAGS[flag.name].help}{default}", 96, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
+        lines += [f"    --{flag.name}", text]
+    return "\n".join(lines)
 
 
 def load_experiment(argv: list[str]) -> Experiment:
@@ -156,7 +181,7 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
 def main(argv: list[str]) -> int:
     """Run the command line `argv`; return the exit code."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        print(help_text())
         return ExitCode.COMPLETE
     try:
         experiment = load_experiment(argv)

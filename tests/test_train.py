@@ -20,6 +20,7 @@ from rpt_jax import main, pretrain, train
 from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import MetricsWriter, read_metrics
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
@@ -139,7 +140,11 @@ def test_a_run_resumes_with_another_precision_and_more_steps(
     caplog.set_level(logging.INFO, logger="rpt_jax")
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    main.run(experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6}), tmp_path / "run")
+    context = RunContext()
+    longer = experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6})
+    main.run(longer, tmp_path / "run", context=context)
+    # Two steps: each stage feeds the heartbeat that the other processes of a run watch.
+    assert context.heartbeat.count >= 2 + 2 * 6 and context.heartbeat.stage == "evaluation"
     said = caplog.text
     assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in said
     assert "Resuming from step 4" in said, "the newest checkpoint; the last step writes a policy instead"

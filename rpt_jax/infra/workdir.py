@@ -82,6 +82,20 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
             raise
 
 
+def is_run_directory(path: Path) -> bool:
+    """Return whether `path` is the workdir of a run, of this format or an older one."""
+    return (path / RUN_CONFIG).is_file() or _has_format_1(path)
+
+
+def _has_format_1(workdir: Path) -> bool:
+    """Return whether there is a run config of format 1, which has the name of a model's config."""
+    try:
+        content = json.loads((workdir / _FORMAT_1_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "policy.path" in content
+
+
 def read_run_config(workdir: Path) -> dict[str, Any]:
     """Return the config of the run in `workdir`, by field.
 
@@ -90,6 +104,8 @@ def read_run_config(workdir: Path) -> dict[str, Any]:
       UserError: it is damaged, or of another format.
     """
     path = workdir / RUN_CONFIG
+    if not path.exists() and _has_format_1(workdir):
+        check_format({}, workdir / _FORMAT_1_CONFIG)
     try:
         content = {**json.loads(path.read_bytes())}
     except (TypeError, ValueError, RecursionError):
@@ -171,10 +187,8 @@ def _claim(workdir: Path, experiment: Experiment, force: bool) -> bool:
 
 def _check_unclaimed(workdir: Path) -> None:
     """Check that a directory without a run config holds no run. Raises: UserError."""
-    with contextlib.suppress(OSError, TypeError, ValueError, RecursionError):
-        content = {**json.loads((workdir / _FORMAT_1_CONFIG).read_bytes())}
-        if "policy.path" in content:
-            check_format({}, workdir / _FORMAT_1_CONFIG)
+    if _has_format_1(workdir):
+        check_format({}, workdir / _FORMAT_1_CONFIG)
     if outputs := _outputs(workdir):
         raise UserError(
             f"{outputs[0]} exists, but {workdir / RUN_CONFIG}, which would say what run made it, does not: choose another "

@@ -13,7 +13,7 @@ import pytest
 from rpt_jax.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, PolicyConfig, TrainingConfig
 from rpt_jax.errors import UserError
 from rpt_jax.infra.run_format import FORMAT, format_stamp
-from rpt_jax.infra.workdir import RUN_CONFIG, claimed_workdir, read_run_config
+from rpt_jax.infra.workdir import RUN_CONFIG, claimed_workdir, is_run_directory, read_run_config
 
 # Of the right format, but without a config, or with something else in its place.
 STAMPED = json.dumps(format_stamp()).encode()
@@ -52,8 +52,9 @@ def test_the_config_is_written_atomically(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"--workdir={tmp_path} cannot be used .*No space left"):
             claim(tmp_path, Experiment())
     assert not (tmp_path / RUN_CONFIG).exists()
+    assert not is_run_directory(tmp_path)
     claim(tmp_path, Experiment())
-    assert read_run_config(tmp_path)["seed"] == 0
+    assert is_run_directory(tmp_path) and read_run_config(tmp_path)["seed"] == 0
 
 
 def test_a_new_workdir_is_released_if_the_run_cannot_start(tmp_path):
@@ -167,9 +168,13 @@ def test_a_run_of_another_format_is_refused(tmp_path, name, content, found):
     assert text.startswith(f"{tmp_path / name} has {found}, but ") and f"reads format {FORMAT} only" in text
     assert raised.value.field == "--workdir" and "Choose another --workdir" in text
     assert json.loads((tmp_path / name).read_text()) == content
+    with pytest.raises(UserError, match="has format"):
+        read_run_config(tmp_path)
+    assert is_run_directory(tmp_path)
 
 
 def test_the_config_of_a_model_is_not_mistaken_for_a_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert not is_run_directory(tmp_path)
     claim(tmp_path, Experiment())
-    assert read_run_config(tmp_path)["seed"] == 0
+    assert is_run_directory(tmp_path) and read_run_config(tmp_path)["seed"] == 0
