@@ -125,6 +125,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     scalars: dict[str, float] = {}  # Of the step that was completed last.
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
+    last_sampled: Sampled | None = None  # Its rollouts, until they are shown.
     own: OwnEntropies | None = None  # Entropies under the current policy, for data.positions="self_entropy".
     if restored := checkpoints.restore():
         step, state, saved = restored
@@ -172,6 +173,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
+            if last_sampled and step % t.log_rollouts_every == 0:
+                show_rollouts(f"step {step}", rollout_texts(last_sampled, setup.tokenizer, count=2))
+            last_sampled = None
             if step == t.total_steps:
                 break
             if step >= last_step:
@@ -235,7 +239,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
 
-            # --- 8. Save, stop if a signal asks for it, and report ---------------------------------
+            # --- 8. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
             context.stop_if_requested(checkpoints.save_and_wait)
             if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
@@ -243,8 +247,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("checkpoint")
             profile.end_step(step)
             progress.advance(status(scalars, dynamic))
-            if step % t.log_rollouts_every == 0:
-                show_rollouts(f"step {step}", rollout_texts(sampled, setup.tokenizer, count=2))
+            last_sampled = sampled
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
     source, fingerprint = setup.tokenizer.source, setup.tokenizer.fingerprint

@@ -82,6 +82,11 @@ def _nearest_field(name: str, fields: Mapping[str, Any]) -> str:
     def closeness(known: str) -> tuple[float, float]:
         pairs = (name, known), (name.rpartition(".")[2], known.rpartition(".")[2])
         whole, last = (difflib.SequenceMatcher(None, a.lower(), b).ratio() for a, b in pairs)
+        if whole >= 0.8 and name.rpartition(".")[0] == known.rpartition(".")[0]:
+            return (
+                1.0 + whole,
+                whole,
+            )  # A similar field of the same section comes before an equal one of another section.
         return max(whole, last), whole  # The right field of a wrong section is close, too.
 
     near = {known: closeness(known) for known in [*fields, *(() if "." in name else sections)]}

@@ -157,7 +157,7 @@ def test_an_override_needs_no_field_in_the_file():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("steps=20", "unknown config field 'steps'. Did you mean 'training.total_steps'?"),
+        ("steps=20", "unknown config field 'steps'. Did you mean 'profile.steps'?"),
         ("training.steps=20", "unknown config field 'training.steps'. Did you mean 'training.total_steps'?"),
         ("trainin.total_step=20", "unknown config field 'trainin.total_step'. Did you mean 'training.total_steps'?"),
         (
