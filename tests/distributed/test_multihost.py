@@ -117,7 +117,6 @@ def meet_all(*members: tuple[Hosts, dict], seconds: float = 20.0) -> list[object
     threads = [threading.Thread(target=take_part, args=(i, *member)) for i, member in enumerate(members)]
     for thread in threads:
         thread.start()
-        time.sleep(0.1)  # To connect in this order.
     for thread in threads:
         thread.join()
     return results
@@ -189,13 +188,23 @@ def test_a_port_in_use_is_named() -> None:
     assert f"process 0 on {HERE} cannot listen on port {port} (Address already in use" in told
 
 
+def connect_when_ready(port: int) -> socket.socket:
+    """Connect to a port that a thread is about to listen on."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_other_connections_to_the_port_are_ignored() -> None:
     port, told = free_port(), []
     leader = threading.Thread(target=lambda: told.extend(meet_all((Hosts("127.0.0.1", port, 2, 0), {}), seconds=3.0)))
     leader.start()
-    time.sleep(0.2)
     for text in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process": 1}\n'):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
+        with connect_when_ready(port) as stranger:
             stranger.sendall(text)
     leader.join()
     assert "for process 1 of 2, which did not connect" in told[0]
