@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
-from rpt_jax.infra.workdir import CHECKPOINTS
-from rpt_jax.infra.workdir import CONFIG as RUN_CONFIG_FILE
+from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, is_run_directory, read_run_config
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +68,7 @@ def open_source(source: Path) -> SourcePolicy:
         return _open_policy(source, config, hf_config, description="a GGUF file", is_import=True)
     if source.parent.name == CHECKPOINTS and source.name.isdecimal():
         return _open_checkpoint(source.parents[1], int(source.name))
-    if _is_run(source):
+    if is_run_directory(source):
         final_policy = source / "policy"
         has_final_policy = (final_policy / MODEL_CONFIG_FILE).is_file()
         return open_source(final_policy) if has_final_policy else _open_checkpoint(source, None)
@@ -85,11 +84,6 @@ def open_source(source: Path) -> SourcePolicy:
     is_import = FINGERPRINT_KEY not in hf_config
     description = "a Hugging Face directory" if is_import else "an rpt_jax policy"
     return _open_policy(source, config, hf_config, description=description, is_import=is_import)
-
-
-def _is_run(directory: Path) -> bool:
-    path = directory / RUN_CONFIG_FILE
-    return path.is_file() and "policy.path" in read_json_object(path)
 
 
 def _open_policy(
@@ -122,10 +116,10 @@ def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
       step: of the checkpoint; None for the latest.
     """
     try:
-        run_config = read_json_object(workdir / RUN_CONFIG_FILE)
+        run_config = read_run_config(workdir)
     except OSError:
         raise UserError(
-            f"{workdir} has no {RUN_CONFIG_FILE}, so it is not the --workdir of a run.", field="--from"
+            f"{workdir} has no {RUN_CONFIG}, so it is not the --workdir of a run.", field="--from"
         ) from None
     initial_policy = str(run_config.get("policy.path", ""))
     if initial_policy:

@@ -17,9 +17,9 @@ import numpy as np
 
 from rpt_jax.config import Experiment, MeshConfig
 from rpt_jax.config.derived import cold_start_experiment
-from rpt_jax.distributed.sharding import gather_and_spread
+from rpt_jax.distributed.mesh import resharding_axis_sizes
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.model.model_config import ModelConfig, check_preset, preset
 from rpt_jax.registry import REWARDS
@@ -481,7 +481,7 @@ def _resolve_mesh(config: MeshConfig, devices: int) -> MeshSizes:
     free = max(1, devices // abs(math.prod(sizes.values())))
     sizes = {name: free if size == -1 else size for name, size in sizes.items()}
     mesh = MeshSizes(**sizes, rollout_tensor=config.rollout_tensor or sizes["tensor"], available=devices)
-    gather_and_spread(mesh.fsdp, mesh.tensor, mesh.rollout_tensor)
+    resharding_axis_sizes(mesh.fsdp, mesh.tensor, mesh.rollout_tensor)
     return mesh
 
 

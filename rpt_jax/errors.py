@@ -1,9 +1,21 @@
-"""The one exception that reaches a user as a sentence instead of a traceback."""
+"""Errors that a user can fix, and the exit codes of a run."""
 
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Callable, Iterable
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of `python -m rpt_jax.main`. A second stop signal exits with 128 + the signal's number."""
+
+    COMPLETE = 0
+    BUG = 1  # An unexpected exception; its traceback was printed.
+    USER_ERROR = 2  # Something to fix; the message says what.
+    NOT_FINITE = 3  # A metric became NaN or infinite.
+    DIVERGED = 4  # A rule of config section `divergence` stopped the run.
+    RESTART = 75  # EX_TEMPFAIL: the run was interrupted; rerun the same command to resume.
 
 
 class UserError(Exception):

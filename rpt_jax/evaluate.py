@@ -12,7 +12,7 @@ from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import Scorer, Scores
 from rpt_jax.corpus.sources import source_name
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.sharding import to_host
+from rpt_jax.distributed.processes import to_host
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack

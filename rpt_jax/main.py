@@ -1,21 +1,29 @@
-"""python -m rpt_jax.main --config=configs/rpt_tiny.py [--workdir=DIR] [--describe] [--config.seed=1 …]
+"""Train, pre-train or score, as a config file says.
 
-Loads and checks a config and runs its task. No logic of its own, so that everything can be imported and tested.
+    python -m rpt_jax.main --config=configs/rpt_tiny.py [--workdir=DIR] [--describe] [--config.seed=1 ...]
 
-Exit codes: 0 complete; 75 stopped by SIGTERM or SIGINT with everything saved, and 128 + the signal's number where a second one
-ended it at once: start the same command again. 2 something to mend (a sentence says what), 3 a number became NaN or infinite,
-4 a rule of section divergence stopped the run, 1 a bug: again would end alike.
+The same command resumes an interrupted run from its latest checkpoint. Exit codes:
+
+    0     complete
+    1     a bug; the traceback was printed, and the same command would fail again
+    2     something to fix; the message says what
+    3     a metric became NaN or infinite; rerun with --replay to locate the operation
+    4     a rule of config section `divergence` stopped the run
+    75    interrupted by SIGTERM or SIGINT, or another process was lost; rerun the same command to resume
+    130, 143  stopped at once by a second SIGINT or SIGTERM; rerun the same command to resume
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import os
 import sys
+import textwrap
 import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -23,133 +31,219 @@ from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.loading import split_overrides
 from rpt_jax.distributed.hosts import find_hosts
-from rpt_jax.distributed.rendezvous import end_all, joined
-from rpt_jax.errors import UserError, check_choice
-from rpt_jax.infra.signals import stops_on_signals
+from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
+from rpt_jax.errors import ExitCode, UserError, check_choice
+from rpt_jax.infra.console import console_logging, silent_console
+from rpt_jax.infra.signals import StopSignals
+
+if TYPE_CHECKING:
+    from rpt_jax.infra.run_context import RunContext
 
 _CONFIG = flags.DEFINE_string(
-    "config", None, "Config file: one of configs/, or your own. --config.section.field=value changes a field of it."
+    "config",
+    None,
+    "Config file: one of configs/ or your own. Override a field of it with --config.SECTION.FIELD=VALUE.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/<name of the config>_seed<seed>.")
-_FORCE = flags.DEFINE_bool("force", False, "Go on in a workdir although its config was another one.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. Default: runs/<name of the config>_seed<seed>.")
+_FORCE = flags.DEFINE_bool("force", False, "Resume in a workdir whose run had another config.")
 _REPLAY = flags.DEFINE_bool(
-    "replay", False, "Run the step again in which a number was not finite, and stop at the operation that makes it."
+    "replay", False, "Repeat the step that exit code 3 reported, with NaN checks, and stop at the operation at fault."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "HOST:PORT of process 0, which listens there and on the next port, where a run has several processes. "
-    "Slurm, a TPU's hosts on Kubernetes and JAX's own variables say it themselves.",
+    "HOST:PORT of process 0 if the run has several processes. Process 0 listens on this port and the next one. Not needed under "
+    "Slurm, on the hosts of a TPU slice in GKE, or where JAX's own variables are set.",
 )
-_PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many processes the run has.")
-_PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: which of them this one is, from 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes; requires --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0; requires --coordinator.")
 _JOIN_SECONDS = flags.DEFINE_float(
-    "join_seconds", 300.0, "How long processes wait for each other at the start.", lower_bound=1.0
+    "join_seconds", 300.0, "Seconds that processes wait for each other at startup.", lower_bound=1.0
 )
 _STALL_SECONDS = flags.DEFINE_float(
-    "stall_seconds", 3600.0, "How long none of several processes may come any further; all end then.", lower_bound=1.0
+    "stall_seconds", 3600.0, "Exit if no process makes progress for this many seconds.", lower_bound=1.0
 )
-_DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that follows from the config, and stop.")
+_DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that the config implies, and exit.")
+_FLAGS = (
+    _CONFIG,
+    _WORKDIR,
+    _DESCRIBE,
+    _FORCE,
+    _REPLAY,
+    _COORDINATOR,
+    _PROCESSES,
+    _PROCESS,
+    _JOIN_SECONDS,
+    _STALL_SECONDS,
+)
+
+
+def help_text() -> str:
+    """Return the description of the command and of its flags."""
+    lines = [str(__doc__), "Flags:", ""]
+    for flag in _FLAGS:
+        default = "" if flag.default in (None, False) else f" Default: {flag.default:g}."
+        text = textwrap.fill(
+            f"{flags.FLAGS[flag.name].help}{default}", 96, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
+        lines += [f"    --{flag.name}", text]
+    return "\n".join(lines)
 
 
 def load_experiment(argv: list[str]) -> Experiment:
-    """Parse the command line into a validated experiment. Raises: UserError, for whatever is wrong with it."""
+    """Parse the command line into a validated experiment. Raises: UserError, for invalid flags or config values."""
     overrides, others = split_overrides(argv)
     try:
         rest = flags.FLAGS(others)
     except flags.Error as error:
-        raise UserError(f"{error}. (A field of the config is set by --config.section.field=value.)") from None
+        raise UserError(f"{error}. (Set a config field with --config.SECTION.FIELD=VALUE.)") from None
     if len(rest) > 1:
-        raise UserError(f"unexpected argument '{rest[1]}'; options begin with --, and values follow a =.")
+        raise UserError(f"unexpected argument '{rest[1]}': expected options of the form --NAME=VALUE.", field=rest[1])
     if _CONFIG.value is None:
-        raise UserError("--config is missing: give a config file, such as --config=configs/rpt_tiny.py.")
+        raise UserError(
+            "--config is missing: give a config file, such as --config=configs/rpt_tiny.py.", field="--config"
+        )
     return from_config_dict(load_config_file(_CONFIG.value), overrides)
 
 
-def run(experiment: Experiment, workdir: Path, force: bool = False, replay: bool = False) -> None:
-    """Run the experiment's task in `workdir`; `force` as in `claimed_workdir`, `replay` as in `train`. Raises: UserError."""
-    # Late imports: a mistyped flag should not wait for JAX.
+def run(
+    experiment: Experiment,
+    workdir: Path,
+    *,
+    force: bool = False,
+    replay: bool = False,
+    context: RunContext | None = None,
+) -> None:
+    """Run the task of an experiment.
+
+    Args:
+      experiment: the config.
+      workdir: directory of the run; a run that is there is resumed.
+      force: resume even if the run in `workdir` had another config.
+      replay: repeat the step in which a number was not finite, with NaN checks.
+      context: signals, heartbeats and other processes; None for a single process without signal handlers.
+
+    Raises:
+      UserError: the config, the files that it names or the workdir cannot be used.
+    """
+    # Imported here, so that a mistyped flag is reported before JAX is loaded.
     import jax
 
     from rpt_jax import pretrain, score, train
-    from rpt_jax.distributed.sharding import use_mesh
+    from rpt_jax.distributed.mesh import use_mesh
+    from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
 
-    tasks = {"rpt": train.train, "pretrain": pretrain.pretrain, "score": score.prepare_corpus}
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
-        tasks = {name: functools.partial(task, replay=True) for name, task in tasks.items()}
+    context = context or RunContext()
     mesh = make_run_mesh(experiment)
-    in_mesh = use_mesh(mesh, experiment.mesh.split_rows)
-    with claimed_workdir(workdir, experiment, force), in_mesh, jax.debug_nans(replay), jax.debug_infs(replay):
-        tasks[experiment.task](experiment, workdir, mesh)
+    with (
+        claimed_workdir(workdir, experiment, force),
+        use_mesh(mesh, experiment.mesh.split_rows),
+        context.compile_times,
+        jax.debug_nans(replay),
+        jax.debug_infs(replay),
+    ):
+        if experiment.task == "rpt":
+            train.train(experiment, workdir, mesh, context, replay=replay)
+        elif experiment.task == "pretrain":
+            pretrain.pretrain(experiment, workdir, mesh, context, replay=replay)
+        else:
+            score.score(experiment, workdir, mesh, context)
 
 
-def run_until_stopped(experiment: Experiment, workdir: Path) -> None:
-    """`run` with the flags of the command line, as one of the processes that they name, and with signals that save it."""
+def run_with_processes(experiment: Experiment, workdir: Path) -> None:
+    """Call `run` as the flags say, as one process of possibly several, with stop signals handled."""
     hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
+    # All processes must agree on these.
     facts = {"--workdir": str(workdir), "--replay": _REPLAY.value, "jax": version("jax"), **dict(leaves(experiment))}
-    meeting = joined(hosts, facts, _JOIN_SECONDS.value, _STALL_SECONDS.value)
-    with stops_on_signals(experiment.checkpoint.grace_seconds), meeting:
-        run(experiment, workdir, _FORCE.value, _REPLAY.value)
+    signals = StopSignals(experiment.checkpoint.grace_seconds)
+    heartbeat = Heartbeat()
+    connected = connect_processes(hosts, facts, heartbeat, _JOIN_SECONDS.value, _STALL_SECONDS.value)
+    is_silent = hosts is not None and hosts.process > 0
+    with signals.handle(), connected as rendezvous, silent_console() if is_silent else contextlib.nullcontext():
+        from rpt_jax.infra.run_context import RunContext
+
+        if rendezvous:
+            signals.on_exit = rendezvous.announce_exit
+        context = RunContext(signals=signals, heartbeat=heartbeat, rendezvous=rendezvous)
+        try:
+            run(experiment, workdir, force=_FORCE.value, replay=_REPLAY.value, context=context)
+        except (Exception, KeyboardInterrupt) as error:
+            if rendezvous:
+                code, message = exit_code_and_message(error)
+                rendezvous.exit_all(code, message)
+            raise
 
 
 def main(argv: list[str]) -> int:
-    """Return the exit code."""
+    """Run the command line `argv`; return the exit code."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__, flags.FLAGS.main_module_help(), sep="\n")
-        return 0
+        print(help_text())
+        return ExitCode.COMPLETE
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:
             from rpt_jax.describe import print_description
 
             print_description(experiment)
-            return 0
-        # The shell leaves the ~ of --workdir=~/runs as it is.
-        workdir = Path(_WORKDIR.value or f"runs/{Path(_CONFIG.value).stem}_seed{experiment.seed}").expanduser()
-        run_until_stopped(experiment, workdir)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever ends one of several processes ends all.
-        code, text = ending(error)
-        end_all(code, text)
-        print(text, file=sys.stderr)
+            return ExitCode.COMPLETE
+        # In --workdir=~/runs, the shell does not expand the tilde.
+        workdir = Path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}").expanduser()
+        with console_logging():
+            run_with_processes(experiment, workdir)
+        return ExitCode.COMPLETE
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each kind of exception has its exit code.
+        code, message = exit_code_and_message(error)
+        print(message, file=sys.stderr)
         return code
 
 
-def ending(error: BaseException) -> tuple[int, str]:
-    """Return the exit code of what ended a run, and what to say of it."""
+def exit_code_and_message(error: BaseException) -> tuple[int, str]:
+    """Return the exit code for the exception that ended a run, and the message to print."""
     from rpt_jax.infra.divergence import Diverged
 
     if isinstance(error, UserError):
-        return 2, f"error: {error}"
+        return ExitCode.USER_ERROR, f"error: {error}"
     if isinstance(error, FloatingPointError):
-        return 3, (
-            f"error: a number is not finite at {error}. The step changed nothing; --replay runs it again, with checks on."
+        return ExitCode.NOT_FINITE, (
+            f"error: non-finite metric at {error}. The update was skipped and the state saved; rerun with --replay to locate "
+            "the operation."
         )
     if isinstance(error, Diverged):
-        return 4, f"error: the run diverged at {error}. The last checkpoint is from before."
+        return ExitCode.DIVERGED, f"error: the run diverged at {error}. The latest checkpoint is from before that."
     if isinstance(error, OSError):
-        return 2, f"error: {error}. Mend it and run the same command again: it goes on from the last checkpoint."
+        return ExitCode.USER_ERROR, (
+            f"error: {error}. Fix this and rerun the same command to resume from the latest checkpoint."
+        )
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped. The same command goes on from the last checkpoint."
-    return 1, "".join(traceback.format_exception(error)).rstrip()
+        return 130, "stopped. Rerun the same command to resume from the latest checkpoint."
+    return ExitCode.BUG, "".join(traceback.format_exception(error)).rstrip()
 
 
-def without_late_writes(failure: sys.UnraisableHookArgs) -> None:
-    """Show what nobody can catch, but for the writes of a checkpoint that come after one that failed."""
+def ignore_late_writes(failure: sys.UnraisableHookArgs) -> None:
+    """Report exceptions that cannot be raised, except for asyncio's when orbax writes on after a write has failed.
+
+    The text is CPython's ("Event loop is closed", checked with Python 3.11 to 3.13).
+    """
     if str(failure.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(failure)
 
 
-if __name__ == "__main__":
-    # Chatter of the libraries below would bury the one sentence that matters.
+def console_main() -> None:
+    """Run the command line of this process and exit."""
+    # Hide the messages of the libraries below. Whatever fails in them also fails here, with a message.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # What fails there fails here too, and is said once.
-    sys.unraisablehook = without_late_writes
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_late_writes
     exit_code = main(sys.argv)
     sys.stdout.flush()
-    if exit_code == 2:
-        os._exit(exit_code)  # At a normal exit libraries would write once more to what could not be written.
+    if exit_code == ExitCode.USER_ERROR:
+        os._exit(exit_code)  # At a normal exit, libraries would try again to write what could not be written.
     sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    console_main()

@@ -1,12 +1,14 @@
-"""Next-token pre-training of a base policy: documents, mixed with cold-start traces of next-token reasoning."""
+"""Next-token pre-training of a base policy on documents and on traces of next-token reasoning (the cold start)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +16,22 @@ import optax
 from jax.sharding import Mesh
 
 from rpt_jax.config import DataConfig, Experiment
-from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.prepared import corpus_directory, open_and_report, open_prepared, tokenize_on_leader
 from rpt_jax.corpus.sources import training_texts
 from rpt_jax.corpus.tokenization import shards_to_prepare
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.sharding import (
-    check_batches,
-    init_optimizer,
-    init_parameters,
-    is_leader,
-    shard_prompts,
-    wait_for_all,
-)
+from rpt_jax.distributed.mesh import check_batches
+from rpt_jax.distributed.processes import is_leader, wait_for_all
+from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
+from rpt_jax.infra.console import Progress
 from rpt_jax.infra.guards import guarded_loop
-from rpt_jax.infra.metrics import MetricsWriter, Progress, as_floats
+from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.infra.signals import defer_signals
+from rpt_jax.infra.profiler import ProfileWindow
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.model.model_config import preset
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
@@ -48,17 +46,29 @@ from rpt_jax.tokenizers.training import train_sentencepiece
 from rpt_jax.weights.hf import save_policy
 from rpt_jax.weights.hf_config import MODEL_CONFIG_FILE
 
-_TOKENIZER_BYTES = (
-    2**26
-)  # Of text that a tokenizer is trained on: the trainer keeps all of it in memory, many times over.
+logger = logging.getLogger(__name__)
+
+COLD_START = "cold_start"  # The folder of the cold start in the workdir of a run.
+# Bytes of text to train a tokenizer on. The trainer needs many times this in memory.
+_TOKENIZER_BYTES = 2**26
 
 
 def mixed_loss(
     policy: Transformer, params: Params, batch: dict[str, jax.Array], weights: tuple[float, float], chunk: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy of the documents' tokens and of the traces' (paper, Equation 1), added up with their `weights`.
+    """Return the weighted sum of the mean cross-entropies of document tokens and trace tokens (paper, Equation 1).
 
-    A document runs once, for its own loss and as the context of its traces, each of which sees its own prefix of it.
+    Each document runs once, for its own loss and as the context of its traces; each trace attends to its own prefix of it.
+
+    Args:
+      policy: the model.
+      params: its parameters.
+      batch: arrays of `ExampleMaker.make`, stacked.
+      weights: of documents and of traces.
+      chunk: tokens whose logits exist at one time.
+
+    Returns:
+      The loss, and the metrics `loss/document` and `loss/trace` in nats per token.
     """
     inputs_NxS = batch["inputs"]
     lengths_N = jnp.full(inputs_NxS.shape[:1], inputs_NxS.shape[1], jnp.int32)
@@ -89,116 +99,165 @@ def pretrain_step(
     weights: tuple[float, float],
     chunk: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One AdamW step on `mixed_loss`, which changes nothing where it meets a number that is not finite."""
+    """Take one AdamW step on `mixed_loss`; return the state unchanged if a metric is not finite."""
     loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, chunk=chunk)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    metrics["gradient/norm"], metrics["update/norm"] = optax.tree.norm(grads), optax.tree.norm(updates)
-    return if_finite(metrics, TrainState(optax.apply_updates(state.params, updates), optimizer_state), state), metrics
+    metrics["gradient/norm"] = optax.tree.norm(grads)
+    metrics["update/norm"] = optax.tree.norm(updates)
+    params: Any = optax.apply_updates(state.params, updates)
+    return if_finite(metrics, TrainState(params, optimizer_state), state), metrics
 
 
-def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = False) -> None:
-    """Train a base policy, from random weights or from `policy.path`; resumes from the newest checkpoint in `workdir`.
+def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext, *, replay: bool = False) -> None:
+    """Train a base policy from random weights or from `policy.path`; resume from the newest checkpoint in `workdir`.
 
-    The finished policy is written to `pretrain.export`, or to `workdir/policy` where that is empty; with `replay` it ends after
-    the step that `infra.numerics` has a record of. Raises: UserError; FloatingPointError, where a number is not finite.
+    The policy is written to `pretrain.export`, or to `workdir/policy` if that is empty.
+
+    Args:
+      experiment: the config.
+      workdir: directory of the run.
+      mesh: the current mesh.
+      context: signals, heartbeats and other processes.
+      replay: repeat the step that `infra.nan_record` has a record of, and return after it.
+
+    Raises:
+      UserError: something that the user can fix.
+      FloatingPointError: a metric is NaN or infinite.
     """
-    config, total = experiment.pretrain, experiment.training.total_steps
+    # --- 1. Load the policy and the documents ------------------------------------------------------
+    config = experiment.pretrain
+    total_steps = experiment.training.total_steps
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
-    directory = Path(config.export or workdir / "policy")
-    policy, params, tokenizer = _start(experiment, workdir, mesh)
-    documents = _documents(experiment.data, workdir, tokenizer)
-    optimizer = make_optimizer(experiment.optimizer, total)
+    policy, params, tokenizer = _load_or_init(experiment, workdir, mesh, context)
+    documents = _training_documents(experiment.data, workdir, tokenizer, context)
+    optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params, init_optimizer(optimizer, params, mesh))
     maker = ExampleMaker(experiment, tokenizer, documents)
     stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
 
-    checkpoints, start = Checkpointer(workdir, experiment.checkpoint.keep, state), 0
+    # --- 2. Restore the newest checkpoint ----------------------------------------------------------
+    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
+    checkpoints.register_with(context.signals)
+    start = 0
     if restored := checkpoints.restore():
         start, state, run = restored
         stream.set_state(run["stream"])
-    checkpoints.hold(start, state, {"stream": stream.get_state()})
-    weights, chunk = (config.document_weight, config.trace_weight), experiment.training.logit_chunk_tokens
-    last = recorded_step(workdir) if replay else total
-    bar = Progress("pretrain", total, start)
-    with MetricsWriter(workdir, start) as metrics, bar as progress, guarded_loop(replay) as compiled_again:
-        for step in range(start + 1, last + 1):
+    checkpoints.stage(start, state, {"stream": stream.get_state()})
+
+    weights = (config.document_weight, config.trace_weight)
+    chunk = experiment.training.logit_chunk_tokens
+    last_step = recorded_step(workdir) if replay else total_steps
+    with (
+        MetricsWriter(workdir, start) as metrics,
+        Progress("pretrain", total_steps, start) as progress,
+        ProfileWindow(experiment.profile, workdir) as profile,
+        guarded_loop(replay) as take_recompiled,
+    ):
+        for step in range(start + 1, last_step + 1):
+            # --- 3. Update the policy on the next batch --------------------------------------------
             began = time.monotonic()
+            profile.begin_step(step)
             batch = shard_prompts(next(stream), mesh)
-            with defer_signals():
+            # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
+            with context.signals.defer():
                 try:
                     state, losses = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
                     scalars = as_floats(step, jax.device_get(losses))
                 except FloatingPointError as error:
+                    # The update returned the state unchanged. Save it with a record of the step. In a replay, JAX's own check may
+                    # have raised after the state was donated, and the record exists already.
                     if not replay:
                         write_record(workdir, step, error, experiment.seed, documents=batch["document"])
-                        checkpoints.save_unchanged(state)
+                        checkpoints.replace_staged_state(state)
+                        checkpoints.save_and_wait()
                     raise
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
-                checkpoints.hold(step, state, {"stream": stream.get_state()})
-            for warning in compiled_again():
-                print(f"warning: {warning}")
-            checkpoints.check()
-            progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats a token")
-            if step % experiment.checkpoint.every_steps == 0 or step == total:
+                checkpoints.stage(step, state, {"stream": stream.get_state()})
+            for warning in take_recompiled():
+                logger.warning(warning)
+
+            # --- 4. Save, and stop if a signal asks for it -----------------------------------------
+            checkpoints.check_writes()
+            context.stop_if_requested(checkpoints.save_and_wait)
+            context.heartbeat.beat(f"pretraining step {step}")
+            profile.end_step(step)
+            progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats/token")
+            if step % experiment.checkpoint.every_steps == 0 or step == total_steps:
                 checkpoints.save()
     checkpoints.close()
+
+    # --- 5. Write the policy -----------------------------------------------------------------------
     if replay:
-        print(f"Every number of step {last} is finite.")
+        logger.info("Step %d was replayed, and all its metrics are finite.", last_step)
         return
+    directory = Path(config.export or workdir / "policy")
     files = read_tokenizer_files(tokenizer.source)
     save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
-    print(f"The policy is in {directory}.")
+    logger.info("The policy is in %s.", directory)
 
 
-def cold_start(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = False) -> Experiment | None:
-    """Pre-train as `cold_start` says, in `workdir/cold_start`, unless that was done; return the experiment from there on.
+# --- cold start ------------------------------------------------------------------------------------
 
-    Its metrics are in that directory. None, where `replay` was of one of its steps. Raises: UserError.
-    """
-    if not experiment.cold_start.total_steps:
-        return experiment
-    directory = workdir / "cold_start"
-    if not (directory / "policy" / MODEL_CONFIG_FILE).is_file():
-        pretrain(cold_start_experiment(experiment), directory, mesh, replay)
-        if replay:
-            return None
-    # The policy is whole: what it was made from is of no more use, and three times as large.
+
+def cold_start_is_complete(workdir: Path) -> bool:
+    """Return whether the cold start of the run in `workdir` has written its policy."""
+    return (workdir / COLD_START / "policy" / MODEL_CONFIG_FILE).is_file()
+
+
+def delete_cold_start_checkpoints(workdir: Path) -> None:
+    """Delete the checkpoints of a complete cold start: its policy replaces them, at a third of their size."""
     wait_for_all("cold start")
     if is_leader():
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    policy = dataclasses.replace(experiment.policy, path=str(directory / "policy"))
+        shutil.rmtree(workdir / COLD_START / CHECKPOINTS, ignore_errors=True)
+
+
+def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:
+    """Return the experiment with the policy of the cold start as its starting policy."""
+    policy = dataclasses.replace(experiment.policy, path=str(workdir / COLD_START / "policy"))
     return dataclasses.replace(experiment, policy=policy)
 
 
-def _start(experiment: Experiment, workdir: Path, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
-    """The policy of `policy.path`, or random weights and a tokenizer trained on the documents. Raises: UserError."""
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def _load_or_init(
+    experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
+) -> tuple[Transformer, Params, Tokenizer]:
+    """Load the policy of `policy.path`, or initialize one and train a tokenizer on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_starting_policy(experiment.policy, mesh)
-    path, shape = workdir / "tokenizer.model", preset(experiment.policy.preset)
+    path = workdir / "tokenizer.model"
+    model_config = preset(experiment.policy.preset)
     vocab_size = experiment.pretrain.vocab_size
-    if vocab_size != shape.vocab:
+    if vocab_size != model_config.vocab:
         raise UserError(
             f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
-            f"{shape.vocab}."
+            f"{model_config.vocab}.",
+            field="pretrain.vocab_size",
         )
     if is_leader() and not path.exists():
-        whole = dataclasses.replace(experiment.data, shard="")
-        steps = 2 * sum(shard.steps for shard in shards_to_prepare(whole))
-        with Progress("read for a tokenizer, file ranges", steps) as progress:
-            texts = training_texts(whole, _TOKENIZER_BYTES, progress.advance)
+        all_shards = dataclasses.replace(experiment.data, shard="")
+        total = 2 * sum(shard.steps for shard in shards_to_prepare(all_shards))
+        with Progress("read for a tokenizer, file ranges", total) as progress:
+
+            def advance() -> None:
+                progress.advance()
+                context.heartbeat.beat("reading for a tokenizer")
+
+            texts = training_texts(all_shards, _TOKENIZER_BYTES, advance)
             train_sentencepiece(texts, vocab_size, path)
     wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
-    policy = make_policy(experiment.policy, shape, tokenizer)
+    policy = make_policy(experiment.policy, model_config, tokenizer)
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
 
 
-def _documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer) -> Windows:
-    """The training documents of `data.prepared`, or of the corpus tokenized in `workdir/corpus`. Raises: UserError."""
+def _training_documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer, context: RunContext) -> Windows:
+    """Open the training documents of `data.prepared`, or tokenize them into `workdir/corpus`. Raises: UserError."""
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
     data = dataclasses.replace(data, shard="")
     directory = corpus_directory(workdir, data, tokenizer)
-    tokenize_on_leader(data, tokenizer, directory)
+    tokenize_on_leader(data, tokenizer, directory, context.heartbeat)
     return open_and_report(data, directory).windows("train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -9,18 +10,27 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import prepare
-from rpt_jax.distributed.sharding import check_batches
+from rpt_jax.distributed.mesh import check_batches
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.setup import check_top_k, load_starting_policy
 
+logger = logging.getLogger(__name__)
 
-def prepare_corpus(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
-    """Tokenize and score in `workdir` what is not there yet, with `policy.path` as the proxy. Raises: UserError."""
+
+def score(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext) -> None:
+    """Tokenize and score the shards that `data.shard` names, with `policy.path` as the proxy model.
+
+    Shards that are complete in `workdir` are skipped, so that the same command resumes.
+
+    Raises:
+      UserError: the corpus or the policy cannot be used.
+    """
     check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
     check_top_k(experiment.data.entropy_top_k, policy)
-    prepared = prepare(Scorer(policy, params, tokenizer, mesh, experiment), workdir)
+    prepared = prepare(Scorer(policy, params, tokenizer, mesh, experiment), workdir, context)
     if prepared is None:
-        print(f"Shard {experiment.data.shard} is complete; others of {workdir} are not yet.")
+        logger.info("Shard %s is complete; other shards of %s are missing.", experiment.data.shard, workdir)
     else:
         windows = len(prepared.corpus.tokens)
-        print(f"Complete, {windows:,} windows: train with --config.data.prepared={workdir}")
+        logger.info("Complete, %s windows: train with --config.data.prepared=%s", f"{windows:,}", workdir)

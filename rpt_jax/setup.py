@@ -16,8 +16,10 @@ from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, prepare
 from rpt_jax.corpus.sources import check_source
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.sharding import DECODING, check_batches, make_mesh, mesh_fields, parameter_shardings
+from rpt_jax.distributed.mesh import DECODING, check_batches, make_mesh, mesh_fields
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.model_config import ModelConfig, check_preset
@@ -150,7 +152,13 @@ def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer,
 
 
 def open_or_prepare_corpus(
-    experiment: Experiment, policy: Transformer, params: Params, tokenizer: Tokenizer, mesh: Mesh, workdir: Path
+    experiment: Experiment,
+    policy: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    workdir: Path,
+    context: RunContext,
 ) -> PreparedCorpus:
     """Open the corpus of `data.prepared` or, without one, tokenize and score the corpus in `workdir/corpus`.
 
@@ -165,18 +173,18 @@ def open_or_prepare_corpus(
         return open_prepared(data, tokenizer, Path(data.prepared))
     all_shards = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
     directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-    prepared = prepare(Scorer(policy, params, tokenizer, mesh, all_shards), directory)
+    prepared = prepare(Scorer(policy, params, tokenizer, mesh, all_shards), directory, context)
     assert prepared is not None, "all shards were prepared, so none is missing"
     return prepared
 
 
-def set_up(experiment: Experiment, mesh: Mesh, workdir: Path) -> Setup:
+def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext) -> Setup:
     """Load the starting policy, then open its corpus, or tokenize and score it if `data.prepared` is not set.
 
     Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir)
+    prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
     return Setup(
         policy=policy,
         params=params,

@@ -1,12 +1,12 @@
-"""Reinforcement pre-training: the loop of the paper, one call a stage.
+"""Reinforcement pre-training: the training loop.
 
-Next-token positions of the corpus become prompts; the policy reasons and predicts; whole-token prefixes of the true
-continuation are rewarded; GRPO updates the policy on exactly what it sampled (paper, Equation 4).
+Next-token positions of the corpus become prompts. The policy reasons about each and predicts what follows. A prediction is
+rewarded if it matches the true continuation, and GRPO updates the policy on its own rollouts (paper, Equation 4).
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +16,35 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.config.difficulty import DIFFICULTIES
+from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.entropy import Scorer, next_token_rows
-from rpt_jax.distributed.sharding import (
-    check_batches,
-    init_optimizer,
-    is_leader,
-    num_batch_shards,
-    shard_prompts,
-    to_host,
-)
+from rpt_jax.distributed.mesh import check_batches, num_batch_shards
+from rpt_jax.distributed.processes import is_leader, to_host
+from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import BatchSize, Clock, Counters
-from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.checkpoint import Checkpointer
+from rpt_jax.infra.console import Progress, show_rollouts
 from rpt_jax.infra.divergence import DivergenceMonitor
 from rpt_jax.infra.guards import guarded_loop
-from rpt_jax.infra.metrics import MetricsWriter, Progress, RolloutText, as_floats, show_rollouts, table
+from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.plots import write_plots
-from rpt_jax.infra.signals import defer_signals
+from rpt_jax.infra.profiler import ProfileWindow
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateConfig
 from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.update import TrainState, update_policy
-from rpt_jax.pretrain import cold_start
+from rpt_jax.pretrain import (
+    COLD_START,
+    cold_start_is_complete,
+    delete_cold_start_checkpoints,
+    pretrain,
+    start_from_cold_start,
+)
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.selection import (
     PolicyEntropies,
@@ -52,49 +54,68 @@ from rpt_jax.prompts.selection import (
     training_stream,
 )
 from rpt_jax.registry import REWARDS
-from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.results import RESULT, is_complete, rollout_texts, show_evaluation, write_result
 from rpt_jax.rollout.sampler import (
     Rewarder,
     Sampled,
     Sampler,
-    first_prompts,
     prefer_variance,
     rollout_metrics,
     to_update_batch,
 )
 from rpt_jax.setup import Setup, check_sampling, set_up
 from rpt_jax.tokenizers.files import read_tokenizer_files
-from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 from rpt_jax.weights.hf import save_policy
 
-RESULT = "result.json"
+logger = logging.getLogger(__name__)
 
 
-def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = False) -> None:
-    """Run reinforcement pre-training in `workdir`; resumes from the newest checkpoint there.
+def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext, *, replay: bool = False) -> None:
+    """Run reinforcement pre-training in `workdir`; resume from the newest checkpoint there.
 
     Args:
-      replay: stop after the step that `infra.numerics` has a record of.
+      experiment: the config.
+      workdir: directory of the run.
+      mesh: the current mesh.
+      context: signals, heartbeats and other processes.
+      replay: repeat the step that `infra.nan_record` has a record of, and return after it.
 
-    Raises: UserError, for what the user can mend; FloatingPointError, where a number becomes NaN or infinite.
+    Raises:
+      UserError: something that the user can fix.
+      FloatingPointError: a metric is NaN or infinite.
     """
     if is_complete(workdir):
-        print(f"This run is complete: {workdir / RESULT}. Choose another --workdir to run it again.")
+        logger.info("This run is complete: %s. Choose another --workdir to run it again.", workdir / RESULT)
         return
-    clock, t = Clock(), experiment.training
+    clock = Clock(context.compile_times)
+    t = experiment.training
+
+    def end_stage(stage: str) -> None:
+        """Add the time since the last stage to `time/<stage>`, and tell the other processes that this one makes progress."""
+        clock.lap(stage)
+        context.heartbeat.beat(stage)
+
+    # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
     check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     check_sampling(experiment, mesh)
-    if (experiment := cold_start(experiment, workdir, mesh, replay)) is None:
-        return
-    last = recorded_step(workdir) if replay else t.total_steps
-    setup = set_up(experiment, mesh, workdir)
+    if experiment.cold_start.total_steps:
+        if not cold_start_is_complete(workdir):
+            pretrain(cold_start_experiment(experiment), workdir / COLD_START, mesh, context, replay=replay)
+            if replay:
+                return  # The recorded step was one of the cold start.
+        delete_cold_start_checkpoints(workdir)
+        experiment = start_from_cold_start(experiment, workdir)
+
+    # --- 2. Load the policy and the corpus, and build what the loop needs --------------------------
+    last_step = recorded_step(workdir) if replay else t.total_steps
+    setup = set_up(experiment, mesh, workdir, context)
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
     sample = Sampler(experiment, setup, builder)
     reward = Rewarder(experiment, setup, builder)
     stream = training_stream(experiment, setup.prepared, setup.train, builder)
     evaluator = Evaluator(experiment, setup, sample, builder)
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
-    # Copies, because the update donates its state and the starting policy's parameters are still needed.
+    # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
     average = (
         jax.tree.map(jnp.copy, setup.params) if REWARDS[experiment.objective.reward].requirements.average else None
@@ -102,9 +123,18 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
     config = update_config(experiment, num_batch_shards(mesh))
     reference = setup.params if experiment.objective.kl != "none" else None
-    counters, watch = make_counters(experiment, setup), DivergenceMonitor(experiment.divergence)
+    counters = make_counters(experiment, setup)
+    divergence = DivergenceMonitor(experiment.divergence)
+
+    # --- 3. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
-    step, scalars, before, own, sampled = 0, {}, None, None, None
+    checkpoints.register_with(context.signals)
+    step = 0
+    scalars: dict[str, float] = {}  # Of the step that was completed last.
+    before: dict[str, Any] | None = None  # Evaluation of the starting policy.
+    after: dict[str, Any] | None = None  # Evaluation of the trained policy.
+    last_sampled: Sampled | None = None  # Its rollouts, until they are shown.
+    own: PolicyEntropies | None = None  # Entropies under the current policy, for data.positions="self_entropy".
     if restored := checkpoints.restore():
         step, state, saved = restored
         check_saved(step, saved, experiment, setup)
@@ -113,38 +143,59 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
             stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
-        watch.restore(saved["watch"])
-        clock.earlier, scalars = saved["seconds"], saved["scalars"]
+        divergence.restore(saved["divergence"])
+        clock.earlier = saved["seconds"]
+        scalars = saved["scalars"]
         before = saved["before"] if saved["evaluated"] == evaluator.counts else None
-        print(f"Going on from step {step} of {workdir}.")
-    clock.lap("setup")
+        logger.info("Resuming from step %d of %s.", step, workdir)
+    end_stage("setup")
 
-    def hold() -> None:
-        """What a checkpoint holds: the step as it is after its update, and before it is evaluated and reported."""
-        run = {"stream": stream.get_state(), "counters": counters.state(), "watch": watch.state()}
-        run |= {"seconds": clock.seconds, "corpus": setup.prepared.fingerprint}
-        run |= {"scalars": scalars, "before": before, "evaluated": evaluator.counts}
-        checkpoints.hold(step, state, run | {"own": own.state() if own else None})
+    def stage_checkpoint() -> None:
+        """Stage the current step: after its update, and before its evaluation and its line of metrics."""
+        run = {
+            "stream": stream.get_state(),
+            "counters": counters.state(),
+            "divergence": divergence.state(),
+            "seconds": clock.seconds,
+            "corpus": setup.prepared.fingerprint,
+            "scalars": scalars,
+            "before": before,
+            "evaluated": evaluator.counts,
+            "own": own.state() if own else None,
+        }
+        checkpoints.stage(step, state, run)
 
-    hold()
-    bar = Progress("rpt", t.total_steps, step)
-    with MetricsWriter(workdir, step - 1) as metrics, bar as progress, guarded_loop(replay) as compiled_again:
+    stage_checkpoint()
+    with (
+        MetricsWriter(workdir, step - 1) as metrics,
+        Progress("rpt", t.total_steps, step) as progress,
+        ProfileWindow(experiment.profile, workdir) as profile,
+        guarded_loop(replay) as take_recompiled,
+    ):
         while True:
+            # --- 4. Evaluate the current policy, and write the metrics of the step before ----------
             if before is None:
                 before = evaluator.full(setup.params)
                 show_evaluation("before", before)
-                hold()
+                stage_checkpoint()
             evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
-            clock.lap("evaluation")
+            end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
-            if sampled and step % t.log_rollouts_every == 0:
-                show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
+            if last_sampled and step % t.log_rollouts_every == 0:
+                show_rollouts(f"step {step}", rollout_texts(last_sampled, setup.tokenizer, count=2))
+            last_sampled = None
             if step == t.total_steps:
                 break
-            if step >= last:
-                print(f"Every number of step {step} is finite.")
-                return checkpoints.close()
-            step, spent = step + 1, counters.flops
+            if step >= last_step:
+                logger.info("Step %d was replayed, and all its metrics are finite.", step)
+                checkpoints.close()
+                return
+
+            step += 1
+            flops_before = counters.flops
+            profile.begin_step(step)
+
+            # --- 5. Choose positions again with the current policy, if it is time ------------------
             if rescoring_is_due(experiment, step):
                 own = score_sample(
                     experiment,
@@ -155,55 +206,89 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
                 )
                 stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))
                 counters.count_scored(own.tokens)
-                clock.lap("refresh")
+                end_stage("refresh")
+
+            # --- 6. Sample rollouts and reward them ------------------------------------------------
             prompts = next(stream)
-            clock.lap("data")
+            end_stage("data")
             weights = sample.weights(state.params)
-            clock.lap("reshard")
+            end_stage("reshard")
             sampled = reward(state, sample(weights, prompts, step, clock), step)
             generated = counters.count_rollouts(sampled.size())
-            dynamic, rounds = step >= t.dynamic_sampling_from, 1
+
+            # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
+            dynamic = step >= t.dynamic_sampling_from
+            rounds = 1
             while dynamic and rounds < t.dynamic_sampling_rounds and not sampled.all_vary():
-                clock.lap("reward")
+                end_stage("reward")
                 fresh = reward(state, sample(weights, next(stream), step, clock), step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
-                sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
-            del weights  # The update needs the room.
-            rolled = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
-            clock.lap("reward")
+                sampled = prefer_variance(sampled, fresh)
+                rounds += 1
+            del weights  # The update needs the memory.
+            rollout_scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
+            end_stage("reward")
+
+            # --- 7. Update the policy --------------------------------------------------------------
             documents = load_documents(experiment, setup, sampled) if config.document_weight else None
             batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
-            with defer_signals():
+            # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
+            with context.signals.defer():
                 try:
-                    as_floats(step, rolled)
+                    as_floats(step, rollout_scalars)
                     state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
-                    scalars = as_floats(step, rolled | jax.device_get(losses))
+                    scalars = as_floats(step, rollout_scalars | jax.device_get(losses))
                 except FloatingPointError as error:
-                    if not replay:  # Which has donated its state, and needs no other record.
+                    # The update returned the state unchanged. Save it with a record of the step. In a replay, JAX's own check may
+                    # have raised after the state was donated, and the record exists already.
+                    if not replay:
                         record_failure(workdir, step, error, experiment.seed, sampled)
-                        checkpoints.save_unchanged(state)
+                        checkpoints.replace_staged_state(state)
+                        checkpoints.save_and_wait()
                     raise
                 count_update(counters, sampled, generated, documents, scalars)
-                clock.lap("update")
-                for warning in watch.check(step, scalars) + compiled_again():
-                    print(f"warning: {warning}")
-                scalars |= counters.scalars() | clock.speed(counters.flops - spent, generated.response_tokens)
-                hold()
-            checkpoints.check()
+                end_stage("update")
+                for warning in divergence.check(step, scalars) + take_recompiled():
+                    logger.warning(warning)
+                scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
+                stage_checkpoint()
+
+            # --- 8. Save, and stop if a signal asks for it -----------------------------------------
+            checkpoints.check_writes()
+            context.stop_if_requested(checkpoints.save_and_wait)
             if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
                 checkpoints.save()
-            clock.lap("checkpoint")
+            end_stage("checkpoint")
+            profile.end_step(step)
             progress.advance(status(scalars, dynamic))
+            last_sampled = sampled
+
+    # --- 9. Write the policy, the result and the plots ---------------------------------------------
     files = read_tokenizer_files(setup.tokenizer.source)
     save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
-    finish(workdir, before, after, clock.seconds, experiment.seed)
+    if is_leader():
+        assert after is not None
+        write_result(workdir, before, after, clock.seconds, experiment.seed)
+        logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
+        logger.info("Complete in %.0f s: %s", clock.seconds, workdir / RESULT)
     checkpoints.close()
 
 
 def evaluate(
     experiment: Experiment, evaluator: Evaluator, step: int, params: Params, before: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Return the evaluation scalars of a step, none where it has none, and the full evaluation of the last step."""
+    """Evaluate the policy if the step calls for it.
+
+    Args:
+      experiment: the config.
+      evaluator: evaluates on held-out positions.
+      step: number of completed steps.
+      params: the current policy.
+      before: evaluation of the starting policy, which is that of step 0.
+
+    Returns:
+      Scalars for `metrics.jsonl` (empty if the step is not evaluated), and the full evaluation if this is the last step.
+    """
     if step == 0:
         return evaluation_metrics(before["reasoning"], before["direct"]), None
     if step == experiment.training.total_steps:
@@ -215,13 +300,15 @@ def evaluate(
 
 
 def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, sampled: Sampled) -> None:
-    """Say which prompts a step had that met a number which is not finite."""
-    p = sampled.prompts
-    write_record(workdir, step, error, seed, ids=p.ids_P, documents=p.window_P, positions=p.position_P)
+    """Record the prompts of a step with a non-finite metric."""
+    prompts = sampled.prompts
+    write_record(
+        workdir, step, error, seed, ids=prompts.ids_P, documents=prompts.window_P, positions=prompts.position_P
+    )
 
 
 def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
-    """The update's part of the config; each of `devices` runs one row of packed tokens at a time."""
+    """Return the static settings of the update; each of `devices` runs one row of packed tokens at a time."""
     o, t = experiment.objective, experiment.training
     return UpdateConfig(
         minibatches=t.minibatches_per_step,
@@ -245,11 +332,13 @@ def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
 
 
 def make_counters(experiment: Experiment, setup: Setup) -> Counters:
-    """Counters that know how often the config's objective runs a token forward."""
-    o, minibatches = experiment.objective, experiment.training.minibatches_per_step
-    needs = REWARDS[o.reward].requirements
-    passes = BatchSize(needs.prompt_passes, needs.response_passes)
-    return Counters(setup.policy.config.matmul_parameters, passes, (minibatches > 1) + (o.kl != "none"))
+    """Return counters that know how many forward passes the config's objective makes."""
+    objective = experiment.objective
+    requirements = REWARDS[objective.reward].requirements
+    passes = BatchSize(prompt_tokens=requirements.prompt_passes, response_tokens=requirements.response_passes)
+    # One more pass for the old log-probabilities, and one for those of the reference policy.
+    update_forward = (experiment.training.minibatches_per_step > 1) + (objective.kl != "none")
+    return Counters(setup.policy.config.matmul_parameters, passes, update_forward)
 
 
 def count_update(
@@ -259,107 +348,48 @@ def count_update(
     documents: NextTokenBatch | None,
     scalars: dict[str, float],
 ) -> None:
-    """Count the update that left `scalars`."""
-    text = int(jax.device_get(documents.mask_NxS.sum())) if documents else 0
-    learned, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
-    counters.count_update(sampled.size(), learned, trunk, generated, text)
+    """Count the tokens and FLOPs of the update that returned `scalars`."""
+    counters.count_update(
+        sampled.size(),
+        learned=int(scalars["update/tokens"]),
+        trunk=int(scalars["update/trunk_tokens"]),
+        generated=generated,
+        document_tokens=int(jax.device_get(documents.mask_NxS.sum())) if documents else 0,
+    )
 
 
 def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> NextTokenBatch:
-    """The documents that the prompts are from, one a prompt, as next-token prediction reads them."""
+    """Return the document of each prompt as a batch for next-token prediction."""
     rows = [setup.train[i] for i in to_host(sampled.prompts.window_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
-    return shard_prompts(NextTokenBatch(inputs, targets, np.arange(size) < lengths[:, None]), setup.mesh)
-
-
-def is_complete(workdir: Path) -> bool:
-    """Whether the run has its result. Raises: UserError, where that is damaged."""
-    path = workdir / RESULT
-    try:
-        return path.exists() and "after" in json.loads(path.read_bytes())
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{path} is damaged. Move it away and run the same command again: it goes on from the last checkpoint."
-        ) from None
+    arrays = {"inputs_NxS": inputs, "targets_NxS": targets, "mask_NxS": np.arange(size) < lengths[:, None]}
+    return NextTokenBatch(**shard_prompts(arrays, setup.mesh))
 
 
 def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup: Setup) -> None:
-    """Raises: UserError, where the checkpoint is beyond the last step, or was made on another corpus than the run has now."""
+    """Check that the run can resume from a checkpoint.
+
+    Raises:
+      UserError: it has more steps than `training.total_steps`, or was made on another corpus.
+    """
     if step > experiment.training.total_steps:
         raise UserError(
-            f"training.total_steps={experiment.training.total_steps} must be at least {step}: so many steps this run has made."
+            f"training.total_steps={experiment.training.total_steps} must be at least {step}, the number of steps that this run "
+            "has completed.",
+            field="training.total_steps",
         )
     if saved["corpus"] != setup.prepared.fingerprint:
         raise UserError(
-            f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… then, "
-            f"{setup.prepared.fingerprint[:12]}… now): put that one back, or choose another --workdir."
+            f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… there, "
+            f"{setup.prepared.fingerprint[:12]}… now): restore that corpus, or choose another --workdir.",
+            field="data.prepared",
         )
 
 
 def status(scalars: dict[str, Any], dynamic: bool) -> str:
-    """A few words on a step, for the progress line."""
+    """Return a few words on a step, for the progress bar."""
     words = f"reward {scalars['reward/mean']:.3f}  length {scalars['length/mean']:.0f}"
     if dynamic and scalars["groups/zero_variance"] > 0:
-        words += f"  {scalars['groups/zero_variance']:.0%} of groups still without variance"
+        words += f"  {scalars['groups/zero_variance']:.0%} of groups without variance"
     return words
-
-
-def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
-    """The first sample of the first `count` prompts, as text."""
-    rows = to_host(first_prompts(sampled, count))
-    texts = []
-    for i in range(count):
-        response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
-        # The reward takes both for the end of thinking, the special token and what spells it.
-        spelled = (END_THINK.encode() if t == tokenizer.end_think_id else tokenizer.token_bytes([t]) for t in response)
-        reasoning, ended, prediction = b"".join(spelled).partition(END_THINK.encode())
-        first_token = int(np.flatnonzero(rows.prompts.boundaries_PxRp1[i])[0])
-        texts.append(
-            RolloutText(
-                prompt=tokenizer.token_bytes(rows.prompts.tokens_PxS[i, : rows.prompts.lengths_P[i]]),
-                reasoning=reasoning,
-                prediction=prediction if ended else None,
-                truth=rows.prompts.reference_PxR[i, :first_token].tobytes(),
-                reward=float(rows.reward_PxG[i, 0]),
-                status=Status(rows.status_PxG[i, 0]).name.lower().replace("_", " "),
-            )
-        )
-    return texts
-
-
-def show_evaluation(name: str, result: dict[str, Any]) -> None:
-    """Print one evaluation: accuracy with its 95 % interval and the number of positions, by split."""
-    parts = {"": result, ", unseen": result.get("unseen", {})}
-    rows = [
-        (f"{mode}{where}", *(_interval(part[mode][split]) for split in DIFFICULTIES))
-        for where, part in parts.items()
-        for mode in ("direct", "reasoning")
-        if mode in part
-    ]
-    table(f"Next-token accuracy, {name} (%, 95 % interval, positions)", ("predicted", *DIFFICULTIES), rows)
-    details = result["details"]
-    print(f"format rate {details['format_rate']:.1%}, response length {details['response_length']:.1f} tokens")
-
-
-def _interval(split: dict[str, Any]) -> str:
-    if not split["positions"]:
-        return "no positions"
-    low, high = 100 * split["low"], 100 * split["high"]
-    return f"{100 * split['accuracy']:.1f} ({low:.1f}-{high:.1f}), {split['positions']}"
-
-
-def finish(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds: float, seed: int) -> None:
-    """Write result.json, the last thing of a complete run, then show the table and draw the plots."""
-    if not is_leader():
-        return
-    result: dict[str, Any] = {"wall_seconds": seconds, "seed": seed}
-    for part in ("details", "unseen"):
-        result[part] = {"before": before.pop(part, None), "after": after.pop(part, None)}
-    result |= {"before": before, "after": after}
-    atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
-    for name in ("before", "after"):
-        unseen = {"unseen": result["unseen"][name]} if result["unseen"][name] else {}
-        show_evaluation(name, result[name] | unseen | {"details": result["details"][name]})
-    print(f"Plots: {', '.join(str(path) for path in write_plots(workdir))}")
-    print(f"Complete in {seconds:.0f} s: {workdir / RESULT}")

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from rpt_jax import convert as command
 from rpt_jax.config import Experiment, PolicyConfig
 from rpt_jax.convert import convert
-from rpt_jax.distributed.sharding import make_mesh, parameter_shardings
+from rpt_jax.distributed.mesh import make_mesh
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.workdir import claimed_workdir
@@ -149,7 +150,7 @@ def workdir(tmp_path, theirs):
             states[step] = TrainState(saved[step], optimizer.init(saved[step]))
         checkpoints = Checkpointer(path, 2, states[5])
         for step, state in states.items():
-            checkpoints.hold(step, state, {"stream": step})
+            checkpoints.stage(step, state, {"stream": step})
             checkpoints.save()
         checkpoints.close()
     return path, saved
@@ -274,7 +275,8 @@ def test_loading_holds_less_than_two_tensors_on_the_host(tmp_path, sharded):
 # Loads a policy on eight devices, and asserts that no transfer puts more than an eighth of a matrix on one of them.
 _LOAD_ON_EIGHT_DEVICES = """
 import sys, jax, numpy as np
-from rpt_jax.distributed.sharding import make_mesh, parameter_shardings
+from rpt_jax.distributed.mesh import make_mesh
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.weights.hf import load_policy
 

@@ -1,10 +1,10 @@
-"""The whole run, small: what it leaves behind, how it resumes, and what it says to bad input."""
+"""Small runs of the trainer: their outputs, how they resume, and how invalid input is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -15,50 +15,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import rpt_jax
 from rpt_jax import main, pretrain, train
-from rpt_jax.config import Experiment, from_config_dict
+from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import MetricsWriter, read_metrics
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import SMALL, comparable, experiment
 
-SMALL = {
-    "data.source_options.documents": 60,
-    "data.held_out_documents": 20,
-    "data.source_options.held_out_templates": 2,
-    "data.positions_per_document": 4,
-    "data.max_document_tokens": 128,
-    "prompt.max_tokens": 128,
-    "rollout.samples_per_prompt": 4,
-    "rollout.max_new_tokens": 24,
-    "training.prompts_per_step": 8,
-    "training.microbatch_tokens": 512,
-    "training.total_steps": 5,
-    "training.dynamic_sampling_from": 3,
-    "training.log_rollouts_every": 2,
-    "evaluation.every_steps": 2,
-    "evaluation.positions": 16,
-    "evaluation.unseen_positions": 8,
-    "checkpoint.every_steps": 2,
-}
 SELF_ENTROPY = {"data.positions": "self_entropy", "data.rescore_every_steps": 2, "data.rescore_windows": 32}
-
-
-def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
-    config = importlib.import_module(f"configs.{name}").get_config()
-    for field, value in overrides.items():
-        section, _, leaf = field.rpartition(".")
-        (config[section] if section else config)[leaf] = value
-    return from_config_dict(config.to_dict())
-
-
-def comparable(workdir: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what may differ between two runs of one seed."""
-    free = ("time/", "speed/", "memory/")
-    return [
-        {k: v for k, v in line.items() if not k.startswith(free)} for line in read_metrics(workdir / "metrics.jsonl")
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +36,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def test_programs_are_compiled_once(finished: Path) -> None:
-    """Shapes and placements are the same in every step; dynamic sampling begins in step 3."""
+def test_each_program_is_compiled_once(finished: Path) -> None:
+    """Shapes and shardings are the same in every step; dynamic sampling begins in step 3."""
     compiled = [line["time/compiled_programs"] for line in read_metrics(finished / "metrics.jsonl")]
     assert compiled[0] > 0 and compiled[1] > 0 and compiled[2] == 0 == compiled[4] == compiled[5], compiled
 
@@ -82,8 +50,8 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
     assert lines[-1]["flops/train_total"] > lines[1]["flops/train_total"] > 0
     rounds = [line["groups/rounds"] for line in lines[1:]]
     assert rounds[:2] == [1, 1] and all(1 <= r <= 2 for r in rounds), "dynamic sampling begins in step 3"
-    thrown_away = [line["flops/discarded_total"] > 0 for line in lines[1:]]
-    assert thrown_away == [max(rounds[: i + 1]) > 1 for i in range(5)], "what replaced groups cost is counted"
+    discarded = [line["flops/discarded_total"] > 0 for line in lines[1:]]
+    assert discarded == [max(rounds[: i + 1]) > 1 for i in range(5)], "replaced groups are counted"
 
     result = json.loads((finished / "result.json").read_text())
     for when in ("before", "after"):
@@ -94,22 +62,38 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
             assert splits["easy"]["positions"] >= splits["medium"]["positions"] >= splits["hard"]["positions"]
             assert all(s["low"] <= s["accuracy"] <= s["high"] for s in splits.values())
     assert result["seed"] == 0 and result["wall_seconds"] > 0
+    assert result["version"] == rpt_jax.__version__ and result["jax"] == jax.__version__
+    assert result["device_kind"] == jax.devices()[0].device_kind
     assert list((finished / "plots").glob("*.png")) and list((finished / "tensorboard").iterdir())
 
     shape, _, fingerprint = load_policy(finished / "policy")
     assert shape.parameters < 2_000_000 and fingerprint == load_tokenizer(finished / "policy").fingerprint
 
 
+def test_a_result_of_an_older_format_is_refused(finished: Path, tmp_path: Path) -> None:
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    result = json.loads((workdir / "result.json").read_text())
+    del result["format"], result["version"]
+    (workdir / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="result.json has format 1"):
+        main.run(experiment(**SMALL), workdir)
+
+
 @pytest.fixture(scope="module")
 def refreshed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("refreshed")
-    main.run(experiment(**SMALL | SELF_ENTROPY), workdir)
+    main.run(experiment(**SMALL | SELF_ENTROPY | {"profile.start": 2, "profile.steps": 1}), workdir)
     return workdir
 
 
-def test_positions_are_chosen_anew_while_the_policy_learns(refreshed: Path) -> None:
+def test_positions_are_chosen_again_during_training(refreshed: Path) -> None:
     lines = read_metrics(refreshed / "metrics.jsonl")
     assert [line["step"] for line in lines if line.get("time/refresh")] == [3, 5]
+
+
+def test_a_profile_window_writes_a_trace(refreshed: Path, finished: Path) -> None:
+    assert list((refreshed / "profile").rglob("*.xplane.pb"))
+    assert not (finished / "profile").exists(), "no profile by default"
 
 
 @pytest.mark.parametrize(("run", "killed_at"), [("finished", 1), ("finished", 4), ("refreshed", 4)])
@@ -137,48 +121,57 @@ def test_a_killed_run_resumes_to_the_same_metrics(
     assert mine == theirs
 
 
-def test_a_finished_run_says_so_and_a_changed_config_is_refused(
-    finished: Path, capsys: pytest.CaptureFixture[str]
+def test_a_complete_run_is_left_alone_and_a_changed_config_is_refused(
+    finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="rpt_jax")
     before = (finished / "metrics.jsonl").read_bytes()
     main.run(experiment(**SMALL), finished)
-    assert "This run is complete" in capsys.readouterr().out
-    with pytest.raises(UserError, match="optimizer.learning_rate"):
+    assert "This run is complete" in caplog.text
+    with pytest.raises(UserError) as raised:
         main.run(experiment(**SMALL | {"optimizer.learning_rate": 1e-5}), finished)
+    assert raised.value.field == "optimizer.learning_rate"
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_goes_on_in_another_precision_and_for_longer(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_resumes_with_another_precision_and_more_steps(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="rpt_jax")
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    main.run(experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6}), tmp_path / "run")
-    said = capsys.readouterr().out
+    context = RunContext()
+    longer = experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6})
+    main.run(longer, tmp_path / "run", context=context)
+    # Two steps: each stage feeds the heartbeat that the other processes of a run watch.
+    assert context.heartbeat.count >= 2 + 2 * 6 and context.heartbeat.stage == "evaluation"
+    said = caplog.text
     assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in said
-    assert "Going on from step 4" in said, "the newest checkpoint: the last step leaves a policy instead"
-    # The sampler and the trainer agree less well than in float32, which shows that the new precision is used.
+    assert "Resuming from step 4" in said, "the newest checkpoint; the last step writes a policy instead"
+    # Sampler and trainer agree less well than in float32, which shows that the new precision is used.
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(7))
     assert lines[4]["mismatch/max"] < 1e-4 < lines[6]["mismatch/max"] < 1
 
 
-def test_nan_stops_the_run_before_the_update_and_is_replayed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, capsys: pytest.CaptureFixture[str]
+def test_a_nan_stops_the_run_before_the_update_and_can_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Advantages that are NaN in step 4: what is saved is the end of step 3, and goes on as if nothing had been."""
-    fields, advantages, steps = SMALL | {"checkpoint.every_steps": 100}, train.to_update_batch, []
+    """With NaN advantages in step 4, the end of step 3 is saved, and the run resumes from there as if nothing had happened."""
+    caplog.set_level(logging.INFO, logger="rpt_jax")
+    fields = SMALL | {"checkpoint.every_steps": 100}
+    to_update_batch = train.to_update_batch
+    steps = []
 
-    def spoilt(*arguments: object, **options: object) -> object:
-        batch, _ = advantages(*arguments, **options), steps.append(0)
-        return (
-            batch._replace(advantages_PxG=jax.jit(lambda x: x * jnp.nan)(batch.advantages_PxG))
-            if len(steps) >= 4
-            else batch
-        )
+    def spoiled(*arguments: object, **options: object) -> object:
+        batch = to_update_batch(*arguments, **options)
+        steps.append(0)
+        if len(steps) < 4:
+            return batch
+        return batch._replace(advantages_PxG=jax.jit(lambda x: x * jnp.nan)(batch.advantages_PxG))
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "to_update_batch", spoilt)
+        patch.setattr(train, "to_update_batch", spoiled)
         with pytest.raises(FloatingPointError, match="step 4: .*gradient/norm=nan"):
             main.run(experiment(**fields), tmp_path)
         assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
@@ -188,18 +181,19 @@ def test_nan_stops_the_run_before_the_update_and_is_replayed(
         with pytest.raises(FloatingPointError):
             main.run(experiment(**fields), tmp_path, replay=True)
     main.run(experiment(**fields), tmp_path, replay=True)
-    assert "Every number of step 4 is finite" in capsys.readouterr().out
+    assert "Step 4 was replayed, and all its metrics are finite" in caplog.text
     assert not (tmp_path / "result.json").exists()
     main.run(experiment(**fields), tmp_path)
     assert comparable(tmp_path) == comparable(finished)
 
 
-def test_there_is_nothing_to_replay(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not_finite.json does not exist"):
+def test_a_replay_without_a_record_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not_finite.json does not exist") as raised:
         main.run(experiment(**SMALL), tmp_path, replay=True)
+    assert raised.value.field == "--replay"
 
 
-def test_a_number_of_a_rollout_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_in_a_rollout_metric_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "rollout_metrics", lambda sampled: {"reward/mean": float("nan")})
     with pytest.raises(FloatingPointError, match="step 1: reward/mean"):
         main.run(experiment(**SMALL | {"checkpoint.every_steps": 1}), tmp_path)
@@ -224,17 +218,20 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def test_nan_stops_pretraining_and_is_replayed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: Path, capsys: pytest.CaptureFixture[str]
+def test_a_nan_stops_pretraining_and_can_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fields, step, calls = PRETRAIN | {"checkpoint.every_steps": 100}, pretrain.pretrain_step, []
+    caplog.set_level(logging.INFO, logger="rpt_jax")
+    fields = PRETRAIN | {"checkpoint.every_steps": 100}
+    pretrain_step = pretrain.pretrain_step
+    calls = []
 
-    def spoilt(*arguments: object, **options: object) -> object:
+    def spoiled(*arguments: object, **options: object) -> object:
         calls.append(0)
-        return step(*arguments, **options | ({"weights": (float("nan"), 1.0)} if len(calls) >= 2 else {}))
+        return pretrain_step(*arguments, **options | ({"weights": (float("nan"), 1.0)} if len(calls) >= 2 else {}))
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "pretrain_step", spoilt)
+        patch.setattr(pretrain, "pretrain_step", spoiled)
         with pytest.raises(FloatingPointError, match="step 2: "):
             main.run(experiment("pretrain_tiny", **fields), tmp_path)
         assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["1"]
@@ -243,7 +240,7 @@ def test_nan_stops_pretraining_and_is_replayed(
         with pytest.raises(FloatingPointError):
             main.run(experiment("pretrain_tiny", **fields), tmp_path, replay=True)
     main.run(experiment("pretrain_tiny", **fields), tmp_path, replay=True)
-    assert "Every number of step 2 is finite" in capsys.readouterr().out
+    assert "Step 2 was replayed, and all its metrics are finite" in caplog.text
     main.run(experiment("pretrain_tiny", **fields), tmp_path)
     assert comparable(tmp_path) == comparable(pretrained)
 
@@ -271,12 +268,12 @@ def test_pretraining_resumes_and_exports_a_policy(
 def wait_for(path: Path, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < end, f"{path} does not appear"
+        assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.01)
 
 
 def test_a_cold_start_comes_first_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed within it and right behind it; its metrics and its policy stand apart, and the run goes on from that policy."""
+    """The run is killed during the cold start and right after it, and starts from the policy of the cold start."""
     fields = SMALL | {
         "cold_start.total_steps": 3,
         "pretrain.documents_per_step": 2,
@@ -286,14 +283,17 @@ def test_a_cold_start_comes_first_and_resumes(tmp_path: Path, monkeypatch: pytes
         "optimizer.learning_rate": 0.0,  # The cold start has its own.
         "checkpoint.every_steps": 1,
     }
-    whole, broken, write, seen = tmp_path / "whole", tmp_path / "broken", MetricsWriter.write, []
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    write = MetricsWriter.write
+    seen = []
     main.run(experiment(**fields), whole)
 
     def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
         write(self, step, scalars)
         seen.append(step if "loss/trace" in scalars else "rpt")
         if len(seen) == 2:
-            wait_for(broken / "cold_start" / "checkpoints" / "1")  # It is written in the background.
+            wait_for(broken / "cold_start" / "checkpoints" / "1")  # Checkpoints are written in the background.
         if len(seen) in (2, 5):
             raise KeyboardInterrupt
 
@@ -314,7 +314,7 @@ def test_a_cold_start_comes_first_and_resumes(tmp_path: Path, monkeypatch: pytes
     assert start != cold == end
 
 
-def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_the_tokenizer_of_another_policy_is_refused(tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     policy.mkdir()
     for file in (ROOT / "configs" / "tiny").iterdir():
@@ -359,7 +359,7 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
         ),
     ),
 )
-def test_what_cannot_run_ends_with_one_sentence_and_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_invalid_input_ends_with_one_sentence_and_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
     done = command(tmp_path, *arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
@@ -376,11 +376,11 @@ def test_a_corpus_without_a_document_ends_with_one_sentence(tmp_path: Path, cont
     assert message in done.stderr.splitlines()[-1], done.stderr
 
 
-def test_the_papers_run_says_at_once_all_that_it_lacks(tmp_path: Path) -> None:
+def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:
     done = command(tmp_path, "--config=configs/rpt_14b.py")
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     mesh, policy, corpus = done.stderr.strip().split("\n")
-    assert "mesh.tensor=8 does not fit 1 devices: it takes a multiple of 8," in mesh
+    assert "mesh.tensor=8 does not fit 1 devices: expected a multiple of 8 devices," in mesh
     assert "models/DeepSeek-R1-Distill-Qwen-14B" in policy and "config.json, model.safetensors, tokenizer" in policy
     assert "data.path='data/omnimath' does not exist" in corpus
 

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
     from rpt_jax.bench.measure import machine
-    from rpt_jax.infra.metrics import table
+    from rpt_jax.infra.console import table
 
     benches = {
         "rollout": rollout,

@@ -30,8 +30,11 @@ from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
 from rpt_jax.corpus.tokenized import TokenizedCorpus
-from rpt_jax.distributed.sharding import make_mesh, shard_prompts, use_mesh
-from rpt_jax.infra.metrics import Progress
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
+from rpt_jax.distributed.rendezvous import Heartbeat
+from rpt_jax.distributed.sharding import shard_prompts
+from rpt_jax.infra.console import Progress
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.transformer import Params, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.prompts.builder import PromptBuilder
@@ -126,12 +129,12 @@ def _measure_scoring(options: argparse.Namespace, data: DataConfig, corpus: Toke
         lengths = [longest >> i for i in range(longest.bit_length())]
         scorer.score([[0] * length for length in lengths])
         start = time.perf_counter()
-        score_tokens(scorer, corpus.directory)
+        score_tokens(scorer, corpus.directory, Heartbeat())
         seconds = time.perf_counter() - start
         tokens = int(corpus.sizes_D.sum())
         rows.append(["scoring the corpus, with reading and writing", seconds, tokens / seconds, "tokens/s"])
         # Only the manifest is missing by now.
-        prepared = prepare(scorer, corpus.directory)
+        prepared = prepare(scorer, corpus.directory, RunContext())
         if prepared is None:
             raise AssertionError("The generated corpus is not complete.")
         return [*rows, _measure_prompts(experiment, tokenizer, prepared, options.batches)]

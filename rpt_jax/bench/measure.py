@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.infra.metrics import Progress
+from rpt_jax.infra.console import Progress
 
 # Rows of the matrix that measures the peak: large enough to saturate the device, and on a CPU done in a tenth of a second.
 _CPU_MATRIX = 2048

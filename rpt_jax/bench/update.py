@@ -21,14 +21,8 @@ from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, a
 from rpt_jax.bench.peer import transformers_update
 from rpt_jax.config import OptimizerConfig, PolicyConfig
 from rpt_jax.describe import attention_flops
-from rpt_jax.distributed.sharding import (
-    init_optimizer,
-    init_parameters,
-    make_mesh,
-    num_batch_shards,
-    shard_prompts,
-    use_mesh,
-)
+from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
+from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.model.model_config import ModelConfig

@@ -111,6 +111,9 @@ def _nearest_fields(name: str, known: Mapping[str, Any]) -> str:
         whole = difflib.SequenceMatcher(None, name.lower(), candidate).ratio()
         # The last component counts too: the right field of a wrong section is near.
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2].lower(), candidate.rpartition(".")[2]).ratio()
+        if whole >= 0.8 and name.rpartition(".")[0] == candidate.rpartition(".")[0]:
+            # A similar field of the same section comes before an equal one of another section.
+            return 1.0 + whole, whole
         return max(whole, last), whole
 
     candidates = [*known, *([] if "." in name else sections)]

@@ -309,6 +309,16 @@ class DivergenceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Steps that the JAX profiler records into `workdir/profile`, for TensorBoard and xprof."""
+
+    # The first step to record, counted from 1; 0 records nothing. Later steps than the second one do not compile programs.
+    start: int = 0
+    # The number of steps to record; each adds tens of megabytes to the trace.
+    steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh. One axis may be -1, which takes all devices that are left."""
 
@@ -344,4 +354,5 @@ class Experiment:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     divergence: DivergenceConfig = DivergenceConfig()
+    profile: ProfileConfig = ProfileConfig()
     mesh: MeshConfig = MeshConfig()

@@ -218,6 +218,8 @@ _BOUNDS = {
     "divergence.reward_collapse": (0.0, 1.0),
     "divergence.entropy_floor": (0.0, _MANY),
     "divergence.mismatch_ceiling": (0.0, _MANY),
+    "profile.start": (0, _MANY),
+    "profile.steps": (1, 1000),
     "cold_start.total_steps": (0, _MANY),
     "cold_start.learning_rate": (0.0, 1.0),
     "pretrain.documents_per_step": (1, _MANY),

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.store import Records, ShardWriter, read_index, read_summary
 from rpt_jax.corpus.tokenization import check_made_from, window_ends
-from rpt_jax.distributed.sharding import is_leader, shard_prompts, to_host
+from rpt_jax.distributed.processes import is_leader, to_host
+from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.model.transformer import Params, Transformer, head, prefill

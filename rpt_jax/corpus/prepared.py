@@ -21,12 +21,13 @@ from rpt_jax.corpus.tokenization import (
     tokenize,
 )
 from rpt_jax.corpus.tokenized import TokenizedCorpus, open_tokens, report_corpus
-from rpt_jax.distributed.sharding import is_leader, wait_for_all
+from rpt_jax.distributed.processes import is_leader, wait_for_all
+from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.errors import UserError
+from rpt_jax.infra.console import Progress
 from rpt_jax.infra.digest import digest
-from rpt_jax.infra.metrics import Progress
 from rpt_jax.infra.plots import write_entropy_plot
-from rpt_jax.infra.signals import save_on_stop
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -57,17 +58,17 @@ def corpus_directory(workdir: Path, data: DataConfig, tokenizer: Tokenizer, *sco
     return workdir / "corpus" / digest(*made_from)[:12]
 
 
-def prepare(scorer: Scorer, directory: Path) -> PreparedCorpus | None:
+def prepare(scorer: Scorer, directory: Path, context: RunContext) -> PreparedCorpus | None:
     """Tokenize and score the shards that `data.shard` names, except those that are already complete.
 
     With several processes on one file system, the leader tokenizes and writes, and all of them score.
 
     Returns: the corpus, or None if other shards are not complete yet. Raises: UserError.
     """
-    save_on_stop(lambda: f"the complete shards are in {directory}")
+    context.signals.set_save(lambda: f"the complete shards are in {directory}")
     data = scorer.config.data
-    tokenize_on_leader(data, scorer.tokenizer, directory)
-    score_tokens(scorer, directory)
+    tokenize_on_leader(data, scorer.tokenizer, directory, context.heartbeat)
+    score_tokens(scorer, directory, context.heartbeat)
     if is_leader() and not (directory / MANIFEST).exists():
         _, shards = parse_shard(data)
         if all(read_summaries(directory, kind, shards) is not None for kind in ("tokens", "scores")):
@@ -78,23 +79,33 @@ def prepare(scorer: Scorer, directory: Path) -> PreparedCorpus | None:
     return open_prepared(data, scorer.tokenizer, directory, scorer.fingerprint)
 
 
-def tokenize_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
+def tokenize_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path, heartbeat: Heartbeat) -> None:
     """Run `tokenize` on the leader, with a progress bar; the other processes wait. Raises: UserError."""
     if is_leader():
         steps = sum(shard.steps for shard in shards_to_prepare(data))
         with Progress("tokenize, file ranges", steps) as progress:
-            tokenize(data, tokenizer, directory, progress.advance)
+
+            def advance(status: str) -> None:
+                progress.advance(status)
+                heartbeat.beat("tokenization")
+
+            tokenize(data, tokenizer, directory, advance)
     wait_for_all("tokenized")
 
 
-def score_tokens(scorer: Scorer, directory: Path) -> None:
+def score_tokens(scorer: Scorer, directory: Path, heartbeat: Heartbeat) -> None:
     """Score the tokenized shards that `data.shard` names, with a progress bar. Raises: UserError."""
     numbers, shards = parse_shard(scorer.config.data)
     batches = {number: scorer.count_batches(directory, number, shards) for number in numbers}
     done = sum(count for number, count in batches.items() if read_summary(directory, "scores", number, shards))
     with Progress("score, batches of windows", sum(batches.values()), done) as progress:
+
+        def advance(status: str) -> None:
+            progress.advance(status)
+            heartbeat.beat("scoring")
+
         for number in numbers:
-            scorer.score_shard(directory, number, shards, progress.advance)
+            scorer.score_shard(directory, number, shards, advance)
 
 
 def open_and_report(data: DataConfig, directory: Path) -> TokenizedCorpus:

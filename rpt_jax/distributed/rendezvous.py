@@ -1,14 +1,21 @@
-"""The processes of a run meet before JAX connects them, and learn of each other's end as long as they run.
+"""Rendezvous, heartbeats and coordinated shutdown of the processes of a run.
 
-JAX's own service ends a process by a stack trace that names nobody, and its collectives wait for ever for a process that does
-not come. So every process has a line to process 0, over which a few words of JSON go: who I am, how far I am, how I ended.
-Whatever ends one of them ends all, with the same exit code and a sentence that says which host it was.
+`jax.distributed` ends a process with a stack trace that does not say which process failed, and its collectives wait forever for a
+process that never starts. Therefore every process keeps a TCP connection to process 0 and exchanges lines of JSON over it:
+
+1. Rendezvous: each process reports its index and its configuration. Process 0 answers when all have connected, or tells all of
+   them who is missing or differs.
+2. Heartbeats: each process reports how far it has come. If no process makes progress for `stall_seconds`, all of them exit.
+3. Shutdown: when one process exits, all exit, with the same exit code and a message that names its host.
+
+Process 0 relays what it learns, so the other processes need no connections between each other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import socket
@@ -16,38 +23,61 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from rpt_jax.distributed.hosts import Hosts
-from rpt_jax.errors import UserError
-from rpt_jax.infra.signals import RESTART, before_end
+from rpt_jax.errors import ExitCode, UserError
 
-_SAY_AFTER = 10.0  # Seconds of waiting for somebody before it is said.
-_BEAT = 2.0  # Seconds between two words on how far a process is.
+logger = logging.getLogger(__name__)
 
-_meeting: _Meeting | None = None
+_NOTICE_SECONDS = 10.0  # How long to wait for another process before saying so.
+_HEARTBEAT_SECONDS = 2.0  # Interval between two heartbeats.
 
 
-class _Line:
-    """Lines of JSON over one connection."""
+class Heartbeat:
+    """Progress of this process, fed by the loops and watched by `Rendezvous`.
+
+    Attributes:
+      count: number of stages that were completed.
+      stage: name of the last one.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.stage = "startup"
+
+    def beat(self, stage: str) -> None:
+        """Report that `stage` was completed."""
+        self.stage = stage
+        self.count += 1
+
+
+class Connection:
+    """A TCP connection that carries one JSON object per line."""
 
     def __init__(self, connection: socket.socket):
         connection.settimeout(None)
-        # A host that is gone sends no end: the kernel asks it every 10 s, and gives up after a minute.
+        # A host that loses power closes nothing. Keep-alive probes every 10 s end the connection after about a minute.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
-            if hasattr(socket, name):  # Not on every system.
+            if hasattr(socket, name):  # Not on every platform.
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self._connection, self._file = connection, connection.makefile("rb")
-        self._sending = threading.Lock()
+        self._connection = connection
+        self._file = connection.makefile("rb")
+        self._send_lock = threading.Lock()
 
-    def send(self, **words: Any) -> None:
-        """Whoever does not hear any more is noticed where it is listened to."""
-        with self._sending, contextlib.suppress(OSError):
-            self._connection.sendall(json.dumps(words).encode() + b"\n")
+    def send(self, **message: Any) -> None:
+        """Send a message. Send errors are ignored: the thread that receives detects a dead peer."""
+        with self._send_lock, contextlib.suppress(OSError):
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
-        """Return what was sent next; None at the end of the line. Raises: TimeoutError; ValueError, for other than words."""
+        """Return the next message, or None when the connection was closed.
+
+        Raises:
+          TimeoutError: nothing arrived within `seconds`.
+          ValueError: the line is not a JSON object.
+        """
         self._connection.settimeout(seconds)
         try:
             text = self._file.readline(1 << 20)
@@ -55,255 +85,334 @@ class _Line:
             raise
         except OSError:
             return None
-        words = json.loads(text) if text else None
-        if words is not None and not isinstance(words, dict):
+        message = json.loads(text) if text else None
+        if message is not None and not isinstance(message, dict):
             raise ValueError(text)
-        return words
+        return message
 
 
-class _Meeting:
-    """This process's lines to the others: of process 0 one to each, of the others one to process 0."""
+class Members(NamedTuple):
+    """The processes of a run after the rendezvous.
 
-    def __init__(self, hosts: Hosts, names: Mapping[int, str], lines: Mapping[int, _Line], stall_seconds: float):
-        self._hosts, self._names, self._lines, self._stall = hosts, names, lines, stall_seconds
-        self._places = {process: (0, "the start") for process in names}
-        self._moved = time.monotonic()
-        self._ending = threading.Lock()  # Held from the first end that this process hears of, its own included.
-        for process, line in lines.items():
-            threading.Thread(target=self._listen, args=(process, line), daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
+    Attributes:
+      names: host name of each process.
+      connections: of process 0, one to each other process; of the others, the one to process 0.
+    """
 
-    def at(self, place: str) -> None:
-        count, _ = self._places[self._hosts.process]
-        self._move(self._hosts.process, count + 1, place)
-
-    def _move(self, process: int, count: int, place: str) -> None:
-        if self._places[process][0] != count:
-            self._moved = time.monotonic()
-        self._places[process] = (count, place)
-
-    def _beat(self) -> None:
-        while True:
-            time.sleep(_BEAT)
-            count, place = self._places[self._hosts.process]
-            for line in self._lines.values():
-                line.send(count=count, place=place)
-            late = time.monotonic() - self._moved - self._stall
-            if late > (0.0 if self._hosts.process == 0 else 0.1 * self._stall + 2 * _BEAT):
-                self.end(RESTART, self._stalled())
-
-    def _stalled(self) -> str:
-        """Who is behind, as process 0 knows; the others wait a little longer for its word."""
-        if self._hosts.process:
-            return f"nothing moved for {self._stall:g} s (--stall_seconds), and {self._name(0)} says nothing."
-        last = min(count for count, _ in self._places.values())
-        behind = {process: place for process, (count, place) in self._places.items() if count == last}
-        if len(behind) == len(self._places):
-            who = f"all {len(behind)} processes are behind {behind[0]}"
-        else:
-            who = f"all wait for {', '.join(f'{self._name(p)}, behind {place}' for p, place in behind.items())}"
-        return f"nothing moved for {self._stall:g} s (--stall_seconds): {who}."
-
-    def _name(self, process: int) -> str:
-        return f"process {process} on {self._names[process]}"
-
-    def _listen(self, process: int, line: _Line) -> None:
-        while True:
-            try:
-                words = line.receive()
-            except ValueError:
-                words = None
-            if words is None:
-                return self.end(RESTART, f"{self._name(process)} is gone: killed, out of memory, or its host is down.")
-            if "end" in words:
-                return self.end(words["end"], words["why"])
-            self._move(process, words["count"], words["place"])
-
-    def end(self, code: int, why: str, own: bool = False) -> None:
-        """End this process, and by a word to them the others; `own`: for what happened here."""
-        if not self._ending.acquire(blocking=False):
-            if not own:
-                return
-            threading.Event().wait()  # What ends this process just now is the cause.
-        print(why if own else f"error: {why}", file=sys.stderr, flush=True)
-        self.tell(code, f"{self._name(self._hosts.process)} ended: {why}" if own else why)
-        sys.stdout.flush()
-        os._exit(code)  # JAX would wait for the others, which may be inside a collective.
-
-    def tell(self, code: int, why: str) -> None:
-        for line in self._lines.values():
-            line.send(end=code, why=why)
-        if self._hosts.process == 0:
-            # It also keeps JAX's service, whose end would end the others before they have heard why.
-            time.sleep(_BEAT / 2)
-
-    def close(self) -> None:
-        """Hear no more of the others, all of which have come to the same end."""
-        self._ending.acquire()
+    names: dict[int, str]
+    connections: dict[int, Connection]
 
 
-@contextlib.contextmanager
-def joined(hosts: Hosts | None, facts: Mapping[str, Any], join_seconds: float, stall_seconds: float) -> Iterator[None]:
-    """Inside, JAX has the devices of all `hosts`; None: this process alone, and nothing happens.
+# --- 1. rendezvous ---------------------------------------------------------------------------------
 
-    Only process 0 prints. To be entered before JAX has a backend.
+
+def meet(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members:
+    """Connect to all processes of the run and check that they belong together.
 
     Args:
-      facts: what must be alike in all processes, by name.
-      join_seconds: how long to wait for the others at the start.
-      stall_seconds: how long no process may come any further before all end.
+      hosts: this process's place among them.
+      facts: values that must be equal in all processes, by name.
+      join_seconds: how long to wait for the other processes.
 
-    Raises: UserError, where the others do not come, cannot be reached or have other facts.
+    Raises:
+      UserError: a process is missing, cannot be reached or has other facts. All processes that have connected raise the same
+        error.
     """
-    global _meeting
-    if hosts is None:
-        yield
-        return
-    names, lines = (_gather if hosts.process == 0 else _report)(hosts, facts, join_seconds)
-    import jax
-
-    # Signals are ours (infra.stopping).
-    jax.config.update("jax_enable_preemption_service", False)
-    _meeting = _Meeting(hosts, names, lines, stall_seconds)
-    before_end(lambda code, why: _meeting.tell(code, f"process {hosts.process} on {names[hosts.process]} ended: {why}"))
-    jax.distributed.initialize(
-        f"{hosts.address}:{hosts.port + 1}",
-        hosts.processes,
-        hosts.process,
-        initialization_timeout=math.ceil(join_seconds),
-        # What is noticed here first ends with a sentence; this is for when these threads have died.
-        heartbeat_timeout_seconds=math.ceil(2 * stall_seconds) + 60,
-    )
-    with contextlib.ExitStack() as stack:
-        if hosts.process:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        yield
-    leave()
+    if hosts.process == 0:
+        return _accept_processes(hosts, facts, join_seconds)
+    return _connect_to_leader(hosts, facts, join_seconds)
 
 
-def leave() -> None:
-    """Part from the other processes, all of which come here, too."""
-    global _meeting
-    if _meeting:
-        import jax
-
-        before_end(None)
-        _meeting.close()
-        _meeting = None
-        jax.distributed.shutdown()
-
-
-def end_all(code: int, why: str) -> None:
-    """With several processes, say why and end them all: this one failed. Does not return then."""
-    if _meeting:
-        time.sleep(_BEAT)  # Where a collective failed because another process ended, that is the cause, and heard of.
-        _meeting.end(code, why, own=True)
-
-
-def at(place: str) -> None:
-    """Note how far this process has come, for the others to know by."""
-    if _meeting:
-        _meeting.at(place)
-
-
-def _gather(hosts: Hosts, facts: Mapping[str, Any], seconds: float) -> tuple[dict[int, str], dict[int, _Line]]:
-    """As process 0, wait for all others; return the hosts' names and the lines to them. Raises: UserError."""
-    names, lines = {0: socket.gethostname()}, {}
+def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members:
+    """As process 0, wait until all other processes have connected."""
+    names = {0: socket.gethostname()}
+    connections: dict[int, Connection] = {}
     try:
         server = socket.create_server(("", hosts.port))
     except OSError as error:
         raise UserError(
-            f"process 0 on {names[0]} cannot listen on port {hosts.port} ({error.strerror}): another run may use it. Give "
-            "--coordinator another port, the same for all."
+            f"process 0 on {names[0]} cannot listen on port {hosts.port} ({error.strerror}); another run may be using it. Choose "
+            "another port with --coordinator, the same one for all processes.",
+            field="--coordinator",
         ) from None
-    start, said = time.monotonic(), False
-    came: list[_Line] = []
+
+    start = time.monotonic()
+    notified = False
+    accepted: list[Connection] = []
     problem = ""
     with server:
         while len(names) < hosts.processes and not problem:
             missing = [str(process) for process in range(hosts.processes) if process not in names]
-            waiting = f"process{'es' * (len(missing) > 1)} {', '.join(missing)} of {hosts.processes}"
-            left = start + seconds - time.monotonic()
-            server.settimeout(max(0.001, left if said else min(left, _SAY_AFTER)))
+            awaited = f"process{'es' * (len(missing) > 1)} {', '.join(missing)} of {hosts.processes}"
+            seconds_left = start + join_seconds - time.monotonic()
+            server.settimeout(max(0.001, seconds_left if notified else min(seconds_left, _NOTICE_SECONDS)))
             try:
-                line = _Line(server.accept()[0])
-                words = line.receive(_SAY_AFTER)
-                problem = _differences(words, names, hosts.processes, facts)
-                came.append(line)
-                if not problem:
-                    lines[words["process"]], names[words["process"]] = line, words["host"]
+                connection = Connection(server.accept()[0])
+                report = connection.receive(_NOTICE_SECONDS)
+                problem = _mismatch(report, names, hosts.processes, facts)
+                accepted.append(connection)
+                if not problem and report is not None:
+                    connections[report["process"]] = connection
+                    names[report["process"]] = report["host"]
             except TimeoutError:
-                if time.monotonic() - start >= seconds:
+                if time.monotonic() - start >= join_seconds:
                     problem = (
-                        f"process 0 on {names[0]} waited {seconds:g} s (--join_seconds) for {waiting}, which did not come. "
-                        f"Start all of them with --coordinator={hosts.address}:{hosts.port}, or change --processes."
+                        f"process 0 on {names[0]} waited {join_seconds:g} s (--join_seconds) for {awaited}, which did not "
+                        f"connect. Start all processes with --coordinator={hosts.address}:{hosts.port}, or change --processes."
                     )
-                elif not said:
-                    print(f"process 0 on {names[0]} waits for {waiting} on port {hosts.port}.", file=sys.stderr)
-                    said = True
+                elif not notified:
+                    logger.warning("process 0 on %s waits for %s on port %d.", names[0], awaited, hosts.port)
+                    notified = True
             except (KeyError, TypeError, ValueError):
-                continue  # A stranger: something that tries ports.
-    for line in came:
-        line.send(**({"end": 2, "why": problem} if problem else {"names": names}))
+                continue  # Not a process of this run, for example a port scanner.
+
+    for connection in accepted:
+        if problem:
+            connection.send(end=int(ExitCode.USER_ERROR), why=problem)
+        else:
+            connection.send(names=names)
     if problem:
         raise UserError(problem)
-    return names, lines
+    return Members(names=names, connections=connections)
 
 
-def _differences(words: Any, names: Mapping[int, str], processes: int, facts: Mapping[str, Any]) -> str:
-    """Why a process cannot take part, in a sentence; "" where it can."""
-    process, who = words["process"], f"process {words['process']} on {words['host']}"
-    if words["processes"] != processes:
-        return f"{who} was started as one of {words['processes']} processes, process 0 on {names[0]} as one of {processes}."
+def _mismatch(report: Any, names: Mapping[int, str], processes: int, facts: Mapping[str, Any]) -> str:
+    """Return a sentence on why a process cannot take part; "" if it can."""
+    process = report["process"]
+    name = f"process {process} on {report['host']}"
+    if report["processes"] != processes:
+        return f"{name} was started as one of {report['processes']} processes, process 0 on {names[0]} as one of {processes}."
     if process in names:
-        return f"{who} is there twice, also on {names[process]}: every process needs a --process of its own."
-    theirs = words["facts"]
-    differing = sorted(name for name in facts.keys() | theirs.keys() if facts.get(name) != theirs.get(name))
-    changes = "; ".join(f"{name}: {theirs.get(name)!r} there, {facts.get(name)!r} here" for name in differing[:5])
-    return f"{who} differs from process 0 on {names[0]} ({changes}): start all of them alike." if differing else ""
+        return f"{name} was started twice, also on {names[process]}: every process needs its own --process."
+    theirs = report["facts"]
+    differing = sorted(fact for fact in facts.keys() | theirs.keys() if facts.get(fact) != theirs.get(fact))
+    if not differing:
+        return ""
+    changes = "; ".join(f"{fact}: {theirs.get(fact)!r} there, {facts.get(fact)!r} here" for fact in differing[:5])
+    return f"{name} differs from process 0 on {names[0]} ({changes}): start all processes with the same command."
 
 
-def _report(hosts: Hosts, facts: Mapping[str, Any], seconds: float) -> tuple[dict[int, str], dict[int, _Line]]:
-    """As another process, go to process 0, and wait until all are there; see `_gather`. Raises: UserError."""
-    name, end = socket.gethostname(), time.monotonic() + seconds
-    who = f"process {hosts.process} of {hosts.processes} on {name}"
-    line = _Line(_reach(hosts.address, hosts.port, who, seconds, end))
-    line.send(process=hosts.process, processes=hosts.processes, host=name, facts=facts)
+def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members:
+    """As another process, connect to process 0 and wait until all have connected."""
+    name = f"process {hosts.process} of {hosts.processes} on {socket.gethostname()}"
+    deadline = time.monotonic() + join_seconds
+    connection = Connection(_connect(hosts.address, hosts.port, name, join_seconds, deadline))
+    connection.send(process=hosts.process, processes=hosts.processes, host=socket.gethostname(), facts=facts)
     try:
-        # Process 0 knows better who is missing, and says so at its own end.
-        words = line.receive(max(0.0, end - time.monotonic()) + _SAY_AFTER)
+        # Wait a little longer than process 0 does, because its message names the processes that are missing.
+        answer = connection.receive(max(0.0, deadline - time.monotonic()) + _NOTICE_SECONDS)
     except (TimeoutError, ValueError):
         raise UserError(
-            f"{who} waited {seconds:g} s (--join_seconds) for process 0 to say that all are there."
+            f"{name} waited {join_seconds:g} s (--join_seconds) for process 0 to confirm that all processes have connected.",
+            field="--join_seconds",
         ) from None
-    if words is None:
-        raise UserError(f"{who} was waiting for the others when process 0 at {hosts.address}:{hosts.port} ended.")
-    if "end" in words:
-        raise UserError(words["why"])
-    # JAX, where it cannot reach its service, ends by a stack trace.
+    if answer is None:
+        raise UserError(
+            f"process 0 at {hosts.address}:{hosts.port} exited while {name} was waiting for the other processes."
+        )
+    if "end" in answer:
+        raise UserError(answer["why"])
+    # Check the port of JAX's coordination service here: if JAX cannot reach it, it aborts with a stack trace.
     try:
-        _reach(hosts.address, hosts.port + 1, who, seconds, time.monotonic() + seconds).close()
+        _connect(hosts.address, hosts.port + 1, name, join_seconds, time.monotonic() + join_seconds).close()
     except UserError as error:
-        line.send(end=2, why=str(error))
+        connection.send(end=int(ExitCode.USER_ERROR), why=str(error))
         raise
-    return {int(process): host for process, host in words["names"].items()}, {0: line}
+    names = {int(process): host for process, host in answer["names"].items()}
+    return Members(names=names, connections={0: connection})
 
 
-def _reach(address: str, port: int, who: str, seconds: float, end: float) -> socket.socket:
-    """Connect to process 0, which may not have begun to listen. Raises: UserError."""
-    said = False
+def _connect(address: str, port: int, name: str, join_seconds: float, deadline: float) -> socket.socket:
+    """Connect to process 0, which may not be listening yet. Raises: UserError."""
+    notified = False
     while True:
-        left = end - time.monotonic()
+        seconds_left = deadline - time.monotonic()
         try:
-            return socket.create_connection((address, port), timeout=max(0.1, min(_SAY_AFTER, left)))
+            return socket.create_connection((address, port), timeout=max(0.1, min(_NOTICE_SECONDS, seconds_left)))
         except OSError as error:
             reason = error.strerror or str(error)
-        if left <= 0:
+        if seconds_left <= 0:
             raise UserError(
-                f"{who} waited {seconds:g} s (--join_seconds) for process 0 at {address}:{port} ({reason}). Is it started, is "
-                "this its address, and is the port open between the hosts?"
+                f"{name} waited {join_seconds:g} s (--join_seconds) for process 0 at {address}:{port} ({reason}). Check that "
+                "process 0 is running, that this is its address, and that the port is open between the hosts.",
+                field="--coordinator",
             )
-        if not said and left < seconds - _SAY_AFTER:
-            print(f"{who} waits for process 0 at {address}:{port} ({reason}).", file=sys.stderr)
-            said = True
-        time.sleep(min(0.5, max(0.0, left)))
+        if not notified and seconds_left < join_seconds - _NOTICE_SECONDS:
+            logger.warning("%s waits for process 0 at %s:%d (%s).", name, address, port, reason)
+            notified = True
+        time.sleep(min(0.5, max(0.0, seconds_left)))
+
+
+# --- 2. heartbeats and 3. shutdown -----------------------------------------------------------------
+
+
+class Rendezvous:
+    """The connections to the other processes while the run lasts: watches their progress and exits with them.
+
+    Args:
+      hosts: this process's place among them.
+      members: as `meet` returns them.
+      heartbeat: the progress of this process.
+      stall_seconds: exit if no process makes progress for this long.
+    """
+
+    def __init__(self, hosts: Hosts, members: Members, heartbeat: Heartbeat, stall_seconds: float):
+        self._hosts = hosts
+        self._names = members.names
+        self._connections = members.connections
+        self._heartbeat = heartbeat
+        self._stall_seconds = stall_seconds
+        self._progress = {process: (0, "startup") for process in members.names}
+        self._last_progress = time.monotonic()
+        self._left = False
+        # Taken when this process learns that it must exit, so that only the first cause is reported. Also taken by `leave`.
+        self._exit_lock = threading.Lock()
+        for process, connection in members.connections.items():
+            threading.Thread(target=self._listen, args=(process, connection), daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _name(self, process: int) -> str:
+        return f"process {process} on {self._names[process]}"
+
+    def _record(self, process: int, count: int, stage: str) -> None:
+        if self._progress[process][0] != count:
+            self._last_progress = time.monotonic()
+        self._progress[process] = (count, stage)
+
+    def _watch(self) -> None:
+        """Send heartbeats, and exit if no process makes progress."""
+        while True:
+            time.sleep(_HEARTBEAT_SECONDS)
+            count, stage = self._heartbeat.count, self._heartbeat.stage
+            self._record(self._hosts.process, count, stage)
+            for connection in self._connections.values():
+                connection.send(count=count, stage=stage)
+            # Process 0 knows which processes lag. The others wait longer, so that its message comes first.
+            grace = 0.0 if self._hosts.process == 0 else 0.1 * self._stall_seconds + 2 * _HEARTBEAT_SECONDS
+            if time.monotonic() - self._last_progress - self._stall_seconds > grace:
+                self._exit(ExitCode.RESTART, self._describe_stall())
+
+    def _describe_stall(self) -> str:
+        """Name the processes that lag, as process 0 knows them."""
+        stalled = f"no progress for {self._stall_seconds:g} s (--stall_seconds)"
+        if self._hosts.process:
+            return f"{stalled}, and {self._name(0)} does not respond."
+        lowest = min(count for count, _ in self._progress.values())
+        lagging = {process: stage for process, (count, stage) in self._progress.items() if count == lowest}
+        if len(lagging) == len(self._progress):
+            return f"{stalled}: all {len(lagging)} processes stopped after stage {lagging[0]}."
+        names = ", ".join(
+            f"{self._name(process)}, which stopped after stage {stage}" for process, stage in lagging.items()
+        )
+        return f"{stalled}: all wait for {names}."
+
+    def _listen(self, process: int, connection: Connection) -> None:
+        """Receive the messages of one process until it exits."""
+        while True:
+            try:
+                message = connection.receive()
+            except ValueError:
+                message = None
+            if message is None:
+                self._exit(
+                    ExitCode.RESTART, f"{self._name(process)} is gone: killed, out of memory, or its host is down."
+                )
+                return
+            if "end" in message:
+                self._exit(message["end"], message["why"])
+                return
+            self._record(process, message["count"], message["stage"])
+
+    def _exit(self, code: int, reason: str) -> None:
+        """Exit because of another process; do nothing if this process is exiting already."""
+        if not self._exit_lock.acquire(blocking=False):
+            return
+        # Printed and not logged: the main thread may hold the lock of a logging handler.
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        self._send_exit(code, reason)
+        _exit_now(code)
+
+    def _send_exit(self, code: int, reason: str) -> None:
+        for connection in self._connections.values():
+            connection.send(end=int(code), why=reason)
+        if self._hosts.process == 0:
+            # This process hosts JAX's coordination service. Its end aborts the others, so give them time to read the reason.
+            time.sleep(_HEARTBEAT_SECONDS / 2)
+
+    def announce_exit(self, code: int, reason: str) -> None:
+        """Make the other processes exit with `code`, because this one is about to; does nothing after `leave`."""
+        if self._left:
+            return
+        self._send_exit(code, f"{self._name(self._hosts.process)} ended: {reason}")
+
+    def exit_all(self, code: int, reason: str) -> None:
+        """Print `reason`, and exit this process and all others with `code`; returns only after `leave`."""
+        if self._left:
+            return
+        # A collective may have failed because another process exited. Wait for its message, which names the cause.
+        time.sleep(_HEARTBEAT_SECONDS)
+        if not self._exit_lock.acquire(blocking=False):
+            threading.Event().wait()  # Another thread is exiting this process.
+        print(reason, file=sys.stderr, flush=True)
+        self.announce_exit(code, reason)
+        _exit_now(code)
+
+    def leave(self) -> None:
+        """Stop watching the other processes and shut JAX's service down. A collective: every process must call it."""
+        import jax
+
+        if self._left:
+            return
+        self._exit_lock.acquire()
+        self._left = True
+        jax.distributed.shutdown()
+
+
+def _exit_now(code: int) -> NoReturn:
+    sys.stdout.flush()
+    # A normal exit would make JAX wait for processes that may be inside a collective.
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def connect_processes(
+    hosts: Hosts | None, facts: Mapping[str, Any], heartbeat: Heartbeat, join_seconds: float, stall_seconds: float
+) -> Iterator[Rendezvous | None]:
+    """Connect the processes of a run and initialize `jax.distributed`; must be entered before JAX has a backend.
+
+    Args:
+      hosts: this process's place among them; None for a run of one process, which yields None.
+      facts: values that must be equal in all processes, by name.
+      heartbeat: the progress of this process.
+      join_seconds: how long to wait for the other processes.
+      stall_seconds: exit if no process makes progress for this long.
+
+    Yields:
+      The rendezvous. An exception that leaves the context does not end the other processes: call `exit_all` for that.
+
+    Raises:
+      UserError: as `meet` does.
+    """
+    if hosts is None:
+        yield None
+        return
+    members = meet(hosts, facts, join_seconds)
+    import jax
+
+    # This package handles signals itself (infra/signals.py).
+    jax.config.update("jax_enable_preemption_service", False)
+    rendezvous = Rendezvous(hosts, members, heartbeat, stall_seconds)
+    try:
+        jax.distributed.initialize(
+            f"{hosts.address}:{hosts.port + 1}",
+            hosts.processes,
+            hosts.process,
+            initialization_timeout=math.ceil(join_seconds),
+            # Only a fallback: `Rendezvous` notices a dead process earlier, and says which one it was.
+            heartbeat_timeout_seconds=math.ceil(2 * stall_seconds) + 60,
+        )
+    except Exception as error:
+        rendezvous.announce_exit(ExitCode.BUG, str(error))
+        raise
+    yield rendezvous
+    rendezvous.leave()

@@ -1,4 +1,4 @@
-"""What a run costs: seconds by stage, tokens, FLOPs and memory."""
+"""The cost of a run: seconds by stage, tokens, FLOPs, compilations and memory."""
 
 from __future__ import annotations
 
@@ -8,52 +8,77 @@ import os
 import resource
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.distributed.rendezvous import at
 from rpt_jax.infra.chips import published_flops
 
-_compiling: collections.Counter[str] = collections.Counter()
+# The stages of a step that count as training, for MFU and tokens per second.
+_TRAINING_STAGES = ("data", "reshard", "rollout", "reward", "update")
 
 
-def _count_compilation(event: str, seconds: float, **_: Any) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        _compiling.update({"seconds": seconds, "programs": 1})
+class CompileTimes:
+    """Counts the programs that XLA compiles, and the seconds that this takes, between `start` and `stop`."""
 
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._programs = 0
 
-jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+    def start(self) -> None:
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
+    def stop(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-# The stages of a step that MFU is of.
-_TRAINING = ("data", "reshard", "rollout", "reward", "update")
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._seconds += duration_secs
+            self._programs += 1
+
+    def take(self) -> dict[str, float]:
+        """Return the scalars since the last call."""
+        scalars = {"time/compile": self._seconds, "time/compiled_programs": float(self._programs)}
+        self._seconds = 0.0
+        self._programs = 0
+        return scalars
 
 
 @functools.cache
 def peak_flops() -> float:
-    """FLOP/s of one device: its maker's figure in bfloat16 or, of devices not listed, what the best of five products reaches."""
+    """Return the peak FLOP/s of one device: the published figure, or a measured one for devices that are not listed.
+
+    The measured figure is the best of five float32 products of 1024 × 1024 matrices.
+    """
     if peak := published_flops(jax.devices()[0].device_kind):
         return peak
-    x, seconds = jax.device_put(np.ones((1024, 1024), np.float32)), []
+    x = jax.device_put(np.ones((1024, 1024), np.float32))
     multiply = jax.jit(jnp.matmul)
+    seconds = []
     for _ in range(6):
         start = time.perf_counter()
         jax.block_until_ready(multiply(x, x))
         seconds.append(time.perf_counter() - start)
+    # The first product compiles.
     return 2.0 * 1024**3 / min(seconds[1:]) / jax.local_device_count()
 
 
 def memory_scalars() -> dict[str, float]:
-    """The most memory that this process had at one time, in MB; on Linux also what it has now, and what else it may run out of.
+    """Return the peak memory of this process in MB; on Linux also its current memory, memory maps and open files.
 
-    Every compiled program holds memory maps, of which Linux allows 65,530.
+    Every compiled program holds memory maps, of which Linux allows 65,530 per process.
     """
-    scalars = {
-        "memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    }  # Linux counts kilobytes here.
+    # Linux counts kilobytes here.
+    scalars = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     process = Path("/proc/self")
     if (process / "statm").exists():
         pages = int((process / "statm").read_text().split()[1])
@@ -64,90 +89,98 @@ def memory_scalars() -> dict[str, float]:
 
 
 class BatchSize(NamedTuple):
-    """Real tokens of a batch of rollouts, without padding."""
+    """Number of tokens in a batch of rollouts, without padding."""
 
     prompt_tokens: int
     response_tokens: int
 
     def plus(self, other: BatchSize) -> BatchSize:
-        return BatchSize(self.prompt_tokens + other.prompt_tokens, self.response_tokens + other.response_tokens)
+        return BatchSize(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            response_tokens=self.response_tokens + other.response_tokens,
+        )
 
 
-_ONCE = BatchSize(1, 1)
+_ONE_PASS = BatchSize(prompt_tokens=1, response_tokens=1)
 
 
 class Clock:
-    """Splits a run's wall-clock into stages.
+    """Splits the wall-clock time of a run into stages.
 
     Args:
-      earlier: seconds that earlier runs in the same workdir have spent.
+      compile_times: counts compilations.
+      earlier: seconds that earlier runs in the same workdir took.
     """
 
-    def __init__(self, earlier: float = 0.0):
+    def __init__(self, compile_times: CompileTimes, earlier: float = 0.0):
         self.earlier = earlier
+        self._compile_times = compile_times
         self._start = self._last = time.monotonic()
-        self._laps: collections.Counter[str] = collections.Counter()
+        self._laps: dict[str, float] = collections.defaultdict(float)
 
     def lap(self, stage: str) -> None:
-        """Count the time since the last lap to `stage`."""
+        """Add the time since the last lap to `stage`."""
         now = time.monotonic()
         self._laps[stage] += now - self._last
         self._last = now
-        at(stage)
 
     @property
     def seconds(self) -> float:
-        """Wall-clock so far, that of earlier runs included."""
+        """Wall-clock seconds so far, including earlier runs."""
         return self.earlier + time.monotonic() - self._start
 
     def speed(self, flops: float, tokens: int) -> dict[str, float]:
-        """Generated tokens a second and the share of the devices' peak, of the stages that train, since the last `scalars`."""
-        seconds = max(1e-9, sum(seconds for stage, seconds in self._laps.items() if stage in _TRAINING))
+        """Return generated tokens per second and MFU over the training stages since the last `scalars`.
+
+        Args:
+          flops: FLOPs of these stages.
+          tokens: tokens that were generated in them.
+        """
+        seconds = max(1e-9, sum(seconds for stage, seconds in self._laps.items() if stage in _TRAINING_STAGES))
         peak = jax.device_count() * peak_flops()
         return {"speed/tokens_per_second": tokens / seconds, "speed/mfu": flops / seconds / peak}
 
     def scalars(self) -> dict[str, float]:
-        """Return `time/<stage>` since the last call, what of it was compiling, and what the process holds.
+        """Return `time/<stage>` since the last call, compile times and memory use.
 
-        A program that is compiled again in the middle of a run has met a new shape or placement: steps become slow.
+        A program that is compiled in the middle of a run has a new input shape or sharding, which makes steps slow.
         """
         laps = {f"time/{stage}": seconds for stage, seconds in self._laps.items()}
-        compiling = {"time/compile": _compiling["seconds"], "time/compiled_programs": _compiling["programs"]}
         self._laps.clear()
-        _compiling.clear()
-        return laps | compiling | {"time/step": sum(laps.values())} | memory_scalars()
+        return laps | self._compile_times.take() | {"time/step": sum(laps.values())} | memory_scalars()
 
 
 class Counters:
     """Tokens and FLOPs of training so far; saved with every checkpoint.
 
-    A forward pass costs 2 FLOPs a token for each of the N parameters that it is multiplied with, and forward plus backward 6;
-    attention is left out. Every rollout costs, also one that dynamic sampling discards, and so do documents that the policy
-    scores to choose positions; evaluation and preparing a corpus are not training.
+    A forward pass costs 2 N FLOPs per token, with N the number of parameters in matrix products; forward plus backward costs 6 N.
+    Attention scores are not counted. Every rollout counts, including those that dynamic sampling discards, and so do documents
+    that the policy scores to choose positions. Evaluation and corpus preparation are not training and do not count.
 
     Args:
       matmul_parameters: N.
-      passes: how often prompts, and how often responses, run forward before the update: to be sampled, and for rewards that ask
-        the policy once more.
-      update_forward: forward passes of the update beside the one that is differentiated.
+      passes: forward passes over prompts and over responses before the update: sampling, and rewards that run the policy again.
+      update_forward: forward passes of the update in addition to the one that is differentiated.
     """
 
-    def __init__(self, matmul_parameters: int, passes: BatchSize = _ONCE, update_forward: int = 0):
-        self._n, self._passes, self._update = matmul_parameters, passes, 6.0 + 2.0 * update_forward
+    def __init__(self, matmul_parameters: int, passes: BatchSize = _ONE_PASS, update_forward: int = 0):
+        self._matmul_parameters = matmul_parameters
+        self._passes = passes
+        self._update_flops_per_parameter = 6.0 + 2.0 * update_forward
         self.generated = 0
         self.discarded = 0
         self.learned = 0
         self.flops = 0.0
         self.discarded_flops = 0.0
 
-    def _rollout_flops(self, prompt_tokens: int, response_tokens: int) -> float:
-        tokens = self._passes.prompt_tokens * prompt_tokens + self._passes.response_tokens * response_tokens
-        return 2.0 * self._n * tokens
+    def _rollout_flops(self, size: BatchSize) -> float:
+        tokens = self._passes.prompt_tokens * size.prompt_tokens + self._passes.response_tokens * size.response_tokens
+        return 2.0 * self._matmul_parameters * tokens
 
     def count_rollouts(self, size: BatchSize) -> BatchSize:
-        """Count prompts that were prefilled once each and their responses; return `size`."""
+        """Count prompts that were prefilled once each, and their responses; return `size`."""
         self.generated += size.response_tokens
-        self.flops += self._rollout_flops(*size)
+        self.flops += self._rollout_flops(size)
         return size
 
     def count_update(
@@ -156,22 +189,25 @@ class Counters:
         """Count one update.
 
         Args:
-          size: of the batch that was learned from.
-          learned: response tokens of it that have a gradient.
-          trunk: tokens that the trunk ran over for these; what they share counts once.
-          generated: all of this step's rollouts; more than the batch holds where dynamic sampling replaced groups.
-          document_tokens: tokens of documents whose cross-entropy was learned beside.
+          size: tokens of the batch of the update.
+          learned: response tokens that have a gradient.
+          trunk: tokens that ran through the transformer's layers; shared prefixes count once.
+          generated: tokens of all rollouts of the step; more than `size` if dynamic sampling replaced groups.
+          document_tokens: tokens of documents in the next-token loss.
         """
-        left = generated.prompt_tokens - size.prompt_tokens, generated.response_tokens - size.response_tokens
-        self.discarded += left[1]
-        self.discarded_flops += self._rollout_flops(*left)
+        discarded = BatchSize(
+            prompt_tokens=generated.prompt_tokens - size.prompt_tokens,
+            response_tokens=generated.response_tokens - size.response_tokens,
+        )
+        self.discarded += discarded.response_tokens
+        self.discarded_flops += self._rollout_flops(discarded)
         self.learned += learned
-        self.flops += self._update * self._n * trunk
-        self.flops += 6.0 * self._n * document_tokens
+        self.flops += self._update_flops_per_parameter * self._matmul_parameters * trunk
+        self.flops += 6.0 * self._matmul_parameters * document_tokens
 
     def count_scored(self, tokens: int) -> None:
         """Count documents that ran forward once."""
-        self.flops += 2.0 * self._n * tokens
+        self.flops += 2.0 * self._matmul_parameters * tokens
 
     def scalars(self) -> dict[str, float]:
         return {
@@ -183,7 +219,7 @@ class Counters:
         }
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` takes, as JSON can hold it."""
+        """Return the counts as JSON values, for `restore`."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""Everything a run needs to go on, committed together or not at all."""
+"""Checkpoints: everything that a run needs to resume, written atomically and verified by checksums."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rpt_jax.distributed.rendezvous import leave
-from rpt_jax.distributed.sharding import in_any_process, is_leader, wait_for_all
+from rpt_jax.distributed.processes import in_any_process, is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
-from rpt_jax.infra.signals import defer_signals, end_stopped, save_on_stop, was_asked
+from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.infra.signals import StopSignals
 from rpt_jax.infra.workdir import CHECKPOINTS
+
+logger = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
 
@@ -25,72 +28,83 @@ DAMAGED = "damaged"
 class Checkpointer:
     """Saves and restores (state, run) under `workdir/checkpoints`.
 
-    `state` is a tree of arrays; `run` is what JSON can hold (data-iterator state, counters, fingerprints). While it is open,
-    a signal saves what is held before the process ends; of several processes all do, in the next `check`.
+    `state` is a tree of arrays; `run` is a dict of JSON values: data-iterator state, counters, fingerprints.
 
     Args:
-      state: a tree of arrays like those that are to be saved; restored ones have its shardings.
+      workdir: directory of the run.
+      keep: number of checkpoints to keep.
+      state: a tree of arrays with the structure, shapes and shardings of the states to save and restore.
     """
 
     def __init__(self, workdir: Path, keep: int, state: Any):
-        self._directory, self._aside = (workdir / CHECKPOINTS).resolve(), (workdir / DAMAGED).resolve()
+        self._directory = (workdir / CHECKPOINTS).resolve()
+        self._damaged = (workdir / DAMAGED).resolve()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "run"))
         self._abstract = _abstract(state)
-        fingerprint_arrays(state)  # Compiled now, and not when a signal has left little time.
-        self._held: tuple[int, Any, dict[str, Any]] | None = None
-        save_on_stop(self._save_and_wait, together=jax.process_count() > 1)
+        fingerprint_arrays(state)  # Compile this now: after a stop signal there is little time.
+        self._staged: tuple[int, Any, dict[str, Any]] | None = None
+        self._signals = StopSignals()
 
-    def hold(self, step: int, state: Any, run: dict[str, Any]) -> None:
-        """Name what is saved next, by `save` or by a signal. What changes or donates `state` is inside `defer_signals`."""
-        self._held = (step, state, run)
+    def register_with(self, signals: StopSignals) -> None:
+        """Save what is staged when a stop signal arrives, until `close`.
+
+        With several processes the loop has to save, since only all of them together can: see `RunContext.stop_if_requested`.
+        """
+        self._signals = signals
+        signals.set_save(self.save_and_wait, at_step_end=jax.process_count() > 1)
+
+    def stage(self, step: int, state: Any, run: dict[str, Any]) -> None:
+        """Stage the state that the next `save` (or a stop signal) writes.
+
+        Code that changes or donates `state` must run inside `StopSignals.defer`.
+        """
+        self._staged = (step, state, run)
+
+    def replace_staged_state(self, state: Any) -> None:
+        """Stage other arrays with the same values, because those that were staged have been donated."""
+        step, _, run = self._get_staged()
+        self.stage(step, state, run)
+
+    def _get_staged(self) -> tuple[int, Any, dict[str, Any]]:
+        if self._staged is None:
+            raise RuntimeError("nothing is staged")
+        return self._staged
 
     def save(self) -> None:
-        """Write what is held in the background. Raises: OSError, where the write before it failed."""
-        with defer_signals():
-            step, state, run = self._held
-            self._check_write()
-            marks = {"state": fingerprint_arrays(state), "run": digest(run)}
-            arguments = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), run=ocp.args.JsonSave({"run": run, "marks": marks})
+        """Write what is staged in the background. Raises: OSError, if this write or the one before it failed."""
+        with self._signals.defer():
+            step, state, run = self._get_staged()
+            self.check_writes()
+            checksums = {"state": fingerprint_arrays(state), "run": digest(run)}
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                run=ocp.args.JsonSave({**format_stamp(), "run": run, "checksums": checksums}),
             )
-            _explained(functools.partial(self._manager.save, step, args=arguments))
+            _raise_os_error(functools.partial(self._manager.save, step, args=items))
 
-    def save_unchanged(self, state: Any) -> None:
-        """Write what is held, and wait for it; `state` is that of `hold`, whose own arrays were donated."""
-        step, _, run = self._held
-        self.hold(step, state, run)
-        self._save_and_wait()
-
-    def check(self) -> None:
-        """To be called in every step; ends several processes where one had a signal.
-
-        Raises: OSError, where a write in the background has failed.
-        """
-        self._check_write()
-        if jax.process_count() > 1 and in_any_process(was_asked()):
-            saved = self._save_and_wait()
-            leave()
-            end_stopped(saved)
-
-    def _check_write(self) -> None:
-        if not self._manager.is_saving_in_progress():
-            _explained(self._manager.wait_until_finished)
-
-    def _save_and_wait(self) -> str:
-        if self._held is None:
+    def save_and_wait(self) -> str:
+        """Write what is staged; return a few words on what was saved. Raises: OSError, if writing fails."""
+        if self._staged is None:
             return "no step was complete"
         self.save()
-        _explained(self._manager.wait_until_finished)
-        return f"everything up to step {self._held[0]} is in {self._directory}"
+        _raise_os_error(self._manager.wait_until_finished)
+        return f"everything up to step {self._staged[0]} is in {self._directory}"
+
+    def check_writes(self) -> None:
+        """Raise an OSError if a write in the background failed. Call it in every step."""
+        if not self._manager.is_saving_in_progress():
+            _raise_os_error(self._manager.wait_until_finished)
 
     def restore(self) -> tuple[int, Any, dict[str, Any]] | None:
-        """Return (step, state, run) of the newest good checkpoint; None where there is no checkpoint.
+        """Return (step, state, run) of the newest checkpoint that is intact, or None if there is no checkpoint.
 
-        Damaged ones that are newer are moved to `workdir/damaged`, and said. Raises: UserError, naming the newest, where none
-        is good; nothing is moved then.
+        Newer checkpoints that are damaged are moved to `workdir/damaged`, with a warning.
+
+        Raises:
+          UserError: no checkpoint is intact (nothing is moved then), or one was written in another format.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -98,63 +112,84 @@ class Checkpointer:
             if reason:
                 damaged[step] = reason
                 continue
-            for bad, reason in damaged.items():
-                self._set_aside(bad, reason, instead=step)
+            for bad_step, bad_reason in damaged.items():
+                self._set_aside(bad_step, bad_reason, instead=step)
             return step, state, run
         if damaged:
             newest = max(damaged)
-            raise _damaged(self._directory / str(newest), damaged[newest])
+            raise _damaged_error(self._directory / str(newest), damaged[newest])
         return None
 
     def _read(self, step: int) -> tuple[Any, dict[str, Any], str]:
-        """Return the state, the run and, where it is damaged for this process or another, why."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(self._abstract), run=ocp.args.JsonRestore())
+        """Return the state, the run and, if the checkpoint is damaged for any process, the reason."""
+        state: Any = None
+        saved: dict[str, Any] = {}
         reason = ""
         try:
-            restored = self._manager.restore(step, args=items)
-            run, marks = restored.run["run"], dict(restored.run["marks"])
-        except Exception as error:  # noqa: BLE001 - that very class, where the numbers of an array are cut short.
-            reason = _reason(error)
-        # Each process reads its own part: one that cannot must not leave the others waiting for the digest of all.
+            saved = self._read_item(step, "run", ocp.args.JsonRestore())
+            check_format(saved, self._directory / str(step))
+            run = saved["run"]
+            checksums = dict(saved["checksums"])
+            state = self._read_item(step, "state", ocp.args.StandardRestore(self._abstract))
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - orbax raises `Exception` itself if an array is truncated.
+            reason = _first_line(error)
+        # Each process reads its own shards. If one of them cannot, the others must not wait for it in `fingerprint_arrays`.
         if in_any_process(bool(reason)):
             return None, {}, reason or "another process cannot read its part"
-        found = {"state": fingerprint_arrays(restored.state), "run": digest(run)}
-        altered = [part for part, mark in marks.items() if found.get(part) != mark]
-        return restored.state, run, f"its {' and '.join(altered)} differ from what was saved" if altered else ""
+        found = {"state": fingerprint_arrays(state), "run": digest(run)}
+        altered = [item for item, checksum in checksums.items() if found.get(item) != checksum]
+        return state, run, f"the checksum of its {' and '.join(altered)} does not match" if altered else ""
+
+    def _read_item(self, step: int, name: str, args: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
     def _set_aside(self, step: int, reason: str, instead: int) -> None:
-        number = sum(path.name.startswith(f"{step}-") for path in self._aside.glob("*"))
-        place = self._aside / f"{step}-{number}"
+        """Move a damaged checkpoint out of the way, because step `instead` is used."""
+        number = sum(path.name.startswith(f"{step}-") for path in self._damaged.glob("*"))
+        target = self._damaged / f"{step}-{number}"
         if is_leader():
-            self._aside.mkdir(exist_ok=True)
-            (self._directory / str(step)).rename(place)
+            self._damaged.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(target)
         wait_for_all("set aside")
         self._manager.reload()
-        print(f"warning: the checkpoint of step {step} is damaged ({reason}): step {instead} is used, {place} kept.")
+        logger.warning(
+            "the checkpoint of step %d is damaged (%s); it was moved to %s, and the run resumes from step %d.",
+            step,
+            reason,
+            target,
+            instead,
+        )
 
     def close(self) -> None:
-        """Wait for the last write. Raises: OSError, where it fails."""
-        save_on_stop(None)
-        _explained(self._manager.wait_until_finished)
+        """Wait for the last write. Raises: OSError, if it fails."""
+        self._signals.set_save(None)
+        _raise_os_error(self._manager.wait_until_finished)
         self._manager.close()
 
 
 def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tuple[str, ...]], np.ndarray]]:
-    """Open the parameters of one checkpoint, without its optimizer and with nothing in memory but the last one read.
+    """Open the parameters of a checkpoint without its optimizer state. At most one array is in memory at a time.
 
     Args:
-      step: of the checkpoint; None for the newest.
+      workdir: directory of the run.
+      step: step of the checkpoint; None for the newest.
 
-    Returns: its step, and a function from a parameter's path in the tree to its values on the host.
-    Raises: UserError, where there is no such checkpoint; so does the function, where it is damaged.
+    Returns:
+      The step, and a function from a parameter's path in the tree to its values on the host.
+
+    Raises:
+      UserError: there is no such checkpoint. The function raises it if the checkpoint is damaged.
     """
     directory = (workdir / CHECKPOINTS).resolve()
     steps = sorted(
         int(path.name) for path in directory.glob("*") if path.name.isdecimal() and (path / "state").is_dir()
     )
-    if not steps or step not in (None, *steps):
-        there = f"has {', '.join(map(str, steps))}" if steps else "has none"
-        raise UserError(f"{directory} {there}, but no checkpoint {'' if step is None else step}".rstrip() + ".")
+    if not steps:
+        raise UserError(f"{directory} has no checkpoints.")
+    if step is not None and step not in steps:
+        raise UserError(f"{directory} has no checkpoint {step}; it has {', '.join(map(str, steps))}.")
     chosen = steps[-1] if step is None else step
     reader = ocp.PyTreeCheckpointHandler()
 
@@ -166,30 +201,32 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         try:
             args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-            [array] = jax.tree.leaves(reader.restore(directory / str(chosen) / "state", args=args))
-        except Exception as error:  # noqa: BLE001 - as above.
-            raise _damaged(directory / str(chosen), _reason(error)) from None
+            state_directory: Any = directory / str(chosen) / "state"  # The parameter is declared as etils.epath.Path.
+            [array] = jax.tree.leaves(reader.restore(state_directory, args=args))
+        except Exception as error:  # noqa: BLE001 - orbax raises `Exception` itself if an array is truncated.
+            raise _damaged_error(directory / str(chosen), _first_line(error)) from None
         return array
 
     return chosen, read
 
 
-def _explained(write: Callable[[], Any]) -> None:
-    """Run a step of a write. Raises: OSError in place of whatever orbax raises, which has the same cause."""
+def _raise_os_error(write: Callable[[], Any]) -> None:
+    """Call `write`. Raises: OSError, for whatever orbax raises (for example ValueError for a full disk)."""
     try:
         write()
-    except Exception as error:  # noqa: BLE001 - of several classes, ValueError among them for a full disk.
-        raise OSError(f"a checkpoint could not be written ({_reason(error)}); the one before it stands") from error
+    except Exception as error:  # noqa: BLE001
+        raise OSError(f"a checkpoint could not be written ({_first_line(error)}); the one before it remains") from error
 
 
-def _damaged(checkpoint: Path, reason: str) -> UserError:
+def _damaged_error(checkpoint: Path, reason: str) -> UserError:
     return UserError(
-        f"the checkpoint {checkpoint} is damaged or not this run's ({reason}). Choose another one, or another "
-        "--workdir; nothing was changed."
+        f"the checkpoint {checkpoint} is damaged, or it belongs to another model ({reason}). Choose another checkpoint or "
+        "another --workdir; nothing was changed.",
+        field="--workdir",
     )
 
 
-def _reason(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 

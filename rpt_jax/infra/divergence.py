@@ -1,4 +1,4 @@
-"""Rules that notice a run going wrong: the reward collapses, the entropy is gone, sampler and trainer disagree."""
+"""Rules that detect a diverging run: reward collapse, entropy collapse, and mismatch between sampler and trainer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from typing import Any
 
 from rpt_jax.config import DivergenceConfig
 
+_METRICS = ("reward/mean", "policy/entropy", "mismatch/mean")
+
 
 class Diverged(Exception):
-    """A rule of section divergence was broken, and it says to stop. `main` exits with code 4."""
+    """A rule was broken, and `divergence.action` is "stop"."""
 
 
 class DivergenceMonitor:
-    """Holds the mean of the last `divergence.window` steps against the rules; says nothing before there are so many.
+    """Compares means over the last `divergence.window` steps with the rules, once that many steps are available.
 
-    A rule that is broken warns once, and again after it has been kept in between.
+    A broken rule is reported once, and again after it was kept in between.
+
+    Attributes:
+      recent: the last values of each metric.
+      best_reward: the largest mean reward so far.
+      broken: metrics whose rule is broken now.
     """
 
     def __init__(self, config: DivergenceConfig):
@@ -25,40 +32,49 @@ class DivergenceMonitor:
         self.broken: list[str] = []
 
     def check(self, step: int, scalars: Mapping[str, Any]) -> list[str]:
-        """Return a sentence for every rule that is newly broken. Raises: Diverged, where these are to stop the run."""
-        means = {}
-        for name in ("reward/mean", "policy/entropy", "mismatch/mean"):
-            self.recent[name] = [*self.recent.get(name, []), float(scalars[name])][-self._config.window :]
-            means[name] = sum(self.recent[name]) / self._config.window
-        if len(self.recent["reward/mean"]) < self._config.window:
+        """Add the metrics of a step; return a sentence for each rule that is newly broken.
+
+        Raises:
+          Diverged: a rule is newly broken, and `divergence.action` is "stop".
+        """
+        config = self._config
+        for metric in _METRICS:
+            self.recent[metric] = [*self.recent.get(metric, []), float(scalars[metric])][-config.window :]
+        if len(self.recent["reward/mean"]) < config.window:
             return []
-        reward, entropy, mismatch = means.values()
+
+        reward, entropy, mismatch = (sum(self.recent[metric]) / config.window for metric in _METRICS)
         self.best_reward = max(self.best_reward, reward)
-        floor = self._config.reward_collapse * self.best_reward
-        rules = {
-            f"reward/mean {reward:.4g} < {floor:.4g}, divergence.reward_collapse of its best {self.best_reward:.4g}": (
-                reward < floor
-            ),
-            f"policy/entropy {entropy:.4g} < divergence.entropy_floor={self._config.entropy_floor:g}": entropy
-            < self._config.entropy_floor,
-            f"mismatch/mean {mismatch:.4g} > divergence.mismatch_ceiling={self._config.mismatch_ceiling:g}": (
-                0 < self._config.mismatch_ceiling < mismatch
-            ),
-        }
-        said = {
-            text.split()[0]: f"step {step}, mean of {self._config.window} steps: {text}"
-            for text, bad in rules.items()
-            if bad
-        }
-        new = [text for metric, text in said.items() if metric not in self.broken]
-        self.broken = [*said]
-        if new and self._config.action == "stop":
+        reward_floor = config.reward_collapse * self.best_reward
+        problems: dict[str, str] = {}
+        if reward < reward_floor:
+            problems["reward/mean"] = (
+                f"reward/mean {reward:.4g} < {reward_floor:.4g}, divergence.reward_collapse of its best {self.best_reward:.4g}"
+            )
+        if entropy < config.entropy_floor:
+            problems["policy/entropy"] = (
+                f"policy/entropy {entropy:.4g} < divergence.entropy_floor={config.entropy_floor:g}"
+            )
+        if 0 < config.mismatch_ceiling < mismatch:
+            problems["mismatch/mean"] = (
+                f"mismatch/mean {mismatch:.4g} > divergence.mismatch_ceiling={config.mismatch_ceiling:g}"
+            )
+
+        new = [
+            f"step {step}, mean of {config.window} steps: {problem}"
+            for metric, problem in problems.items()
+            if metric not in self.broken
+        ]
+        self.broken = list(problems)
+        if new and config.action == "stop":
             raise Diverged("; ".join(new))
         return new
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` takes, as JSON can hold it."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        """Return the monitor's state as JSON values, for `restore`."""
+        return {"recent": self.recent, "best_reward": self.best_reward, "broken": self.broken}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
+        self.recent = dict(state["recent"])
+        self.best_reward = state["best_reward"]
+        self.broken = list(state["broken"])

@@ -1,4 +1,4 @@
-"""What a step must not do unseen: move arrays between host and device, or compile a program once more."""
+"""Guards of a training loop: implicit transfers raise, and programs that are compiled again are reported."""
 
 from __future__ import annotations
 
@@ -8,65 +8,77 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-# The one place where JAX tells for which shapes a program is compiled.
-_LOGGER = logging.getLogger("jax._src.interpreters.pxla")
-_SHOWN = 3  # Arguments of a program whose change is spelled out.
+# JAX has no public API that says which shapes a program is compiled for, but it logs them at level DEBUG. This logger and this
+# text are private to JAX (checked with jax 0.10.2); tests/infra/test_guards.py fails if a release changes them.
+COMPILATION_LOGGER = "jax._src.interpreters.pxla"
+COMPILATION_MESSAGE = "Compiling %s with global shapes"
+
+_SHOWN_ARGUMENTS = 3  # A message spells out the change of this many arguments.
 
 
-class _Compilations(logging.Filter):
-    """Reads what JAX logs of each compilation, and lets nothing below a warning through."""
+class _CompilationFilter(logging.Filter):
+    """Reads JAX's log record of each compilation, and hides records below WARNING."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._shapes: dict[str, list[str]] = {}
-        self._again: list[str] = []
-        self._settled = False
+        self._shapes_by_program: dict[str, list[str]] = {}
+        self._recompiled: list[str] = []
+        self._after_first_step = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if str(record.msg).startswith("Compiling %s with global shapes"):
-            name, shapes = str(record.args[0]), [str(shape) for shape in record.args[1]]
-            earlier = self._shapes.get(name)
-            self._shapes[name] = shapes
-            if earlier is not None and self._settled:
-                self._again.append(f"{name} was compiled again, {_difference(earlier, shapes)}")
+        if str(record.msg).startswith(COMPILATION_MESSAGE) and isinstance(record.args, tuple):
+            program = str(record.args[0])
+            shapes = [str(shape) for shape in tuple(record.args[1])]  # pyright: ignore[reportArgumentType]
+            earlier = self._shapes_by_program.get(program)
+            self._shapes_by_program[program] = shapes
+            if earlier is not None and self._after_first_step:
+                self._recompiled.append(f"{program} was compiled again, {_describe_change(earlier, shapes)}")
         return record.levelno >= logging.WARNING
 
     def take(self) -> list[str]:
-        """Sentences on what was compiled again since the last call; none in the first one, which ends the first step."""
-        again, self._again, self._settled = self._again, [], True
-        return again
+        """Return a sentence for each program that was compiled again since the last call.
+
+        The first call ends the first step, which may compile a program for several shapes, and returns nothing.
+        """
+        recompiled = self._recompiled
+        self._recompiled = []
+        self._after_first_step = True
+        return recompiled
 
 
-def _difference(earlier: list[str], now: list[str]) -> str:
+def _describe_change(earlier: list[str], now: list[str]) -> str:
     if len(earlier) != len(now):
         return f"for {len(now)} arrays instead of {len(earlier)}"
     changed = [f"argument {i}: {a} -> {b}" for i, (a, b) in enumerate(zip(earlier, now, strict=True)) if a != b]
-    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-    return (
-        f"for other shapes ({'; '.join(changed[:_SHOWN])}{more})"
-        if changed
-        else "for the same shapes, placed otherwise or with other options"
-    )
+    if not changed:
+        return "for the same shapes, but with other shardings or options"
+    more = f" and {len(changed) - _SHOWN_ARGUMENTS} more" if len(changed) > _SHOWN_ARGUMENTS else ""
+    return f"for other shapes ({'; '.join(changed[:_SHOWN_ARGUMENTS])}{more})"
 
 
 @contextlib.contextmanager
 def guarded_loop(replay: bool = False) -> Iterator[Callable[[], list[str]]]:
-    """Inside, this thread moves arrays only where the code says `jax.device_put` or `jax.device_get`; else JAX raises.
+    """Guard the loop inside the block against implicit transfers and repeated compilation.
 
-    Yields what a step ends with: a function that returns sentences on the programs which this step compiled again, for shapes
-    or placements that they had not met. None in the first step. Each costs seconds to minutes.
+    On this thread, arrays move between host and devices only by `jax.device_put` and `jax.device_get`; other transfers raise.
 
     Args:
-      replay: a step that is run again under checks of JAX, which look for the operation at fault with transfers of their own.
+      replay: allow transfers. JAX's NaN checks, which are active in a replay, need them.
+
+    Yields:
+      A function to call at the end of each step. It returns a sentence for each program that the step compiled again, for a new
+      shape or sharding; each of them costs seconds to minutes.
     """
-    compilations, verbosity = _Compilations(), _LOGGER.level
-    level = "allow" if replay else "disallow"
-    _LOGGER.addFilter(compilations)
-    _LOGGER.setLevel(logging.DEBUG)
+    compilations = _CompilationFilter()
+    logger = logging.getLogger(COMPILATION_LOGGER)
+    earlier_level = logger.level
+    guard = "allow" if replay else "disallow"
+    logger.addFilter(compilations)
+    logger.setLevel(logging.DEBUG)
     try:
-        # Between devices arrays may move: JAX puts scalars onto all of a mesh, unasked.
-        with jax.transfer_guard_host_to_device(level), jax.transfer_guard_device_to_host(level):
+        # Transfers between devices stay allowed: JAX replicates scalars over a mesh by itself.
+        with jax.transfer_guard_host_to_device(guard), jax.transfer_guard_device_to_host(guard):
             yield compilations.take
     finally:
-        _LOGGER.setLevel(verbosity)
-        _LOGGER.removeFilter(compilations)
+        logger.setLevel(earlier_level)
+        logger.removeFilter(compilations)

@@ -1,4 +1,4 @@
-"""What a run leaves behind where a number became NaN or infinite: which step, and what it learned from."""
+"""A record of the step in which a number became NaN or infinite, for `--replay`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from rpt_jax.distributed.sharding import is_leader, to_host
+from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 
 RECORD = "not_finite.json"
 
 
-def write_record(workdir: Path, step: int, error: FloatingPointError, seed: int, **ids_P: jax.Array) -> None:
-    """Write the step that failed, why, its seed and arrays of integers that say what was in its batch."""
+def write_record(
+    workdir: Path, step: int, error: FloatingPointError, seed: int, **ids_P: jax.Array | np.ndarray
+) -> None:
+    """Write the step that failed, the error, the seed and integer arrays that identify the step's batch."""
     record: dict[str, Any] = {"step": step, "error": str(error), "seed": seed}
     record |= {name: ids.tolist() for name, ids in to_host(ids_P).items()}
     if is_leader():
@@ -24,11 +27,11 @@ def write_record(workdir: Path, step: int, error: FloatingPointError, seed: int,
 
 
 def recorded_step(workdir: Path) -> int:
-    """The step that failed. Raises: UserError, where none did."""
+    """Return the step that failed. Raises: UserError, if there is no record or it is damaged."""
     path = workdir / RECORD
     try:
         return int(json.loads(path.read_bytes())["step"])
     except FileNotFoundError:
-        raise UserError(f"--replay: {path} does not exist; there is no step to run again.") from None
+        raise UserError(f"--replay: {path} does not exist, so there is no step to replay.", field="--replay") from None
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"--replay: {path} is damaged; run without --replay.") from None
+        raise UserError(f"--replay: {path} is damaged; run without --replay.", field="--replay") from None

@@ -1,4 +1,4 @@
-"""AdamW with the paper's settings."""
+"""AdamW with gradient clipping and a learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rpt_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then constant (verl's default) or a cosine down to a tenth."""
+    """Return the learning rate by step: linear warmup, then constant (verl's default) or cosine decay to a tenth."""
     if config.schedule == "cosine":
         main = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - config.warmup_steps), alpha=0.1)
     else:
@@ -19,9 +19,11 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
-@functools.cache  # Compiled programs know an optimizer by identity: one anew for every run of a process would compile them anew.
+# Cached, because compiled programs are keyed by the identity of their optimizer: equal arguments must return the same object, or
+# every run in a process would compile its update again.
+@functools.cache
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm (paper, Table 5)."""
+    """Return AdamW behind a clip of the global gradient norm (paper, Table 5)."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(

@@ -1,7 +1,7 @@
-"""What SIGTERM and SIGINT do: the first saves what can be saved and ends the process, the second ends it at once.
+"""Stop signals: the first SIGTERM or SIGINT saves the run and exits, the second one exits at once.
 
-A compilation or a rollout holds the main thread inside XLA for minutes, where Python handles no signal. So a thread of its own
-waits for signals, and saves the last state that was whole while the main thread is still at what it was doing.
+A compilation or a rollout keeps the main thread inside XLA for minutes, and Python runs signal handlers only on the main thread.
+So a background thread waits for signals and saves the last complete state while the main thread is still busy.
 """
 
 from __future__ import annotations
@@ -17,148 +17,182 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-RESTART = 75  # EX_TEMPFAIL: the same command goes on from where this one stopped.
+from rpt_jax.errors import ExitCode
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAVED, _FAILED = 0, 255  # No signals have these numbers.
-
-_changing = threading.RLock()
-_save: Callable[[], str] | None = None
-_together = False
-_asked = threading.Event()
-_before_end: Callable[[int, str], None] | None = None
+# Bytes that the saving thread writes into the pipe of signal numbers. No signals have these numbers.
+_SAVED = 0
+_FAILED = 255
 
 
-def save_on_stop(save: Callable[[], str] | None, together: bool = False) -> None:
-    """Name what a signal runs, in another thread, before the process ends; it returns a few words on what was saved.
+class StopSignals:
+    """What SIGTERM and SIGINT do to a run.
 
-    With `together`, which is for several processes that can only save at once, a signal runs nothing: the main thread is to
-    look at `was_asked` in every step, and to end with `end_stopped`.
+    Nothing is handled before `handle` is entered; the other methods work without it too.
+
+    Args:
+      grace_seconds: seconds that saving may take after the first signal.
+
+    Attributes:
+      on_exit: called with the exit code and the reason before a signal ends the process, for example to tell other processes.
     """
-    global _save, _together
-    with _changing:
-        _save, _together = save, together
 
+    def __init__(self, grace_seconds: float = 60.0):
+        self._grace_seconds = grace_seconds
+        self._changing = threading.RLock()  # Held while the state of the run is neither the old nor the new one.
+        self._save: Callable[[], str] | None = None
+        self._at_step_end = False
+        self._requested = threading.Event()
+        self.on_exit: Callable[[int, str], None] | None = None
 
-def was_asked() -> bool:
-    """Whether this process has had a signal."""
-    return _asked.is_set()
+    def set_save(self, save: Callable[[], str] | None, at_step_end: bool = False) -> None:
+        """Register the callback that saves the run when a signal arrives.
 
+        Args:
+          save: runs on a background thread; returns a few words on what was saved. None to save nothing.
+          at_step_end: do not call `save` on the background thread. Several processes can only save together, so the loop checks
+            `requested` after each step, saves and calls `exit_stopped`.
+        """
+        with self._changing:
+            self._save = save
+            self._at_step_end = at_step_end
 
-def end_stopped(saved: str) -> None:
-    """End the process, which has saved what `saved` says, with `RESTART`."""
-    _end(RESTART, f"Stopped: {saved}. The same command goes on.")
+    @property
+    def requested(self) -> bool:
+        """Whether a stop signal has arrived."""
+        return self._requested.is_set()
 
+    @contextlib.contextmanager
+    def defer(self) -> Iterator[None]:
+        """Make a signal wait with saving until the block ends, because the state is inconsistent inside."""
+        with self._changing:
+            yield
 
-def before_end(tell: Callable[[int, str], None] | None) -> None:
-    """Name what is told the exit code and why before a signal ends this process."""
-    global _before_end
-    _before_end = tell
+    def exit_stopped(self, saved: str) -> None:
+        """Exit with `ExitCode.RESTART`; `saved` says in a few words what was saved."""
+        self._exit(ExitCode.RESTART, _stopped(saved))
+
+    @contextlib.contextmanager
+    def handle(self) -> Iterator[None]:
+        """Handle stop signals inside the block. Must be entered on the main thread.
+
+        The first signal saves the run and exits with `ExitCode.RESTART` within the grace period; what is not saved by then is
+        lost, and the latest checkpoint remains. A second signal exits at once with 128 + its number.
+
+        An OSError in any thread exits with `ExitCode.USER_ERROR`: the run would otherwise wait forever for a thread that cannot
+        write.
+        """
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        earlier_handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        # Python writes the number of a signal into this pipe immediately, even while the main thread is inside XLA.
+        earlier_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        earlier_hook = threading.excepthook
+        threading.excepthook = self._on_thread_exception
+        stopping = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(read_end, write_end, stopping), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            if stopping.is_set():
+                watcher.join()  # Exits the process with its own exit code.
+            threading.excepthook = earlier_hook
+            signal.set_wakeup_fd(earlier_wakeup)
+            for number, handler in earlier_handlers.items():
+                signal.signal(number, handler)
+            os.close(write_end)
+            watcher.join()
+
+    def _watch(self, read_end: int, write_end: int, stopping: threading.Event) -> None:
+        """Wait for a signal and exit the process; return when the pipe is closed because the block has ended."""
+        number = _read_byte(read_end, _SIGNALS)
+        if number is None:
+            os.close(read_end)
+            return
+        stopping.set()
+        self._requested.set()
+        when = "after this step, together with the other processes, " if self._at_step_end else ""
+        _print(
+            f"{signal.Signals(number).name}: stopping {when}within {self._grace_seconds:g} s; a second signal stops at once."
+        )
+        if not self._at_step_end:
+            threading.Thread(target=self._run_save, args=(write_end,), daemon=True).start()
+
+        deadline = time.monotonic() + self._grace_seconds
+        while select.select([read_end], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            number = _read_byte(read_end, (*_SIGNALS, _SAVED, _FAILED))
+            if number is not None and number in _SIGNALS:
+                self._exit(
+                    128 + number, "Stopped at once. Rerun the same command to resume from the latest checkpoint."
+                )
+            self._exit(ExitCode.RESTART if number == _SAVED else ExitCode.USER_ERROR, "")
+        self._exit(
+            ExitCode.RESTART,
+            f"Nothing was saved within checkpoint.grace_seconds={self._grace_seconds:g}; the latest checkpoint remains.",
+        )
+
+    def _run_save(self, write_end: int) -> None:
+        try:
+            with self._changing:
+                _print(_stopped(self._save() if self._save else "nothing needed to be saved yet"))
+                os.write(write_end, bytes([_SAVED]))
+                # Keep the lock until the process exits, so that the main thread does not change what was saved.
+                threading.Event().wait()
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the process must exit and say so.
+            reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+            _print(f"error: the current state could not be saved ({reason}); the latest checkpoint remains.")
+            os.write(write_end, bytes([_FAILED]))
+
+    def _on_thread_exception(self, thread: threading.ExceptHookArgs) -> None:
+        if not isinstance(thread.exc_value, OSError):
+            threading.__excepthook__(thread)
+            return
+        self._exit(
+            ExitCode.USER_ERROR,
+            f"error: {thread.exc_value}. Fix this and rerun the same command to resume from the latest checkpoint.",
+        )
+
+    def _exit(self, code: int, message: str) -> None:
+        if message:
+            _print(message)
+        if self.on_exit:
+            self.on_exit(code, message or "it received a stop signal before there was anything to save")
+        sys.stdout.flush()
+        os._exit(code)  # The main thread may stay inside XLA for minutes.
 
 
 def end_with_parent() -> None:
-    """Make this process, one of several that another one started, end with that one, however it ends.
+    """Exit this worker process when its parent exits, however that happens, and ignore SIGINT.
 
-    It may end by `os._exit` or SIGKILL, of which its children hear nothing.
+    A parent that ends by `os._exit` or SIGKILL does not tell its children.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # A terminal sends it to all; the parent says what it means.
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # A terminal sends SIGINT to all processes; the parent decides what to do.
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if parent is None:
+        raise RuntimeError("end_with_parent must be called in a process that multiprocessing started")
+
+    def exit_after_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-@contextlib.contextmanager
-def defer_signals() -> Iterator[None]:
-    """Let what a signal saves wait: inside, the state is neither the old nor the new one."""
-    with _changing:
-        yield
-
-
-@contextlib.contextmanager
-def stops_on_signals(grace: float) -> Iterator[None]:
-    """Inside, a first SIGTERM or SIGINT ends the process with `RESTART` within `grace` seconds, a second one at once.
-
-    What is not saved by then is lost, and the checkpoint before it stands. The exit code of a second signal is 128 + its
-    number. A thread that could not write ends the process too, with 2: whoever waits for it would wait for ever. To be
-    entered in the main thread.
-    """
-    incoming, outgoing = os.pipe()
-    os.set_blocking(outgoing, False)
-    handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-    # The one thing that happens in the moment of a signal, whatever the main thread is at.
-    earlier = signal.set_wakeup_fd(outgoing, warn_on_full_buffer=False)
-    stopping = threading.Event()
-    earlier_hook, threading.excepthook = threading.excepthook, _end_unwritten
-    watcher = threading.Thread(target=_watch, args=(incoming, outgoing, grace, stopping), daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        if stopping.is_set():
-            watcher.join()  # It ends the process, and with its own exit code.
-        threading.excepthook = earlier_hook
-        signal.set_wakeup_fd(earlier)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.close(outgoing)
-        watcher.join()
-
-
-def _watch(incoming: int, outgoing: int, grace: float, stopping: threading.Event) -> None:
-    """Wait for a signal and end the process; return where the pipe is closed, because nothing is left to stop."""
-    number = _read(incoming, _SIGNALS)
-    if number is None:
-        os.close(incoming)
-        return
-    stopping.set()
-    _asked.set()
-    where = ", with the other processes after this step," if _together else ""
-    _say(f"{signal.Signals(number).name}: stopping{where} within {grace:g} s; another one stops at once.")
-    if not _together:
-        threading.Thread(target=_run_save, args=(outgoing,), daemon=True).start()
-    end = time.monotonic() + grace
-    while select.select([incoming], [], [], max(0.0, end - time.monotonic()))[0]:
-        number = _read(incoming, (*_SIGNALS, _SAVED, _FAILED))
-        if number in _SIGNALS:
-            _end(128 + number, "Stopped at once. The same command goes on from the last checkpoint.")
-        _end(RESTART if number == _SAVED else 2, "")
-    _end(RESTART, f"Nothing more was saved within checkpoint.grace_seconds={grace:g}: the last checkpoint stands.")
-
-
-def _read(incoming: int, wanted: tuple[int, ...]) -> int | None:
-    """The next of the `wanted` bytes; a handler of somebody else's signal writes others. None at the end."""
-    while byte := os.read(incoming, 1):
+def _read_byte(read_end: int, wanted: tuple[int, ...]) -> int | None:
+    """Return the next of the `wanted` bytes; None when the pipe is closed. Other signals write other bytes."""
+    while byte := os.read(read_end, 1):
         if byte[0] in wanted:
             return byte[0]
     return None
 
 
-def _run_save(outgoing: int) -> None:
-    result = _FAILED
-    try:
-        with _changing:
-            _say(f"Stopped: {_save() if _save else 'nothing had begun that must be saved'}. The same command goes on.")
-            result = _SAVED
-            os.write(outgoing, bytes([result]))
-            threading.Event().wait()  # Keeps the main thread from changing what was saved, until the process ends.
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong, the process must end and say so.
-        reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        _say(f"error: the last state could not be saved ({reason}); the checkpoint before it stands.")
-        os.write(outgoing, bytes([result]))
+def _stopped(saved: str) -> str:
+    return f"Stopped: {saved}. Rerun the same command to resume."
 
 
-def _end_unwritten(thread: threading.ExceptHookArgs) -> None:
-    if not isinstance(thread.exc_value, OSError):
-        return threading.__excepthook__(thread)
-    _end(2, f"error: {thread.exc_value}. Mend it and run the same command again: it goes on from the last checkpoint.")
-
-
-def _end(code: int, text: str) -> None:
-    if text:
-        _say(text)
-    if _before_end:
-        _before_end(code, text or "it was asked to stop before anything had begun that all save")
-    sys.stdout.flush()
-    os._exit(code)  # The main thread may be inside XLA for minutes to come.
-
-
-def _say(text: str) -> None:
+def _print(text: str) -> None:
+    # Printed and not logged: the main thread may hold the lock of a logging handler.
     print(text, file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
-"""Whose a workdir is: one config's and, at one time, one process's."""
+"""Run-directory lock and config-compatibility check."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -13,23 +14,28 @@ from typing import IO, Any
 
 from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.distributed.sharding import is_leader, wait_for_all
+from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.run_format import check_format, format_stamp
 
-CONFIG = "config.json"
+logger = logging.getLogger(__name__)
+
+RUN_CONFIG = "run_config.json"
 CHECKPOINTS = "checkpoints"
-_LOCK = "lock"  # Holds nothing; stays.
-_LOOKS = 10  # At a workdir that another host has claimed, a second apart.
-# What a run leaves in its workdir, and another would go on from or write over.
+_FORMAT_1_CONFIG = "config.json"
+_LOCK = "lock"  # An empty file; it stays after the run.
+_SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: look this many times, one second apart.
+# Files that a run leaves in its workdir, which another run would resume from or overwrite.
 _OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy", "cold_start")
-# Fields and sections that a run may go on with other values of: none is part of what is learned from what, but for the number of
-# steps and the precision, which whoever changes them wants changed.
-_FREE = (
+# Fields and sections that may change when a run is resumed. None of them changes what is learned from which data, except for the
+# number of steps and the precision, which are only ever changed on purpose.
+_MAY_CHANGE = (
     "checkpoint",
     "divergence",
     "evaluation",
     "mesh",
+    "profile",
     "training.total_steps",
     "training.log_rollouts_every",
     "training.microbatch_tokens",
@@ -45,34 +51,79 @@ _FREE = (
 
 @contextlib.contextmanager
 def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) -> Iterator[None]:
-    """Make `workdir` this experiment's while it runs: write its config there, or check that the one there is the same.
+    """Lock `workdir` for this run, and write its config there or compare it with the one that is there.
 
-    Fields that a run may go on with other values of are taken as they are now; others too, with `force`. Bad input that ends a
-    first run before it has begun gives the workdir up again: whoever mends a path in the command may keep its workdir.
+    A new workdir is released again if a UserError ends the run before it has written anything: after a typo in a path, the user
+    can fix the command and use the same workdir.
 
-    Of several processes of one run the leader does so, and the others look whether they see the same directory.
+    With several processes, process 0 does this and the others check that they see the same directory.
 
-    Raises: UserError, naming the fields that differ, or the file, directory or process that is in the way.
+    Args:
+      workdir: directory of the run; created if it is missing.
+      experiment: the config of the run.
+      force: accept changes of all fields. Without it, only fields that do not change the experiment may differ.
+
+    Raises:
+      UserError: another run uses the workdir, its config differs in other fields, or it cannot be read or written.
     """
     if not is_leader():
         wait_for_all("claimed")
-        _find(workdir, experiment)
+        _check_shared(workdir, experiment)
         yield
         return
     with _lock(workdir, experiment):
-        fresh = _claim(workdir, experiment, force)
+        is_new = _claim(workdir, experiment, force)
         wait_for_all("claimed")
         try:
             yield
         except UserError:
-            if fresh and not _outputs(workdir):
-                (workdir / CONFIG).unlink(missing_ok=True)
+            if is_new and not _outputs(workdir):
+                (workdir / RUN_CONFIG).unlink(missing_ok=True)
             raise
 
 
+def is_run_directory(path: Path) -> bool:
+    """Return whether `path` is the workdir of a run, of this format or an older one."""
+    return (path / RUN_CONFIG).is_file() or _has_format_1(path)
+
+
+def _has_format_1(workdir: Path) -> bool:
+    """Return whether there is a run config of format 1, which has the name of a model's config."""
+    try:
+        content = json.loads((workdir / _FORMAT_1_CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "policy.path" in content
+
+
+def read_run_config(workdir: Path) -> dict[str, Any]:
+    """Return the config of the run in `workdir`, by field.
+
+    Raises:
+      FileNotFoundError: there is none.
+      UserError: it is damaged, or of another format.
+    """
+    path = workdir / RUN_CONFIG
+    if not path.exists() and _has_format_1(workdir):
+        check_format({}, workdir / _FORMAT_1_CONFIG)
+    try:
+        content = {**json.loads(path.read_bytes())}
+    except (TypeError, ValueError, RecursionError):
+        raise _damaged(path) from None
+    check_format(content, path)
+    try:
+        return {**content["config"]}
+    except (KeyError, TypeError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged or not the config of a run; choose another --workdir.", field="--workdir")
+
+
 def _lock(workdir: Path, experiment: Experiment) -> IO[str]:
-    """Make the workdir and take its lock, which is let go with the file, however the process ends."""
-    # Processes of task "score" prepare shards of one corpus in one workdir.
+    """Create the workdir and lock it. The lock ends when the file is closed, however the process ends."""
+    # Several processes of task "score" prepare shards of one corpus in the same workdir.
     kind = fcntl.LOCK_SH if experiment.task == "score" else fcntl.LOCK_EX
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -80,72 +131,83 @@ def _lock(workdir: Path, experiment: Experiment) -> IO[str]:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"--workdir={workdir} is in use by another run. Wait for its end, or choose another --workdir."
+            f"--workdir={workdir} is in use by another run. Wait until it ends, or choose another --workdir.",
+            field="--workdir",
         ) from None
     except OSError as error:
         raise _unusable(workdir, error) from None
     return file
 
 
-def _find(workdir: Path, experiment: Experiment) -> None:
-    """Raises: UserError, where the leader's config is not in this process's workdir, also not a little later."""
-    for _ in range(_LOOKS):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((workdir / CONFIG).read_bytes()) == _values(experiment):
+def _check_shared(workdir: Path, experiment: Experiment) -> None:
+    """Check that the config that process 0 wrote is visible here. Raises: UserError."""
+    for _ in range(_SHARED_FILE_ATTEMPTS):
+        with contextlib.suppress(OSError, UserError):
+            if read_run_config(workdir) == _values(experiment):
                 return
-        time.sleep(1.0)  # File systems of several hosts may show a file late.
+        time.sleep(1.0)
     raise UserError(
-        f"--workdir={workdir} is not the same directory on {socket.gethostname()} as on the host of process 0: it must be on "
-        "a file system that all hosts share."
+        f"--workdir={workdir} is not the same directory on {socket.gethostname()} as on the host of process 0: it must be on a "
+        "file system that all hosts share.",
+        field="--workdir",
     )
 
 
 def _values(experiment: Experiment) -> dict[str, Any]:
     values = dict(leaves(experiment))
-    del values["data.shard"]  # Which part of the work a process does, not what the work is: all parts share a workdir.
+    del values["data.shard"]  # Says which part of the work this process does. All parts share a workdir.
     return values
 
 
 def _claim(workdir: Path, experiment: Experiment, force: bool) -> bool:
-    """Return whether the workdir was nobody's before."""
-    path, mine = workdir / CONFIG, _values(experiment)
+    """Write or compare the config; return whether the workdir is new."""
+    path = workdir / RUN_CONFIG
+    ours = _values(experiment)
     try:
         if not path.exists():
-            if outputs := _outputs(workdir):
-                raise UserError(
-                    f"{outputs[0]} is there, but no {path} that says what made it: choose another --workdir."
-                )
-            _write_config(path, mine)
+            _check_unclaimed(workdir)
+            _write_config(path, ours)
             return True
-        theirs = {**json.loads(path.read_bytes())}
-        differing = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-        refused = [name for name in differing if not force and not _is_free(name)]
+        theirs = read_run_config(workdir)
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        refused = [name for name in differing if not force and not _may_change(name)]
         if refused:
             raise UserError(
-                f"--workdir={workdir} was made with another config ({_changes(refused, theirs, mine)}). Choose another "
-                "--workdir, or add --force to go on all the same."
+                f"--workdir={workdir} belongs to a run with another config ({_changes(refused, theirs, ours)}). Choose another "
+                "--workdir, or add --force to resume with the new values.",
+                field=refused[0],
             )
         if differing:
-            print(f"The config changed: {_changes(differing, theirs, mine)}.")
-            _write_config(path, mine)
+            logger.info("The config changed: %s.", _changes(differing, theirs, ours))
+            _write_config(path, ours)
     except OSError as error:
         raise _unusable(workdir, error) from None
-    except (TypeError, ValueError, RecursionError):
-        raise UserError(f"{path} is damaged, or not the config of a run; choose another --workdir.") from None
     return False
 
 
-def _is_free(name: str) -> bool:
-    return name in _FREE or name.partition(".")[0] in _FREE
+def _check_unclaimed(workdir: Path) -> None:
+    """Check that a directory without a run config holds no run. Raises: UserError."""
+    if _has_format_1(workdir):
+        check_format({}, workdir / _FORMAT_1_CONFIG)
+    if outputs := _outputs(workdir):
+        raise UserError(
+            f"{outputs[0]} exists, but {workdir / RUN_CONFIG}, which would say what run made it, does not: choose another "
+            "--workdir.",
+            field="--workdir",
+        )
 
 
-def _changes(names: list[str], theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+def _may_change(name: str) -> bool:
+    return name in _MAY_CHANGE or name.partition(".")[0] in _MAY_CHANGE
+
+
+def _changes(names: list[str], theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
-    return "; ".join(f"{n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in names[:5]) + more
+    return "; ".join(f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in names[:5]) + more
 
 
 def _write_config(path: Path, values: dict[str, Any]) -> None:
-    atomic_write(path, json.dumps(values, indent=1) + "\n")
+    atomic_write(path, json.dumps({**format_stamp(), "config": values}, indent=1) + "\n")
 
 
 def _outputs(workdir: Path) -> list[Path]:
@@ -154,5 +216,6 @@ def _outputs(workdir: Path) -> list[Path]:
 
 def _unusable(workdir: Path, error: OSError) -> UserError:
     return UserError(
-        f"--workdir={workdir} cannot be used ({error.filename}: {error.strerror}). Choose another --workdir."
+        f"--workdir={workdir} cannot be used ({error.filename}: {error.strerror}). Choose another --workdir.",
+        field="--workdir",
     )

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.sharding import DECODING, mesh_fields, num_batch_shards
+from rpt_jax.distributed.mesh import num_batch_shards
+from rpt_jax.distributed.sharding import DECODING, mesh_fields
 from rpt_jax.preflight.costs import Times, estimate_times, trip_counts
 from rpt_jax.preflight.hlo import Traffic, traffic
 from rpt_jax.preflight.programs import Program, Step

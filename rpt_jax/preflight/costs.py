@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from rpt_jax.config import Experiment
 from rpt_jax.describe import derive
-from rpt_jax.distributed.sharding import DECODING, num_batch_shards
+from rpt_jax.distributed.mesh import DECODING, num_batch_shards
 from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.packed import QUERY_PANEL_SIZES

@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import score_batch
 from rpt_jax.describe import model_config_of
+from rpt_jax.distributed.mesh import DECODING, num_batch_shards
 from rpt_jax.distributed.sharding import (
-    DECODING,
     abstract_optimizer,
     abstract_parameters,
     abstract_prompts,
     make_reshard_fn,
-    num_batch_shards,
     parameter_shardings,
 )
 from rpt_jax.infra.optimizer import make_optimizer

@@ -10,9 +10,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.sharding import check_batches, mesh_fields, use_mesh
+from rpt_jax.distributed.mesh import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
 from rpt_jax.preflight.costs import flops_per_chip
 from rpt_jax.preflight.programs import Step, make_step

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 
 # Programs that run in every step.
 _STEP_PROGRAMS = ("reshard", "sample", "reward", "training reward", "update")

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.describe import derive, model_config_of
-from rpt_jax.distributed.sharding import make_mesh, mesh_fields
+from rpt_jax.distributed.mesh import make_mesh, mesh_fields
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import table
+from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, ProgramReport
 from rpt_jax.preflight.programs import Step
 from rpt_jax.preflight.report import as_result, check_mesh, check_split, devices, fits, for_topology, step_seconds

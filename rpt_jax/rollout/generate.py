@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rpt_jax.distributed.sharding import DECODING, constrain_batch, in_one_replica, prompt_axes
+from rpt_jax.distributed.mesh import DECODING, in_one_replica, prompt_axes
+from rpt_jax.distributed.sharding import constrain_batch
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
 from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes

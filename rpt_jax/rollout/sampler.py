@@ -11,14 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, ObjectiveConfig
-from rpt_jax.distributed.sharding import (
-    DECODING,
-    constrain_batch,
-    make_reshard_fn,
-    mesh_fields,
-    num_batch_shards,
-    shard_prompts,
-)
+from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
+from rpt_jax.distributed.sharding import constrain_batch, make_reshard_fn, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize, Clock
 from rpt_jax.model.transformer import Params, Transformer, in_compute_dtype

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rpt_jax.distributed.sharding import is_leader, to_host
+from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params

@@ -22,7 +22,7 @@ from rpt_jax.corpus.entropy import (
     top_k_entropy,
     top_k_values,
 )
-from rpt_jax.distributed.sharding import make_mesh
+from rpt_jax.distributed.mesh import make_mesh
 from rpt_jax.model.transformer import Params
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 from tests.helpers import policy_reference as reference

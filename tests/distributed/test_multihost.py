@@ -1,11 +1,11 @@
-"""Several processes as one run: how they find each other, what each says when another does not come or is gone, and that together
-they learn what one process learns."""
+"""Runs of several processes: detection, rendezvous, lost processes, and that they train as one process does."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,18 +21,18 @@ import numpy as np
 import pytest
 
 from rpt_jax.distributed.hosts import Hosts, find_hosts
-from rpt_jax.distributed.rendezvous import _gather, _Line, _report
-from rpt_jax.errors import UserError
+from rpt_jax.distributed.rendezvous import Connection, meet
+from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.infra.signals import RESTART
 from rpt_jax.weights.hf import load_policy
-from tests.test_train import ROOT, SMALL, comparable
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import SMALL, comparable
 
 HERE = socket.gethostname()
 
 
 def free_port() -> int:
-    """A port that is free, and the next one too."""
+    """Return a port that is free together with the next one."""
     while True:
         with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError, OverflowError):
             first.bind(("", 0))
@@ -41,7 +41,7 @@ def free_port() -> int:
             return port
 
 
-# --- who there is ------------------------------------------------------------------------------------
+# --- detection -------------------------------------------------------------------------------------
 
 SLURM = {"SLURM_JOB_ID": "41", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
 TPU = {"TPU_WORKER_HOSTNAMES": "t-0.job,t-1.job", "TPU_WORKER_ID": "1"}
@@ -52,7 +52,7 @@ MULTISLICE = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE
     ("environ", "expected"),
     [
         ({}, None),
-        ({"SLURM_JOB_ID": "41", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # The batch script, outside of srun.
+        ({"SLURM_JOB_ID": "41", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # A batch script, outside of srun.
         (SLURM | {"SLURM_STEP_NODELIST": "node[003-006]"}, Hosts("node003", 20082, 4, 3)),
         (SLURM | {"SLURM_STEP_NODELIST": "a7,b[1-3]"}, Hosts("a7", 20082, 4, 3)),
         (SLURM | {"SLURM_STEP_NODELIST": "n-[01,07-09],x"}, Hosts("n-01", 20082, 4, 3)),
@@ -66,64 +66,69 @@ MULTISLICE = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE
         ({"JAX_COORDINATOR_ADDRESS": "w", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
     ],
 )
-def test_the_environment_says_which_process_this_is(environ: Mapping[str, str], expected: Hosts | None) -> None:
+def test_processes_are_detected_from_the_environment(environ: Mapping[str, str], expected: Hosts | None) -> None:
     assert find_hosts(None, None, None, environ) == expected
 
 
-def test_flags_come_before_the_environment() -> None:
+def test_flags_take_precedence_over_the_environment() -> None:
     environ = SLURM | {"SLURM_STEP_NODELIST": "node[003-006]"}
     assert find_hosts("h:5", 2, 1, environ) == Hosts("h", 5, 2, 1)
     assert find_hosts("h:5", 1, 0, environ) is None
 
 
 @pytest.mark.parametrize(
-    ("flags", "environ", "sentence"),
+    ("flags", "environ", "field", "sentence"),
     [
-        (("h:5", None, None), {}, "--processes and --process must be given as well"),
-        ((None, 2, 1), {}, "--coordinator must be given as well"),
-        (("h:99999", 2, 1), {}, "--coordinator=h:99999 must be HOST:PORT of process 0"),
-        (("h:5", 2, 2), {}, "--process=2 must be from 0 to 1: --processes=2"),
-        (("h:5", 0, 0), {}, "--processes=0 must be at least 1"),
-        ((None, None, None), {"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID must be given"),
-        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID must be given"),
-        ((None, None, None), TPU | {"TPU_WORKER_ID": "x"}, "TPU_WORKER_ID=x must be a whole number"),
-        ((None, None, None), SLURM, "SLURM_STEP_NODELIST must be given"),
+        (("h:5", None, None), {}, "--processes", "--processes and --process must be given as well"),
+        ((None, 2, 1), {}, "--coordinator", "--coordinator must be given as well"),
+        (("h:99999", 2, 1), {}, "--coordinator", "--coordinator=h:99999 must be HOST:PORT of process 0"),
+        (("h:5", 2, 2), {}, "--process", "--process=2 must be from 0 to 1, because --processes=2"),
+        (("h:5", 0, 0), {}, "--processes", "--processes=0 must be at least 1"),
+        (
+            (None, None, None),
+            {"JAX_NUM_PROCESSES": "2"},
+            "JAX_COORDINATOR_ADDRESS",
+            "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID must be given",
+        ),
+        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID", "TPU_WORKER_ID must be given"),
+        ((None, None, None), TPU | {"TPU_WORKER_ID": "x"}, "TPU_WORKER_ID", "TPU_WORKER_ID=x must be an integer"),
+        ((None, None, None), SLURM, "SLURM_STEP_NODELIST", "SLURM_STEP_NODELIST must be given"),
     ],
 )
-def test_what_is_missing_or_out_of_range_is_named(flags, environ, sentence) -> None:
-    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+def test_a_value_that_is_missing_or_out_of_range_is_named(flags, environ, field, sentence) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)) as raised:
         find_hosts(*flags, environ)
+    assert raised.value.field == field
 
 
-# --- who comes ---------------------------------------------------------------------------------------
+# --- rendezvous ------------------------------------------------------------------------------------
 
 
-def meet(*members: tuple[Hosts, dict], seconds: float = 20.0) -> list[object]:
-    """What every member gets or is told."""
+def meet_all(*members: tuple[Hosts, dict], seconds: float = 20.0) -> list[object]:
+    """Call `meet` as several processes; return the host names or the error message of each."""
     results: list[object] = [None] * len(members)
 
     def take_part(number: int, hosts: Hosts, facts: dict) -> None:
         try:
-            results[number] = (_report if hosts.process else _gather)(hosts, facts, seconds)[0]
+            results[number] = meet(hosts, facts, seconds).names
         except UserError as error:
             results[number] = str(error)
 
     threads = [threading.Thread(target=take_part, args=(i, *member)) for i, member in enumerate(members)]
     for thread in threads:
         thread.start()
-        time.sleep(0.1)  # So that they come in this order.
     for thread in threads:
         thread.join()
     return results
 
 
-def test_a_process_that_does_not_come_is_named_by_all_others() -> None:
+def test_a_process_that_does_not_connect_is_named_by_all_others() -> None:
     port = free_port()
-    told = meet(*((Hosts("127.0.0.1", port, 4, process), {}) for process in (0, 2)), seconds=1.0)
+    told = meet_all(*((Hosts("127.0.0.1", port, 4, process), {}) for process in (0, 2)), seconds=1.0)
     assert told[0] == told[1]
     assert told[0] == (
-        f"process 0 on {HERE} waited 1 s (--join_seconds) for processes 1, 3 of 4, which did not come. Start all of them "
-        f"with --coordinator=127.0.0.1:{port}, or change --processes."
+        f"process 0 on {HERE} waited 1 s (--join_seconds) for processes 1, 3 of 4, which did not connect. Start all "
+        f"processes with --coordinator=127.0.0.1:{port}, or change --processes."
     )
 
 
@@ -137,65 +142,75 @@ def test_a_process_that_does_not_come_is_named_by_all_others() -> None:
         (((2, 1), {"seed": 1}), f"process 1 on {HERE} differs from process 0 on {HERE} (seed: 1 there, 0 here)"),
     ],
 )
-def test_processes_that_do_not_fit_together_are_told(second, sentence: str) -> None:
+def test_processes_of_different_runs_are_refused(second, sentence: str) -> None:
     port = free_port()
     (count, facts) = second
-    told = meet((Hosts("127.0.0.1", port, 2, 0), {"seed": 0}), (Hosts("127.0.0.1", port, *count), facts))
+    told = meet_all((Hosts("127.0.0.1", port, 2, 0), {"seed": 0}), (Hosts("127.0.0.1", port, *count), facts))
     assert told[0] == told[1] and told[0].startswith(sentence)
 
 
-def test_two_processes_of_one_number_are_told() -> None:
+def test_two_processes_with_the_same_index_are_refused() -> None:
     port = free_port()
-    told = meet(*((Hosts("127.0.0.1", port, 3, process), {}) for process in (0, 1, 1)))
-    assert told[0] == told[1] and f"process 1 on {HERE} is there twice" in told[0]
+    told = meet_all(*((Hosts("127.0.0.1", port, 3, process), {}) for process in (0, 1, 1)))
+    assert told[0] == told[1] and f"process 1 on {HERE} was started twice" in told[0]
 
 
-def test_whoever_cannot_reach_process_0_says_where_and_why() -> None:
+def test_an_unreachable_process_0_is_reported_with_address_and_reason() -> None:
     port = free_port()
-    [told] = meet((Hosts("127.0.0.1", port, 2, 1), {}), seconds=1.0)
+    [told] = meet_all((Hosts("127.0.0.1", port, 2, 1), {}), seconds=1.0)
     assert told.startswith(f"process 1 of 2 on {HERE} waited 1 s (--join_seconds) for process 0 at 127.0.0.1:{port} (")
     assert "Connection refused" in told
 
 
-def test_a_blocked_second_port_is_told_to_process_0() -> None:
-    port, heard = free_port(), []
+def test_a_blocked_second_port_is_reported_to_process_0() -> None:
+    port, received = free_port(), []
     server = socket.create_server(("127.0.0.1", port))
 
     def answer() -> None:
-        line = _Line(server.accept()[0])
-        line.receive()
-        line.send(names={0: "a", 1: "b"})  # And nobody listens on the next port.
-        heard.append(line.receive())
+        connection = Connection(server.accept()[0])
+        connection.receive()
+        connection.send(names={0: "a", 1: "b"})  # Nothing listens on the next port.
+        received.append(connection.receive())
 
     leader = threading.Thread(target=answer)
     leader.start()
-    [told] = meet((Hosts("127.0.0.1", port, 2, 1), {}), seconds=1.0)
+    [told] = meet_all((Hosts("127.0.0.1", port, 2, 1), {}), seconds=1.0)
     leader.join()
     server.close()
     assert f"for process 0 at 127.0.0.1:{port + 1} (Connection refused)" in told
-    assert heard == [{"end": 2, "why": told}]
+    assert received == [{"end": 2, "why": told}]
 
 
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        [told] = meet((Hosts("127.0.0.1", port, 2, 0), {}))
+        [told] = meet_all((Hosts("127.0.0.1", port, 2, 0), {}))
     assert f"process 0 on {HERE} cannot listen on port {port} (Address already in use" in told
 
 
-def test_a_stranger_on_the_port_is_no_process() -> None:
+def connect_when_ready(port: int) -> socket.socket:
+    """Connect to a port that a thread is about to listen on."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_other_connections_to_the_port_are_ignored() -> None:
     port, told = free_port(), []
-    leader = threading.Thread(target=lambda: told.extend(meet((Hosts("127.0.0.1", port, 2, 0), {}), seconds=3.0)))
+    leader = threading.Thread(target=lambda: told.extend(meet_all((Hosts("127.0.0.1", port, 2, 0), {}), seconds=3.0)))
     leader.start()
-    time.sleep(0.2)
     for text in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process": 1}\n'):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
+        with connect_when_ready(port) as stranger:
             stranger.sendall(text)
     leader.join()
-    assert "for process 1 of 2, which did not come" in told[0]
+    assert "for process 1 of 2, which did not connect" in told[0]
 
 
-# --- who is gone -------------------------------------------------------------------------------------
+# --- lost processes --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -216,55 +231,60 @@ def start() -> Iterator[object]:
 
 
 @pytest.mark.parametrize(
-    ("what", "codes", "sentence"),
+    ("event", "codes", "sentence"),
     [
         ("nothing", [0, 0, 0], ""),
-        ("another is killed", [RESTART, -signal.SIGKILL, RESTART], "process 1 on {} is gone: killed"),
-        ("another fails", [2, 2, 2], "process 1 on {} ended: error: data.path is not here."),
+        ("another is killed", [ExitCode.RESTART, -signal.SIGKILL, ExitCode.RESTART], "process 1 on {} is gone: killed"),
+        ("another fails", [2, 2, 2], "process 1 on {} ended: error: data.path does not exist."),
         (
             "another stalls",
-            [RESTART] * 3,
-            "nothing moved for 4 s (--stall_seconds): all wait for process 1 on {}, behind data",
+            [ExitCode.RESTART] * 3,
+            "no progress for 4 s (--stall_seconds): all wait for process 1 on {}, which stopped after stage data",
         ),
     ],
 )
-def test_all_end_with_what_ended_one_and_say_who(start, what: str, codes: list[int], sentence: str) -> None:
+def test_all_processes_exit_with_the_one_that_failed_and_name_it(
+    start, event: str, codes: list[int], sentence: str
+) -> None:
     port = str(free_port())
-    processes = start("tests.helpers.multihost_child", [[what, str(number), "3", port] for number in range(3)])
+    processes = start("tests.helpers.multihost_child", [[event, str(number), "3", port] for number in range(3)])
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == codes, outputs
-    said = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
-    assert said == ([["3 processes, sum 3"], [], []] if what == "nothing" else [[], [], []])
+    printed = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
+    assert printed == ([["3 processes, sum 3"], [], []] if event == "nothing" else [[], [], []])
     for number, (_, err) in enumerate(outputs):
-        if what == "another fails" and number == 1:
-            assert "error: data.path is not here." in err
+        if event == "another fails" and number == 1:
+            assert "error: data.path does not exist." in err
         elif codes[number] > 0:
             assert f"error: {sentence.format(HERE)}" in err, err
 
 
-def test_the_end_of_process_0_is_noticed(start) -> None:
-    """It keeps JAX's service, too: JAX may end the others before they have said why, and then by an abort."""
+def test_the_loss_of_process_0_is_detected(start) -> None:
+    """Process 0 also hosts JAX's service, so JAX may abort the other processes before they print the reason."""
     port = str(free_port())
     processes = start("tests.helpers.multihost_child", [["leader is killed", str(n), "2", port] for n in range(2)])
     _, (_, err) = (process.communicate(timeout=120) for process in processes)
-    assert processes[1].returncode in (RESTART, -signal.SIGABRT)
+    assert processes[1].returncode in (ExitCode.RESTART, -signal.SIGABRT)
     assert f"process 0 on {HERE} is gone" in err or "JAX distributed service" in err
 
 
-def test_a_process_0_that_is_frozen_is_noticed(start) -> None:
+def test_a_frozen_process_0_is_detected(start) -> None:
     port = str(free_port())
     _, other = start("tests.helpers.multihost_child", [["leader is frozen", str(n), "2", port] for n in range(2)])
     _, err = other.communicate(timeout=120)
-    assert other.returncode == RESTART and f"nothing moved for 4 s (--stall_seconds), and process 0 on {HERE}" in err
+    assert (
+        other.returncode == ExitCode.RESTART
+        and f"no progress for 4 s (--stall_seconds), and process 0 on {HERE}" in err
+    )
 
 
-# --- whole runs --------------------------------------------------------------------------------------
+# --- complete runs ---------------------------------------------------------------------------------
 
 RUN = SMALL | {"training.total_steps": 4, "mesh.fsdp": 2, "rollout.max_new_tokens": 16, "checkpoint.every_steps": 100}
 
 
 def start_run(start, workdir: Path, processes: int, devices: int, **overrides: object) -> list[subprocess.Popen[str]]:
-    """Processes of one run, of `devices` simulated devices each; without flags for the other processes where it is one."""
+    """Start the processes of one run, with `devices` simulated devices each."""
     fields = [f"--config.{name}={value}" for name, value in (RUN | overrides).items()]
     common = ["--config=configs/rpt_tiny.py", f"--workdir={workdir}", *fields]
     joint = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"] if processes > 1 else []
@@ -275,7 +295,7 @@ def start_run(start, workdir: Path, processes: int, devices: int, **overrides: o
 def finish(processes: Sequence[subprocess.Popen[str]], code: int = 0) -> list[tuple[str, str]]:
     outputs: list[tuple[str, str]] = [("", "")] * len(processes)
 
-    def read(number: int) -> None:  # All at once: a pipe that is full would stop a process.
+    def read(number: int) -> None:  # In parallel, because a full pipe would block a process.
         outputs[number] = processes[number].communicate(timeout=1800)
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(len(processes))]
@@ -299,7 +319,7 @@ def wait_for_step(workdir: Path, step: int, processes: Sequence[subprocess.Popen
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process with four devices, data 2 × fsdp 2."""
+    """Return the run of one process with four devices, data 2 × fsdp 2."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     fields = [f"--config.{name}={value}" for name, value in RUN.items()]
     command = [sys.executable, "-m", "rpt_jax.main", "--config=configs/rpt_tiny.py", f"--workdir={workdir}", *fields]
@@ -308,8 +328,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def assert_alike(ours: Path, theirs: Path) -> None:
-    """The same metrics and weights, but for the order in which processes, or devices of one, add up."""
+def assert_close_runs(ours: Path, theirs: Path) -> None:
+    """Compare metrics and weights, up to the order of sums over devices."""
     for mine, other in zip(comparable(ours), comparable(theirs), strict=True):
         assert mine.keys() == other.keys()
         for name, value in mine.items():
@@ -320,42 +340,42 @@ def assert_alike(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
-def test_several_processes_learn_what_one_does_with_as_many_devices(
+def test_several_processes_train_as_one_process_with_as_many_devices(
     start, alone: Path, tmp_path: Path, processes: int, devices: int
 ) -> None:
     outputs = finish(start_run(start, tmp_path / "run", processes, devices))
-    assert_alike(tmp_path / "run", alone)
-    assert "Complete in" in outputs[0][0], "process 0 says how it went"
+    assert_close_runs(tmp_path / "run", alone)
+    assert "Complete in" in outputs[0][0], "process 0 prints the result"
     for out, _ in outputs[1:]:
-        assert "rpt" not in out and "Next-token" not in out, f"and the others say nothing: {out}"
+        assert "rpt" not in out and "Next-token" not in out, f"the others print nothing: {out}"
     assert json.loads((tmp_path / "run" / "result.json").read_text())["after"]
     curves = list((tmp_path / "run" / "tensorboard").iterdir())
     assert len(curves) == 1 and list((tmp_path / "run" / "plots").glob("*.png"))
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_of_four_saves_all_and_one_and_two_go_on(start, alone: Path, tmp_path: Path) -> None:
+def test_sigterm_to_one_of_four_saves_all_and_one_or_two_processes_resume(start, alone: Path, tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     processes = start_run(start, run, 4, 1)
     wait_for_step(run, 1, processes)
     processes[2].send_signal(signal.SIGTERM)
-    outputs = finish(processes, RESTART)
-    assert "SIGTERM: stopping, with the other processes after this step, within" in outputs[2][1]
+    outputs = finish(processes, ExitCode.RESTART)
+    assert "SIGTERM: stopping after this step, together with the other processes, within" in outputs[2][1]
     assert all("Stopped: everything up to step" in err for _, err in outputs)
     [saved] = (run / "checkpoints").glob("[0-9]*")
     assert 1 < int(saved.name) < RUN["training.total_steps"]
-    assert len(list(saved.rglob("ocdbt.process_*"))) == 4, "all of them have written"
+    assert len(list(saved.rglob("ocdbt.process_*"))) == 4, "all of them wrote their part"
     shutil.copytree(run, copy)
     [(out, _)] = finish(start_run(start, run, 1, 4))
-    assert f"Going on from step {saved.name}" in out
-    assert_alike(run, alone)
+    assert f"Resuming from step {saved.name}" in out
+    assert_close_runs(run, alone)
     [(out, _), _] = finish(start_run(start, copy, 2, 1, **{"mesh.fsdp": 1}))
-    assert f"Going on from step {saved.name}" in out
+    assert f"Resuming from step {saved.name}" in out
     assert [line["step"] for line in comparable(copy)] == [line["step"] for line in comparable(alone)]
 
 
 @pytest.mark.slow
-def test_a_workdir_that_is_not_shared_is_said(start, tmp_path: Path) -> None:
+def test_a_workdir_that_is_not_shared_is_refused(start, tmp_path: Path) -> None:
     port, fields = free_port(), [f"--config.{name}={value}" for name, value in RUN.items()]
     common = [
         "--config=configs/rpt_tiny.py",

@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from rpt_jax.distributed.sharding import (
-    DECODING,
-    MESH_AXES,
-    check_batches,
-    make_mesh,
-    mesh_fields,
-    parameter_shardings,
-)
+from rpt_jax.distributed.mesh import DECODING, MESH_AXES, check_batches, make_mesh, mesh_fields
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError
 from tests.helpers import sharded_child
 from tests.helpers.paths import ROOT
@@ -28,11 +22,12 @@ from tests.helpers.policy_reference import POLICY
 FIELDS = ("data", "fsdp", "tensor", "rollout_tensor")
 
 
-def abstract(data: int, fsdp: int, tensor: int, together: int = 0) -> AbstractMesh:
-    """What `make_mesh` makes, of devices that are not there."""
-    together = together or tensor
-    gather, spread = max(1, together // tensor), max(1, tensor // together)
-    return AbstractMesh((data, fsdp // gather, gather, spread, tensor // spread), MESH_AXES)
+def abstract_mesh(data: int, fsdp: int, tensor: int, rollout_tensor: int = 0) -> AbstractMesh:
+    """Return the mesh that `make_mesh` returns, without devices."""
+    rollout_tensor = rollout_tensor or tensor
+    fsdp_to_tp = max(1, rollout_tensor // tensor)
+    tp_to_dp = max(1, tensor // rollout_tensor)
+    return AbstractMesh((data, fsdp // fsdp_to_tp, fsdp_to_tp, tp_to_dp, tensor // tp_to_dp), MESH_AXES)
 
 
 ALONE, *SHARDED = ("x".join(map(str, sizes)) for sizes in sharded_child.MESHES)
@@ -41,16 +36,16 @@ FEWER = ["x".join(map(str, sizes)) for sizes in sharded_child.FEWER]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return {mesh: {name: array}} of a process that has eight devices."""
+    """Return {mesh: {name: array}}, computed by a process with eight devices."""
     out = tmp_path_factory.mktemp("sharded") / "out.npz"
     devices = f"--xla_force_host_platform_device_count={sharded_child.DEVICES}"
-    # The programs run for milliseconds: what takes time is optimising them.
+    # The programs run for milliseconds; optimizing them is what would take time.
     environment = os.environ | {"XLA_FLAGS": f"{devices} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     child = [sys.executable, "-m", "tests.helpers.sharded_child", str(out)]
     done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    # What XLA says where it finds no way from one sharding to the next but to copy the whole array to every device. (It is
-    # silent about programs that it has in its cache, and those are unchanged.)
+    # XLA's warning when it can only change a sharding by replicating the array on every device. (Programs from the cache do not
+    # warn, but those have not changed.)
     assert "Involuntary full rematerialization" not in done.stderr, done.stderr[-3000:]
     by_mesh = {}
     with np.load(out) as arrays:
@@ -69,7 +64,7 @@ def assert_equal(results, mesh, prefix, tolerance):
 
 @pytest.mark.parametrize("mesh", SHARDED)
 def test_sharded_equals_unsharded(results, mesh):
-    """Bit for bit: random weights, tokens, rewards. To float32's rounding: log-probabilities, loss, gradients, weights."""
+    """Initial weights, tokens and rewards are equal bit for bit; log-probabilities, loss and gradients up to rounding."""
     reward, lengths = results[ALONE]["first.reward"], results[ALONE]["first.rollouts.lengths_PxG"]
     varied = reward.max(axis=1) > reward.min(axis=1)
     assert 2 <= varied.sum() < len(varied) and len(np.unique(lengths)) > 2, "the example tests too little"
@@ -81,7 +76,7 @@ def test_sharded_equals_unsharded(results, mesh):
     assert_equal(results, mesh, "first.metrics", 1e-5)
     assert_equal(results, mesh, "moments", 1e-7)
     assert results[ALONE]["first.metrics.gradient/norm"] > 0.1, "the gradients test too little"
-    # What the first step changed, a second one samples from.
+    # The second step samples from the weights that the first one changed.
     assert_equal(results, mesh, "second", 0)
     assert_equal(results, mesh, "params", 1e-5)
 
@@ -93,8 +88,8 @@ def test_rollouts_on_fewer_devices_equal_those_on_one(results, mesh):
 
 
 @pytest.mark.parametrize("mesh", SHARDED)
-def test_every_device_keeps_its_part_alone(results, mesh):
-    """Matrices and Adam's moments are stored once per data-parallel replica; only vectors are copied to every device."""
+def test_parameters_and_moments_are_stored_once_per_replica(results, mesh):
+    """Matrices and Adam's moments are stored once per data-parallel replica; only vectors are replicated on every device."""
     data, fsdp, *_ = map(int, mesh.split("x"))
     for name, stored in results[mesh].items():
         if name.startswith("stored."):
@@ -104,16 +99,16 @@ def test_every_device_keeps_its_part_alone(results, mesh):
 
 
 @pytest.mark.parametrize("mesh", [ALONE, *SHARDED])
-def test_a_step_leaves_the_state_where_it_was(results, mesh):
-    """Or the next step would compile once more, and donate nothing."""
+def test_a_step_keeps_the_shardings_of_the_state(results, mesh):
+    """Otherwise the next step would be compiled again and could not reuse donated buffers."""
     moved = [name for name, leaf in results[mesh].items() if name.startswith("moved.") and leaf]
     assert not moved
     assert results[mesh]["compiled_again"] == 0
 
 
 @pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 1, 3), (-1, 3, 1), (0, 1, 1), (-1, -1, 1), (8, 8, 8), (-1, 0, 1)])
-def test_meshes_that_do_not_fit(sizes):
-    devices = list(range(8)) if sizes != (2, 1, 1) else None  # Their number alone counts.
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    devices = list(range(8)) if sizes != (2, 1, 1) else None  # Only their number matters here.
     with pytest.raises(UserError) as error:
         make_mesh(*sizes, devices=devices)
     for axis, size in zip(FIELDS, sizes, strict=False):
@@ -121,76 +116,81 @@ def test_meshes_that_do_not_fit(sizes):
     assert f"{8 if devices else jax.device_count()} devices" in str(error.value)
 
 
-def test_the_one_that_is_left_open_takes_all_devices():
+def test_minus_one_takes_all_remaining_devices():
     for sizes in ((-1, 1, 1), (1, -1, 1), (1, 1, -1), (1, 1, 1)):
         mesh = make_mesh(*sizes)
         assert mesh_fields(mesh) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1, "rollout_tensor": 1}
         assert mesh.axis_names == MESH_AXES
 
 
-def test_batches_that_a_mesh_cannot_split():
-    mesh = abstract(2, 4, 2)
+def test_a_batch_that_does_not_split_evenly_is_refused():
+    mesh = abstract_mesh(2, 4, 2)
     check_batches(mesh, {"training.prompts_per_step": 8, "data.score_batch_windows": 32})
-    with pytest.raises(UserError, match=r"n=8 cannot be split over devices / mesh.rollout_tensor = 16 .* is 16"):
-        check_batches(abstract(2, 4, 2, 1), {"n": 8}, DECODING)
-    check_batches(abstract(2, 4, 2, 1), {"n": 8})
+    with pytest.raises(UserError, match=r"n=8 must be a multiple of devices / mesh.rollout_tensor = 16; .* is 16"):
+        check_batches(abstract_mesh(2, 4, 2, 1), {"n": 8}, DECODING)
+    check_batches(abstract_mesh(2, 4, 2, 1), {"n": 8})
     for size, nearest in ((1, 8), (11, 8), (13, 16), (31, 32)):
-        with pytest.raises(UserError, match=f"some.field={size} cannot be split .* = 8 devices; .* is {nearest}"):
+        with pytest.raises(
+            UserError, match=f"some.field={size} must be a multiple of .* = 8; .* is {nearest}"
+        ) as raised:
             check_batches(mesh, {"fits": 16, "some.field": size})
+        assert raised.value.field == "some.field"
 
 
-def test_sizes_that_a_mesh_cannot_divide():
-    """Two kv heads over four devices; a width of 16 over three; both. The mesh that is offered has as many devices, and works."""
+def test_a_parameter_that_does_not_divide_evenly_is_refused():
+    """Two kv heads over four devices; a width of 16 over three; both. The suggested mesh has as many devices, and works."""
     cases = {
         (2, 1, 4): (r"mesh.tensor=4 does not divide the 2 of parameter layers.k", (4, 1, 2)),
         (1, 3, 1): (r"mesh.fsdp=3 does not divide the 16 of parameter embedding", (3, 1, 1)),
         (1, 6, 4): (r"mesh.fsdp=6 does not divide the 16 of parameter embedding", (6, 2, 2)),
     }
-    for asked, (problem, nearest) in cases.items():
-        offered = ", ".join(f"mesh.{field}={size}" for field, size in zip(FIELDS, nearest, strict=False))
-        with pytest.raises(UserError, match=f"{problem}; the nearest mesh that works is {offered}."):
-            parameter_shardings(POLICY, abstract(*asked))
-        parameter_shardings(POLICY, abstract(*nearest))
+    for requested, (problem, nearest) in cases.items():
+        suggested = ", ".join(f"mesh.{field}={size}" for field, size in zip(FIELDS, nearest, strict=False))
+        with pytest.raises(UserError, match=f"{problem}; the nearest mesh that works is {suggested}."):
+            parameter_shardings(POLICY, abstract_mesh(*requested))
+        parameter_shardings(POLICY, abstract_mesh(*nearest))
     with pytest.raises(
         UserError, match=r"mesh.rollout_tensor=4 does not divide .* mesh.tensor=1, mesh.rollout_tensor=2"
     ):
-        parameter_shardings(POLICY, abstract(1, 8, 1, 4), DECODING)
+        parameter_shardings(POLICY, abstract_mesh(1, 8, 1, 4), DECODING)
 
 
 def test_parameters_are_split_over_fsdp_and_tensor():
-    shardings = parameter_shardings(POLICY, abstract(1, 4, 2))
+    shardings = parameter_shardings(POLICY, abstract_mesh(1, 4, 2))
     assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor", "fsdp")
     assert shardings["layers"]["q"].spec == PartitionSpec(None, "fsdp", "tensor")
 
 
-def test_decoding_keeps_parameters_whole_but_for_tensor():
-    shardings = parameter_shardings(POLICY, abstract(1, 4, 2), DECODING)
+def test_decoding_splits_parameters_over_tensor_only():
+    shardings = parameter_shardings(POLICY, abstract_mesh(1, 4, 2), DECODING)
     assert shardings["embedding"].spec == PartitionSpec("tensor")
     assert shardings["layers"]["down"].spec == PartitionSpec(None, "tensor")
     assert shardings["layers"]["q"].spec == PartitionSpec(None, None, "tensor")
 
 
-def test_decoding_splits_parameters_otherwise_where_it_was_asked_to():
+def test_decoding_can_use_another_tensor_parallel_size():
     wider, narrower = (
-        parameter_shardings(POLICY, abstract(*sizes), DECODING) for sizes in ((1, 8, 1, 2), (1, 4, 2, 1))
+        parameter_shardings(POLICY, abstract_mesh(*sizes), DECODING) for sizes in ((1, 8, 1, 2), (1, 4, 2, 1))
     )
-    assert wider["layers"]["q"].spec == PartitionSpec(None, None, "gather")
-    assert parameter_shardings(POLICY, abstract(1, 8, 1, 2))["layers"]["q"].spec == PartitionSpec(
-        None, ("fsdp", "gather")
+    assert wider["layers"]["q"].spec == PartitionSpec(None, None, "fsdp_to_tp")
+    assert parameter_shardings(POLICY, abstract_mesh(1, 8, 1, 2))["layers"]["q"].spec == PartitionSpec(
+        None, ("fsdp", "fsdp_to_tp")
     )
     assert narrower["layers"]["q"].spec == PartitionSpec()
 
 
-@pytest.mark.parametrize(("sizes", "together"), [((1, 4, 2), 3), ((4, 1, 2), 4), ((1, 2, 4), 3), ((1, 8, 1), 16)])
-def test_devices_that_cannot_share_a_policy(sizes, together):
-    with pytest.raises(UserError, match=rf"mesh.rollout_tensor={together} must divide mesh.tensor={sizes[2]}, or"):
-        make_mesh(*sizes, devices=list(range(8)), rollout_tensor=together)
+@pytest.mark.parametrize(("sizes", "rollout_tensor"), [((1, 4, 2), 3), ((4, 1, 2), 4), ((1, 2, 4), 3), ((1, 8, 1), 16)])
+def test_a_rollout_group_that_does_not_fit_the_mesh_is_refused(sizes, rollout_tensor):
+    message = rf"mesh.rollout_tensor={rollout_tensor} must divide mesh.tensor={sizes[2]}, or"
+    with pytest.raises(UserError, match=message) as raised:
+        make_mesh(*sizes, devices=list(range(8)), rollout_tensor=rollout_tensor)
+    assert raised.value.field == "mesh.rollout_tensor"
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A device of a slice whose hosts have 2 x 2 chips each."""
+    """A device of a TPU slice whose hosts have 2 x 2 chips each."""
 
     id: int
     process_index: int
@@ -200,8 +200,8 @@ class Chip:
     device_kind: str = "TPU v6 lite"
 
 
-def test_devices_that_share_a_policy_while_it_samples_are_of_one_host():
-    """A row of four chips, which the network's order would take, is of two hosts."""
+def test_a_rollout_group_stays_on_one_host():
+    """Ordered by the network alone, a group would be a row of four chips, which belongs to two hosts."""
     places = [(x, y) for x in range(8) for y in range(8)]
     chips = [Chip(8 * x + y, x // 2 * 4 + y // 2, (x, y, 0)) for x, y in places]
     mesh = make_mesh(1, 8, 8, chips, rollout_tensor=4)
@@ -210,7 +210,7 @@ def test_devices_that_share_a_policy_while_it_samples_are_of_one_host():
         assert len({chip.process_index for chip in group}) == 1
 
 
-def test_another_seed_gives_other_parameters(results):
+def test_another_seed_gives_different_parameters(results):
     for name, leaf in results["another seed"].items():
         assert leaf.dtype == np.float32
         assert np.array_equal(leaf, results[ALONE][name]) == ("norm" in name), name

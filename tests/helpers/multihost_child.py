@@ -1,4 +1,4 @@
-"""One of several processes of a run: `python -m tests.helpers.multihost_child WHAT PROCESS PROCESSES PORT`."""
+"""One of several processes of a run: `python -m tests.helpers.multihost_child EVENT PROCESS PROCESSES PORT`."""
 
 from __future__ import annotations
 
@@ -11,36 +11,47 @@ import jax
 import numpy as np
 
 from rpt_jax.distributed.hosts import Hosts
-from rpt_jax.distributed.rendezvous import at, end_all, joined
-from rpt_jax.distributed.sharding import in_any_process, make_mesh, shard_prompts, to_host, wait_for_all
-from rpt_jax.errors import UserError
+from rpt_jax.distributed.mesh import make_mesh
+from rpt_jax.distributed.processes import in_any_process, to_host, wait_for_all
+from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
+from rpt_jax.distributed.sharding import shard_prompts
+from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.guards import guarded_loop
 
 STALL_SECONDS = 4.0
 
 
-def main(what: str, process: int, processes: int, port: int) -> int:
-    try:
-        with joined(Hosts("127.0.0.1", port, processes, process), {"seed": 0}, 60.0, STALL_SECONDS):
-            wait_for_all("here")
-            at("data")
-            if what == "leader is frozen" and process == 0:
-                os.kill(os.getpid(), signal.SIGSTOP)
-            if what == "leader is killed" and process == 0 or what == "another is killed" and process == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if what == "another fails" and process == 1:
-                raise UserError("data.path is not here.")
-            if what == "another stalls" and process == 1:
-                time.sleep(60)
-            at("rollout")
-            with guarded_loop():  # As training is: what the processes tell each other must be allowed there.
-                ids = shard_prompts(np.arange(processes), make_mesh(-1, 1, 1))
-                total, stopping = to_host(ids).sum(), in_any_process(process == 1)
-            assert stopping
-            print(f"{jax.process_count()} processes, sum {total}")  # Said by process 0 alone.
-    except UserError as error:
-        end_all(2, f"error: {error}")
+def main(event: str, process: int, processes: int, port: int) -> int:
+    heartbeat = Heartbeat()
+    hosts = Hosts(address="127.0.0.1", port=port, processes=processes, process=process)
+    with connect_processes(hosts, {"seed": 0}, heartbeat, 60.0, STALL_SECONDS) as rendezvous:
+        assert rendezvous is not None
+        try:
+            run(event, process, heartbeat)
+        except UserError as error:
+            rendezvous.exit_all(ExitCode.USER_ERROR, f"error: {error}")
     return 0
+
+
+def run(event: str, process: int, heartbeat: Heartbeat) -> None:
+    wait_for_all("start")
+    heartbeat.beat("data")
+    if event == "leader is frozen" and process == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if (event == "leader is killed" and process == 0) or (event == "another is killed" and process == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if event == "another fails" and process == 1:
+        raise UserError("data.path does not exist.")
+    if event == "another stalls" and process == 1:
+        time.sleep(60)
+    heartbeat.beat("rollout")
+    with guarded_loop():  # As in training: the collectives of the processes must be allowed inside the transfer guard.
+        ids = shard_prompts(np.arange(jax.process_count()), make_mesh(-1, 1, 1))
+        total = to_host(ids).sum()
+        stopping = in_any_process(process == 1)
+    assert stopping
+    if process == 0:
+        print(f"{jax.process_count()} processes, sum {total}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
-from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.preflight.check import ProgramReport, check_programs
 from rpt_jax.preflight.costs import flops_per_chip
 from rpt_jax.preflight.programs import Step, make_step

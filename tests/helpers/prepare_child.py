@@ -10,16 +10,18 @@ from pathlib import Path
 
 import jax
 
-from rpt_jax.distributed.sharding import make_mesh, use_mesh
-from rpt_jax.score import prepare_corpus
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
+from rpt_jax.infra.console import console_logging
+from rpt_jax.infra.run_context import RunContext
+from rpt_jax.score import score
 from tests.helpers.corpora import scoring_experiment
 
 
 def main(number: int, count: int, port: int, corpus: str, workdir: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", count, number)
     mesh = make_mesh(-1, 1, 1)
-    with use_mesh(mesh):
-        prepare_corpus(scoring_experiment(Path(corpus)), Path(workdir), mesh)
+    with use_mesh(mesh), console_logging():
+        score(scoring_experiment(Path(corpus)), Path(workdir), mesh, RunContext())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Two steps of RL on several meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz`.
 
-A process of its own, since the number of devices is fixed when JAX starts. It writes what it computed and judges nothing.
+This is a separate process because the number of devices is fixed when JAX starts. It writes its results and checks nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import OptimizerConfig
-from rpt_jax.distributed.sharding import (
-    init_optimizer,
-    init_parameters,
-    make_mesh,
-    make_reshard_fn,
-    num_batch_shards,
-    shard_prompts,
-    use_mesh,
-)
+from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
+from rpt_jax.distributed.sharding import init_optimizer, init_parameters, make_reshard_fn, shard_prompts
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.objective.advantage import group_advantages
 from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
@@ -34,28 +27,32 @@ from rpt_jax.rollout.generate import Rollouts, generate
 from tests.helpers.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
-# data, fsdp, tensor, and how many share a policy while it samples: as many, fewer, more.
+# data, fsdp, tensor, rollout_tensor: the last one equal to tensor, smaller and larger.
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 2), (1, 4, 2, 2), (1, 4, 2, 1), (2, 4, 1, 2))
-SPLIT_ROWS = (1, 4, 2, 1)  # The one whose update splits the tokens of its rows.
-FEWER = ((2, 1, 1, 1), (1, 1, 2, 2), (2, 1, 2, 2))  # Of two and of four devices: the first rollouts alone.
+SPLIT_ROWS = (1, 4, 2, 1)  # On this mesh the update splits the tokens of its rows.
+FEWER = (
+    (2, 1, 1, 1),
+    (1, 1, 2, 2),
+    (2, 1, 2, 2),
+)  # Meshes of two and of four devices: only the first rollouts are compared.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
 CONFIG = UpdateConfig(minibatches=1, rows=1, row_tokens=16, chunk=64, temperature=0.8, bounds=ClipRange(0.2, 0.2))
-# A large epsilon: dividing tiny gradients by their own size would blow up the rounding of their sums.
+# A large epsilon, because dividing tiny gradients by their own size would amplify rounding errors.
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=1e9), total_steps=2)
-# A token says a whole answer, so that random ones are sometimes right; the continuation is "a", "a".
+# Each token spells a complete answer, so that random tokens are sometimes right; the true continuation is "a", "a".
 WORDS = [b"</think>\\boxed{a}", b"</think>\\boxed{aa}", b"</think>\\boxed{b}", b"</think>\\boxed{}", b"ab"]
 VOCAB = [b"" if i in STOPS else WORDS[i % len(WORDS)] for i in range(SHAPE.vocab)]
 LENGTHS_V = np.array([len(word) for word in VOCAB], np.int32)
 BYTES_VxX = np.array([list(word.ljust(LENGTHS_V.max(), b"\0")) for word in VOCAB], np.uint8)
-COMPILED: list[str] = []  # Names of events, one for each program that XLA compiles or fetches from its cache.
+COMPILED: list[str] = []  # One entry for each program that XLA compiles or reads from its cache.
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
 )
 
 
 def prompts() -> tuple[np.ndarray, ...]:
-    """Return tokens, lengths, ids, reference and boundaries; two prompts a document, so that replicas of several share."""
+    """Return tokens, lengths, ids, reference and boundaries, with two prompts per document that share a prefix."""
     rng = np.random.default_rng(0)
     return (
         rng.integers(0, SHAPE.vocab, (P // 2, S)).astype(np.int32).repeat(2, axis=0),
@@ -67,7 +64,7 @@ def prompts() -> tuple[np.ndarray, ...]:
 
 
 def roll(params: Any, sharded: tuple[jax.Array, ...], seed: int) -> Rollouts:
-    """Half of the rollouts are live at once."""
+    """Sample with slots for half of the rollouts."""
     static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS, "slots": P * G // 2}
     return generate(SHALLOW, params, *sharded[:3], jax.random.key(seed), **static)
 
@@ -93,18 +90,18 @@ def step(
         counted_P=counted,
     )
     state, metrics = update_policy(SHALLOW, OPTIMIZER, CONFIG._replace(rows=rows), state, batch)
-    # How the groups were packed is the one thing that a mesh decides on.
+    # These depend on how groups are packed, which depends on the mesh.
     metrics = {name: value for name, value in metrics.items() if name not in ("update/filled", "update/trunk_tokens")}
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
 
 
 def mesh_from_config(sizes: tuple[int, int, int, int]) -> Mesh:
-    *axes, together = sizes
-    return make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))], rollout_tensor=together)
+    *axes, rollout_tensor = sizes
+    return make_mesh(*axes, devices=jax.devices()[: int(np.prod(axes))], rollout_tensor=rollout_tensor)
 
 
 def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Return what both steps computed, where the state lies, and how often the second step compiled anything.
+    """Return the results of both steps, the shardings of the state and the number of compilations in the second step.
 
     Adam's first moment after the first step is a tenth of the gradient.
     """
@@ -138,7 +135,7 @@ def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
 
 
 def run_rollouts(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Return what the first step of `run` samples."""
+    """Return the rollouts of the first step of `run`."""
     mesh = mesh_from_config(sizes)
     with use_mesh(mesh):
         layout = make_reshard_fn(SHALLOW, mesh, lambda params: params) or (lambda params: params)

@@ -1,4 +1,8 @@
-"""A process that is inside XLA for a long time, as a compilation or a rollout is; what its save does is the argument."""
+"""A process inside XLA for a long time, as during a compilation or a rollout.
+
+`python -m tests.helpers.stopping_child ACTION GRACE_SECONDS`, where ACTION is what saving does: "works", "fails" or "hangs"; with
+"writes", a background thread fails to write instead.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,29 @@ import threading
 
 import jax
 
-from rpt_jax.infra.signals import save_on_stop, stops_on_signals
+from rpt_jax.infra.signals import StopSignals
 
 
-def write() -> None:
+def fail_to_write() -> None:
     raise OSError("No space left on device")
 
 
 def save() -> str:
-    if sys.argv[1] == "fails":
+    if action == "fails":
         raise OSError("No space left on device")
-    if sys.argv[1] == "hangs":
+    if action == "hangs":
         threading.Event().wait()
     print("saving", flush=True)
     return "step 7"
 
 
-with stops_on_signals(grace=float(sys.argv[2])):
-    save_on_stop(save)
-    program = (
-        jax.jit(lambda x: jax.lax.while_loop(lambda i: i >= 0, lambda i: (i + 1) % 1_000_003, x)).lower(0).compile()
-    )
+action = sys.argv[1]
+signals = StopSignals(grace_seconds=float(sys.argv[2]))
+with signals.handle():
+    signals.set_save(save)
+    endless = jax.jit(lambda x: jax.lax.while_loop(lambda i: i >= 0, lambda i: (i + 1) % 1_000_003, x))
+    program = endless.lower(0).compile()
     print("ready", flush=True)
-    if sys.argv[1] == "writes":
-        threading.Thread(target=write).start()
+    if action == "writes":
+        threading.Thread(target=fail_to_write).start()
     jax.block_until_ready(program(0))

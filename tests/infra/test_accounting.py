@@ -1,16 +1,19 @@
-"""Tokens and FLOPs, by hand."""
+"""Token and FLOP counts against results by hand, and compile times."""
 
 from __future__ import annotations
 
 import json
 
-from rpt_jax.infra.accounting import BatchSize, Counters
+import jax
+import numpy as np
+
+from rpt_jax.infra.accounting import BatchSize, Clock, CompileTimes, Counters
 
 N = 10
 
 
 def test_discarded_rollouts_are_counted_in_tokens_and_flops():
-    """Two rounds of generation for one batch: what the batch does not hold has cost its prefill and its decoding."""
+    """Two rounds of generation for one batch: discarded groups cost their prefill and decoding."""
     counters = Counters(N)
     first = counters.count_rollouts(BatchSize(100, 50))
     generated = first.plus(counters.count_rollouts(BatchSize(80, 40)))
@@ -25,8 +28,8 @@ def test_discarded_rollouts_are_counted_in_tokens_and_flops():
     }
 
 
-def test_what_the_objective_adds():
-    """Prompts three times and responses twice before the update, two more forward passes in it, and documents."""
+def test_the_passes_of_the_objective_are_counted():
+    """Three passes over prompts and two over responses before the update, two more forward passes in it, and documents."""
     counters = Counters(N, BatchSize(3, 2), update_forward=2)
     size = counters.count_rollouts(BatchSize(100, 50))
     assert counters.flops == 2 * N * (300 + 100)
@@ -40,3 +43,22 @@ def test_counters_survive_a_checkpoint():
     counters.count_rollouts(BatchSize(3, 4))
     again.restore(json.loads(json.dumps(counters.state())))
     assert again.scalars() == counters.scalars()
+
+
+def test_compilations_are_counted_between_start_and_stop_only():
+    array = jax.device_put(np.ones(3, np.float32))
+    compile_times = CompileTimes()
+
+    def compile_program(factor: float) -> None:
+        jax.jit(lambda x: factor * x - 7.25)(array)
+
+    compile_program(2.0)
+    with compile_times:
+        clock = Clock(compile_times)
+        compile_program(3.0)
+        clock.lap("update")
+        scalars = clock.scalars()
+        assert scalars["time/compiled_programs"] >= 1 and scalars["time/compile"] > 0
+        assert clock.scalars()["time/compiled_programs"] == 0
+    compile_program(4.0)
+    assert compile_times.take() == {"time/compile": 0, "time/compiled_programs": 0}

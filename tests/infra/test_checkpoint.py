@@ -1,8 +1,9 @@
-"""Checkpoints that come back whole or not at all, workdirs that belong to one config, and the optimizer's arithmetic."""
+"""Checkpoints: restored exactly or refused, whatever part of them is damaged."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -14,59 +15,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from rpt_jax.config import OptimizerConfig
-from rpt_jax.errors import UserError
+from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.checkpoint import Checkpointer
-from rpt_jax.infra.optimizer import make_optimizer, make_schedule
+from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.run_format import FORMAT
 from rpt_jax.objective.update import TrainState
 from tests.helpers.paths import ROOT
-
-# --- the optimizer -----------------------------------------------------------------------------------
-
-
-def test_constant_schedule_with_and_without_warmup():
-    schedule = make_schedule(OptimizerConfig(learning_rate=0.3), 100)
-    np.testing.assert_allclose([schedule(step) for step in (0, 1, 99, 500)], 0.3)
-    schedule = make_schedule(OptimizerConfig(learning_rate=0.3, warmup_steps=10), 100)
-    rates = [schedule(step) for step in (0, 1, 5, 10, 11, 99)]
-    np.testing.assert_allclose(rates, [0, 0.03, 0.15, 0.3, 0.3, 0.3], rtol=1e-6)
-
-
-def test_cosine_schedule_ends_at_a_tenth():
-    for warmup in (0, 20):
-        config = OptimizerConfig(learning_rate=0.3, warmup_steps=warmup, schedule="cosine")
-        schedule, middle = make_schedule(config, 100), (100 + warmup) // 2
-        np.testing.assert_allclose([schedule(step) for step in (warmup, middle, 100)], [0.3, 0.165, 0.03], rtol=1e-5)
-        assert all(schedule(step) > schedule(step + 1) for step in range(warmup, 100))
-
-
-def test_adamw_by_hand():
-    """Three steps of the textbook in NumPy: a clipped global norm, bias correction, decoupled weight decay."""
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.05, max_grad_norm=0.2, epsilon=1e-3)
-    optimizer, rng = make_optimizer(config, 10), np.random.default_rng(0)
-    params = {"a": rng.standard_normal(3, np.float32), "b": rng.standard_normal((2, 2), np.float32)}
-    state, ours = optimizer.init(params), params
-    m = v = {name: 0.0 for name in params}
-    for step in (1, 2, 3):
-        scale = np.float32(0.01 if step == 2 else 1)
-        grads = {name: scale * rng.standard_normal(x.shape, np.float32) for name, x in params.items()}
-        updates, state = optimizer.update(grads, state, ours)
-        ours = optax.apply_updates(ours, updates)
-        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
-        assert (norm < 0.2) == (step == 2)
-        clipped = {name: g * min(1, 0.2 / norm) for name, g in grads.items()}
-        m = {name: config.beta1 * m[name] + (1 - config.beta1) * g for name, g in clipped.items()}
-        v = {name: config.beta2 * v[name] + (1 - config.beta2) * g**2 for name, g in clipped.items()}
-        for name, x in params.items():
-            mean, square = m[name] / (1 - config.beta1**step), v[name] / (1 - config.beta2**step)
-            params[name] = x - 0.1 * (mean / (np.sqrt(square) + 1e-3) + 0.05 * x)
-            np.testing.assert_allclose(ours[name], params[name], rtol=1e-4, atol=1e-6)
-
-
-# --- checkpoints -------------------------------------------------------------------------------------
 
 RUN = {"stream": {"next_index": 37, "nested": [1, 2.5, None]}, "counters": {"tokens": 2**40}, "fingerprint": "ab12"}
 
@@ -84,11 +41,11 @@ def same(ours, theirs) -> bool:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Return a workdir with checkpoints of steps 2 and 4; that of step 1 has made way for them."""
+    """Return a workdir with checkpoints of steps 2 and 4; that of step 1 was deleted for them."""
     workdir = tmp_path_factory.mktemp("saved")
     checkpointer = Checkpointer(workdir, 2, make_state(0))
     for step in (1, 2, 4):
-        checkpointer.hold(step, make_state(step), RUN | {"step": step})
+        checkpointer.stage(step, make_state(step), RUN | {"step": step})
         checkpointer.save()
     checkpointer.close()
     return workdir
@@ -112,25 +69,25 @@ def contents(workdir: Path) -> dict[str, str]:
     return {str(path.relative_to(workdir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_what_was_saved_comes_back_bit_for_bit(saved):
+def test_a_state_is_restored_bit_for_bit(saved):
     step, state, run = restore(saved, make_state(0))
     assert step == 4 and run == RUN | {"step": 4}
     assert same(state, make_state(4)) and isinstance(state, TrainState)
 
 
-def test_only_so_many_are_kept(saved):
+def test_old_checkpoints_are_deleted(saved):
     assert sorted(path.name for path in (saved / "checkpoints").iterdir() if path.name.isdigit()) == ["2", "4"]
 
 
-def test_nothing_saved_is_nothing_restored(tmp_path):
+def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     assert restore(tmp_path, make_state(0)) is None
 
 
-def test_what_is_saved_later_is_what_comes_back(copy):
-    """Restored, changed by a donating step, saved again: the write in the background has its own copy."""
+def test_a_save_copies_the_state_before_it_is_donated(copy):
+    """A step that donates the state does not affect the write in the background."""
     checkpointer = Checkpointer(copy, 2, make_state(0))
     _, state, run = checkpointer.restore()
-    checkpointer.hold(5, state, run | {"step": 5})
+    checkpointer.stage(5, state, run | {"step": 5})
     checkpointer.save()
     jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
     checkpointer.close()
@@ -138,8 +95,8 @@ def test_what_is_saved_later_is_what_comes_back(copy):
     assert step == run["step"] == 5 and same(state, make_state(4))
 
 
-def test_a_checkpoint_that_was_never_committed_does_not_count(copy):
-    """What a run leaves behind that is killed while it writes."""
+def test_an_uncommitted_checkpoint_is_ignored(copy):
+    """A run that is killed while writing leaves one."""
     unfinished = copy / "checkpoints" / "9.orbax-checkpoint-tmp"
     shutil.copytree(copy / "checkpoints" / "4", unfinished)
     shutil.rmtree(unfinished / "run")
@@ -164,11 +121,11 @@ def damage(kind: str, path: Path) -> None:
     path.write_bytes(data)
 
 
-# Where one read fails, orbax drops the others, and what is left of them complains.
+# When one read fails, orbax abandons the others, which causes warnings.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", ["empty", "half", "flipped"])
-def test_a_damaged_checkpoint_is_named_and_set_aside(saved, tmp_path, capsys, kind):
-    """Each of its files in turn: the state as it was, or the checkpoint before it, and the damaged one kept."""
+def test_a_damaged_checkpoint_is_reported_and_set_aside(saved, tmp_path, caplog, kind):
+    """Each file in turn is damaged: either the state is intact, or the checkpoint before it is used and the damaged one kept."""
     set_aside = set()
     for number, victim in enumerate(damaged_files(saved)):
         workdir = Path(shutil.copytree(saved, tmp_path / str(number)))
@@ -177,9 +134,10 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(saved, tmp_path, capsys, ki
         before = contents(workdir)
         step, state, run = restore(workdir, make_state(0))
         assert same(state, make_state(step)) and run == RUN | {"step": step}, victim
-        said = capsys.readouterr().out
+        said = "\n".join(record.message for record in caplog.records if record.name.startswith("rpt_jax."))
+        caplog.clear()
         if step == 4:
-            # Files that the state does not depend on, such as orbax's notes.
+            # The state does not depend on this file.
             assert contents(workdir) == before and not said, victim
         else:
             assert step == 2 and "checkpoint of step 4 is damaged" in said and str(workdir / "damaged" / "4-0") in said
@@ -189,12 +147,12 @@ def test_a_damaged_checkpoint_is_named_and_set_aside(saved, tmp_path, capsys, ki
     assert len(set_aside) >= 3, set_aside
 
 
-def test_every_flipped_bit_of_what_was_saved_is_noticed(tmp_path):
-    """The largest file holds the numbers themselves, where no format complains of one that is another number."""
+def test_flipped_bits_in_large_arrays_are_detected(tmp_path):
+    """The largest file holds the numbers themselves, whose format has no checksum of its own."""
     state = {"embedding": jax.random.normal(jax.random.key(0), (64, 256))}
     checkpointer = Checkpointer(tmp_path / "good", 2, state)
     for step in (1, 2):
-        checkpointer.hold(step, state, {})
+        checkpointer.stage(step, state, {})
         checkpointer.save()
     checkpointer.close()
     files = [path for path in (tmp_path / "good" / "checkpoints" / "2").rglob("*") if path.is_file()]
@@ -211,40 +169,40 @@ def test_every_flipped_bit_of_what_was_saved_is_noticed(tmp_path):
     assert noticed >= 8, noticed
 
 
-@pytest.mark.parametrize("part", ["state", "run"])
-def test_a_checkpoint_without_one_of_its_parts(copy, part):
-    shutil.rmtree(copy / "checkpoints" / "4" / part)
+@pytest.mark.parametrize("item", ["state", "run"])
+def test_a_checkpoint_without_one_of_its_items_is_set_aside(copy, item):
+    shutil.rmtree(copy / "checkpoints" / "4" / item)
     step, state, _ = restore(copy, make_state(0))
     assert step == 2 and same(state, make_state(2)) and (copy / "damaged" / "4-0").is_dir()
 
 
 def save_until_it_fails(checkpointer: Checkpointer) -> None:
-    """Save as a loop does: an error comes with the save itself, or with a later step."""
+    """Save as a loop does: an error is raised by the save itself, or in a later step."""
     checkpointer.save()
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        checkpointer.check()
+        checkpointer.check_writes()
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("cause", ["vanished", "full"])
-def test_a_failed_write_surfaces_with_the_next_step(tmp_path, cause):
+def test_a_failed_write_is_raised_in_a_later_step(tmp_path, cause):
     state = {"embedding": jax.random.normal(jax.random.key(0), (512, 256))}
     checkpointer = Checkpointer(tmp_path, 2, state)
-    checkpointer.hold(1, state, RUN)
+    checkpointer.stage(1, state, RUN)
     checkpointer.save()
-    checkpointer.check()
+    checkpointer.check_writes()
     while not (tmp_path / "checkpoints" / "1").exists():
         time.sleep(0.01)
-    checkpointer.hold(2, state, RUN)
+    checkpointer.stage(2, state, RUN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        if cause == "full":  # Of what a disk without room does, the part that needs no disk: files stop growing.
+        if cause == "full":  # Like a full disk: files cannot grow.
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         else:
             (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
             (tmp_path / "checkpoints").write_text("in the way")
-        with pytest.raises(OSError, match="a checkpoint could not be written .*the one before it stands"):
+        with pytest.raises(OSError, match="a checkpoint could not be written .*the one before it remains"):
             save_until_it_fails(checkpointer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -255,31 +213,33 @@ def test_a_failed_write_surfaces_with_the_next_step(tmp_path, cause):
     assert step == 1 and same(restored, state)
 
 
-def test_a_checkpoint_of_other_parameters(copy):
+def test_a_checkpoint_with_other_parameters_is_refused(copy):
     before, more = contents(copy), make_state(0)
     more.params["layers"]["k"] = jnp.ones(2)
-    with pytest.raises(UserError, match=f"{copy / 'checkpoints' / '4'} is damaged or not this run's"):
+    with pytest.raises(UserError, match=f"{copy / 'checkpoints' / '4'} is damaged, or it belongs to another model"):
         restore(copy, more)
     assert contents(copy) == before
 
 
-def test_a_checkpoint_of_another_shape(tmp_path):
-    """Refused, not cut or filled up with zeros. One array: orbax would drop its reads of others, and complain of that."""
+def test_a_checkpoint_with_another_shape_is_refused(tmp_path):
+    """It is neither cropped nor padded. (With several arrays, orbax would abandon reads and warn about it.)"""
     checkpointer = Checkpointer(tmp_path, 1, {"width": jnp.ones(5)})
-    checkpointer.hold(3, {"width": jnp.ones(5)}, {})
+    checkpointer.stage(3, {"width": jnp.ones(5)}, {})
     checkpointer.save()
     checkpointer.close()
     for size in (4, 6):
-        with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged or not this run's"):
+        with pytest.raises(
+            UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged, or it belongs to another model"
+        ):
             restore(tmp_path, {"width": jnp.ones(size)})
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_cut_inside_the_numbers_of_a_large_array(tmp_path):
-    """Small arrays lie inside orbax's index; large ones in files of their own, whose loss it reports in another way."""
+def test_a_truncated_large_array_is_refused(tmp_path):
+    """Orbax stores large arrays in separate files, and reports their loss with another exception than for small ones."""
     state = {"embedding": jax.random.normal(jax.random.key(0), (512, 256))}
     checkpointer = Checkpointer(tmp_path, 1, state)
-    checkpointer.hold(3, state, {})
+    checkpointer.stage(3, state, {})
     checkpointer.save()
     checkpointer.close()
     largest = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -290,10 +250,38 @@ def test_a_cut_inside_the_numbers_of_a_large_array(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_what_was_saved_on_one_mesh_comes_back_on_another(tmp_path):
-    """Eight devices, then two, then one: the digests of a checkpoint do not depend on where its arrays lie."""
-    for what, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
+def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
+    """Eight devices, then two, then one: the checksums of a checkpoint do not depend on the sharding."""
+    for action, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        run = [sys.executable, "-m", "tests.helpers.checkpoint_child", what, str(tmp_path), str(fsdp), str(tensor)]
+        run = [sys.executable, "-m", "tests.helpers.checkpoint_child", action, str(tmp_path), str(fsdp), str(tensor)]
         done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=120)
-        assert done.stdout == f"{what} {devices}\n", done.stderr
+        assert done.stdout == f"{action} {devices}\n", done.stderr
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(copy):
+    """Format 1 had no format number, and called the checksums marks."""
+    before = make_state(0)
+    path = copy / "checkpoints" / "4" / "run" / "metadata"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({"run": content["run"], "marks": content["checksums"]}))
+    files = contents(copy)
+    with pytest.raises(
+        UserError, match=rf"checkpoints/4 has format 1 .* reads format {FORMAT} only. Choose another --work"
+    ):
+        restore(copy, before)
+    assert contents(copy) == files, "nothing is moved or deleted"
+
+
+def test_a_stop_signal_saves_what_the_registered_checkpointer_has_staged(tmp_path):
+    """Another checkpointer is open, but only the one that was registered saves."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    command = [sys.executable, "-m", "tests.helpers.checkpoint_child"]
+    options = {"cwd": ROOT, "env": os.environ | flags, "capture_output": True, "text": True, "timeout": 120}
+    stopped = subprocess.run([*command, "stop", str(tmp_path), "1", "1"], **options)
+    assert stopped.returncode == ExitCode.RESTART and "Stopped: everything up to step 3 is in" in stopped.stderr, (
+        stopped
+    )
+    assert not list((tmp_path / "other").rglob("9"))
+    restored = subprocess.run([*command, "restore", str(tmp_path), "1", "1"], **options)
+    assert restored.returncode == 0, restored.stderr

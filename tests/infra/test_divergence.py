@@ -1,4 +1,4 @@
-"""Divergence rules: what breaks them, when they speak, and what a stop looks like from outside."""
+"""Divergence rules: when they warn, when they stop a run, and the exit code."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from rpt_jax import main
-from rpt_jax.config import DivergenceConfig, Experiment
+from rpt_jax.config import DivergenceConfig
+from rpt_jax.errors import ExitCode
 from rpt_jax.infra.divergence import Diverged, DivergenceMonitor
+from tests.helpers.paths import CONFIGS
 
 GOOD = {"reward/mean": 0.5, "policy/entropy": 1.0, "mismatch/mean": 1e-4}
 RULES = DivergenceConfig(window=2, reward_collapse=0.5, entropy_floor=0.3, mismatch_ceiling=0.1)
@@ -23,11 +25,11 @@ RULES = DivergenceConfig(window=2, reward_collapse=0.5, entropy_floor=0.3, misma
         ("mismatch/mean", 0.5, "mismatch_ceiling"),
     ],
 )
-def test_a_rule_speaks_once_when_the_mean_breaks_it(name: str, value: float, field: str) -> None:
-    watch, off = DivergenceMonitor(RULES), DivergenceMonitor(DivergenceConfig(window=2))
+def test_a_broken_rule_warns_once_and_again_after_it_was_kept(name: str, value: float, field: str) -> None:
+    monitor, off = DivergenceMonitor(RULES), DivergenceMonitor(DivergenceConfig(window=2))
     bad = GOOD | {name: value}
     said = [
-        watch.check(step, scalars) for step, scalars in enumerate([GOOD, GOOD, bad, bad, bad, GOOD, GOOD, bad, bad])
+        monitor.check(step, scalars) for step, scalars in enumerate([GOOD, GOOD, bad, bad, bad, GOOD, GOOD, bad, bad])
     ]
     assert [bool(texts) for texts in said] in (
         [False, False, False, True, False, False, False, False, True],
@@ -37,23 +39,21 @@ def test_a_rule_speaks_once_when_the_mean_breaks_it(name: str, value: float, fie
     assert not any(off.check(step, scalars) for step, scalars in enumerate([GOOD, bad, bad, bad]))
 
 
-def test_a_stop_is_an_exception_and_survives_a_checkpoint() -> None:
+def test_a_stop_is_an_exception_and_the_state_survives_a_checkpoint() -> None:
     stopping = DivergenceConfig(**vars(RULES) | {"action": "stop"})
-    watch, again = DivergenceMonitor(stopping), DivergenceMonitor(stopping)
+    monitor, again = DivergenceMonitor(stopping), DivergenceMonitor(stopping)
     for step in range(2):
-        watch.check(step, GOOD)
-    again.restore(json.loads(json.dumps(watch.state())))
+        monitor.check(step, GOOD)
+    again.restore(json.loads(json.dumps(monitor.state())))
     with pytest.raises(Diverged, match="step 2, mean of 2 steps: policy/entropy 0.25 < divergence.entropy_floor=0.3"):
         again.check(2, GOOD | {"policy/entropy": -0.5})
 
 
 def test_main_exits_with_code_4(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    def diverge(*_: object) -> None:
+    def diverge(*_: object, **__: object) -> None:
         raise Diverged("step 7, mean of 5 steps: policy/entropy 0.1 < divergence.entropy_floor=0.3")
 
     monkeypatch.setattr(main, "run", diverge)
-    monkeypatch.setattr(main, "load_experiment", lambda argv: Experiment())
-    monkeypatch.setattr(main, "_WORKDIR", type("Flag", (), {"value": str(tmp_path)}))
-    monkeypatch.setattr(main, "_DESCRIBE", type("Flag", (), {"value": False}))
-    assert main.main(["main"]) == 4
+    arguments = ["main", f"--config={CONFIGS / 'rpt_tiny.py'}", f"--workdir={tmp_path}"]
+    assert main.main(arguments) == ExitCode.DIVERGED == 4
     assert "error: the run diverged at step 7" in capsys.readouterr().err

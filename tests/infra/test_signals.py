@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in every phase, and runs that were killed a hundred times."""
+"""SIGTERM and SIGINT in every phase, and runs that are killed again and again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from rpt_jax.errors import ExitCode
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.infra.signals import RESTART
-from tests.infra.test_metrics import tensorboard_events
-from tests.test_train import ROOT, SMALL, comparable
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import SMALL, comparable, tensorboard_events
 
 KILLS = 50
 TINY = SMALL | {
@@ -50,12 +50,12 @@ def test_a_signal_saves_while_the_main_thread_is_inside_xla(child, number):
     process = child("works", "60")
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == RESTART and out == "saving\n"
+    assert process.returncode == ExitCode.RESTART and out == "saving\n"
     assert f"{number.name}: stopping within 60 s" in err and "Stopped: step 7." in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(child, number):
+def test_a_second_signal_exits_at_once(child, number):
     process = child("hangs", "600")
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM" in process.stderr.readline()
@@ -64,24 +64,24 @@ def test_a_second_signal_ends_at_once(child, number):
     assert "Stopped at once" in process.stderr.read()
 
 
-def test_what_takes_longer_than_the_grace_is_not_waited_for(child):
+def test_a_save_may_not_take_longer_than_the_grace_period(child):
     process = child("hangs", "0.2")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == RESTART
-    assert "checkpoint.grace_seconds=0.2: the last checkpoint stands" in process.stderr.read()
+    assert process.wait(timeout=60) == ExitCode.RESTART
+    assert "checkpoint.grace_seconds=0.2; the latest checkpoint remains" in process.stderr.read()
 
 
-def test_a_save_that_fails_is_something_to_mend(child):
+def test_a_failed_save_exits_with_the_code_of_a_user_error(child):
     process = child("fails", "60")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=60) == ExitCode.USER_ERROR
     assert "could not be saved (OSError: No space left on device)" in process.stderr.read()
 
 
-def test_a_thread_that_cannot_write_ends_the_process(child):
+def test_a_thread_that_cannot_write_exits_the_process(child):
     process = child("writes", "60")
-    assert process.wait(timeout=60) == 2
-    assert process.stderr.read().startswith("error: No space left on device. Mend it")
+    assert process.wait(timeout=60) == ExitCode.USER_ERROR
+    assert process.stderr.read().startswith("error: No space left on device. Fix this")
 
 
 # --- whole runs --------------------------------------------------------------------------------------
@@ -90,14 +90,14 @@ def test_a_thread_that_cannot_write_ends_the_process(child):
 def start_run(workdir: Path, cache: Path) -> subprocess.Popen[bytes]:
     overrides = [f"--config.{name}={value}" for name, value in TINY.items()]
     run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={workdir}", "--config=configs/rpt_tiny.py", *overrides]
-    # What is compiled once is read by those that follow: else most of the kills would hit a compilation.
+    # Later runs read compiled programs from this cache. Otherwise most of the kills would hit a compilation.
     keep = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     log = (workdir.parent / f"{workdir.name}.log").open("ab")
     return subprocess.Popen(run, cwd=ROOT, env=os.environ | keep, stdout=log, stderr=log)
 
 
 def tensorboard_steps(workdir: Path) -> dict[str, list[int]]:
-    """Return the steps of each curve, in the order of the files."""
+    """Return the steps of each TensorBoard curve, in the order of the files."""
     curves: dict[str, list[int]] = {}
     for event in tensorboard_events(workdir):
         for value in event.summary.value:
@@ -107,7 +107,7 @@ def tensorboard_steps(workdir: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
-    """Return a finished run, the cache of its programs, and how long a second one takes with that."""
+    """Return a complete run, a cache of its programs, and the seconds that a run with this cache takes."""
     directory = tmp_path_factory.mktemp("whole")
     for name in ("first", "second"):
         start = time.monotonic()
@@ -117,12 +117,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_was_killed_at_random_moments_is_the_run_that_was_not(uninterrupted, tmp_path, kind):
+def test_a_run_that_is_killed_at_random_equals_an_uninterrupted_one(uninterrupted, tmp_path, kind):
     whole, cache, seconds = uninterrupted
     rng, kills, workdir = random.Random(8), 0, tmp_path / "run"
     while True:
         process = start_run(workdir, cache)
-        # Late enough to see every phase over and over, early enough that the run does not end before it was killed so often.
+        # Late enough to reach every phase, early enough that the run is not complete before it was killed often enough.
         delay = rng.uniform(0.1, 0.7) * seconds if kills < KILLS else 1800
         try:
             code = process.wait(timeout=delay)
@@ -131,14 +131,14 @@ def test_a_run_that_was_killed_at_random_moments_is_the_run_that_was_not(uninter
             code = process.wait(timeout=300)
             kills += 1
         if code == 0 and kills < KILLS:
-            # It was faster than the kills: its end is compared, and another one begins.
+            # The run was complete before the last kill: compare it, and start another one.
             assert comparable(workdir) == comparable(whole)
             workdir = tmp_path / f"run-{kills}"
             continue
         if code == 0:
             break
-        # Before its handlers are there, a signal does what it does to any process.
-        assert code in ((-kind,) if kind == signal.SIGKILL else (-kind, RESTART)), code
+        # Before the handlers are installed, a signal simply ends the process.
+        assert code in ((-kind,) if kind == signal.SIGKILL else (-kind, ExitCode.RESTART)), code
     assert comparable(workdir) == comparable(whole)
     steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
     curves = tensorboard_steps(workdir)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.infra.chips import CHIPS
 from rpt_jax.preflight.costs import estimate_times, trip_counts, update_rows
 from rpt_jax.preflight.hlo import Collective, Traffic

@@ -12,8 +12,9 @@ import pytest
 
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.corpus.entropy import Scorer
-from rpt_jax.distributed.sharding import make_mesh, use_mesh
+from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.errors import UserError
+from rpt_jax.infra.run_context import RunContext
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream
 from rpt_jax.prompts.selection import (
@@ -53,7 +54,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 def setup(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with use_mesh(mesh):
-        return set_up(experiment, mesh, tmp_path_factory.mktemp("run"))
+        return set_up(experiment, mesh, tmp_path_factory.mktemp("run"), RunContext())
 
 
 def mixture_parts(setup: Setup, windows: np.ndarray) -> np.ndarray:

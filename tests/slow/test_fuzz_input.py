@@ -13,8 +13,9 @@ from rpt_jax.config import Experiment, default_config, from_config_dict
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.infra.workdir import CONFIG, claimed_workdir
+from rpt_jax.infra.workdir import claimed_workdir
 from tests.helpers.fuzzing import altered, many, values
+from tests.helpers.sharded_child import CONFIG
 
 pytestmark = pytest.mark.slow
 # The name of any config field.

@@ -1,0 +1,228 @@
+"""The device mesh, and the two tables that map logical axes to mesh axes.
+
+Model code never names a device axis. It annotates arrays with *logical* axes ("width", "kv_heads", "prompt", ...), and a table
+maps each of them to the mesh axes that it is split over. A different layout is a different table; the model stays as it is.
+
+There are two tables because the two phases of a step want different layouts:
+
+* `TRAINING`: fully sharded data parallelism (FSDP) plus tensor parallelism. Parameters and optimizer state are split over as
+  many devices as possible and are all-gathered layer by layer.
+* `DECODING`: one forward pass per generated token reads every parameter once. All-gathering them for each token would dominate
+  the time of a rollout, so each tensor-parallel group holds a complete replica, and prompts are split over the replicas.
+
+The tensor-parallel size of rollouts (`mesh.rollout_tensor`) may differ from that of training (`mesh.tensor`). Two mesh axes
+exist for that. At most one of them is larger than 1:
+
+* "fsdp_to_tp" is a part of FSDP in training and of tensor parallelism in rollouts (rollout_tensor > tensor);
+* "tp_to_dp" is a part of tensor parallelism in training and of data parallelism in rollouts (rollout_tensor < tensor).
+
+Who holds what on four devices (W1 to W4: quarters of the width of each parameter; H1, H2: halves of its heads):
+
+    mesh.fsdp=4, tensor=1, rollout_tensor=2       ->  mesh axes fsdp=2, fsdp_to_tp=2
+
+               training                        rollouts
+    device 0   W1, all heads, batch 1/4        all width, H1, replica 0 (prompts 1/2)
+    device 1   W2, all heads, batch 2/4        all width, H2, replica 0
+    device 2   W3, all heads, batch 3/4        all width, H1, replica 1 (prompts 2/2)
+    device 3   W4, all heads, batch 4/4        all width, H2, replica 1
+
+    mesh.fsdp=2, tensor=2, rollout_tensor=1       ->  mesh axes fsdp=2, tp_to_dp=2
+
+               training                        rollouts
+    device 0   W1 W2, H1, batch 1/2            everything, replica 0 (prompts 1/4)
+    device 1   W1 W2, H2, batch 1/2            everything, replica 1 (prompts 2/4)
+    device 2   W3 W4, H1, batch 2/2            everything, replica 2 (prompts 3/4)
+    device 3   W3 W4, H2, batch 2/2            everything, replica 3 (prompts 4/4)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from rpt_jax.errors import UserError
+
+# The mesh axes that one logical axis is split over.
+Axes = str | tuple[str, ...] | None
+
+MESH_AXES = ("data", "fsdp", "fsdp_to_tp", "tp_to_dp", "tensor")
+
+# "fsdp_to_tp" and "tp_to_dp" come after "tensor" in the tuples below, so that the shard of a device in training is a slice of its
+# shard in rollouts: resharding then moves each slice at most once.
+TRAINING: dict[str, Axes] = {
+    "prompt": ("data", "fsdp", "fsdp_to_tp"),
+    "width": ("fsdp", "fsdp_to_tp"),
+    "kv_heads": ("tensor", "tp_to_dp"),
+    "ffn": ("tensor", "tp_to_dp"),
+    "vocab": ("tensor", "tp_to_dp"),
+    "layers": None,
+    "sequence": None,  # `use_mesh(split_rows=True)` splits it as "kv_heads" is (sequence parallelism).
+}
+DECODING: dict[str, Axes] = {
+    "prompt": ("data", "fsdp", "tp_to_dp"),
+    "width": None,
+    "kv_heads": ("tensor", "fsdp_to_tp"),
+    "ffn": ("tensor", "fsdp_to_tp"),
+    "vocab": ("tensor", "fsdp_to_tp"),
+    "layers": None,
+    "sequence": None,
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None, rollout_tensor: int = 0) -> Mesh:
+    """Arrange devices as a mesh of data × fsdp × tensor.
+
+    Args:
+      data: number of FSDP groups. One of the three sizes may be -1 for all devices that are left.
+      fsdp: devices that parameters and optimizer state are split over.
+      tensor: tensor-parallel size in training.
+      devices: the `jax.Device`s to arrange; None for those of all processes.
+      rollout_tensor: tensor-parallel size in rollouts; 0 for `tensor`. The devices of such a group are neighbors and, where
+        possible, belong to one host.
+
+    Returns:
+      A mesh with the axes `MESH_AXES`.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or `rollout_tensor` does not fit them.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    unknown = [name for name, size in sizes.items() if size == -1]
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(unknown) > 1 or known < 1 or count % known or (not unknown and known != count):
+        requested = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+        expected = f"a multiple of {known} devices" if unknown else f"{known} devices"
+        raise UserError(
+            f"{requested} does not fit {count} devices: expected {expected}, with at most one size of -1.", field="mesh"
+        )
+    for name in unknown:
+        sizes[name] = count // known
+
+    rollout_tensor = rollout_tensor or sizes["tensor"]
+    fsdp_to_tp, tp_to_dp = resharding_axis_sizes(sizes["fsdp"], sizes["tensor"], rollout_tensor)
+    shape = (sizes["data"], sizes["fsdp"] // fsdp_to_tp, fsdp_to_tp, tp_to_dp, sizes["tensor"] // tp_to_dp)
+    # Auto axes: with explicit ones, the default of jax.make_mesh, the embedding look-up is an error.
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(_arrange_devices(shape, devices, rollout_tensor), MESH_AXES, axis_types=axis_types)
+
+
+def resharding_axis_sizes(fsdp: int, tensor: int, rollout_tensor: int) -> tuple[int, int]:
+    """Return the sizes of the mesh axes "fsdp_to_tp" and "tp_to_dp".
+
+    Raises:
+      UserError: `rollout_tensor` neither divides `tensor` nor is a multiple of it that divides fsdp × tensor.
+    """
+    fsdp_to_tp = max(1, rollout_tensor // tensor)
+    tp_to_dp = max(1, tensor // rollout_tensor)
+    if tensor * fsdp_to_tp != rollout_tensor * tp_to_dp or fsdp % fsdp_to_tp:
+        raise UserError(
+            f"mesh.rollout_tensor={rollout_tensor} must divide mesh.tensor={tensor}, or be a multiple of it that divides "
+            f"mesh.fsdp × mesh.tensor = {fsdp * tensor}.",
+            field="mesh.rollout_tensor",
+        )
+    return fsdp_to_tp, tp_to_dp
+
+
+def _arrange_devices(sizes: tuple[int, ...], devices: Sequence[Any], rollout_tensor: int) -> np.ndarray:
+    """Return an array of devices in which neighbors on a mesh axis are neighbors in the network.
+
+    That order may put a rollout group on several hosts. If ordering the devices by host avoids this, order them by host.
+    """
+    try:
+        by_network = mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        # A mesh axis is not a product of whole network axes (8 chips of a 4×4×4 cube): let it take a part of one.
+        by_network = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    by_host = np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(sizes)
+    if _hosts_per_group(by_network, rollout_tensor) > 1 == _hosts_per_group(by_host, rollout_tensor):
+        return by_host
+    return by_network
+
+
+def _hosts_per_group(mesh: np.ndarray, group_size: int) -> int:
+    """Return the largest number of hosts that a group of `group_size` neighboring devices belongs to."""
+    return max(len({device.process_index for device in group}) for group in mesh.reshape(-1, group_size))
+
+
+def mesh_fields(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Return the fields of config section `mesh` (data, fsdp, tensor, rollout_tensor) that produce `mesh`."""
+    data = mesh.shape["data"]
+    return {
+        "data": data,
+        "fsdp": num_batch_shards(mesh) // data,
+        "tensor": num_shards(mesh, TRAINING["kv_heads"]),
+        "rollout_tensor": num_shards(mesh, DECODING["kv_heads"]),
+    }
+
+
+def num_shards(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
+    """Return the number of shards of an array axis that is split over the mesh axes `axes`."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def num_batch_shards(mesh: Mesh | AbstractMesh, table: Mapping[str, Axes] = TRAINING) -> int:
+    """Return the number of shards that the batch of a phase is split into."""
+    return num_shards(mesh, table["prompt"])
+
+
+def check_batches(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int], table: Mapping[str, Axes] = TRAINING) -> None:
+    """Check that batches split evenly over the mesh in a phase.
+
+    Args:
+      mesh: the mesh of the run.
+      sizes: the batch size of each config field to check.
+      table: `TRAINING` or `DECODING`.
+
+    Raises:
+      UserError: a size is not a multiple of the number of batch shards; the message gives the nearest size that is.
+    """
+    shards = num_batch_shards(mesh, table)
+    formula = "devices / mesh.rollout_tensor" if table is DECODING else "mesh.data × mesh.fsdp"
+    for name, size in sizes.items():
+        if size % shards:
+            nearest = max(1, round(size / shards)) * shards
+            raise UserError(
+                f"{name}={size} must be a multiple of {formula} = {shards}; the nearest one is {nearest}.", field=name
+            )
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, split_rows: bool = False) -> Iterator[None]:
+    """Make `mesh` the current mesh, and `TRAINING` the table that logical axes are looked up in.
+
+    Args:
+      mesh: the mesh of the run.
+      split_rows: sequence parallelism. Between two matrix products, the tokens of an update's row are split over the devices of
+        a tensor-parallel group.
+    """
+    rows = {"sequence": TRAINING["kv_heads"]} if split_rows else {}
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple((TRAINING | rows).items())):
+        yield
+
+
+@contextlib.contextmanager
+def in_one_replica() -> Iterator[None]:
+    """Look logical axes up in `DECODING` inside one replica, where the prompt axis is not split."""
+    if jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    with nn.logical_axis_rules(tuple((DECODING | {"prompt": None}).items())):
+        yield
+
+
+def prompt_axes(table: Mapping[str, Axes]) -> tuple[str, ...]:
+    """Return the axes of the current mesh that a phase splits its batch over, without those of size 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = table["prompt"] or ()
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)

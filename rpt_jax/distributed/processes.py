@@ -1,0 +1,44 @@
+"""The JAX processes of a run: which one leads, barriers, and values that all of them need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def is_leader() -> bool:
+    """Return whether this is process 0, the one that writes shared files."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Block until every process has reached the barrier `name`."""
+    if jax.process_count() > 1:
+        with jax.transfer_guard("allow"):
+            multihost_utils.sync_global_devices(name)
+
+
+def in_any_process(flag: bool) -> bool:
+    """Return whether `flag` is true in at least one process. A collective: every process must call it."""
+    if jax.process_count() == 1:
+        return flag
+    with jax.transfer_guard("allow"):
+        return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def to_host(tree: Any) -> Any:
+    """Return the global arrays of `tree` as NumPy arrays in every process. A collective: every process must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def replicate(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        assert isinstance(x.sharding, NamedSharding)
+        return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+
+    return jax.device_get(jax.tree.map(replicate, tree))

@@ -1,0 +1,119 @@
+"""The result of a run: `result.json`, tables of accuracies, and rollouts as text."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rpt_jax.distributed.processes import to_host
+from rpt_jax.errors import UserError
+from rpt_jax.evaluate import DIFFICULTIES
+from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.console import RolloutText, table
+from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.rollout.sampler import Sampled, first_prompts
+from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+
+
+def is_complete(workdir: Path) -> bool:
+    """Return whether the run in `workdir` has its result. Raises: UserError, if that is damaged or of another format."""
+    path = workdir / RESULT
+    if not path.exists():
+        return False
+    try:
+        result = {**json.loads(path.read_bytes())}
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{path} is damaged. Move it away and rerun the same command to resume from the latest checkpoint.",
+            field="--workdir",
+        ) from None
+    check_format(result, path)
+    return "after" in result
+
+
+def write_result(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds: float, seed: int) -> None:
+    """Write `result.json`, the last file of a complete run, and print its tables.
+
+    Args:
+      workdir: directory of the run.
+      before: evaluation of the starting policy, from `Evaluator.full`.
+      after: evaluation of the trained policy.
+      seconds: wall-clock seconds, including interrupted runs.
+      seed: the seed of the run.
+    """
+    evaluations = {"before": before, "after": after}
+    result = {
+        **format_stamp(),
+        "jax": jax.__version__,
+        "device_kind": jax.devices()[0].device_kind,
+        "wall_seconds": seconds,
+        "seed": seed,
+        "details": {name: evaluation.get("details") for name, evaluation in evaluations.items()},
+        "unseen_templates": {name: evaluation.get("unseen_templates") for name, evaluation in evaluations.items()},
+    }
+    for name, evaluation in evaluations.items():
+        result[name] = {mode: evaluation[mode] for mode in ("direct", "reasoning")}
+    atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
+    for name, evaluation in evaluations.items():
+        show_evaluation(name, evaluation)
+
+
+def show_evaluation(name: str, evaluation: dict[str, Any]) -> None:
+    """Print the accuracies of an evaluation with 95 % intervals and numbers of positions, by difficulty.
+
+    Args:
+      name: says which evaluation it is ("before", "after").
+      evaluation: as `Evaluator.full` returns it.
+    """
+    parts = {"": evaluation, ", unseen templates": evaluation.get("unseen_templates") or {}}
+    rows = [
+        (f"{mode}{suffix}", *(_format_accuracy(part[mode][difficulty]) for difficulty in DIFFICULTIES))
+        for suffix, part in parts.items()
+        for mode in ("direct", "reasoning")
+        if mode in part
+    ]
+    table(f"Next-token accuracy, {name} (%, 95 % interval, positions)", ("predicted", *DIFFICULTIES), rows)
+    details = evaluation["details"]
+    logger.info(
+        "format rate %.1f%%, response length %.1f tokens", 100 * details["format_rate"], details["response_length"]
+    )
+
+
+def _format_accuracy(accuracy: dict[str, Any]) -> str:
+    if not accuracy["positions"]:
+        return "no positions"
+    low, high = 100 * accuracy["low"], 100 * accuracy["high"]
+    return f"{100 * accuracy['accuracy']:.1f} ({low:.1f}-{high:.1f}), {accuracy['positions']}"
+
+
+def rollout_texts(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
+    """Return the first sample of each of the first `count` prompts as text."""
+    rows = to_host(first_prompts(sampled, count))
+    texts = []
+    for i in range(count):
+        response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
+        # The end of thinking is either the special token, which has no bytes, or its spelling. The reward accepts both.
+        pieces = (END_THINK.encode() if t == tokenizer.end_think_id else tokenizer.token_bytes([t]) for t in response)
+        reasoning, ended, prediction = b"".join(pieces).partition(END_THINK.encode())
+        first_token_bytes = int(np.flatnonzero(rows.prompts.boundaries_PxRp1[i])[0])
+        texts.append(
+            RolloutText(
+                prompt=tokenizer.token_bytes(rows.prompts.tokens_PxS[i, : rows.prompts.lengths_P[i]]),
+                reasoning=reasoning,
+                prediction=prediction if ended else None,
+                truth=rows.prompts.reference_PxR[i, :first_token_bytes].tobytes(),
+                reward=float(rows.reward_PxG[i, 0]),
+                status=Status(rows.status_PxG[i, 0]).name.lower().replace("_", " "),
+            )
+        )
+    return texts
