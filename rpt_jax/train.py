@@ -38,23 +38,17 @@ from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.signals import defer_signals
 from rpt_jax.model.transformer import Params
-from rpt_jax.objective.batch import NextTokenBatch, UpdateConfig
-from rpt_jax.objective.loss import ClipRange
+from rpt_jax.objective.batch import NextTokenBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.pretrain import cold_start
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.selection import OwnEntropies, own_entropies, refresh_is_due, training_order, training_stream
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import Status
-from rpt_jax.rollout.sampler import (
-    Rewarder,
-    Sampled,
-    Sampler,
-    first_prompts,
-    prefer_variance,
-    rollout_metrics,
-    to_update_batch,
-)
+from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rollout.dynamic_sampling import first_prompts, prefer_variance
+from rpt_jax.rollout.metrics import rollout_metrics
+from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
 from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 from rpt_jax.weights.hf import save_policy
@@ -81,10 +75,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
     last = recorded_step(workdir) if replay else t.total_steps
     setup = set_up(experiment, mesh, workdir)
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
-    sample = Sampler(experiment, setup, builder)
-    reward = Rewarder(experiment, setup, builder)
+    sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
+    reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
     stream = training_stream(experiment, setup, builder)
-    evaluator = Evaluator(experiment, setup, sample, builder)
+    evaluator = Evaluator(experiment, setup, sample, reward, builder)
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
     # Copies, because the update donates its state and the starting policy's parameters are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
@@ -92,11 +86,11 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
         jax.tree.map(jnp.copy, setup.params) if REWARDS[experiment.objective.reward].requirements.average else None
     )
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
-    config = update_config(experiment, num_batch_shards(mesh))
+    objective, limits = experiment.objective, update_limits(experiment, num_batch_shards(mesh))
     reference = setup.params if experiment.objective.kl != "none" else None
     counters, watch = make_counters(experiment, setup), DivergenceMonitor(experiment.divergence)
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
-    step, scalars, before, own, sampled = 0, {}, None, None, None
+    step, scalars, before, own, rewarded = 0, {}, None, None, None
     if restored := checkpoints.restore():
         step, state, saved = restored
         check_saved(step, saved, experiment, setup)
@@ -129,8 +123,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
             evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
             clock.lap("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
-            if sampled and step % t.log_rollouts_every == 0:
-                show_rollouts(f"step {step}", readable(sampled, setup.tokenizer, count=2))
+            if rewarded and step % t.log_rollouts_every == 0:
+                show_rollouts(f"step {step}", readable(rewarded, setup.tokenizer, count=2))
             if step == t.total_steps:
                 break
             if step >= last:
@@ -146,30 +140,49 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, replay: bool = Fals
             clock.lap("data")
             weights = sample.weights(state.params)
             clock.lap("reshard")
-            sampled = reward(state, sample(weights, prompts, step, clock), step)
-            generated = counters.count_rollouts(sampled.size())
+            rollouts, usage = sample(weights, prompts, step)
+            jax.block_until_ready(rollouts)
+            clock.lap("rollout")
+            rewarded = reward(state, prompts, rollouts, step)
+            generated = counters.count_rollouts(rewarded.size())
             dynamic, rounds = step >= t.dynamic_sampling_from, 1
-            while dynamic and rounds < t.dynamic_sampling_rounds and not sampled.all_vary():
+            while dynamic and rounds < t.dynamic_sampling_rounds and not rewarded.all_vary():
                 clock.lap("reward")
-                fresh = reward(state, sample(weights, next(stream), step, clock), step)
+                prompts = next(stream)
+                rollouts, fresh_usage = sample(weights, prompts, step)
+                jax.block_until_ready(rollouts)
+                clock.lap("rollout")
+                fresh = reward(state, prompts, rollouts, step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
-                sampled, rounds = prefer_variance(sampled, fresh), rounds + 1
+                rewarded, usage = prefer_variance(rewarded, fresh), usage.plus(fresh_usage)
+                rounds += 1
             del weights  # The update needs the room.
-            rolled = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
+            rolled = jax.device_get(rollout_metrics(rewarded, usage)) | {"groups/rounds": rounds}
             clock.lap("reward")
-            documents = load_documents(experiment, setup, sampled) if config.document_weight else None
-            batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
+            documents = load_documents(experiment, setup, rewarded) if objective.document_weight else None
+            batch = to_update_batch(
+                objective,
+                prompts_PxS=rewarded.prompts.tokens_PxS,
+                lengths_P=rewarded.prompts.lengths_P,
+                window_P=rewarded.prompts.window_P,
+                tokens_PxGxT=rewarded.rollouts.tokens_PxGxT,
+                response_lengths_PxG=rewarded.rollouts.lengths_PxG,
+                sampler_logprobs_PxGxT=rewarded.rollouts.logprobs_PxGxT,
+                reward_PxG=rewarded.reward_PxG,
+                only_informative=dynamic,
+                documents=documents,
+            )
             with defer_signals():
                 try:
                     as_floats(step, rolled)
-                    state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
+                    state, losses = update_policy(setup.policy, optimizer, objective, limits, state, batch, reference)
                     scalars = as_floats(step, rolled | jax.device_get(losses))
                 except FloatingPointError as error:
                     if not replay:  # Which has donated its state, and needs no other record.
-                        record_failure(workdir, step, error, experiment.seed, sampled)
+                        record_failure(workdir, step, error, experiment.seed, rewarded)
                         checkpoints.save_unchanged(state)
                     raise
-                count_update(counters, sampled, generated, documents, scalars)
+                count_update(counters, rewarded, generated, documents, scalars)
                 clock.lap("update")
                 for warning in watch.check(step, scalars) + compiled_again():
                     print(f"warning: {warning}")
@@ -200,33 +213,22 @@ def evaluate(
     return {}, None
 
 
-def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, sampled: Sampled) -> None:
+def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, rewarded: RewardedRollouts) -> None:
     """Say which prompts a step had that met a number which is not finite."""
-    p = sampled.prompts
+    p = rewarded.prompts
     write_record(workdir, step, error, seed, ids=p.ids_P, documents=p.window_P, positions=p.position_P)
 
 
-def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
-    """The update's part of the config; each of `devices` runs one row of packed tokens at a time."""
-    o, t = experiment.objective, experiment.training
-    return UpdateConfig(
-        minibatches=t.minibatches_per_step,
+def update_limits(experiment: Experiment, devices: int) -> UpdateLimits:
+    """Return the sizes of the update; each of `devices` runs one row of packed tokens at a time."""
+    training, rollout = experiment.training, experiment.rollout
+    return UpdateLimits(
+        minibatches=training.minibatches_per_step,
         rows=devices,
-        row_tokens=t.microbatch_tokens,
-        chunk=t.logit_chunk_tokens,
-        temperature=experiment.rollout.temperature,
-        bounds=ClipRange(o.clip_low, o.clip_high, o.dual_clip),
-        loss=o.loss,
-        aggregation=o.aggregation,
-        response_limit=experiment.rollout.max_new_tokens,
-        importance=o.importance,
-        importance_low=o.importance_low,
-        importance_high=o.importance_high,
-        kl=o.kl,
-        kl_weight=o.kl_weight,
-        entropy_weight=o.entropy_weight,
-        document_weight=o.document_weight,
-        average_decay=o.baseline_decay,
+        microbatch_tokens=training.microbatch_tokens,
+        logit_chunk_tokens=training.logit_chunk_tokens,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
     )
 
 
@@ -240,7 +242,7 @@ def make_counters(experiment: Experiment, setup: Setup) -> Counters:
 
 def count_update(
     counters: Counters,
-    sampled: Sampled,
+    rewarded: RewardedRollouts,
     generated: BatchSize,
     documents: NextTokenBatch | None,
     scalars: dict[str, float],
@@ -248,12 +250,12 @@ def count_update(
     """Count the update that left `scalars`."""
     text = int(jax.device_get(documents.mask_NxS.sum())) if documents else 0
     learned, trunk = (int(scalars[f"update/{name}"]) for name in ("tokens", "trunk_tokens"))
-    counters.count_update(sampled.size(), learned, trunk, generated, text)
+    counters.count_update(rewarded.size(), learned, trunk, generated, text)
 
 
-def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> NextTokenBatch:
+def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollouts) -> NextTokenBatch:
     """The documents that the prompts are from, one a prompt, as next-token prediction reads them."""
-    rows = [setup.train[i] for i in to_host(sampled.prompts.window_P)]
+    rows = [setup.train[i] for i in to_host(rewarded.prompts.window_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
     return shard_prompts(NextTokenBatch(inputs, targets, np.arange(size) < lengths[:, None]), setup.mesh)
@@ -291,9 +293,9 @@ def status(scalars: dict[str, Any], dynamic: bool) -> str:
     return words
 
 
-def readable(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
+def readable(rewarded: RewardedRollouts, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
     """The first sample of the first `count` prompts, as text."""
-    rows = to_host(first_prompts(sampled, count))
+    rows = to_host(first_prompts(rewarded, count))
     texts = []
     for i in range(count):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()

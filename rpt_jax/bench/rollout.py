@@ -23,10 +23,11 @@ from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import PolicyConfig
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import in_compute_dtype
-from rpt_jax.rollout.engine import Decoding, Rollouts, begin, decode_until, live_sizes
+from rpt_jax.rollout.engine import decode_until, live_sizes, start_decoding
 from rpt_jax.rollout.generate import sample_rollouts
 from rpt_jax.rollout.memory import cache_bytes, device_memory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
+from rpt_jax.rollout.rollouts import Decoding, Rollouts
 from rpt_jax.setup import make_policy
 from rpt_jax.weights.hf import load_policy
 
@@ -61,7 +62,15 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     params = jax.jit(in_compute_dtype, static_argnums=0)(policy, params)
     prompts = share_prefixes(prompts_PxS, lengths_P, np.arange(len(lengths_P), dtype=np.int32))
     rollouts, tokens = len(lengths_P) * options.samples, options.max_new_tokens
-    memory = rollout_memory(shape, options.dtype, *prompts_PxS.shape, options.samples, tokens, 1)
+    memory = rollout_memory(
+        shape,
+        options.dtype,
+        prompts=len(prompts_PxS),
+        prompt_tokens=prompts_PxS.shape[1],
+        samples=options.samples,
+        max_new_tokens=tokens,
+        tensor=1,
+    )
     weights = sum(x.nbytes for x in jax.tree.leaves(params))
     slots = plan_slots(options.slots, rollouts, memory, weights, device_memory())
     decoding = Decoding(
@@ -70,12 +79,12 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         temperature=options.temperature,
         stop_ids=_stop_ids(options.stop_ids),
         slots=slots,
-        chunk=options.chunk,
+        prefill_tokens=options.chunk,
     )
     sizes, key = live_sizes(slots, rollouts), jax.random.key(options.seed)
 
     def head_start(params: Any, prompts: Prompts, key: jax.Array, running: int | None) -> Any:
-        batch, live = begin(policy, params, prompts, key, None, decoding)
+        batch, live = start_decoding(policy, params, prompts, key, None, decoding)
         return live if running is None else decode_until(policy, decoding, batch, live, running)
 
     part = jax.jit(head_start, static_argnames="running")

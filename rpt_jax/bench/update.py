@@ -19,7 +19,7 @@ import numpy as np
 from rpt_jax.bench.measure import interleaved, matmul_call
 from rpt_jax.bench.peer import transformers_update
 from rpt_jax.bench.policy import add_shape_options, chosen_shape
-from rpt_jax.config import OptimizerConfig, PolicyConfig
+from rpt_jax.config import ObjectiveConfig, OptimizerConfig, PolicyConfig
 from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.describe import attention_flops
 from rpt_jax.distributed.sharding import (
@@ -33,8 +33,7 @@ from rpt_jax.distributed.sharding import (
 from rpt_jax.errors import UserError
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.model.model_config import ModelConfig
-from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
-from rpt_jax.objective.loss import ClipRange
+from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.setup import make_policy
 
@@ -111,8 +110,14 @@ def update_call(options: argparse.Namespace, shape: ModelConfig, batch: UpdateBa
     """One optimizer step a call, each from where the last one ended."""
     policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), shape)
     mesh, optimizer = make_mesh(-1, 1, 1), make_optimizer(OptimizerConfig(), total_steps=1)
-    config = UpdateConfig(
-        1, num_batch_shards(mesh), options.microbatch_tokens, options.chunk, temperature=1.0, bounds=ClipRange(0.2, 0.2)
+    objective = ObjectiveConfig()
+    limits = UpdateLimits(
+        minibatches=1,
+        rows=num_batch_shards(mesh),
+        microbatch_tokens=options.microbatch_tokens,
+        logit_chunk_tokens=options.chunk,
+        temperature=1.0,
+        max_new_tokens=options.response,
     )
     with use_mesh(mesh):
         params = init_parameters(policy, mesh, seed=0)
@@ -121,7 +126,7 @@ def update_call(options: argparse.Namespace, shape: ModelConfig, batch: UpdateBa
 
     def call() -> jax.Array:
         with use_mesh(mesh):
-            state, metrics = update_policy(policy, optimizer, config, states.pop(), batch)
+            state, metrics = update_policy(policy, optimizer, objective, limits, states.pop(), batch)
         states.append(state)
         return jax.block_until_ready((state, metrics))[1]["gradient/norm"]
 

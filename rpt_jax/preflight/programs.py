@@ -31,19 +31,13 @@ from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import prefix_match_reward
-from rpt_jax.rollout.generate import Decoding, Rollouts, sample_rollouts
-from rpt_jax.rollout.sampler import (
-    Sampled,
-    decoding_of,
-    is_prefix_match,
-    on_their_roots,
-    reward_config,
-    shared_tail,
-    training_reward,
-)
+from rpt_jax.rewards.rewarder import RewardedRollouts, is_prefix_match, reward_layout, training_reward
+from rpt_jax.rollout.generate import sample_rollouts
+from rpt_jax.rollout.rollouts import Decoding, Rollouts
+from rpt_jax.rollout.sampler import find_shared_prefixes, max_tail_tokens, plan_decoding
 from rpt_jax.setup import Setup, make_policy
-from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.train import update_config
+from rpt_jax.tokenizers.tokenizer import ByteVocab, Tokenizer, load_tokenizer
+from rpt_jax.train import update_limits
 
 # Bytes of the longest token of the tokenizer that stands in for one that is not here: Qwen's has spaces of so many.
 _LONGEST = 128
@@ -95,7 +89,7 @@ def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
     setup = Setup(policy, params, mesh, tokenizer, (), (), (), None)
     if experiment.task == "score":
         return Step((_scoring(experiment, setup),), setup, None)
-    decoding = decoding_of(experiment, setup, memory)
+    decoding = plan_decoding(experiment, setup.policy, setup.tokenizer, setup.mesh, memory)
     return Step(tuple(_rpt_programs(experiment, setup, decoding)), setup, decoding)
 
 
@@ -142,11 +136,11 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
         bytes_a_device(weights) if layout else 0,
         bytes_a_device(sampled),
     )
-    vocab = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in setup.tokenizer.byte_vocab)
+    vocab = ByteVocab(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in setup.tokenizer.byte_vocab))
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
 
     def sampling() -> jax.stages.Lowered:
-        roots = on_their_roots(_blank(sampled.prompts), shared_tail(experiment, builder))
+        roots = find_shared_prefixes(_blank(sampled.prompts), max_tail_tokens(experiment, builder))
         roots = abstract_prompts(roots, mesh, DECODING)
         box_vocab = vocab if experiment.rollout.stop_at_box else None
         return sample_rollouts.lower(setup.policy, weights, roots, _key(), decoding, box_vocab)
@@ -158,13 +152,13 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
         return prefix_match_reward.lower(*arguments, *vocab, setup.tokenizer.end_think_id)
 
     def training_rewarding() -> jax.stages.Lowered:
-        config = reward_config(experiment, setup, builder)
-        return training_reward.lower(setup.policy, config, (params, average), sampled, vocab, _ids())
+        layout = reward_layout(experiment, setup.tokenizer, mesh, builder)
+        return training_reward.lower(setup.policy, o, layout, params, average, sampled, vocab, _ids())
 
     def updating() -> jax.stages.Lowered:
         reference = params if o.kl != "none" else None
-        config, batch = update_config(experiment, num_batch_shards(mesh)), _update_batch(experiment, sampled)
-        return update_policy.lower(setup.policy, optimizer, config, state, batch, reference)
+        limits, batch = update_limits(experiment, num_batch_shards(mesh)), _update_batch(experiment, sampled)
+        return update_policy.lower(setup.policy, optimizer, o, limits, state, batch, reference)
 
     programs = [_scoring(experiment, setup)]
     if layout:
@@ -199,7 +193,7 @@ def _decoding_weights(setup: Setup, layout: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def _sampled(experiment: Experiment, mesh: Mesh) -> Sampled:
+def _sampled(experiment: Experiment, mesh: Mesh) -> RewardedRollouts:
     """Prompts and rollouts of a step, as they lie on the mesh."""
     p, g = experiment.training.prompts_per_step, experiment.rollout.samples_per_prompt
     t, r = experiment.rollout.max_new_tokens, experiment.prompt.reference_bytes
@@ -216,10 +210,10 @@ def _sampled(experiment: Experiment, mesh: Mesh) -> Sampled:
     )
     rollouts = Rollouts(_ids(p, g, t), _ids(p, g), _floats(p, g, t), _ids(p, g))
     prompts, rollouts, reward, status = abstract_prompts((prompts, rollouts, _floats(p, g), _ids(p, g)), mesh)
-    return Sampled(prompts, rollouts, reward, status, _ids(2))
+    return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=reward, status_PxG=status)
 
 
-def _update_batch(experiment: Experiment, sampled: Sampled) -> UpdateBatch:
+def _update_batch(experiment: Experiment, sampled: RewardedRollouts) -> UpdateBatch:
     prompts, rollouts = sampled.prompts, sampled.rollouts
 
     def truths(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -175,6 +175,13 @@ def _compiled(program: Program) -> tuple[Memory, str | None]:
 def _bytes_a_slot(experiment: Experiment, step: Step) -> int:
     r = experiment.rollout
     prompts = -(-experiment.training.prompts_per_step // num_batch_shards(step.setup.mesh, DECODING))
-    sizes = prompts, experiment.prompt.max_tokens, r.samples_per_prompt, r.max_new_tokens
-    tensor = mesh_fields(step.setup.mesh)["rollout_tensor"]
-    return rollout_memory(step.setup.policy.config, experiment.policy.dtype, *sizes, tensor).per_slot
+    memory = rollout_memory(
+        step.setup.policy.config,
+        experiment.policy.dtype,
+        prompts=prompts,
+        prompt_tokens=experiment.prompt.max_tokens,
+        samples=r.samples_per_prompt,
+        max_new_tokens=r.max_new_tokens,
+        tensor=mesh_fields(step.setup.mesh)["rollout_tensor"],
+    )
+    return memory.per_slot

@@ -20,9 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
-
-BOX = "\\boxed{"
+from rpt_jax.tokenizers.tokenizer import BOX, END_THINK, Tokenizer
 
 # Operands with operators between them, "=", result; a few words, units such as kg/cow or a currency sign may stand in between.
 _WORDS = r"(?:[^\d=+*/×\n.%-]|/(?=[a-z])){0,16}?"
