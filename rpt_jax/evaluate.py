@@ -117,6 +117,29 @@ def _confidence_interval(right_N: np.ndarray, document_N: np.ndarray, mean: floa
     return max(0.0, float(center - half_width)), min(1.0, float(center + half_width))
 
 
+def sample_predictions(
+    sample: Sampler, reward: Rewarder, weights: Params, evaluation: EvaluationSet
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sample G predictions at each of the n positions of an evaluation set.
+
+    Args:
+      sample: samples the predictions.
+      reward: compares them with the text.
+      weights: from `Sampler.weights`.
+      evaluation: the positions and their prompts.
+
+    Returns: reward, status and response length in tokens, [n, G] each, without the padding of the last batch.
+    """
+    results = []
+    for prompts in evaluation.batches:
+        rollouts, _ = sample(weights, prompts, _EVALUATION_STEP)
+        matched = reward.prefix_match(prompts, rollouts)
+        results.append(to_host((matched.reward_PxG, matched.status_PxG, rollouts.lengths_PxG)))
+    count = len(evaluation.positions)
+    reward_NxG, status_NxG, length_NxG = (np.concatenate(leaves)[:count] for leaves in zip(*results, strict=True))
+    return reward_NxG, status_NxG, length_NxG
+
+
 class Evaluator:
     """Measures direct and reasoned accuracy on held-out positions that are chosen by the initial policy's entropy."""
 
@@ -152,21 +175,11 @@ class Evaluator:
 
     def reasoning(self, params: Params, part: EvaluationPart) -> tuple[dict[str, Any], dict[str, float]]:
         """Return the mean accuracy of sampled predictions by difficulty, and their format rate and length in tokens."""
-        reward_NxG, status_NxG, length_NxG = self.predictions(params, part)
+        weights = self._sample.weights(params)
+        reward_NxG, status_NxG, length_NxG = sample_predictions(self._sample, self._reward, weights, part.evaluation)
         has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
         details = {"format_rate": float(has_box.mean()), "response_length": float(length_NxG.mean())}
         return by_difficulty(reward_NxG.mean(axis=1), part.evaluation.positions), details
-
-    def predictions(self, params: Params, part: EvaluationPart) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sample G predictions for each of the n positions; return reward, status and length in tokens, [n, G] each."""
-        results, weights = [], self._sample.weights(params)
-        for prompts in part.evaluation.batches:
-            rollouts, _ = self._sample(weights, prompts, _EVALUATION_STEP)
-            matched = self._reward.prefix_match(prompts, rollouts)
-            results.append(to_host((matched.reward_PxG, matched.status_PxG, rollouts.lengths_PxG)))
-        count = len(part.evaluation.positions)
-        reward, status, length = (np.concatenate(leaves)[:count] for leaves in zip(*results, strict=True))
-        return reward, status, length
 
     def full(self, params: Params) -> dict[str, Any]:
         """Return the complete evaluation that is reported before and after training."""
