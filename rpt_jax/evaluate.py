@@ -99,10 +99,10 @@ def by_difficulty(right_N: np.ndarray, positions: Sequence[Position]) -> dict[st
 def _confidence_interval(right_N: np.ndarray, document_N: np.ndarray, mean: float) -> tuple[float, float]:
     """Return the 95 % interval of `mean` with documents as the independent units.
 
-    Positions of one document are correlated, so an interval that treats them as independent would be too narrow. This is the normal
-    interval with the cluster-robust variance over documents. If the documents show no variance (there is only one, or all have the
-    same accuracy, such as 0), that does not predict the next document: the interval is then Wilson's for as many observations as
-    there are documents. Without any document it is [0, 1].
+    Positions of one document are correlated, so an interval that treats them as independent would be too narrow. This
+    is the normal interval with the cluster-robust variance over documents. If the documents show no variance (there is
+    only one, or all have the same accuracy, such as 0), that does not predict the next document: the interval is then
+    Wilson's for as many observations as there are documents. Without any document it is [0, 1].
     """
     _, cluster_N = np.unique(document_N, return_inverse=True)
     residuals_C = np.bincount(cluster_N, weights=right_N - mean)
@@ -200,9 +200,9 @@ class Evaluator:
         positions = choose_positions(scores, data.entropy_threshold, data.min_context)
         if not positions:
             raise UserError(
-                f"{source_name(data)}: none of the {len(documents)} held-out documents has a position with an entropy above "
-                f"data.entropy_threshold={data.entropy_threshold} after at least data.min_context={data.min_context} tokens. "
-                "Lower one of the two, or use a longer corpus.",
+                f"{source_name(data)}: none of the {len(documents)} held-out documents has a position with an entropy "
+                f"above data.entropy_threshold={data.entropy_threshold} after at least "
+                f"data.min_context={data.min_context} tokens. Lower one of the two, or use a longer corpus.",
                 field="data.entropy_threshold",
             )
         evaluation = choose_evaluation_set(

@@ -39,8 +39,8 @@ def test_difficulties_are_nested_and_exclude_their_thresholds():
 def test_interval_treats_documents_as_the_independent_units():
     """Ten documents have ten positions each. In five documents all are right, in the other five all are wrong.
 
-    The residuals of each document sum to 5 or -5, so the variance is 10/9 · 10 · 25 / 100² and the standard error 1/6. With
-    independent positions it would be 1/20.
+    The residuals of each document sum to 5 or -5, so the variance is 10/9 · 10 · 25 / 100² and the standard error 1/6.
+    With independent positions it would be 1/20.
     """
     right = np.repeat([1.0] * 5 + [0.0] * 5, 10)
     easy = by_difficulty(right, positions(np.repeat(np.arange(10), 10), 2.0))["easy"]

@@ -18,8 +18,8 @@ from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.packing import PackedGroups, Rows, fitting_divisor, pack_groups
 from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
 
-# Bin edges of a histogram of log-probability differences; each bin is an eighth wider than the one before. Counts can be summed
-# over passes, quantiles cannot.
+# Bin edges of a histogram of log-probability differences; each bin is an eighth wider than the one before. Counts can
+# be summed over passes, quantiles cannot.
 _MISMATCH_EDGES = np.logspace(-9, 1, 197, dtype=np.float32)
 
 
@@ -30,7 +30,8 @@ class RowBatch(NamedTuple):
       rows: the packed tokens.
       mask_NxJxT: bool, True for response tokens.
       sampler_logprobs_NxJxT: float32 log-probabilities that the sampler computed.
-      old_logprobs_NxJxT: float32 log-probabilities before the first minibatch, or None if the update is exactly on-policy.
+      old_logprobs_NxJxT: float32 log-probabilities before the first minibatch, or None if the update is exactly
+        on-policy.
       advantages_NxJ: float32.
     """
 
@@ -72,9 +73,9 @@ def policy_gradient(
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Return the gradient of the loss over the counted groups, and its metrics.
 
-    Passes sum numerators and denominators, and the gradient is divided once by the total denominator. Groups without advantages
-    contribute zero to the numerator unless the loss has a term without advantages, so they are left out of the rows. The metrics
-    cover the remaining groups.
+    Passes sum numerators and denominators, and the gradient is divided once by the total denominator. Groups without
+    advantages contribute zero to the numerator unless the loss has a term without advantages, so they are left out of
+    the rows. The metrics cover the remaining groups.
 
     Args:
       policy, objective, limits: static.
@@ -130,7 +131,7 @@ def loss_sums(
     part: RowBatch,
     reference: Params | None,
 ) -> dict[str, jax.Array]:
-    """Return the contributions of some rows to the loss's numerator ("loss"), its denominator ("count") and the metrics.
+    """Return the contributions of some rows to the loss (numerator "loss", denominator "count") and to the metrics.
 
     The loss of a token is weight · policy loss + kl_weight · KL - entropy_weight · entropy.
     """
@@ -205,7 +206,7 @@ def row_scores(
 def document_gradient(
     policy: Transformer, limits: UpdateLimits, params: Params, documents: NextTokenBatch
 ) -> tuple[Params, jax.Array]:
-    """Return the gradient of the mean next-token cross-entropy over the documents (paper, Equation 1), and that mean."""
+    """Return the gradient and the value of the mean next-token cross-entropy of documents (paper, Equation 1)."""
     count, size = documents.inputs_NxS.shape
     microbatch = fitting_divisor(count, maximum=limits.rows * limits.microbatch_tokens // size, multiple=limits.rows)
 

@@ -17,8 +17,8 @@ Output = TypeVar("Output")
 def scaled_logits(head: Head, hidden_MxD: jax.Array, temperature: float) -> jax.Array:
     """Return logits divided by the temperature, float32 [M, V], for hidden states of any dtype.
 
-    All sampling and scoring uses this function. A head in lower precision, a temperature on one side only, or ids that only one
-    side excludes would silently make training off-policy.
+    All sampling and scoring uses this function. A head in lower precision, a temperature on one side only, or ids that
+    only one side excludes would silently make training off-policy.
     """
     hidden_MxD = hidden_MxD.astype(jnp.float32)
     logits = jnp.einsum("md,vd->mv", hidden_MxD, head.matrix_VxD, preferred_element_type=jnp.float32) / temperature
@@ -37,8 +37,9 @@ def chosen_logprobs(logits_MxV: jax.Array, tokens_M: jax.Array) -> jax.Array:
 def over_token_chunks(fn: Callable[..., Output], logit_chunk_tokens: int, *arrays: jax.Array) -> Output:
     """Apply `fn` to `arrays` [M, …] in chunks of tokens and concatenate its outputs.
 
-    The backward pass recomputes each chunk, so intermediate values of `fn` such as logits exist for one chunk at a time. M need
-    not be a multiple of the chunk size: the last chunk is padded with zeros, and the padding is removed from the outputs.
+    The backward pass recomputes each chunk, so intermediate values of `fn` such as logits exist for one chunk at a
+    time. M need not be a multiple of the chunk size: the last chunk is padded with zeros, and the padding is removed
+    from the outputs.
     """
     outputs = over_row_chunks(fn, logit_chunk_tokens, None, *(x[None] for x in arrays))
     return jax.tree.map(lambda y: y[0], outputs)
@@ -54,8 +55,8 @@ def over_row_chunks(
     Args:
       fn: maps arrays [M, …] to a tree of arrays [M, …].
       logit_chunk_tokens: tokens per chunk, over all N rows.
-      filled_N: number of tokens at the start of each row that are needed, or None for all. Chunks without a needed token are
-        skipped, and their outputs are zeros.
+      filled_N: number of tokens at the start of each row that are needed, or None for all. Chunks without a needed
+        token are skipped, and their outputs are zeros.
       arrays: inputs of `fn` with the axes N and W in place of M.
     """
     rows, size = arrays[0].shape[:2]
@@ -104,7 +105,7 @@ def token_logprobs(
 def scores(
     head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, *, temperature: float, entropies: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the log-probability of each token and, if `entropies`, the entropy of its distribution in nats, float32 [M] each."""
+    """Return the log-probability of each token and, if `entropies`, its entropy in nats, float32 [M] each."""
     logits_MxV = scaled_logits(head, hidden_MxD, temperature)
     logprobs_M = chosen_logprobs(logits_MxV, tokens_M)
     if not entropies:

@@ -28,7 +28,7 @@ class ClipRange(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """Results per token, in the shape of the log-probabilities. Values outside of the mask are finite and have no meaning.
+    """Results per token, in the shape of the log-probabilities. Values outside of the mask are finite but undefined.
 
     Attributes:
       loss: negative objective, float32.
@@ -54,9 +54,9 @@ class TokenLoss(NamedTuple):
 def clipped_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, clip_range: ClipRange
 ) -> TokenLoss:
-    """Clipped surrogate -min(ρ A, clip(ρ, 1 - low, 1 + high) A) of PPO and GRPO (1707.06347, Equation 7; 2402.03300, Equation 3).
+    """Clipped surrogate of PPO and GRPO: -min(ρ A, clip(ρ, 1 - low, 1 + high) A).
 
-    Separate lower and upper bounds follow DAPO (2503.14476).
+    See 1707.06347, Equation 7, and 2402.03300, Equation 3. Separate lower and upper bounds follow DAPO (2503.14476).
     """
     ratio = jnp.exp(_masked(mask, logprobs - old_logprobs))
     unclipped = ratio * advantages
@@ -68,7 +68,7 @@ def clipped_loss(
 def dual_clipped_loss(
     logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, clip_range: ClipRange
 ) -> TokenLoss:
-    """The clipped surrogate, with the objective bounded below by c A for A < 0, where c = `clip_range.dual` (1912.09729).
+    """The clipped surrogate, with the objective bounded below by c A for A < 0, c = `clip_range.dual` (1912.09729).
 
     Without this bound, a bad token that has become much more likely since it was sampled dominates the loss.
     """
@@ -86,8 +86,8 @@ def gspo_loss(
 ) -> TokenLoss:
     """GSPO: the clipped surrogate with one ratio per sequence, s = (π / π_old)^(1 / |o|) (2507.18071).
 
-    This is the paper's GSPO-token variant, whose mean over a sequence is the sequence loss. The config check rejects other
-    aggregations.
+    This is the paper's GSPO-token variant, whose mean over a sequence is the sequence loss. The config check rejects
+    other aggregations.
     """
     log_ratio = _masked(mask, logprobs - old_logprobs)
     length = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
@@ -119,7 +119,8 @@ def reinforce_loss(
     return TokenLoss(loss=-advantages * _masked(mask, logprobs), ratio=ratio, clipped=jnp.zeros_like(mask))
 
 
-# --- Estimators of KL(π || π_ref) at the sampled token (Schulman, "Approximating KL divergence", 2020), used as loss terms.
+# --- Estimators of KL(π || π_ref) at the sampled token (Schulman, "Approximating KL divergence", 2020), used as loss
+# terms.
 
 
 @KL_ESTIMATORS.register("k1")
@@ -140,13 +141,13 @@ def k2(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
 
 @KL_ESTIMATORS.register("k3")
 def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """π_ref / π - 1 - log(π_ref / π), as in GRPO (2402.03300, Equation 4). Its value is unbiased, its gradient is not."""
+    """π_ref / π - 1 - log(π_ref / π) (GRPO, 2402.03300, Equation 4). The value is unbiased, its gradient is not."""
     log_ratio = reference - logprobs
     return jnp.expm1(log_ratio) - log_ratio
 
 
-# --- Importance weights that correct numerical differences between sampler and trainer, ρ = π_old (trainer) / π_old (sampler).
-# Every function returns the weight of each token and whether the token is accepted.
+# --- Importance weights that correct numerical differences between sampler and trainer, ρ = π_old (trainer) / π_old
+# (sampler). Every function returns the weight of each token and whether the token is accepted.
 
 
 @IMPORTANCE_WEIGHTS.register("truncate", fields=("importance_high",))
@@ -161,8 +162,9 @@ def masked_importance(ratio: jax.Array, low: float, high: float) -> tuple[jax.Ar
     return ratio, (ratio >= low) & (ratio <= high)
 
 
-# --- Aggregations. Every function takes `kept` (bool [..., T], tokens that count) and `max_new_tokens` (length limit of responses)
-# and returns the weight of each token in the numerator, and the contribution of these responses to the denominator.
+# --- Aggregations. Every function takes `kept` (bool [..., T], tokens that count) and `max_new_tokens` (length limit of
+# responses) and returns the weight of each token in the numerator, and the contribution of these responses to the
+# denominator.
 
 
 @AGGREGATIONS.register("token_mean")
@@ -183,7 +185,10 @@ def sequence_mean(kept: jax.Array, max_new_tokens: int) -> tuple[jax.Array, jax.
 
 @AGGREGATIONS.register("constant")
 def constant(kept: jax.Array, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Mean over responses of their sums divided by the length limit, so no weight depends on a length (Dr. GRPO, 2503.20783)."""
+    """Mean over responses of their sums divided by the length limit (Dr. GRPO, 2503.20783).
+
+    No weight depends on a response's length.
+    """
     return kept / max_new_tokens, kept.any(axis=-1).sum()
 
 

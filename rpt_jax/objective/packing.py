@@ -1,12 +1,12 @@
 """Packing of prompts and responses into rows, with shared prefixes stored once per row.
 
-A row is filled from both ends: responses from the left, and the prefixes that they continue from the right. If the batch has
-several positions of a document, the longest of their prompts is the root. The others share a prefix with it, and only their
-remaining tokens (the end of the template), the tail, are stored separately. A token attends to at most three ranges of its row: the
-root, the tail of its prompt, and the earlier tokens of its own segment.
+A row is filled from both ends: responses from the left, and the prefixes that they continue from the right. If the
+batch has several positions of a document, the longest of their prompts is the root. The others share a prefix with it,
+and only their remaining tokens (the end of the template), the tail, are stored separately. A token attends to at most
+three ranges of its row: the root, the tail of its prompt, and the earlier tokens of its own segment.
 
-A prefix is a prompt without its last token. That token is stored at the start of every response, whose first token it predicts, so
-the hidden states that predict a response are contiguous.
+A prefix is a prompt without its last token. That token is stored at the start of every response, whose first token it
+predicts, so the hidden states that predict a response are contiguous.
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def shared_prefixes(
 ) -> Prefixes:
     """Choose a root for each prompt: the longest used prompt of its window that shares at least half of its prefix.
 
-    A prompt is its own root if there is none, or if root and tail together would take more than `max_tokens` tokens of a row.
+    A prompt is its own root if there is none, or if root and tail together would take more than `max_tokens` tokens of
+    a row.
     """
     prefix_P = lengths_P - 1
     itself_P = jnp.arange(len(lengths_P), dtype=jnp.int32)
@@ -239,8 +240,8 @@ def pack(
 ) -> Packing:
     """Assign the responses of the used prompts to rows, filling one row after the other.
 
-    A response that does not fit, together with the parts of its prompt that the row lacks, opens the next row, where its prefix is
-    stored again. The longest prefix and the longest response must fit in one row.
+    A response that does not fit, together with the parts of its prompt that the row lacks, opens the next row, where
+    its prefix is stored again. The longest prefix and the longest response must fit in one row.
 
     Args:
       lengths_P: int32 prompt lengths.
@@ -419,7 +420,7 @@ def build_rows(groups: PackedGroups, first_row: jax.Array) -> Rows:
 
 
 def _segment_of_tokens(segments: _Segments, starts_NxJ: jax.Array, size: int) -> tuple[jax.Array, _Segments]:
-    """Return for each token of N rows where its segment begins, int32 [N, W], and the fields of that segment, each [N, W].
+    """Return for each token where its segment begins, int32 [N, W], and the fields of that segment, [N, W] each.
 
     The segment of a token is the last one that begins at or before it.
 

@@ -42,9 +42,9 @@ def update_policy(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take `limits.minibatches` optimizer steps on `batch`, each on its own part of the groups.
 
-    With one minibatch the update is exactly on-policy: the old log-probabilities equal the new ones and take no extra forward
-    pass. With several, they are computed once before the first step. If any metric is not finite, the state is returned
-    unchanged.
+    With one minibatch the update is exactly on-policy: the old log-probabilities equal the new ones and take no extra
+    forward pass. With several, they are computed once before the first step. If any metric is not finite, the state is
+    returned unchanged.
 
     Args:
       policy, optimizer, objective, limits: static.

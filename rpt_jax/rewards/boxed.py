@@ -1,18 +1,20 @@
 r"""Byte-level parser of the prediction in the last `\boxed{}` of a response.
 
-It works on the raw bytes of tokens inside a compiled program. Decoding to text and tokenizing again would change the lengths of
-characters that are split between two tokens, and with them the token boundaries.
+It works on the raw bytes of tokens inside a compiled program. Decoding to text and tokenizing again would change the
+lengths of characters that are split between two tokens, and with them the token boundaries.
 
 The paper specifies only "the last \boxed{} following the special token '</think>'". The complete rule used here is:
 
 * The answer starts after the last end-of-thinking marker: the special token, or the bytes `</think>`.
-* The prediction is the content of the last `\boxed{` in the answer, up to its balancing brace. A brace after an odd number of
-  backslashes is escaped and does not count. If no brace balances, the prediction ends at the last `}` of the response.
+* The prediction is the content of the last `\boxed{` in the answer, up to its balancing brace. A brace after an odd
+  number of backslashes is escaped and does not count. If no brace balances, the prediction ends at the last `}` of the
+  response.
 * `\boxed{}}` is read as the prediction `}`. No whitespace is stripped.
 
-The parser is a state machine that consumes one byte of every rollout per step and keeps a few scalars per rollout, so memory
-does not grow with the length of the longest token in the vocabulary. Parsing starts at the block that contains the last special
-marker, and the number of steps is the length of the longest answer in bytes (a token without bytes counts as one).
+The parser is a state machine that consumes one byte of every rollout per step and keeps a few scalars per rollout, so
+memory does not grow with the length of the longest token in the vocabulary. Parsing starts at the block that contains
+the last special marker, and the number of steps is the length of the longest answer in bytes (a token without bytes
+counts as one).
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class BoxParser(NamedTuple):
       equal: bool, whether all those bytes equal the reference.
       prediction_size: int32 size of the prediction as far as it is known, or NO_PREDICTION.
       prediction_equal: bool, whether the prediction equals the reference up to its size.
-      first_token: int32 index of the token that starts the prediction; -1 if no token starts there. None if not tracked.
+      first_token: int32 index of the token that starts the prediction; -1 if no token starts there. None if not
+        tracked.
     """
 
     token: jax.Array
@@ -70,8 +73,8 @@ class BoxReader(NamedTuple):
 
     Attributes:
       parser: parser state, each field [M].
-      closed_M: bool, whether the box of the answer is closed by its balancing brace. For `\boxed{}`, which may continue as
-        `\boxed{}}`, this is decided by the next byte.
+      closed_M: bool, whether the box of the answer is closed by its balancing brace. For `\boxed{}`, which may continue
+        as `\boxed{}}`, this is decided by the next byte.
     """
 
     parser: BoxParser
@@ -175,8 +178,8 @@ def predicted_first_token(
 ) -> jax.Array:
     """Return the first token of every prediction, y[0] in Appendix A of the paper, int32 [P, G].
 
-    It is -1 for a response that is unfinished, has no prediction, or has no token that starts with the content of the box and
-    ends within it. The arguments are those of `parse_responses`.
+    It is -1 for a response that is unfinished, has no prediction, or has no token that starts with the content of the
+    box and ends within it. The arguments are those of `parse_responses`.
     """
     no_reference_Px1 = jnp.zeros((tokens_PxGxT.shape[0], 1), jnp.uint8)
     state_PxG = parse_responses(
@@ -255,13 +258,14 @@ def _read_byte(state: BoxParser, byte: jax.Array, reference_R: jax.Array) -> Box
     box_matched = jnp.where(state.answering, _matched_bytes(_BOX, state.box_matched, byte), 0)
     opens = box_matched == len(_BOX)
 
-    # Before the balancing brace, any `}` may turn out to be the last one, so the latest one ends the prediction. This makes the
-    # balanced reading and the fallback a single rule. `\boxed{}}` has a second brace after the balancing one.
+    # Before the balancing brace, any `}` may turn out to be the last one, so the latest one ends the prediction. This
+    # makes the balanced reading and the fallback a single rule. `\boxed{}}` has a second brace after the balancing one.
     closed_empty = (state.prediction_size == 0) & (state.size == 1)
     ends = (byte == _CLOSE) & ((state.depth > 0) | closed_empty)
     nesting = (byte == _OPEN).astype(jnp.int32) - (byte == _CLOSE).astype(jnp.int32)
     depth = state.depth + jnp.where((state.depth > 0) & ~state.escaped, nesting, 0)
-    # The index clamps past the end of the reference. The result is then ignored: such a prediction is longer than the reference.
+    # The index clamps past the end of the reference. The result is then ignored: such a prediction is longer than the
+    # reference.
     equal = state.equal & (byte == reference_R[state.size])
     prediction_size = jnp.where(ends, state.size, state.prediction_size)
 
@@ -280,7 +284,8 @@ def _read_byte(state: BoxParser, byte: jax.Array, reference_R: jax.Array) -> Box
 def _start_answer(state: BoxParser) -> BoxParser:
     """Return the state at the start of the answer, right after an end-of-thinking marker.
 
-    Partial matches are dropped. `</think>` contains no start of a box, so this can only drop a box that the special token splits.
+    Partial matches are dropped. `</think>` contains no start of a box, so this can only drop a box that the special
+    token splits.
     """
     return state._replace(
         think_matched=jnp.zeros_like(state.think_matched),
@@ -313,8 +318,8 @@ def _first_relevant_token(
 ) -> jax.Array:
     """Return the index of a token of every response before which nothing can change the result, int32 [P, G].
 
-    With a special marker, this is a token shortly before the last one, where the parser resets. Without one, the response can only
-    contain the marker as bytes, and these start at the earliest at its first `<`.
+    With a special marker, this is a token shortly before the last one, where the parser resets. Without one, the
+    response can only contain the marker as bytes, and these start at the earliest at its first `<`.
     """
     length = tokens_PxGxT.shape[-1]
     index_T = jnp.arange(length, dtype=jnp.int32)

@@ -1,7 +1,7 @@
-"""Training rewards by name: Equation 3 of the paper, its Appendix A, alternatives from other papers, and additive terms.
+"""Training rewards by name: Equation 3 and Appendix A of the paper, rewards of other papers, and additive terms.
 
-A reward is a function of `RewardInputs`, whose methods run the forward passes that a reward needs. Probabilities are those of the
-policy at temperature 1.
+A reward is a function of `RewardInputs`, whose methods run the forward passes that a reward needs. Probabilities are
+those of the policy at temperature 1.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class RewardInputs:
         return jnp.arange(self.reference_PxK.shape[1]) < self.reference_lengths_P[:, None]
 
     def first_tokens(self) -> tuple[jax.Array, jax.Array]:
-        """Return the first token of every prediction (-1 if there is none) and whether it is the true one, [P, G] each."""
+        """Return the first token of every prediction, or -1, and whether it is the true one, [P, G] each."""
         first_PxG = predicted_first_token(
             self.tokens_PxGxT,
             self.response_lengths_PxG,
@@ -167,7 +167,7 @@ class RewardInputs:
 
     @jax.named_scope("branch_logprobs")
     def _branch_logprobs(self, params: Params, **arrays: jax.Array) -> jax.Array:
-        """Return the log-probabilities of `targets`, found in `branches` from `begin` on, in passes of some prompts each."""
+        """Return the log-probabilities of `targets`, which are in `branches` from `begin` on, pass by pass."""
 
         def score(arrays: dict[str, jax.Array]) -> jax.Array:
             hidden = branch_hidden(
@@ -195,7 +195,8 @@ class RewardInputs:
 def total_reward(inputs: RewardInputs, budget: jax.Array) -> jax.Array:
     """Return the configured reward with its additive terms, float32 [P, G].
 
-    The budget term takes a share of the reward, (1 - w) · reward + w · term. The other terms are added with their weights.
+    The budget term takes a share of the reward, (1 - w) · reward + w · term. The other terms are added with their
+    weights.
 
     Args:
       inputs: prompts, responses and policies.
@@ -298,7 +299,7 @@ def overlong_term(lengths_PxG: jax.Array, max_new_tokens: int, overlong_tokens: 
 
 
 def budget_term(lengths_PxG: jax.Array, budget: jax.Array) -> jax.Array:
-    """Return a triangle function of the reasoning length: 1 at the budget, 0 at zero and at twice the budget (2509.24375)."""
+    """Return a triangle over the reasoning length: 1 at the budget, 0 at zero and at twice the budget (2509.24375)."""
     return jnp.maximum(0.0, 1.0 - jnp.abs(lengths_PxG - budget) / budget)
 
 

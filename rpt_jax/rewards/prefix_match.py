@@ -1,4 +1,4 @@
-"""The prefix-matching reward (paper, section 3.2, Equation 3): compare the boxed prediction with the true continuation."""
+"""The prefix-matching reward: does the boxed prediction match the true continuation (paper, Equation 3)?"""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def prefix_match_reward(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the reward and the `Status` of every rollout (paper, Equation 3).
 
-    The reward is 1 if the predicted bytes equal the first bytes of the true continuation and end at one of its token boundaries,
-    else 0. Only the continuation up to its last stored boundary counts: a longer prediction is `WRONG_BYTES`. How the prediction
-    is read from a response is described in `rewards.boxed`.
+    The reward is 1 if the predicted bytes equal the first bytes of the true continuation and end at one of its token
+    boundaries, else 0. Only the continuation up to its last stored boundary counts: a longer prediction is
+    `WRONG_BYTES`. How the prediction is read from a response is described in `rewards.boxed`.
 
     Args:
       tokens_PxGxT: int32 response tokens; those at and after a response's length are ignored.

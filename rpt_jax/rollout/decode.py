@@ -13,16 +13,17 @@ from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.transformer import Head, Layer, Params, Transformer, embed, head, rms_norm, rotary_angles
 from rpt_jax.rollout.kv_cache import AttentionFn
 
-# Policies with more layers run them in a loop: unrolled layers are compiled separately, for every size of the live batch.
+# Policies with more layers run them in a loop: unrolled layers are compiled separately, for every size of the live
+# batch.
 _MAX_UNROLLED_LAYERS = 6
 
 
 def prepare_decode_params(policy: Transformer, params: Params) -> Params:
     """Convert parameters to the form that `decode_token` takes, once before the decode loop.
 
-    A policy with few layers gets a list of layers, because slicing the stack would copy every weight for every token. On a CPU the
-    head is transposed here: XLA would transpose it for every token, which takes a third of the time of everything else for 8
-    rollouts of a policy with 11 M parameters.
+    A policy with few layers gets a list of layers, because slicing the stack would copy every weight for every token.
+    On a CPU the head is transposed here: XLA would transpose it for every token, which takes a third of the time of
+    everything else for 8 rollouts of a policy with 11 M parameters.
     """
     if target_platform() == "cpu":
         params = params | {"head_DxV": jax.lax.optimization_barrier(head(policy, params).matrix_VxD.T)}

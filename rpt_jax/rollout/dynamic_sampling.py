@@ -23,5 +23,5 @@ def prefer_variance(kept: RewardedRollouts, fresh: RewardedRollouts) -> Rewarded
 
 @functools.partial(jax.jit, static_argnames="count")
 def first_prompts(batch: RewardedRollouts, count: int) -> RewardedRollouts:
-    """Return the first `count` prompts with their rollouts, so that only these are fetched from the devices to be shown."""
+    """Return the first `count` prompts with their rollouts, to fetch only these from the devices."""
     return jax.tree.map(lambda x: x[:count], batch)

@@ -1,7 +1,7 @@
 """Continuous batching on the device: a fixed number of slots decodes any number of rollouts in one program.
 
-A rollout that ends frees its slot, and the next one in the queue starts there, without the host. When the queue is empty, the live
-rollouts are compacted into smaller and smaller batches.
+A rollout that ends frees its slot, and the next one in the queue starts there, without the host. When the queue is
+empty, the live rollouts are compacted into smaller and smaller batches.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rpt_jax.rollout.rollouts import Decoding, DecodeWork, Ended, Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
 from rpt_jax.tokenizers.tokenizer import ByteVocab
 
-# Batch sizes that live rollouts are compacted to, in 32nds of the number of slots, and the smallest one. Each size is compiled
-# separately. The small ones matter when few long responses outlast the others.
+# Batch sizes that live rollouts are compacted to, in 32nds of the number of slots, and the smallest one. Each size is
+# compiled separately. The small ones matter when few long responses outlast the others.
 _SHRINK_32NDS = (24, 16, 12, 8, 6, 4, 2, 1)
 _SMALLEST_BATCH = 8
 _OUT_OF_RANGE = 2**30  # An index beyond every array.
@@ -42,8 +42,8 @@ class DecodeState(NamedTuple):
       count_M: int32 number of response tokens so far, that one included.
       box_M: parser state of each response, or None.
       own: ring buffer of keys and values of the rollouts' own tokens.
-      new: keys and values of the last token that was run, [L, M, K, 1, 1, C]. They are written to `own` at the start of the next
-        step, before it is read. Writing after reading would make XLA copy the whole cache in every step.
+      new: keys and values of the last token that was run, [L, M, K, 1, 1, C]. They are written to `own` at the start of
+        the next step, before it is read. Writing after reading would make XLA copy the whole cache in every step.
       rollouts: results, with one axis R in place of [P, G].
     """
 
@@ -113,8 +113,8 @@ def decode_rollouts(
     steps = []
     sizes = live_sizes(decoding.slots, state.rollouts.lengths_PxG.shape[0])
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
-        # Compact: a step costs less with fewer slots. While several live rollouts share each row of a cache, the rows stay; after
-        # that, each slot gets a separate row.
+        # Compact: a step costs less with fewer slots. While several live rollouts share each row of a cache, the rows
+        # stay; after that, each slot gets a separate row.
         if size < sizes[0]:
             slots = jnp.argsort(~state.running_M, stable=True)[:size]
             if inputs.unshared:

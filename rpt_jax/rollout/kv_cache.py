@@ -1,7 +1,7 @@
 """Blocked KV cache, and attention of one new token per rollout over it.
 
-Blocks of keys are [C, B] and blocks of values [B, C], which is the layout that their products need: XLA's CPU backend would
-otherwise transpose whole caches for every token (three times as slow). Only blocks with a visible key are read.
+Blocks of keys are [C, B] and blocks of values [B, C], which is the layout that their products need: XLA's CPU backend
+would otherwise transpose whole caches for every token (three times as slow). Only blocks with a visible key are read.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from flax import linen as nn
 from rpt_jax.model.attention.blockwise import HIDDEN
 from rpt_jax.model.attention.dispatch import KeyValues
 
-# Keys per block. On a CPU, the products of a block should stay in a core's cache; accelerators need fewer and larger products.
+# Keys per block. On a CPU, the products of a block should stay in a core's cache; accelerators need fewer and larger
+# products.
 _BLOCK_SIZE = {"cpu": 64, "gpu": 128, "tpu": 128}
-# Keys per block of a root, which more rollouts share, so that products are larger. On a CPU, 64 took 10 % longer for a root with 32
-# rollouts, and 128 took 33 % longer for caches with few rollouts.
+# Keys per block of a root, which more rollouts share, so that products are larger. On a CPU, 64 took 10 % longer for a
+# root with 32 rollouts, and 128 took 33 % longer for caches with few rollouts.
 ROOT_BLOCK = 128
 _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 
-# Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, KeyValues of the token [M, K, 1, 1, C]) -> output like q.
+# Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, KeyValues of the token [M, K, 1, 1, C]) -> output like
+# q.
 AttentionFn = Callable[[jax.Array | int, jax.Array, KeyValues], jax.Array]
 
 
@@ -132,9 +134,10 @@ def cached_attention(
 
     Args:
       shared: caches that several rollouts share.
-      rollout_M: int32 rollout in each slot, out of range for an idle slot. None if the shared caches have a row per slot.
-      own: ring buffer indexed by decode step. All rollouts use the same index, whenever they started, so that writing takes no
-        scatter.
+      rollout_M: int32 rollout in each slot, out of range for an idle slot. None if the shared caches have a row per
+        slot.
+      own: ring buffer indexed by decode step. All rollouts use the same index, whenever they started, so that writing
+        takes no scatter.
       step: number of this decode step, whose keys are not written yet.
       counts_M: int32 number of the last steps that belong to each rollout.
     """
@@ -170,7 +173,7 @@ class _OnlineSoftmax(NamedTuple):
     out: jax.Array
 
     def add(self, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> _OnlineSoftmax:
-        """Process one block: queries [N, K, Q, C], keys [N, K, C, B], values [N, K, B, C], visible [N, 1, Q or 1, B]."""
+        """Add a block: queries [N, K, Q, C], keys [N, K, C, B], values [N, K, B, C], visible [N, 1, Q or 1, B]."""
         scores = jnp.einsum("nkqc,nkcb->nkqb", q, k, preferred_element_type=jnp.float32)
         scores = jnp.where(visible, scores, HIDDEN)
         peak = jnp.maximum(self.peak, scores.max(-1, keepdims=True))

@@ -19,7 +19,8 @@ _FLOAT32 = 4
 _TOKEN_ARRAYS = 3
 # Copies of a slot's logits: logits, sampling weights and sums.
 _LOGIT_COPIES = 3
-# When the batch of live rollouts first shrinks to three quarters, that part of the keys, and then of the values, exists twice.
+# When the batch of live rollouts first shrinks to three quarters, that part of the keys, and then of the values, exists
+# twice.
 _SHRINK_FACTOR = 1 + 3 / 8
 
 
@@ -98,10 +99,10 @@ def plan_slots(requested: int, rollouts: int, memory: RolloutMemory, resident: i
     if slots > fitting:
         gib = {name: f"{size / 2**30:.2f} GiB" for name, size in memory._asdict().items()}
         raise UserError(
-            f"rollout.decode_slots: {slots} rollouts at once need {gib['fixed']} for the prompts and {gib['per_slot']} each, in "
-            f"addition to {resident / 2**30:.2f} GiB of parameters and optimizer state; {available / 2**30:.2f} GiB per device "
-            f"hold {fitting}. Use fewer slots, shorter prompts or responses, or shard the policy further (mesh.fsdp, "
-            "mesh.tensor).",
+            f"rollout.decode_slots: {slots} rollouts at once need {gib['fixed']} for the prompts and "
+            f"{gib['per_slot']} each, in addition to {resident / 2**30:.2f} GiB of parameters and optimizer state; "
+            f"{available / 2**30:.2f} GiB per device hold {fitting}. Use fewer slots, shorter prompts or responses, or "
+            "shard the policy further (mesh.fsdp, mesh.tensor).",
             field="rollout.decode_slots",
         )
     return slots

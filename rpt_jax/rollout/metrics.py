@@ -28,13 +28,14 @@ def rollout_metrics(batch: RewardedRollouts, usage: SlotUsage) -> dict[str, jax.
         "length/p90": jnp.percentile(lengths_PxG, 90),
         "length/max": lengths_PxG.max(),
         "rollout/occupancy": usage.occupancy,
-        # The mean negative log-probability of sampled tokens estimates the policy's entropy (nats, at the sampling temperature).
+        # The mean negative log-probability of sampled tokens estimates the policy's entropy (nats, at the sampling
+        # temperature).
         "policy/entropy": -jnp.sum(rollouts.logprobs_PxGxT) / jnp.maximum(rollouts.mask_PxGxT.sum(), 1),
     }
 
 
 def distinct_fraction(tokens_PxGxT: jax.Array, lengths_PxG: jax.Array, n: int) -> jax.Array:
-    """Return distinct-n: different n-grams in the samples of a prompt over all their n-grams, averaged over prompts (1510.03055).
+    """Return distinct-n, the fraction of different n-grams among the samples of a prompt, averaged over prompts (1510.03055).
 
     N-grams are compared by a 32-bit hash. Prompts whose samples are all shorter than n are excluded.
     """

@@ -1,4 +1,4 @@
-"""Prefill: the keys and values of prompts, computed once for all their samples, and the state that predicts the first token."""
+"""Prefill of prompts, once for all their samples."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def prefill_prompts(
       prefill_tokens: maximum number of tokens that are run at once.
 
     Returns:
-      The caches that the P·G rollouts share: one of whole prompts or, if `prompts.members_NxW` is given, one of roots and one of
-      tails. And hidden_PxD, the state that predicts each prompt's first response token.
+      The caches that the P·G rollouts share: one of whole prompts or, if `prompts.members_NxW` is given, one of roots
+      and one of tails. And hidden_PxD, the state that predicts each prompt's first response token.
     """
     roots = _run_roots(policy, params, prompts, prefill_tokens)
 
-    # Attention over roots and tails in separate caches, so that the keys of a root are read once for all of its prompts.
+    # Attention over roots and tails in separate caches, so that the keys of a root are read once for all of its
+    # prompts.
     if prompts.members_NxW is not None:
         tails, hidden_PxD = _run_tails(policy, params, prompts, roots, jnp.asarray(prompts.members_NxW))
         caches = _root_cache(roots, prompts, samples), _prompt_cache(tails, prompts.tail_lengths_P, samples)
@@ -140,8 +141,8 @@ def _take_members(x_P: jax.Array, members_NxW: jax.Array) -> jax.Array:
 def _member_index(prompts: Prompts, members_NxW: jax.Array) -> jax.Array:
     """Return the index n·W + w of each prompt in the grid of members, int32 [P].
 
-    This is not a scatter, because the TPU compiler fails on one whose indices and values are the same array, as they are if each
-    prompt is the only member of its row.
+    This is not a scatter, because the TPU compiler fails on one whose indices and values are the same array, as they
+    are if each prompt is the only member of its row.
     """
     each_Px1 = jnp.arange(len(prompts.ids_P), dtype=jnp.int32)[:, None]
     return jnp.argmax(members_NxW.reshape(-1) == each_Px1, axis=-1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Detection of prompts with a common prefix, such as positions of one document, so that the prefix is prefilled once."""
+"""Detection of prompts with a common prefix, such as positions of one document, to prefill it once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Prompts(NamedTuple):
       tails_PxU: int32 ids after these, padded on the right.
       tail_lengths_P: int32, at least 1.
       ids_P: int32 prompt ids, which determine the sampling noise.
-      members_NxW: int32 prompts of each root; the number of prompts per part marks an empty entry. None: each prompt gets a copy of
-        its root's keys and values.
+      members_NxW: int32 prompts of each root; the number of prompts per part marks an empty entry. None: each prompt
+        gets a copy of its root's keys and values.
     """
 
     roots_NxS: np.ndarray | jax.Array
@@ -61,9 +61,10 @@ def share_prefixes(
       prompts_PxS: int32 ids, padded on the right with any ids.
       lengths_P: int32 prompt lengths, at least 1.
       ids_P: int32 prompt ids.
-      tail: maximum tail length. Every batch then has the same shapes, N = P and U = `tail`. If 0, tails have any length and the
-        shapes depend on the prompts.
-      parts: number of equal consecutive parts of the batch, one per replica. Prompts of different parts do not share roots.
+      tail: maximum tail length. Every batch then has the same shapes, N = P and U = `tail`. If 0, tails have any length
+        and the shapes depend on the prompts.
+      parts: number of equal consecutive parts of the batch, one per replica. Prompts of different parts do not share
+        roots.
 
     Returns: the prompts in the given order, with the same number of root rows in each part.
     """

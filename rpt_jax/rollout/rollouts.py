@@ -27,7 +27,8 @@ class Rollouts(NamedTuple):
     Attributes:
       tokens_PxGxT: int32 ids; zeros after the response's length.
       lengths_PxG: int32 number of response tokens, the last one included.
-      logprobs_PxGxT: float32 log-probability of each token under the distribution that it was drawn from; zeros after the length.
+      logprobs_PxGxT: float32 log-probability of each token under the distribution that it was drawn from; zeros after
+        the length.
       ended_PxG: int32, one of `Ended`.
     """
 

@@ -13,8 +13,9 @@ from flax import linen as nn
 def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, max_new_tokens: int) -> jax.Array:
     """Return one uniform number in [0, 1) for every possible token of R = P·G rollouts, float32 [R, T].
 
-    It is a function of the step's key, the prompt id, and the indices of the sample and the token only. All numbers are generated
-    at once: generating one per rollout in every decode step would run the generator's two loops of small operations each time.
+    It is a function of the step's key, the prompt id, and the indices of the sample and the token only. All numbers are
+    generated at once: generating one per rollout in every decode step would run the generator's two loops of small
+    operations each time.
     """
 
     def one(prompt_id: jax.Array, sample: jax.Array, token: jax.Array) -> jax.Array:
@@ -27,10 +28,10 @@ def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, max_new
 
 
 def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Return logits restricted to the `top_k` most likely tokens, and to the fewest of these with a probability mass of `top_p`.
+    """Restrict logits to the `top_k` most likely tokens and to the smallest set of these with probability mass `top_p`.
 
-    Ties with the last token that is kept are kept too. As in other implementations, `top_p` (nucleus sampling, arXiv 1904.09751)
-    is relative to the mass that `top_k` leaves.
+    Ties with the last token that is kept are kept too. As in other implementations, `top_p` (nucleus sampling, arXiv
+    1904.09751) is relative to the mass that `top_k` leaves.
 
     Args:
       logits_MxV: float32.
@@ -54,8 +55,8 @@ def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
 def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     """Draw one token per row from softmax(logits) by inverse transform sampling, int32 [M].
 
-    It takes one random number per token instead of V for Gumbel noise. The inversion has two levels, first a block of about √V
-    tokens and then a token of it, so no cumulative sum over the whole vocabulary is formed.
+    It takes one random number per token instead of V for Gumbel noise. The inversion has two levels, first a block of
+    about √V tokens and then a token of it, so no cumulative sum over the whole vocabulary is formed.
 
     Args:
       logits_MxV: float32.
@@ -64,21 +65,22 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     rows, vocab = logits_MxV.shape
     width = math.isqrt(vocab - 1) + 1
     blocks = -(-vocab // width)
-    # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective permute, for which
-    # XLA's CPU backend waits for all replicas: their loops have different lengths, so this would deadlock.
+    # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective
+    # permute, for which XLA's CPU backend waits for all replicas: their loops have different lengths, so this would
+    # deadlock.
     weights = nn.with_logical_constraint(jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True)), (None, None))
     weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
 
-    # First level: the block. Only blocks with a positive weight qualify, since a cumulative sum that is computed as a tree may
-    # increase by rounding where nothing is added, and the end of the interval would fall into the padding.
+    # First level: the block. Only blocks with a positive weight qualify, since a cumulative sum that is computed as a
+    # tree may increase by rounding where nothing is added, and the end of the interval would fall into the padding.
     sums_MxB = weights.sum(axis=-1)
     ends_MxB = jnp.cumsum(sums_MxB, axis=-1)
     positive_ends_MxB = jnp.where(sums_MxB > 0, ends_MxB, 0.0)
     target_M = uniform_M * positive_ends_MxB.max(axis=-1)
     block_M = jnp.argmax(positive_ends_MxB > target_M[:, None], axis=-1)
 
-    # Second level: the token in the block. The two levels round differently; if no token passes the target, the last one with a
-    # positive weight is taken.
+    # Second level: the token in the block. The two levels round differently; if no token passes the target, the last
+    # one with a positive weight is taken.
     before_M = jnp.where(block_M > 0, jnp.take_along_axis(ends_MxB, block_M[:, None] - 1, axis=1)[:, 0], 0.0)
     weights_MxW = jnp.take_along_axis(weights, block_M[:, None, None], axis=1)[:, 0]
     ends_MxW = jnp.cumsum(weights_MxW, axis=-1)

@@ -22,8 +22,8 @@ Scores = Callable[[Params], tuple[jax.Array, jax.Array]]
 def make_batch() -> UpdateBatch:
     """Return a batch in which every group counts, two groups have no variance, and padding would change the results.
 
-    Prompts 1, 3, 4, 6 and 7 are from one document: 3 and 6 share two and four tokens with 1, 4 starts in the middle of the document,
-    and 7 is too short to share anything.
+    Prompts 1, 3, 4, 6 and 7 are from one document: 3 and 6 share two and four tokens with 1, 4 starts in the middle of
+    the document, and 7 is too short to share anything.
     """
     rng = np.random.default_rng(0)
     advantages = rng.standard_normal((P, G)).astype(np.float32)

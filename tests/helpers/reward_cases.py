@@ -10,8 +10,8 @@ import numpy as np
 from rpt_jax.rewards.prefix_match import prefix_match_reward
 from tests.helpers import reward_reference
 
-# A vocabulary with the structure of real ones: byte fallback first, then special tokens, then pieces. Among the pieces are whole
-# markers and boxes, and pieces that contain parts of them.
+# A vocabulary with the structure of real ones: byte fallback first, then special tokens, then pieces. Among the pieces
+# are whole markers and boxes, and pieces that contain parts of them.
 PAD, STOP, THINK_END, OTHER_SPECIAL = 256, 257, 258, 259
 PIECES = [
     *rb"</think> </ think think> > </thi nk> <</think> }</think> \boxed{ \boxed \box ed{ d{ oxed boxed{".split(),

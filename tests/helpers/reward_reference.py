@@ -1,6 +1,7 @@
 """Reference implementation of the prefix-matching reward in plain Python on `bytes`.
 
-It follows the rule in `rewards.boxed` with searches over the finished response instead of a parser that reads byte by byte.
+It follows the rule in `rewards.boxed` with searches over the finished response instead of a parser that reads byte by
+byte.
 """
 
 from __future__ import annotations

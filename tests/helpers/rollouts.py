@@ -7,7 +7,8 @@ import numpy as np
 from rpt_jax.rollout.rollouts import Rollouts
 
 TEMPERATURE = 0.8
-# With these stop tokens, some responses of the test policy end with their first token, some later, some at the length limit.
+# With these stop tokens, some responses of the test policy end with their first token, some later, some at the length
+# limit.
 STOPS = (2, 8, 9, 12, 43)
 
 

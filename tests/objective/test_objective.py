@@ -37,7 +37,8 @@ OBJECTIVE = ObjectiveConfig(clip_low=LOW, clip_high=HIGH)
 LIMITS = UpdateLimits(
     minibatches=1, rows=1, microbatch_tokens=24, logit_chunk_tokens=16, temperature=TEMPERATURE, max_new_tokens=LIMIT
 )
-# Rows per pass and tokens per row: the smallest rows, which repeat prefixes most often; several rows; and everything in one row.
+# Rows per pass and tokens per row: the smallest rows, which repeat prefixes most often; several rows; and everything in
+# one row.
 ROWS = [(1, S - 1 + T), (2, 17), (1, 1000), (3, 40)]
 jitted_gradient = jax.jit(policy_gradient, static_argnums=(0, 1, 2))
 

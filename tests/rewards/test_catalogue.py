@@ -19,7 +19,8 @@ from rpt_jax.tokenizers.tokenizer import ByteVocab
 from tests.helpers import policy_reference as reference
 from tests.helpers.policy_reference import SHALLOW, SHAPE, random_params
 
-# Tokens without bytes, a box opening in two tokens, its closing brace, a token that extends beyond the box, and one-byte words.
+# Tokens without bytes, a box opening in two tokens, its closing brace, a token that extends beyond the box, and
+# one-byte words.
 STOP, END, BOS, OPEN, BRACE, CLOSE, OUT = range(7)
 VOCAB = [b"", b"", b"", b"\\boxed", b"{", b"}", b"a}"] + [bytes([97 + i]) for i in range(SHAPE.vocab - 7)]
 BYTES_VxX = np.array([list(piece.ljust(6, b"\0")) for piece in VOCAB], np.uint8)
