@@ -86,8 +86,8 @@ def test_direct_accuracy_is_that_of_the_given_positions():
     scores = [
         Scores(np.zeros(3), np.array(right), np.zeros(3)) for right in ([True, False, False], [False, False, True])
     ]
-    asked = [Position(1, 2, 1.0), Position(0, 0, 1.0), Position(0, 1, 1.0), Position(1, 0, 1.0)]
-    assert direct_accuracy(EvaluationSet(asked, []), scores).tolist() == [1.0, 1.0, 0.0, 0.0]
+    positions = [Position(1, 2, 1.0), Position(0, 0, 1.0), Position(0, 1, 1.0), Position(1, 0, 1.0)]
+    assert direct_accuracy(EvaluationSet(positions=positions, batches=[]), scores).tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_evaluation_metrics_omit_difficulties_without_positions():
@@ -110,17 +110,18 @@ def choose(tmp_path_factory):
     tokenizer = load_tokenizer(directory)
     documents = [tokenizer.encode(text) for text in texts[:2]]
     builder = PromptBuilder(PromptConfig(max_tokens=16, reference_bytes=8), tokenizer)
-    asked = [Position(i % 2, i, 1.0 + i) for i in range(20)]
+    candidates = [Position(i % 2, i, 1.0 + i) for i in range(20)]
     return lambda count, batch, seed=0: choose_evaluation_set(
-        builder, documents, asked, count=count, batch=batch, seed=seed
+        builder, documents, candidates, count=count, batch=batch, seed=seed
     )
 
 
 def test_evaluation_set_is_a_sample_in_whole_batches(choose):
     chosen = choose(count=10, batch=4)
     assert len(chosen.positions) == len(set(chosen.positions)) == 10 and len(chosen.batches) == 3
-    asked = np.concatenate([batch.position_P for batch in chosen.batches])
-    assert asked[:10].tolist() == [p.position for p in chosen.positions] and (asked[10:] == asked[9]).all()
+    position = np.concatenate([batch.position_P for batch in chosen.batches])
+    assert position[:10].tolist() == [p.position for p in chosen.positions]
+    assert (position[10:] == position[9]).all()
     # The id of a prompt determines its noise, so ids are different.
     assert np.concatenate([batch.ids_P for batch in chosen.batches])[:10].tolist() == list(range(10))
     assert {b.tokens_PxS.shape for b in chosen.batches} == {(4, 16)}

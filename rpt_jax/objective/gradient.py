@@ -192,7 +192,7 @@ def row_scores(
     hidden, _ = policy.apply({"params": params}, tokens, positions, seen=rows.key_ranges)
 
     def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        # The share of the chunk that belongs to this device's rows.
+        # The part of the chunk that belongs to this device's rows.
         logit_chunk_tokens = limits.logit_chunk_tokens * len(filled_N) // limits.rows
         fn = functools.partial(scores, head, temperature=limits.temperature, entropies=entropies)
         return over_row_chunks(fn, logit_chunk_tokens, filled_N, *arrays)

@@ -195,8 +195,7 @@ class RewardInputs:
 def total_reward(inputs: RewardInputs, budget: jax.Array) -> jax.Array:
     """Return the configured reward with its additive terms, float32 [P, G].
 
-    The budget term takes a share of the reward, (1 - w) · reward + w · term. The other terms are added with their
-    weights.
+    The budget term is mixed in as (1 - w) · reward + w · term. The other terms are added with their weights.
 
     Args:
       inputs: prompts, responses and policies.
@@ -228,7 +227,7 @@ def prefix_reward(inputs: RewardInputs) -> jax.Array:
 
 @REWARDS.register("first_token")
 def first_token_reward(inputs: RewardInputs) -> jax.Array:
-    """1 if y[0] = x_t: the first predicted token is the true one, whatever follows it (paper, Appendix A)."""
+    """1 if y[0] = x_t: the first predicted token is the true one; the rest is ignored (paper, Appendix A)."""
     return inputs.first_tokens()[1].astype(jnp.float32)
 
 

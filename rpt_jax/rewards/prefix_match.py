@@ -24,7 +24,7 @@ class Status(enum.IntEnum):
     NO_BOX = 4
     """There is no end-of-thinking marker, no box after it, or no closing brace after the box was opened."""
     NOT_FINISHED = 5
-    """The response was cut by the length limit, whatever its content."""
+    """The response was cut by the length limit. This takes precedence over the other outcomes."""
 
 
 @jax.jit

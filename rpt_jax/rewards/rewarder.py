@@ -35,7 +35,7 @@ class RewardedRollouts(NamedTuple):
       prompts: the prompts.
       rollouts: the sampled responses.
       reward_PxG: float32 reward.
-      status_PxG: int32, one of `rewards.prefix_match.Status`, whatever the reward is.
+      status_PxG: int32, one of `rewards.prefix_match.Status`, for any reward.
     """
 
     prompts: PromptBatch
@@ -103,7 +103,7 @@ class Rewarder:
         return matched._replace(reward_PxG=reward_PxG)
 
     def prefix_match(self, prompts: PromptBatch, rollouts: Rollouts) -> RewardedRollouts:
-        """Return the rollouts with the reward of Equation 3, which evaluation uses whatever the training reward is."""
+        """Return the rollouts with the reward of Equation 3, which evaluation always uses."""
         prompts = shard_prompts(prompts, self._mesh)
         reward_PxG, status_PxG = match_batch(prompts, rollouts, self._vocab, self._end_think_id)
         return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=reward_PxG, status_PxG=status_PxG)

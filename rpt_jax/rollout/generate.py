@@ -60,7 +60,7 @@ def sample_rollouts(
     """Sample G responses to each of the P prompts.
 
     The noise of a token is a function of (key, prompt id, sample, position in the response). The rollouts are the same
-    for any order of the prompts, in any batch, for any number of slots and devices, and whatever is prefilled together.
+    in any batch, for any order of the prompts, any number of slots and devices, and any sharing of prefixes.
 
     On a mesh, the devices that share a policy during sampling (mesh.rollout_tensor) form a replica. Each replica has
     its own part of the prompts, the roots and the slots, and its decode loop ends with its own last rollout.

@@ -35,7 +35,7 @@ def rollout_metrics(batch: RewardedRollouts, usage: SlotUsage) -> dict[str, jax.
 
 
 def distinct_fraction(tokens_PxGxT: jax.Array, lengths_PxG: jax.Array, n: int) -> jax.Array:
-    """Return distinct-n, the fraction of different n-grams among the samples of a prompt, averaged over prompts (1510.03055).
+    """Return distinct-n, the fraction of distinct n-grams in a prompt's samples, averaged over prompts (1510.03055).
 
     N-grams are compared by a 32-bit hash. Prompts whose samples are all shorter than n are excluded.
     """

@@ -38,7 +38,7 @@ def prefill_prompts(
         caches = _root_cache(roots, prompts, samples), _prompt_cache(tails, prompts.tail_lengths_P, samples)
         return caches, hidden_PxD
 
-    # One cache of whole prompts: the tail is copied behind the prompt's part of its root.
+    # One cache of whole prompts: each tail is appended to the prompt's part of its root.
     kv = roots if prompts.root_P is None else jax.tree.map(lambda x: x[:, prompts.root_P], roots)
     each_Px1 = jnp.arange(len(prompts.ids_P), dtype=jnp.int32)[:, None]
     tails, hidden_PxD = _run_tails(policy, params, prompts, kv, each_Px1)

@@ -44,7 +44,7 @@ def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     threshold = sorted_MxV[:, -1:] if top_k == 0 else sorted_MxV[:, min(top_k, logits_MxV.shape[-1]) - 1, None]
     if top_p < 1.0:
         probs_MxV = jax.nn.softmax(jnp.where(sorted_MxV >= threshold, sorted_MxV, -jnp.inf), axis=-1)
-        # A token is kept while the more likely ones have less than the mass asked for, so the first one always is.
+        # A token is kept if the more likely ones have less than the mass `top_p`. So the first one always is.
         kept_MxV = jnp.cumsum(probs_MxV, axis=-1) - probs_MxV < top_p
         lowest_Mx1 = jnp.min(jnp.where(kept_MxV, sorted_MxV, jnp.inf), axis=-1, keepdims=True)
         threshold = jnp.maximum(threshold, lowest_Mx1)

@@ -67,7 +67,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def expected(params) -> Rollouts:
-    """Return rollouts of every prompt in a batch of its own, cut at the first stop token in NumPy."""
+    """Return rollouts of every prompt in a separate batch, cut at the first stop token in NumPy."""
     endless = jax.tree.map(
         lambda *rows: np.concatenate(rows),
         *(run(params, prompts=separate(*(x[p : p + 1] for x in nested())), stop_ids=())[0] for p in range(P)),
