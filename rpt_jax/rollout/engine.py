@@ -20,7 +20,7 @@ from rpt_jax.rollout.decode import decode_head, decode_token, prepare_decode_par
 from rpt_jax.rollout.kv_cache import BlockedCache, SharedCache, block_size, cached_attention, empty_ring
 from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.prefix_sharing import Prompts
-from rpt_jax.rollout.rollouts import Decoding, DecodeWork, Ended, Rollouts
+from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Ended, Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
 from rpt_jax.tokenizers.tokenizer import ByteVocab
 

@@ -15,7 +15,7 @@ from rpt_jax.distributed.sharding import DECODING, constrain_batch, in_one_repli
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.rollout.engine import decode_rollouts
 from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
-from rpt_jax.rollout.rollouts import Decoding, DecodeWork, Rollouts
+from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Rollouts
 from rpt_jax.tokenizers.tokenizer import ByteVocab
 
 
