@@ -200,7 +200,7 @@ def test_there_is_nothing_to_replay(tmp_path: Path) -> None:
 
 
 def test_a_number_of_a_rollout_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "rollout_metrics", lambda sampled: {"reward/mean": float("nan")})
+    monkeypatch.setattr(train, "rollout_metrics", lambda rewarded, usage: {"reward/mean": float("nan")})
     with pytest.raises(FloatingPointError, match="step 1: reward/mean"):
         main.run(experiment(**SMALL | {"checkpoint.every_steps": 1}), tmp_path)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]
