@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rpt_jax.tokenizers.tokenizer import BOX, END_THINK, Tokenizer
+from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
+
+BOX = "\\boxed{"
 
 # Operands with operators between them, "=", result; a few words, units such as kg/cow or a currency sign may stand in between.
 _WORDS = r"(?:[^\d=+*/×\n.%-]|/(?=[a-z])){0,16}?"

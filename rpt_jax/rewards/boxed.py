@@ -25,7 +25,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.tokenizers.tokenizer import BOX, END_THINK
+from rpt_jax.prompts.response_format import BOX
+from rpt_jax.tokenizers.tokenizer import END_THINK
 
 NO_PREDICTION = -1  # `prediction_size` of a response without a prediction.
 

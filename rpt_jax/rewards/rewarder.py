@@ -19,10 +19,11 @@ from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.packing import fitting_divisor
 from rpt_jax.objective.update import TrainState
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.prompts.response_format import BOX
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.catalogue import RewardInputs, RewardLayout, token_budget, total_reward
 from rpt_jax.rewards.prefix_match import prefix_match_reward
-from rpt_jax.tokenizers.tokenizer import BOX, ByteVocab, Tokenizer
+from rpt_jax.tokenizers.tokenizer import ByteVocab, Tokenizer
 
 if TYPE_CHECKING:
     from rpt_jax.rollout.rollouts import Rollouts

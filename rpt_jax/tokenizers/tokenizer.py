@@ -25,7 +25,6 @@ from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.files import read_tokenizer_files
 
 THINK, END_THINK = "<think>", "</think>"
-BOX = "\\boxed{"  # Opens a prediction.
 
 Files = dict[str, bytes]  # By name.
 

@@ -1,6 +1,6 @@
-"""Two RL steps on several meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz`.
+"""Two steps of RL on several meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz`.
 
-It runs as a separate process, since the number of devices is fixed when JAX starts, and writes its results to a file.
+A process of its own, since the number of devices is fixed when JAX starts. It writes what it computed and judges nothing.
 """
 
 from __future__ import annotations
@@ -35,34 +35,30 @@ from rpt_jax.rollout.rollouts import Rollouts
 from tests.helpers.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
-# Sizes of the axes data, fsdp and tensor, and rollout_tensor, which equals tensor, is smaller, or is larger.
+# data, fsdp, tensor, and how many share a policy while it samples: as many, fewer, more.
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 2), (1, 4, 2, 2), (1, 4, 2, 1), (2, 4, 1, 2))
-SPLIT_ROWS = (1, 4, 2, 1)  # The mesh whose update splits rows over the axis tensor.
-FEWER = (
-    (2, 1, 1, 1),
-    (1, 1, 2, 2),
-    (2, 1, 2, 2),
-)  # Meshes of two and of four devices, for the rollouts of the first step only.
+SPLIT_ROWS = (1, 4, 2, 1)  # The one whose update splits the tokens of its rows.
+FEWER = ((2, 1, 1, 1), (1, 1, 2, 2), (2, 1, 2, 2))  # Of two and of four devices: the first rollouts alone.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
 LIMITS = UpdateLimits(
     minibatches=1, rows=1, microbatch_tokens=16, logit_chunk_tokens=64, temperature=0.8, max_new_tokens=T
 )
-# A large epsilon, because dividing tiny gradients by their size would amplify the rounding of their sums.
+# A large epsilon: dividing tiny gradients by their own size would blow up the rounding of their sums.
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=1e9), total_steps=2)
-# A token is a whole answer, so that random responses are sometimes right. The continuation is "a", "a".
+# A token says a whole answer, so that random ones are sometimes right; the continuation is "a", "a".
 WORDS = [b"</think>\\boxed{a}", b"</think>\\boxed{aa}", b"</think>\\boxed{b}", b"</think>\\boxed{}", b"ab"]
 VOCAB = [b"" if i in STOPS else WORDS[i % len(WORDS)] for i in range(SHAPE.vocab)]
 LENGTHS_V = np.array([len(word) for word in VOCAB], np.int32)
 BYTES_VxX = np.array([list(word.ljust(LENGTHS_V.max(), b"\0")) for word in VOCAB], np.uint8)
-COMPILED: list[str] = []  # One event for each program that XLA compiles or loads from its cache.
+COMPILED: list[str] = []  # Names of events, one for each program that XLA compiles or fetches from its cache.
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
 )
 
 
 def prompts() -> tuple[np.ndarray, ...]:
-    """Return tokens, lengths, ids, reference and boundaries. Pairs of prompts have the same tokens and share prefixes."""
+    """Return tokens, lengths, ids, reference and boundaries; two prompts a document, so that replicas of several share."""
     rng = np.random.default_rng(0)
     return (
         rng.integers(0, SHAPE.vocab, (P // 2, S)).astype(np.int32).repeat(2, axis=0),
@@ -74,7 +70,7 @@ def prompts() -> tuple[np.ndarray, ...]:
 
 
 def roll(params: Any, sharded: tuple[jax.Array, ...], seed: int) -> Rollouts:
-    """Sample rollouts, half of which are decoded at once."""
+    """Half of the rollouts are live at once."""
     static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS, "slots": P * G // 2}
     return generate(SHALLOW, params, *sharded[:3], jax.random.key(seed), **static)
 
@@ -99,10 +95,9 @@ def step(
         advantages_PxG=group_advantages("grpo", reward, rollouts.lengths_PxG, counted, 1e-6),
         counted_P=counted,
     )
-    state, metrics = update_policy(
-        SHALLOW, OPTIMIZER, ObjectiveConfig(), dataclasses.replace(LIMITS, rows=rows), state, batch
-    )
-    # Only the packing of the groups depends on the mesh.
+    limits = dataclasses.replace(LIMITS, rows=rows)
+    state, metrics = update_policy(SHALLOW, OPTIMIZER, ObjectiveConfig(), limits, state, batch)
+    # How the groups were packed is the one thing that a mesh decides on.
     metrics = {name: value for name, value in metrics.items() if name not in ("update/filled", "update/trunk_tokens")}
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
 
@@ -113,9 +108,9 @@ def mesh_of(sizes: tuple[int, int, int, int]) -> Mesh:
 
 
 def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Return the results of both steps, the placement of the state, and the number of compilations in the second step.
+    """Return what both steps computed, where the state lies, and how often the second step compiled anything.
 
-    Adam's first moment after the first step is the gradient divided by 10.
+    Adam's first moment after the first step is a tenth of the gradient.
     """
     mesh = mesh_of(sizes)
     with use_mesh(mesh, split_rows=sizes == SPLIT_ROWS):
