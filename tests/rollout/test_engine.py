@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.bench import __main__ as bench
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.dispatch import Context, KeyValues, attend
@@ -28,7 +26,6 @@ from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
 from rpt_jax.rollout.rollouts import Decoding, Ended, Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, truncate
 from rpt_jax.tokenizers.tokenizer import ByteVocab
-from rpt_jax.weights.hf import save_policy
 from tests.helpers import policy_reference as reference
 from tests.helpers.policy_reference import POLICY, SHAPE, random_params
 from tests.helpers.rollouts import STOPS, TEMPERATURE, assert_same, select
@@ -345,7 +342,7 @@ def test_responses_end_at_their_box(params, expected):
     assert len(ends) > 4
 
 
-# --- memory and benchmark ---
+# --- memory ---
 
 
 def test_slots_are_planned_from_memory():
@@ -373,18 +370,3 @@ def test_planned_memory_equals_the_size_of_the_arrays():
     assert 0 <= 10 * memory.per_slot - rings <= 10 * 12 * SHAPE.vocab
     halved = rollout_memory(SHAPE, "bfloat16", **size, tensor=2)
     assert halved.per_slot < memory.per_slot / 3 and halved.fixed < memory.fixed / 2
-
-
-def test_rollout_benchmark_reports_consistent_figures(params, tmp_path, capsys):
-    save_policy(tmp_path / "model", SHAPE, params, tmp_path / "tokenizer.json", "")
-    prompts, lengths, _ = nested()
-    np.savez(tmp_path / "prompts.npz", prompts=prompts, lengths=lengths)
-    options = [f"--model={tmp_path / 'model'}", "--samples=4", "--max_new_tokens=24", "--stop_ids=2,8", "--repeats=1"]
-    arguments = ["bench", "rollout", *options, f"--prompts={tmp_path / 'prompts.npz'}"]
-    assert bench.main([*arguments, "--slots=6", f"--json={tmp_path / 'out.json'}"]) == 0
-    figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["tokens_per_second"] == pytest.approx(figures["generated_tokens"] / figures["seconds"], rel=0.01)
-    assert figures["slots"] == 6 and 0.5 < figures["occupancy"] <= 1 and figures["decode_seconds"] > 0
-    np.savez(tmp_path / "bad.npz", prompts=prompts, lengths=lengths + 100)
-    assert bench.main([*arguments[:-1], f"--prompts={tmp_path / 'bad.npz'}"]) == 2
-    assert "bad.npz: `prompts` int32[8, 24]" in capsys.readouterr().err
