@@ -261,8 +261,10 @@ def _zero_sums(objective: ObjectiveConfig) -> dict[str, jax.Array]:
     if objective.importance != "none":
         floats.append("weight")
     integers = ("tokens", "kept", "count", "trunk")
-    zeros = dict.fromkeys(floats, jnp.float32(0)) | dict.fromkeys(integers, jnp.int32(0))
-    return zeros | {"mismatch_histogram": jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)}
+    zeros: dict[str, jax.Array] = {name: jnp.float32(0) for name in floats}
+    zeros |= {name: jnp.int32(0) for name in integers}
+    zeros["mismatch_histogram"] = jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)
+    return zeros
 
 
 def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:

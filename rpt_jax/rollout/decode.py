@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,8 @@ def decode_token(
 
     def run(x_Mx1x1xD: jax.Array, weights_and_index: tuple[Any, jax.Array | int]) -> tuple[jax.Array, KeyValues]:
         weights, index = weights_and_index
-        return layer.apply({"params": weights}, x_Mx1x1xD, (), (), rotary, functools.partial(attend, index))
+        output = layer.apply({"params": weights}, x_Mx1x1xD, (), (), rotary, functools.partial(attend, index))
+        return cast(tuple[jax.Array, KeyValues], output)
 
     x_Mx1x1xD = embed(params, tokens_M[:, None, None], policy.dtype)
     layers = params["layers"]

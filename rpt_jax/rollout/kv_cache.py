@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 
 from rpt_jax.model.attention.blockwise import HIDDEN
 from rpt_jax.model.attention.dispatch import KeyValues
@@ -96,7 +96,7 @@ def empty_ring(like: KeyValues, rows: int, length: int, size: int) -> BlockedCac
 
 
 def _constrain(cache: BlockedCache) -> BlockedCache:
-    return jax.tree.map(lambda x: nn.with_logical_constraint(x, _LOGICAL_AXES), cache)
+    return jax.tree.map(lambda x: with_logical_constraint(x, _LOGICAL_AXES), cache)
 
 
 class SharedCache(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ from rpt_jax.model.attention.dispatch import Context, KeyValues
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.transformer import Layer, Params, Transformer, embed, rotary_angles
 from rpt_jax.rollout.kv_cache import ROOT_BLOCK, SharedCache, block_size, to_blocks
-from rpt_jax.rollout.prefix_sharing import Prompts
+from rpt_jax.rollout.prefix_sharing import Array, Prompts
 
 
 @jax.named_scope("prefill")
@@ -34,7 +36,7 @@ def prefill_prompts(
     # Attention over roots and tails in separate caches, so that the keys of a root are read once for all of its
     # prompts.
     if prompts.members_NxW is not None:
-        tails, hidden_PxD = _run_tails(policy, params, prompts, roots, jnp.asarray(prompts.members_NxW))
+        tails, hidden_PxD = _run_tails(policy, params, prompts, roots, prompts.members_NxW)
         caches = _root_cache(roots, prompts, samples), _prompt_cache(tails, prompts.tail_lengths_P, samples)
         return caches, hidden_PxD
 
@@ -100,7 +102,8 @@ def _keys_and_values(
     def run(x_NxGxQxD: jax.Array, index: jax.Array | int) -> tuple[jax.Array, KeyValues]:
         # Indexed layer by layer: a stack without its last layer would be a copy.
         weights, *kvs = jax.tree.map(lambda x: x[index], (params["layers"], *(context.kv for context in contexts)))
-        return layer.apply({"params": weights}, x_NxGxQxD, tuple(kvs), ranges, rotary)
+        output = layer.apply({"params": weights}, x_NxGxQxD, tuple(kvs), ranges, rotary)
+        return cast(tuple[jax.Array, KeyValues], output)
 
     last = config.layers - 1
     x_NxGxQxD, earlier_layers = jax.lax.scan(run, embed(params, tokens_NxGxQ, policy.dtype), jnp.arange(last))
@@ -109,7 +112,7 @@ def _keys_and_values(
 
 
 def _run_tails(
-    policy: Transformer, params: Params, prompts: Prompts, kv: KeyValues, members_NxW: jax.Array
+    policy: Transformer, params: Params, prompts: Prompts, kv: KeyValues, members_NxW: Array
 ) -> tuple[KeyValues, jax.Array]:
     """Run the tails of the prompts `members_NxW` as branches of the contexts `kv` [L, N, K, 1, S, C].
 
@@ -133,12 +136,12 @@ def _run_tails(
     return jax.tree.map(of_prompts, tails), jnp.take_along_axis(hidden_PxUxD, last_Px1x1, axis=1)[:, 0]
 
 
-def _take_members(x_P: jax.Array, members_NxW: jax.Array) -> jax.Array:
+def _take_members(x_P: Array, members_NxW: Array) -> jax.Array:
     """Return `x_P` [P, …] of each member, [N, W, …], and 0 for an empty entry."""
     return x_P.at[members_NxW].get(mode="fill", fill_value=0)
 
 
-def _member_index(prompts: Prompts, members_NxW: jax.Array) -> jax.Array:
+def _member_index(prompts: Prompts, members_NxW: Array) -> jax.Array:
     """Return the index n·W + w of each prompt in the grid of members, int32 [P].
 
     This is not a scatter, because the TPU compiler fails on one whose indices and values are the same array, as they
@@ -148,7 +151,7 @@ def _member_index(prompts: Prompts, members_NxW: jax.Array) -> jax.Array:
     return jnp.argmax(members_NxW.reshape(-1) == each_Px1, axis=-1).astype(jnp.int32)
 
 
-def _prompt_cache(kv: KeyValues, lengths_P: jax.Array, samples: int) -> SharedCache:
+def _prompt_cache(kv: KeyValues, lengths_P: Array, samples: int) -> SharedCache:
     """Return the cache with a row per prompt, which its samples share."""
     end_PxG = jnp.repeat(lengths_P[:, None], samples, axis=1)
     blocks = to_blocks(kv, block_size(target_platform(), kv.k.shape[4]))

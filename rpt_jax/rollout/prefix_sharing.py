@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import numpy as np
+
+Array: TypeAlias = Any  # np.ndarray on the host, jax.Array inside a program.
 
 
 class Prompts(NamedTuple):
@@ -23,17 +24,17 @@ class Prompts(NamedTuple):
         gets a copy of its root's keys and values.
     """
 
-    roots_NxS: np.ndarray | jax.Array
-    lengths_N: np.ndarray | jax.Array
-    root_P: np.ndarray | jax.Array | None
-    ends_P: np.ndarray | jax.Array
-    tails_PxU: np.ndarray | jax.Array
-    tail_lengths_P: np.ndarray | jax.Array
-    ids_P: np.ndarray | jax.Array
-    members_NxW: np.ndarray | jax.Array | None = None
+    roots_NxS: Array
+    lengths_N: Array
+    root_P: Array | None
+    ends_P: Array
+    tails_PxU: Array
+    tail_lengths_P: Array
+    ids_P: Array
+    members_NxW: Array | None = None
 
     @property
-    def lengths_P(self) -> np.ndarray | jax.Array:
+    def lengths_P(self) -> Array:
         """Number of tokens of each prompt."""
         return self.ends_P + self.tail_lengths_P
 

@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 
 
 def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, max_new_tokens: int) -> jax.Array:
@@ -68,7 +68,7 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective
     # permute, for which XLA's CPU backend waits for all replicas: their loops have different lengths, so this would
     # deadlock.
-    weights = nn.with_logical_constraint(jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True)), (None, None))
+    weights = with_logical_constraint(jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True)), (None, None))
     weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
 
     # First level: the block. Only blocks with a positive weight qualify, since a cumulative sum that is computed as a
