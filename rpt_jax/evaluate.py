@@ -1,4 +1,4 @@
-"""Next-token accuracy on held-out documents: directly, and by reasoning (paper, section 4.1 and Table 1)."""
+"""Next-token accuracy on held-out documents, direct and by reasoning (paper, section 4.1 and Table 1)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,39 @@ from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.rewards.rewarder import Rewarder
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup
 
-# Folded into the run's key in place of a step: all evaluations of a run share their noise.
-_NOISE = 2**31 - 1
-_Z = 1.96  # Standard errors to either side of a 95 % interval.
+# Takes the place of the step number in the random key, so that all evaluations of a run use the same noise.
+_EVALUATION_STEP = 2**31 - 1
+_Z = 1.96  # Half width of a 95 % interval in standard errors.
 
 
 class EvaluationSet(NamedTuple):
-    """Held-out positions and their prompts, filled up to whole batches by repeating the last one."""
+    """Held-out positions and their prompts.
+
+    Attributes:
+      positions: the n positions.
+      batches: their prompts in whole batches; the last one is padded by repeating the last prompt.
+    """
 
     positions: list[Position]
     batches: list[PromptBatch]
+
+
+class EvaluationPart(NamedTuple):
+    """A held-out part of the corpus.
+
+    Attributes:
+      documents: token ids of its document windows.
+      scores: of the initial policy, which chose the positions by entropy.
+      evaluation: the positions to evaluate.
+    """
+
+    documents: Windows
+    scores: list[Scores]
+    evaluation: EvaluationSet
 
 
 def choose_evaluation_set(
@@ -42,130 +62,169 @@ def choose_evaluation_set(
     batch: int,
     seed: int,
 ) -> EvaluationSet:
-    """Draw `count` of `positions` (all, where there are fewer) and build their prompts in batches of `batch`."""
+    """Draw `count` of `positions`, or all if there are fewer, and build their prompts in batches of `batch`."""
     chosen = np.random.default_rng(seed).permutation(len(positions))[:count]
-    picked = [positions[i] for i in sorted(chosen)]
-    prompts = [builder.build(i, documents[p.window], p) for i, p in enumerate(picked)]
+    drawn = [positions[i] for i in sorted(chosen)]
+    prompts = [builder.build(i, documents[p.window], p) for i, p in enumerate(drawn)]
     prompts += [prompts[-1]] * (-len(prompts) % batch)
-    return EvaluationSet(picked, [stack(prompts[i : i + batch]) for i in range(0, len(prompts), batch)])
+    batches = [stack(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+    return EvaluationSet(positions=drawn, batches=batches)
 
 
 def direct_accuracy(evaluation: EvaluationSet, scores: Sequence[Scores]) -> np.ndarray:
-    """Standard next-token prediction: whether the likeliest token is the true one, float [n]."""
+    """Return for each position whether the most likely next token is the true one, without reasoning, float [n]."""
     return np.array([scores[p.window].top1_correct_S[p.position] for p in evaluation.positions], float)
 
 
-def by_split(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, dict[str, Any]]:
-    """Mean of `right_N` over each split with a 95 % interval (see `_interval`)."""
+def by_difficulty(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, dict[str, Any]]:
+    """Return the mean of `right_N` over the positions of each difficulty, with its 95 % confidence interval.
+
+    Args:
+      right_N: accuracy at each position, in [0, 1].
+      positions: the N positions.
+
+    Returns: by difficulty, a dict of "accuracy", "low", "high" and the number of "positions".
+    """
     entropy_N = np.array([p.entropy for p in positions])
-    document_N = np.array([p.window for p in positions])
+    document_N = np.array([p.document for p in positions])
     result = {}
     for name, threshold in DIFFICULTIES.items():
         kept = entropy_N > threshold
         accuracy = float(right_N[kept].mean()) if kept.any() else 0.0
-        low, high = _interval(right_N[kept], document_N[kept], accuracy)
+        low, high = _confidence_interval(right_N[kept], document_N[kept], accuracy)
         result[name] = {"accuracy": accuracy, "low": low, "high": high, "positions": int(kept.sum())}
     return result
 
 
-def _interval(right_N: np.ndarray, document_N: np.ndarray, mean: float) -> tuple[float, float]:
-    """95 % interval of `mean`, with documents as the independent units.
+def _confidence_interval(right_N: np.ndarray, document_N: np.ndarray, mean: float) -> tuple[float, float]:
+    """Return the 95 % interval of `mean` with documents as the independent units.
 
-    Positions of one document stand or fall together, and an interval over positions would be too narrow. It is normal, with
-    the variance between documents. Where they show none (a single document, or all of them alike, as where everything is
-    wrong) that says nothing of the next one: then it is Wilson's for as many observations as documents. Without any, it is
-    everything from 0 to 1.
+    Positions of one document are correlated, so an interval that treats them as independent would be too narrow. This
+    is the normal interval with the cluster-robust variance over documents. If the documents show no variance (there is
+    only one, or all have the same accuracy, such as 0), that does not predict the next document: the interval is then
+    Wilson's for as many observations as there are documents. Without any document it is [0, 1].
     """
     _, cluster_N = np.unique(document_N, return_inverse=True)
     residuals_C = np.bincount(cluster_N, weights=right_N - mean)
     count = len(residuals_C)
     spread = float(np.sqrt(np.sum(residuals_C**2)))
     if count > 1 and spread > 1e-9 * len(right_N):
-        middle, error = mean, _Z * np.sqrt(count / (count - 1)) * spread / len(right_N)
+        center = mean
+        half_width = _Z * np.sqrt(count / (count - 1)) * spread / len(right_N)
     else:
-        middle = (count * mean + _Z**2 / 2) / (count + _Z**2)
-        error = _Z * np.sqrt(count * mean * (1 - mean) + _Z**2 / 4) / (count + _Z**2)
-    return max(0.0, float(middle - error)), min(1.0, float(middle + error))
+        center = (count * mean + _Z**2 / 2) / (count + _Z**2)
+        half_width = _Z * np.sqrt(count * mean * (1 - mean) + _Z**2 / 4) / (count + _Z**2)
+    return max(0.0, float(center - half_width)), min(1.0, float(center + half_width))
 
 
-class Held(NamedTuple):
-    """A held-out part of the corpus, what the starting policy makes of it, and the positions that are asked for."""
+def sample_predictions(
+    sample: Sampler, reward: Rewarder, weights: Params, evaluation: EvaluationSet
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sample G predictions at each of the n positions of an evaluation set.
 
-    documents: Windows
-    scores: list[Scores]
-    evaluation: EvaluationSet
+    Args:
+      sample: samples the predictions.
+      reward: compares them with the text.
+      weights: from `Sampler.weights`.
+      evaluation: the positions and their prompts.
+
+    Returns: reward, status and response length in tokens, [n, G] each, without the padding of the last batch.
+    """
+    results = []
+    for prompts in evaluation.batches:
+        rollouts, _ = sample(weights, prompts, _EVALUATION_STEP)
+        matched = reward.prefix_match(prompts, rollouts)
+        results.append(to_host((matched.reward_PxG, matched.status_PxG, rollouts.lengths_PxG)))
+    count = len(evaluation.positions)
+    reward_NxG, status_NxG, length_NxG = (np.concatenate(leaves)[:count] for leaves in zip(*results, strict=True))
+    return reward_NxG, status_NxG, length_NxG
 
 
 class Evaluator:
-    """Direct and reasoned accuracy on held-out positions, which the starting policy's entropy chose."""
+    """Measures direct and reasoned accuracy on held-out positions that are chosen by the initial policy's entropy."""
 
-    def __init__(self, experiment: Experiment, setup: Setup, sample: Sampler, builder: PromptBuilder):
-        """Raises: UserError, where no held-out position is above the entropy threshold."""
-        self._experiment, self._setup, self._sample, self._builder = experiment, setup, sample, builder
-        e = experiment.evaluation
-        self.counts = [e.positions, e.unseen_positions]  # What two evaluations must have alike to be compared.
-        held_out, unseen = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen))
-        self.held_out = self._hold(setup.held_out, held_out, e.positions)
-        self.unseen = self._hold(setup.unseen, unseen, e.unseen_positions) if unseen else None
+    def __init__(self, experiment: Experiment, setup: Setup, sample: Sampler, reward: Rewarder, builder: PromptBuilder):
+        """
+        Args:
+          experiment: the config.
+          setup: initial policy and corpus.
+          sample: samples the predictions.
+          reward: compares them with the text.
+          builder: builds the prompts.
+
+        Raises: UserError, if no held-out position is above the entropy threshold.
+        """
+        self._experiment = experiment
+        self._setup = setup
+        self._sample = sample
+        self._reward = reward
+        self._builder = builder
+        evaluation = experiment.evaluation
+        # Two evaluations are comparable only if these are equal.
+        self.counts = [evaluation.positions, evaluation.unseen_positions]
+        scores, unseen_scores = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen))
+        self.held_out = self._choose_part(setup.held_out, scores, evaluation.positions)
+        self.unseen = None
+        if unseen_scores:
+            self.unseen = self._choose_part(setup.unseen, unseen_scores, evaluation.unseen_positions)
+
+    def direct(self, params: Params, part: EvaluationPart) -> dict[str, Any]:
+        """Return the accuracy of the most likely next token, by difficulty."""
+        scores = part.scores if params is self._setup.params else self._score(params, part.documents)
+        return by_difficulty(direct_accuracy(part.evaluation, scores), part.evaluation.positions)
+
+    def reasoning(self, params: Params, part: EvaluationPart) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return the mean accuracy of sampled predictions by difficulty, and their format rate and length in tokens."""
+        weights = self._sample.weights(params)
+        reward_NxG, status_NxG, length_NxG = sample_predictions(self._sample, self._reward, weights, part.evaluation)
+        has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
+        details = {"format_rate": float(has_box.mean()), "response_length": float(length_NxG.mean())}
+        return by_difficulty(reward_NxG.mean(axis=1), part.evaluation.positions), details
+
+    def full(self, params: Params) -> dict[str, Any]:
+        """Return the complete evaluation that is reported before and after training."""
+        reasoning, details = self.reasoning(params, self.held_out)
+        result = {"direct": self.direct(params, self.held_out), "reasoning": reasoning, "details": details}
+        if self.unseen:
+            direct = self.direct(params, self.unseen)
+            reasoning, _ = self.reasoning(params, self.unseen)
+            result["unseen"] = {"direct": direct, "reasoning": reasoning}
+        return result
 
     def _score(self, params: Params, documents: Windows) -> list[Scores]:
         setup = self._setup
         return Scorer(setup.policy, params, setup.tokenizer, setup.mesh, self._experiment).score(documents)
 
-    def _hold(self, documents: Windows, scores: list[Scores], count: int) -> Held:
+    def _choose_part(self, documents: Windows, scores: list[Scores], count: int) -> EvaluationPart:
         data = self._experiment.data
         positions = choose_positions(scores, data.entropy_threshold, data.min_context)
         if not positions:
             raise UserError(
-                f"{source_name(data)}: no position of the {len(documents)} held-out documents has an entropy above "
-                f"data.entropy_threshold={data.entropy_threshold} and data.min_context={data.min_context} tokens before it: "
-                "lower one of the two, or give a longer corpus."
+                f"{source_name(data)}: none of the {len(documents)} held-out documents has a position with an entropy "
+                f"above data.entropy_threshold={data.entropy_threshold} after at least "
+                f"data.min_context={data.min_context} tokens. Lower one of the two, or use a longer corpus.",
+                field="data.entropy_threshold",
             )
-        batch = self._experiment.training.prompts_per_step
-        kwargs = {"count": count, "batch": batch, "seed": data.seed}
-        return Held(documents, scores, choose_evaluation_set(self._builder, documents, positions, **kwargs))
-
-    def direct(self, params: Params, held: Held) -> dict[str, Any]:
-        """Accuracy of the likeliest next token, by split."""
-        scores = held.scores if params is self._setup.params else self._score(params, held.documents)
-        return by_split(direct_accuracy(held.evaluation, scores), held.evaluation.positions)
-
-    def reasoning(self, params: Params, held: Held) -> tuple[dict[str, Any], dict[str, float]]:
-        """Mean accuracy of sampled predictions by split, and their format rate and length."""
-        reward_NxG, status_NxG, length_NxG = self.predictions(params, held)
-        has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
-        details = {"format_rate": float(has_box.mean()), "response_length": float(length_NxG.mean())}
-        return by_split(reward_NxG.mean(axis=1), held.evaluation.positions), details
-
-    def predictions(self, params: Params, held: Held) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sample G predictions for each of the n positions; return reward, status and length in tokens, each [n, G]."""
-        parts, weights = [], self._sample.weights(params)
-        for prompts in held.evaluation.batches:
-            sampled = self._sample(weights, prompts, _NOISE)
-            parts.append(to_host((sampled.reward_PxG, sampled.status_PxG, sampled.rollouts.lengths_PxG)))
-        count = len(held.evaluation.positions)
-        reward, status, length = (np.concatenate(leaves)[:count] for leaves in zip(*parts, strict=True))
-        return reward, status, length
-
-    def full(self, params: Params) -> dict[str, Any]:
-        """Everything that is reported before and after training."""
-        reasoning, details = self.reasoning(params, self.held_out)
-        result = {"direct": self.direct(params, self.held_out), "reasoning": reasoning, "details": details}
-        if self.unseen:
-            direct, (reasoning, _) = self.direct(params, self.unseen), self.reasoning(params, self.unseen)
-            result["unseen"] = {"direct": direct, "reasoning": reasoning}
-        return result
+        evaluation = choose_evaluation_set(
+            self._builder,
+            documents,
+            positions,
+            count=count,
+            batch=self._experiment.training.prompts_per_step,
+            seed=data.seed,
+        )
+        return EvaluationPart(documents=documents, scores=scores, evaluation=evaluation)
 
 
 def evaluation_metrics(reasoning: dict[str, Any], direct: dict[str, Any] | None = None) -> dict[str, float]:
-    """Scalars for metrics.jsonl: `eval/reasoning/<split>` and, where it was measured, `eval/direct/<split>`.
+    """Return scalars for metrics.jsonl: `eval/reasoning/<difficulty>` and, if given, `eval/direct/<difficulty>`.
 
-    A split without positions has no accuracy.
+    A difficulty without positions has no accuracy and is left out.
     """
     modes = {"reasoning": reasoning, "direct": direct or {}}
     return {
-        f"eval/{mode}/{name}": split["accuracy"]
-        for mode, splits in modes.items()
-        for name, split in splits.items()
-        if split["positions"]
+        f"eval/{mode}/{name}": result["accuracy"]
+        for mode, results in modes.items()
+        for name, result in results.items()
+        if result["positions"]
     }

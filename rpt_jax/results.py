@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.errors import UserError
-from rpt_jax.evaluate import DIFFICULTIES
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import RolloutText, table
 from rpt_jax.infra.run_format import check_format, format_stamp
 from rpt_jax.rewards.prefix_match import Status
-from rpt_jax.rollout.sampler import Sampled, first_prompts
+from rpt_jax.rewards.rewarder import RewardedRollouts
+from rpt_jax.rollout.dynamic_sampling import first_prompts
 from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def write_result(workdir: Path, before: dict[str, Any], after: dict[str, Any], s
         "wall_seconds": seconds,
         "seed": seed,
         "details": {name: evaluation.get("details") for name, evaluation in evaluations.items()},
-        "unseen_templates": {name: evaluation.get("unseen_templates") for name, evaluation in evaluations.items()},
+        "unseen": {name: evaluation.get("unseen") for name, evaluation in evaluations.items()},
     }
     for name, evaluation in evaluations.items():
         result[name] = {mode: evaluation[mode] for mode in ("direct", "reasoning")}
@@ -75,7 +76,7 @@ def show_evaluation(name: str, evaluation: dict[str, Any]) -> None:
       name: says which evaluation it is ("before", "after").
       evaluation: as `Evaluator.full` returns it.
     """
-    parts = {"": evaluation, ", unseen templates": evaluation.get("unseen_templates") or {}}
+    parts = {"": evaluation, ", unseen": evaluation.get("unseen") or {}}
     rows = [
         (f"{mode}{suffix}", *(_format_accuracy(part[mode][difficulty]) for difficulty in DIFFICULTIES))
         for suffix, part in parts.items()
@@ -96,9 +97,9 @@ def _format_accuracy(accuracy: dict[str, Any]) -> str:
     return f"{100 * accuracy['accuracy']:.1f} ({low:.1f}-{high:.1f}), {accuracy['positions']}"
 
 
-def rollout_texts(sampled: Sampled, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
+def rollout_texts(rewarded: RewardedRollouts, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
     """Return the first sample of each of the first `count` prompts as text."""
-    rows = to_host(first_prompts(sampled, count))
+    rows = to_host(first_prompts(rewarded, count))
     texts = []
     for i in range(count):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import Experiment
+from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.entropy import Scorer, next_token_rows
 from rpt_jax.distributed.mesh import check_batches, num_batch_shards
@@ -35,8 +35,7 @@ from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.transformer import Params
-from rpt_jax.objective.batch import NextTokenBatch, UpdateConfig
-from rpt_jax.objective.loss import ClipRange
+from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.pretrain import (
     COLD_START,
@@ -55,14 +54,10 @@ from rpt_jax.prompts.selection import (
 )
 from rpt_jax.registry import REWARDS
 from rpt_jax.results import RESULT, is_complete, rollout_texts, show_evaluation, write_result
-from rpt_jax.rollout.sampler import (
-    Rewarder,
-    Sampled,
-    Sampler,
-    prefer_variance,
-    rollout_metrics,
-    to_update_batch,
-)
+from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rollout.dynamic_sampling import prefer_variance
+from rpt_jax.rollout.metrics import rollout_metrics
+from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.weights.hf import save_policy
@@ -110,10 +105,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     last_step = recorded_step(workdir) if replay else t.total_steps
     setup = set_up(experiment, mesh, workdir, context)
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
-    sample = Sampler(experiment, setup, builder)
-    reward = Rewarder(experiment, setup, builder)
+    sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
+    reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
     stream = training_stream(experiment, setup.prepared, setup.train, builder)
-    evaluator = Evaluator(experiment, setup, sample, builder)
+    evaluator = Evaluator(experiment, setup, sample, reward, builder)
     optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
@@ -121,7 +116,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         jax.tree.map(jnp.copy, setup.params) if REWARDS[experiment.objective.reward].requirements.average else None
     )
     state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
-    config = update_config(experiment, num_batch_shards(mesh))
+    objective = experiment.objective
+    limits = update_limits(experiment, num_batch_shards(mesh))
     reference = setup.params if experiment.objective.kl != "none" else None
     counters = make_counters(experiment, setup)
     divergence = DivergenceMonitor(experiment.divergence)
@@ -133,7 +129,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     scalars: dict[str, float] = {}  # Of the step that was completed last.
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
-    last_sampled: Sampled | None = None  # Its rollouts, until they are shown.
+    last_rewarded: RewardedRollouts | None = None  # Rollouts of the last step, until they are shown.
     own: PolicyEntropies | None = None  # Entropies under the current policy, for data.positions="self_entropy".
     if restored := checkpoints.restore():
         step, state, saved = restored
@@ -181,9 +177,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
-            if last_sampled and step % t.log_rollouts_every == 0:
-                show_rollouts(f"step {step}", rollout_texts(last_sampled, setup.tokenizer, count=2))
-            last_sampled = None
+            if last_rewarded and step % t.log_rollouts_every == 0:
+                show_rollouts(f"step {step}", rollout_texts(last_rewarded, setup.tokenizer, count=2))
+            last_rewarded = None
             if step == t.total_steps:
                 break
             if step >= last_step:
@@ -213,40 +209,48 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("data")
             weights = sample.weights(state.params)
             end_stage("reshard")
-            sampled = reward(state, sample(weights, prompts, step, clock), step)
-            generated = counters.count_rollouts(sampled.size())
+            rollouts, slot_usage = sample(weights, prompts, step)
+            jax.block_until_ready(rollouts)
+            end_stage("rollout")
+            rewarded = reward(state, prompts, rollouts, step)
+            generated = counters.count_rollouts(rewarded.size())
 
             # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
             dynamic = step >= t.dynamic_sampling_from
             rounds = 1
-            while dynamic and rounds < t.dynamic_sampling_rounds and not sampled.all_vary():
+            while dynamic and rounds < t.dynamic_sampling_rounds and not rewarded.all_vary():
                 end_stage("reward")
-                fresh = reward(state, sample(weights, next(stream), step, clock), step)
+                prompts = next(stream)
+                rollouts, fresh_slot_usage = sample(weights, prompts, step)
+                jax.block_until_ready(rollouts)
+                end_stage("rollout")
+                fresh = reward(state, prompts, rollouts, step)
                 generated = generated.plus(counters.count_rollouts(fresh.size()))
-                sampled = prefer_variance(sampled, fresh)
+                rewarded = prefer_variance(rewarded, fresh)
+                slot_usage = slot_usage.plus(fresh_slot_usage)
                 rounds += 1
             del weights  # The update needs the memory.
-            rollout_scalars = jax.device_get(rollout_metrics(sampled)) | {"groups/rounds": rounds}
+            rollout_scalars = jax.device_get(rollout_metrics(rewarded, slot_usage)) | {"groups/rounds": rounds}
             end_stage("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
-            documents = load_documents(experiment, setup, sampled) if config.document_weight else None
-            batch = to_update_batch(sampled, experiment.objective, only_informative=dynamic, documents=documents)
+            documents = load_documents(experiment, setup, rewarded) if objective.document_weight else None
+            batch = make_update_batch(objective, rewarded, only_informative=dynamic, documents=documents)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer():
                 try:
                     as_floats(step, rollout_scalars)
-                    state, losses = update_policy(setup.policy, optimizer, config, state, batch, reference)
+                    state, losses = update_policy(setup.policy, optimizer, objective, limits, state, batch, reference)
                     scalars = as_floats(step, rollout_scalars | jax.device_get(losses))
                 except FloatingPointError as error:
                     # The update returned the state unchanged. Save it with a record of the step. In a replay, JAX's own check may
                     # have raised after the state was donated, and the record exists already.
                     if not replay:
-                        record_failure(workdir, step, error, experiment.seed, sampled)
+                        record_failure(workdir, step, error, experiment.seed, rewarded)
                         checkpoints.replace_staged_state(state)
                         checkpoints.save_and_wait()
                     raise
-                count_update(counters, sampled, generated, documents, scalars)
+                count_update(counters, rewarded, generated, documents, scalars)
                 end_stage("update")
                 for warning in divergence.check(step, scalars) + take_recompiled():
                     logger.warning(warning)
@@ -261,7 +265,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("checkpoint")
             profile.end_step(step)
             progress.advance(status(scalars, dynamic))
-            last_sampled = sampled
+            last_rewarded = rewarded
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
     files = read_tokenizer_files(setup.tokenizer.source)
@@ -299,35 +303,48 @@ def evaluate(
     return {}, None
 
 
-def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, sampled: Sampled) -> None:
+def make_update_batch(
+    objective: ObjectiveConfig,
+    rewarded: RewardedRollouts,
+    *,
+    only_informative: bool,
+    documents: NextTokenBatch | None,
+) -> UpdateBatch:
+    """Return the batch of an update: rollouts with their group-relative advantages (see `to_update_batch`)."""
+    prompts = rewarded.prompts
+    rollouts = rewarded.rollouts
+    return to_update_batch(
+        objective,
+        prompts_PxS=prompts.tokens_PxS,
+        lengths_P=prompts.lengths_P,
+        window_P=prompts.window_P,
+        tokens_PxGxT=rollouts.tokens_PxGxT,
+        response_lengths_PxG=rollouts.lengths_PxG,
+        sampler_logprobs_PxGxT=rollouts.logprobs_PxGxT,
+        reward_PxG=rewarded.reward_PxG,
+        only_informative=only_informative,
+        documents=documents,
+    )
+
+
+def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: int, rewarded: RewardedRollouts) -> None:
     """Record the prompts of a step with a non-finite metric."""
-    prompts = sampled.prompts
+    prompts = rewarded.prompts
     write_record(
         workdir, step, error, seed, ids=prompts.ids_P, documents=prompts.window_P, positions=prompts.position_P
     )
 
 
-def update_config(experiment: Experiment, devices: int) -> UpdateConfig:
-    """Return the static settings of the update; each of `devices` runs one row of packed tokens at a time."""
-    o, t = experiment.objective, experiment.training
-    return UpdateConfig(
-        minibatches=t.minibatches_per_step,
+def update_limits(experiment: Experiment, devices: int) -> UpdateLimits:
+    """Return the sizes of the update; each of `devices` runs one row of packed tokens at a time."""
+    training, rollout = experiment.training, experiment.rollout
+    return UpdateLimits(
+        minibatches=training.minibatches_per_step,
         rows=devices,
-        row_tokens=t.microbatch_tokens,
-        chunk=t.logit_chunk_tokens,
-        temperature=experiment.rollout.temperature,
-        bounds=ClipRange(o.clip_low, o.clip_high, o.dual_clip),
-        loss=o.loss,
-        aggregation=o.aggregation,
-        response_limit=experiment.rollout.max_new_tokens,
-        importance=o.importance,
-        importance_low=o.importance_low,
-        importance_high=o.importance_high,
-        kl=o.kl,
-        kl_weight=o.kl_weight,
-        entropy_weight=o.entropy_weight,
-        document_weight=o.document_weight,
-        average_decay=o.baseline_decay,
+        microbatch_tokens=training.microbatch_tokens,
+        logit_chunk_tokens=training.logit_chunk_tokens,
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
     )
 
 
@@ -343,14 +360,14 @@ def make_counters(experiment: Experiment, setup: Setup) -> Counters:
 
 def count_update(
     counters: Counters,
-    sampled: Sampled,
+    rewarded: RewardedRollouts,
     generated: BatchSize,
     documents: NextTokenBatch | None,
     scalars: dict[str, float],
 ) -> None:
     """Count the tokens and FLOPs of the update that returned `scalars`."""
     counters.count_update(
-        sampled.size(),
+        rewarded.size(),
         learned=int(scalars["update/tokens"]),
         trunk=int(scalars["update/trunk_tokens"]),
         generated=generated,
@@ -358,9 +375,9 @@ def count_update(
     )
 
 
-def load_documents(experiment: Experiment, setup: Setup, sampled: Sampled) -> NextTokenBatch:
+def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollouts) -> NextTokenBatch:
     """Return the document of each prompt as a batch for next-token prediction."""
-    rows = [setup.train[i] for i in to_host(sampled.prompts.window_P)]
+    rows = [setup.train[i] for i in to_host(rewarded.prompts.window_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
     arrays = {"inputs_NxS": inputs, "targets_NxS": targets, "mask_NxS": np.arange(size) < lengths[:, None]}

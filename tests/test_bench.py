@@ -90,7 +90,7 @@ def test_an_update_with_repeated_prompts_has_the_same_gradient():
 def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, head_size=8, ffn=16, vocab=32)
     params = random_params(Transformer(config), 0)
-    save_policy(tmp_path / "model", config, params, tmp_path / "tokenizer.json", "")
+    save_policy(tmp_path / "model", config, params, {}, "")
     rng = np.random.default_rng(0)
     prompts, lengths = rng.integers(0, 32, (4, 12)).astype(np.int32), np.array([12, 9, 12, 5], np.int32)
     np.savez(tmp_path / "prompts.npz", prompts=prompts, lengths=lengths)

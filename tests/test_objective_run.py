@@ -91,5 +91,6 @@ def test_a_reward_that_needs_an_end_of_thinking_token_is_refused_without_one(
         return dataclasses.replace(load_tokenizer(source), end_think_id=-1)
 
     monkeypatch.setattr(setup, "load_tokenizer", without_think)
-    with pytest.raises(UserError, match="objective.reward='mean_prob' needs to know where reasoning ends"):
+    with pytest.raises(UserError) as raised:
         main.run(experiment(**SHORT | {"objective.reward": "mean_prob"}), tmp_path)
+    assert raised.value.field == "objective.reward"

@@ -194,7 +194,7 @@ def test_a_replay_without_a_record_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_nan_in_a_rollout_metric_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "rollout_metrics", lambda sampled: {"reward/mean": float("nan")})
+    monkeypatch.setattr(train, "rollout_metrics", lambda rewarded, usage: {"reward/mean": float("nan")})
     with pytest.raises(FloatingPointError, match="step 1: reward/mean"):
         main.run(experiment(**SMALL | {"checkpoint.every_steps": 1}), tmp_path)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]

@@ -23,10 +23,11 @@ from rpt_jax.bench.measure import interleaved, round_to_4_digits
 from rpt_jax.config import PolicyConfig
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import in_compute_dtype
-from rpt_jax.rollout.engine import Decoding, Rollouts, begin, decode_until, live_sizes
+from rpt_jax.rollout.engine import decode_until, live_sizes, start_decoding
 from rpt_jax.rollout.generate import sample_rollouts
 from rpt_jax.rollout.memory import cache_bytes, device_memory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
+from rpt_jax.rollout.rollouts import Decoding, Rollouts
 from rpt_jax.setup import make_policy
 from rpt_jax.weights.hf import load_policy
 
@@ -88,7 +89,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         temperature=options.temperature,
         stop_ids=_parse_stop_ids(options.stop_ids),
         slots=slots,
-        chunk=options.prefill_tokens,
+        prefill_tokens=options.prefill_tokens,
     )
 
     # Time whole runs, their beginnings, and reads of memory.
@@ -98,8 +99,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
 
     def until(params: Any, prompts: Prompts, key: jax.Array, running: int | None) -> Any:
         """Prefill and, unless `running` is None, decode until at most `running` rollouts are live."""
-        batch, live = begin(policy, params, prompts, key, None, decoding)
-        return live if running is None else decode_until(policy, decoding, batch, live, running)
+        inputs, state = start_decoding(policy, params, prompts, key, None, decoding)
+        return state if running is None else decode_until(policy, decoding, inputs, state, running)
 
     until_jit = jax.jit(until, static_argnames="running")
     array = jnp.ones(_READ_BYTES // 4, jnp.float32)

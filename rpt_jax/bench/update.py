@@ -19,15 +19,14 @@ import numpy as np
 from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
 from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model
 from rpt_jax.bench.peer import transformers_update
-from rpt_jax.config import OptimizerConfig, PolicyConfig
+from rpt_jax.config import ObjectiveConfig, OptimizerConfig, PolicyConfig
 from rpt_jax.describe import attention_flops
 from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.model.model_config import ModelConfig
-from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
-from rpt_jax.objective.loss import ClipRange
+from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.setup import make_policy
 
@@ -133,13 +132,14 @@ def update_call(options: argparse.Namespace, config: ModelConfig, batch: UpdateB
     policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), config)
     mesh = make_mesh(-1, 1, 1)
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
-    update_config = UpdateConfig(
+    objective = ObjectiveConfig()
+    limits = UpdateLimits(
         minibatches=1,
         rows=num_batch_shards(mesh),
-        row_tokens=options.microbatch_tokens,
-        chunk=options.logit_chunk_tokens,
+        microbatch_tokens=options.microbatch_tokens,
+        logit_chunk_tokens=options.logit_chunk_tokens,
         temperature=1.0,
-        bounds=ClipRange(0.2, 0.2),
+        max_new_tokens=options.response_tokens,
     )
     with use_mesh(mesh):
         params = init_parameters(policy, mesh, seed=0)
@@ -151,7 +151,7 @@ def update_call(options: argparse.Namespace, config: ModelConfig, batch: UpdateB
 
     def call() -> jax.Array:
         with use_mesh(mesh):
-            state, metrics = update_policy(policy, optimizer, update_config, states.pop(), batch)
+            state, metrics = update_policy(policy, optimizer, objective, limits, states.pop(), batch)
         states.append(state)
         return jax.block_until_ready((state, metrics))[1]["gradient/norm"]
 

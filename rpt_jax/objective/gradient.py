@@ -1,4 +1,4 @@
-"""The gradient of a batch: rows of packed groups one after the other, one numerator, one denominator."""
+"""Gradient of the loss over a batch: packed rows are processed in passes that sum one numerator and one denominator."""
 
 from __future__ import annotations
 
@@ -9,19 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rpt_jax.config import ObjectiveConfig
 from rpt_jax.distributed.sharding import shard_map_batch
 from rpt_jax.model.transformer import Head, Params, Transformer, head, prefill
-from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateConfig
+from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits
 from rpt_jax.objective.logprobs import over_row_chunks, scores, token_logprobs
-from rpt_jax.objective.packing import Packed, Rows, fitting_divisor, pack_groups
+from rpt_jax.objective.loss import ClipRange
+from rpt_jax.objective.packing import PackedGroups, Rows, fitting_divisor, pack_groups
 from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
 
-# Distances of log-probabilities are counted in bins, each an eighth wider than the one before: counts add up, quantiles do not.
-_DISTANCES = np.logspace(-9, 1, 197, dtype=np.float32)
+# Bin edges of a histogram of log-probability differences; each bin is an eighth wider than the one before. Counts can
+# be summed over passes, quantiles cannot.
+_MISMATCH_EDGES = np.logspace(-9, 1, 197, dtype=np.float32)
 
 
 class RowBatch(NamedTuple):
-    """What is run at one time: N rows of up to J responses of up to T tokens, and what the batch says of these."""
+    """One pass: N rows of up to J responses of up to T tokens, with the batch's arrays for these responses.
+
+    Attributes:
+      rows: the packed tokens.
+      mask_NxJxT: bool, True for response tokens.
+      sampler_logprobs_NxJxT: float32 log-probabilities that the sampler computed.
+      old_logprobs_NxJxT: float32 log-probabilities before the first minibatch, or None if the update is exactly
+        on-policy.
+      advantages_NxJ: float32.
+    """
 
     rows: Rows
     mask_NxJxT: jax.Array
@@ -30,191 +42,253 @@ class RowBatch(NamedTuple):
     advantages_NxJ: jax.Array
 
 
-def packed(batch: UpdateBatch, wanted_P: jax.Array, config: UpdateConfig) -> Packed:
-    """The groups of a batch that are wanted, in rows."""
-    lengths_PxG = batch.mask_PxGxT.sum(axis=-1, dtype=jnp.int32)
-    groups = batch.prompts_PxS, batch.lengths_P, batch.tokens_PxGxT, lengths_PxG, batch.window_P
-    return pack_groups(*groups, wanted_P, rows=config.rows, row_tokens=config.row_tokens)
-
-
-def row_scores(
-    policy: Transformer, params: Params, rows: Rows, limit: int, config: UpdateConfig, entropies: bool = False
-) -> tuple[jax.Array, jax.Array | None]:
-    """Log-probability of every response token at the sampling temperature; where asked, the entropy of what it was drawn from.
-
-    Float32 [N, J, T], defined up to each response's length; T is `limit`.
-    """
-    tokens, positions = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
-    hidden, _ = policy.apply({"params": params}, tokens, positions, key_ranges=rows.seen)
-
-    def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        chunk = (
-            config.chunk * len(filled_N) // config.rows
-        )  # A device's part of the tokens whose logits exist at one time.
-        each = functools.partial(scores, head, temperature=config.temperature, entropies=entropies)
-        return over_row_chunks(each, chunk, filled_N, *arrays)
-
-    # Or the devices would add their gradients of the head up after every chunk.
-    both = shard_map_batch(score, head(policy, params), rows.filled_N, hidden[:, 0], rows.targets_NxW)
-    return jax.tree.map(lambda x_NxW: rows.split(x_NxW, limit), both)
-
-
 @jax.named_scope("old_logprobs")
-def response_logprobs(policy: Transformer, params: Params, batch: UpdateBatch, config: UpdateConfig) -> jax.Array:
-    """Log-probability of every response token at the sampling temperature, float32 [P, G, T]; defined under the mask."""
-    groups, limit = packed(batch, jnp.ones_like(batch.counted_P), config), batch.tokens_PxGxT.shape[-1]
+def response_logprobs(policy: Transformer, limits: UpdateLimits, params: Params, batch: UpdateBatch) -> jax.Array:
+    """Return the log-probability of every response token at the sampling temperature, float32 [P, G, T].
+
+    Values outside of the mask are undefined.
+    """
+    size = batch.tokens_PxGxT.shape[-1]
+    groups = _pack(batch, jnp.ones_like(batch.counted_P), limits)
 
     def fill(index: jax.Array, logprobs_RxT: jax.Array) -> jax.Array:
         rows = groups.rows(index)
-        places_NxJ = jnp.where(rows.lengths_NxJ > 0, rows.responses_NxJ, len(logprobs_RxT))
-        return logprobs_RxT.at[places_NxJ].set(row_scores(policy, params, rows, limit, config)[0], mode="drop")
+        responses_NxJ = jnp.where(rows.lengths_NxJ > 0, rows.responses_NxJ, len(logprobs_RxT))
+        logprobs_NxJxT, _ = row_scores(policy, limits, params, rows, size)
+        return logprobs_RxT.at[responses_NxJ].set(logprobs_NxJxT, mode="drop")
 
-    zeros = jnp.zeros((batch.tokens_PxGxT[..., 0].size, limit), jnp.float32)
+    zeros = jnp.zeros((batch.tokens_PxGxT[..., 0].size, size), jnp.float32)
     return jax.lax.fori_loop(0, groups.passes, fill, zeros).reshape(batch.tokens_PxGxT.shape)
 
 
 @jax.named_scope("policy_gradient")
 def policy_gradient(
     policy: Transformer,
+    objective: ObjectiveConfig,
+    limits: UpdateLimits,
     params: Params,
     batch: UpdateBatch,
     old_logprobs_PxGxT: jax.Array | None,
-    config: UpdateConfig,
     reference: Params | None = None,
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient of the loss over the counted groups, and what to report of it.
+    """Return the gradient of the loss over the counted groups, and its metrics.
 
-    Rows add up numerators and denominators; the one global denominator divides once. Groups whose advantages are all zero
-    contribute exactly nothing to the numerator, unless a term without advantages is on: they are in no row. The metrics are of
-    the others alone.
+    Passes sum numerators and denominators, and the gradient is divided once by the total denominator. Groups without
+    advantages contribute zero to the numerator unless the loss has a term without advantages, so they are left out of
+    the rows. The metrics cover the remaining groups.
+
+    Args:
+      policy, objective, limits: static.
+      params: parameters to differentiate by.
+      batch: the groups.
+      old_logprobs_PxGxT: float32 log-probabilities before the first minibatch; None if the update is exactly on-policy.
+      reference: parameters of the KL term's reference policy; None without a KL term.
     """
-    taught_P = (
-        batch.counted_P if config.every_group_matters else (batch.advantages_PxG != 0).any(axis=1) & batch.counted_P
-    )
-    groups, limit = packed(batch, taught_P, config), batch.tokens_PxGxT.shape[-1]
+    size = batch.tokens_PxGxT.shape[-1]
+    used_P = batch.counted_P
+    if not _needs_all_groups(objective):
+        used_P = (batch.advantages_PxG != 0).any(axis=1) & batch.counted_P
+    groups = _pack(batch, used_P, limits)
 
     def numerator(params: Params, part: RowBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = loss_sums(policy, params, part, config, reference)
+        sums = loss_sums(policy, objective, limits, params, part, reference)
         return sums["loss"], sums
 
     def accumulate(index: jax.Array, carry: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
+        total_grads, total_sums = carry
         rows = groups.rows(index)
-        old = None if old_logprobs_PxGxT is None else rows.of_responses(old_logprobs_PxGxT)
         part = RowBatch(
-            rows,
-            jnp.arange(limit) < rows.lengths_NxJ[..., None],
-            rows.of_responses(batch.sampler_logprobs_PxGxT),
-            old,
-            rows.of_responses(batch.advantages_PxG),
+            rows=rows,
+            mask_NxJxT=jnp.arange(size) < rows.lengths_NxJ[..., None],
+            sampler_logprobs_NxJxT=rows.take_responses(batch.sampler_logprobs_PxGxT),
+            old_logprobs_NxJxT=None if old_logprobs_PxGxT is None else rows.take_responses(old_logprobs_PxGxT),
+            advantages_NxJ=rows.take_responses(batch.advantages_PxG),
         )
         grads, sums = jax.grad(numerator, has_aux=True)(params, part)
-        totals = jax.tree.map(jnp.add, carry[1], sums)
-        totals["worst"] = jnp.maximum(carry[1]["worst"], sums["worst"])
-        return jax.tree.map(jnp.add, carry[0], grads), totals
+        totals = jax.tree.map(jnp.add, total_sums, sums)
+        totals["mismatch_max"] = jnp.maximum(total_sums["mismatch_max"], sums["mismatch_max"])
+        return jax.tree.map(jnp.add, total_grads, grads), totals
 
-    zeros = dict.fromkeys(config.sums, jnp.float32(0)) | dict.fromkeys(
-        ("tokens", "kept", "count", "trunk"), jnp.int32(0)
-    )
-    zeros["distances"] = jnp.zeros(len(_DISTANCES) + 1, jnp.int32)
-    start = jax.tree.map(jnp.zeros_like, params), zeros
-    grads, sums = jax.lax.fori_loop(0, groups.passes, accumulate, start)
-    idle = batch.mask_PxGxT & (batch.counted_P & ~taught_P)[:, None, None]
-    count = jnp.maximum(sums["count"] + AGGREGATIONS[config.aggregation].function(idle, config.response_limit)[1], 1)
-    room = jnp.maximum(groups.passes, 1) * groups.shape[0] * groups.shape[1]
-    return jax.tree.map(lambda g: g / count, grads), _loss_metrics(sums, count) | {
-        "update/filled": sums["trunk"] / room
-    }
+    zero_grads = jax.tree.map(jnp.zeros_like, params)
+    grads, sums = jax.lax.fori_loop(0, groups.passes, accumulate, (zero_grads, _zero_sums(objective)))
+
+    # Groups that were left out still count in the denominator.
+    unused_PxGxT = batch.mask_PxGxT & (batch.counted_P & ~used_P)[:, None, None]
+    _, unused_count = AGGREGATIONS[objective.aggregation].function(unused_PxGxT, limits.max_new_tokens)
+    count = jnp.maximum(sums["count"] + unused_count, 1)
+    metrics = _loss_metrics(sums, count)
+    capacity = jnp.maximum(groups.passes, 1) * groups.row_count * groups.row_size
+    metrics["update/filled"] = sums["trunk"] / capacity
+    return jax.tree.map(lambda g: g / count, grads), metrics
 
 
+@jax.named_scope("loss")
 def loss_sums(
     policy: Transformer,
+    objective: ObjectiveConfig,
+    limits: UpdateLimits,
     params: Params,
     part: RowBatch,
-    config: UpdateConfig,
     reference: Params | None,
 ) -> dict[str, jax.Array]:
-    """What some rows add: to the numerator of the loss, "loss", to its denominator, "count", and to the metrics.
+    """Return the contributions of some rows to the loss (numerator "loss", denominator "count") and to the metrics.
 
-    Each token's term is weight · policy loss + kl_weight · KL - entropy_weight · entropy.
+    The loss of a token is weight · policy loss + kl_weight · KL - entropy_weight · entropy.
     """
-    mask, limit = part.mask_NxJxT, part.mask_NxJxT.shape[-1]
-    logprobs, entropies = row_scores(policy, params, part.rows, limit, config, config.entropy_weight > 0)
-    now = jax.lax.stop_gradient(logprobs)
-    old = now if part.old_logprobs_NxJxT is None else part.old_logprobs_NxJxT
-    token = LOSSES[config.loss].function(logprobs, old, part.advantages_NxJ[..., None], mask, config.bounds)
+    mask = part.mask_NxJxT
+    size = mask.shape[-1]
+    logprobs, entropies = row_scores(policy, limits, params, part.rows, size, entropies=objective.entropy_weight > 0)
+    current = jax.lax.stop_gradient(logprobs)
+    old = current if part.old_logprobs_NxJxT is None else part.old_logprobs_NxJxT
+
+    clip_range = ClipRange(low=objective.clip_low, high=objective.clip_high, dual=objective.dual_clip)
+    token = LOSSES[objective.loss].function(logprobs, old, part.advantages_NxJ[..., None], mask, clip_range)
     terms, kept, sums = token.loss, mask, {}
-    if config.importance != "none":
+    if objective.importance != "none":
         ratio = jnp.exp(jnp.where(mask, old - part.sampler_logprobs_NxJxT, 0.0))
-        weights, accepted = IMPORTANCE_WEIGHTS[config.importance].function(
-            ratio, config.importance_low, config.importance_high
+        weights, accepted = IMPORTANCE_WEIGHTS[objective.importance].function(
+            ratio, objective.importance_low, objective.importance_high
         )
-        terms, kept = weights * terms, mask & accepted
+        terms = weights * terms
+        kept = mask & accepted
         sums["weight"] = jnp.sum(jnp.where(kept, weights, 0.0))
-    if config.kl != "none":
-        theirs, _ = row_scores(policy, reference, part.rows, limit, config)
-        kl = KL_ESTIMATORS[config.kl].function(*(jnp.where(mask, x, 0.0) for x in (logprobs, theirs)))
-        terms, sums["kl"] = terms + config.kl_weight * kl, jnp.sum(jnp.where(kept, kl, 0.0))
+    if objective.kl != "none":
+        assert reference is not None
+        reference_logprobs, _ = row_scores(policy, limits, reference, part.rows, size)
+        kl = KL_ESTIMATORS[objective.kl].function(
+            jnp.where(mask, logprobs, 0.0), jnp.where(mask, reference_logprobs, 0.0)
+        )
+        terms = terms + objective.kl_weight * kl
+        sums["kl"] = jnp.sum(jnp.where(kept, kl, 0.0))
     if entropies is not None:
-        terms, sums["entropy"] = terms - config.entropy_weight * entropies, jnp.sum(jnp.where(kept, entropies, 0.0))
-    shares, count = AGGREGATIONS[config.aggregation].function(kept, config.response_limit)
-    mismatch = jnp.abs(jnp.where(mask, now - part.sampler_logprobs_NxJxT, 0.0))
+        terms = terms - objective.entropy_weight * entropies
+        sums["entropy"] = jnp.sum(jnp.where(kept, entropies, 0.0))
+
+    token_weights, count = AGGREGATIONS[objective.aggregation].function(kept, limits.max_new_tokens)
+    mismatch = jnp.abs(jnp.where(mask, current - part.sampler_logprobs_NxJxT, 0.0))
+    histogram = jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)
     return sums | {
-        "loss": jnp.sum(jnp.where(kept, shares * terms, 0.0)),
+        "loss": jnp.sum(jnp.where(kept, token_weights * terms, 0.0)),
         "count": count,
         "ratio": jnp.sum(jnp.where(mask, token.ratio, 0.0)),
         "clipped": jnp.sum(mask & token.clipped).astype(jnp.float32),
         "mismatch": mismatch.sum(),
-        "worst": mismatch.max(),
-        "distances": jnp.zeros(len(_DISTANCES) + 1, jnp.int32).at[jnp.searchsorted(_DISTANCES, mismatch)].add(mask),
+        "mismatch_max": mismatch.max(),
+        "mismatch_histogram": histogram.at[jnp.searchsorted(_MISMATCH_EDGES, mismatch)].add(mask),
         "kept": kept.sum(),
         "tokens": mask.sum(),
         "trunk": part.rows.used,
     }
 
 
-def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
-    seen, kept = (jnp.maximum(sums[name], 1) for name in ("tokens", "kept"))
-    below_99 = jnp.cumsum(sums["distances"]) < 0.99 * sums["tokens"]
-    metrics = {
-        "loss/policy": sums["loss"] / count,
-        "ratio/mean": jnp.where(sums["tokens"] > 0, sums["ratio"] / seen, 1.0),
-        "ratio/clipped": sums["clipped"] / seen,
-        "mismatch/mean": sums["mismatch"] / seen,
-        # The end of the bin in which the 99th percentile lies.
-        "mismatch/p99": jnp.minimum(
-            jnp.asarray(_DISTANCES)[below_99.sum().clip(max=len(_DISTANCES) - 1)], sums["worst"]
-        ),
-        "mismatch/max": sums["worst"],
-        "update/tokens": sums["tokens"].astype(jnp.float32),
-        "update/trunk_tokens": sums["trunk"].astype(jnp.float32),
-    }
-    if "weight" in sums:
-        rejected = (sums["tokens"] - sums["kept"]) / seen
-        metrics |= {"importance/mean": sums["weight"] / kept, "importance/rejected": rejected}
-    names = {"kl": "policy/kl", "entropy": "policy/entropy_exact"}
-    return metrics | {names[name]: sums[name] / kept for name in names if name in sums}
+def row_scores(
+    policy: Transformer, limits: UpdateLimits, params: Params, rows: Rows, size: int, *, entropies: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the log-probability of every response token at the sampling temperature and, if `entropies`, its entropy.
+
+    Both are float32 [N, J, T] with T = `size`, and undefined after each response's length.
+    """
+    tokens, positions = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
+    hidden, _ = policy.apply({"params": params}, tokens, positions, seen=rows.key_ranges)
+
+    def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        # The part of the chunk that belongs to this device's rows.
+        logit_chunk_tokens = limits.logit_chunk_tokens * len(filled_N) // limits.rows
+        fn = functools.partial(scores, head, temperature=limits.temperature, entropies=entropies)
+        return over_row_chunks(fn, logit_chunk_tokens, filled_N, *arrays)
+
+    # Under shard_map the gradient of the head is summed over devices once, and not after every chunk.
+    results = shard_map_batch(score, head(policy, params), rows.filled_N, hidden[:, 0], rows.targets_NxW)
+    return jax.tree.map(lambda x_NxW: rows.split(x_NxW, size), results)
 
 
+@jax.named_scope("document_gradient")
 def document_gradient(
-    policy: Transformer, params: Params, documents: NextTokenBatch, config: UpdateConfig
+    policy: Transformer, limits: UpdateLimits, params: Params, documents: NextTokenBatch
 ) -> tuple[Params, jax.Array]:
-    """Gradient of the mean next-token cross-entropy over the documents' tokens (paper, Equation 1), and that mean."""
+    """Return the gradient and the value of the mean next-token cross-entropy of documents (paper, Equation 1)."""
     count, size = documents.inputs_NxS.shape
-    microbatch = fitting_divisor(count, config.rows * config.row_tokens // size, config.rows)
+    microbatch = fitting_divisor(count, maximum=limits.rows * limits.microbatch_tokens // size, multiple=limits.rows)
 
-    def nll(params: Params, part: NextTokenBatch) -> jax.Array:
+    def cross_entropy(params: Params, part: NextTokenBatch) -> jax.Array:
         lengths_N = jnp.full(microbatch, size, jnp.int32)
         hidden_NxSxD, _, _ = prefill(policy, params, part.inputs_NxS, lengths_N)
-        flat_MxD = hidden_NxSxD.reshape(-1, hidden_NxSxD.shape[-1])
-        logprobs_M = token_logprobs(head(policy, params), flat_MxD, part.targets_NxS.reshape(-1), 1.0, config.chunk)
+        logprobs_M = token_logprobs(
+            head(policy, params),
+            hidden_NxSxD.reshape(-1, hidden_NxSxD.shape[-1]),
+            part.targets_NxS.reshape(-1),
+            temperature=1.0,
+            logit_chunk_tokens=limits.logit_chunk_tokens,
+        )
         return -jnp.sum(jnp.where(part.mask_NxS.reshape(-1), logprobs_M, 0.0))
 
     def accumulate(index: jax.Array, carry: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
         rows = index * microbatch + jnp.arange(microbatch)
         part = jax.tree.map(lambda x: x[rows], documents)
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(nll)(params, part))
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(cross_entropy)(params, part))
 
     zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
     loss, grads = jax.lax.fori_loop(0, count // microbatch, accumulate, zeros)
     tokens = jnp.maximum(documents.mask_NxS.sum(), 1)
     return jax.tree.map(lambda g: g / tokens, grads), loss / tokens
+
+
+def _pack(batch: UpdateBatch, used_P: jax.Array, limits: UpdateLimits) -> PackedGroups:
+    return pack_groups(
+        prompts_PxS=batch.prompts_PxS,
+        lengths_P=batch.lengths_P,
+        tokens_PxGxT=batch.tokens_PxGxT,
+        response_lengths_PxG=batch.mask_PxGxT.sum(axis=-1, dtype=jnp.int32),
+        window_P=batch.window_P,
+        used_P=used_P,
+        rows=limits.rows,
+        microbatch_tokens=limits.microbatch_tokens,
+    )
+
+
+def _needs_all_groups(objective: ObjectiveConfig) -> bool:
+    """Return whether groups without variance have a gradient, or must be scored to know which of their tokens count."""
+    return objective.kl != "none" or objective.entropy_weight > 0 or objective.importance == "mask"
+
+
+def _zero_sums(objective: ObjectiveConfig) -> dict[str, jax.Array]:
+    """Return the initial values of `loss_sums`, summed over passes."""
+    floats = ["loss", "ratio", "clipped", "mismatch", "mismatch_max"]
+    if objective.kl != "none":
+        floats.append("kl")
+    if objective.entropy_weight > 0:
+        floats.append("entropy")
+    if objective.importance != "none":
+        floats.append("weight")
+    integers = ("tokens", "kept", "count", "trunk")
+    zeros: dict[str, jax.Array] = {name: jnp.float32(0) for name in floats}
+    zeros |= {name: jnp.int32(0) for name in integers}
+    zeros["mismatch_histogram"] = jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)
+    return zeros
+
+
+def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
+    """Return metrics by their names in metrics.jsonl from the sums over all passes."""
+    tokens = jnp.maximum(sums["tokens"], 1)
+    kept = jnp.maximum(sums["kept"], 1)
+    below_p99 = jnp.cumsum(sums["mismatch_histogram"]) < 0.99 * sums["tokens"]
+    p99_bin = below_p99.sum().clip(max=len(_MISMATCH_EDGES) - 1)
+    metrics = {
+        "loss/policy": sums["loss"] / count,
+        "ratio/mean": jnp.where(sums["tokens"] > 0, sums["ratio"] / tokens, 1.0),
+        "ratio/clipped": sums["clipped"] / tokens,
+        "mismatch/mean": sums["mismatch"] / tokens,
+        # The upper edge of the bin that contains the 99th percentile.
+        "mismatch/p99": jnp.minimum(jnp.asarray(_MISMATCH_EDGES)[p99_bin], sums["mismatch_max"]),
+        "mismatch/max": sums["mismatch_max"],
+        "update/tokens": sums["tokens"].astype(jnp.float32),
+        "update/trunk_tokens": sums["trunk"].astype(jnp.float32),
+    }
+    if "weight" in sums:
+        metrics["importance/mean"] = sums["weight"] / kept
+        metrics["importance/rejected"] = (sums["tokens"] - sums["kept"]) / tokens
+    if "kl" in sums:
+        metrics["policy/kl"] = sums["kl"] / kept
+    if "entropy" in sums:
+        metrics["policy/entropy_exact"] = sums["entropy"] / kept
+    return metrics

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: one definition for the sampler and for the trainer."""
+"""Log-probabilities of given tokens: one definition for the sampler and the trainer."""
 
 from __future__ import annotations
 
@@ -15,43 +15,52 @@ Output = TypeVar("Output")
 
 
 def scaled_logits(head: Head, hidden_MxD: jax.Array, temperature: float) -> jax.Array:
-    """Logits at the sampling temperature, float32 [M, V], whatever the dtype of the trunk.
+    """Return logits divided by the temperature, float32 [M, V], for hidden states of any dtype.
 
-    Everything that samples or scores goes through here: a head in lower precision, a temperature on one side only, or an id
-    that only one side knows to stand for no token, makes "on-policy" silently false.
+    All sampling and scoring uses this function. A head in lower precision, a temperature on one side only, or ids that
+    only one side excludes would silently make training off-policy.
     """
     hidden_MxD = hidden_MxD.astype(jnp.float32)
     logits = jnp.einsum("md,vd->mv", hidden_MxD, head.matrix_VxD, preferred_element_type=jnp.float32) / temperature
     if head.absent_V is None:
         return logits
-    # Of probability exactly zero. Not -inf, which is NaN times the zero of a mask, as where padding is scored.
+    # The probability is exactly zero. -inf would turn masked padding into NaN (0 · -inf).
     return jnp.where(head.absent_V, jnp.finfo(jnp.float32).min, logits)
 
 
 def chosen_logprobs(logits_MxV: jax.Array, tokens_M: jax.Array) -> jax.Array:
-    """log softmax(logits)[token], float32 [M]."""
+    """Return log softmax(logits)[token], float32 [M]."""
     chosen_M = jnp.take_along_axis(logits_MxV, tokens_M[:, None], axis=-1)[:, 0]
     return chosen_M - jax.nn.logsumexp(logits_MxV, axis=-1)
 
 
-def over_token_chunks(fn: Callable[..., Output], chunk: int, *arrays: jax.Array) -> Output:
-    """Apply `fn` to `arrays` [M, …] in chunks of `chunk` tokens and glue its [chunk, …] outputs together again.
+def over_token_chunks(fn: Callable[..., Output], logit_chunk_tokens: int, *arrays: jax.Array) -> Output:
+    """Apply `fn` to `arrays` [M, …] in chunks of tokens and concatenate its outputs.
 
-    The backward pass recomputes each chunk, so that what `fn` forms inside (logits) exists for one chunk at a time.
-    M need not be a multiple of `chunk`; the last chunk is filled up with zeros, which are cut off again.
+    The backward pass recomputes each chunk, so intermediate values of `fn` such as logits exist for one chunk at a
+    time. M need not be a multiple of the chunk size: the last chunk is padded with zeros, and the padding is removed
+    from the outputs.
     """
-    outputs = over_row_chunks(fn, chunk, None, *(x[None] for x in arrays))
+    outputs = over_row_chunks(fn, logit_chunk_tokens, None, *(x[None] for x in arrays))
     return jax.tree.map(lambda y: y[0], outputs)
 
 
-def over_row_chunks(fn: Callable[..., Output], chunk: int, filled_N: jax.Array | None, *arrays: jax.Array) -> Output:
-    """`over_token_chunks` for `arrays` [N, W, …], rows that devices share: a chunk is some columns, so all have their part in it.
+def over_row_chunks(
+    fn: Callable[..., Output], logit_chunk_tokens: int, filled_N: jax.Array | None, *arrays: jax.Array
+) -> Output:
+    """Apply `fn` to `arrays` [N, W, …] in chunks of columns and concatenate its outputs.
 
-    `filled_N` tells how many tokens at the beginning of each row count (None: all). Chunks in which none does are not run:
-    there the outputs are zeros.
+    Chunks of columns let devices that hold different rows, or different columns of them, work on every chunk.
+
+    Args:
+      fn: maps arrays [M, …] to a tree of arrays [M, …].
+      logit_chunk_tokens: tokens per chunk, over all N rows.
+      filled_N: number of tokens at the start of each row that are needed, or None for all. Chunks without a needed
+        token are skipped, and their outputs are zeros.
+      arrays: inputs of `fn` with the axes N and W in place of M.
     """
     rows, size = arrays[0].shape[:2]
-    width = min(max(1, chunk // rows), size)
+    width = min(max(1, logit_chunk_tokens // rows), size)
     chunks = -(-size // width)
 
     def split(x: jax.Array) -> jax.Array:
@@ -66,39 +75,42 @@ def over_row_chunks(fn: Callable[..., Output], chunk: int, filled_N: jax.Array |
         zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(fn, *flat))
         return jax.lax.cond(first < filled_N.max(), fn, lambda *_: zeros, *flat)
 
-    # Recomputed around the condition, not in it: what `fn` reads (the head) would be kept once for every chunk.
+    # The checkpoint is outside of the condition: inside, what `fn` captures (the head) would be saved once per chunk.
     outputs = jax.lax.map(jax.checkpoint(run), (jnp.arange(chunks) * width, *(split(x) for x in arrays)))
 
-    def glue(y: jax.Array) -> jax.Array:
+    def concatenate(y: jax.Array) -> jax.Array:
         y = jnp.moveaxis(y.reshape(chunks, rows, width, *y.shape[2:]), 0, 1)
         return y.reshape(rows, chunks * width, *y.shape[3:])[:, :size]
 
-    return jax.tree.map(glue, outputs)
+    return jax.tree.map(concatenate, outputs)
 
 
-def token_logprobs(head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, temperature: float, chunk: int) -> jax.Array:
-    """Log-probability of each token at `temperature`, float32 [M]; [M, V] is never in memory.
+@jax.named_scope("token_logprobs")
+def token_logprobs(
+    head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, temperature: float, logit_chunk_tokens: int
+) -> jax.Array:
+    """Return the log-probability of each token, float32 [M], without forming logits [M, V].
 
     Args:
-      head: of the policy.
-      hidden_MxD: the states that predict the tokens; any leading axes flattened into M.
+      head: the policy's output head.
+      hidden_MxD: hidden states that predict the tokens; leading axes flattened into M.
       tokens_M: int32 ids.
-      temperature: of the sampler; 1 for next-token cross-entropy.
-      chunk: tokens whose logits exist at one time.
+      temperature: sampling temperature; 1 for next-token cross-entropy.
+      logit_chunk_tokens: tokens whose logits exist at once.
     """
     score = functools.partial(scores, head, temperature=temperature)
-    return over_token_chunks(score, chunk, hidden_MxD, tokens_M)[0]
+    return over_token_chunks(score, logit_chunk_tokens, hidden_MxD, tokens_M)[0]
 
 
 def scores(
     head: Head, hidden_MxD: jax.Array, tokens_M: jax.Array, *, temperature: float, entropies: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Log-probability of each token and, where asked, the entropy in nats of what it was drawn from, float32 [M] each."""
+    """Return the log-probability of each token and, if `entropies`, its entropy in nats, float32 [M] each."""
     logits_MxV = scaled_logits(head, hidden_MxD, temperature)
     logprobs_M = chosen_logprobs(logits_MxV, tokens_M)
     if not entropies:
         return logprobs_M, None
     probs_MxV = jax.nn.softmax(logits_MxV, axis=-1)
-    # Where a logit is -inf its probability is zero, and zero times it would be no number.
+    # A logit of -inf has probability zero, and 0 · -inf would be NaN.
     mean_M = jnp.sum(probs_MxV * jnp.where(probs_MxV > 0, logits_MxV, 0.0), axis=-1)
     return logprobs_M, jax.nn.logsumexp(logits_MxV, axis=-1) - mean_M

@@ -1,6 +1,6 @@
-"""The policy-gradient losses, token by token, and how tokens become one number: each equation a function, chosen by name.
+"""Policy-gradient losses per token, KL estimators, importance weights and aggregations, by name.
 
-A loss is a numerator and a denominator that add up over microbatches; whoever adds them divides once.
+An aggregated loss is a numerator and a denominator that are summed over microbatches before the division.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LO
 
 
 class ClipRange(NamedTuple):
-    """The ratio may move within [1 - low, 1 + high]; `dual` bounds what a bad token costs."""
+    """Bounds of the probability ratio.
+
+    Attributes:
+      low: the ratio is clipped below at 1 - low.
+      high: the ratio is clipped above at 1 + high.
+      dual: "dual_clip" bounds the loss of a token with a negative advantage at this multiple of the advantage.
+    """
 
     low: float
     high: float
@@ -22,95 +28,106 @@ class ClipRange(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """Of every token, in the shape of its log-probability; what is not under the mask means nothing, but is finite."""
+    """Results per token, in the shape of the log-probabilities. Values outside of the mask are finite but undefined.
 
-    loss: jax.Array  # The objective's negative.
-    ratio: jax.Array  # exp(logprob - old logprob), of the sequence for GSPO.
-    clipped: jax.Array  # bool: the clip bounds the objective, or the weight.
+    Attributes:
+      loss: negative objective, float32.
+      ratio: exp(logprob - old logprob), float32; of the sequence for GSPO.
+      clipped: bool, whether clipping changed the objective, or the weight for CISPO.
+    """
+
+    loss: jax.Array
+    ratio: jax.Array
+    clipped: jax.Array
 
 
-# --- The objective. Every function takes:
-#   logprobs       float32 [..., T], of the sampled tokens under the policy that is being trained.
-#   old_logprobs   the same under the policy that sampled. Exactly on-policy these are `stop_gradient(logprobs)`: the ratio is 1
-#                  and its gradient is the score function's.
+# --- Losses. Every function takes:
+#   logprobs       float32 [..., T] log-probabilities of the sampled tokens under the current policy.
+#   old_logprobs   float32 [..., T] under the policy that sampled. With exactly on-policy updates these are
+#                  `stop_gradient(logprobs)`: the ratio is 1 and its gradient is that of the score function.
 #   advantages     broadcast against `logprobs`.
 #   mask           bool, True for response tokens up to and including the stop token.
-#   bounds         of the ratio.
+#   clip_range     bounds of the ratio.
 
 
 @LOSSES.register("clip", fields=("clip_low", "clip_high"))
 def clipped_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, clip_range: ClipRange
 ) -> TokenLoss:
-    """Clipped surrogate of PPO as GRPO uses it (1707.06347, Equation 7; 2402.03300, Equation 3), bounds apart as in DAPO
-    (2503.14476): -min(ρ A, clip(ρ, 1 - low, 1 + high) A).
+    """Clipped surrogate of PPO and GRPO: -min(ρ A, clip(ρ, 1 - low, 1 + high) A).
+
+    See 1707.06347, Equation 7, and 2402.03300, Equation 3. Separate lower and upper bounds follow DAPO (2503.14476).
     """
-    ratio = jnp.exp(_where(mask, logprobs - old_logprobs))
-    free = ratio * advantages
-    bounded = jnp.clip(ratio, 1.0 - bounds.low, 1.0 + bounds.high) * advantages
-    return TokenLoss(-jnp.minimum(free, bounded), ratio, bounded < free)
+    ratio = jnp.exp(_masked(mask, logprobs - old_logprobs))
+    unclipped = ratio * advantages
+    clipped = jnp.clip(ratio, 1.0 - clip_range.low, 1.0 + clip_range.high) * advantages
+    return TokenLoss(loss=-jnp.minimum(unclipped, clipped), ratio=ratio, clipped=clipped < unclipped)
 
 
 @LOSSES.register("dual_clip", fields=("clip_low", "clip_high", "dual_clip"))
 def dual_clipped_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, clip_range: ClipRange
 ) -> TokenLoss:
-    """The clipped surrogate, and for A < 0 no less than c A, with c = `bounds.dual` (1912.09729).
+    """The clipped surrogate, with the objective bounded below by c A for A < 0, c = `clip_range.dual` (1912.09729).
 
-    Else a token that has become far likelier than when it was sampled, and was bad, outweighs all others.
+    Without this bound, a bad token that has become much more likely since it was sampled dominates the loss.
     """
-    token = clipped_loss(logprobs, old_logprobs, advantages, mask, bounds)
-    floor = bounds.dual * advantages
-    stopped = (advantages < 0) & (-token.loss < floor)
-    return TokenLoss(jnp.where(stopped, -floor, token.loss), token.ratio, token.clipped | stopped)
+    token = clipped_loss(logprobs, old_logprobs, advantages, mask, clip_range)
+    lower_bound = clip_range.dual * advantages
+    bounded = (advantages < 0) & (-token.loss < lower_bound)
+    return TokenLoss(
+        loss=jnp.where(bounded, -lower_bound, token.loss), ratio=token.ratio, clipped=token.clipped | bounded
+    )
 
 
 @LOSSES.register("gspo", fields=("clip_low", "clip_high"), needs=(("aggregation", "sequence_mean"),))
 def gspo_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, clip_range: ClipRange
 ) -> TokenLoss:
-    """GSPO: the clipped surrogate with one ratio a sequence, s = (π / π_old)^(1 / |o|) (2507.18071).
+    """GSPO: the clipped surrogate with one ratio per sequence, s = (π / π_old)^(1 / |o|) (2507.18071).
 
-    Written for tokens (its GSPO-token), whose sequence mean is the paper's loss: the config refuses another aggregation.
+    This is the paper's GSPO-token variant, whose mean over a sequence is the sequence loss. The config check rejects
+    other aggregations.
     """
-    log_ratio = _where(mask, logprobs - old_logprobs)
+    log_ratio = _masked(mask, logprobs - old_logprobs)
     length = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
     sequence = log_ratio.sum(axis=-1, keepdims=True) / length
-    # Each token carries the whole ratio, and only its own share of the gradient.
-    own = jax.lax.stop_gradient(sequence) + log_ratio - jax.lax.stop_gradient(log_ratio)
-    return clipped_loss(own, jnp.zeros_like(own), advantages, mask, bounds)
+    # Each token has the value of the sequence's ratio and the gradient of its own.
+    token = jax.lax.stop_gradient(sequence) + log_ratio - jax.lax.stop_gradient(log_ratio)
+    return clipped_loss(token, jnp.zeros_like(token), advantages, mask, clip_range)
 
 
 @LOSSES.register("cispo", fields=("clip_low", "clip_high"))
 def cispo_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, clip_range: ClipRange
 ) -> TokenLoss:
-    """CISPO: -sg(clip(ρ, 1 - low, 1 + high)) A log π (2506.13585): clipped tokens keep their gradient.
+    """CISPO: -sg(clip(ρ, 1 - low, 1 + high)) A log π, which keeps the gradient of clipped tokens (2506.13585).
 
-    Its authors have no lower bound, which is low = 1.
+    The paper uses no lower bound, which corresponds to low = 1.
     """
-    ratio = jnp.exp(_where(mask, logprobs - old_logprobs))
-    weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - bounds.low, 1.0 + bounds.high))
-    return TokenLoss(-weight * advantages * _where(mask, logprobs), ratio, weight != ratio)
+    ratio = jnp.exp(_masked(mask, logprobs - old_logprobs))
+    weight = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_range.low, 1.0 + clip_range.high))
+    return TokenLoss(loss=-weight * advantages * _masked(mask, logprobs), ratio=ratio, clipped=weight != ratio)
 
 
 @LOSSES.register("reinforce")
 def reinforce_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, bounds: ClipRange
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, clip_range: ClipRange
 ) -> TokenLoss:
-    """REINFORCE: -A log π (Williams, 1992). Without a ratio, and so for samples of the present policy."""
-    ratio = jnp.exp(_where(mask, logprobs - old_logprobs))
-    return TokenLoss(-advantages * _where(mask, logprobs), ratio, jnp.zeros_like(mask))
+    """REINFORCE: -A log π (Williams, 1992). It has no ratio, so it assumes samples of the current policy."""
+    ratio = jnp.exp(_masked(mask, logprobs - old_logprobs))
+    return TokenLoss(loss=-advantages * _masked(mask, logprobs), ratio=ratio, clipped=jnp.zeros_like(mask))
 
 
-# --- KL(π || π_ref), estimated at the sampled token (Schulman, "Approximating KL divergence", 2020), as a term of the loss.
+# --- Estimators of KL(π || π_ref) at the sampled token (Schulman, "Approximating KL divergence", 2020), used as loss
+# terms.
 
 
 @KL_ESTIMATORS.register("k1")
 def k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """log π - log π_ref, whose gradient is the score function's, (log π - log π_ref) ∇ log π.
+    """log π - log π_ref, with the gradient of the score function, (log π - log π_ref) ∇ log π.
 
-    The gradient of the difference itself is zero on average and would hold the policy nowhere (2510.01555).
+    The gradient of the difference itself has mean zero and would not constrain the policy (2510.01555).
     """
     difference = jax.lax.stop_gradient(logprobs - reference)
     return difference * jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
@@ -118,58 +135,63 @@ def k1(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
 
 @KL_ESTIMATORS.register("k2")
 def k2(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """(log π - log π_ref)² / 2. Its gradient is that of `k1`; its value is never negative."""
+    """(log π - log π_ref)² / 2, which has the gradient of `k1` and is never negative."""
     return jnp.square(logprobs - reference) / 2
 
 
 @KL_ESTIMATORS.register("k3")
 def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """π_ref / π - 1 - log(π_ref / π), GRPO's own (2402.03300, Equation 4). Unbiased in its value, not in its gradient."""
+    """π_ref / π - 1 - log(π_ref / π) (GRPO, 2402.03300, Equation 4). The value is unbiased, its gradient is not."""
     log_ratio = reference - logprobs
     return jnp.expm1(log_ratio) - log_ratio
 
 
-# --- What the sampler believed is not quite what the trainer does: ρ = π_old (trainer) / π_old (sampler) corrects for it.
+# --- Importance weights that correct numerical differences between sampler and trainer, ρ = π_old (trainer) / π_old
+# (sampler). Every function returns the weight of each token and whether the token is accepted.
 
 
 @IMPORTANCE_WEIGHTS.register("truncate", fields=("importance_high",))
 def truncated_importance(ratio: jax.Array, low: float, high: float) -> tuple[jax.Array, jax.Array]:
-    """TIS: weights min(ρ, high), and every token accepted (Yao et al., 2025)."""
+    """TIS: weights min(ρ, high); all tokens are accepted (Yao et al., 2025)."""
     return jnp.minimum(ratio, high), jnp.ones_like(ratio, bool)
 
 
 @IMPORTANCE_WEIGHTS.register("mask", fields=("importance_low", "importance_high"))
 def masked_importance(ratio: jax.Array, low: float, high: float) -> tuple[jax.Array, jax.Array]:
-    """Weights ρ, and tokens accepted whose ρ is in [low, high] (IcePop, Ling team, 2025)."""
+    """Weights ρ; tokens with ρ in [low, high] are accepted (IcePop, Ling team, 2025)."""
     return ratio, (ratio >= low) & (ratio <= high)
 
 
-# --- Aggregation. Every function takes `kept` (bool [..., T], the tokens that count) and `limit` (the most tokens that a
-# response may have), and returns the weight of each token in the numerator, and what these responses add to the denominator.
+# --- Aggregations. Every function takes `kept` (bool [..., T], tokens that count) and `max_new_tokens` (length limit of
+# responses) and returns the weight of each token in the numerator, and the contribution of these responses to the
+# denominator.
 
 
 @AGGREGATIONS.register("token_mean")
-def token_mean(kept: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-    """Every token weighs the same, long responses more (DAPO, 2503.14476, Equation 8; verl's default, and ours)."""
+def token_mean(kept: jax.Array, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Mean over all tokens, so that long responses weigh more (DAPO, 2503.14476, Equation 8; verl's default)."""
     return kept.astype(jnp.float32), kept.sum()
 
 
 @AGGREGATIONS.register("sequence_mean")
-def sequence_mean(kept: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-    """Every response weighs the same, as the mean of its tokens (GRPO, 2402.03300, Equation 3).
+def sequence_mean(kept: jax.Array, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Mean over responses of the mean over their tokens (GRPO, 2402.03300, Equation 3).
 
-    One without any token left is not counted.
+    Responses without a token that counts are excluded.
     """
     length = kept.sum(axis=-1, keepdims=True)
     return kept / jnp.maximum(length, 1), (length > 0).sum()
 
 
 @AGGREGATIONS.register("constant")
-def constant(kept: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
-    """Sums of responses over a constant, the length limit: no weight depends on a length (Dr. GRPO, 2503.20783)."""
-    return kept / limit, kept.any(axis=-1).sum()
+def constant(kept: jax.Array, max_new_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Mean over responses of their sums divided by the length limit (Dr. GRPO, 2503.20783).
+
+    No weight depends on a response's length.
+    """
+    return kept / max_new_tokens, kept.any(axis=-1).sum()
 
 
-def _where(mask: jax.Array, x: jax.Array) -> jax.Array:
-    # Padding may hold any token: a masked -inf would still turn the gradient into NaN.
+def _masked(mask: jax.Array, x: jax.Array) -> jax.Array:
+    # Zero instead of padding, which may hold any value: even under a mask, -inf would make the gradient NaN.
     return jnp.where(mask, x, 0.0)

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.mesh import num_batch_shards
-from rpt_jax.distributed.sharding import DECODING, mesh_fields
+from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.preflight.costs import Times, estimate_times, trip_counts
 from rpt_jax.preflight.hlo import Traffic, traffic
 from rpt_jax.preflight.programs import Program, Step
@@ -87,7 +86,7 @@ def check_programs(
       flops: FLOPs per chip, by program.
     """
     counts = trip_counts(experiment, step)
-    devices = step.setup.mesh.devices.flat
+    devices = step.mesh.devices.flat
     if topology.has_compiler:
         hosts = [device.process_index for device in devices]
     else:
@@ -123,7 +122,7 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
     excess = report.memory.total - report.limit
     split_further = _split_further(step)
     if report.program == "sample" and step.decoding:
-        replicas = num_batch_shards(step.setup.mesh, DECODING)
+        replicas = num_batch_shards(step.mesh, DECODING)
         slot_bytes = _bytes_per_slot(experiment, step)
         slots = step.decoding.slots // replicas - int(-(-excess // slot_bytes))
         if slots < 1:
@@ -142,7 +141,7 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
     if report.program == "score":
         now = experiment.data.score_batch_windows
         windows = int(now * (1 - excess / report.memory.temporaries))
-        shards = num_batch_shards(step.setup.mesh)
+        shards = num_batch_shards(step.mesh)
         if windows >= shards:
             return f"set data.score_batch_windows={windows // shards * shards} instead of {now}"
     return split_further
@@ -204,17 +203,17 @@ def _compile(program: Program) -> tuple[Memory, str | None]:
 
 def _split_further(step: Step) -> str:
     """Return the advice to split the policy over more devices; kv heads are not split any further than into single heads."""
-    mesh = mesh_fields(step.setup.mesh)
+    mesh = mesh_fields(step.mesh)
     more_tensor = 2 * mesh["tensor"]
-    tensor = f"mesh.tensor={more_tensor} or " if step.setup.policy.config.kv_heads % more_tensor == 0 else ""
+    tensor = f"mesh.tensor={more_tensor} or " if step.policy.config.kv_heads % more_tensor == 0 else ""
     return f"set {tensor}mesh.fsdp={2 * mesh['fsdp']} (with more chips, or less of another axis)"
 
 
 def _bytes_per_slot(experiment: Experiment, step: Step) -> int:
     """Return the bytes per chip that one decode slot adds."""
-    rollout, mesh = experiment.rollout, step.setup.mesh
+    rollout, mesh = experiment.rollout, step.mesh
     return rollout_memory(
-        step.setup.policy.config,
+        step.policy.config,
         experiment.policy.dtype,
         prompts=-(-experiment.training.prompts_per_step // num_batch_shards(mesh, DECODING)),
         prompt_tokens=experiment.prompt.max_tokens,

@@ -73,7 +73,7 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     In addition to what `describe` counts, an update runs a prompt once in every row that holds responses to it, and full
     rematerialization runs the forward pass twice.
     """
-    chips = step.setup.mesh.size
+    chips = step.mesh.size
     derived = derive(experiment, chips)
     score, rpt = derived.score, derived.rpt
     flops = {"score": score.flops_per_batch / chips if score else 0.0}
@@ -101,7 +101,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     response = experiment.rollout.max_new_tokens
     samples = experiment.rollout.samples_per_prompt
     # Sampling: each replica has its share of the prompts and of the decode slots.
-    replicas = num_batch_shards(step.setup.mesh, DECODING)
+    replicas = num_batch_shards(step.mesh, DECODING)
     prompts = -(-experiment.training.prompts_per_step // replicas)
     prefill_tokens = experiment.rollout.prefill_tokens
     chunks = -(-prompt // prefill_tokens)
@@ -111,7 +111,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     own_blocks = -(-response // block_size(platform, response))
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
     # most keys: a prompt and, on average, half of a response.
-    passes = -(-update_rows(experiment) // num_batch_shards(step.setup.mesh))
+    passes = -(-update_rows(experiment) // num_batch_shards(step.mesh))
     packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / BLOCK_SIZES[platform]
     return {
         # All slots are live until the last rollouts end; the loops over smaller batches have nothing left to do.

@@ -24,25 +24,19 @@ from rpt_jax.distributed.sharding import (
     parameter_shardings,
 )
 from rpt_jax.infra.optimizer import make_optimizer
-from rpt_jax.model.transformer import in_compute_dtype
+from rpt_jax.model.transformer import Transformer, in_compute_dtype
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import prefix_match_reward
-from rpt_jax.rollout.generate import Decoding, Rollouts, sample_rollouts
-from rpt_jax.rollout.sampler import (
-    Sampled,
-    decoding_of,
-    is_prefix_match,
-    on_their_roots,
-    reward_config,
-    shared_tail,
-    training_reward,
-)
-from rpt_jax.setup import Setup, make_policy
+from rpt_jax.rewards.rewarder import RewardedRollouts, is_prefix_match, reward_layout, training_reward
+from rpt_jax.rollout.generate import sample_rollouts
+from rpt_jax.rollout.rollouts import Decoding, Rollouts
+from rpt_jax.rollout.sampler import find_shared_prefixes, max_tail_tokens, plan_decoding
+from rpt_jax.setup import make_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.train import update_config
+from rpt_jax.train import update_limits
 
 # The stand-in tokenizer: its longest token has as many bytes as Qwen's longest, a run of spaces, and its first ids are
 # special: beginning, end, <think> and </think>.
@@ -69,12 +63,16 @@ class Step(NamedTuple):
 
     Attributes:
       programs: the programs.
-      setup: the policy with abstract parameters, the mesh and the tokenizer; it has no corpus.
+      policy: the policy.
+      params: its abstract parameters, sharded for training.
+      mesh: the mesh.
       decoding: how rollouts are sampled, None for task "score".
     """
 
     programs: tuple[Program, ...]
-    setup: Setup
+    policy: Transformer
+    params: Any
+    mesh: Mesh
     decoding: Decoding | None
 
 
@@ -99,20 +97,13 @@ def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
         prompt = dataclasses.replace(experiment.prompt, template="plain", chat_template=False)
         experiment = dataclasses.replace(experiment, prompt=prompt)
     policy = make_policy(experiment.policy, config, tokenizer)
-    setup = Setup(
-        policy=policy,
-        params=abstract_parameters(policy, mesh),
-        mesh=mesh,
-        tokenizer=tokenizer,
-        train=(),
-        held_out=(),
-        unseen=(),
-        prepared=None,  # pyright: ignore[reportArgumentType] - preflight has no corpus.
-    )
+    params = abstract_parameters(policy, mesh)
+    score = _score_program(experiment, policy, params, mesh)
     if experiment.task == "score":
-        return Step(programs=(_score_program(experiment, setup),), setup=setup, decoding=None)
-    decoding = decoding_of(experiment, setup, memory)
-    return Step(programs=tuple(_rpt_programs(experiment, setup, decoding)), setup=setup, decoding=decoding)
+        return Step(programs=(score,), policy=policy, params=params, mesh=mesh, decoding=None)
+    decoding = plan_decoding(experiment, policy, tokenizer, mesh, memory)
+    programs = (score, *_rpt_programs(experiment, policy, params, tokenizer, mesh, decoding))
+    return Step(programs=programs, policy=policy, params=params, mesh=mesh, decoding=decoding)
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -144,26 +135,27 @@ def stand_in_tokenizer(vocab: int) -> Tokenizer:
     )
 
 
-def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> list[Program]:
+def _rpt_programs(
+    experiment: Experiment, policy: Transformer, params: Any, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding
+) -> list[Program]:
     """Return the programs of a step of task "rpt", in the order and with the array lifetimes of `train.train`."""
     training, objective = experiment.training, experiment.objective
-    mesh, params = setup.mesh, setup.params
 
     # Abstract arrays of the run.
     optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
     average = params if REWARDS[objective.reward].requirements.average else None
     state = TrainState(params=params, optimizer=abstract_optimizer(optimizer, params, mesh), average=average)
-    reshard = make_reshard_fn(setup.policy, mesh, lambda p: in_compute_dtype(setup.policy, p))
-    rollout_params = _resharded_params(setup, reshard) if reshard else params
+    reshard = make_reshard_fn(policy, mesh, lambda p: in_compute_dtype(policy, p))
+    rollout_params = _resharded_params(policy, params, mesh, reshard) if reshard else params
     sampled = _abstract_rollouts(experiment, mesh)
-    vocab = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in setup.tokenizer.byte_vocab)
-    builder = PromptBuilder(experiment.prompt, setup.tokenizer)
+    vocab: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokenizer.byte_vocab)
+    builder = PromptBuilder(experiment.prompt, tokenizer)
 
     def lower_sample() -> jax.stages.Lowered:
-        prompts = on_their_roots(_one_token_prompts(sampled.prompts), shared_tail(experiment, builder))
+        prompts = find_shared_prefixes(_one_token_prompts(sampled.prompts), max_tail_tokens(experiment, builder))
         prompts = abstract_prompts(prompts, mesh, DECODING)
         box_vocab = vocab if experiment.rollout.stop_at_box else None
-        return sample_rollouts.lower(setup.policy, rollout_params, prompts, _key(), decoding, box_vocab)
+        return sample_rollouts.lower(policy, rollout_params, prompts, _key(), decoding, box_vocab)
 
     def lower_reward() -> jax.stages.Lowered:
         rollouts, prompts = sampled.rollouts, sampled.prompts
@@ -175,26 +167,25 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
             prompts.reference_PxR,
             prompts.boundaries_PxRp1,
             *vocab,
-            setup.tokenizer.end_think_id,
+            tokenizer.end_think_id,
         )
 
     def lower_training_reward() -> jax.stages.Lowered:
-        config = reward_config(experiment, setup, builder)
-        return training_reward.lower(setup.policy, config, (params, average), sampled, vocab, _ids())
+        layout = reward_layout(experiment, tokenizer, mesh, builder)
+        return training_reward.lower(policy, objective, layout, params, average, sampled, vocab, _ids())
 
     def lower_update() -> jax.stages.Lowered:
         reference = params if objective.kl != "none" else None
-        config = update_config(experiment, num_batch_shards(mesh))
-        return update_policy.lower(
-            setup.policy, optimizer, config, state, _update_batch(experiment, sampled), reference
-        )
+        limits = update_limits(experiment, num_batch_shards(mesh))
+        batch = _update_batch(experiment, sampled)
+        return update_policy.lower(policy, optimizer, objective, limits, state, batch, reference)
 
     # The state and the reference parameters live through the whole step. A program's resident bytes are those of all live
     # arrays less those of its arguments.
     param_bytes = bytes_per_device(params)
     run_bytes = bytes_per_device((state, params))
     resharded_bytes = bytes_per_device(rollout_params) if reshard else 0
-    programs = [_score_program(experiment, setup)]
+    programs = []
     if reshard:
         programs.append(
             Program(name="reshard", lower=lambda: reshard.lower(params), resident_bytes=run_bytes - param_bytes)
@@ -212,28 +203,28 @@ def _rpt_programs(experiment: Experiment, setup: Setup, decoding: Decoding) -> l
     return programs
 
 
-def _score_program(experiment: Experiment, setup: Setup) -> Program:
+def _score_program(experiment: Experiment, policy: Transformer, params: Any, mesh: Mesh) -> Program:
     windows, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
 
     def lower() -> jax.stages.Lowered:
         tokens, lengths = _ids(windows, size), _ids(windows)
-        rows = abstract_prompts((tokens, tokens, lengths), setup.mesh)
-        sizes = {"top_k": experiment.data.entropy_top_k, "logit_chunk_tokens": experiment.training.logit_chunk_tokens}
-        return score_batch.lower(setup.policy, setup.params, *rows, **sizes)
+        rows = abstract_prompts((tokens, tokens, lengths), mesh)
+        sizes = {"top_k": experiment.data.entropy_top_k, "chunk": experiment.training.logit_chunk_tokens}
+        return score_batch.lower(policy, params, *rows, **sizes)
 
     return Program(name="score", lower=lower, resident_bytes=0)
 
 
-def _resharded_params(setup: Setup, reshard: Any) -> Any:
+def _resharded_params(policy: Transformer, params: Any, mesh: Mesh, reshard: Any) -> Any:
     """Return the abstract parameters in the sharding and dtype of decoding."""
-    shardings = parameter_shardings(setup.policy, setup.mesh, DECODING)
-    shapes = jax.eval_shape(reshard, setup.params)
+    shardings = parameter_shardings(policy, mesh, DECODING)
+    shapes = jax.eval_shape(reshard, params)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
     )
 
 
-def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> Sampled:
+def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> RewardedRollouts:
     """Return the abstract prompts, rollouts and rewards of a step, sharded over the mesh."""
     p, g = experiment.training.prompts_per_step, experiment.rollout.samples_per_prompt
     t, r = experiment.rollout.max_new_tokens, experiment.prompt.reference_bytes
@@ -255,7 +246,7 @@ def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> Sampled:
         ended_PxG=_ids(p, g),
     )
     prompts, rollouts, reward, status = abstract_prompts((prompts, rollouts, _floats(p, g), _ids(p, g)), mesh)
-    return Sampled(prompts=prompts, rollouts=rollouts, reward_PxG=reward, status_PxG=status, decoded=_ids(2))
+    return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=reward, status_PxG=status)
 
 
 def _update_batch(experiment: Experiment, sampled: Any) -> UpdateBatch:

@@ -1,61 +1,74 @@
-"""What a response earns, by name: the paper's Equation 3, what its Appendix A and others put in its place, added terms.
+"""Training rewards by name: Equation 3 and Appendix A of the paper, rewards of other papers, and additive terms.
 
-A reward is a function of `RewardInputs`, which computes what takes a forward pass where it is asked for. Probabilities are the
-policy's own, at temperature 1.
+A reward is a function of `RewardInputs`, whose methods run the forward passes that a reward needs. Probabilities are
+those of the policy at temperature 1.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.config import ObjectiveConfig
 from rpt_jax.model.transformer import Params, Transformer, branch_hidden, head
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.registry import REWARDS
-from rpt_jax.rewards.prefix_match import Status, predicted_first_token
-
-BOX = "\\boxed{"  # Between the reasoning and a prediction.
-
-
-class RewardConfig(NamedTuple):
-    """`microbatch` (prompts) and `chunk` (tokens of logits) bound memory and do not change the result.
-
-    The reward's name and what belongs to it are those of `config.ObjectiveConfig`. `bos_id` begins a document, `before` and
-    `after` count the template's tokens around a context, and `bridge` is what leads from reasoning to a prediction: the
-    end-of-thinking token, and those of BOX.
-    """
-
-    reward: str
-    reference_tokens: int
-    format_weight: float
-    overlong_weight: float
-    overlong_tokens: int
-    budget_weight: float
-    response_limit: int
-    bos_id: int
-    before: int
-    after: int
-    end_think_id: int
-    bridge: tuple[int, ...]
-    microbatch: int
-    chunk: int
+from rpt_jax.rewards.boxed import predicted_first_token
+from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.tokenizers.tokenizer import ByteVocab
 
 
-class RewardInputs(NamedTuple):
-    """P prompts with G responses each, what is known of them, and the policies that may be asked.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardLayout:
+    """What rewards must know beyond the objective's config: special tokens, template lengths and sizes. Hashable.
 
     Attributes:
-      average: moving average of the parameters, for "info_gain" alone.
-      prompts_PxS, lengths_P: int32.
-      tokens_PxGxT, response_lengths_PxG, stopped_PxG: the responses.
-      reference_ids_PxR, references_P: tokens of the true continuation, and how many are known.
-      matched_PxG, status_PxG: Equation 3's reward, and why.
-      vocab: raw bytes of every token, and their numbers.
+      bos_id: token at the start of a document.
+      template_prefix_tokens: number of template tokens before the context in a prompt.
+      template_suffix_tokens: number of template tokens after the context in a prompt.
+      end_think_id: id of the end-of-thinking token, or -1.
+      bridge_ids: tokens between reasoning and prediction: the end-of-thinking token and the opening of the box.
+      max_new_tokens: length limit of responses.
+      prompts_per_pass: prompts that a forward pass scores at once. Bounds memory, does not change the result.
+      logit_chunk_tokens: tokens whose logits exist at once. Bounds memory, does not change the result.
     """
 
-    config: RewardConfig
+    bos_id: int
+    template_prefix_tokens: int
+    template_suffix_tokens: int
+    end_think_id: int
+    bridge_ids: tuple[int, ...]
+    max_new_tokens: int
+    prompts_per_pass: int
+    logit_chunk_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardInputs:
+    """P prompts with G responses each, and the policies that can score them. Created and used inside one program.
+
+    Attributes:
+      objective: section "objective" of the config.
+      layout: special tokens, template lengths and sizes.
+      policy: the decoder.
+      params: parameters of the current policy.
+      average: moving average of the parameters; None unless the reward requires it.
+      prompts_PxS: int32 prompt ids, padded on the right.
+      lengths_P: int32 prompt lengths.
+      tokens_PxGxT: int32 response ids.
+      response_lengths_PxG: int32 response lengths.
+      stopped_PxG: bool, False for a response that was cut by the length limit.
+      reference_ids_PxR: int32 tokens of the true continuation.
+      reference_lengths_P: int32 number of those tokens.
+      matched_PxG: float32 reward of Equation 3.
+      status_PxG: int32 `Status` under Equation 3.
+      vocab: raw bytes of every token.
+    """
+
+    objective: ObjectiveConfig
+    layout: RewardLayout
     policy: Transformer
     params: Params
     average: Params | None
@@ -65,112 +78,174 @@ class RewardInputs(NamedTuple):
     response_lengths_PxG: jax.Array
     stopped_PxG: jax.Array
     reference_ids_PxR: jax.Array
-    references_P: jax.Array
+    reference_lengths_P: jax.Array
     matched_PxG: jax.Array
     status_PxG: jax.Array
-    vocab: tuple[jax.Array, jax.Array]
+    vocab: ByteVocab
 
     @property
     def reference_PxK(self) -> jax.Array:
-        """The true continuation's first tokens, as many as the reward scores,"""
-        return self.reference_ids_PxR[:, : self.config.reference_tokens]
+        """The first K = `reference_tokens` tokens of the true continuation, int32."""
+        return self.reference_ids_PxR[:, : self.objective.reference_tokens]
 
     @property
-    def real_PxK(self) -> jax.Array:
-        """and which of them there are."""
-        return jnp.arange(self.reference_PxK.shape[1]) < self.references_P[:, None]
+    def reference_mask_PxK(self) -> jax.Array:
+        """True for the tokens of `reference_PxK` that are not padding."""
+        return jnp.arange(self.reference_PxK.shape[1]) < self.reference_lengths_P[:, None]
 
     def first_tokens(self) -> tuple[jax.Array, jax.Array]:
-        """The first token of every prediction, -1 where there is none, and whether it is the true one, [P, G] each."""
-        responses = self.tokens_PxGxT, self.response_lengths_PxG, self.stopped_PxG
-        first_PxG = predicted_first_token(*responses, *self.vocab, self.config.end_think_id)
-        return first_PxG, (first_PxG == self.reference_PxK[:, :1]) & self.real_PxK[:, :1]
+        """Return the first token of every prediction, or -1, and whether it is the true one, [P, G] each."""
+        first_PxG = predicted_first_token(
+            self.tokens_PxGxT,
+            self.response_lengths_PxG,
+            self.stopped_PxG,
+            self.vocab.bytes_VxX,
+            self.vocab.lengths_V,
+            self.layout.end_think_id,
+        )
+        return first_PxG, (first_PxG == self.reference_PxK[:, :1]) & self.reference_mask_PxK[:, :1]
 
     def reasoning_lengths(self) -> jax.Array:
-        """Tokens before the last end-of-thinking token; where there is none, all but the stop token. int32 [P, G]."""
-        places_T = jnp.arange(self.tokens_PxGxT.shape[-1], dtype=jnp.int32)
-        live_PxGxT = places_T < self.response_lengths_PxG[..., None]
-        last_PxG = jnp.max(
-            jnp.where(live_PxGxT & (self.tokens_PxGxT == self.config.end_think_id), places_T, -1), axis=-1
-        )
+        """Return the number of tokens before the last end-of-thinking token, int32 [P, G].
+
+        For a response without one, this is its length without the stop token.
+        """
+        index_T = jnp.arange(self.tokens_PxGxT.shape[-1], dtype=jnp.int32)
+        live_PxGxT = index_T < self.response_lengths_PxG[..., None]
+        is_end_PxGxT = live_PxGxT & (self.tokens_PxGxT == self.layout.end_think_id)
+        last_PxG = jnp.max(jnp.where(is_end_PxGxT, index_T, -1), axis=-1)
         return jnp.where(last_PxG >= 0, last_PxG, self.response_lengths_PxG - self.stopped_PxG)
 
-    def after_reasoning(self) -> jax.Array:
-        """log p(x_k | prompt, reasoning, bridge, x_<k) under the present policy, float32 [P, G, K].
+    def reference_logprobs(self) -> jax.Array:
+        """Return log p(x_k | prompt, reasoning, bridge, x_<k) under the current policy, float32 [P, G, K].
 
-        What a response predicts is left out. Reasoning that never ends is ended where it stands.
+        The prediction of the response is dropped. Reasoning without an end-of-thinking token is ended by the bridge.
         """
-        c, tokens_PxGxT, end_PxG = self.config, self.tokens_PxGxT, self.reasoning_lengths()
-        rows, added = tokens_PxGxT.shape[:2], (*c.bridge,)
+        reasoning_lengths_PxG = self.reasoning_lengths()
+        rows = self.tokens_PxGxT.shape[:2]
+        bridge_ids = self.layout.bridge_ids
+
+        # The suffix, bridge and reference, overwrites the response from the end of its reasoning on.
         reference_PxGxK = jnp.broadcast_to(self.reference_PxK[:, None], (*rows, self.reference_PxK.shape[1]))
-        bridge_PxGxB = jnp.broadcast_to(jnp.array(added, jnp.int32), (*rows, len(added)))
+        bridge_PxGxB = jnp.broadcast_to(jnp.array(bridge_ids, jnp.int32), (*rows, len(bridge_ids)))
         suffix_PxGxM = jnp.concatenate([bridge_PxGxB, reference_PxGxK], axis=-1)
-        places = jnp.arange(tokens_PxGxT.shape[-1] + suffix_PxGxM.shape[-1]) - end_PxG[..., None]
-        suffix = jnp.take_along_axis(suffix_PxGxM, jnp.clip(places, 0, suffix_PxGxM.shape[-1] - 1), axis=-1)
-        widened = jnp.pad(tokens_PxGxT, ((0, 0), (0, 0), (0, suffix_PxGxM.shape[-1])))
-        scored = jnp.where(places < 0, widened, suffix)
-        return self._score(self.params, self.prompts_PxS, self.lengths_P, scored, end_PxG + len(added), reference_PxGxK)
+        suffix_size = suffix_PxGxM.shape[-1]
+        index_PxGxE = jnp.arange(self.tokens_PxGxT.shape[-1] + suffix_size) - reasoning_lengths_PxG[..., None]
+        suffix_PxGxE = jnp.take_along_axis(suffix_PxGxM, jnp.clip(index_PxGxE, 0, suffix_size - 1), axis=-1)
+        padded_PxGxE = jnp.pad(self.tokens_PxGxT, ((0, 0), (0, 0), (0, suffix_size)))
+        return self._branch_logprobs(
+            self.params,
+            prompts_PxS=self.prompts_PxS,
+            lengths_P=self.lengths_P,
+            branches_PxGxE=jnp.where(index_PxGxE < 0, padded_PxGxE, suffix_PxGxE),
+            begin_PxG=reasoning_lengths_PxG + len(bridge_ids),
+            targets_PxGxK=reference_PxGxK,
+        )
 
-    def without_reasoning(self, params: Params, tokens_PxGxK: jax.Array) -> jax.Array:
-        """log p(tokens_k | x_<t, tokens_<k), float32 [P, G, K]: the document itself is the context, without a template."""
-        c = self.config
-        bos_Px1 = jnp.full((self.prompts_PxS.shape[0], 1), c.bos_id, jnp.int32)
-        context_PxS = jnp.concatenate([bos_Px1, self.prompts_PxS[:, c.before :]], axis=1)
-        lengths_P = self.lengths_P - c.before - c.after + 1
-        # The trunk runs over all but the last token, and over nothing at all it does not run.
-        widened = jnp.pad(tokens_PxGxK, ((0, 0), (0, 0), (0, 1)))
-        begin_PxG = jnp.zeros(tokens_PxGxK.shape[:2], jnp.int32)
-        return self._score(params, context_PxS, lengths_P, widened, begin_PxG, tokens_PxGxK)
+    def direct_logprobs(self, params: Params, tokens_PxGxK: jax.Array) -> jax.Array:
+        """Return log p(tokens_k | x_<t, tokens_<k) without reasoning, float32 [P, G, K].
 
-    def _score(self, params: Params, *arrays: jax.Array) -> jax.Array:
-        """Log-probabilities of `targets`, which stand in `branches` from `begin` on, a microbatch of prompts at a time."""
+        The context is the document itself, without the template.
 
-        def score(arrays: tuple[jax.Array, ...]) -> jax.Array:
-            prompts_PxS, lengths_P, branches_PxGxE, begin_PxG, targets_PxGxK = arrays
-            hidden = branch_hidden(self.policy, params, prompts_PxS, lengths_P, branches_PxGxE)
-            places_PxGxK = begin_PxG[..., None] + jnp.arange(targets_PxGxK.shape[-1])
-            hidden_MxD = jnp.take_along_axis(hidden, places_PxGxK[..., None], axis=2).reshape(-1, hidden.shape[-1])
+        Args:
+          params: parameters of the policy that scores.
+          tokens_PxGxK: int32 continuations to score.
+        """
+        layout = self.layout
+        bos_Px1 = jnp.full((self.prompts_PxS.shape[0], 1), layout.bos_id, jnp.int32)
+        context_PxS = jnp.concatenate([bos_Px1, self.prompts_PxS[:, layout.template_prefix_tokens :]], axis=1)
+        lengths_P = self.lengths_P - layout.template_prefix_tokens - layout.template_suffix_tokens + 1
+        return self._branch_logprobs(
+            params,
+            prompts_PxS=context_PxS,
+            lengths_P=lengths_P,
+            # One more token, because a branch is run without its last token and must not be empty.
+            branches_PxGxE=jnp.pad(tokens_PxGxK, ((0, 0), (0, 0), (0, 1))),
+            begin_PxG=jnp.zeros(tokens_PxGxK.shape[:2], jnp.int32),
+            targets_PxGxK=tokens_PxGxK,
+        )
+
+    @jax.named_scope("branch_logprobs")
+    def _branch_logprobs(self, params: Params, **arrays: jax.Array) -> jax.Array:
+        """Return the log-probabilities of `targets`, which are in `branches` from `begin` on, pass by pass."""
+
+        def score(arrays: dict[str, jax.Array]) -> jax.Array:
+            hidden = branch_hidden(
+                self.policy, params, arrays["prompts_PxS"], arrays["lengths_P"], arrays["branches_PxGxE"]
+            )
+            targets_PxGxK = arrays["targets_PxGxK"]
+            index_PxGxK = arrays["begin_PxG"][..., None] + jnp.arange(targets_PxGxK.shape[-1])
+            hidden_MxD = jnp.take_along_axis(hidden, index_PxGxK[..., None], axis=2).reshape(-1, hidden.shape[-1])
             logprobs_M = token_logprobs(
-                head(self.policy, params), hidden_MxD, targets_PxGxK.reshape(-1), 1.0, self.config.chunk
+                head(self.policy, params),
+                hidden_MxD,
+                targets_PxGxK.reshape(-1),
+                temperature=1.0,
+                logit_chunk_tokens=self.layout.logit_chunk_tokens,
             )
             return logprobs_M.reshape(targets_PxGxK.shape)
 
-        size = arrays[0].shape[0]
-        split = jax.tree.map(lambda x: x.reshape(-1, min(self.config.microbatch, size), *x.shape[1:]), arrays)
-        logprobs = jax.lax.map(score, split)
-        return logprobs.reshape(size, *logprobs.shape[2:])
+        prompts = len(arrays["lengths_P"])
+        size = min(self.layout.prompts_per_pass, prompts)
+        passes = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays)
+        logprobs = jax.lax.map(score, passes)
+        return logprobs.reshape(prompts, *logprobs.shape[2:])
 
 
-# --- The rewards. Each takes `RewardInputs` and returns float32 [P, G].
+def total_reward(inputs: RewardInputs, budget: jax.Array) -> jax.Array:
+    """Return the configured reward with its additive terms, float32 [P, G].
+
+    The budget term is mixed in as (1 - w) · reward + w · term. The other terms are added with their weights.
+
+    Args:
+      inputs: prompts, responses and policies.
+      budget: int32 token budget of the reasoning in this step.
+    """
+    objective = inputs.objective
+    reward_PxG = REWARDS[objective.reward].function(inputs)
+    if objective.budget_weight:
+        term_PxG = budget_term(inputs.reasoning_lengths(), budget)
+        reward_PxG = (1.0 - objective.budget_weight) * reward_PxG + objective.budget_weight * term_PxG
+    if objective.format_weight:
+        reward_PxG = reward_PxG + objective.format_weight * format_term(inputs.status_PxG)
+    if objective.overlong_weight:
+        term_PxG = overlong_term(
+            inputs.response_lengths_PxG, inputs.layout.max_new_tokens, overlong_tokens=objective.overlong_tokens
+        )
+        reward_PxG = reward_PxG + objective.overlong_weight * term_PxG
+    return reward_PxG
+
+
+# --- Rewards. Each maps `RewardInputs` to float32 [P, G].
 
 
 @REWARDS.register("prefix")
-def prefix_reward(evidence: RewardInputs) -> jax.Array:
-    """1 where the prediction is a whole-token prefix of the true continuation (paper, Equation 3), else 0."""
-    return evidence.matched_PxG
+def prefix_reward(inputs: RewardInputs) -> jax.Array:
+    """1 if the prediction is a whole-token prefix of the true continuation, else 0 (paper, Equation 3)."""
+    return inputs.matched_PxG
 
 
 @REWARDS.register("first_token")
-def first_token_reward(evidence: RewardInputs) -> jax.Array:
-    """1 where y[0] = x_t, the prediction's first token is the true one, whatever follows it (paper, Appendix A)."""
-    return evidence.first_tokens()[1].astype(jnp.float32)
+def first_token_reward(inputs: RewardInputs) -> jax.Array:
+    """1 if y[0] = x_t: the first predicted token is the true one; the rest is ignored (paper, Appendix A)."""
+    return inputs.first_tokens()[1].astype(jnp.float32)
 
 
 @REWARDS.register("dense", prompt_passes=2)
-def dense_reward(evidence: RewardInputs) -> jax.Array:
-    """1 where y[0] = x_t, else P(y[0] | x_<t), the policy's probability of it without reasoning (paper, Appendix A).
+def dense_reward(inputs: RewardInputs) -> jax.Array:
+    """1 if y[0] = x_t, else P(y[0] | x_<t), the policy's probability of y[0] without reasoning (paper, Appendix A).
 
-    0 where there is no prediction. The paper does not say which policy scores; here it is the present one.
+    0 without a prediction. The paper does not say which policy scores; here it is the current one.
     """
-    first_PxG, right_PxG = evidence.first_tokens()
-    logprobs = evidence.without_reasoning(evidence.params, jnp.maximum(first_PxG, 0)[..., None])[..., 0]
+    first_PxG, right_PxG = inputs.first_tokens()
+    logprobs = inputs.direct_logprobs(inputs.params, jnp.maximum(first_PxG, 0)[..., None])[..., 0]
     return jnp.where(right_PxG, 1.0, jnp.where(first_PxG >= 0, jnp.exp(logprobs), 0.0))
 
 
 @REWARDS.register("conditional_dense", prompt_passes=2)
-def conditional_dense_reward(evidence: RewardInputs) -> jax.Array:
-    """The dense reward in groups with at least one right prediction, 0 in the others (paper, Appendix A)."""
-    return jnp.where(evidence.first_tokens()[1].any(axis=1, keepdims=True), dense_reward(evidence), 0.0)
+def conditional_dense_reward(inputs: RewardInputs) -> jax.Array:
+    """The dense reward in groups with at least one correct prediction, 0 in the others (paper, Appendix A)."""
+    return jnp.where(inputs.first_tokens()[1].any(axis=1, keepdims=True), dense_reward(inputs), 0.0)
 
 
 @REWARDS.register(
@@ -181,62 +256,52 @@ def conditional_dense_reward(evidence: RewardInputs) -> jax.Array:
     average=True,
     fields=("reference_tokens", "baseline_decay"),
 )
-def information_gain_reward(evidence: RewardInputs) -> jax.Array:
+def information_gain_reward(inputs: RewardInputs) -> jax.Array:
     """log p(x_t | x_<t, reasoning) - log p_average(x_t | x_<t), summed over the reference (RLP, 2510.01265).
 
-    The second is a moving average of the policy, which does not reason.
+    The baseline p_average is a moving average of the policy that predicts without reasoning.
     """
-    reference_Px1xK = evidence.reference_PxK[:, None]
-    baseline = evidence.without_reasoning(evidence.average, reference_Px1xK)
-    return jnp.sum(jnp.where(evidence.real_PxK[:, None], evidence.after_reasoning() - baseline, 0.0), axis=-1)
+    assert inputs.average is not None
+    baseline = inputs.direct_logprobs(inputs.average, inputs.reference_PxK[:, None])
+    gain = inputs.reference_logprobs() - baseline
+    return jnp.sum(jnp.where(inputs.reference_mask_PxK[:, None], gain, 0.0), axis=-1)
 
 
 @REWARDS.register("mean_prob", prompt_passes=2, response_passes=2, end_of_thinking=True, fields=("reference_tokens",))
-def mean_probability_reward(evidence: RewardInputs) -> jax.Array:
-    """Mean over the reference's tokens of p(x_k | x_<t, reasoning, x_<k) (RLPR, 2506.18254; VeriFree, 2505.21493)."""
-    real = evidence.real_PxK[:, None]
-    total = jnp.sum(jnp.where(real, jnp.exp(evidence.after_reasoning()), 0.0), axis=-1)
-    return total / jnp.maximum(real.sum(axis=-1), 1)
+def mean_probability_reward(inputs: RewardInputs) -> jax.Array:
+    """Mean over the reference tokens of p(x_k | x_<t, reasoning, x_<k) (RLPR, 2506.18254; VeriFree, 2505.21493)."""
+    mask = inputs.reference_mask_PxK[:, None]
+    total = jnp.sum(jnp.where(mask, jnp.exp(inputs.reference_logprobs()), 0.0), axis=-1)
+    return total / jnp.maximum(mask.sum(axis=-1), 1)
 
 
 @REWARDS.register("log_prob", prompt_passes=2, response_passes=2, end_of_thinking=True, fields=("reference_tokens",))
-def log_probability_reward(evidence: RewardInputs) -> jax.Array:
-    """log p(reference | x_<t, reasoning), which does not vanish as the reference grows (2602.03979)."""
-    return jnp.sum(jnp.where(evidence.real_PxK[:, None], evidence.after_reasoning(), 0.0), axis=-1)
+def log_probability_reward(inputs: RewardInputs) -> jax.Array:
+    """log p(reference | x_<t, reasoning), which does not vanish for long references (2602.03979)."""
+    return jnp.sum(jnp.where(inputs.reference_mask_PxK[:, None], inputs.reference_logprobs(), 0.0), axis=-1)
 
 
-# --- Added terms.
+# --- Additive terms.
 
 
 def format_term(status_PxG: jax.Array) -> jax.Array:
-    """1 for a finished response with a box after its reasoning, else 0."""
+    """Return 1 for a finished response with a box after its reasoning, else 0."""
     return 1.0 - jnp.isin(status_PxG, jnp.array([Status.NO_BOX, Status.NOT_FINISHED]))
 
 
-def overlong_term(lengths_PxG: jax.Array, limit: int, tokens: int) -> jax.Array:
-    """Soft overlong punishment: 0 up to `limit - tokens`, then linearly down to -1 at `limit` (DAPO, 2503.14476)."""
-    return -jnp.clip((lengths_PxG - (limit - tokens)) / tokens, 0.0, 1.0)
+def overlong_term(lengths_PxG: jax.Array, max_new_tokens: int, overlong_tokens: int) -> jax.Array:
+    """Return the soft overlong punishment (DAPO, 2503.14476).
+
+    It is 0 up to `max_new_tokens - overlong_tokens` and decreases linearly to -1 at `max_new_tokens`.
+    """
+    return -jnp.clip((lengths_PxG - (max_new_tokens - overlong_tokens)) / overlong_tokens, 0.0, 1.0)
 
 
 def budget_term(lengths_PxG: jax.Array, budget: jax.Array) -> jax.Array:
-    """A triangle over the length of the reasoning: 1 at the budget, 0 at nothing and at twice the budget (2509.24375)."""
+    """Return a triangle over the reasoning length: 1 at the budget, 0 at zero and at twice the budget (2509.24375)."""
     return jnp.maximum(0.0, 1.0 - jnp.abs(lengths_PxG - budget) / budget)
 
 
-def token_budget(step: int, total: int, start: int, decay: float, least: int) -> int:
-    """B_t = max(B_min, floor(B_0 · γ^(t / T))) (2509.24375)."""
-    return max(least, int(start * decay ** (step / total)))
-
-
-def total_reward(evidence: RewardInputs, budget: jax.Array) -> jax.Array:
-    """The reward of the config with its added terms: (1 - w) reward + w budget term + the weighted others."""
-    c, reward_PxG = evidence.config, REWARDS[evidence.config.reward].function(evidence)
-    if c.budget_weight:
-        within = budget_term(evidence.reasoning_lengths(), budget)
-        reward_PxG = (1.0 - c.budget_weight) * reward_PxG + c.budget_weight * within
-    if c.format_weight:
-        reward_PxG = reward_PxG + c.format_weight * format_term(evidence.status_PxG)
-    if c.overlong_weight:
-        overlong = overlong_term(evidence.response_lengths_PxG, c.response_limit, c.overlong_tokens)
-        reward_PxG = reward_PxG + c.overlong_weight * overlong
-    return reward_PxG
+def token_budget(step: int, total_steps: int, start: int, decay: float, minimum: int) -> int:
+    """Return B_t = max(B_min, floor(B_0 · γ^(t / T))) (2509.24375)."""
+    return max(minimum, int(start * decay ** (step / total_steps)))

@@ -1,12 +1,11 @@
-"""The loop that decodes: a fixed number of slots for any number of rollouts, in one program on the device.
+"""Continuous batching on the device: a fixed number of slots decodes any number of rollouts in one program.
 
-A rollout that ends frees its slot, and the next one of the queue begins there, without the host. When the queue is empty, the
-live rollouts are moved together into ever smaller batches.
+A rollout that ends frees its slot, and the next one in the queue starts there, without the host. When the queue is
+empty, the live rollouts are compacted into smaller and smaller batches.
 """
 
 from __future__ import annotations
 
-import enum
 from typing import NamedTuple
 
 import jax
@@ -16,117 +15,55 @@ from rpt_jax.model.attention.dispatch import KeyValues
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.transformer import Head, Params, Transformer, head
 from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
-from rpt_jax.rewards.prefix_match import BoxReader, read_box
-from rpt_jax.rollout.decode import decode_head, decode_token, lay_out
-from rpt_jax.rollout.kv_cache import Blocks, Shared, block_size, empty_ring, look_at
+from rpt_jax.rewards.boxed import BoxReader, read_box
+from rpt_jax.rollout.decode import decode_head, decode_token, prepare_decode_params
+from rpt_jax.rollout.kv_cache import BlockedCache, SharedCache, block_size, cached_attention, empty_ring
 from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.prefix_sharing import Prompts
+from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Ended, Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
+from rpt_jax.tokenizers.tokenizer import ByteVocab
 
-# Sizes that the live batch shrinks through, in 32nds of the first. Each is compiled for; the last ones matter where few long
-# responses outlast the others.
-_SHRINK, _SMALLEST = (24, 16, 12, 8, 6, 4, 2, 1), 8
-_NOWHERE = 2**30  # An index out of every range.
-
-
-class Ended(enum.IntEnum):
-    """Why a response ended."""
-
-    LENGTH = 0
-    STOP = 1
-    """With one of the stop tokens."""
-    BOX = 2
-    """With the brace that closes the box, after thinking has ended."""
+# Batch sizes that live rollouts are compacted to, in 32nds of the number of slots, and the smallest one. Each size is
+# compiled separately. The small ones matter when few long responses outlast the others.
+_SHRINK_32NDS = (24, 16, 12, 8, 6, 4, 2, 1)
+_SMALLEST_BATCH = 8
+_OUT_OF_RANGE = 2**30  # An index beyond every array.
 
 
-class Rollouts(NamedTuple):
-    """G sampled responses to each of P prompts.
+class DecodeState(NamedTuple):
+    """State of the decode loop: one rollout in each of M slots, and the results of all R = P·G rollouts.
 
     Attributes:
-      tokens_PxGxT: int32 ids; after `lengths` zeros.
-      lengths_PxG: int32 number of response tokens, the last one included.
-      logprobs_PxGxT: float32 log-probability of each token under what it was drawn from, zero after `lengths`.
-      ended_PxG: int32, one of `Ended`.
-    """
-
-    tokens_PxGxT: jax.Array
-    lengths_PxG: jax.Array
-    logprobs_PxGxT: jax.Array
-    ended_PxG: jax.Array
-
-    @property
-    def mask_PxGxT(self) -> jax.Array:
-        """True for response tokens, up to and including the last one."""
-        return jnp.arange(self.tokens_PxGxT.shape[-1]) < self.lengths_PxG[..., None]
-
-    @property
-    def stopped_PxG(self) -> jax.Array:
-        """False where the length limit ended the response."""
-        return self.ended_PxG != Ended.LENGTH
-
-
-class Work(NamedTuple):
-    """What decoding took on each replica: steps [replicas, sizes] in each of `live_sizes`, and slots over all of them."""
-
-    steps: jax.Array
-    slots: jax.Array
-
-
-class Decoding(NamedTuple):
-    """How rollouts are sampled; `slots` and `chunk` bound memory and do not change the result.
-
-    Attributes:
-      samples: G.
-      max_new_tokens: T, the length limit.
-      temperature: above 0.
-      stop_ids: tokens that end a response; none, and every response is T long.
-      top_k, top_p: what a token is drawn from, see `truncate`; 0 and 1: from everything.
-      end_think_id: with a vocabulary's bytes, says where a response ends at its box (see `Ended.BOX`).
-      slots: rollouts that are live at once, on all replicas together; 0: all.
-      chunk: tokens that are prefilled at one time.
-    """
-
-    samples: int
-    max_new_tokens: int
-    temperature: float
-    stop_ids: tuple[int, ...]
-    top_k: int = 0
-    top_p: float = 1.0
-    end_think_id: int = -1
-    slots: int = 0
-    chunk: int = 4096
-
-
-class _Live(NamedTuple):
-    """The rollouts that are being decoded, one in each of M slots, and what all R = P·G have come to.
-
-    Attributes:
-      step: decode steps so far.
-      next: how many of the queue have begun.
-      rollout_M: int32 index p·G + g; R where the slot is idle.
-      token_M: the last token, which has not been run yet; count_M: tokens so far, that one included.
-      box_M: how far the box has been read, or None.
-      own: keys of the rollouts' own tokens, and new, [L, M, K, 1, 1, C], those of the last one: written at the beginning of
-        the next step, before anything is read. Written after, XLA copies the whole cache every step.
-      rollouts: of R, flat.
+      step: int32 number of decode steps so far.
+      started: int32 number of rollouts of the queue that were started.
+      rollout_M: int32 index p·G + g of the rollout in each slot; R for an idle slot.
+      token_M: int32 last token, which has not been run yet.
+      count_M: int32 number of response tokens so far, that one included.
+      box_M: parser state of each response, or None.
+      own: ring buffer of keys and values of the rollouts' own tokens.
+      new: keys and values of the last token that was run, [L, M, K, 1, 1, C]. They are written to `own` at the start of
+        the next step, before it is read. Writing after reading would make XLA copy the whole cache in every step.
+      rollouts: results, with one axis R in place of [P, G].
     """
 
     step: jax.Array
-    next: jax.Array
+    started: jax.Array
     rollout_M: jax.Array
     token_M: jax.Array
     count_M: jax.Array
     box_M: BoxReader | None
-    own: Blocks
+    own: BlockedCache
     new: KeyValues
     rollouts: Rollouts
 
     @property
     def running_M(self) -> jax.Array:
+        """True for slots with a rollout."""
         return self.rollout_M < self.rollouts.lengths_PxG.shape[0]
 
-    def take(self, slots: jax.Array) -> _Live:
-        """Keep the rollouts of `slots` only."""
+    def take(self, slots: jax.Array) -> DecodeState:
+        """Keep only the given slots."""
         return self._replace(
             rollout_M=self.rollout_M[slots],
             token_M=self.token_M[slots],
@@ -137,191 +74,222 @@ class _Live(NamedTuple):
         )
 
 
-class _Batch(NamedTuple):
-    """What stays as it is while rollouts are decoded.
+class DecodeInputs(NamedTuple):
+    """What does not change during decoding.
 
     Attributes:
-      params: as `lay_out` returns them; vocab: the tokens' bytes and lengths, or None.
-      shared: what rollouts share, a part each; flat: whether each slot has its own row of each.
-      prompt_lengths_R, noise_RxT: of every rollout.
-      queue_R: those that need more than their first token, first; total: how many these are.
-      boxes_R: how far the box has been read after the first token.
+      params: from `prepare_decode_params`.
+      vocab: raw bytes of every token, or None.
+      shared: caches that rollouts share.
+      unshared: whether the shared caches have a separate row for each slot.
+      prompt_lengths_R: int32.
+      noise_RxT: float32 uniform numbers.
+      queue_R: int32 rollouts, those that need more than their first token first.
+      queue_size: int32 number of the latter.
+      boxes_R: parser state of each response after its first token, or None.
     """
 
     params: Params
-    vocab: tuple[jax.Array, jax.Array] | None
-    shared: tuple[Shared, ...]
-    flat: bool
+    vocab: ByteVocab | None
+    shared: tuple[SharedCache, ...]
+    unshared: bool
     prompt_lengths_R: jax.Array
     noise_RxT: jax.Array
     queue_R: jax.Array
-    total: jax.Array
+    queue_size: jax.Array
     boxes_R: BoxReader | None
 
 
-def decode_all(
+def decode_rollouts(
     policy: Transformer,
     params: Params,
     prompts: Prompts,
     key: jax.Array,
-    vocab: tuple[jax.Array, jax.Array] | None,
+    vocab: ByteVocab | None,
     decoding: Decoding,
-) -> tuple[Rollouts, Work]:
-    """Sample G responses to each of P prompts, on one replica."""
-    batch, live = begin(policy, params, prompts, key, vocab, decoding)
-    work, sizes = [], live_sizes(decoding.slots, live.rollouts.lengths_PxG.shape[0])
-    for size, smaller in zip(sizes, [*sizes[1:], 0], strict=True):
+) -> tuple[Rollouts, DecodeWork]:
+    """Sample G responses to each of P prompts on one replica; see `generate.sample_rollouts`."""
+    inputs, state = start_decoding(policy, params, prompts, key, vocab, decoding)
+    steps = []
+    sizes = live_sizes(decoding.slots, state.rollouts.lengths_PxG.shape[0])
+    for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
+        # Compact: a step costs less with fewer slots. While several live rollouts share each row of a cache, the rows
+        # stay; after that, each slot gets a separate row.
         if size < sizes[0]:
-            slots = jnp.argsort(~live.running_M, stable=True)[:size]
-            if batch.flat or size <= len(prompts.ids_P):
-                places = [slots if batch.flat else part.place_R[live.rollout_M[slots]] for part in batch.shared]
-                shared = tuple(part.spread(place_M) for part, place_M in zip(batch.shared, places, strict=True))
-                batch = batch._replace(shared=shared, flat=True)
-            live = live.take(slots)
-        before = live.step
-        live = decode_until(policy, decoding, batch, live, smaller)
-        work.append(live.step - before)
+            slots = jnp.argsort(~state.running_M, stable=True)[:size]
+            if inputs.unshared:
+                shared = tuple(cache.unshare(slots) for cache in inputs.shared)
+                inputs = inputs._replace(shared=shared)
+            elif size <= len(prompts.ids_P):
+                shared = tuple(cache.unshare(cache.index_R[state.rollout_M[slots]]) for cache in inputs.shared)
+                inputs = inputs._replace(shared=shared, unshared=True)
+            state = state.take(slots)
+        # Decode until the remaining rollouts fit in the next size.
+        before = state.step
+        state = decode_until(policy, decoding, inputs, state, next_size)
+        steps.append(state.step - before)
+
     dims = len(prompts.ids_P), decoding.samples
-    rollouts = jax.tree.map(lambda x: x.reshape(*dims, *x.shape[1:]), live.rollouts)
-    steps = jnp.stack(work)[None]
-    return rollouts, Work(steps, steps @ jnp.array(sizes))
+    rollouts = jax.tree.map(lambda x: x.reshape(*dims, *x.shape[1:]), state.rollouts)
+    steps_1xN = jnp.stack(steps)[None]
+    return rollouts, DecodeWork(steps=steps_1xN, slots=steps_1xN @ jnp.array(sizes))
 
 
 def live_sizes(slots: int, rollouts: int) -> list[int]:
-    """Sizes that the live batch of a replica shrinks through."""
+    """Return the batch sizes that the live rollouts of a replica are compacted to, the number of slots first."""
     size = min(slots or rollouts, rollouts)
-    return [size, *(size * part // 32 for part in _SHRINK if size * part // 32 >= _SMALLEST)]
+    return [size, *(size * n // 32 for n in _SHRINK_32NDS if size * n // 32 >= _SMALLEST_BATCH)]
 
 
 @jax.named_scope("decode_loop")
-def decode_until(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live, running: int) -> _Live:
-    """Decode until the queue is empty and no more than `running` rollouts are live."""
+def decode_until(
+    policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState, running: int
+) -> DecodeState:
+    """Decode until the queue is empty and at most `running` rollouts are live."""
 
-    def goes_on(live: _Live) -> jax.Array:
-        return (live.next < batch.total) | (live.running_M.sum() > running)
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.started < inputs.queue_size) | (state.running_M.sum() > running)
 
-    def step(live: _Live) -> _Live:
-        return _refill(*_decode(policy, decoding, batch, live), batch)
+    def step(state: DecodeState) -> DecodeState:
+        state, free_M = _decode_step(policy, decoding, inputs, state)
+        return _refill(state, free_M, inputs)
 
-    return jax.lax.while_loop(goes_on, step, live)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
-def begin(
+def start_decoding(
     policy: Transformer,
     params: Params,
     prompts: Prompts,
     key: jax.Array,
-    vocab: tuple[jax.Array, jax.Array] | None,
+    vocab: ByteVocab | None,
     decoding: Decoding,
-) -> tuple[_Batch, _Live]:
-    """Prefill, draw every rollout's first token, and fill the slots."""
-    shape, samples, limit = policy.config, decoding.samples, decoding.max_new_tokens
-    shared, hidden_PxD = prefill_prompts(policy, params, prompts, samples, decoding.chunk)
-    noise_RxT, count = uniform_noise(key, prompts.ids_P, samples, limit), len(prompts.ids_P) * samples
-    # All samples of a prompt draw their first token from the same distribution.
-    logits_PxV = _logits(head(policy, params), hidden_PxD, decoding)
+) -> tuple[DecodeInputs, DecodeState]:
+    """Prefill the prompts, sample the first token of every rollout, and fill the slots."""
+    config, samples, max_new_tokens = policy.config, decoding.samples, decoding.max_new_tokens
+    shared, hidden_PxD = prefill_prompts(policy, params, prompts, samples, decoding.prefill_tokens)
+    noise_RxT = uniform_noise(key, prompts.ids_P, samples, max_new_tokens)
+    count = len(prompts.ids_P) * samples
+
+    # The first tokens: all samples of a prompt are drawn from the same distribution.
+    logits_PxV = _sampling_logits(head(policy, params), hidden_PxD, decoding)
     uniform_PxG = noise_RxT[:, 0].reshape(-1, samples)
     token_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
     logprob_PxG = jax.vmap(chosen_logprobs, in_axes=(None, 1), out_axes=1)(logits_PxV, token_PxG)
     token_R = token_PxG.reshape(-1)
     boxes_R = None if vocab is None else BoxReader.start(count)
-    ended_R, boxes_R = _ends(token_R, boxes_R, vocab, decoding)
+    ended_R, boxes_R = _check_end(token_R, boxes_R, vocab, decoding)
     rollouts = Rollouts(
-        tokens_PxGxT=jnp.zeros((count, limit), jnp.int32).at[:, 0].set(token_R),
+        tokens_PxGxT=jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(token_R),
         lengths_PxG=jnp.ones(count, jnp.int32),
-        logprobs_PxGxT=jnp.zeros((count, limit), jnp.float32).at[:, 0].set(logprob_PxG.reshape(-1)),
+        logprobs_PxGxT=jnp.zeros((count, max_new_tokens), jnp.float32).at[:, 0].set(logprob_PxG.reshape(-1)),
         ended_PxG=ended_R,
     )
-    waits_R = (ended_R == Ended.LENGTH) & (limit > 1)
+
+    # Idle slots, which are then filled from the queue of unfinished rollouts.
+    unfinished_R = (ended_R == Ended.LENGTH) & (max_new_tokens > 1)
     slots = live_sizes(decoding.slots, count)[0]
     idle_M = jnp.full(slots, count, jnp.int32)
-    nothing = jnp.zeros((shape.layers, slots, shape.kv_heads, 1, 1, shape.head_size), policy.dtype)
-    new = KeyValues(nothing, nothing)
-    live = _Live(
+    zeros = jnp.zeros((config.layers, slots, config.kv_heads, 1, 1, config.head_size), policy.dtype)
+    new = KeyValues(zeros, zeros)
+    state = DecodeState(
         step=jnp.int32(0),
-        next=jnp.int32(0),
+        started=jnp.int32(0),
         rollout_M=idle_M,
         token_M=idle_M,
         count_M=idle_M,
         box_M=None if vocab is None else BoxReader.start(slots),
-        own=empty_ring(new, slots, max(limit - 1, 1), block_size(target_platform(), limit)),
+        # The last token of a response is never run, so its keys need no space.
+        own=empty_ring(new, slots, max(max_new_tokens - 1, 1), block_size(target_platform(), max_new_tokens)),
         new=new,
         rollouts=rollouts,
     )
-    batch = _Batch(
-        params=lay_out(policy, params),
+    inputs = DecodeInputs(
+        params=prepare_decode_params(policy, params),
         vocab=vocab,
         shared=shared,
-        flat=False,
+        unshared=False,
         prompt_lengths_R=jnp.repeat(prompts.lengths_P, samples),
         noise_RxT=noise_RxT,
-        queue_R=jnp.argsort(~waits_R, stable=True),
-        total=waits_R.sum(),
+        queue_R=jnp.argsort(~unfinished_R, stable=True),
+        queue_size=unfinished_R.sum(),
         boxes_R=boxes_R,
     )
-    return batch, _refill(live, jnp.ones(slots, bool), batch)
+    return inputs, _refill(state, jnp.ones(slots, bool), inputs)
 
 
-def _logits(head: Head, hidden_MxD: jax.Array, decoding: Decoding) -> jax.Array:
-    """What tokens are drawn from, float32 [M, V]."""
+def _decode_step(
+    policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState
+) -> tuple[DecodeState, jax.Array]:
+    """Run the last token of every live rollout and sample the next one; return also which slots are free afterwards."""
+    running_M, rollout_M, shared = state.running_M, state.rollout_M, inputs.shared
+
+    # Zero the lengths of idle slots, so that their stale cache blocks are not read.
+    cached_M = jnp.where(running_M, state.count_M - 1, 0)
+    if inputs.unshared:
+        shared = tuple(cache._replace(end_NxW=jnp.where(running_M[:, None], cache.end_NxW, 0)) for cache in shared)
+    slot_rollout_M = None if inputs.unshared else jnp.where(running_M, rollout_M, _OUT_OF_RANGE)
+
+    # Write the previous step's keys, then run this step's tokens.
+    own = state.own.write(state.new, state.step - 1)
+    attend = cached_attention(shared, slot_rollout_M, own, state.step, cached_M)
+    positions_M = inputs.prompt_lengths_R.at[rollout_M].get(mode="clip") + cached_M
+    hidden_MxD, new = decode_token(policy, inputs.params, state.token_M, positions_M, attend)
+
+    # Sample with the noise of this token, and find out which responses end with it.
+    logits_MxV = _sampling_logits(decode_head(policy, inputs.params), hidden_MxD, decoding)
+    token_M = sample_tokens(logits_MxV, inputs.noise_RxT.at[rollout_M, state.count_M].get(mode="clip"))
+    ended_M, box_M = _check_end(token_M, state.box_M, inputs.vocab, decoding)
+
+    # Store the results. Idle slots have an index out of range, whose update is dropped.
+    old, index, count_M = state.rollouts, state.count_M, state.count_M + 1
+    logprob_M = chosen_logprobs(logits_MxV, token_M)
+    rollouts = Rollouts(
+        tokens_PxGxT=old.tokens_PxGxT.at[rollout_M, index].set(token_M, mode="drop"),
+        lengths_PxG=old.lengths_PxG.at[rollout_M].set(count_M, mode="drop"),
+        logprobs_PxGxT=old.logprobs_PxGxT.at[rollout_M, index].set(logprob_M, mode="drop"),
+        ended_PxG=old.ended_PxG.at[rollout_M].set(ended_M, mode="drop"),
+    )
+    free_M = (ended_M != Ended.LENGTH) | (count_M >= decoding.max_new_tokens) | ~running_M
+    state = state._replace(
+        step=state.step + 1, token_M=token_M, count_M=count_M, box_M=box_M, own=own, new=new, rollouts=rollouts
+    )
+    return state, free_M
+
+
+def _refill(state: DecodeState, free_M: jax.Array, inputs: DecodeInputs) -> DecodeState:
+    """Start the next rollouts of the queue in the free slots. Without any left, the slots become idle."""
+    count = inputs.queue_R.size
+    place_M = state.started + jnp.cumsum(free_M) - 1  # Place in the queue that a free slot takes.
+    fresh_M = jnp.where(place_M < inputs.queue_size, inputs.queue_R.at[place_M].get(mode="clip"), count)
+    rollout_M = jnp.where(free_M, fresh_M, state.rollout_M).astype(jnp.int32)
+
+    def reset_free(initial_R: jax.Array, x_M: jax.Array) -> jax.Array:
+        return jnp.where(free_M, initial_R.at[rollout_M].get(mode="clip"), x_M)
+
+    return state._replace(
+        started=jnp.minimum(state.started + free_M.sum(), inputs.queue_size).astype(jnp.int32),
+        rollout_M=rollout_M,
+        token_M=reset_free(state.rollouts.tokens_PxGxT[:, 0], state.token_M),
+        count_M=jnp.where(free_M, 1, state.count_M),
+        box_M=jax.tree.map(reset_free, inputs.boxes_R, state.box_M),
+    )
+
+
+def _sampling_logits(head: Head, hidden_MxD: jax.Array, decoding: Decoding) -> jax.Array:
+    """Return the logits of the distribution that tokens are sampled from, float32 [M, V]."""
     logits_MxV = scaled_logits(head, hidden_MxD, decoding.temperature)
     return truncate(logits_MxV, decoding.top_k, decoding.top_p)
 
 
-def _ends(
-    token_M: jax.Array, box_M: BoxReader | None, vocab: tuple[jax.Array, jax.Array] | None, decoding: Decoding
+def _check_end(
+    token_M: jax.Array, box_M: BoxReader | None, vocab: ByteVocab | None, decoding: Decoding
 ) -> tuple[jax.Array, BoxReader | None]:
-    """Why each response ends with the token that was drawn, LENGTH where it does not, and how far its box has been read."""
+    """Return why each response ends with its new token, LENGTH if it does not, and the new parser states."""
     is_stop_M = jnp.isin(token_M, jnp.array(decoding.stop_ids, jnp.int32))
     ended_M = jnp.where(is_stop_M, Ended.STOP, Ended.LENGTH).astype(jnp.int32)
-    if box_M is None:
+    if box_M is None or vocab is None:
         return ended_M, None
-    box_M = read_box(box_M, token_M, *vocab, decoding.end_think_id)
-    return jnp.where(box_M.closed & ~is_stop_M, Ended.BOX, ended_M).astype(jnp.int32), box_M
-
-
-def _decode(policy: Transformer, decoding: Decoding, batch: _Batch, live: _Live) -> tuple[_Live, jax.Array]:
-    """Run the last token of every live rollout and draw its next one; return also which slots are free after it."""
-    running_M, at_M, shared = live.running_M, live.rollout_M, batch.shared
-    # Idle slots would make everyone read what they once looked at.
-    behind_M = jnp.where(running_M, live.count_M - 1, 0)
-    if batch.flat:
-        shared = tuple(part._replace(end_NxW=jnp.where(running_M[:, None], part.end_NxW, 0)) for part in shared)
-    own = live.own.write(live.new, live.step - 1)
-    rollout_M = None if batch.flat else jnp.where(running_M, at_M, _NOWHERE)
-    look = look_at(shared, rollout_M, own, live.step, behind_M)
-    positions_M = batch.prompt_lengths_R.at[at_M].get(mode="clip") + behind_M
-    hidden_MxD, new = decode_token(policy, batch.params, live.token_M, positions_M, look)
-    logits_MxV = _logits(decode_head(policy, batch.params), hidden_MxD, decoding)
-    token_M = sample_tokens(logits_MxV, batch.noise_RxT.at[at_M, live.count_M].get(mode="clip"))
-    ended_M, box_M = _ends(token_M, live.box_M, batch.vocab, decoding)
-
-    old, count_M = live.rollouts, live.count_M + 1
-    rollouts = Rollouts(
-        tokens_PxGxT=old.tokens_PxGxT.at[at_M, live.count_M].set(token_M, mode="drop"),
-        lengths_PxG=old.lengths_PxG.at[at_M].set(count_M, mode="drop"),
-        logprobs_PxGxT=old.logprobs_PxGxT.at[at_M, live.count_M].set(chosen_logprobs(logits_MxV, token_M), mode="drop"),
-        ended_PxG=old.ended_PxG.at[at_M].set(ended_M, mode="drop"),
-    )
-    free_M = (ended_M != Ended.LENGTH) | (count_M >= decoding.max_new_tokens) | ~running_M
-    step = live.step + 1
-    live = live._replace(step=step, token_M=token_M, count_M=count_M, box_M=box_M, own=own, new=new, rollouts=rollouts)
-    return live, free_M
-
-
-def _refill(live: _Live, free_M: jax.Array, batch: _Batch) -> _Live:
-    """Begin the next rollouts of the queue in the free slots; where there is none left, they are idle."""
-    turn_M, rollouts = live.next + jnp.cumsum(free_M) - 1, batch.queue_R.size
-    fresh_M = jnp.where(turn_M < batch.total, batch.queue_R.at[turn_M].get(mode="clip"), rollouts)
-    rollout_M = jnp.where(free_M, fresh_M, live.rollout_M).astype(jnp.int32)
-
-    def of_fresh(first_R: jax.Array, x_M: jax.Array) -> jax.Array:
-        return jnp.where(free_M, first_R.at[rollout_M].get(mode="clip"), x_M)
-
-    return live._replace(
-        next=jnp.minimum(live.next + free_M.sum(), batch.total).astype(jnp.int32),
-        rollout_M=rollout_M,
-        token_M=of_fresh(live.rollouts.tokens_PxGxT[:, 0], live.token_M),
-        count_M=jnp.where(free_M, 1, live.count_M),
-        box_M=jax.tree.map(of_fresh, batch.boxes_R, live.box_M),
-    )
+    bytes_VxX, lengths_V = vocab
+    box_M = read_box(box_M, token_M, jnp.asarray(bytes_VxX), jnp.asarray(lengths_V), decoding.end_think_id)
+    return jnp.where(box_M.closed_M & ~is_stop_M, Ended.BOX, ended_M).astype(jnp.int32), box_M

@@ -1,10 +1,8 @@
-"""Rollouts: sample responses to prompts, on every data-parallel replica its own share.
-
-What prompts have in common is prefilled once (prefill.py), then all samples are decoded in one program (engine.py).
-"""
+"""Sampling of responses, on every data-parallel replica its own part of the prompts."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -16,10 +14,10 @@ from jax.sharding import PartitionSpec
 from rpt_jax.distributed.mesh import DECODING, in_one_replica, prompt_axes
 from rpt_jax.distributed.sharding import constrain_batch
 from rpt_jax.model.transformer import Params, Transformer
-from rpt_jax.rollout.engine import Decoding, Ended, Rollouts, Work, decode_all
+from rpt_jax.rollout.engine import decode_rollouts
 from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
-
-__all__ = ["Decoding", "Ended", "Prompts", "Rollouts", "Work", "generate", "sample_rollouts"]
+from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Rollouts
+from rpt_jax.tokenizers.tokenizer import ByteVocab
 
 
 def generate(
@@ -31,21 +29,24 @@ def generate(
     key: jax.Array,
     **decoding: Any,
 ) -> Rollouts:
-    """Sample responses to prompts of token ids, [P, G]: `sample_rollouts`, which finds out what they have in common.
+    """Sample responses to prompts of token ids, [P, G]. Prompts with a common prefix share its prefill.
 
-    What that is decides on the shapes that are compiled for. To compile once whatever comes, call `sample_rollouts` itself.
+    The shapes to compile for depend on the prefixes that are found. Call `sample_rollouts` directly to control this.
 
     Args:
-      policy, params: the decoder and its parameters.
-      prompts_PxS: int32 ids, padded on the right with anything.
+      policy: the decoder.
+      params: its parameters.
+      prompts_PxS: int32 ids, padded on the right with any ids.
       lengths_P: int32 prompt lengths, at least 1.
-      prompt_ids_P: int32, tells prompts apart for the noise.
-      key: fold_in(run's key, step).
-      decoding: the fields of `Decoding`.
+      prompt_ids_P: int32 prompt ids, which determine the sampling noise.
+      key: the step's random key, fold_in(run's key, step).
+      decoding: fields of `Decoding`.
     """
-    host = (np.asarray(x) for x in (prompts_PxS, lengths_P, prompt_ids_P))
-    prompts = share_prefixes(*host, parts=replica_count())
-    return sample_rollouts(policy, params, prompts, key, Decoding(**decoding))[0]
+    prompts = share_prefixes(
+        np.asarray(prompts_PxS), np.asarray(lengths_P), np.asarray(prompt_ids_P), parts=replica_count()
+    )
+    rollouts, _ = sample_rollouts(policy, params, prompts, key, Decoding(**decoding))
+    return rollouts
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "decoding"))
@@ -55,34 +56,41 @@ def sample_rollouts(
     prompts: Prompts,
     key: jax.Array,
     decoding: Decoding,
-    vocab: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[Rollouts, Work]:
+    vocab: ByteVocab | None = None,
+) -> tuple[Rollouts, DecodeWork]:
     """Sample G responses to each of the P prompts.
 
-    The noise of a token is a function of (key, prompt id, sample, position in the response): the same rollouts come out for
-    any order of the prompts, any batch they are part of, any number of slots and devices, and whatever is prefilled together.
+    The noise of a token is a function of (key, prompt id, sample, position in the response). The rollouts are the same
+    in any batch, for any order of the prompts, any number of slots and devices, and any sharing of prefixes.
 
-    On a mesh, the devices that share a policy while it samples (mesh.rollout_tensor) are a replica: it has its own part of the
-    prompts, of their roots and of the slots, and its loop ends with its own last rollout.
+    On a mesh, the devices that share a policy during sampling (mesh.rollout_tensor) form a replica. Each replica has
+    its own part of the prompts, the roots and the slots, and its decode loop ends with its own last rollout.
 
     Args:
-      vocab: bytes [V, X] and lengths [V] of the tokens, where responses are to end at their box; else None.
+      policy: the decoder.
+      params: its parameters.
+      prompts: prompts and their shared prefixes, with `replica_count()` parts.
+      key: the step's random key.
+      decoding: sampling parameters.
+      vocab: raw bytes of every token, to end responses at their box; None to continue them.
 
-    Returns: the rollouts, and what decoding them took.
+    Returns: the rollouts, and the work that decoding took.
     """
     axes = prompt_axes(DECODING)
-    decoding = decoding._replace(slots=-(-decoding.slots // replica_count()))
+    replica_decoding = dataclasses.replace(decoding, slots=-(-decoding.slots // replica_count()))
 
-    def of_one_replica(params: Params, prompts: Prompts, *others: Any) -> tuple[Rollouts, Work]:
+    def on_replica(
+        params: Params, prompts: Prompts, key: jax.Array, vocab: ByteVocab | None
+    ) -> tuple[Rollouts, DecodeWork]:
         with in_one_replica():
-            return decode_all(policy, params, prompts, *others, decoding)
+            return decode_rollouts(policy, params, prompts, key, vocab, replica_decoding)
 
     if not axes:
-        return of_one_replica(params, prompts, key, vocab)
-    everywhere, split = PartitionSpec(), PartitionSpec(axes)
+        return on_replica(params, prompts, key, vocab)
+    replicated, split = PartitionSpec(), PartitionSpec(axes)
     rollouts, work = jax.shard_map(
-        of_one_replica,
-        in_specs=(everywhere, split, everywhere, everywhere),
+        on_replica,
+        in_specs=(replicated, split, replicated, replicated),
         out_specs=split,
         axis_names=set(axes),
         check_vma=False,
@@ -91,5 +99,5 @@ def sample_rollouts(
 
 
 def replica_count() -> int:
-    """Replicas of the mesh in context."""
+    """Return the number of replicas of the mesh in context."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in prompt_axes(DECODING))

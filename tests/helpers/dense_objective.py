@@ -1,4 +1,4 @@
-"""The objective once more: every full sequence on its own, nothing shared, packed, chunked or skipped, and one division."""
+"""Dense reference implementation of the objective: full sequences without sharing, packing, chunks or skipped groups."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Scores = Callable[[Params], tuple[jax.Array, jax.Array]]
 
 
 def make_batch() -> UpdateBatch:
-    """Every group counts, two have no variance, and all that is not real is poison.
+    """Return a batch in which every group counts, two groups have no variance, and padding would change the results.
 
-    Prompts 1, 3, 4, 6 and 7 are of one document: 3 and 6 begin like 1, for two and for four tokens, 4 is the end of something
-    longer, and of 7 there is nothing that could be shared.
+    Prompts 1, 3, 4, 6 and 7 are from one document: 3 and 6 share two and four tokens with 1, 4 starts in the middle of
+    the document, and 7 is too short to share anything.
     """
     rng = np.random.default_rng(0)
     advantages = rng.standard_normal((P, G)).astype(np.float32)
@@ -44,19 +44,19 @@ def make_batch() -> UpdateBatch:
 
 
 def make_scores(batch: UpdateBatch) -> Scores:
-    """Return a function of the parameters: log-probabilities and entropies [P · G, T]."""
+    """Return a function of the parameters that returns log-probabilities and entropies, [P · G, T] each."""
     sequences = np.zeros((P * G, 1, S + T), np.int32)
     for row, (p, g) in enumerate(np.ndindex(P, G)):
         sequence = [*batch.prompts_PxS[p, : batch.lengths_P[p]], *batch.tokens_PxGxT[p, g]]
         sequences[row, 0, : len(sequence)] = sequence
-    places = np.repeat(batch.lengths_P, G)[:, None] + np.arange(T) - 1
+    index = np.repeat(batch.lengths_P, G)[:, None] + np.arange(T) - 1
     tokens = batch.tokens_PxGxT.reshape(-1, T)
 
     def score(params):
         positions = jnp.broadcast_to(jnp.arange(S + T, dtype=jnp.int32), sequences.shape)
         hidden, _ = SHALLOW.apply({"params": params}, sequences, positions)
         logits = jnp.einsum("bsd,vd->bsv", hidden[:, 0], head(SHALLOW, params).matrix_VxD) / TEMPERATURE
-        predicting = jnp.take_along_axis(logits, places[..., None], axis=1)
+        predicting = jnp.take_along_axis(logits, index[..., None], axis=1)
         logprobs = jax.nn.log_softmax(predicting)
         entropies = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
         return jnp.take_along_axis(logprobs, tokens[..., None], axis=2)[..., 0], entropies
@@ -65,14 +65,23 @@ def make_scores(batch: UpdateBatch) -> Scores:
 
 
 class Dense(NamedTuple):
+    """Results of the reference implementation.
+
+    Attributes:
+      logprobs_PxGxT: of the current policy.
+      loss: the clipped loss.
+      gradient: of the clipped loss.
+      reinforce: gradient of the REINFORCE loss.
+    """
+
     logprobs_PxGxT: jax.Array
-    loss: jax.Array  # The clipped one,
-    gradient: Params  # and its gradient.
-    reinforce: Params  # The gradient of A · log-probability.
+    loss: jax.Array
+    gradient: Params
+    reinforce: Params
 
 
 def make_dense(params: Params, batch: UpdateBatch, scores: Scores) -> Callable[[np.ndarray, np.ndarray], Dense]:
-    """Return a function of (old_logprobs, counted_P): the default's equations, where the token mean is one division."""
+    """Return a function of (old_logprobs, counted_P) that evaluates the default objective, a mean over tokens."""
     mask, advantages = batch.mask_PxGxT.reshape(-1, T), jnp.asarray(batch.advantages_PxG).reshape(-1, 1)
 
     def clipped(params, old, counted):
@@ -88,7 +97,9 @@ def make_dense(params: Params, batch: UpdateBatch, scores: Scores) -> Callable[[
     def everything(old, counted_P):
         counted = mask & jnp.repeat(counted_P, G)[:, None]
         (loss, current), gradient = jax.value_and_grad(clipped, has_aux=True)(params, old, counted)
-        return Dense(current, loss, gradient, jax.grad(reinforce)(params, counted))
+        return Dense(
+            logprobs_PxGxT=current, loss=loss, gradient=gradient, reinforce=jax.grad(reinforce)(params, counted)
+        )
 
     return everything
 
@@ -97,21 +108,21 @@ BAND, LIMIT = (0.7, 1.4), 9
 
 
 def objective(scores, params, batch, old, theirs, counted, options):
-    """The loss of one batch, written down once more: one sum over all counted tokens and one division."""
+    """Return the loss of one batch with the given options: one sum over all counted tokens and one division."""
     current, entropies = (x.reshape(P, G, T) for x in scores(params))
     mask, advantages = batch.mask_PxGxT & counted[:, None, None], batch.advantages_PxG[..., None]
     ratio, x = jnp.exp(current - old), jnp.where(mask, current, 0.0)
     if options["loss"] == "gspo":
-        share = jnp.where(mask, current - old, 0.0)
-        ratio = jnp.exp(share.sum(-1, keepdims=True) / batch.mask_PxGxT.sum(-1, keepdims=True)) * jnp.ones(T)
-        # As in its paper every sequence counts once: its tokens share one gradient.
-        ratio = jax.lax.stop_gradient(ratio) * jnp.exp(share - jax.lax.stop_gradient(share))
-    bounded = jnp.clip(ratio, 1 - LOW, 1 + HIGH)
-    terms = -jnp.minimum(ratio * advantages, bounded * advantages)
+        log_ratio = jnp.where(mask, current - old, 0.0)
+        ratio = jnp.exp(log_ratio.sum(-1, keepdims=True) / batch.mask_PxGxT.sum(-1, keepdims=True)) * jnp.ones(T)
+        # As in the paper, every sequence counts once: its tokens share one gradient.
+        ratio = jax.lax.stop_gradient(ratio) * jnp.exp(log_ratio - jax.lax.stop_gradient(log_ratio))
+    clipped = jnp.clip(ratio, 1 - LOW, 1 + HIGH)
+    terms = -jnp.minimum(ratio * advantages, clipped * advantages)
     if options["loss"] == "dual_clip":
         terms = jnp.where(advantages < 0, jnp.minimum(terms, -3.0 * advantages), terms)
     if options["loss"] in ("cispo", "reinforce"):
-        terms = -advantages * x * (jax.lax.stop_gradient(bounded) if options["loss"] == "cispo" else 1.0)
+        terms = -advantages * x * (jax.lax.stop_gradient(clipped) if options["loss"] == "cispo" else 1.0)
     kept, importance = mask, jnp.exp(jnp.where(mask, old - batch.sampler_logprobs_PxGxT, 0.0))
     if options.get("importance") == "truncate":
         terms = terms * jnp.minimum(importance, BAND[1])

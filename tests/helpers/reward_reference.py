@@ -1,6 +1,7 @@
-"""The prefix-matching reward once more, in plain Python on `bytes`: what the kernel is held against.
+"""Reference implementation of the prefix-matching reward in plain Python on `bytes`.
 
-Written from the reading rule, with searches over the finished response instead of a parser that sees a byte at a time.
+It follows the rule in `rewards.boxed` with searches over the finished response instead of a parser that reads byte by
+byte.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from collections.abc import Sequence
 
 from rpt_jax.rewards.prefix_match import Status
 
-# A brace that counts: behind no backslash, or behind pairs of them.
+# A brace that is not escaped: preceded by an even number of backslashes.
 _COUNTING_BRACE = re.compile(rb"(?<!\\)(?:\\\\)*([{}])")
 
 
 def read_prediction(response: bytes, special_marker: int | None = None) -> bytes | None:
-    """Return the bytes of the prediction, or None where there is none.
+    """Return the bytes of the prediction, or None if there is none.
 
     Args:
-        response: every byte of the response.
-        special_marker: how many bytes of it precede the last end-of-thinking special token; None where it has none.
+        response: all bytes of the response.
+        special_marker: number of bytes before the last end-of-thinking special token; None if there is none.
     """
     byte_marker = response.rfind(b"</think>")
     ends = [byte_marker + len(b"</think>")] if byte_marker >= 0 else []
@@ -43,7 +44,7 @@ def read_prediction(response: bytes, special_marker: int | None = None) -> bytes
     return prediction if closing else None
 
 
-def judge(prediction: bytes | None, continuation: Sequence[bytes], stopped: bool) -> Status:
+def status_of(prediction: bytes | None, continuation: Sequence[bytes], stopped: bool) -> Status:
     """Return the status of `prediction`, given the true continuation as the bytes of its tokens."""
     if not stopped:
         return Status.NOT_FINISHED
@@ -57,26 +58,24 @@ def judge(prediction: bytes | None, continuation: Sequence[bytes], stopped: bool
 
 
 def _pieces(
-    tokens: Sequence[int], length: int, vocab: Sequence[bytes], end_of_thinking_id: int
+    tokens: Sequence[int], length: int, vocab: Sequence[bytes], end_think_id: int
 ) -> tuple[list[bytes], int | None]:
-    """Return the bytes of each token, and how many bytes precede the last end-of-thinking special token."""
+    """Return the bytes of each token, and the number of bytes before the last end-of-thinking special token."""
     pieces = [vocab[token] if 0 <= token < len(vocab) else b"" for token in tokens[:length]]
-    markers = [i for i, token in enumerate(tokens[:length]) if token == end_of_thinking_id >= 0]
+    markers = [i for i, token in enumerate(tokens[:length]) if token == end_think_id >= 0]
     return pieces, sum(map(len, pieces[: markers[-1]])) if markers else None
 
 
-def first_token(
-    tokens: Sequence[int], length: int, stopped: bool, vocab: Sequence[bytes], end_of_thinking_id: int
-) -> int:
-    """Return the response's token that the prediction begins with, -1 where there is none or it ends outside the box."""
-    pieces, special_marker = _pieces(tokens, length, vocab, end_of_thinking_id)
+def first_token(tokens: Sequence[int], length: int, stopped: bool, vocab: Sequence[bytes], end_think_id: int) -> int:
+    """Return the token that the prediction starts with, or -1 if there is none or it ends outside the box."""
+    pieces, special_marker = _pieces(tokens, length, vocab, end_think_id)
     response = b"".join(pieces)
     prediction = read_prediction(response, special_marker)
     if not stopped or not prediction:
         return -1
     begin = response.rfind(b"\\boxed{") + len(b"\\boxed{")
     ends = list(itertools.accumulate(map(len, pieces)))
-    # The token after the one that the opening brace is the last byte of.
+    # The token after the one whose last byte is the opening brace.
     after = [i + 1 for i, (end, piece) in enumerate(zip(ends, pieces, strict=True)) if piece and end == begin]
     if not after or after[0] == len(pieces) or not 0 < len(pieces[after[0]]) <= len(prediction):
         return -1
@@ -89,9 +88,9 @@ def reward(
     stopped: bool,
     continuation: Sequence[bytes],
     vocab: Sequence[bytes],
-    end_of_thinking_id: int,
+    end_think_id: int,
 ) -> tuple[float, Status]:
-    """Return the reward and the status of one rollout; `vocab` has the bytes of each token, `b""` for special ones."""
-    pieces, special_marker = _pieces(tokens, length, vocab, end_of_thinking_id)
-    status = judge(read_prediction(b"".join(pieces), special_marker), continuation, stopped)
+    """Return the reward and the status of one rollout; `vocab` has the bytes of each token, `b""` for special tokens."""
+    pieces, special_marker = _pieces(tokens, length, vocab, end_think_id)
+    status = status_of(read_prediction(b"".join(pieces), special_marker), continuation, stopped)
     return float(status == Status.CORRECT), status

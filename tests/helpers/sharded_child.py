@@ -5,6 +5,7 @@ This is a separate process because the number of devices is fixed when JAX start
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import OptimizerConfig
+from rpt_jax.config import ObjectiveConfig, OptimizerConfig
 from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, make_reshard_fn, shard_prompts
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.objective.advantage import group_advantages
-from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
-from rpt_jax.objective.loss import ClipRange
+from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.rewards.prefix_match import prefix_match_reward
-from rpt_jax.rollout.generate import Rollouts, generate
+from rpt_jax.rollout.generate import generate
+from rpt_jax.rollout.rollouts import Rollouts
 from tests.helpers.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
@@ -37,7 +38,9 @@ FEWER = (
 )  # Meshes of two and of four devices: only the first rollouts are compared.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
-CONFIG = UpdateConfig(minibatches=1, rows=1, row_tokens=16, chunk=64, temperature=0.8, bounds=ClipRange(0.2, 0.2))
+LIMITS = UpdateLimits(
+    minibatches=1, rows=1, microbatch_tokens=16, logit_chunk_tokens=64, temperature=0.8, max_new_tokens=T
+)
 # A large epsilon, because dividing tiny gradients by their own size would amplify rounding errors.
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, max_grad_norm=1e9), total_steps=2)
 # Each token spells a complete answer, so that random tokens are sometimes right; the true continuation is "a", "a".
@@ -76,7 +79,7 @@ def step(
     rollouts = roll(layout(state.params), sharded, seed)
     ended = rollouts.lengths_PxG, rollouts.stopped_PxG
     reward, status = prefix_match_reward(
-        rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_of_thinking_id=-1
+        rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_think_id=-1
     )
     counted = jnp.ones_like(lengths, bool)
     batch = UpdateBatch(
@@ -89,7 +92,8 @@ def step(
         advantages_PxG=group_advantages("grpo", reward, rollouts.lengths_PxG, counted, 1e-6),
         counted_P=counted,
     )
-    state, metrics = update_policy(SHALLOW, OPTIMIZER, CONFIG._replace(rows=rows), state, batch)
+    limits = dataclasses.replace(LIMITS, rows=rows)
+    state, metrics = update_policy(SHALLOW, OPTIMIZER, ObjectiveConfig(), limits, state, batch)
     # These depend on how groups are packed, which depends on the mesh.
     metrics = {name: value for name, value in metrics.items() if name not in ("update/filled", "update/trunk_tokens")}
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}

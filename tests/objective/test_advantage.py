@@ -1,4 +1,4 @@
-"""Advantages, each against its equation in NumPy."""
+"""Advantages against their equations in NumPy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EPSILON = 0.01
 
 
 def expected(name: str) -> np.ndarray:
-    """Return every advantage by its own sum."""
+    """Return every advantage, computed one by one."""
     centered = [[r - np.mean(group) for r in group] for group in REWARDS]
     spread = np.std([a for group, counted in zip(centered, COUNTED, strict=True) if counted for a in group], ddof=1)
     equations = {
@@ -36,15 +36,17 @@ def ours(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_advantages(name):
+def test_advantage_equals_its_equation(name):
     np.testing.assert_allclose(ours(name), expected(name), rtol=1e-5, atol=1e-6)
     others = [expected(other) for other in ADVANTAGES if other != name]
-    assert all(np.abs(expected(name) - other).max() > 0.05 for other in others), "the example tells two names not apart"
+    assert all(np.abs(expected(name) - other).max() > 0.05 for other in others), (
+        "two advantages are equal in this example"
+    )
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
-def test_equal_rewards_give_exactly_zero(name):
-    """Not nearly: a mean of equal numbers rounds, and what is left may be divided by epsilon."""
+def test_advantages_of_equal_rewards_are_exactly_zero(name):
+    """The mean of equal numbers is subject to rounding, and the remainder may be divided by epsilon."""
     for samples in (2, 3, 7, 8):
         rewards = jnp.array([[0.0], [1.0], [0.1], [1.1]]) * jnp.ones(samples)
         lengths = jnp.arange(1, 4 * samples + 1).reshape(4, samples)
@@ -52,12 +54,12 @@ def test_equal_rewards_give_exactly_zero(name):
         np.testing.assert_array_equal(group_advantages(name, rewards, lengths, jnp.ones(4, bool), 1e-6), 0.0)
 
 
-def test_by_hand():
+def test_advantages_of_one_group_by_hand():
     np.testing.assert_allclose(ours("dr_grpo")[0], [0.75, -0.25, -0.25, -0.25])
     np.testing.assert_allclose(ours("rloo")[0], [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
     np.testing.assert_allclose(ours("opo")[0], np.array([13, -3, -3, -3]) / 16, rtol=1e-6)
 
 
-def test_has_variance():
+def test_groups_with_different_rewards_have_variance():
     rewards = jnp.array([[0.0, 0, 0], [1, 1, 1], [0, 0, 1], [1, 0, 1]])
     assert has_variance(rewards).tolist() == [False, False, True, True]

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: in chunks, at a temperature, with a float32 head, without ids that stand for nothing."""
+"""Log-probabilities of given tokens: in chunks, at a temperature, with a float32 head, and with absent ids."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def logprob_inputs(tokens: int, vocab: int = 11, width: int = 4):
 
 @given(st.integers(1, 7), st.integers(1, 9), st.sampled_from([0.5, 0.8, 1.0, 2.0]))
 @settings(deadline=None, max_examples=12)
-def test_token_logprobs_for_any_chunk(tokens, chunk, temperature):
+def test_token_logprobs_equal_numpy_for_any_chunk(tokens, chunk, temperature):
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(tokens)
     ours = token_logprobs(Head(head_VxD), hidden_MxD, tokens_M, temperature, chunk)
     logits = hidden_MxD.astype(np.float64) @ head_VxD.T.astype(np.float64) / temperature
     np.testing.assert_allclose(ours, reference.log_softmax(logits)[np.arange(tokens), tokens_M], atol=1e-5)
 
 
-def test_the_head_is_float32_whatever_the_trunk():
-    """With logits of a bfloat16 head "on-policy" would be off by about 1e-2."""
+def test_logits_are_float32_for_a_bfloat16_trunk():
+    """Logits in bfloat16 would have errors of about 1e-2."""
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(5, width=64)
     rounded = jnp.asarray(hidden_MxD, jnp.bfloat16)
     logits = scaled_logits(Head(head_VxD), rounded, 0.8)
@@ -51,10 +51,10 @@ def test_the_head_is_float32_whatever_the_trunk():
 
 
 def test_absent_ids_have_no_probability():
-    """Not a little: none, for the others as if they did not exist; and padding of an absent id does no harm under a mask."""
+    """The other ids are normalized without them, and masked padding with an absent id leaves gradients finite."""
     head_VxD, hidden_MxD, _ = logprob_inputs(6)
     absent_V = np.isin(np.arange(11), [0, 4, 9, 10])
-    head_VxD[absent_V] *= 100  # The likeliest by far, if they could be.
+    head_VxD[absent_V] *= 100  # They would be the most likely by far.
     tokens_M, mask_M = np.array([1, 2, 3, 8, 0, 10], np.int32), np.array([1, 1, 1, 1, 0, 0], np.float32)
 
     def loss(head_VxD, hidden_MxD):
@@ -63,15 +63,15 @@ def test_absent_ids_have_no_probability():
 
     grads, ours = jax.grad(loss, argnums=(0, 1), has_aux=True)(head_VxD, hidden_MxD)
     logits = hidden_MxD.astype(np.float64) @ head_VxD[~absent_V].T.astype(np.float64) / 0.8
-    places = np.cumsum(~absent_V)[tokens_M] - 1
-    np.testing.assert_allclose(ours[:4], reference.log_softmax(logits)[np.arange(4), places[:4]], atol=1e-5)
+    index_M = np.cumsum(~absent_V)[tokens_M] - 1
+    np.testing.assert_allclose(ours[:4], reference.log_softmax(logits)[np.arange(4), index_M[:4]], atol=1e-5)
     assert (jnp.exp(ours[4:]) == 0).all() and all(jnp.isfinite(grad).all() for grad in grads)
     assert (grads[0][absent_V] == 0).all() and (grads[0][~absent_V] != 0).all()
     assert (jax.nn.softmax(scaled_logits(Head(head_VxD, absent_V), hidden_MxD, 0.8))[:, absent_V] == 0).all()
 
 
-def test_over_token_chunks_glues_any_tree_together():
-    """Sizes that are no multiple of the chunk, outputs of several ranks and dtypes, and gradients through both."""
+def test_over_token_chunks_concatenates_trees_of_outputs():
+    """Outputs may have any rank and dtype, sizes need not be a multiple of the chunk, and gradients pass through."""
     x, n = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32), np.arange(7, dtype=np.int32)
 
     def fn(x, n):
@@ -97,7 +97,7 @@ def largest_logits(jaxpr: jax.extend.core.Jaxpr, vocab: int) -> int:
 
 
 def test_logits_exist_for_one_chunk_at_a_time():
-    """Forward and backward: 64 tokens in chunks of 8, by the shapes of everything that the program computes."""
+    """For 64 tokens in chunks of 8, no array of the forward or backward pass holds logits of more than 8 tokens."""
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(64, vocab=97)
 
     def loss(head, hidden, chunk):
@@ -110,8 +110,8 @@ def test_logits_exist_for_one_chunk_at_a_time():
 
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.data())
 @settings(deadline=None, max_examples=10)
-def test_over_row_chunks_of_any_size(rows, size, chunk, data):
-    """What is filled is what `fn` says, forward and backward; chunks without anything in them are zeros."""
+def test_over_row_chunks_equals_the_function_on_filled_tokens(rows, size, chunk, data):
+    """This holds for outputs and gradients. Outputs of skipped chunks are zeros."""
     filled = np.array(data.draw(st.lists(st.integers(0, size), min_size=rows, max_size=rows)))
     x = np.random.default_rng(size).standard_normal((rows, size, 2)).astype(np.float32)
     counts = np.arange(size) < filled[:, None]
@@ -127,8 +127,7 @@ def test_over_row_chunks_of_any_size(rows, size, chunk, data):
     assert (np.asarray(ours)[:, -(-filled.max() // width) * width :] == 0).all()
 
 
-def test_entropies():
-    """Against the definition, in chunks, with a token that cannot be drawn."""
+def test_entropies_equal_their_definition():
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(7)
     score = functools.partial(scores, Head(head_VxD), temperature=0.8, entropies=True)
     logprobs, entropies = over_token_chunks(score, 3, hidden_MxD, tokens_M)

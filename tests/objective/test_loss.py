@@ -1,4 +1,4 @@
-"""Losses, KL terms, importance weights and aggregations: each against its equation in NumPy, and its gradient by hand."""
+"""Losses, KL terms, importance weights and aggregations against their equations in NumPy and gradients derived by hand."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rpt_jax.objective import loss
 from rpt_jax.objective.loss import ClipRange
 from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
 
-BOUNDS = ClipRange(low=0.2, high=0.3, dual=1.5)
+CLIP_RANGE = ClipRange(low=0.2, high=0.3, dual=1.5)
 MASK = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]], bool)
 ADVANTAGES = np.array([[1.5], [-0.7], [0.4]])
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
-    """Ratios on both sides of all bounds; sequences whose mean ratio is above, below and within the bounds."""
+    """Return log-probabilities whose ratios, per token and as the mean of a sequence, are below, within and above the bounds."""
     ratio = np.array(
         [[0.5, 0.79, 1.6, 1.7, 1.29, 1.31, 3.0], [0.5, 0.7, 9.0, 0.9, 0.3, 2.0, 9.0], [0.9, 1.1, 1.2] + [1] * 4]
     )
@@ -26,57 +26,57 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def clip(x: float) -> float:
-    return min(max(x, 1 - BOUNDS.low), 1 + BOUNDS.high)
+    return min(max(x, 1 - CLIP_RANGE.low), 1 + CLIP_RANGE.high)
 
 
 def token(name: str, logprob: float, old: float, advantage: float, sequence: float) -> tuple[float, float, bool]:
-    """The loss of one token, its derivative by the token's log-probability, and whether a bound was met."""
+    """Return the loss of one token, its derivative by the token's log-probability, and whether it was clipped."""
     ratio = sequence if name == "gspo" else np.exp(logprob - old)
     if name == "reinforce":
         return -advantage * logprob, -advantage, False
     if name == "cispo":
         return -clip(ratio) * advantage * logprob, -clip(ratio) * advantage, clip(ratio) != ratio
-    free, bounded = ratio * advantage, clip(ratio) * advantage
-    if name == "dual_clip" and advantage < 0 and min(free, bounded) < BOUNDS.dual * advantage:
-        return -BOUNDS.dual * advantage, 0.0, True
-    return -min(free, bounded), 0.0 if bounded < free else -ratio * advantage, bounded < free
+    unclipped, clipped = ratio * advantage, clip(ratio) * advantage
+    if name == "dual_clip" and advantage < 0 and min(unclipped, clipped) < CLIP_RANGE.dual * advantage:
+        return -CLIP_RANGE.dual * advantage, 0.0, True
+    return -min(unclipped, clipped), 0.0 if clipped < unclipped else -ratio * advantage, clipped < unclipped
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses(name):
+def test_loss_and_gradient_equal_the_equation(name):
     logprobs, old = inputs()
 
     def total(logprobs):
-        result = LOSSES[name].function(logprobs, old, ADVANTAGES.astype(np.float32), MASK, BOUNDS)
+        result = LOSSES[name].function(logprobs, old, ADVANTAGES.astype(np.float32), MASK, CLIP_RANGE)
         return jnp.sum(jnp.where(MASK, result.loss, 0.0)), result
 
     gradient, result = jax.grad(total, has_aux=True)(jnp.asarray(logprobs))
     sequences = [np.exp(np.mean((logprobs - old)[p][MASK[p]].astype(float))) for p in range(3)]
     assert np.all(np.asarray(gradient)[~MASK] == 0)
-    met = 0
+    clipped_tokens = 0
     for p, t in zip(*np.nonzero(MASK), strict=True):
-        value, slope, bounded = token(name, float(logprobs[p, t]), float(old[p, t]), ADVANTAGES[p, 0], sequences[p])
+        value, slope, clipped = token(name, float(logprobs[p, t]), float(old[p, t]), ADVANTAGES[p, 0], sequences[p])
         np.testing.assert_allclose(result.loss[p, t], value, rtol=1e-5)
-        assert bool(result.clipped[p, t]) == bounded
-        # GSPO's tokens carry the whole sequence's ratio and the gradient of their own share.
+        assert bool(result.clipped[p, t]) == clipped
+        # A token of GSPO has the ratio of its sequence and its own part of the gradient.
         np.testing.assert_allclose(gradient[p, t], slope, rtol=1e-5, atol=1e-7)
-        met += bounded
-    assert (met > 2) == (name != "reinforce"), "the example tests too little"
+        clipped_tokens += clipped
+    assert (clipped_tokens > 2) == (name != "reinforce"), "the example hardly tests clipping"
 
 
-def test_gspo_is_the_gradient_of_its_sequence_ratio():
-    """The sequence mean of its tokens: what the paper differentiates, a clipped (π / π_old)^(1 / |o|)."""
+def test_gspo_has_the_gradient_of_its_sequence_ratio():
+    """The mean over the tokens of a sequence equals the paper's loss, a clipped (π / π_old)^(1 / |o|)."""
     logprobs, old = inputs()
 
     def of_tokens(logprobs):
-        result = loss.gspo_loss(logprobs, old, ADVANTAGES, MASK, BOUNDS)
-        shares, count = loss.sequence_mean(jnp.asarray(MASK), 7)
-        return jnp.sum(jnp.where(MASK, shares * result.loss, 0)) / count
+        result = loss.gspo_loss(logprobs, old, ADVANTAGES, MASK, CLIP_RANGE)
+        weights, count = loss.sequence_mean(jnp.asarray(MASK), 7)
+        return jnp.sum(jnp.where(MASK, weights * result.loss, 0)) / count
 
     def of_sequences(logprobs):
         ratio = jnp.exp(jnp.sum(jnp.where(MASK, logprobs - old, 0), axis=1) / MASK.sum(axis=1))
-        bounded = jnp.clip(ratio, 1 - BOUNDS.low, 1 + BOUNDS.high)
-        return -jnp.mean(jnp.minimum(ratio * ADVANTAGES[:, 0], bounded * ADVANTAGES[:, 0]))
+        clipped = jnp.clip(ratio, 1 - CLIP_RANGE.low, 1 + CLIP_RANGE.high)
+        return -jnp.mean(jnp.minimum(ratio * ADVANTAGES[:, 0], clipped * ADVANTAGES[:, 0]))
 
     for ours, theirs in zip(
         jax.value_and_grad(of_tokens)(logprobs), jax.value_and_grad(of_sequences)(logprobs), strict=True
@@ -86,32 +86,32 @@ def test_gspo_is_the_gradient_of_its_sequence_ratio():
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan, 1e30])
-def test_padding_may_hold_anything(name, poison):
+def test_padding_may_hold_any_value(name, poison):
     logprobs, old = inputs()
 
     def total(logprobs, old):
-        return jnp.sum(jnp.where(MASK, LOSSES[name].function(logprobs, old, ADVANTAGES, MASK, BOUNDS).loss, 0.0))
+        return jnp.sum(jnp.where(MASK, LOSSES[name].function(logprobs, old, ADVANTAGES, MASK, CLIP_RANGE).loss, 0.0))
 
-    spoilt = [np.where(MASK, x, poison).astype(np.float32) for x in (logprobs, old)]
+    poisoned = [np.where(MASK, x, poison).astype(np.float32) for x in (logprobs, old)]
     clean = jax.value_and_grad(total)(logprobs, old)
-    for arguments in ((spoilt[0], old), (logprobs, spoilt[1]), spoilt):
+    for arguments in ((poisoned[0], old), (logprobs, poisoned[1]), poisoned):
         jax.tree.map(np.testing.assert_array_equal, jax.value_and_grad(total)(*arguments), clean)
 
 
 @pytest.mark.parametrize("name", KL_ESTIMATORS)
-def test_kl(name):
+def test_kl_estimator_and_gradient_equal_the_equation(name):
     logprobs, reference = inputs()
     x = logprobs.astype(float) - reference
     values = {"k1": x, "k2": x**2 / 2, "k3": np.exp(-x) - 1 + x}
-    # What differs from the score function's coefficient, x, is that of k3.
+    # Only k3 has a coefficient that differs from x, that of the score function.
     slopes = {"k1": x, "k2": x, "k3": 1 - np.exp(-x)}
     np.testing.assert_allclose(KL_ESTIMATORS[name].function(logprobs, reference), values[name], rtol=1e-4, atol=1e-6)
     gradient = jax.grad(lambda logprobs: KL_ESTIMATORS[name].function(logprobs, reference).sum())(logprobs)
     np.testing.assert_allclose(gradient, slopes[name], rtol=1e-4, atol=1e-5)
 
 
-def test_kl_estimates_the_divergence():
-    """Over all tokens of two distributions, weighted by the policy's: values are KL, and k1's and k2's gradients its own."""
+def test_kl_estimators_are_unbiased():
+    """In expectation under the policy, the values of k1 and k3 and the gradients of k1 and k2 are those of the KL divergence."""
     logits, reference = np.random.default_rng(1).standard_normal((2, 9)).astype(np.float32)
     theirs = jax.nn.log_softmax(reference)
 
@@ -129,7 +129,7 @@ def test_kl_estimates_the_divergence():
         np.testing.assert_allclose(jax.grad(expectation)(logits, name), jax.grad(divergence)(logits), atol=1e-6)
 
 
-def test_importance():
+def test_importance_weights_equal_their_equations():
     ratio = np.array([0.1, 0.5, 1.0, 2.0, 2.1, 30.0], np.float32)
     weights, accepted = IMPORTANCE_WEIGHTS["truncate"].function(ratio, 0.5, 2.0)
     np.testing.assert_allclose(weights, [0.1, 0.5, 1, 2, 2, 2])
@@ -140,8 +140,8 @@ def test_importance():
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
-def test_aggregations(name):
-    """A response without any token that counts is no response; the constant is the length limit."""
+def test_aggregation_equals_its_equation(name):
+    """Responses without a token that counts are excluded, and the constant is the length limit."""
     kept = np.concatenate([MASK, np.zeros((1, 7), bool)])
     values = np.random.default_rng(2).standard_normal(kept.shape)
     sums = [row[k].sum() for row, k in zip(values, kept, strict=True)]
@@ -150,5 +150,5 @@ def test_aggregations(name):
         "sequence_mean": np.mean([total / k.sum() for total, k in zip(sums[:3], kept[:3], strict=True)]),
         "constant": np.mean(sums[:3]) / 20,
     }
-    shares, count = AGGREGATIONS[name].function(jnp.asarray(kept), 20)
-    np.testing.assert_allclose(np.sum(np.where(kept, shares * values, 0)) / count, expected[name], rtol=1e-5)
+    weights, count = AGGREGATIONS[name].function(jnp.asarray(kept), 20)
+    np.testing.assert_allclose(np.sum(np.where(kept, weights * values, 0)) / count, expected[name], rtol=1e-5)

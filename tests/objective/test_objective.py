@@ -1,7 +1,8 @@
-"""The gradient of a batch, and one update as a whole, against the equations written down once more."""
+"""The gradient of a batch, and a whole update, against a dense reference implementation."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from rpt_jax.objective.batch import NextTokenBatch, UpdateConfig
+from rpt_jax.config import ObjectiveConfig
+from rpt_jax.objective.batch import NextTokenBatch, UpdateLimits
 from rpt_jax.objective.gradient import document_gradient, policy_gradient, response_logprobs
-from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.update import TrainState, update_policy
 from tests.helpers import dense_objective
 from tests.helpers import policy_reference as reference
@@ -32,12 +33,19 @@ from tests.helpers.dense_objective import (
 )
 from tests.helpers.policy_reference import SHALLOW, SHAPE, random_params
 
-CONFIG = UpdateConfig(
-    minibatches=1, rows=1, row_tokens=24, chunk=16, temperature=TEMPERATURE, bounds=ClipRange(LOW, HIGH)
+OBJECTIVE = ObjectiveConfig(clip_low=LOW, clip_high=HIGH)
+LIMITS = UpdateLimits(
+    minibatches=1, rows=1, microbatch_tokens=24, logit_chunk_tokens=16, temperature=TEMPERATURE, max_new_tokens=LIMIT
 )
-# Rows, and tokens of each: as few as there can be, so that prefixes stand again and again; several; and all in one.
+# Rows per pass and tokens per row: the smallest rows, which repeat prefixes most often; several rows; and everything in
+# one row.
 ROWS = [(1, S - 1 + T), (2, 17), (1, 1000), (3, 40)]
-gradient = jax.jit(policy_gradient, static_argnums=(0, 4))
+jitted_gradient = jax.jit(policy_gradient, static_argnums=(0, 1, 2))
+
+
+def gradient(params, batch, old, *, objective=OBJECTIVE, reference=None, **limits):
+    """Return the gradient and the metrics, with the given changes of `LIMITS`."""
+    return jitted_gradient(SHALLOW, objective, dataclasses.replace(LIMITS, **limits), params, batch, old, reference)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +70,13 @@ def dense(params, batch, scores):
 
 @pytest.fixture(scope="module")
 def current(dense, batch) -> np.ndarray:
-    """Return the policy's log-probabilities."""
+    """Return the log-probabilities of the current policy."""
     return np.asarray(dense(np.zeros((P, G, T), np.float32), batch.counted_P).logprobs_PxGxT)
 
 
 @pytest.fixture(scope="module")
 def old(current) -> np.ndarray:
-    """Return log-probabilities of an older policy: the current ones, moved by enough to be clipped both ways."""
+    """Return log-probabilities of an older policy, different enough from the current ones to clip ratios at both bounds."""
     return (current + 0.4 * np.random.default_rng(1).standard_normal((P, G, T))).astype(np.float32)
 
 
@@ -78,46 +86,45 @@ def expected(dense, batch, old) -> Dense:
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
-    """Up to float32's rounding, of the largest entry: the terms of small ones are as large as that."""
+    """Compare up to float32 rounding of the largest entry, since small entries are sums of terms of that size."""
     scale = max(1.0, *(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * scale), ours, theirs)
 
 
-@pytest.mark.parametrize(("rows", "row_tokens"), ROWS)
-def test_gradient_is_that_of_the_dense_equation(params, batch, old, expected, rows, row_tokens):
-    """For any rows, groups without variance left out, prefixes of one document shared."""
-    grads, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(rows=rows, row_tokens=row_tokens))
+@pytest.mark.parametrize(("rows", "microbatch_tokens"), ROWS)
+def test_gradient_equals_the_dense_reference(params, batch, old, expected, rows, microbatch_tokens):
+    """Rows of any size give the same gradient, although groups without variance are left out and prefixes are shared."""
+    grads, metrics = gradient(params, batch, old, rows=rows, microbatch_tokens=microbatch_tokens)
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
-    assert metrics["ratio/clipped"] > 0.05, "the fixture tests too little"
+    assert metrics["ratio/clipped"] > 0.05, "the example hardly tests clipping"
     assert 0.1 < metrics["update/filled"] <= 1
 
 
-def test_nothing_shared_is_the_same_gradient(params, batch, old, expected):
-    """Every prompt of another document: more tokens run, and no result changes."""
+def test_gradient_does_not_depend_on_prefix_sharing(params, batch, old, expected):
+    """With every prompt from a different document, more tokens are run and the result is the same."""
     alone = batch._replace(window_P=np.arange(P, dtype=np.int32))
-    config = CONFIG._replace(row_tokens=1000)
-    (theirs, metrics), (_, shared) = (gradient(SHALLOW, params, part, old, config) for part in (alone, batch))
+    (theirs, metrics), (_, shared) = (gradient(params, part, old, microbatch_tokens=1000) for part in (alone, batch))
     assert_close(theirs, expected.gradient)
     assert metrics["update/trunk_tokens"] > shared["update/trunk_tokens"]
 
 
-@pytest.mark.parametrize("chunk", [1, 7])
-def test_chunks_of_logits_change_nothing(params, batch, old, expected, chunk):
-    grads, _ = gradient(SHALLOW, params, batch, old, CONFIG._replace(chunk=chunk))
+@pytest.mark.parametrize("logit_chunk_tokens", [1, 7])
+def test_gradient_does_not_depend_on_logit_chunks(params, batch, old, expected, logit_chunk_tokens):
+    grads, _ = gradient(params, batch, old, logit_chunk_tokens=logit_chunk_tokens)
     assert_close(grads, expected.gradient)
 
 
-def test_group_order_changes_nothing(params, batch, old, expected):
+def test_gradient_does_not_depend_on_group_order(params, batch, old, expected):
     order = np.random.default_rng(2).permutation(P)
     shuffled = jax.tree.map(lambda x: x[order], batch)
-    grads, metrics = gradient(SHALLOW, params, shuffled, old[order], CONFIG)
+    grads, metrics = gradient(params, shuffled, old[order])
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
 
 
-def test_padding_changes_nothing(params, batch, old, expected):
-    """Longer prompts and responses, filled up with other tokens and with log-probabilities that are no numbers."""
+def test_gradient_does_not_depend_on_padding(params, batch, old, expected):
+    """Prompts and responses are padded with other tokens, and log-probabilities with NaN."""
     prompt, response = 3, 11
     rng = np.random.default_rng(3)
     real_PxS = np.arange(S + prompt) < batch.lengths_P[:, None]
@@ -134,25 +141,25 @@ def test_padding_changes_nothing(params, batch, old, expected):
         mask_PxGxT=mask,
         sampler_logprobs_PxGxT=widen(batch.sampler_logprobs_PxGxT, response, mask),
     )
-    grads, metrics = gradient(SHALLOW, params, wider, widen(old, response, mask), CONFIG)
+    grads, metrics = gradient(params, wider, widen(old, response, mask))
     assert_close(grads, expected.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], expected.loss, rtol=1e-5)
     assert np.isfinite(metrics["mismatch/max"])
 
 
-def test_groups_that_do_not_count_leave_numerator_and_denominator(params, batch, old, dense):
+def test_uncounted_groups_are_in_neither_numerator_nor_denominator(params, batch, old, dense):
     counted = ~np.isin(np.arange(P), UNCOUNTED)
     theirs = dense(old, counted)
     part = batch._replace(counted_P=counted)
-    grads, metrics = gradient(SHALLOW, params, part, old, CONFIG)
+    grads, metrics = gradient(params, part, old)
     assert_close(grads, theirs.gradient)
     np.testing.assert_allclose(metrics["loss/policy"], theirs.loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "row_tokens"), ROWS[:2])
-def test_metrics_are_those_of_the_groups_that_can_teach_something(params, batch, old, current, rows, row_tokens):
+@pytest.mark.parametrize(("rows", "microbatch_tokens"), ROWS[:2])
+def test_metrics_cover_groups_with_variance(params, batch, old, current, rows, microbatch_tokens):
     used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
-    _, metrics = gradient(SHALLOW, params, batch, old, CONFIG._replace(rows=rows, row_tokens=row_tokens))
+    _, metrics = gradient(params, batch, old, rows=rows, microbatch_tokens=microbatch_tokens)
     distance = np.abs(current - batch.sampler_logprobs_PxGxT)[used]
     np.testing.assert_allclose(metrics["mismatch/mean"], distance.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["mismatch/max"], distance.max(), rtol=1e-4)
@@ -162,24 +169,23 @@ def test_metrics_are_those_of_the_groups_that_can_teach_something(params, batch,
     assert metrics["update/tokens"] == used.sum()
 
 
-def test_response_logprobs_come_back_to_their_places(params, batch, current):
-    for rows, row_tokens in ROWS[:2]:
-        config = CONFIG._replace(rows=rows, row_tokens=row_tokens)
-        ours = jax.jit(response_logprobs, static_argnums=(0, 3))(SHALLOW, params, batch, config)
+def test_response_logprobs_equal_the_dense_reference(params, batch, current):
+    for rows, microbatch_tokens in ROWS[:2]:
+        limits = dataclasses.replace(LIMITS, rows=rows, microbatch_tokens=microbatch_tokens)
+        ours = jax.jit(response_logprobs, static_argnums=(0, 1))(SHALLOW, limits, params, batch)
         np.testing.assert_allclose(np.where(batch.mask_PxGxT, ours - current, 0), 0, atol=1e-5)
 
 
-def test_a_batch_without_anything_to_learn_has_no_gradient(params, batch, old):
-    """All groups without variance, and no group that counts: zeros, and nothing divided by zero."""
+def test_gradient_of_a_batch_without_signal_is_zero(params, batch, old):
+    """If all groups lack variance, or none counts, there is no division by zero."""
     nothing = batch._replace(advantages_PxG=np.zeros((P, G), np.float32))
     for part in (nothing, batch._replace(counted_P=np.zeros(P, bool))):
-        grads, metrics = gradient(SHALLOW, params, part, old, CONFIG)
+        grads, metrics = gradient(params, part, old)
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads))
         assert all(np.isfinite(value) for value in metrics.values()) and metrics["ratio/mean"] == 1.0
 
 
-# --- what is off by default ----------------------------------------------------------------------------
-
+# --- options that are off by default ---
 
 OPTIONS = {
     "gspo, masked": {"loss": "gspo", "aggregation": "sequence_mean", "importance": "mask"},
@@ -197,9 +203,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradient_of_every_option(params, batch, old, current, scores, name):
-    """In microbatches, and in another order of the groups: numerators add up, and one denominator divides.
+    """Sums over passes, in any order of the groups, are divided once by the total denominator.
 
-    Tokens that are rejected, of groups without variance too, and groups that do not count leave both.
+    Rejected tokens and uncounted groups are in neither numerator nor denominator.
     """
     rng = np.random.default_rng(4)
     sampler = np.where(batch.mask_PxGxT, old + 0.4 * rng.standard_normal(old.shape), -np.inf).astype(np.float32)
@@ -217,19 +223,19 @@ def test_gradient_of_every_option(params, batch, old, current, scores, name):
     )
     value, expected = jax.jit(jax.value_and_grad(loss))(params)
     band = {"importance_low": BAND[0], "importance_high": BAND[1]}
-    options = CONFIG._replace(response_limit=LIMIT, **band, **OPTIONS[name])
+    objective = dataclasses.replace(OBJECTIVE, **band, **OPTIONS[name])
     order = rng.permutation(P)
     part = jax.tree.map(lambda x: x[order], batch)
-    grads, metrics = gradient(SHALLOW, params, part, old[order], options, reference_params)
+    grads, metrics = gradient(params, part, old[order], objective=objective, reference=reference_params)
     assert_close(grads, expected)
-    if "k1" not in name:  # Whose value is not what its gradient is of.
+    if "k1" not in name:  # The gradient of k1 is not that of its value.
         np.testing.assert_allclose(metrics["loss/policy"], value, rtol=1e-4)
-    if options.importance == "mask":
-        assert 0.2 < metrics["importance/rejected"] < 0.8, "the example tests too little"
+    if objective.importance == "mask":
+        assert 0.2 < metrics["importance/rejected"] < 0.8, "the example hardly tests rejection"
 
 
-def test_document_gradient(params):
-    """Equation 1 as a mean over all documents' tokens, whatever the microbatch and the padding."""
+def test_document_gradient_is_that_of_the_mean_cross_entropy(params):
+    """Equation 1 is a mean over the tokens of all documents, for any microbatch and padding."""
     rng = np.random.default_rng(6)
     tokens, lengths = rng.integers(0, SHAPE.vocab, (P, S + 1)).astype(np.int32), rng.integers(1, S + 1, P)
     documents = jax.tree.map(
@@ -239,8 +245,8 @@ def test_document_gradient(params):
     for row, length in zip(tokens, lengths, strict=True):
         logits = reference.logits(params, SHALLOW.config, row[:length].tolist())
         total -= reference.log_softmax(logits)[np.arange(length), row[1 : length + 1]].sum()
-    learn = jax.jit(document_gradient, static_argnums=(0, 3))
-    results = [learn(SHALLOW, params, documents, CONFIG._replace(row_tokens=S * m)) for m in (3, 8)]
+    jitted = jax.jit(document_gradient, static_argnums=(0, 1))
+    results = [jitted(SHALLOW, dataclasses.replace(LIMITS, microbatch_tokens=S * m), params, documents) for m in (3, 8)]
     for _, loss in results:
         np.testing.assert_allclose(loss, total / lengths.sum(), rtol=1e-5)
     assert_close(results[0][0], results[1][0])
@@ -249,7 +255,7 @@ def test_document_gradient(params):
 
 # --- the update ---
 
-SGD = optax.sgd(0.5, momentum=0.9)  # State that must be carried along, and steps large enough to leave the old policy.
+SGD = optax.sgd(0.5, momentum=0.9)  # It has state, and its steps are large enough to change the ratio.
 
 
 def start(params) -> TrainState:
@@ -258,20 +264,21 @@ def start(params) -> TrainState:
 
 
 def test_one_minibatch_is_one_step_of_reinforce(params, batch, expected):
-    """Exactly on-policy the ratio is 1, not nearly 1, and its gradient is the score function's."""
-    state, metrics = update_policy(SHALLOW, SGD, CONFIG, start(params), batch)
+    """Exactly on-policy the ratio is exactly 1, and its gradient is that of the score function."""
+    state, metrics = update_policy(SHALLOW, SGD, OBJECTIVE, LIMITS, start(params), batch)
     assert metrics["ratio/mean"] == 1.0 and metrics["ratio/clipped"] == 0.0
     assert_close(state.params, jax.tree.map(lambda p, g: p - 0.5 * g, params, expected.reinforce))
     np.testing.assert_allclose(metrics["gradient/norm"], optax.tree.norm(expected.reinforce), rtol=1e-4)
 
 
-def test_two_minibatches_are_two_steps_against_the_sampler(params, batch, current):
-    """The old log-probabilities are those from before the first step, so the second step's ratio is not 1."""
-    state, metrics = update_policy(SHALLOW, SGD, CONFIG._replace(minibatches=2), start(params), batch)
+def test_two_minibatches_are_two_steps_with_the_same_old_logprobs(params, batch, current):
+    """The old log-probabilities are those before the first step, so the ratio of the second step is not 1."""
+    limits = dataclasses.replace(LIMITS, minibatches=2)
+    state, metrics = update_policy(SHALLOW, SGD, OBJECTIVE, limits, start(params), batch)
     by_hand, steps = start(params), []
     for half in (np.arange(P) < P // 2, np.arange(P) >= P // 2):
         part = batch._replace(counted_P=half)
-        grads, step = gradient(SHALLOW, by_hand.params, part, current, CONFIG)
+        grads, step = gradient(by_hand.params, part, current)
         updates, optimizer = SGD.update(grads, by_hand.optimizer, by_hand.params)
         by_hand = TrainState(optax.apply_updates(by_hand.params, updates), optimizer)
         steps.append(step)
@@ -282,16 +289,16 @@ def test_two_minibatches_are_two_steps_against_the_sampler(params, batch, curren
         np.testing.assert_allclose(metrics[name], np.mean([step[name] for step in steps]), rtol=1e-4, atol=1e-6)
 
 
-def test_documents_and_average(params, batch, current):
-    """λ times the documents' gradient is added; the average follows after the step, τ φ + (1 - τ) θ."""
+def test_update_adds_the_document_gradient_and_updates_the_average(params, batch, current):
+    """The gradient of the documents is added with its weight, and the average becomes τ φ + (1 - τ) θ after the step."""
     tokens = np.arange(P * (S + 1)).reshape(P, S + 1).astype(np.int32) % SHAPE.vocab
     documents = jax.tree.map(jnp.asarray, NextTokenBatch(tokens[:, :-1], tokens[:, 1:], np.ones((P, S), bool)))
-    config = CONFIG._replace(document_weight=0.5, average_decay=0.75)
+    objective = dataclasses.replace(OBJECTIVE, document_weight=0.5, baseline_decay=0.75)
     average = random_params(SHALLOW, 7)
     begin = start(params)._replace(average=jax.tree.map(jnp.copy, average))
-    state, metrics = update_policy(SHALLOW, SGD, config, begin, batch._replace(documents=documents))
-    policy_part, _ = gradient(SHALLOW, params, batch, None, CONFIG)
-    document_part, loss = document_gradient(SHALLOW, params, documents, CONFIG)
+    state, metrics = update_policy(SHALLOW, SGD, objective, LIMITS, begin, batch._replace(documents=documents))
+    policy_part, _ = gradient(params, batch, None)
+    document_part, loss = document_gradient(SHALLOW, LIMITS, params, documents)
     stepped = jax.tree.map(lambda p, g, d: p - 0.5 * (g + 0.5 * d), params, policy_part, document_part)
     assert_close(state.params, stepped)
     assert_close(state.average, jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, stepped))

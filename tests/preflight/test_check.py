@@ -24,7 +24,7 @@ def test_compiled_programs_are_checked(small: SmallStep):
     reports = check_small_step(small, "score", "reward")
     assert list(reports) == ["score", "reward"]
     assert all(report.fits and report.memory.total < 10**9 for report in reports.values())
-    config, score = small.step.setup.policy.config, reports["score"]
+    config, score = small.step.policy.config, reports["score"]
     assert score.memory.arguments > 4 * config.parameters
     assert score.flops > 2 * 2 * 32 * config.matmul_parameters  # Two documents of 32 tokens, and attention.
     assert json.loads(json.dumps(as_record(score)))["fits"] is True
@@ -33,8 +33,8 @@ def test_compiled_programs_are_checked(small: SmallStep):
 
 
 def test_arrays_that_are_not_arguments_are_resident(small: SmallStep):
-    parameters = bytes_per_device(small.step.setup.params)
-    assert parameters == 4 * small.step.setup.policy.config.parameters
+    parameters = bytes_per_device(small.step.params)
+    assert parameters == 4 * small.step.policy.config.parameters
     resident = {program.name: program.resident_bytes for program in small.step.programs}
     assert list(resident) == ["score", "sample", "reward", "update"]  # Nothing to reshard on one device.
     # Sampling has the parameters as its argument: the reference parameters and two moments are resident. The reward has none

@@ -1,4 +1,4 @@
-"""The reward kernel against its plain reading on generated responses: a hostile vocabulary, byte-level BPE, sentencepiece."""
+"""The reward kernel against the reference implementation on generated responses, for several vocabularies."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpt_jax.rewards.prefix_match import Status, predicted_first_token, prefix_match_reward
+from rpt_jax.rewards.boxed import predicted_first_token
+from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 from tests.helpers import reward_reference
-from tests.helpers.tokenizers import TEXTS, byte_level_bpe, write_hf
-from tests.rewards.test_prefix_match import (
+from tests.helpers.reward_cases import (
     BOX,
     MARK,
     OTHER_SPECIAL,
@@ -25,17 +25,18 @@ from tests.rewards.test_prefix_match import (
     Case,
     encode,
     make_case,
-    reread,
+    reference_status,
     score,
     store,
     vocab_arrays,
 )
+from tests.helpers.tokenizers import TEXTS, byte_level_bpe, write_hf
 
-UNKNOWN = len(VOCAB)  # Stands for an id outside of the vocabulary, as PAD and the others do for special tokens.
+UNKNOWN = len(VOCAB)  # A placeholder for an id outside of the vocabulary, as PAD and the others are for special tokens.
 
 
 class Vocabulary(NamedTuple):
-    """The bytes of every token, the ids of all bytes that are one token's, and what stands for special tokens."""
+    """A vocabulary: the bytes of every token, the ids of each byte string, and the ids of the special placeholders."""
 
     pieces: list[bytes]
     ids: dict[bytes, list[int]]
@@ -51,12 +52,12 @@ class Vocabulary(NamedTuple):
 
     @property
     def poison(self) -> list[int]:
-        """Ids that change a reading wherever they are looked at."""
+        """Ids that would change the result if they were read."""
         visible = [self.ids[piece][0] for piece in (b"}", b"{", b"\\", BOX, MARK) if piece in self.ids]
         return [*self.special.values(), *visible, -1, 2**31 - 1, -(2**31)]
 
     def encode(self, parts: list[bytes | int], rng: np.random.Generator) -> list[int]:
-        """Cut bytes at random into tokens; where several tokens have the same bytes, take any."""
+        """Split bytes at random into tokens; of several tokens with the same bytes, take any."""
         tokens: list[int] = []
         for part in parts:
             if isinstance(part, int):
@@ -80,8 +81,8 @@ def vocabulary(pieces: list[bytes], special: dict[int, int]) -> Vocabulary:
     return Vocabulary(pieces, ids, special)
 
 
-def of_tokenizer(tokenizer: Tokenizer) -> Vocabulary:
-    """With an end of thinking, a stop token and two others that have no bytes."""
+def from_tokenizer(tokenizer: Tokenizer) -> Vocabulary:
+    """Return the vocabulary with an end-of-thinking token, a stop token and two other special tokens."""
     others = sorted(tokenizer.special_ids - {tokenizer.end_think_id, tokenizer.eos_id})
     special = {PAD: others[0], STOP: tokenizer.eos_id, THINK_END: tokenizer.end_think_id, OTHER_SPECIAL: others[-1]}
     return vocabulary(list(tokenizer.pieces), special | {UNKNOWN: tokenizer.vocab_size})
@@ -89,7 +90,7 @@ def of_tokenizer(tokenizer: Tokenizer) -> Vocabulary:
 
 @functools.cache
 def boxed_texts() -> list[str]:
-    """So that pieces of markers and boxes become tokens that cut across them."""
+    """Return texts from which a tokenizer learns tokens that contain parts of markers and boxes."""
     return [*TEXTS, *(f"so</think>\n\\boxed{{ {word}}} \\frac{{1}}{{2}} 漢字 é" for word in ("size", "and", "4") * 20)]
 
 
@@ -102,10 +103,10 @@ def vocab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         train_sentencepiece(boxed_texts(), 360, directory / "tokenizer.model")
     else:
         write_hf(directory, byte_level_bpe(boxed_texts()))
-    return of_tokenizer(load_tokenizer(directory))
+    return from_tokenizer(load_tokenizer(directory))
 
 
-# Whole blocks of those in which the reward looks for a marker (test_reward.py has odd lengths).
+# A multiple of the block size in which the kernel searches for a marker (test_prefix_match.py has odd lengths).
 TOKENS, GROUP, STORED = 48, 8, 13
 CONTINUATION_TOKENS = [
     *(b" size", b" and", b" ", b"4", b" =", b"}", b"{", b"}}", b"{}", b"\\", b"\\}", b"\\{", b"\\\\", b"\\frac"),
@@ -118,8 +119,8 @@ NOISE = [
 ]
 
 
-def nasty_response(rng: np.random.Generator, continuation: list[bytes]) -> list[bytes | int]:
-    """Compose parts: noise, mostly a marker, mostly a box with something like the continuation in it, noise."""
+def random_response(rng: np.random.Generator, continuation: list[bytes]) -> list[bytes | int]:
+    """Draw a response of noise, usually a marker, usually a box with something like the continuation, and noise."""
     draw = iter(rng.integers(0, 1 << 30, 40).tolist())
 
     def noise(limit: int) -> list[bytes | int]:
@@ -135,7 +136,7 @@ def nasty_response(rng: np.random.Generator, continuation: list[bytes]) -> list[
     parts += noise(1) if next(draw) % 3 == 0 else []
     parts += [BOX, *content, b"}"]
     parts += noise(3) if next(draw) % 2 else []
-    if next(draw) % 6 == 0:  # Drop, change or double one byte, or put a special token in its place.
+    if next(draw) % 6 == 0:  # Drop, change or double one byte, or replace it by a special token.
         i = next(draw) % len(parts)
         if isinstance(parts[i], bytes) and parts[i]:
             at, whole = next(draw) % len(parts[i]), parts[i]
@@ -145,7 +146,7 @@ def nasty_response(rng: np.random.Generator, continuation: list[bytes]) -> list[
 
 
 def merged(parts: list[bytes | int]) -> list[bytes | int]:
-    """Join neighboring bytes, so that a token may reach from one part into the next."""
+    """Join neighboring bytes, so that a token may extend over several parts."""
     result: list[bytes | int] = [b""]
     for part in parts:
         if isinstance(part, bytes) and isinstance(result[-1], bytes):
@@ -156,7 +157,7 @@ def merged(parts: list[bytes | int]) -> list[bytes | int]:
 
 
 def fuzz(vocab: Vocabulary, rng: np.random.Generator, prompts: int) -> Case:
-    """Draw `prompts` continuations with `GROUP` responses each; padding and what follows the reference are poison."""
+    """Draw `prompts` continuations with `GROUP` responses each. Padding would change the result if it were read."""
     tokens = rng.choice(np.array(vocab.poison), (prompts, GROUP, TOKENS))
     lengths = np.zeros((prompts, GROUP), np.int64)
     references, boundaries, continuations = [], [], []
@@ -168,18 +169,18 @@ def fuzz(vocab: Vocabulary, rng: np.random.Generator, prompts: int) -> Case:
         boundaries.append(boundary)
         continuations.append(kept)
         for g in range(GROUP):
-            ids = vocab.encode([*merged(nasty_response(rng, continuation)), STOP], rng)
+            ids = vocab.encode([*merged(random_response(rng, continuation)), STOP], rng)
             ids = [*ids[: TOKENS - 1], ids[-1]]
             tokens[p, g, : len(ids)] = ids
             lengths[p, g] = len(ids)
     stopped = rng.random((prompts, GROUP)) < 0.95
-    cut = rng.random((prompts, GROUP)) < 0.05  # Truncated, yet called finished or not.
+    cut = rng.random((prompts, GROUP)) < 0.05  # Truncated, but possibly marked as finished.
     lengths = np.where(cut, rng.integers(0, lengths + 1), lengths)
     return Case(tokens, lengths, stopped, np.stack(references), np.stack(boundaries), continuations)
 
 
 def scores(vocab: Vocabulary, case: Case, marked: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what the kernels give: reward, status and first tokens; `marked` says whether they know the special marker."""
+    """Return reward, status and first tokens of the kernels, which know the special marker if `marked`."""
     end = vocab.end if marked else -1
     tokens, lengths, stopped, reference, boundaries = (jnp.asarray(x) for x in case[:5])
     table = tuple(jnp.asarray(x) for x in vocab_arrays(vocab.pieces))
@@ -188,8 +189,8 @@ def scores(vocab: Vocabulary, case: Case, marked: bool = True) -> tuple[np.ndarr
     return np.asarray(reward), np.asarray(status), np.asarray(first)
 
 
-def agree(vocab: Vocabulary, seed: int, prompts: int) -> np.ndarray:
-    """Hold the kernels against the plain readings; return how often each status came up."""
+def count_agreeing(vocab: Vocabulary, seed: int, prompts: int) -> np.ndarray:
+    """Assert that kernels and reference agree on generated responses; return the number of each status."""
     case = fuzz(vocab, np.random.default_rng(seed), prompts)
     marked = bool(seed % 4)
     reward, status, first = scores(vocab, case, marked)
@@ -205,28 +206,28 @@ def agree(vocab: Vocabulary, seed: int, prompts: int) -> np.ndarray:
                 f"tokens {rollout[0]}, length {rollout[1]}\n{b'|'.join(known)}\n{case.continuations[p]}"
             )
     np.testing.assert_array_equal(reward, status == Status.CORRECT)
-    assert 0.1 < (first >= 0).mean() < 0.9, "the fuzzing hardly reaches some outcome"
+    assert 0.1 < (first >= 0).mean() < 0.9, "the generated responses hardly cover some outcome"
     return np.bincount(status.ravel(), minlength=len(Status))
 
 
-def test_kernel_equals_the_plain_reading(vocab: Vocabulary) -> None:
-    counts = agree(vocab, seed=0, prompts=625) + agree(vocab, seed=1, prompts=625)
+def test_kernel_equals_the_reference(vocab: Vocabulary) -> None:
+    counts = count_agreeing(vocab, seed=0, prompts=625) + count_agreeing(vocab, seed=1, prompts=625)
     assert counts.sum() == 10_000
-    assert counts.min() > 200, f"the fuzzing hardly reaches some outcome: {counts}"
+    assert counts.min() > 200, f"the generated responses hardly cover some outcome: {counts}"
 
 
 @pytest.mark.slow
-def test_kernel_equals_the_plain_reading_on_a_million(
+def test_kernel_equals_the_reference_on_a_million_responses(
     vocab: Vocabulary, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts = sum(agree(vocab, seed, prompts=1250) for seed in range(100, 200))
+    counts = sum(count_agreeing(vocab, seed, prompts=1250) for seed in range(100, 200))
     with capsys.disabled():
         by_status = ", ".join(f"{status.name.lower()} {int(counts[status]):,}" for status in Status)
-        print(f"\n{request.node.callspec.params['vocab']}: {counts.sum():,} responses read alike ({by_status})")
+        print(f"\n{request.node.callspec.params['vocab']}: {counts.sum():,} responses agree ({by_status})")
     assert counts.sum() == 1_000_000
 
 
-def test_order_of_rollouts_changes_nothing(vocab: Vocabulary) -> None:
+def test_rewards_do_not_depend_on_the_order_of_rollouts(vocab: Vocabulary) -> None:
     rng = np.random.default_rng(2)
     case = fuzz(vocab, rng, 50)
     reward, status, _ = scores(vocab, case)
@@ -238,7 +239,7 @@ def test_order_of_rollouts_changes_nothing(vocab: Vocabulary) -> None:
     np.testing.assert_array_equal(scores(vocab, alone)[1], status[7:8, 3:4])
 
 
-def test_padding_changes_nothing(vocab: Vocabulary) -> None:
+def test_rewards_do_not_depend_on_padding(vocab: Vocabulary) -> None:
     rng = np.random.default_rng(3)
     case = fuzz(vocab, rng, 50)
     wider = case._replace(
@@ -253,9 +254,9 @@ def test_padding_changes_nothing(vocab: Vocabulary) -> None:
 
 
 @pytest.mark.parametrize("prompts, group, size", [(1, 1, 1), (3, 5, 7)])
-def test_odd_sizes(prompts: int, group: int, size: int) -> None:
+def test_rewards_at_odd_sizes(prompts: int, group: int, size: int) -> None:
     rng = np.random.default_rng(size)
     continuations = [[b"a", b" size", b"}"][: p + 1] for p in range(prompts)]
-    ids = [[encode(merged(nasty_response(rng, c)), rng) for _ in range(group)] for c in continuations]
+    ids = [[encode(merged(random_response(rng, c)), rng) for _ in range(group)] for c in continuations]
     case = make_case(ids, continuations, size, width=max(len(tokens) for group in ids for tokens in group))
-    np.testing.assert_array_equal(score(case)[1], reread(case))
+    np.testing.assert_array_equal(score(case)[1], reference_status(case))

@@ -1,4 +1,4 @@
-"""The rollout engine: whatever it does for speed or memory, the same rollouts come out, token for token."""
+"""The rollout engine: settings for speed and memory do not change any sampled token."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.dispatch import Context, KeyValues, attend
 from rpt_jax.model.transformer import Transformer, in_compute_dtype
-from rpt_jax.rewards.prefix_match import BoxReader, read_box
-from rpt_jax.rollout.engine import Decoding, Ended, live_sizes
-from rpt_jax.rollout.generate import Rollouts, generate, sample_rollouts
-from rpt_jax.rollout.kv_cache import Blocks, Shared, empty_ring, in_blocks, look_at
+from rpt_jax.rewards.boxed import BoxReader, read_box
+from rpt_jax.rollout.engine import live_sizes
+from rpt_jax.rollout.generate import generate, sample_rollouts
+from rpt_jax.rollout.kv_cache import SharedCache, cached_attention, empty_ring, to_blocks
 from rpt_jax.rollout.memory import RolloutMemory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
+from rpt_jax.rollout.rollouts import Decoding, Ended, Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, truncate
+from rpt_jax.tokenizers.tokenizer import ByteVocab
 from tests.helpers import policy_reference as reference
 from tests.helpers.policy_reference import POLICY, SHAPE, random_params
-from tests.rollout.test_rollout import STOPS, TEMPERATURE, assert_same
+from tests.helpers.rollouts import STOPS, TEMPERATURE, assert_same, select
 
 P, G, S, T = 8, 4, 24, 24
 KEY = jax.random.key(5)
@@ -39,7 +41,7 @@ def params():
 
 
 def nested(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts of two documents, each at four places and with the same three tokens behind the context; and their ids."""
+    """Return prompts at four positions of each of two documents, which end with the same three tokens; lengths; and ids."""
     rng = np.random.default_rng(seed)
     documents, template = rng.integers(0, SHAPE.vocab, (2, S)), rng.integers(0, SHAPE.vocab, 3)
     rows = [[*document[:n], *template] for document in documents for n in (12, 13, 17, 21)]
@@ -52,18 +54,17 @@ def nested(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def run(
     params, policy: Transformer = POLICY, prompts: Prompts | None = None, vocab=None, **changes
 ) -> tuple[Rollouts, np.ndarray]:
-    """Return the rollouts of `prompts`, or of `nested` one by one, and the decode steps in each size of the live batch."""
+    """Return the rollouts of `prompts`, by default of `nested` without sharing, and the decode steps at each batch size."""
     prompts = separate(*nested()) if prompts is None else prompts
-    rollouts, work = sample_rollouts(policy, params, prompts, KEY, DECODING._replace(**changes), vocab)
-    assert int(work.slots[0]) == int(
-        work.steps[0] @ np.array(live_sizes(changes.get("slots", 0), len(prompts.ids_P) * G))
-    )
+    rollouts, work = sample_rollouts(policy, params, prompts, KEY, dataclasses.replace(DECODING, **changes), vocab)
+    sizes = live_sizes(changes.get("slots", 0), len(prompts.ids_P) * G)
+    assert int(work.slots[0]) == int(work.steps[0] @ np.array(sizes))
     return jax.device_get(rollouts), np.asarray(work.steps[0])
 
 
 @pytest.fixture(scope="module")
 def expected(params) -> Rollouts:
-    """Every prompt on its own, and cut at its first stop token by NumPy."""
+    """Return rollouts of every prompt in a separate batch, cut at the first stop token in NumPy."""
     endless = jax.tree.map(
         lambda *rows: np.concatenate(rows),
         *(run(params, prompts=separate(*(x[p : p + 1] for x in nested())), stop_ids=())[0] for p in range(P)),
@@ -71,13 +72,18 @@ def expected(params) -> Rollouts:
     stops = np.isin(endless.tokens_PxGxT, STOPS)
     lengths = np.where(stops.any(-1), stops.argmax(-1) + 1, T)
     mask = np.arange(T) < lengths[..., None]
-    assert len(set(lengths.ravel().tolist())) > 6 and 1 < (lengths == T).sum() < P * G, "the example tests too little"
-    return Rollouts(endless.tokens_PxGxT * mask, lengths, endless.logprobs_PxGxT * mask, stops.any(-1).astype(np.int32))
+    assert len(set(lengths.ravel().tolist())) > 6 and 1 < (lengths == T).sum() < P * G, "the example lacks some lengths"
+    return Rollouts(
+        tokens_PxGxT=endless.tokens_PxGxT * mask,
+        lengths_PxG=lengths,
+        logprobs_PxGxT=endless.logprobs_PxGxT * mask,
+        ended_PxG=stops.any(-1).astype(np.int32),
+    )
 
 
 @pytest.mark.parametrize("slots", [1, 5, 0])
-def test_any_number_of_slots(params, expected, slots):
-    """One after the other, with slots that refill and a ring that comes round, and in a batch that shrinks."""
+def test_rollouts_do_not_depend_on_the_number_of_slots(params, expected, slots):
+    """One slot decodes one rollout after the other, five are refilled and wrap around the ring, and all shrink in the end."""
     ours, steps = run(params, slots=slots)
     assert_same(ours, expected)
     decoded = expected.lengths_PxG.sum() - P * G
@@ -85,35 +91,35 @@ def test_any_number_of_slots(params, expected, slots):
     assert steps[0] == decoded if slots == 1 else decoded / (slots or P * G) <= steps.sum() < decoded
 
 
-def test_many_layers_run_in_a_loop(params):
-    """Deep policies are not unrolled; what they compute is what the trainer's pass computes."""
+def test_rollouts_of_a_policy_with_many_layers_equal_numpy(params):
+    """Many layers run in a loop instead of being unrolled."""
     deep = Transformer(dataclasses.replace(SHAPE, layers=7))
     weights, prompts = random_params(deep, 1), nested()
     ours, _ = run(weights, deep)
     p, g = 2, int(ours.lengths_PxG[2].argmax())
     prompt, response = prompts[0][p, : prompts[1][p]], ours.tokens_PxGxT[p, g, : ours.lengths_PxG[p, g]]
-    logits = reference.logits(weights, deep.shape, [*prompt, *response])[len(prompt) - 1 : -1]
+    logits = reference.logits(weights, deep.config, [*prompt, *response])[len(prompt) - 1 : -1]
     theirs = reference.log_softmax(logits / TEMPERATURE)[np.arange(len(response)), response]
     np.testing.assert_allclose(ours.logprobs_PxGxT[p, g, : len(response)], theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize(("chunk", "tail"), [(7, 0), (30, 3), (512, 3)])
-def test_shared_prefixes_and_chunks_of_prefill(params, expected, chunk, tail):
-    """Parts of a root, one whole root, all roots at a time; shapes as found, and as fixed."""
+@pytest.mark.parametrize(("prefill_tokens", "tail"), [(7, 0), (30, 3), (512, 3)])
+def test_rollouts_do_not_depend_on_shared_prefixes_and_prefill_chunks(params, expected, prefill_tokens, tail):
+    """Prefill processes a part of a root, one root, or all roots at once, with dynamic and with fixed shapes."""
     prompts = share_prefixes(*nested(), tail=tail)
     assert len(prompts.roots_NxS) == (8 if tail else 2) and prompts.tails_PxU.shape[1] == (3 if tail else 4)
-    ours, _ = run(params, prompts=prompts, chunk=chunk, slots=7)
+    ours, _ = run(params, prompts=prompts, prefill_tokens=prefill_tokens, slots=7)
     assert_same(ours, expected)
 
 
-def test_prompts_in_any_order(params, expected):
+def test_rollouts_do_not_depend_on_prompt_order_with_shared_prefixes(params, expected):
     order = np.random.default_rng(1).permutation(P)
-    ours = generate(POLICY, params, *(x[order] for x in nested()), KEY, **DECODING._asdict())
-    assert_same(jax.device_get(ours), Rollouts(*(leaf[order] for leaf in expected)))
+    ours = generate(POLICY, params, *(x[order] for x in nested()), KEY, **dataclasses.asdict(DECODING))
+    assert_same(jax.device_get(ours), select(expected, order))
 
 
-def test_bfloat16_samples_from_the_matrices_that_training_rounds_to(params):
-    """A layer rounds its matrices as it uses them: rounded once beforehand, every log-probability stays the same."""
+def test_bfloat16_weights_give_the_same_rollouts_as_rounding_in_each_layer(params):
+    """A layer rounds its matrices when it uses them, so rounding them once before sampling changes nothing."""
     policy = dataclasses.replace(POLICY, dtype=jnp.bfloat16)
     rounded = in_compute_dtype(policy, params)
     assert {str(x.dtype) for x in jax.tree.leaves(rounded["layers"])} == {"bfloat16", "float32"}
@@ -121,14 +127,14 @@ def test_bfloat16_samples_from_the_matrices_that_training_rounds_to(params):
     jax.tree.map(np.testing.assert_array_equal, run(params, policy)[0], run(rounded, policy)[0])
 
 
-# --- prompts ------------------------------------------------------------------------------------------
+# --- shared prefixes ---
 
 token_rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=12)
 
 
 @settings(deadline=None, max_examples=200)
 @given(token_rows, st.sampled_from([0, 1, 4]), st.sampled_from([1, 2, 3]))
-def test_every_prompt_is_the_beginning_of_its_root_and_its_tail(rows, tail, parts):
+def test_every_prompt_is_a_prefix_of_its_root_and_a_tail(rows, tail, parts):
     rows = rows * parts
     lengths = np.array([len(row) for row in rows], np.int32)
     padded = np.full((len(rows), 30), 7, np.int32)
@@ -148,25 +154,27 @@ def test_every_prompt_is_the_beginning_of_its_root_and_its_tail(rows, tail, part
     root_P = np.arange(len(rows)) if prompts.root_P is None else prompts.root_P
     for part in range(parts if prompts.root_P is not None else 0):
         filled = prompts.lengths_N.reshape(parts, -1)[part] > 0
-        assert not np.diff(filled.astype(int)).clip(0).any() or min(lengths) == 1, "roots lie in front"
+        assert not np.diff(filled.astype(int)).clip(0).any() or min(lengths) == 1, "rows without a root come last"
         root_P = root_P + np.where(np.arange(len(rows)) // (len(rows) // parts) == part, part * len(filled), 0)
     for p, (root, end) in enumerate(zip(root_P, prompts.ends_P, strict=True)):
         own = prompts.tails_PxU[p, : prompts.tail_lengths_P[p]]
         assert end <= prompts.lengths_N[root] and [*prompts.roots_NxS[root, :end], *own] == rows[p]
 
 
-def test_positions_of_a_document_have_one_root():
-    """Also where other documents stand between them, in each part for itself, and with a last token of their own."""
+def test_positions_of_a_document_share_one_root():
+    """This holds with other documents between them and in each part separately, and not for tails above the limit."""
     prompts, lengths, ids = nested()
     mixed = np.array([0, 4, 1, 5, 2, 6, 3, 7])
     for tail, parts, expected in ((0, 1, [0, 1] * 4), (3, 1, [0, 1] * 4), (3, 2, [0, 1] * 4), (2, 1, [*range(8)])):
         found = share_prefixes(prompts[mixed], lengths[mixed], ids[mixed], tail, parts)
         assert len(set(found.root_P[:4])) == len(set(expected[:4])) and len(set(found.root_P)) == len(set(expected))
         assert (found.root_P[:-2] == found.root_P[2:]).all() == (tail != 2) and (found.tail_lengths_P >= 1).all()
-    assert share_prefixes(*(x[::4] for x in nested())).root_P is None, "nothing is found, and nothing is moved"
+    assert share_prefixes(*(x[::4] for x in nested())).root_P is None, (
+        "without shared prefixes each prompt is its own root"
+    )
 
 
-# --- attention over caches ----------------------------------------------------------------------------
+# --- attention over caches ---
 
 N, W, K, R, C, B, L = 3, 4, 2, 3, 8, 4, 2
 M, RING = 6, 11
@@ -181,70 +189,69 @@ def cache_inputs(seed: int):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def looked(block, shared, own, q, new, end_NxW, places_M, step, counts_M):
-    """Write the ring a token at a time up to `step`, and look."""
-    ring = jax.tree.map(lambda x: x + jnp.nan, empty_ring(shared, M, RING, block))
-    ring = jax.tree.map(jnp.nan_to_num, ring)  # Zeros that were never written; what is written twice must be gone.
+def attend_cached(block, shared, own, q, new, end_NxW, index_M, step, counts_M):
+    """Write the ring token by token up to `step`, and attend in layer 1."""
+    ring = empty_ring(shared, M, RING, block)
 
     def write(i, ring):
         token = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i % RING, 1, axis=4), own)
         return ring.write(token, i)
 
     ring = jax.lax.fori_loop(jnp.maximum(step - RING, 0), step, write, ring)
-    look = look_at(
-        (Shared(in_blocks(shared, block), end_NxW, jnp.arange(end_NxW.size)),), places_M, ring, step, counts_M
-    )
-    return look(1, q, new)
+    cache = SharedCache(blocks=to_blocks(shared, block), end_NxW=end_NxW, index_R=jnp.arange(end_NxW.size))
+    return cached_attention((cache,), index_M, ring, step, counts_M)(1, q, new)
 
 
 @pytest.mark.parametrize("block", [B, S])
 @settings(deadline=None, max_examples=20)
 @given(st.data())
-def test_attention_over_caches_equals_the_reference(block, data):
+def test_cached_attention_equals_dense_attention(block, data):
     shared, own, q, new = cache_inputs(data.draw(st.integers(0, 9)))
-    places = np.array(data.draw(st.permutations(range(N * W)))[:M], np.int32)
+    index = np.array(data.draw(st.permutations(range(N * W)))[:M], np.int32)
     idle = np.array(data.draw(st.lists(st.booleans(), min_size=M, max_size=M)))
     end_NxW = np.array(data.draw(st.lists(st.integers(1, S), min_size=N * W, max_size=N * W)), np.int32).reshape(N, W)
     step = data.draw(st.integers(0, 40))
     counts = np.array([data.draw(st.integers(0, min(step, RING))) for _ in range(M)], np.int32)
-    ours = looked(block, shared, own, q, new, end_NxW, np.where(idle, 2**30, places), step, counts)
+    ours = attend_cached(block, shared, own, q, new, end_NxW, np.where(idle, 2**30, index), step, counts)
     for m in np.flatnonzero(~idle):
-        end, last = end_NxW.reshape(-1)[places[m]], [i % RING for i in range(step - counts[m], step)]
+        end, last = end_NxW.reshape(-1)[index[m]], [i % RING for i in range(step - counts[m], step)]
         kv = [
-            np.concatenate([a[1, places[m] // W, :, 0, :end], b[1, m, :, 0][:, last], c[m, :, 0]], axis=1)
+            np.concatenate([a[1, index[m] // W, :, 0, :end], b[1, m, :, 0][:, last], c[m, :, 0]], axis=1)
             for a, b, c in zip(shared, own, new, strict=True)
         ]
         context = Context(KeyValues(*(x[None, :, None] for x in kv)), end_NxGxQ=np.full((1, 1, 1), kv[0].shape[1]))
         np.testing.assert_allclose(ours[m], attend(q[m : m + 1], (context,))[0], atol=1e-5)
 
 
-def test_rows_of_their_own_see_what_the_grid_saw():
+def test_separate_rows_give_the_same_attention_as_shared_rows():
     shared, own, q, new = cache_inputs(0)
-    places, end = np.array([11, 2, 5, 6, 0, 9], np.int32), np.arange(12, dtype=np.int32).reshape(N, W) + 3
-    ring, grid = empty_ring(own, M, RING, B), Shared(in_blocks(shared, B), end, jnp.arange(end.size))
-    a = look_at((grid,), places, ring, 0, np.zeros(M, np.int32))(0, q, new)
-    b = look_at((grid.spread(places),), None, ring, 0, np.zeros(M, np.int32))(0, q, new)
-    np.testing.assert_allclose(a, b, atol=1e-6)
-    assert isinstance(grid.blocks, Blocks) and grid.spread(places).end_NxW.shape == (M, 1)
+    index, end = np.array([11, 2, 5, 6, 0, 9], np.int32), np.arange(12, dtype=np.int32).reshape(N, W) + 3
+    ring, counts = empty_ring(own, M, RING, B), np.zeros(M, np.int32)
+    cache = SharedCache(blocks=to_blocks(shared, B), end_NxW=end, index_R=jnp.arange(end.size))
+    separate_rows = cache.unshare(index)
+    assert separate_rows.end_NxW.shape == (M, 1)
+    expected = cached_attention((cache,), index, ring, 0, counts)(0, q, new)
+    ours = cached_attention((separate_rows,), None, ring, 0, counts)(0, q, new)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-# --- what is drawn from -------------------------------------------------------------------------------
+# --- truncation ---
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 50), st.floats(0.01, 1.0), st.integers(0, 10_000))
-def test_truncation_against_its_definition(top_k, top_p, seed):
+def test_truncation_equals_its_definition(top_k, top_p, seed):
     logits = np.random.default_rng(seed).permutation(48).astype(np.float32) / 8
     kept = np.asarray(truncate(jnp.asarray(logits)[None], top_k, top_p))[0] > -1e30
     order = np.argsort(-logits)[: top_k or None]
     shares = reference.softmax(logits[order].astype(np.float64))
     before = np.cumsum(shares) - shares
-    if np.abs(before - top_p).min() > 1e-5:  # Else rounding decides.
+    if np.abs(before - top_p).min() > 1e-5:  # Otherwise the result depends on rounding.
         assert set(np.flatnonzero(kept)) == set(order[before < top_p])
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (9, 0.8)])
-def test_truncated_samples_are_distributed_as_they_claim(top_k, top_p):
+def test_truncated_samples_follow_the_renormalized_distribution(top_k, top_p):
     logits = np.random.default_rng(3).standard_normal(48).astype(np.float32)
     uniform = np.random.default_rng(4).random(8192, np.float32)
     left = truncate(jnp.broadcast_to(logits, (8192, 48)), top_k, top_p)
@@ -255,7 +262,7 @@ def test_truncated_samples_are_distributed_as_they_claim(top_k, top_p):
     assert scipy.stats.chisquare(counts[shares > 0], shares[shares > 0] * 8192).pvalue > 1e-3
 
 
-def test_truncated_training_needs_its_correction():
+def test_truncated_sampling_requires_an_importance_correction():
     for field in ({"top_k": 5}, {"top_p": 0.9}):
         with pytest.raises(UserError, match="objective.importance"):
             from_config_dict({"rollout": field})
@@ -263,14 +270,14 @@ def test_truncated_training_needs_its_correction():
     assert Experiment().rollout.top_k == 0
 
 
-# --- where responses end ------------------------------------------------------------------------------
+# --- ends of responses ---
 
 PIECES = [b"</think>", b"</th", b"ink>", b"\\boxed{", b"\\box", b"ed{", b"a", b"{", b"}", b"\\", b"}}", b"", b"x}y"]
 MARKER = PIECES.index(b"")
 
 
 def is_closed(tokens: list[int]) -> bool:
-    """Whether a plain reader of the bytes finds the answer's last box closed."""
+    """Return whether the last box of the answer is closed, from all bytes at once."""
     pieces = [PIECES[t] for t in tokens]
     ends = [sum(map(len, pieces[:i])) for i, t in enumerate(tokens) if t == MARKER]
     text = b"".join(pieces)
@@ -286,36 +293,40 @@ def is_closed(tokens: list[int]) -> bool:
         if not escaped and byte in b"{}":
             depth += 1 if byte == b"{"[0] else -1
         if depth == 0:
-            return i > 0 or len(content) > 1  # An empty box may go on with a brace that it holds.
+            return (
+                i > 0 or len(content) > 1
+            )  # An empty box may continue with a second brace, which is then its content.
         escaped = byte == b"\\"[0] and not escaped
     return False
 
 
+@jax.jit
+def append_token(reader, token, table, sizes):
+    return read_box(reader, token, table, sizes, MARKER)
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=14))
-def test_the_box_reader_closes_where_a_plain_reader_does(tokens):
+def test_box_reader_agrees_with_reading_all_bytes_at_once(tokens):
     longest = max(map(len, PIECES))
     table = np.array([list(piece.ljust(longest, b"\0")) for piece in PIECES], np.uint8)
     sizes = np.array([len(piece) for piece in PIECES], np.int32)
     reader = BoxReader.start(1)
     for n, token in enumerate(tokens, 1):
-        reader = _read(reader, np.array([token], np.int32), table, sizes)
-        assert bool(reader.closed[0]) == is_closed(tokens[:n])
-        if reader.closed[0]:
+        reader = append_token(reader, np.array([token], np.int32), table, sizes)
+        assert bool(reader.closed_M[0]) == is_closed(tokens[:n])
+        if reader.closed_M[0]:
             break
 
 
-_read = jax.jit(lambda reader, token, table, sizes: read_box(reader, token, table, sizes, MARKER))
-
-
 def test_responses_end_at_their_box(params, expected):
-    """Words that often close a box: each response is the endless one up to the first token that does."""
+    """With a vocabulary that often closes boxes, each response is the full-length one up to the first token that does."""
     words = [b"</think>\\boxed{", b"a", b"}", b"b}", b"c"]
     vocab = [words[i % len(words)] for i in range(SHAPE.vocab)]
     sizes = np.array([len(word) for word in vocab], np.int32)
     table = np.array([list(word.ljust(sizes.max(), b"\0")) for word in vocab], np.uint8)
     endless, _ = run(params, stop_ids=())
-    ours, _ = run(params, stop_ids=(), vocab=(table, sizes), slots=5)
+    ours, _ = run(params, stop_ids=(), vocab=ByteVocab(bytes_VxX=table, lengths_V=sizes), slots=5)
     ends = set()
     for p, g in np.ndindex(P, G):
         tokens, length = endless.tokens_PxGxT[p, g].tolist(), T
@@ -331,20 +342,26 @@ def test_responses_end_at_their_box(params, expected):
     assert len(ends) > 4
 
 
-# --- memory -----------------------------------------------------------------------------
+# --- memory ---
 
 
 def test_slots_are_planned_from_memory():
-    memory = RolloutMemory(fixed=1000, per_slot=100)
-    plan = lambda asked, available: plan_slots(asked, 64, memory, 500, available)  # noqa: E731
-    assert plan(0, 10**6) == 64 and plan(0, 2000) == 5 and plan(3, 2000) == 3 and plan(1000, 10**6) == 64
-    for asked, available in ((6, 2000), (0, 1599)):
-        with pytest.raises(UserError, match=r"rollout\.decode_slots: .* hold (5|0)\. "):
-            plan(asked, available)
+    def plan(requested, available):
+        memory = RolloutMemory(fixed=1000, per_slot=100)
+        return plan_slots(requested=requested, rollouts=64, memory=memory, resident=500, available=available)
+
+    assert plan(0, 10**6) == 64
+    assert plan(0, 2000) == 5
+    assert plan(3, 2000) == 3
+    assert plan(1000, 10**6) == 64
+    for requested, available, fitting in ((6, 2000, 5), (0, 1599, 0)):
+        with pytest.raises(UserError, match=rf"rollout\.decode_slots: .* hold {fitting}\. ") as raised:
+            plan(requested, available)
+        assert raised.value.field == "rollout.decode_slots"
 
 
-def test_planned_memory_is_what_the_arrays_take():
-    """Per slot the ring's, to its blocks' size, and three eighths of it for when the live batch shrinks."""
+def test_planned_memory_equals_the_size_of_the_arrays():
+    """A slot takes its part of the ring buffer, and three eighths of it again while the batch shrinks."""
     size = {"prompts": P, "prompt_tokens": 64, "samples": G, "max_new_tokens": 64}
     memory = rollout_memory(SHAPE, "float32", **size, tensor=1)
     dims = (SHAPE.layers, 1, SHAPE.kv_heads, 1, 64, SHAPE.head_size)

@@ -1,4 +1,4 @@
-"""Sampling against the distribution it should have, and rollouts against the trainer, NumPy and each other."""
+"""Token sampling against the exact distribution, and rollouts against NumPy, the trainer and other batches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rpt_jax.objective.batch import UpdateBatch, UpdateConfig
+from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.gradient import response_logprobs
-from rpt_jax.objective.loss import ClipRange
-from rpt_jax.rollout.generate import Rollouts, generate
+from rpt_jax.rollout.generate import generate
+from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, uniform_noise
 from tests.helpers import policy_reference as reference
 from tests.helpers.policy_reference import POLICY, SHAPE, random_params
+from tests.helpers.rollouts import STOPS, TEMPERATURE, assert_same, select
 
 LAST = np.float32(1 - 2**-24)  # The largest float32 below 1.
 ROWS = 4096
@@ -25,27 +26,27 @@ sample = jax.jit(sample_tokens)
 
 
 def draw(logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """Sample one token of the same distribution for each of `uniforms`."""
+    """Sample one token from the same distribution for each of `uniforms`."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (ROWS, len(logits)))
-    # Always so many rows, so that each vocabulary is compiled for once.
+    # A fixed number of rows, so that each vocabulary is compiled once.
     tokens = sample(rows, jnp.asarray(np.resize(uniforms, ROWS), jnp.float32))
     assert tokens.dtype == jnp.int32
     return np.asarray(tokens)[: len(uniforms)]
 
 
-# --- one token ---------------------------------------------------------------------------------------
+# --- one token ---
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_tokens_take_their_share_of_the_unit_interval(vocab):
-    """An even grid of uniform numbers leaves no room for chance: each token is hit as often as its share says."""
+def test_tokens_are_drawn_in_proportion_to_their_probability(vocab):
+    """On an even grid of uniform numbers this holds exactly."""
     logits = np.random.default_rng(vocab).standard_normal(vocab) * 2
     counts = np.bincount(draw(logits, (np.arange(ROWS) + 0.5) / ROWS), minlength=vocab)
     assert len(counts) == vocab
     np.testing.assert_allclose(counts, ROWS * reference.softmax(logits), atol=1.01)
 
 
-def test_every_row_has_its_own_distribution():
+def test_each_row_is_sampled_from_its_own_distribution():
     logits = np.random.default_rng(0).standard_normal((64, 37)).astype(np.float32)
     uniforms = np.random.default_rng(1).random(64, np.float32)
     ours = sample(jnp.asarray(logits), jnp.asarray(uniforms))
@@ -53,39 +54,39 @@ def test_every_row_has_its_own_distribution():
     np.testing.assert_array_equal(ours, [np.searchsorted(end, u, side="right") for end, u in zip(ends, uniforms)])  # noqa: B905
 
 
-def near_borders(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return uniform numbers on and beside borders of the distribution function, where rounding could let others in."""
-    borders = np.cumsum(reference.softmax(logits))[rng.integers(0, len(logits), ROWS - 2)]
-    near = np.round(borders * 2**23) + rng.integers(-2, 3, ROWS - 2)
+def near_boundaries(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return uniform numbers at and near steps of the distribution function, where rounding could select another token."""
+    boundaries = np.cumsum(reference.softmax(logits))[rng.integers(0, len(logits), ROWS - 2)]
+    near = np.round(boundaries * 2**23) + rng.integers(-2, 3, ROWS - 2)
     return np.concatenate([np.clip(near, 0, 2**23 - 1) / 2**23, [0.0, LAST]])
 
 
 @pytest.mark.parametrize("hidden", [-1e30, -np.inf])
 @pytest.mark.parametrize("vocab", VOCABS[1:])
-def test_tokens_without_weight_are_never_drawn(vocab, hidden):
+def test_tokens_without_probability_are_never_drawn(vocab, hidden):
     rng = np.random.default_rng(vocab)
-    for share in (0.5, 0.95):
+    for fraction in (0.5, 0.95):
         logits = rng.standard_normal(vocab) * 3
-        logits[rng.random(vocab) < share] = hidden
-        # Whole blocks of them, the ends included.
+        logits[rng.random(vocab) < fraction] = hidden
+        # Also in whole blocks, and at both ends.
         logits[: vocab // 3], logits[-(vocab // 3) :] = hidden, hidden
         logits[vocab // 2] = 1.0
-        assert (logits[draw(logits, near_borders(logits, rng))] > -1e29).all()
+        assert (logits[draw(logits, near_boundaries(logits, rng))] > -1e29).all()
 
 
-def test_tokens_without_weight_are_never_drawn_where_sums_are_trees(monkeypatch):
-    """A backend may add up in any order; in a tree, a running sum can rise where nothing is added, by rounding."""
+def test_tokens_without_probability_are_never_drawn_with_tree_sums(monkeypatch):
+    """A backend may sum in any order. In a tree, rounding can increase a cumulative sum where nothing is added."""
     monkeypatch.setattr(jnp, "cumsum", lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis))
     rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms))
     for _ in range(20):
         logits = np.where(rng.random(400) < 0.5, -1e30, rng.standard_normal(400) * 2).astype(np.float32)
-        uniforms = jnp.asarray(near_borders(logits, rng), jnp.float32)
+        uniforms = jnp.asarray(near_boundaries(logits, rng), jnp.float32)
         tokens = np.asarray(tree(jnp.broadcast_to(logits, (ROWS, 400)), uniforms))
         assert (tokens < 400).all() and (logits[tokens] > -1e29).all()
 
 
-def test_a_padded_vocabulary_is_never_drawn_where_sums_are_trees(monkeypatch):
-    """With the largest number there is, where rounding alone says that something is left behind the last token."""
+def test_vocabulary_padding_is_never_drawn_with_tree_sums(monkeypatch):
+    """At the largest uniform number, rounding alone can suggest that there is probability after the last token."""
     monkeypatch.setattr(jnp, "cumsum", lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis))
     rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms))
     logits = rng.standard_normal((ROWS, 400)).astype(np.float32) * 2
@@ -95,7 +96,7 @@ def test_a_padded_vocabulary_is_never_drawn_where_sums_are_trees(monkeypatch):
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_the_ends_of_the_unit_interval(vocab):
+def test_ends_of_the_unit_interval_select_the_first_and_last_token(vocab):
     logits = np.zeros(vocab)
     assert draw(logits, np.array([0.0, LAST])).tolist() == [0, vocab - 1]
     if vocab > 3:
@@ -103,8 +104,8 @@ def test_the_ends_of_the_unit_interval(vocab):
         assert draw(logits, np.array([0.0, LAST])).tolist() == [2, vocab - 3]
 
 
-def test_noise_is_uniform_and_its_own_for_every_token():
-    """4 x 8 x 64 tokens: all different, evenly spread, and independent of their neighbors in every direction."""
+def test_noise_is_uniform_and_independent():
+    """The numbers of 4 x 8 x 64 tokens are all different, uniform, and uncorrelated with their neighbors along every axis."""
     uniforms = np.asarray(uniform_noise(jax.random.key(0), jnp.arange(4), 8, 64)).reshape(4, 8, 64)
     assert (uniforms[2] == uniform_noise(jax.random.key(0), jnp.array([2]), 9, 65)[:8, :64]).all()
     assert uniforms.shape == (4, 8, 64) and len(np.unique(uniforms)) == uniforms.size
@@ -114,11 +115,9 @@ def test_noise_is_uniform_and_its_own_for_every_token():
         assert abs(np.corrcoef(a, b)[0, 1]) < 4 / np.sqrt(a.size)
 
 
-# --- whole rollouts ----------------------------------------------------------------------------------
+# --- whole rollouts ---
 
 P, G, S, T = 4, 3, 6, 8
-TEMPERATURE = 0.8
-STOPS = (2, 8, 9, 12, 43)  # Some responses stop at once, some on the way, one just at the limit, and some never.
 LENGTHS = np.array([1, 3, 6, 4], np.int32)
 PROMPTS = np.random.default_rng(0).integers(0, SHAPE.vocab, (P, S)).astype(np.int32)
 IDS = np.array([0, 7, 2**31 - 1, 12], np.int32)
@@ -142,34 +141,31 @@ def rollouts(params):
 
 @pytest.fixture(scope="module")
 def endless(params):
-    """Return the same rollouts where nothing stops them."""
+    """Return the same rollouts without stop tokens."""
     return roll(params, stop_ids=())
 
 
-def assert_same(ours: Rollouts, expected: Rollouts) -> None:
-    """The same token for token; the log-probabilities up to rounding, since other shapes add up in another order."""
-    np.testing.assert_array_equal(ours.tokens_PxGxT, expected.tokens_PxGxT)
-    np.testing.assert_array_equal(ours.lengths_PxG, expected.lengths_PxG)
-    np.testing.assert_array_equal(ours.ended_PxG, expected.ended_PxG)
-    np.testing.assert_allclose(ours.logprobs_PxGxT, expected.logprobs_PxGxT, atol=1e-5)
-
-
 def test_a_stop_token_ends_a_response(rollouts, endless):
-    """A response is what an endless one is up to its first stop token, that one included, and then zeros."""
+    """A response equals one without stop tokens up to and including its first stop token, followed by zeros."""
     assert (endless.lengths_PxG == T).all() and not endless.stopped_PxG.any() and endless.mask_PxGxT.all()
     is_stop = np.isin(endless.tokens_PxGxT, STOPS)
     stopped = is_stop.any(-1)
     lengths = np.where(stopped, is_stop.argmax(-1) + 1, T)
     mask = np.arange(T) < lengths[..., None]
     ends = set(zip(lengths.ravel().tolist(), stopped.ravel().tolist(), strict=True))
-    assert {(1, True), (T, True), (T, False)} < ends, "the fixture tests too little"
-    expected = endless.tokens_PxGxT * mask, lengths, endless.logprobs_PxGxT * mask, stopped
-    assert_same(rollouts, Rollouts(*expected))
+    assert {(1, True), (T, True), (T, False)} < ends, "the example does not cover all kinds of ends"
+    expected = Rollouts(
+        tokens_PxGxT=endless.tokens_PxGxT * mask,
+        lengths_PxG=lengths,
+        logprobs_PxGxT=endless.logprobs_PxGxT * mask,
+        ended_PxG=stopped,
+    )
+    assert_same(rollouts, expected)
     np.testing.assert_array_equal(rollouts.mask_PxGxT, mask)
     assert (rollouts.logprobs_PxGxT[mask] < 0).all() and (rollouts.logprobs_PxGxT[~mask] == 0).all()
 
 
-def test_the_sampler_and_numpy_agree(params, rollouts):
+def test_logprobs_of_the_sampler_equal_numpy(params, rollouts):
     for p, g in np.ndindex(P, G):
         prompt, length = PROMPTS[p, : LENGTHS[p]], rollouts.lengths_PxG[p, g]
         response = rollouts.tokens_PxGxT[p, g, :length]
@@ -179,20 +175,35 @@ def test_the_sampler_and_numpy_agree(params, rollouts):
 
 
 def trainer_logprobs(policy, params, tokens_PxGxT, mask_PxGxT, temperature):
-    none, everyone = np.zeros(tokens_PxGxT.shape[:2], np.float32), np.ones(len(LENGTHS), bool)
-    batch = UpdateBatch(PROMPTS, LENGTHS, np.arange(len(LENGTHS)), tokens_PxGxT, mask_PxGxT, mask_PxGxT, none, everyone)
-    config = UpdateConfig(1, rows=1, row_tokens=64, chunk=16, temperature=temperature, bounds=ClipRange(0.2, 0.2))
-    return jax.jit(response_logprobs, static_argnums=(0, 3))(policy, params, batch, config)
+    batch = UpdateBatch(
+        prompts_PxS=PROMPTS,
+        lengths_P=LENGTHS,
+        window_P=np.arange(P),
+        tokens_PxGxT=tokens_PxGxT,
+        mask_PxGxT=mask_PxGxT,
+        sampler_logprobs_PxGxT=np.zeros(tokens_PxGxT.shape, np.float32),
+        advantages_PxG=np.zeros(tokens_PxGxT.shape[:2], np.float32),
+        counted_P=np.ones(P, bool),
+    )
+    limits = UpdateLimits(
+        minibatches=1,
+        rows=1,
+        microbatch_tokens=64,
+        logit_chunk_tokens=16,
+        temperature=temperature,
+        max_new_tokens=T,
+    )
+    return jax.jit(response_logprobs, static_argnums=(0, 1))(policy, limits, params, batch)
 
 
-def test_the_sampler_and_the_trainer_agree(params, rollouts):
+def test_logprobs_of_sampler_and_trainer_agree(params, rollouts):
     mask = rollouts.mask_PxGxT
     trainer = trainer_logprobs(POLICY, params, rollouts.tokens_PxGxT, mask, TEMPERATURE)
     np.testing.assert_allclose(np.where(mask, trainer, 0), rollouts.logprobs_PxGxT, atol=1e-5)
 
 
 def test_absent_ids_are_neither_sampled_nor_scored(params):
-    """Of a hot sampler, which would draw each of them; the trainer knows of the same ones."""
+    """At a high temperature, which would draw each of them otherwise. The trainer excludes the same ids."""
     absent = 0, 5, *range(40, SHAPE.vocab)
     policy = dataclasses.replace(POLICY, absent_ids=absent)
     arguments = params, PROMPTS, LENGTHS, IDS, KEY
@@ -207,38 +218,38 @@ def test_absent_ids_are_neither_sampled_nor_scored(params):
     np.testing.assert_allclose(ours.logprobs_PxGxT[2, :, 0], expected, atol=1e-5)
 
 
-def test_rollouts_follow_the_prompts_into_any_order(params, rollouts):
+def test_rollouts_do_not_depend_on_prompt_order(params, rollouts):
     order = np.array([2, 0, 3, 1])
     shuffled = roll(params, PROMPTS[order], LENGTHS[order], IDS[order])
-    assert_same(shuffled, Rollouts(*(leaf[order] for leaf in rollouts)))
+    assert_same(shuffled, select(rollouts, order))
 
 
-def test_rollouts_depend_on_their_own_prompt_alone(params, rollouts):
-    """In another batch, among other prompts, behind more padding and beside more samples: the same, token for token."""
+def test_rollouts_depend_only_on_their_own_prompt(params, rollouts):
+    """They are the same in another batch, with other prompts, more padding and more samples."""
     rows = np.array([3, 1])
     poison = np.random.default_rng(9).integers(0, SHAPE.vocab, (2, S + 5)).astype(np.int32)
     prompts = np.where(np.arange(S + 5) < LENGTHS[rows, None], np.pad(PROMPTS[rows], ((0, 0), (0, 5))), poison)
     ours = roll(params, prompts, LENGTHS[rows], IDS[rows], samples=G + 2)
-    assert_same(Rollouts(*(leaf[:, :G] for leaf in ours)), Rollouts(*(leaf[rows] for leaf in rollouts)))
+    assert_same(select(ours, np.s_[:, :G]), select(rollouts, rows))
     others = PROMPTS.copy()
     others[2:] = (others[2:] + 1) % SHAPE.vocab
     ours = roll(params, others, np.array([1, 3, 2, 5], np.int32), IDS)
-    assert_same(Rollouts(*(leaf[:2] for leaf in ours)), Rollouts(*(leaf[:2] for leaf in rollouts)))
+    assert_same(select(ours, np.s_[:2]), select(rollouts, np.s_[:2]))
 
 
-def test_other_samples_prompts_and_keys_have_other_noise(params, endless):
-    """The same prompt throughout, so that nothing but the noise can tell rollouts apart."""
+def test_noise_differs_between_samples_prompts_and_keys(params, endless):
+    """All prompts have the same tokens, so that rollouts can only differ by their noise."""
     same = np.tile(PROMPTS[2], (P, 1)), np.full(P, S, np.int32)
     ours = roll(params, *same, np.array([5, 6, 5, 8], np.int32), stop_ids=())
     responses = [tuple(response) for response in ours.tokens_PxGxT.reshape(-1, T).tolist()]
-    assert len(set(responses)) == 3 * G, "of 4 prompts, 2 have the same id"
+    assert len(set(responses)) == 3 * G, "two of the four prompts have the same id"
     np.testing.assert_array_equal(ours.tokens_PxGxT[0], ours.tokens_PxGxT[2])
     other = roll(params, key=jax.random.fold_in(KEY, 1), stop_ids=())
     assert (other.tokens_PxGxT != endless.tokens_PxGxT).any(-1).all()
 
 
-def test_near_zero_temperature_is_the_argmax(params):
-    """Greedy decoding by a full forward pass of NumPy for every token."""
+def test_sampling_at_a_temperature_near_zero_is_greedy(params):
+    """Compared with a full NumPy forward pass for every token."""
     ours = roll(params, temperature=1e-3, stop_ids=(), samples=1)
     for p in range(P):
         tokens = PROMPTS[p, : LENGTHS[p]].tolist()
@@ -248,8 +259,8 @@ def test_near_zero_temperature_is_the_argmax(params):
     np.testing.assert_allclose(ours.logprobs_PxGxT, 0, atol=0.1)
 
 
-def test_first_tokens_are_distributed_as_the_temperature_says(params):
-    """4,000 samples of one prompt; a temperature that is lost or used twice fails by far."""
+def test_first_tokens_follow_the_distribution_at_the_temperature(params):
+    """With 4,000 samples of one prompt, a temperature that is ignored or applied twice fails by far."""
     ids = np.arange(500, dtype=np.int32)
     prompts, lengths = np.tile(PROMPTS[2], (500, 1)), np.full(500, S, np.int32)
     first = roll(params, prompts, lengths, ids, samples=8, max_new_tokens=1).tokens_PxGxT.ravel()

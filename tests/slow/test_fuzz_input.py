@@ -13,9 +13,8 @@ from rpt_jax.config import Experiment, default_config, from_config_dict
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.infra.workdir import claimed_workdir
+from rpt_jax.infra.workdir import RUN_CONFIG, claimed_workdir
 from tests.helpers.fuzzing import altered, many, values
-from tests.helpers.sharded_child import CONFIG
 
 pytestmark = pytest.mark.slow
 # The name of any config field.
@@ -69,7 +68,7 @@ SAVED = json.dumps(dict(leaves(Experiment()))).encode()
 @many
 @given(altered(SAVED) | values.map(lambda value: json.dumps(value).encode()))
 def test_malformed_configs_of_workdirs(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / CONFIG).write_bytes(data)
+    (tmp_path / RUN_CONFIG).write_bytes(data)
     try:
         with claimed_workdir(tmp_path, Experiment()):
             pass

@@ -21,7 +21,7 @@ def test_a_step_reads_its_weights_for_every_token():
     sample = reports["sample"].traffic
     assert sample is not None and not sample.unknown_loops
     # Seven decode steps follow the first token.
-    assert sample.memory > 7 * 4 * small.step.setup.policy.config.matmul_parameters
+    assert sample.memory > 7 * 4 * small.step.policy.config.matmul_parameters
 
 
 def test_gpus_are_estimated_on_simulated_cpu_devices(tmp_path: Path):
