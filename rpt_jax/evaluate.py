@@ -86,7 +86,7 @@ def by_difficulty(right_N: np.ndarray, positions: Sequence[Position]) -> dict[st
     Returns: by difficulty, a dict of "accuracy", "low", "high" and the number of "positions".
     """
     entropy_N = np.array([p.entropy for p in positions])
-    document_N = np.array([p.document for p in positions])
+    document_N = np.array([p.window for p in positions])
     result = {}
     for name, threshold in DIFFICULTIES.items():
         kept = entropy_N > threshold

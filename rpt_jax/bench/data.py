@@ -97,7 +97,7 @@ def _measure_tokenizing(
     size = Path(data.path).stat().st_size
     alone = _measure_tokenizer_alone(Path(data.path), tokenizer)
     start = time.perf_counter()
-    tokenize_on_leader(data, tokenizer, directory)
+    tokenize_on_leader(data, tokenizer, directory, Heartbeat())
     tokenized = time.perf_counter()
     corpus = open_and_report(data, directory)
     opened = time.perf_counter()

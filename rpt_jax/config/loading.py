@@ -51,7 +51,7 @@ def default_config() -> Any:
     for name in _OPTIONS:
         section, _, field = name.partition(".")
         values[section][field] = {}
-    config = ml_collections.ConfigDict(values).lock()
+    config: Any = ml_collections.ConfigDict(values).lock()
     for name in _OPTIONS:
         section, _, field = name.partition(".")
         # Which options there are depends on the choice: they are checked after the file has been read.
