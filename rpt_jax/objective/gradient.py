@@ -189,7 +189,7 @@ def row_scores(
     Both are float32 [N, J, T] with T = `size`, and undefined after each response's length.
     """
     tokens, positions = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
-    hidden, _ = policy.apply({"params": params}, tokens, positions, seen=rows.key_ranges)
+    hidden, _ = policy.apply({"params": params}, tokens, positions, key_ranges=rows.key_ranges)
 
     def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         # The part of the chunk that belongs to this device's rows.
