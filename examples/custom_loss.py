@@ -1,6 +1,6 @@
 """A policy-gradient loss of your own: REINFORCE in which bad responses count half.
 
-    python -m rpt_jax.main --config=examples/custom_loss.py
+python -m rpt_jax.main --config=examples/custom_loss.py
 """
 
 from typing import Any

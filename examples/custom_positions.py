@@ -1,6 +1,6 @@
 """A choice of positions of your own: those whose entropy is neither low nor hopelessly high.
 
-    python -m rpt_jax.main --config=examples/custom_positions.py
+python -m rpt_jax.main --config=examples/custom_positions.py
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """A training reward of your own: Equation 3, minus a small price for every token of reasoning.
 
-    python -m rpt_jax.main --config=examples/custom_reward.py
+python -m rpt_jax.main --config=examples/custom_reward.py
 """
 
 from typing import Any

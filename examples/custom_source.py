@@ -1,6 +1,6 @@
 """A corpus source of your own: pages of sums, generated on the fly, with an option for their size.
 
-    python -m rpt_jax.main --config=examples/custom_source.py
+python -m rpt_jax.main --config=examples/custom_source.py
 """
 
 import collections
