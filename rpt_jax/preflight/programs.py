@@ -209,7 +209,7 @@ def _score_program(experiment: Experiment, policy: Transformer, params: Any, mes
     def lower() -> jax.stages.Lowered:
         tokens, lengths = _ids(windows, size), _ids(windows)
         rows = abstract_prompts((tokens, tokens, lengths), mesh)
-        sizes = {"top_k": experiment.data.entropy_top_k, "chunk": experiment.training.logit_chunk_tokens}
+        sizes = {"top_k": experiment.data.entropy_top_k, "logit_chunk_tokens": experiment.training.logit_chunk_tokens}
         return score_batch.lower(policy, params, *rows, **sizes)
 
     return Program(name="score", lower=lower, resident_bytes=0)
