@@ -15,24 +15,7 @@ from rpt_jax.weights.hf import load_model_config
 from tests.helpers.paths import ROOT
 
 NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
-TINY = {
-    "data.source_options.documents": 60,
-    "data.held_out_documents": 20,
-    "data.source_options.held_out_templates": 2,
-    "data.positions_per_document": 4,
-    "data.max_document_tokens": 128,
-    "prompt.max_tokens": 128,
-    "rollout.samples_per_prompt": 4,
-    "rollout.max_new_tokens": 24,
-    "training.prompts_per_step": 8,
-    "training.microbatch_tokens": 512,
-    "training.total_steps": 5,
-    "training.dynamic_sampling_from": 3,
-    "evaluation.every_steps": 2,
-    "evaluation.positions": 16,
-    "evaluation.unseen_positions": 8,
-    "checkpoint.every_steps": 2,
-}
+TINY = SMALL
 SMOLLM2 = {
     "policy.dtype": "float32",  # Faster than bfloat16 on a CPU.
     "data.source_options.documents": 12,

@@ -14,9 +14,9 @@ from rpt_jax.infra.metrics import read_metrics
 
 # Changes of configs/rpt_tiny.py that make a run of a few steps take seconds.
 SMALL = {
-    "data.documents": 60,
+    "data.source_options.documents": 60,
     "data.held_out_documents": 20,
-    "data.held_out_templates": 2,
+    "data.source_options.held_out_templates": 2,
     "data.positions_per_document": 4,
     "data.max_document_tokens": 128,
     "prompt.max_tokens": 128,
@@ -29,18 +29,15 @@ SMALL = {
     "training.log_rollouts_every": 2,
     "evaluation.every_steps": 2,
     "evaluation.positions": 16,
-    "evaluation.template_positions": 8,
+    "evaluation.unseen_positions": 8,
     "checkpoint.every_steps": 2,
 }
 
 
 def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
-    """Return the experiment of `configs/<name>.py` with some fields changed ("data.documents": 60)."""
+    """Return the experiment of `configs/<name>.py` with some fields changed ("optimizer.learning_rate": 1e-5)."""
     config = importlib.import_module(f"configs.{name}").get_config()
-    for field, value in overrides.items():
-        section, _, leaf = field.rpartition(".")
-        (config[section] if section else config)[leaf] = value
-    return from_config_dict(config.to_dict())
+    return from_config_dict(config.to_dict(), [f"{field}={value}" for field, value in overrides.items()])
 
 
 def comparable(workdir: Path) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from rpt_jax.errors import UserError
 from rpt_jax.infra.plots import COLORS, PowerLaw, fit_power_law, moving_mean, write_plots
@@ -111,7 +112,7 @@ def test_legends_are_inside_the_figure_and_outside_the_data(tmp_path: Path, monk
         figure.draw_without_rendering()
         for axes in figure.axes:
             legend, data = axes.get_legend().get_window_extent(), axes.get_window_extent()
-            title = axes._left_title.get_window_extent()
+            [title] = [t.get_window_extent() for t in axes.findobj(Text) if t.get_text() == axes.get_title("left")]
             assert data.y1 <= legend.y0 + 1 and legend.y1 <= title.y0 + 1 and title.y1 <= figure.bbox.y1
             assert legend.x1 <= figure.bbox.x1 and data.width > 0.8 * figure.bbox.width
 
