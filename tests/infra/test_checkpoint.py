@@ -179,7 +179,7 @@ def test_a_checkpoint_without_one_of_its_items_is_set_aside(copy, item):
 def save_until_it_fails(checkpointer: Checkpointer) -> None:
     """Save as a loop does: an error is raised by the save itself, or in a later step."""
     checkpointer.save()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         checkpointer.check_writes()
         time.sleep(0.01)
@@ -255,7 +255,7 @@ def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
     for action, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         run = [sys.executable, "-m", "tests.helpers.checkpoint_child", action, str(tmp_path), str(fsdp), str(tensor)]
-        done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=600)
         assert done.stdout == f"{action} {devices}\n", done.stderr
 
 
@@ -277,7 +277,7 @@ def test_a_stop_signal_saves_what_the_registered_checkpointer_has_staged(tmp_pat
     """Another checkpointer is open, but only the one that was registered saves."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     command = [sys.executable, "-m", "tests.helpers.checkpoint_child"]
-    options = {"cwd": ROOT, "env": os.environ | flags, "capture_output": True, "text": True, "timeout": 120}
+    options = {"cwd": ROOT, "env": os.environ | flags, "capture_output": True, "text": True, "timeout": 600}
     stopped = subprocess.run([*command, "stop", str(tmp_path), "1", "1"], **options)
     assert stopped.returncode == ExitCode.RESTART and "Stopped: everything up to step 3 is in" in stopped.stderr, (
         stopped
