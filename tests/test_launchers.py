@@ -90,7 +90,7 @@ def has_ended(pid: int) -> bool:
     return state == "Z"
 
 
-# --- again.sh ----------------------------------------------------------------------------------------
+# --- again.sh ---
 
 
 def run_again(tmp_path: Path, endings: str, restarts: str = "9") -> tuple[int, int, str]:
@@ -144,7 +144,7 @@ def test_signal_stops_the_command_without_a_restart(tmp_path: Path, number: sign
     assert (process.returncode, stdout, stderr) == (75, "saved\n", "")
 
 
-# --- tpu_pod.sh --------------------------------------------------------------------------------------
+# --- tpu_pod.sh ---
 
 SETTINGS = {"RPT_TPU_NAME": "mine", "RPT_TPU_ZONE": "z-1", "RPT_TPU_TYPE": "v5p-128", "RPT_TPU_SHARE": "10.0.0.2:/rpt"}
 COMMANDS = {
@@ -262,7 +262,7 @@ def test_missing_gcloud_is_reported(clone: Clone) -> None:
     assert "gcloud is not on PATH" in stderr
 
 
-# --- slurm_gpu.sh ------------------------------------------------------------------------------------
+# --- slurm_gpu.sh ---
 
 # A stand-in for srun: records its call and exits with the next code in the file `codes`. If that is "hang", it runs until SIGTERM
 # and exits with 75.
@@ -357,7 +357,7 @@ def test_job_from_another_directory_is_refused(clone: Clone, tmp_path: Path) -> 
     assert process.returncode == 2
 
 
-# --- Kubernetes --------------------------------------------------------------------------------------
+# --- Kubernetes ---
 
 
 def test_jobset_is_valid_and_consistent() -> None:

@@ -16,7 +16,7 @@ from rpt_jax.distributed.rendezvous import Connection, meet
 from rpt_jax.errors import ExitCode, UserError
 from tests.helpers.processes import HERE, free_port, starter
 
-# --- detection -------------------------------------------------------------------------------------
+# --- detection ---
 
 SLURM = {"SLURM_JOB_ID": "41", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
 TPU = {"TPU_WORKER_HOSTNAMES": "t-0.job,t-1.job", "TPU_WORKER_ID": "1"}
@@ -76,7 +76,7 @@ def test_a_value_that_is_missing_or_out_of_range_is_named(flags, environ, field,
     assert raised.value.field == field
 
 
-# --- rendezvous ------------------------------------------------------------------------------------
+# --- rendezvous ---
 
 
 def meet_all(*members: tuple[Hosts, dict], seconds: float = 20.0) -> list[object]:
@@ -185,7 +185,7 @@ def test_other_connections_to_the_port_are_ignored() -> None:
     assert "for process 1 of 2, which did not connect" in told[0]
 
 
-# --- lost processes --------------------------------------------------------------------------------
+# --- lost processes ---
 
 
 @pytest.fixture

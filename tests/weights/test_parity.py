@@ -156,7 +156,7 @@ def test_rope_frequencies_equal_those_of_transformers(tmp_path, rope, head_size,
     assert "rope_parameters" not in old and from_hf_config(old, tmp_path) == config
 
 
-# --- import and export -------------------------------------------------------------------------------
+# --- import and export ---
 
 
 def tensors_in(directory: Path) -> dict[str, np.ndarray]:
