@@ -216,8 +216,11 @@ def test_a_failed_write_is_raised_in_a_later_step(tmp_path, cause):
 def test_a_checkpoint_with_other_parameters_is_refused(copy):
     before, more = contents(copy), make_state(0)
     more.params["layers"]["k"] = jnp.ones(2)
-    with pytest.raises(UserError, match=f"{copy / 'checkpoints' / '4'} is damaged, or it belongs to another model"):
+    with pytest.raises(
+        UserError, match=f"{copy / 'checkpoints' / '4'} is damaged, or it belongs to another model"
+    ) as raised:
         restore(copy, more)
+    assert raised.value.field == "--workdir"
     assert contents(copy) == before
 
 
@@ -245,8 +248,9 @@ def test_a_truncated_large_array_is_refused(tmp_path):
     largest = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(largest, 300_000)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged") as raised:
         restore(tmp_path, state)
+    assert raised.value.field == "--workdir"
     assert contents(tmp_path) == before
 
 
