@@ -47,12 +47,17 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
 
 
 def check_all(*checks: Callable[[], object]) -> None:
-    """Run every check, and raise one `UserError` with the complaints of all that raise one."""
-    complaints = []
+    """Run every check, and raise one `UserError` with the complaints of all that raise one.
+
+    The error has the field of the complaints, if all are about the same one.
+    """
+    errors: list[UserError] = []
     for check in checks:
         try:
             check()
         except UserError as error:
-            complaints.append(str(error))
-    if complaints:
-        raise UserError("\n       ".join(complaints))
+            errors.append(error)
+    if errors:
+        fields = {error.field for error in errors}
+        field = fields.pop() if len(fields) == 1 else ""
+        raise UserError("\n       ".join(map(str, errors)), field=field)

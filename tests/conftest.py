@@ -18,7 +18,7 @@ flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_let_go() -> Iterator[None]:
+def free_compiled_programs() -> Iterator[None]:
     """Every program on the CPU holds several memory maps; at 65,530 of them, Linux's default, XLA aborts Python."""
     yield
     jax.clear_caches()

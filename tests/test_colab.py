@@ -1,65 +1,10 @@
-"""The Colab notebook, run from top to bottom on the CPU with small sizes."""
+"""The Colab notebook as a file."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import types
-import zipfile
-from pathlib import Path
 
-import pytest
-
-from rpt_jax.weights.hf import load_model_config
-from tests.helpers.paths import ROOT
-
-NOTEBOOK = ROOT / "launch" / "colab_tpu.ipynb"
-TINY = {
-    "data.source_options.documents": 60,
-    "data.held_out_documents": 20,
-    "data.source_options.held_out_templates": 2,
-    "data.positions_per_document": 4,
-    "data.max_document_tokens": 128,
-    "prompt.max_tokens": 128,
-    "rollout.samples_per_prompt": 4,
-    "rollout.max_new_tokens": 24,
-    "training.prompts_per_step": 8,
-    "training.microbatch_tokens": 512,
-    "training.total_steps": 5,
-    "training.dynamic_sampling_from": 3,
-    "evaluation.every_steps": 2,
-    "evaluation.positions": 16,
-    "evaluation.unseen_positions": 8,
-    "checkpoint.every_steps": 2,
-}
-SMOLLM2 = {
-    "policy.dtype": "float32",  # Faster than bfloat16 on a CPU.
-    "data.source_options.documents": 12,
-    "data.held_out_documents": 8,
-    "data.source_options.held_out_templates": 1,
-    "data.max_document_tokens": 64,
-    "prompt.template": "plain",
-    "prompt.max_tokens": 64,
-    "cold_start.total_steps": 1,
-    "pretrain.documents_per_step": 2,
-    "pretrain.traces_per_document": 4,
-    "pretrain.rows_per_document": 1,
-    "rollout.samples_per_prompt": 2,
-    "rollout.max_new_tokens": 8,
-    "training.prompts_per_step": 2,
-    "training.total_steps": 1,
-    "training.dynamic_sampling_rounds": 1,
-    "training.microbatch_tokens": 128,
-    "evaluation.positions": 2,
-    "evaluation.unseen_positions": 2,
-}
-
-
-def cells(kind: str) -> list[str]:
-    """Return the sources of the notebook's cells of a type, "code" or "markdown"."""
-    notebook = json.loads(NOTEBOOK.read_text())
-    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+from tests.helpers.notebook import NOTEBOOK, cells
 
 
 def test_notebook_is_valid_and_has_no_outputs() -> None:
@@ -70,31 +15,3 @@ def test_notebook_is_valid_and_has_no_outputs() -> None:
         assert cell["cell_type"] == "markdown" or (cell["outputs"] == [] and cell["execution_count"] is None)
     for number, source in enumerate(cells("code")):
         compile(source, f"cell {number}", "exec")
-
-
-@pytest.mark.slow
-def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("rpt_jax", "configs", "requirements.txt", "requirements"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-    shown: list[str] = []
-    display = types.ModuleType("IPython.display")
-    display.__dict__.update(Image=str, display=shown.append)
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-
-    # The settings cell, then the additional flags that it offers, then the other cells.
-    namespace: dict[str, object] = {}
-    settings, *rest = cells("code")
-    exec(compile(settings, "settings", "exec"), namespace)
-    for name, fields in (("TINY", TINY), ("SMOLLM2", SMOLLM2)):
-        assert namespace[name] == []
-        namespace[name] = [f"--config.{field}={value}" for field, value in fields.items()]
-    for number, source in enumerate(rest, start=1):
-        exec(compile(source, f"cell {number}", "exec"), namespace)
-
-    assert [Path(plot).parts[:2] for plot in shown] == [("runs", "tiny")] * 4 + [("runs", "smollm2")] * 4
-    assert all(os.path.getsize(plot) for plot in shown)
-    assert load_model_config(tmp_path / "exported" / "smollm2")[0].layers == 30
-    assert "config.json" in zipfile.ZipFile(tmp_path / "smollm2.zip").namelist()

@@ -135,7 +135,7 @@ def test_a_policy_with_another_tokenizer_is_refused(theirs, tmp_path):
     assert raised.value.field == str(path)
 
 
-# --- runs --------------------------------------------------------------------------------------------
+# --- runs ---
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(workdir, theirs, tmp_pa
         convert(path / "checkpoints" / "5", tmp_path / "out")
 
 
-# --- safetensors -------------------------------------------------------------------------------------
+# --- safetensors ---
 
 
 def in_memory(arrays: dict[str, np.ndarray]) -> Tensors:
@@ -308,7 +308,7 @@ def test_loading_puts_only_its_own_shards_on_each_device(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# --- GGUF --------------------------------------------------------------------------------------------
+# --- GGUF ---
 
 
 @pytest.fixture

@@ -291,11 +291,18 @@ def test_an_uneven_split_is_described_by_the_fullest_device():
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(-1, -1, 1), MeshConfig(0, 1, 1), MeshConfig(1, 1, -2), MeshConfig(1, 2, 2, 3)]
+    ("mesh", "field"),
+    [
+        (MeshConfig(-1, -1, 1), "mesh"),
+        (MeshConfig(0, 1, 1), "mesh"),
+        (MeshConfig(1, 1, -2), "mesh"),
+        (MeshConfig(1, 2, 2, 3), "mesh.rollout_tensor"),
+    ],
 )
-def test_impossible_mesh_is_refused(mesh: MeshConfig):
-    with pytest.raises(UserError, match=rf"mesh\.tensor={mesh.tensor}"):
+def test_impossible_mesh_is_refused(mesh: MeshConfig, field: str):
+    with pytest.raises(UserError) as raised:
         derive(dataclasses.replace(Experiment(), mesh=mesh), 4)
+    assert raised.value.field == field
 
 
 def test_policy_on_disk_comes_before_the_preset(tmp_path: Path):
@@ -325,8 +332,9 @@ def test_policy_on_disk_comes_before_the_preset(tmp_path: Path):
 
 
 def test_unknown_preset_is_refused_with_the_nearest_name():
-    with pytest.raises(UserError, match=r"policy\.preset='qwen2.5-14'.*Did you mean 'qwen2\.5-14b'"):
+    with pytest.raises(UserError) as raised:
         derive(replaced(PAPER, "policy", preset="qwen2.5-14"), 1)
+    assert raised.value.field == "policy.preset"
 
 
 def test_the_description_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):

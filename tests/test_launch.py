@@ -136,7 +136,7 @@ def test_activated_environment_is_not_rebuilt_with_its_own_interpreter(clone: Cl
 def test_simultaneous_launches_install_once(clone: Clone) -> None:
     started = [clone.start("launch/local.sh", PIP_DOES="sleep 0.5") for _ in range(2)]
     for process in started:
-        process.communicate(timeout=60)
+        process.communicate(timeout=600)
     assert [process.returncode for process in started] == [7, 7]
     assert len(clone.pip_calls()) == 1
 
@@ -253,7 +253,7 @@ def test_installed_jax_for_an_accelerator_is_kept(clone: Clone, tmp_path: Path) 
     assert clone.pip_calls()[-1].endswith(f"-c {clone.venv}/constraints.txt")
 
 
-# --- .ci/run -----------------------------------------------------------------------------------------
+# --- .ci/run ---
 
 CHECKS = {  # The command that each check runs: a stand-in for it is put on PATH.
     "lint": "ruff",
@@ -309,7 +309,7 @@ def test_ci_runs_single_checks_without_tests(clone: Clone) -> None:
     assert "'spelling' is not one of: lint format types layers shell docs dependencies" in stderr
 
 
-# --- pytest's settings -------------------------------------------------------------------------------
+# --- pytest's settings ---
 
 
 @pytest.mark.parametrize(("arguments", "passed"), [((), "fast"), (("-m", "slow"), "slow")])

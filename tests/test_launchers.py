@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ import yaml
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.tokenization import parse_shard
 from rpt_jax.distributed.hosts import Hosts, find_hosts
-from tests.helpers.launchers import Clone, wait_for_text
+from tests.helpers.launchers import Clone, wait_for_text, wait_until
 from tests.helpers.paths import ROOT
 
 stand_in = pytest.mark.stand_in
@@ -55,7 +54,7 @@ esac
 LOCAL = r"""
 printf "%s\n" "$@" >~/arguments
 echo >>~/starts
-[ -e ~/ends ] || { trap "exit 75" TERM; while :; do sleep 0.1; done; }
+[ -e ~/ends ] || { trap "exit 75" TERM; echo hanging >state; while :; do sleep 0.1; done; }
 exit $(cat ~/ends)
 """
 
@@ -91,7 +90,7 @@ def has_ended(pid: int) -> bool:
     return state == "Z"
 
 
-# --- again.sh ----------------------------------------------------------------------------------------
+# --- again.sh ---
 
 
 def run_again(tmp_path: Path, endings: str, restarts: str = "9") -> tuple[int, int, str]:
@@ -102,7 +101,7 @@ def run_again(tmp_path: Path, endings: str, restarts: str = "9") -> tuple[int, i
     command = f'n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) >n; set -- {endings}; shift $n; eval "$1"'
     script = ["bash", ROOT / "launch" / "again.sh", "bash", "-c", command]
     environ = os.environ | {"RPT_PAUSE": "0", "RPT_RESTARTS": restarts}
-    result = subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600)
     return result.returncode, int((tmp_path / "n").read_text()), result.stderr
 
 
@@ -141,11 +140,11 @@ def test_signal_stops_the_command_without_a_restart(tmp_path: Path, number: sign
     )
     wait_for_text(tmp_path / "here", "here")
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=600)
     assert (process.returncode, stdout, stderr) == (75, "saved\n", "")
 
 
-# --- tpu_pod.sh --------------------------------------------------------------------------------------
+# --- tpu_pod.sh ---
 
 SETTINGS = {"RPT_TPU_NAME": "mine", "RPT_TPU_ZONE": "z-1", "RPT_TPU_TYPE": "v5p-128", "RPT_TPU_SHARE": "10.0.0.2:/rpt"}
 COMMANDS = {
@@ -202,10 +201,7 @@ def test_run_starts_on_all_hosts_restarts_after_75_and_stops(clone: Clone, hosts
         os.kill(pid, 0)
     clone.run("launch/tpu_pod.sh", "stop", **SETTINGS)
     for worker, pid in pids.items():
-        deadline = time.monotonic() + 10
-        while not has_ended(pid) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert has_ended(pid)
+        wait_until(lambda pid=pid: has_ended(pid), f"the end of process {pid}")
         assert (hosts / worker / "starts").read_text() == "\n"
 
 
@@ -266,7 +262,7 @@ def test_missing_gcloud_is_reported(clone: Clone) -> None:
     assert "gcloud is not on PATH" in stderr
 
 
-# --- slurm_gpu.sh ------------------------------------------------------------------------------------
+# --- slurm_gpu.sh ---
 
 # A stand-in for srun: records its call and exits with the next code in the file `codes`. If that is "hang", it runs until SIGTERM
 # and exits with 75.
@@ -275,7 +271,7 @@ echo "srun $*" >>"{calls}"
 cd "{directory}"
 code=$(head -n 1 codes)
 sed -i 1d codes
-[ "$code" != hang ] || {{ trap "exit 75" TERM; while :; do sleep 0.1; done; }}
+[ "$code" != hang ] || {{ trap "exit 75" TERM; echo hanging >state; while :; do sleep 0.1; done; }}
 exit $code
 """
 
@@ -303,7 +299,7 @@ def submit(clone: Clone, *arguments: str, codes: str = "", **environment: str) -
 @stand_in
 def test_job_runs_one_process_per_node_and_restarts_after_75_and_signals(clone: Clone) -> None:
     process, calls = submit(clone, "--config=c.py", "--workdir=/my runs/1", codes="75\n137\n0\n")
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     [call, *others] = calls.read_text().splitlines()
     assert call == (
@@ -319,7 +315,7 @@ def test_job_runs_one_process_per_node_and_restarts_after_75_and_signals(clone: 
 )
 def test_array_index_is_filled_in(clone: Clone, environment: dict[str, str], shard: str) -> None:
     process, calls = submit(clone, "--workdir=/my runs/%a", "--config.data.shard=%a/64", codes="0\n", **environment)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     workdir = "/my runs/" + shard.partition("/")[0]
     assert process.returncode == 0
     assert calls.read_text().endswith(f" --workdir={workdir} --config.data.shard={shard}\n")
@@ -328,10 +324,9 @@ def test_array_index_is_filled_in(clone: Clone, environment: dict[str, str], sha
 @stand_in
 def test_job_is_requeued_after_sigterm(clone: Clone) -> None:
     process, calls = submit(clone, "--config=c.py", codes="hang\n")
-    wait_for_text(calls, "srun")
-    time.sleep(0.3)
+    wait_for_text(calls.parent / "state", "hanging")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 75
     assert calls.read_text().splitlines()[1:] == ["scontrol requeue 41"]
 
@@ -339,7 +334,7 @@ def test_job_is_requeued_after_sigterm(clone: Clone) -> None:
 @stand_in
 def test_job_ends_after_an_error(clone: Clone) -> None:
     process, calls = submit(clone, "--config=c.py", codes="2\n")
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 2
     assert len(calls.read_text().splitlines()) == 1
 
@@ -347,7 +342,7 @@ def test_job_ends_after_an_error(clone: Clone) -> None:
 @stand_in
 def test_dry_run_of_a_job_prints_its_commands(clone: Clone) -> None:
     process, calls = submit(clone, "--dry-run", "--config=c.py")
-    stdout, _ = process.communicate(timeout=60)
+    stdout, _ = process.communicate(timeout=600)
     assert process.returncode == 0
     assert "-m rpt_jax.main" in stdout
     assert "scontrol requeue 41" in stdout
@@ -358,11 +353,11 @@ def test_dry_run_of_a_job_prints_its_commands(clone: Clone) -> None:
 @stand_in
 def test_job_from_another_directory_is_refused(clone: Clone, tmp_path: Path) -> None:
     process, _ = submit(clone, "--config=c.py", SLURM_SUBMIT_DIR=str(tmp_path))
-    assert f"{tmp_path} is not the repository root" in process.communicate(timeout=60)[1]
+    assert f"{tmp_path} is not the repository root" in process.communicate(timeout=600)[1]
     assert process.returncode == 2
 
 
-# --- Kubernetes --------------------------------------------------------------------------------------
+# --- Kubernetes ---
 
 
 def test_jobset_is_valid_and_consistent() -> None:

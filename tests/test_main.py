@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from rpt_jax import main
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.divergence import Diverged
+from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,61 @@ def test_help_lists_the_flags_and_the_exit_codes(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     for shown in ("--config", "--workdir", "--stall_seconds", "Exit codes", *(str(int(code)) for code in ExitCode)):
         assert shown in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ([], "--config is missing"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.optimizer.learning_rat=1"],
+            "Did you mean 'optimizer.learning_rate'",
+        ),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.source_options.documents=many"],
+            "data.source_options.documents=many",
+        ),
+        (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],
+            "no/such.txt",
+        ),
+        (["--config=configs/rpt_tiny.py", "--config.policy.path=nowhere"], "nowhere"),
+        (["--config=configs/rpt_tiny.py", "--config.training.steps=20"], "Did you mean 'training.total_steps'"),
+        (
+            ["--config=configs/rpt_tiny.py", "--config.data.entropy_top_k=1025"],
+            "data.entropy_top_k=1025 must be at most",
+        ),
+    ),
+)
+def test_invalid_input_ends_with_one_sentence_and_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main.main(["main", f"--workdir={tmp_path / 'run'}", *arguments]) == ExitCode.USER_ERROR
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), ((b"", "gives 0 distinct document"), (b"abc \xff\xfe def\n", "corpus.txt"))
+)
+def test_a_corpus_without_a_document_ends_with_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "corpus.txt").write_bytes(content)
+    path = f"--config.data.path={tmp_path / 'corpus.txt'}"
+    arguments = ["--config=configs/rpt_tiny.py", "--config.data.source=path", path]
+    assert main.main(["main", f"--workdir={tmp_path / 'run'}", *arguments]) == ExitCode.USER_ERROR
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed and message in printed.splitlines()[-1]
+
+
+def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", "--config=configs/rpt_14b.py"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    mesh, policy, corpus = done.stderr.strip().split("\n")
+    assert "mesh.tensor=8 does not fit 1 devices: expected a multiple of 8 devices," in mesh
+    assert "models/DeepSeek-R1-Distill-Qwen-14B" in policy and "config.json, model.safetensors, tokenizer" in policy
+    assert "data.path='data/omnimath' does not exist" in corpus

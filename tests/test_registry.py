@@ -116,8 +116,9 @@ def test_the_fields_of_a_choice_are_fields_of_its_config_section(registry: Regis
 )
 def test_a_field_that_belongs_to_other_choices_must_keep_its_default(section: str, choice: dict, field: dict) -> None:
     [(name, value)] = field.items()
-    with pytest.raises(UserError, match=rf"{section}\.{name}={value}"):
+    with pytest.raises(UserError) as raised:
         from_config_dict({section: choice | field})
+    assert raised.value.field == f"{section}.{name}"
 
 
 def test_a_field_is_accepted_with_the_choice_that_it_belongs_to() -> None:
@@ -162,8 +163,9 @@ def test_invalid_options_are_rejected(overrides: list[str], field: str) -> None:
 
 
 def test_a_misspelled_option_gets_a_suggestion() -> None:
-    with pytest.raises(UserError, match="Did you mean 'data.source_options.documents'"):
+    with pytest.raises(UserError, match="Did you mean 'data.source_options.documents'") as raised:
         from_config_dict({"data": {"source_options": {"documnets": 7}}})
+    assert raised.value.field == "data.source_options.documnets"
 
 
 def test_options_of_a_choice_that_has_none_are_rejected() -> None:

@@ -103,7 +103,8 @@ def check_made_from(path: Path, found: Any, expected: Mapping[str, Any]) -> None
         if name == "format":
             raise UserError(
                 f"{path} has another format of prepared corpora than this version, which reads format {FORMAT}. Prepare the "
-                "corpus again in another directory."
+                "corpus again in another directory.",
+                field=str(path),
             )
         raise UserError(
             f"{path} does not match this run: it was prepared with {name}={found.get(name)!r}, and this run has {value!r}. "

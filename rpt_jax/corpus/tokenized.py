@@ -94,7 +94,8 @@ def open_tokens(config: DataConfig, directory: Path, shards: int) -> TokenizedCo
     if len(document_W) != len(tokens):
         raise UserError(
             f"{directory}: found {len(tokens)} windows, expected {len(document_W)} for its documents. Prepare the corpus again "
-            "in another directory."
+            "in another directory.",
+            field=str(directory),
         )
     first_rejected = (s["first_rejected"] for s in read_summaries(directory, "tokens", shards) or [])
     split_D = assign_splits(

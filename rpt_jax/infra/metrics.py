@@ -48,12 +48,14 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, float]]]:
         if scalars is None:
             raise UserError(
                 f"{path}:{number}: not a JSON object of finite numbers with an integer 'step'. "
-                "Fix or delete that line, or start a new run in another workdir."
+                "Fix or delete that line, or start a new run in another workdir.",
+                field=str(path),
             )
         if lines and scalars["step"] <= lines[-1][1]["step"]:
             raise UserError(
                 f"{path}:{number}: step {scalars['step']} follows step {lines[-1][1]['step']}, but steps must increase. Two runs "
-                "may have written to this workdir at once; start a new run in another one."
+                "may have written to this workdir at once; start a new run in another one.",
+                field=str(path),
             )
         lines.append((chunk, scalars))
     return lines
@@ -67,7 +69,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing; expected the workdir of a run that has completed at least one step.")
+        raise UserError(
+            f"{path} is missing; expected the workdir of a run that has completed at least one step.", field=str(path)
+        )
     return [scalars for _, scalars in _read(path)]
 
 

@@ -179,7 +179,9 @@ class _Metrics:
         self._path = path
         self._lines = read_metrics(path)
         if not self._lines:
-            raise UserError(f"{path} contains no complete step. Plots need a run with at least one step.")
+            raise UserError(
+                f"{path} contains no complete step. Plots need a run with at least one step.", field=str(path)
+            )
         self.last_step = max(1, self._lines[-1]["step"])
 
     def columns(self, *keys: str) -> np.ndarray:
@@ -191,7 +193,10 @@ class _Metrics:
         """Return `columns(*keys)`. Raises UserError if no line has all keys."""
         columns_KxN = self.columns(*keys)
         if not columns_KxN.size:
-            raise UserError(f"{self._path} has no line with {' and '.join(keys)}. Only runs of task 'rpt' have plots.")
+            raise UserError(
+                f"{self._path} has no line with {' and '.join(keys)}. Only runs of task 'rpt' have plots.",
+                field=str(self._path),
+            )
         return columns_KxN
 
     def evaluations(self, x: str) -> dict[str, np.ndarray]:
@@ -201,7 +206,8 @@ class _Metrics:
         if not found:
             raise UserError(
                 f"{self._path} has no line with {x} and eval/reasoning/ of {', '.join(DIFFICULTIES)}. "
-                "Plots need at least one evaluation."
+                "Plots need at least one evaluation.",
+                field=str(self._path),
             )
         return found
 
@@ -209,14 +215,17 @@ class _Metrics:
 def _base_accuracy(path: Path) -> dict[str, float]:
     """Return the accuracy of direct prediction before training in percent, by difficulty."""
     if not path.is_file():
-        raise UserError(f"{path} is missing. It is written at the end of a training run: let the run finish.")
+        raise UserError(
+            f"{path} is missing. It is written at the end of a training run: let the run finish.", field=str(path)
+        )
     try:
         direct = json.loads(path.read_bytes())["before"]["direct"]
         return {level: 100.0 * direct[level]["accuracy"] for level in DIFFICULTIES if direct[level]["positions"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not hold a number before.direct.DIFFICULTY.accuracy and .positions for each of "
-            f"{', '.join(DIFFICULTIES)} ({type(error).__name__}: {error}). It is written at the end of a training run."
+            f"{', '.join(DIFFICULTIES)} ({type(error).__name__}: {error}). It is written at the end of a training run.",
+            field=str(path),
         ) from error
 
 

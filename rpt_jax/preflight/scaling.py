@@ -101,7 +101,8 @@ def read_run(path: Path) -> Run:
         )
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path} is not a record written by preflight --json for a config that compiles ({error!r})."
+            f"{path} is not a record written by preflight --json for a config that compiles ({error!r}).",
+            field=str(path),
         ) from None
 
 

@@ -35,7 +35,7 @@ WINDOWS = [np.random.default_rng(n).integers(0, SHAPE.vocab, n).tolist() for n i
 Score = Callable[..., list[Scores]]
 
 
-# --- entropies of logits ------------------------------------------------------------------------------
+# --- entropies of logits ---
 
 
 @pytest.mark.parametrize("k", [2, 5, 37])
@@ -75,7 +75,7 @@ def test_top_k_values_are_those_of_sorting(size: int, k: int) -> None:
     np.testing.assert_array_equal(top_k_values(values, k), -np.sort(-values, axis=1)[:, :k])
 
 
-# --- scores of windows --------------------------------------------------------------------------------
+# --- scores of windows ---
 
 
 @pytest.fixture(scope="module")

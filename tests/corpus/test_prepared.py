@@ -116,8 +116,9 @@ def test_a_manifest_of_an_older_format_is_refused(finished: Path, corpus: DataCo
     manifest = json.loads((finished / "manifest.json").read_text())
     for older in ({"content": manifest["made_from"]}, {"made_from": manifest["made_from"] | {"format": 3}}):
         (tmp_path / "manifest.json").write_text(json.dumps(older))
-        with pytest.raises(UserError, match="manifest.json has another format of prepared corpora"):
+        with pytest.raises(UserError) as raised:
             open_prepared(corpus, TOKENIZER, tmp_path)
+        assert raised.value.field == str(tmp_path / "manifest.json")
 
 
 def test_a_prepared_corpus_can_be_opened_without_its_files(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:

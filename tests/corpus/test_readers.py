@@ -44,7 +44,7 @@ def texts_of(documents: Iterable[Document]) -> list[str]:
     return [document.text for document in documents]
 
 
-# --- formats ------------------------------------------------------------------------------------------
+# --- formats ---
 
 
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_very_long_line_becomes_documents_whose_names_locate_them(tmp_path: Pa
     assert len({d.name for d in documents}) == len(documents)
 
 
-# --- paths --------------------------------------------------------------------------------------------
+# --- paths ---
 
 
 def test_a_folder_is_read_recursively_and_in_order(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path, path: str, messag
     assert raised.value.field == "data.path"
 
 
-# --- invalid records ----------------------------------------------------------------------------------
+# --- invalid records ---
 
 INVALID = [
     (b'{"text": "\xe9"}', "not UTF-8"),
@@ -244,7 +244,7 @@ def test_the_error_for_a_damaged_file_names_the_line_that_was_reached(tmp_path: 
     assert raised.value.field == "data.path"
 
 
-# --- file ranges --------------------------------------------------------------------------------------
+# --- file ranges ---
 
 
 @given(

@@ -84,8 +84,9 @@ def entropies(records: Any) -> list[float]:
 def test_a_truncated_file_is_detected_when_it_is_opened(tmp_path: Path) -> None:
     path = write_scores(tmp_path, 0, 1, [0, 1, 2])
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"scores-00000-of-00001.array_record is damaged: found \d+ bytes"):
+    with pytest.raises(UserError) as raised:
         Records(tmp_path, "scores", 1)
+    assert raised.value.field == str(path)
 
 
 def test_records_of_several_shards_are_numbered_consecutively_and_can_be_pickled(tmp_path: Path) -> None:
@@ -99,8 +100,9 @@ def test_records_of_several_shards_are_numbered_consecutively_and_can_be_pickled
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no scores-00002-of-00003.json: prepare shard 2/3"):
+    with pytest.raises(UserError, match="has no scores-00002-of-00003.json: prepare shard 2/3") as raised:
         Records(tmp_path, "scores", 3, [2])
+    assert raised.value.field == str(tmp_path)
 
 
 def test_swapped_records_are_detected(tmp_path: Path) -> None:
@@ -113,8 +115,9 @@ def test_swapped_records_are_detected(tmp_path: Path) -> None:
     writer.close()
     summary_path = tmp_path / "scores-00000-of-00001.json"
     write_json(summary_path, read_json(summary_path) | {"bytes": {path.name: path.stat().st_size}})
-    with pytest.raises(UserError, match="record 0 is damaged"):
+    with pytest.raises(UserError, match="record 0 is damaged") as raised:
         Records(tmp_path, "scores", 1)[0]
+    assert raised.value.field == str(path)
 
 
 def test_an_unfinished_shard_leaves_nothing(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
@@ -115,7 +115,7 @@ class Clone:
     ) -> tuple[int, list[str], str]:
         """Run a script of the clone. Returns: the exit code, the lines of stdout, and stderr."""
         process = self.start(script, *arguments, cwd=cwd, **environment)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=600)
         return process.returncode, stdout.splitlines(), stderr
 
     def pip_calls(self) -> list[str]:
@@ -123,10 +123,15 @@ class Clone:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
 
 
-def wait_for_text(path: Path, text: str, seconds: float = 15) -> None:
-    """Wait until the file `path` contains `text`. Raises: TimeoutError."""
+def wait_until(condition: Callable[[], bool], awaited: str, seconds: float = 600) -> None:
+    """Wait until `condition()`. Raises: TimeoutError, with what was awaited."""
     deadline = time.monotonic() + seconds
-    while not (path.exists() and text in path.read_text()):
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{path}: {path.read_text() if path.exists() else 'missing'}")
+            raise TimeoutError(awaited)
         time.sleep(0.05)
+
+
+def wait_for_text(path: Path, text: str) -> None:
+    """Wait until the file `path` contains `text`. Raises: TimeoutError."""
+    wait_until(lambda: path.exists() and text in path.read_text(), f"{text!r} in {path}")

@@ -18,13 +18,13 @@ from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.guards import guarded_loop
 
-STALL_SECONDS = 4.0
+STALL_SECONDS = {"another stalls": 4.0, "leader is frozen": 4.0}
 
 
 def main(event: str, process: int, processes: int, port: int) -> int:
     heartbeat = Heartbeat()
     hosts = Hosts(address="127.0.0.1", port=port, processes=processes, process=process)
-    with connect_processes(hosts, {"seed": 0}, heartbeat, 60.0, STALL_SECONDS) as rendezvous:
+    with connect_processes(hosts, {"seed": 0}, heartbeat, 600.0, STALL_SECONDS.get(event, 600.0)) as rendezvous:
         assert rendezvous is not None
         try:
             run(event, process, heartbeat)
@@ -43,7 +43,7 @@ def run(event: str, process: int, heartbeat: Heartbeat) -> None:
     if event == "another fails" and process == 1:
         raise UserError("data.path does not exist.")
     if event == "another stalls" and process == 1:
-        time.sleep(60)
+        time.sleep(3600)
     heartbeat.beat("rollout")
     with guarded_loop():  # As in training: the collectives of the processes must be allowed inside the transfer guard.
         ids = shard_prompts(np.arange(jax.process_count()), make_mesh(-1, 1, 1))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from rpt_jax import main
 from rpt_jax.config import Experiment, from_config_dict
-from rpt_jax.infra.metrics import read_metrics
+from rpt_jax.infra.metrics import MetricsWriter, read_metrics
 
 # Changes of configs/rpt_tiny.py that make a run of a few steps take seconds.
 SMALL = {
-    "data.documents": 60,
+    "data.source_options.documents": 60,
     "data.held_out_documents": 20,
-    "data.held_out_templates": 2,
+    "data.source_options.held_out_templates": 2,
     "data.positions_per_document": 4,
     "data.max_document_tokens": 128,
     "prompt.max_tokens": 128,
@@ -29,18 +33,51 @@ SMALL = {
     "training.log_rollouts_every": 2,
     "evaluation.every_steps": 2,
     "evaluation.positions": 16,
-    "evaluation.template_positions": 8,
+    "evaluation.unseen_positions": 8,
     "checkpoint.every_steps": 2,
+}
+# Changes that score the windows again during training.
+SELF_ENTROPY = {"data.positions": "self_entropy", "data.rescore_every_steps": 2, "data.rescore_windows": 32}
+# A cold start of three steps, then one step that changes nothing.
+COLD_START = SMALL | {
+    "cold_start.total_steps": 3,
+    "pretrain.documents_per_step": 2,
+    "pretrain.document_weight": 0.0,
+    "pretrain.rows_per_document": 2,
+    "training.total_steps": 1,
+    "optimizer.learning_rate": 0.0,  # The cold start has its own.
+    "checkpoint.every_steps": 1,
+}
+SHORT = SMALL | {"training.total_steps": 3, "training.dynamic_sampling_from": 9, "evaluation.positions": 8}
+# Everything that depends on more than the parameters: moving average, starting policy, documents, step.
+EVERYTHING = SHORT | {
+    "objective.reward": "info_gain",
+    "objective.reference_tokens": 2,
+    "objective.baseline_decay": 0.5,
+    "objective.budget_weight": 0.25,
+    "objective.budget_start": 16,
+    "objective.budget_decay": 0.5,
+    "objective.format_weight": 0.5,
+    "objective.overlong_weight": 0.5,
+    "objective.overlong_tokens": 8,
+    "objective.advantage": "opo",
+    "objective.loss": "cispo",
+    "objective.aggregation": "sequence_mean",
+    "objective.importance": "mask",
+    "objective.kl": "k2",
+    "objective.kl_weight": 0.1,
+    "objective.entropy_weight": 0.01,
+    "objective.document_weight": 0.5,
+    "training.minibatches_per_step": 2,
+    "optimizer.warmup_steps": 0,  # With warmup the first minibatch would change nothing.
+    "checkpoint.every_steps": 1,
 }
 
 
 def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
-    """Return the experiment of `configs/<name>.py` with some fields changed ("data.documents": 60)."""
+    """Return the experiment of `configs/<name>.py` with some fields changed ("optimizer.learning_rate": 1e-5)."""
     config = importlib.import_module(f"configs.{name}").get_config()
-    for field, value in overrides.items():
-        section, _, leaf = field.rpartition(".")
-        (config[section] if section else config)[leaf] = value
-    return from_config_dict(config.to_dict())
+    return from_config_dict(config.to_dict(), [f"{field}={value}" for field, value in overrides.items()])
 
 
 def comparable(workdir: Path) -> list[dict[str, float]]:
@@ -60,3 +97,34 @@ def tensorboard_events(workdir: Path) -> Iterator[Event]:
             (length,) = struct.unpack("<Q", data[:8])
             yield Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
+
+
+@contextlib.contextmanager
+def interruption_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Expect that the run inside is interrupted, as by Ctrl-C, right after it has written the metrics of `step`."""
+    write = MetricsWriter.write
+
+    def write_and_interrupt(self: MetricsWriter, written: int, scalars: dict[str, float]) -> None:
+        write(self, written, scalars)
+        if written == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def assert_resumes(
+    fields: dict[str, object], step: int, uninterrupted: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assert that a run that is interrupted after `step` resumes to the metrics and the result of the uninterrupted one."""
+    with interruption_after(step, monkeypatch):
+        main.run(experiment(**fields), workdir)
+    assert not (workdir / "result.json").exists()
+    main.run(experiment(**fields), workdir)
+
+    assert comparable(workdir) == comparable(uninterrupted)
+    mine, theirs = (json.loads((d / "result.json").read_text()) for d in (workdir, uninterrupted))
+    del mine["wall_seconds"], theirs["wall_seconds"]
+    assert mine == theirs

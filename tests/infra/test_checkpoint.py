@@ -179,7 +179,7 @@ def test_a_checkpoint_without_one_of_its_items_is_set_aside(copy, item):
 def save_until_it_fails(checkpointer: Checkpointer) -> None:
     """Save as a loop does: an error is raised by the save itself, or in a later step."""
     checkpointer.save()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         checkpointer.check_writes()
         time.sleep(0.01)
@@ -216,8 +216,11 @@ def test_a_failed_write_is_raised_in_a_later_step(tmp_path, cause):
 def test_a_checkpoint_with_other_parameters_is_refused(copy):
     before, more = contents(copy), make_state(0)
     more.params["layers"]["k"] = jnp.ones(2)
-    with pytest.raises(UserError, match=f"{copy / 'checkpoints' / '4'} is damaged, or it belongs to another model"):
+    with pytest.raises(
+        UserError, match=f"{copy / 'checkpoints' / '4'} is damaged, or it belongs to another model"
+    ) as raised:
         restore(copy, more)
+    assert raised.value.field == "--workdir"
     assert contents(copy) == before
 
 
@@ -245,8 +248,9 @@ def test_a_truncated_large_array_is_refused(tmp_path):
     largest = max((path for path in tmp_path.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     os.truncate(largest, 300_000)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'checkpoints' / '3'} is damaged") as raised:
         restore(tmp_path, state)
+    assert raised.value.field == "--workdir"
     assert contents(tmp_path) == before
 
 
@@ -255,7 +259,7 @@ def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
     for action, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         run = [sys.executable, "-m", "tests.helpers.checkpoint_child", action, str(tmp_path), str(fsdp), str(tensor)]
-        done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=600)
         assert done.stdout == f"{action} {devices}\n", done.stderr
 
 
@@ -277,7 +281,7 @@ def test_a_stop_signal_saves_what_the_registered_checkpointer_has_staged(tmp_pat
     """Another checkpointer is open, but only the one that was registered saves."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     command = [sys.executable, "-m", "tests.helpers.checkpoint_child"]
-    options = {"cwd": ROOT, "env": os.environ | flags, "capture_output": True, "text": True, "timeout": 120}
+    options = {"cwd": ROOT, "env": os.environ | flags, "capture_output": True, "text": True, "timeout": 600}
     stopped = subprocess.run([*command, "stop", str(tmp_path), "1", "1"], **options)
     assert stopped.returncode == ExitCode.RESTART and "Stopped: everything up to step 3 is in" in stopped.stderr, (
         stopped

@@ -95,7 +95,7 @@ def assert_close(ours: Sequence[Any], expected: Sequence[Any], tolerance: float 
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=tolerance, atol=tolerance)
 
 
-# --- the reference -----------------------------------------------------------------------------------
+# --- the reference ---
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,7 +114,7 @@ def test_a_segment_begins_where_the_segment_number_changes():
     np.testing.assert_array_equal(PACKED.begin_NxGxQ[0, 0], [0, 0, 0, 3, 3, 3, 3, 3, 8, 8])
 
 
-# --- blocks ------------------------------------------------------------------------------------------
+# --- blocks ---
 
 
 @pytest.mark.parametrize("block_size", [4, 9])
@@ -194,7 +194,7 @@ def test_only_full_remat_recomputes_blockwise_attention():
     assert count_loops("full") - 2 == count_loops("dots") == count_loops("none")
 
 
-# --- kernels -----------------------------------------------------------------------------------------
+# --- kernels ---
 
 
 def kernel_inputs(length: int, size: int, dtype=jnp.float32):
@@ -246,7 +246,7 @@ def test_blockwise_replaces_the_kernels_for_several_contexts():
         np.testing.assert_allclose(attend(QUERIES, contexts, name), attend(QUERIES, contexts), atol=1e-5)
 
 
-# --- choice of the implementation --------------------------------------------------------------------
+# --- choice of the implementation ---
 
 
 def test_auto_chooses_the_kernel_of_the_platform():

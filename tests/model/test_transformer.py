@@ -37,7 +37,7 @@ def identical_trees(a, b) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y) and x.dtype == y.dtype, a, b))
 
 
-# --- the forward pass --------------------------------------------------------------------------------
+# --- the forward pass ---
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -139,7 +139,7 @@ def test_a_policy_that_is_not_the_preset_is_refused_with_the_fields_that_differ(
     assert raised.value.field == "policy.preset"
 
 
-# --- parts of a layer --------------------------------------------------------------------------------
+# --- parts of a layer ---
 
 
 def test_rms_norm_equals_the_reference():
@@ -171,7 +171,7 @@ def test_rotary_embedding_distinguishes_late_positions():
     np.testing.assert_allclose(sin[0, 0, 0, :, 0], np.sin([256, 257, 8191]), atol=1e-5)
 
 
-# --- saving and loading ------------------------------------------------------------------------------
+# --- saving and loading ---
 
 
 TOKENIZER_FILES = {"tokenizer.model": b"a tokenizer"}

@@ -178,7 +178,7 @@ def test_several_calculations_in_a_line_are_found() -> None:
     assert [calculation[:3] for calculation in find_calculations(text)] == [((3, 4), "*", 12), ((20, 12), "-", 8)]
 
 
-def test_a_chain_that_is_no_sum_counts_with_its_last_two_operands() -> None:
+def test_a_chain_that_is_not_a_sum_counts_by_its_last_two_operands() -> None:
     text = "With 2 * 3 + 4 = 7 and 9 - 5 - 4 = 1 and 1 + 9 + 3 = 12."
     assert [calculation[:3] for calculation in find_calculations(text)] == [
         ((3, 4), "+", 7),

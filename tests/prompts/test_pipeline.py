@@ -252,5 +252,5 @@ def test_few_batches_are_built_ahead() -> None:
     for consumed in range(1, 50):
         next(stream)
         with changed:
-            assert changed.wait_for(lambda n=consumed: built >= batch * (n + filled), timeout=60)
+            assert changed.wait_for(lambda n=consumed: built >= batch * (n + filled), timeout=600)
             assert built <= batch * (consumed + most)

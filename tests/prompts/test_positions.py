@@ -159,7 +159,7 @@ class EverySecondToken:
         return np.arange(record_number % 2, len(entropy_S), 2)
 
 
-def test_a_registered_choice_may_return_rules_of_its_own(
+def test_a_registered_choice_may_return_custom_rules(
     scores: Records, entropies: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import inspect
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,7 @@ def _recorder(schema: type, prefix: str, read: set[str]):
     names = {field.name for field in dataclasses.fields(schema)}
 
     def getattribute(self: object, name: str) -> object:
-        if name in names and sys._getframe(1).f_code.co_name not in GENERIC:
+        if name in names and inspect.currentframe().f_back.f_code.co_name not in GENERIC:
             read.add(f"{prefix}{name}")
         return object.__getattribute__(self, name)
 

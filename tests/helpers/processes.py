@@ -1,0 +1,44 @@
+"""Processes of one run on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from tests.helpers.paths import ROOT
+
+HERE = socket.gethostname()
+
+
+def free_port() -> int:
+    """Return a port that is free together with the next one."""
+    while True:
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError, OverflowError):
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+            second.bind(("", port + 1))
+            return port
+
+
+@contextlib.contextmanager
+def starter() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """Give a function that starts a module once for each list of arguments; all processes are killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_all(module: str, arguments: Sequence[Sequence[str]], **environ: str) -> list[subprocess.Popen[str]]:
+        for own in arguments:
+            command = [sys.executable, "-m", module, *own]
+            environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | environ
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True))
+        return started[-len(arguments) :]
+
+    try:
+        yield start_all
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()

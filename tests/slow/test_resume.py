@@ -1,0 +1,68 @@
+"""Interrupted runs of all kinds resume to the same metrics."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from rpt_jax import main
+from rpt_jax.infra.metrics import MetricsWriter
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import COLD_START, EVERYTHING, SELF_ENTROPY, SMALL, assert_resumes, comparable, experiment
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("fields", "step"),
+    [(SMALL, 1), (SMALL | SELF_ENTROPY, 4), (EVERYTHING, 3)],
+    ids=["default", "rescored", "everything"],
+)
+def test_an_interrupted_run_resumes_to_the_same_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], step: int
+) -> None:
+    """Also with the state of options that are off by default: moving average, starting policy, scored windows."""
+    main.run(experiment(**fields), tmp_path / "whole")
+    assert_resumes(fields, step, tmp_path / "whole", tmp_path / "run", monkeypatch)
+
+
+def wait_for(path: Path, seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def test_a_cold_start_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is killed during the cold start and right after it, and starts from the policy of the cold start."""
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    write = MetricsWriter.write
+    seen = []
+    main.run(experiment(**COLD_START), whole)
+
+    def write_and_die(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
+        write(self, step, scalars)
+        seen.append(step if "loss/trace" in scalars else "rpt")
+        if len(seen) == 2:
+            wait_for(broken / "cold_start" / "checkpoints" / "1")  # Checkpoints are written in the background.
+        if len(seen) in (2, 5):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", write_and_die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                main.run(experiment(**COLD_START), broken)
+    assert seen == [1, 2, 2, 3, "rpt"] and not (broken / "cold_start" / "checkpoints").exists()
+    main.run(experiment(**COLD_START), broken)
+    assert comparable(broken) == comparable(whole)
+    assert comparable(broken / "cold_start") == comparable(whole / "cold_start")
+    assert not any("loss/trace" in line for line in comparable(whole))
+    start, cold, end = (
+        (path / "model.safetensors").read_bytes()
+        for path in (ROOT / "configs" / "tiny", whole / "cold_start" / "policy", whole / "policy")
+    )
+    assert start != cold == end
