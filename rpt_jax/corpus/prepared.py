@@ -190,9 +190,13 @@ def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy
         shards = int(manifest["shards"])
         summaries = manifest["summaries"]
     except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error!r}). Delete it and run task 'score' again.") from None
+        raise UserError(
+            f"{path} is damaged ({error!r}). Delete it and run task 'score' again.", field=str(path)
+        ) from None
     if _summaries_digest(directory, shards) != summaries:
-        raise UserError(f"{path} does not match the shards in its directory. Delete it and run task 'score' again.")
+        raise UserError(
+            f"{path} does not match the shards in its directory. Delete it and run task 'score' again.", field=str(path)
+        )
     return PreparedCorpus(
         corpus=open_tokens(data, directory, shards),
         scores=Records(directory, "scores", shards),

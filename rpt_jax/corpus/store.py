@@ -173,22 +173,27 @@ class Records(Sequence):
             summary = read_summary(directory, kind, shard, shards)
             if summary is None:
                 raise UserError(
-                    f"{directory} has no {shard_name(kind, shard, shards)}.json: prepare shard {shard}/{shards}."
+                    f"{directory} has no {shard_name(kind, shard, shards)}.json: prepare shard {shard}/{shards}.",
+                    field=str(directory),
                 )
             counts.append(summary["records"])
+
+        # Number the records consecutively over the shards, and compare with what the files contain.
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         # A file without records cannot be opened.
         paths = [self._path(shard) for shard, count in zip(self._numbers, counts, strict=True) if count]
         try:
-            # Declared without `__getitems__` and `__len__`, which it has.
+            # Any, because the declared type lacks `__getitems__` and `__len__`.
             self._source: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else ()
         except Exception as error:  # noqa: BLE001 - of the library's C++ reader.
             raise UserError(
-                f"{directory}: cannot open the records of {kind} ({_one_line(error)}). Prepare the corpus again."
+                f"{directory}: cannot open the records of {kind} ({_one_line(error)}). Prepare the corpus again.",
+                field=str(directory),
             ) from None
         if len(self._source) != len(self):
             raise UserError(
-                f"{directory}: found {len(self._source)} records of {kind}, expected {len(self)}. Prepare the corpus again."
+                f"{directory}: found {len(self._source)} records of {kind}, expected {len(self)}. Prepare the corpus again.",
+                field=str(directory),
             )
 
     def _path(self, shard: int) -> Path:
@@ -228,7 +233,8 @@ class Records(Sequence):
         shard, number_in_shard = self._locate(number)
         return UserError(
             f"{self._path(shard)}: record {number_in_shard} is damaged (its checksum does not match{reason}). Delete "
-            f"{shard_name(self._kind, shard, self._shards)}.json and prepare again: only this shard is prepared again."
+            f"{shard_name(self._kind, shard, self._shards)}.json and prepare again: only this shard is prepared again.",
+            field=str(self._path(shard)),
         )
 
 
@@ -264,7 +270,8 @@ def read_summary(directory: Path, kind: str, shard: int, shards: int) -> dict[st
             if found != f"{size} bytes":
                 raise UserError(
                     f"{file} is damaged: found {found}, expected {size} bytes. Delete {path} and prepare again: only this shard "
-                    "is prepared again."
+                    "is prepared again.",
+                    field=str(file),
                 )
         return {**summary, "records": int(summary["records"])}
     except (AttributeError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
@@ -318,13 +325,15 @@ def _read_checked(directory: Path, kind: str, ending: str, shard: int, shards: i
         reason = repr(error)
     raise UserError(
         f"{path} is damaged ({reason}). Delete {shard_name('tokens', shard, shards)}.json and prepare again: only this shard is "
-        "prepared again."
+        "prepared again.",
+        field=str(path),
     )
 
 
 def _damaged_file(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path} is damaged or does not belong to a prepared corpus ({reason}). Delete it and prepare again."
+        f"{path} is damaged or does not belong to a prepared corpus ({reason}). Delete it and prepare again.",
+        field=str(path),
     )
 
 
