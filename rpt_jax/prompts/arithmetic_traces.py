@@ -2,9 +2,9 @@
 
     calculate   … he has 93 - 38 =  <think>93-38: 3-8-0=5b 9-3-1=5 55</think>\\boxed{55}
 
-Only the toy uses this module; nothing else depends on it. It gives a small policy a skill that it can use in reasoning but
-not in a single forward pass. Inside the result of a calculation a trace calculates or recalls at random
-(`calculation_fraction`): the traces show how to calculate, and the reward must teach when to.
+No other module depends on this one. It gives a small policy a skill that works in reasoning but not in a single forward pass.
+Inside the result of a calculation, a trace calculates or recalls at random (`calculation_fraction`): the traces show how to
+calculate, and the reward must teach when.
 """
 
 from __future__ import annotations
