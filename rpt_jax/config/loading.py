@@ -32,7 +32,8 @@ _OVERRIDE = "--config."
 
 def split_overrides(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     """Split a command line into config overrides (`section.field=value`, without `--config.`) and all other arguments."""
-    overrides, rest = [], []
+    overrides = []
+    rest = []
     for argument in argv:
         if argument.startswith(_OVERRIDE):
             overrides.append(argument.removeprefix(_OVERRIDE))

@@ -32,9 +32,7 @@ BIN_NATS = 0.05  # Width of the bins of the entropy histogram.
 BINS = 80  # Covers 0 to 4 nats; the last bin also counts everything above.
 NO_ENTROPY = -1.0  # In place of the entropy of a special token, which is never predicted.
 _MIN_BUCKET_TOKENS = 64  # Shorter buckets would save little time, and each compiles another program.
-_GROUPS = (
-    128  # `top_k_values` divides a row into this many groups; 64 and 256 are slower, except for small vocabularies.
-)
+_GROUPS = 128  # Groups that `top_k_values` divides a row into; 64 and 256 are slower, except for small vocabularies.
 _MAX_SELECTED = 32  # For a larger k, `top_k_values` uses `jax.lax.top_k`.
 
 TokenIds = Sequence[int] | np.ndarray

@@ -130,6 +130,7 @@ def training_texts(config: DataConfig, max_bytes: int, advance: Callable[[], Non
     The sample depends on `data.seed` and the documents' contents. The corpus is read twice; memory holds 32 bytes a document.
 
     Args:
+      config: section `data`.
       max_bytes: limit of the sum of the texts' sizes in UTF-8; at least one document is yielded.
       advance: see `read_corpus`; called twice as often.
 

@@ -117,7 +117,8 @@ def _draw_similar_number(like: int, rng: np.random.Generator) -> int:
 
 def _digit_pairs(left: int, right: int) -> Iterator[tuple[int, int]]:
     """Yield pairs of digits, units first, with the shorter number padded with zeros."""
-    a, b = str(left)[::-1], str(right)[::-1]
+    a = str(left)[::-1]
+    b = str(right)[::-1]
     for i in range(max(len(a), len(b))):
         yield int(a[i]) if i < len(a) else 0, int(b[i]) if i < len(b) else 0
 

@@ -73,8 +73,10 @@ def _sum_over_queries(weights_NxKxGxRxQxS: jax.Array, x_NxKxGxRxQxC: jax.Array, 
 
 def _einsum(pattern: str, branches: int, x: jax.Array, y: jax.Array) -> jax.Array:
     """Run einsum; `*` in the pattern is the branch axis of `y`, which is squeezed out if it has size 1."""
-    y, star = (jnp.squeeze(y, 2), "") if branches == 1 else (y, "g")
-    return jnp.einsum(pattern.replace("*", star), x, y, preferred_element_type=jnp.float32)
+    if branches == 1:
+        y = jnp.squeeze(y, 2)
+    pattern = pattern.replace("*", "" if branches == 1 else "g")
+    return jnp.einsum(pattern, x, y, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -240,7 +240,8 @@ def _fold_panels(run_panel: Callable[..., Any], carry: Any, queries: _QueryBlock
       queries: all query blocks; they determine the size of a panel.
       blocks: tree of arrays with a leading block axis, sliced into panels.
     """
-    num_blocks, block_size = queries.q.shape[0], queries.q.shape[4]
+    num_blocks = queries.q.shape[0]
+    block_size = queries.q.shape[4]
     panel_blocks = max(1, QUERY_PANEL_SIZES[target_platform()] // block_size)
     panel_blocks = panel_blocks if num_blocks % panel_blocks == 0 else 1
 
