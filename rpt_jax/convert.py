@@ -89,7 +89,7 @@ def open_source(source: Path) -> SourcePolicy:
 def _open_policy(
     source: Path, config: ModelConfig, hf_config: dict[str, Any], *, description: str, is_import: bool
 ) -> SourcePolicy:
-    """Open weights and tokenizer, and check that they belong together."""
+    """Open weights and tokenizer. Raises: UserError if they do not belong together."""
     tokenizer = load_tokenizer(source)
     fingerprint = hf_config.get(FINGERPRINT_KEY, tokenizer.fingerprint)
     if tokenizer.vocab_size > config.vocab or fingerprint != tokenizer.fingerprint:
@@ -114,6 +114,8 @@ def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
     Args:
       workdir: of the run.
       step: of the checkpoint; None for the latest.
+
+    Raises: UserError if `workdir` is not that of a run, or has no such checkpoint.
     """
     try:
         run_config = read_run_config(workdir)
@@ -158,6 +160,8 @@ def convert(source: Path, target: Path) -> str:
     hf_config = {name: value for name, value in policy.hf_config.items() if name != FINGERPRINT_KEY}
     if policy.is_import:
         hf_config[FINGERPRINT_KEY] = policy.tokenizer.fingerprint
+
+    # Write into a temporary directory next to the target, so that the target never exists incomplete.
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -167,13 +171,16 @@ def convert(source: Path, target: Path) -> str:
     except BaseException:
         shutil.rmtree(partial)
         raise
+
     result = "an rpt_jax policy" if policy.is_import else "a Hugging Face directory"
     message = f"Converted {source} ({policy.description}) to {target} ({result})."
     return " ".join([message, *_tokenizer_notes(policy)])
 
 
 def _tokenizer_notes(policy: SourcePolicy) -> list[str]:
-    tokenizer, vocab_size = policy.tokenizer, policy.hf_config["vocab_size"]
+    """Return notes about properties of the tokenizer that rpt_jax treats in its own way."""
+    tokenizer = policy.tokenizer
+    vocab_size = policy.hf_config["vocab_size"]
     notes = []
     if tokenizer.normalizer:
         notes.append(

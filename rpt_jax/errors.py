@@ -33,13 +33,21 @@ class UserError(Exception):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the closest of `choices`, or an empty string where none is close."""
+    """Return ` Did you mean 'x'?` for the closest of `choices`, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
-    """Return `value`, or raise `UserError` naming the field, the value and what is allowed."""
+    """Return `value` if it is one of `choices`.
+
+    Args:
+      field: name of the config field or flag, for the message.
+      value: its value.
+      choices: the allowed values.
+
+    Raises: UserError, naming the field, the value, what is allowed and the nearest choice.
+    """
     choices = sorted(choices)
     if value not in choices:
         raise UserError(f"{field}='{value}' is not one of: {', '.join(choices)}.{nearest(value, choices)}", field=field)
@@ -47,9 +55,9 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> str:
 
 
 def check_all(*checks: Callable[[], object]) -> None:
-    """Run every check, and raise one `UserError` with the complaints of all that raise one.
+    """Run every check, and raise one `UserError` with the messages of all that fail.
 
-    The error has the field of the complaints, if all are about the same one.
+    The error has the field of the messages, if all are about the same one.
     """
     errors: list[UserError] = []
     for check in checks:
@@ -60,4 +68,5 @@ def check_all(*checks: Callable[[], object]) -> None:
     if errors:
         fields = {error.field for error in errors}
         field = fields.pop() if len(fields) == 1 else ""
+        # Continuation lines are aligned with the first one, which `main` prints after "error: ".
         raise UserError("\n       ".join(map(str, errors)), field=field)

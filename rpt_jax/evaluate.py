@@ -1,4 +1,4 @@
-"""Next-token accuracy on held-out documents, direct and by reasoning (paper, section 4.1 and Table 1)."""
+"""Next-token accuracy on held-out documents, predicted directly or after reasoning (paper, section 4.1 and Table 1)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rpt_jax.rewards.rewarder import Rewarder
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup
 
-# Takes the place of the step number in the random key, so that all evaluations of a run use the same noise.
+# Used as the step number in the random key, so that all evaluations of a run use the same noise.
 _EVALUATION_STEP = 2**31 - 1
 _Z = 1.96  # Half width of a 95 % interval in standard errors.
 
@@ -43,29 +43,38 @@ class EvaluationPart(NamedTuple):
     """A held-out part of the corpus.
 
     Attributes:
-      documents: token ids of its document windows.
-      scores: of the initial policy, which chose the positions by entropy.
+      windows: token ids of its windows.
+      scores: scores of the windows under the initial policy, by whose entropies the positions were chosen.
       evaluation: the positions to evaluate.
     """
 
-    documents: Windows
+    windows: Windows
     scores: list[Scores]
     evaluation: EvaluationSet
 
 
 def choose_evaluation_set(
     builder: PromptBuilder,
-    documents: Sequence[Sequence[int]],
+    windows: Sequence[Sequence[int]],
     positions: Sequence[Position],
     *,
     count: int,
     batch: int,
     seed: int,
 ) -> EvaluationSet:
-    """Draw `count` of `positions`, or all if there are fewer, and build their prompts in batches of `batch`."""
+    """Draw `count` of `positions`, or all if there are fewer, and build their prompts.
+
+    Args:
+      builder: builds the prompts.
+      windows: token ids of each window.
+      positions: positions in these windows, at least one.
+      count: number of positions to draw.
+      batch: prompts in a batch.
+      seed: of the draw.
+    """
     chosen = np.random.default_rng(seed).permutation(len(positions))[:count]
     drawn = [positions[i] for i in sorted(chosen)]
-    prompts = [builder.build(i, documents[p.window], p) for i, p in enumerate(drawn)]
+    prompts = [builder.build(i, windows[p.window], p) for i, p in enumerate(drawn)]
     prompts += [prompts[-1]] * (-len(prompts) % batch)
     batches = [stack(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
     return EvaluationSet(positions=drawn, batches=batches)
@@ -83,28 +92,33 @@ def by_difficulty(right_N: np.ndarray, positions: Sequence[Position]) -> dict[st
       right_N: accuracy at each position, in [0, 1].
       positions: the N positions.
 
-    Returns: by difficulty, a dict of "accuracy", "low", "high" and the number of "positions".
+    Returns: for each difficulty, a dict of "accuracy", "low" and "high" in [0, 1], and the number of "positions".
     """
     entropy_N = np.array([p.entropy for p in positions])
-    document_N = np.array([p.window for p in positions])
+    window_N = np.array([p.window for p in positions])
     result = {}
     for name, threshold in DIFFICULTIES.items():
         kept = entropy_N > threshold
         accuracy = float(right_N[kept].mean()) if kept.any() else 0.0
-        low, high = _confidence_interval(right_N[kept], document_N[kept], accuracy)
+        low, high = _confidence_interval(right_N[kept], window_N[kept], accuracy)
         result[name] = {"accuracy": accuracy, "low": low, "high": high, "positions": int(kept.sum())}
     return result
 
 
-def _confidence_interval(right_N: np.ndarray, document_N: np.ndarray, mean: float) -> tuple[float, float]:
-    """Return the 95 % interval of `mean` with documents as the independent units.
+def _confidence_interval(right_N: np.ndarray, window_N: np.ndarray, mean: float) -> tuple[float, float]:
+    """Return the 95 % confidence interval of `mean`, with windows as the independent units.
 
-    Positions of one document are correlated, so an interval that treats them as independent would be too narrow. This
-    is the normal interval with the cluster-robust variance over documents. If the documents show no variance (there is
-    only one, or all have the same accuracy, such as 0), that does not predict the next document: the interval is then
-    Wilson's for as many observations as there are documents. Without any document it is [0, 1].
+    Positions of one window are correlated, so an interval that treats them as independent would be too narrow. This is the
+    normal interval with the cluster-robust variance over windows. If all windows have the same accuracy, or there is only one,
+    that variance is 0 and says nothing about other windows: the interval is then Wilson's, with one observation a window.
+    Without any window it is [0, 1].
+
+    Args:
+      right_N: accuracy at each position, in [0, 1].
+      window_N: window of each position.
+      mean: mean of `right_N`.
     """
-    _, cluster_N = np.unique(document_N, return_inverse=True)
+    _, cluster_N = np.unique(window_N, return_inverse=True)
     residuals_C = np.bincount(cluster_N, weights=right_N - mean)
     count = len(residuals_C)
     spread = float(np.sqrt(np.sum(residuals_C**2)))
@@ -128,7 +142,7 @@ def sample_predictions(
       weights: from `Sampler.weights`.
       evaluation: the positions and their prompts.
 
-    Returns: reward, status and response length in tokens, [n, G] each, without the padding of the last batch.
+    Returns: reward, `Status` and response length in tokens, [n, G] each, without the padding of the last batch.
     """
     results = []
     for prompts in evaluation.batches:
@@ -141,7 +155,7 @@ def sample_predictions(
 
 
 class Evaluator:
-    """Measures direct and reasoned accuracy on held-out positions that are chosen by the initial policy's entropy."""
+    """Measures accuracy, direct and after reasoning, at held-out positions chosen by the initial policy's entropies."""
 
     def __init__(self, experiment: Experiment, setup: Setup, sample: Sampler, reward: Rewarder, builder: PromptBuilder):
         """
@@ -160,9 +174,10 @@ class Evaluator:
         self._reward = reward
         self._builder = builder
         evaluation = experiment.evaluation
-        # Two evaluations are comparable only if these are equal.
+        # Evaluations with other numbers of positions are not comparable with this one.
         self.counts = [evaluation.positions, evaluation.unseen_positions]
-        scores, unseen_scores = (self._score(setup.params, part) for part in (setup.held_out, setup.unseen))
+        scores = self._score(setup.params, setup.held_out)
+        unseen_scores = self._score(setup.params, setup.unseen)
         self.held_out = self._choose_part(setup.held_out, scores, evaluation.positions)
         self.unseen = None
         if unseen_scores:
@@ -170,7 +185,7 @@ class Evaluator:
 
     def direct(self, params: Params, part: EvaluationPart) -> dict[str, Any]:
         """Return the accuracy of the most likely next token, by difficulty."""
-        scores = part.scores if params is self._setup.params else self._score(params, part.documents)
+        scores = part.scores if params is self._setup.params else self._score(params, part.windows)
         return by_difficulty(direct_accuracy(part.evaluation, scores), part.evaluation.positions)
 
     def reasoning(self, params: Params, part: EvaluationPart) -> tuple[dict[str, Any], dict[str, float]]:
@@ -191,29 +206,32 @@ class Evaluator:
             result["unseen"] = {"direct": direct, "reasoning": reasoning}
         return result
 
-    def _score(self, params: Params, documents: Windows) -> list[Scores]:
+    def _score(self, params: Params, windows: Windows) -> list[Scores]:
         setup = self._setup
-        return Scorer(setup.policy, params, setup.tokenizer, setup.mesh, self._experiment).score(documents)
+        scorer = Scorer(
+            policy=setup.policy, params=params, tokenizer=setup.tokenizer, mesh=setup.mesh, config=self._experiment
+        )
+        return scorer.score(windows)
 
-    def _choose_part(self, documents: Windows, scores: list[Scores], count: int) -> EvaluationPart:
+    def _choose_part(self, windows: Windows, scores: list[Scores], count: int) -> EvaluationPart:
         data = self._experiment.data
         positions = choose_positions(scores, data.entropy_threshold, data.min_context)
         if not positions:
             raise UserError(
-                f"{source_name(data)}: none of the {len(documents)} held-out documents has a position with an entropy "
+                f"{source_name(data)}: none of the {len(windows)} held-out windows has a position with an entropy "
                 f"above data.entropy_threshold={data.entropy_threshold} after at least "
                 f"data.min_context={data.min_context} tokens. Lower one of the two, or use a longer corpus.",
                 field="data.entropy_threshold",
             )
         evaluation = choose_evaluation_set(
             self._builder,
-            documents,
+            windows,
             positions,
             count=count,
             batch=self._experiment.training.prompts_per_step,
             seed=data.seed,
         )
-        return EvaluationPart(documents=documents, scores=scores, evaluation=evaluation)
+        return EvaluationPart(windows=windows, scores=scores, evaluation=evaluation)
 
 
 def evaluation_metrics(reasoning: dict[str, Any], direct: dict[str, Any] | None = None) -> dict[str, float]:

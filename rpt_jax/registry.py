@@ -1,7 +1,8 @@
 """Registries of the choices that a config field may name.
 
-A choice is one decorated function. What else the program must know about it (the forward passes that a reward takes, the config
-fields that belong to it) stands in its decorator, and config checks, cost estimates and the reference page read it from there.
+A choice is one decorated function (or class, for a trace writer). What the rest of the program must know about it, such as the
+forward passes that a reward takes or the config fields that belong to it, is declared in the decorator; config checks, cost
+estimates and the reference page read it from there.
 
     @REWARDS.register("first_token")
     def first_token_reward(inputs: RewardInputs) -> jax.Array:
@@ -20,18 +21,16 @@ from typing import Any, Generic, TypeVar
 
 from rpt_jax.errors import check_choice
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requirements:
     """What a choice needs, and which config fields belong to it.
 
     Attributes:
-      fields: fields of the same config section that only have a meaning with this choice (or with others that name them too).
-      needs: (field, value) pairs of the same section that this choice cannot do without.
-      options: frozen dataclass of settings that only this choice has; None where it has none. The config field beside the name
-        (`data.source_options` beside `data.source`) holds an instance.
+      fields: fields of the same config section that only have an effect with this choice, or with others that list them too.
+      needs: (field, value) pairs of the same section that this choice requires.
+      options: frozen dataclass of settings that only this choice has; None for no settings. A second config field holds its
+        instance: `data.source_options` for `data.source`, `pretrain.trace_options` for `pretrain.traces`.
     """
 
     fields: tuple[str, ...] = ()
@@ -47,7 +46,7 @@ class RewardRequirements(Requirements):
       prompt_passes: forward passes over a step's prompts before the update, sampling included.
       response_passes: forward passes over a step's responses before the update, sampling included.
       end_of_thinking: whether the tokenizer must have an end-of-thinking token.
-      average: whether it reads the moving average of the parameters.
+      average: whether the reward is computed with the moving average of the parameters, which must then be kept.
     """
 
     prompt_passes: int = 1
@@ -61,7 +60,8 @@ class SourceRequirements(Requirements):
     """Requirements of a corpus source.
 
     Attributes:
-      check: called with the config before anything is read; raises `UserError` where a package or a file is missing.
+      check: called with the `DataConfig` before anything is read; raises `UserError` if a package or a file is missing.
+        None for no check.
     """
 
     check: Callable[..., Any] | None = None
@@ -72,7 +72,7 @@ class PositionRequirements(Requirements):
     """Requirements of a choice of positions.
 
     Attributes:
-      rescored: whether positions are chosen again during training, by the entropies of the policy itself.
+      rescored: whether positions are chosen again during training, by the entropies of the current policy.
       reported_fields: fields of section "data" that determine the choice, quoted in messages about it.
     """
 
@@ -80,13 +80,17 @@ class PositionRequirements(Requirements):
     reported_fields: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice(Generic[Function]):
+Function = TypeVar("Function", bound=Callable[..., Any])
+RequirementsT = TypeVar("RequirementsT", bound=Requirements)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice(Generic[RequirementsT]):
     """A registered function, its name in the config and its requirements."""
 
     name: str
-    function: Function
-    requirements: Any
+    function: Callable[..., Any]
+    requirements: RequirementsT
 
     @property
     def summary(self) -> str:
@@ -94,55 +98,57 @@ class Choice(Generic[Function]):
         return inspect.cleandoc(self.function.__doc__ or "").partition("\n\n")[0].replace("\n", " ")
 
 
-class Registry(Generic[Function]):
-    """Functions by the name that a config field gives them."""
+class Registry(Generic[RequirementsT]):
+    """The functions that a config field can name. Iterating yields the names, built-in ones first."""
 
     def __init__(
         self,
         field: str,
         builtin: str | tuple[str, ...],
-        requirements: type[Requirements] = Requirements,
+        requirements: type[RequirementsT],
         *,
         optional: bool = False,
     ):
         """
         Args:
           field: the config field that names a choice, such as "objective.reward".
-          builtin: module, or modules, that register the built-in choices; imported when the registry is first read.
-          requirements: the class of a choice's requirements.
-          optional: whether the field may also be "none".
+          builtin: module, or modules, that register the built-in choices; imported when the registry is first read, because
+            these modules import this one.
+          requirements: class of a choice's requirements.
+          optional: whether the field may also be "none", which no function is registered for.
         """
         self.field = field
         self.optional = optional
         self._builtin = (builtin,) if isinstance(builtin, str) else builtin
         self._requirements = requirements
-        self._choices: dict[str, Choice[Function]] = {}
+        self._choices: dict[str, Choice[RequirementsT]] = {}
 
     def register(self, name: str, **requirements: Any) -> Callable[[Function], Function]:
         """Return a decorator that registers a function as `name`.
 
         Args:
+          name: what the config field is set to.
           requirements: fields of the registry's requirements class.
 
-        Raises: ValueError, where `name` already is another function's.
+        Raises: ValueError, if another function is registered as `name`.
         """
 
         def decorate(function: Function) -> Function:
             known = self._choices.get(name)
-            # A module that is run twice, as a config file is by every worker, registers the same functions again.
+            # A config file is run again by every worker process, and then registers the same functions again.
             if known and _origin(known.function) != _origin(function):
                 raise ValueError(f"{self.field}='{name}' is already registered by {_origin(known.function)}")
-            self._choices[name] = Choice(name, function, self._requirements(**requirements))
+            self._choices[name] = Choice(name=name, function=function, requirements=self._requirements(**requirements))
             return function
 
         return decorate
 
     def check(self, name: str) -> None:
-        """Raises: UserError, with the nearest name, where the field may not be `name`."""
+        """Check that the config field may be `name`. Raises: UserError, with the nearest name, if not."""
         check_choice(self.field, name, [*self, *(["none"] if self.optional else [])])
 
-    def __getitem__(self, name: str) -> Choice[Function]:
-        """Return the choice called `name`. Raises: UserError, with the nearest name, where there is none."""
+    def __getitem__(self, name: str) -> Choice[RequirementsT]:
+        """Return the choice called `name`. Raises: UserError, with the nearest name, if there is none."""
         self._load()
         check_choice(self.field, name, self._choices)
         return self._choices[name]
@@ -155,7 +161,7 @@ class Registry(Generic[Function]):
         self._load()
         return len(self._choices)
 
-    def choices(self) -> list[Choice[Function]]:
+    def choices(self) -> list[Choice[RequirementsT]]:
         """Return all choices, built-in ones first."""
         self._load()
         return list(self._choices.values())
@@ -169,17 +175,19 @@ def _origin(function: Callable[..., Any]) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
 
-REWARDS: Registry = Registry("objective.reward", "rpt_jax.rewards.catalogue", RewardRequirements)
-ADVANTAGES: Registry = Registry("objective.advantage", "rpt_jax.objective.advantage")
-LOSSES: Registry = Registry("objective.loss", "rpt_jax.objective.loss")
-AGGREGATIONS: Registry = Registry("objective.aggregation", "rpt_jax.objective.loss")
-KL_ESTIMATORS: Registry = Registry("objective.kl", "rpt_jax.objective.loss", optional=True)
-IMPORTANCE_WEIGHTS: Registry = Registry("objective.importance", "rpt_jax.objective.loss", optional=True)
-CORPUS_SOURCES: Registry = Registry(
+REWARDS = Registry("objective.reward", "rpt_jax.rewards.catalogue", RewardRequirements)
+ADVANTAGES = Registry("objective.advantage", "rpt_jax.objective.advantage", Requirements)
+LOSSES = Registry("objective.loss", "rpt_jax.objective.loss", Requirements)
+AGGREGATIONS = Registry("objective.aggregation", "rpt_jax.objective.loss", Requirements)
+KL_ESTIMATORS = Registry("objective.kl", "rpt_jax.objective.loss", Requirements, optional=True)
+IMPORTANCE_WEIGHTS = Registry("objective.importance", "rpt_jax.objective.loss", Requirements, optional=True)
+CORPUS_SOURCES = Registry(
     "data.source", ("rpt_jax.corpus.gsm_symbolic", "rpt_jax.corpus.champ", "rpt_jax.corpus.readers"), SourceRequirements
 )
-POSITION_CHOICES: Registry = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)
-PROMPT_TEMPLATES: Registry = Registry("prompt.template", "rpt_jax.prompts.templates")
-TRACE_WRITERS: Registry = Registry("pretrain.traces", ("rpt_jax.prompts.traces", "rpt_jax.prompts.arithmetic_traces"))
+POSITION_CHOICES = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)
+PROMPT_TEMPLATES = Registry("prompt.template", "rpt_jax.prompts.templates", Requirements)
+TRACE_WRITERS = Registry(
+    "pretrain.traces", ("rpt_jax.prompts.traces", "rpt_jax.prompts.arithmetic_traces"), Requirements
+)
 OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS, IMPORTANCE_WEIGHTS)
 ALL_REGISTRIES = (*OBJECTIVE_REGISTRIES, POSITION_CHOICES, CORPUS_SOURCES, PROMPT_TEMPLATES, TRACE_WRITERS)

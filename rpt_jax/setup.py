@@ -1,4 +1,4 @@
-"""The start of a task: device mesh, policy, tokenizer and corpus, loaded and checked against each other."""
+"""Setup of a run: load device mesh, policy, tokenizer and corpus, and check that they match."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rpt_jax.weights.hf import check_files, load_model_config, load_policy
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run of task "rpt" starts from.
+    """Everything that a run of task "rpt" starts from.
 
     Attributes:
       policy: the model.
@@ -101,7 +101,7 @@ def check_top_k(top_k: int, policy: Transformer) -> None:
 
 
 def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
-    """Raise UserError if the batches of sampling or of the update do not split evenly over the mesh."""
+    """Raise UserError if the batches of rollouts or of the update do not split evenly over the mesh."""
     training = experiment.training
     tensor = mesh_fields(mesh)["tensor"]
     check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step})
@@ -126,13 +126,23 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     """
     attention = choose_attention(config.attention, target_platform(), config.dtype)
     absent_ids = tokenizer.absent_ids(model.vocab) if tokenizer else ()
-    return Transformer(model, jnp.dtype(config.dtype), config.remat, attention, absent_ids)
+    return Transformer(
+        config=model,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        attention=attention,
+        absent_ids=absent_ids,
+    )
 
 
 def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, with its parameters sharded for training, and its tokenizer.
 
-    Raises: UserError, if a file is missing or damaged, the model is not that of the preset, or the tokenizer is not the
+    Args:
+      config: section `policy`.
+      mesh: the device mesh.
+
+    Raises: UserError, if a file is missing or damaged, the architecture is not that of the preset, or the tokenizer is not the
       policy's.
     """
     model, expected_fingerprint = load_model_config(config.path)
@@ -162,8 +172,15 @@ def open_or_prepare_corpus(
 ) -> PreparedCorpus:
     """Open the corpus of `data.prepared` or, without one, tokenize and score the corpus in `workdir/corpus`.
 
-    Preparing a corpus takes a forward pass over all its tokens, with `policy` as the proxy. What an earlier, interrupted run
-    prepared is not done again.
+    Preparing a corpus takes a forward pass over all its tokens, with `policy` as the proxy. Shards that an earlier, interrupted
+    run completed are not prepared again.
+
+    Args:
+      experiment: the config.
+      policy, params, tokenizer: the proxy.
+      mesh: the device mesh.
+      workdir: directory of the run.
+      context: signals and heartbeats.
 
     Raises: UserError, as `open_prepared` and `prepare` do.
     """
@@ -173,7 +190,8 @@ def open_or_prepare_corpus(
         return open_prepared(data, tokenizer, Path(data.prepared))
     all_shards = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
     directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-    prepared = prepare(Scorer(policy, params, tokenizer, mesh, all_shards), directory, context)
+    scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=all_shards)
+    prepared = prepare(scorer, directory, context)
     assert prepared is not None, "all shards were prepared, so none is missing"
     return prepared
 

@@ -13,7 +13,7 @@ import ml_collections
 from rpt_jax.config.renamed import RENAMED
 from rpt_jax.errors import UserError
 
-_LARGEST_EXACT = 10**12  # Integers up to this are accepted where a float is expected.
+_LARGEST_EXACT = 10**12  # Integers up to this are accepted for a float field; a float represents them exactly.
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -62,6 +62,7 @@ def override(schema: type, fields: dict[str, Any], assignment: str, prefix: str 
 
     Args:
       schema: the dataclass that `fields` are values of.
+      fields: nested values by field name, changed in place.
       assignment: the name without `prefix`, "=" and the value as text.
       prefix: see `build`.
 
@@ -104,15 +105,15 @@ def _unknown_field(name: str, known: Mapping[str, Any]) -> UserError:
 
 
 def _nearest_fields(name: str, known: Mapping[str, Any]) -> str:
-    """Return a hint: the known names nearest to `name` or, where none is near, the names of its section."""
+    """Return a hint: the known names nearest to `name` or, if none is near, the names of its section."""
     sections = sorted({field.partition(".")[0] for field in known if "." in field})
 
     def similarity(candidate: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, name.lower(), candidate).ratio()
-        # The last component counts too: the right field of a wrong section is near.
+        # Compare the last components too, to find a field that was given with the wrong section.
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2].lower(), candidate.rpartition(".")[2]).ratio()
         if whole >= 0.8 and name.rpartition(".")[0] == candidate.rpartition(".")[0]:
-            # A similar field of the same section comes before an equal one of another section.
+            # A similar field of the same section ranks above an equal one of another section.
             return 1.0 + whole, whole
         return max(whole, last), whole
 
@@ -120,7 +121,7 @@ def _nearest_fields(name: str, known: Mapping[str, Any]) -> str:
     scores = {candidate: similarity(candidate) for candidate in candidates}
     best = max(scores.values(), default=(0.0, 0.0))
     if best[0] >= 0.6:
-        # All that are equally near: 'optimizer.beta' is one typo away from two fields.
+        # Name all that are equally near: 'optimizer.beta' is one typo away from two fields.
         nearest = [repr(candidate) for candidate in candidates if scores[candidate] == best]
         return f" Did you mean {' or '.join(nearest)}?"
     section = name.rpartition(".")[0]

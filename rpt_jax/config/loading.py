@@ -32,7 +32,8 @@ _OVERRIDE = "--config."
 
 def split_overrides(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     """Split a command line into config overrides (`section.field=value`, without `--config.`) and all other arguments."""
-    overrides, rest = [], []
+    overrides = []
+    rest = []
     for argument in argv:
         if argument.startswith(_OVERRIDE):
             overrides.append(argument.removeprefix(_OVERRIDE))
@@ -54,7 +55,7 @@ def default_config() -> Any:
     config: Any = ml_collections.ConfigDict(values).lock()
     for name in _OPTIONS:
         section, _, field = name.partition(".")
-        # Which options there are depends on the choice: they are checked after the file has been read.
+        # The names of the options depend on the choice, so they are checked after the file has been read.
         config[section][field].unlock()
     return config
 
@@ -67,7 +68,7 @@ def packaged_configs() -> Path:
 
 
 def resolve_config_path(path: str) -> str:
-    """Return `path`, or the packaged file that it names where it does not exist and begins with `configs/`."""
+    """Return `path`, or the packaged file of this name if `path` begins with `configs/` and does not exist."""
     relative = Path(path)
     if relative.exists() or relative.parts[:1] != ("configs",):
         return path
@@ -79,9 +80,9 @@ def load_config_file(path: str) -> Any:
     """Return the `ConfigDict` that `get_config()` of a Python file returns; another config file may change and return it.
 
     Args:
-      path: a file; `configs/NAME.py` is a packaged config where the current directory has no such file.
+      path: a file; `configs/NAME.py` is a packaged config if the current directory has no such file.
 
-    Raises: UserError, where there is no such file, and with file and line for any error in it.
+    Raises: UserError, if there is no such file, and with file and line for any error in it.
     """
     path = resolve_config_path(path)
     if not Path(path).is_file():
@@ -118,7 +119,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     for assignment in overrides:
         if not assignment.startswith(option_prefixes):
             override(Experiment, fields, assignment)
-    # Which options there are is known only now that no choice changes any more.
+    # The options are checked last, because the overrides above may have changed the choice that they belong to.
     for name, registry in _OPTIONS.items():
         section, _, field = name.partition(".")
         chosen = registry[_chosen(fields, registry)]
@@ -139,7 +140,19 @@ def _chosen(fields: Mapping[str, Any], registry: Registry) -> str:
 
 
 def _build_options(name: str, registry: Registry, chosen: Choice, given: Any, assignments: list[str]) -> Any:
-    """Return the options of a choice as an instance of its dataclass, None where it has no options. Raises: UserError."""
+    """Return the options of a choice as an instance of its dataclass.
+
+    Args:
+      name: of the field that holds the options, such as "data.source_options".
+      registry: of the choice.
+      chosen: the choice.
+      given: the options in the config: values by name, or None.
+      assignments: command-line assignments, `option=value`.
+
+    Returns: None if the choice has no options.
+
+    Raises: UserError, for an unknown option or a value of another type.
+    """
     schema = chosen.requirements.options
     if isinstance(given, Mapping | ml_collections.ConfigDict):
         values = dict(given)
@@ -178,9 +191,12 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _error_in_file(path: str, error: Exception) -> UserError:
-    """Return what went wrong in a config file, with its line."""
+    """Return the `UserError` for an exception in a config file, with the line."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
+    if isinstance(error, SyntaxError):
+        line = error.lineno
+    else:
+        line = frames[-1].lineno if frames else 1
     reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
     message = f"{path}:{line} raises {type(error).__name__}: {reason}"
     # ml_collections names the field that does not exist, without its section.

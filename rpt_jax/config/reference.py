@@ -33,13 +33,13 @@ class FieldDoc:
 
 
 def field_docs() -> list[FieldDoc]:
-    """Return the documentation of every config field, in the order of the schema; options of choices at the end."""
-    documents = list(_of_schema(Experiment, ""))
+    """Return the documentation of every config field, in the order of the schema, then that of the options of choices."""
+    docs = list(_docs_of(Experiment, ""))
     for registry, prefix in ((CORPUS_SOURCES, "data.source_options."), (TRACE_WRITERS, "pretrain.trace_options.")):
         for choice in registry.choices():
             if choice.requirements.options:
-                documents += _of_schema(choice.requirements.options, prefix)
-    return documents
+                docs += _docs_of(choice.requirements.options, prefix)
+    return docs
 
 
 def section_docs() -> dict[str, str]:
@@ -64,13 +64,13 @@ def comments(schema: type) -> dict[str, str]:
     return found
 
 
-def _of_schema(schema: type, prefix: str) -> Iterator[FieldDoc]:
+def _docs_of(schema: type, prefix: str) -> Iterator[FieldDoc]:
     types = typing.get_type_hints(schema)
     texts = comments(schema)
     for field in dataclasses.fields(schema):
         expected: Any = types[field.name]
         if dataclasses.is_dataclass(expected):
-            yield from _of_schema(typing.cast(type, expected), f"{prefix}{field.name}.")
+            yield from _docs_of(typing.cast(type, expected), f"{prefix}{field.name}.")
             continue
         text = texts[field.name]
         yield FieldDoc(

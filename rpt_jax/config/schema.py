@@ -19,7 +19,7 @@ REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 DIVERGENCE_ACTIONS = ("warn", "stop")
 
-# An instance of the options dataclass of the choice that the field before names, or None for its defaults.
+# An instance of the options dataclass of the choice that the field above it names, or None for the defaults.
 Options = Any
 
 
@@ -250,7 +250,8 @@ class PretrainConfig:
     document_weight: float = 1.0
     # Traces that are learned with each document.
     traces_per_document: int = 18
-    # What the traces reason, by registered name: "recall" (repeat the end of the context) or "arithmetic" (calculate where due).
+    # Kind of reasoning in the traces, by registered name: "recall" (repeat the end of the context) or "arithmetic" (also write
+    # out the calculations of the document).
     traces: str = "recall"
     # Options of the traces, such as `pretrain.trace_options.calculation_fraction` of "arithmetic".
     trace_options: Options = None
@@ -282,19 +283,19 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints, and what a stop signal may take."""
+    """Checkpoints, and the time limit for saving after a stop signal."""
 
     # Steps between checkpoints.
     every_steps: int = 100
     # Number of checkpoints that are kept.
     keep: int = 2
-    # Seconds to save in after a first SIGTERM or SIGINT; with several processes also to end the step.
+    # Seconds that saving may take after a first SIGTERM or SIGINT; with several processes, they include the rest of the step.
     grace_seconds: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """Rules that stop or report a run that goes wrong; each holds a mean over some steps against a bound, and 0 turns it off."""
+    """Rules that stop or report a diverging run; each compares a mean over some steps with a bound, and 0 turns it off."""
 
     # What a broken rule does: "warn", or "stop" with exit code 4.
     action: str = "warn"
@@ -312,7 +313,7 @@ class DivergenceConfig:
 class ProfileConfig:
     """Steps that the JAX profiler records into `workdir/profile`, for TensorBoard and xprof."""
 
-    # The first step to record, counted from 1; 0 records nothing. Later steps than the second one do not compile programs.
+    # The first step to record, counted from 1; 0 records nothing. Steps after the second one do not compile programs.
     start: int = 0
     # The number of steps to record; each adds tens of megabytes to the trace.
     steps: int = 3

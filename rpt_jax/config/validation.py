@@ -29,11 +29,96 @@ _NAMES = {
     "optimizer.schedule": SCHEDULES,
     "divergence.action": DIVERGENCE_ACTIONS,
 }
-# Each weight of the objective with the fields that only have a meaning where it is not 0; it needs the first of them to be set.
+# Each weight of the objective, and the fields that have no effect while it is 0. A weight other than 0 needs the first of them.
 _WEIGHTED_TERMS = {
     "kl_weight": ("kl",),
     "overlong_weight": ("overlong_tokens",),
     "budget_weight": ("budget_start", "budget_decay", "budget_min"),
+}
+
+
+_UNBOUNDED = 10**12  # An upper bound that excludes only typing errors.
+_SEEDS = 2**32 - 1  # The largest seed that grain accepts.
+# Least and greatest value of each number.
+_BOUNDS = {
+    "mesh.rollout_tensor": (0, _UNBOUNDED),
+    "seed": (0, _SEEDS),
+    "data.seed": (0, _SEEDS),
+    "data.held_out_documents": (1, _UNBOUNDED),
+    "data.max_document_bytes": (1, _UNBOUNDED),
+    "data.max_document_tokens": (2, _UNBOUNDED),
+    "data.min_context": (1, _UNBOUNDED),
+    "data.score_batch_windows": (1, _UNBOUNDED),
+    "data.entropy_top_k": (2, _UNBOUNDED),
+    "data.entropy_threshold": (0.0, 100.0),
+    "data.positions_per_document": (0, _UNBOUNDED),
+    "data.workers": (0, 1024),
+    "data.rescore_every_steps": (1, _UNBOUNDED),
+    "data.rescore_windows": (1, _UNBOUNDED),
+    "data.keep_fraction": (1e-6, 1.0),
+    "prompt.max_tokens": (2, _UNBOUNDED),
+    "prompt.reference_bytes": (1, _UNBOUNDED),
+    "rollout.samples_per_prompt": (2, _UNBOUNDED),
+    "rollout.temperature": (1e-3, 100.0),
+    "rollout.max_new_tokens": (1, _UNBOUNDED),
+    "rollout.top_k": (0, _UNBOUNDED),
+    "rollout.top_p": (1e-6, 1.0),
+    "rollout.decode_slots": (0, _UNBOUNDED),
+    "rollout.prefill_tokens": (1, _UNBOUNDED),
+    "objective.advantage_epsilon": (0.0, 1.0),
+    "objective.clip_low": (0.0, 1.0),
+    "objective.clip_high": (0.0, _UNBOUNDED),
+    "objective.dual_clip": (1.0, _UNBOUNDED),
+    "objective.reference_tokens": (1, _UNBOUNDED),
+    "objective.baseline_decay": (0.0, 1.0),
+    "objective.format_weight": (0.0, _UNBOUNDED),
+    "objective.overlong_weight": (0.0, _UNBOUNDED),
+    "objective.overlong_tokens": (0, _UNBOUNDED),
+    "objective.budget_weight": (0.0, 1.0),
+    "objective.budget_start": (0, _UNBOUNDED),
+    "objective.budget_decay": (0.0, 1.0),
+    "objective.budget_min": (1, _UNBOUNDED),
+    "objective.importance_low": (0.0, 1.0),
+    "objective.importance_high": (1.0, _UNBOUNDED),
+    "objective.kl_weight": (0.0, _UNBOUNDED),
+    "objective.entropy_weight": (0.0, _UNBOUNDED),
+    "objective.document_weight": (0.0, _UNBOUNDED),
+    "optimizer.learning_rate": (0.0, 1.0),
+    "optimizer.warmup_steps": (0, _UNBOUNDED),
+    "optimizer.beta1": (0.0, 0.999999),
+    "optimizer.beta2": (0.0, 0.999999),
+    "optimizer.epsilon": (1e-30, 1.0),
+    "optimizer.weight_decay": (0.0, 1.0),
+    "optimizer.max_grad_norm": (1e-9, _UNBOUNDED),
+    "training.total_steps": (1, _UNBOUNDED),
+    "training.prompts_per_step": (1, _UNBOUNDED),
+    "training.minibatches_per_step": (1, _UNBOUNDED),
+    "training.dynamic_sampling_rounds": (1, _UNBOUNDED),
+    "training.microbatch_tokens": (1, _UNBOUNDED),
+    "training.logit_chunk_tokens": (1, _UNBOUNDED),
+    "training.log_rollouts_every": (1, _UNBOUNDED),
+    "evaluation.every_steps": (1, _UNBOUNDED),
+    "evaluation.positions": (1, _UNBOUNDED),
+    "evaluation.unseen_positions": (1, _UNBOUNDED),
+    "checkpoint.every_steps": (1, _UNBOUNDED),
+    "checkpoint.keep": (1, _UNBOUNDED),
+    "checkpoint.grace_seconds": (0.0, _UNBOUNDED),
+    "divergence.window": (1, _UNBOUNDED),
+    "divergence.reward_collapse": (0.0, 1.0),
+    "divergence.entropy_floor": (0.0, _UNBOUNDED),
+    "divergence.mismatch_ceiling": (0.0, _UNBOUNDED),
+    "profile.start": (0, _UNBOUNDED),
+    "profile.steps": (1, 1000),
+    "cold_start.total_steps": (0, _UNBOUNDED),
+    "cold_start.learning_rate": (0.0, 1.0),
+    "pretrain.documents_per_step": (1, _UNBOUNDED),
+    "pretrain.document_weight": (0.0, _UNBOUNDED),
+    "pretrain.traces_per_document": (1, _UNBOUNDED),
+    "pretrain.recalled_tokens": (0, _UNBOUNDED),
+    "pretrain.rows_per_document": (1, _UNBOUNDED),
+    "pretrain.row_tokens": (16, _UNBOUNDED),
+    "pretrain.trace_weight": (0.0, _UNBOUNDED),
+    "pretrain.vocab_size": (265, _UNBOUNDED),
 }
 
 
@@ -43,6 +128,8 @@ def check_experiment(experiment: Experiment) -> None:
     Raises: UserError, naming the field, its value and what was expected.
     """
     values = dict(leaves(experiment))
+
+    # Names, and the fields that belong to the named choices.
     for name, allowed in _NAMES.items():
         check_choice(name, values[name], allowed)
     _check_named_choice(experiment.data, CORPUS_SOURCES)
@@ -51,16 +138,16 @@ def check_experiment(experiment: Experiment) -> None:
     for registry in OBJECTIVE_REGISTRIES:
         _check_named_choice(experiment.objective, registry)
 
+    # Numbers.
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
-            expected = f"at least {low:.10g}" if high == _MANY else f"between {low:.10g} and {high:.10g}"
+            expected = f"at least {low:.10g}" if high == _UNBOUNDED else f"between {low:.10g} and {high:.10g}"
             raise UserError(f"{name}={values[name]} must be {expected}.", field=name)
     for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if values[name] < 1 and values[name] != -1:
-            raise UserError(
-                f"{name}={values[name]} must be at least 1, or -1 for all devices that are left.", field=name
-            )
+            raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all remaining devices.", field=name)
 
+    # Fields that depend on each other.
     _check_weighted_terms(experiment.objective)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
@@ -95,7 +182,7 @@ def _check_named_choice(section: Any, registry: Registry) -> None:
 
 
 def _check_weighted_terms(config: ObjectiveConfig) -> None:
-    """Refuse a weight without what it weighs, and the reverse. Raises: UserError."""
+    """Refuse a weight whose term is not configured, and a configured term whose weight is 0. Raises: UserError."""
     values = vars(config)
     defaults = vars(type(config)())
     for weight, fields in _WEIGHTED_TERMS.items():
@@ -113,7 +200,7 @@ def _check_weighted_terms(config: ObjectiveConfig) -> None:
 
 
 def _check_sizes(experiment: Experiment) -> None:
-    """Check sizes that bound each other. Raises: UserError."""
+    """Check sizes that depend on each other. Raises: UserError."""
     training = experiment.training
     max_new_tokens = experiment.rollout.max_new_tokens
     if training.prompts_per_step % training.minibatches_per_step:
@@ -147,87 +234,3 @@ def _check_sampling_distribution(experiment: Experiment) -> None:
             "that is trained: leave them at 0 and 1, or set objective.importance to 'truncate' or 'mask'.",
             field="objective.importance",
         )
-
-
-_MANY = 10**12
-_SEEDS = 2**32 - 1  # The largest seed that grain accepts.
-_BOUNDS = {
-    "mesh.rollout_tensor": (0, _MANY),
-    "seed": (0, _SEEDS),
-    "data.seed": (0, _SEEDS),
-    "data.held_out_documents": (1, _MANY),
-    "data.max_document_bytes": (1, _MANY),
-    "data.max_document_tokens": (2, _MANY),
-    "data.min_context": (1, _MANY),
-    "data.entropy_top_k": (2, _MANY),
-    "data.entropy_threshold": (0.0, 100.0),
-    "data.positions_per_document": (0, _MANY),
-    "data.workers": (0, 1024),
-    "data.rescore_every_steps": (1, _MANY),
-    "data.rescore_windows": (1, _MANY),
-    "data.keep_fraction": (1e-6, 1.0),
-    "prompt.max_tokens": (2, _MANY),
-    "prompt.reference_bytes": (1, _MANY),
-    "rollout.samples_per_prompt": (2, _MANY),
-    "rollout.temperature": (1e-3, 100.0),
-    "rollout.max_new_tokens": (1, _MANY),
-    "rollout.top_k": (0, _MANY),
-    "rollout.top_p": (1e-6, 1.0),
-    "rollout.decode_slots": (0, _MANY),
-    "rollout.prefill_tokens": (1, _MANY),
-    "objective.advantage_epsilon": (0.0, 1.0),
-    "objective.clip_low": (0.0, 1.0),
-    "objective.clip_high": (0.0, _MANY),
-    "objective.dual_clip": (1.0, _MANY),
-    "objective.reference_tokens": (1, _MANY),
-    "objective.baseline_decay": (0.0, 1.0),
-    "objective.format_weight": (0.0, _MANY),
-    "objective.overlong_weight": (0.0, _MANY),
-    "objective.overlong_tokens": (0, _MANY),
-    "objective.budget_weight": (0.0, 1.0),
-    "objective.budget_start": (0, _MANY),
-    "objective.budget_decay": (0.0, 1.0),
-    "objective.budget_min": (1, _MANY),
-    "objective.importance_low": (0.0, 1.0),
-    "objective.importance_high": (1.0, _MANY),
-    "objective.kl_weight": (0.0, _MANY),
-    "objective.entropy_weight": (0.0, _MANY),
-    "objective.document_weight": (0.0, _MANY),
-    "optimizer.learning_rate": (0.0, 1.0),
-    "optimizer.warmup_steps": (0, _MANY),
-    "optimizer.beta1": (0.0, 0.999999),
-    "optimizer.beta2": (0.0, 0.999999),
-    "optimizer.epsilon": (1e-30, 1.0),
-    "optimizer.weight_decay": (0.0, 1.0),
-    "optimizer.max_grad_norm": (1e-9, _MANY),
-    "training.total_steps": (1, _MANY),
-    "training.prompts_per_step": (1, _MANY),
-    "training.minibatches_per_step": (1, _MANY),
-    "training.dynamic_sampling_rounds": (1, _MANY),
-    "training.microbatch_tokens": (1, _MANY),
-    "training.logit_chunk_tokens": (1, _MANY),
-    "training.log_rollouts_every": (1, _MANY),
-    "evaluation.every_steps": (1, _MANY),
-    "evaluation.positions": (1, _MANY),
-    "evaluation.unseen_positions": (1, _MANY),
-    "data.score_batch_windows": (1, _MANY),
-    "checkpoint.every_steps": (1, _MANY),
-    "checkpoint.keep": (1, _MANY),
-    "checkpoint.grace_seconds": (0.0, _MANY),
-    "divergence.window": (1, _MANY),
-    "divergence.reward_collapse": (0.0, 1.0),
-    "divergence.entropy_floor": (0.0, _MANY),
-    "divergence.mismatch_ceiling": (0.0, _MANY),
-    "profile.start": (0, _MANY),
-    "profile.steps": (1, 1000),
-    "cold_start.total_steps": (0, _MANY),
-    "cold_start.learning_rate": (0.0, 1.0),
-    "pretrain.documents_per_step": (1, _MANY),
-    "pretrain.document_weight": (0.0, _MANY),
-    "pretrain.traces_per_document": (1, _MANY),
-    "pretrain.recalled_tokens": (0, _MANY),
-    "pretrain.rows_per_document": (1, _MANY),
-    "pretrain.row_tokens": (16, _MANY),
-    "pretrain.trace_weight": (0.0, _MANY),
-    "pretrain.vocab_size": (265, _MANY),
-}

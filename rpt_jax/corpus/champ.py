@@ -30,5 +30,5 @@ def read_champ(config: DataConfig, skipped: collections.Counter) -> list[Documen
     documents = []
     for name, problem in json.loads(_find_dataset_file().read_bytes())["problems"].items():
         lines = [problem["_text"], *(step["_text"] for step in problem["solution"]["steps"])]
-        documents.append(Document("\n".join(lines), f"champ:{name}", key=problem["_text"]))
+        documents.append(Document(text="\n".join(lines), name=f"champ:{name}", key=problem["_text"]))
     return documents

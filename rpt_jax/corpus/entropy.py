@@ -32,11 +32,8 @@ BIN_NATS = 0.05  # Width of the bins of the entropy histogram.
 BINS = 80  # Covers 0 to 4 nats; the last bin also counts everything above.
 NO_ENTROPY = -1.0  # In place of the entropy of a special token, which is never predicted.
 _MIN_BUCKET_TOKENS = 64  # Shorter buckets would save little time, and each compiles another program.
-# `top_k_values` divides a row into this many groups (64 and 256 are slower, except for small vocabularies), and falls back to
-# `jax.lax.top_k` above this k.
-_GROUPS = 128
-_MAX_SELECTED = 32
-
+_GROUPS = 128  # Groups that `top_k_values` divides a row into; 64 and 256 are slower, except for small vocabularies.
+_MAX_SELECTED = 32  # For a larger k, `top_k_values` uses `jax.lax.top_k`.
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -74,14 +71,20 @@ def top_k_entropy(top_MxK: jax.Array, total_M: jax.Array | None = None) -> jax.A
 
 
 def top_k_values(values_MxV: jax.Array, k: int) -> jax.Array:
-    """Return the k largest values of each row in descending order, [M, k].
+    """Return the k largest values of each row in descending order, [M, k] in the dtype of the values.
 
     On a CPU, `jax.lax.top_k` sorts row by row on one core. A small k is faster by selection: each row is divided into groups
     whose maxima are known, the largest maximum is taken, and the maximum of its group is replaced by the next value there.
+
+    Args:
+      values_MxV: floats.
+      k: at most V.
     """
     rows, size = values_MxV.shape
     if k > _MAX_SELECTED:
         return jax.lax.top_k(values_MxV, k)[0]
+
+    # Divide each row into groups: for a small vocabulary, about twice the square root of its size.
     groups = min(_GROUPS, 2 ** math.ceil(math.log2(2 * math.sqrt(size))))
     padded = jnp.pad(values_MxV, ((0, 0), (0, -size % groups)), constant_values=-jnp.inf)
     grouped_MxGxS = padded.reshape(rows, groups, -1)
@@ -100,6 +103,7 @@ def top_k_values(values_MxV: jax.Array, k: int) -> jax.Array:
         max_GxM = jnp.where(index_Gx1 == group_M, next_M, max_GxM)
         return (max_GxM, value_M, group_M, taken_M), value_M
 
+    # Take k values, one a step. No value is equal to the initial NaN.
     no_group_M = jnp.full(rows, -1)
     start = (grouped_MxGxS.max(axis=2).T, jnp.full(rows, jnp.nan, values_MxV.dtype), no_group_M, no_group_M)
     return jax.lax.scan(select, start, None, length=k)[1].T
@@ -119,8 +123,12 @@ def score_batch(
     """Return the fields of `Scores`, [N, S] each, for a batch as `next_token_rows` makes it.
 
     Args:
+      policy: the decoder.
+      params: its parameters.
+      inputs_NxS, targets_NxS: int32 token ids.
+      lengths_N: int32, tokens of each row.
       top_k: number of next tokens that entropies are computed over.
-      logit_chunk_tokens: [memory] tokens whose logits are in memory at once.
+      logit_chunk_tokens: tokens whose logits are in memory at the same time.
     """
     hidden_NxSxD, _, _ = prefill(policy, params, inputs_NxS, lengths_N)
 
@@ -144,11 +152,14 @@ def next_token_rows(
 
     Args:
       windows: token ids, at most `rows` windows of 1 to `size` tokens.
+      rows: number of rows of the batch.
       bos_id: prepended to every window, as in training.
+      size: tokens of a row.
 
     Returns: inputs and targets, int32 [rows, size], and lengths, int32 [rows]; an unused row has length 1.
     """
-    inputs, targets = np.zeros((2, rows, size), np.int32)
+    inputs = np.zeros((rows, size), np.int32)
+    targets = np.zeros((rows, size), np.int32)
     lengths = np.ones(rows, np.int32)
     for i, ids in enumerate(windows):
         inputs[i, 0] = bos_id
@@ -159,7 +170,7 @@ def next_token_rows(
 
 
 def length_buckets(lengths_N: np.ndarray, max_tokens: int, batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Group windows of similar length into batches of a constant number of tokens.
+    """Group windows of similar length into batches of the same number of tokens, padding included.
 
     Windows are padded to `max_tokens` or to a half, a quarter, … of it, down to 64.
 
@@ -168,7 +179,7 @@ def length_buckets(lengths_N: np.ndarray, max_tokens: int, batch_size: int) -> I
       max_tokens: length of the longest bucket.
       batch_size: windows of that length in a batch; shorter buckets have proportionally more.
 
-    Yields: the padded length of a batch and the numbers of its windows, shortest first.
+    Yields: the padded length of a batch and the indices of its windows; batches of short windows come first.
     """
     padded_N = np.full(len(lengths_N), max_tokens)
     shorter = max_tokens
@@ -189,7 +200,8 @@ class Scorer:
     """Scores windows with a policy.
 
     Attributes:
-      params: of `policy`, on `mesh`.
+      policy: the policy.
+      params: its parameters, on `mesh`.
       tokenizer: the policy's.
       mesh: a batch is split over it.
       config: `data.max_document_tokens`, `data.score_batch_windows`, `data.entropy_top_k` and `training.logit_chunk_tokens` set
@@ -213,10 +225,12 @@ class Scorer:
         Args:
           windows: token ids, 1 to `data.max_document_tokens` each.
           advance: called after each batch.
+
+        Returns: the scores of each window, in the order of `windows`.
         """
         data = self.config.data
         scores: list[Any] = [None] * len(windows)
-        # Batches that are being computed. The host prepares the next batch and copies the previous one meanwhile.
+        # Batches that the devices compute while the host prepares the next batch and copies the results of the previous one.
         in_flight: collections.deque[tuple[list[int], tuple[jax.Array, ...]]] = collections.deque()
 
         def fetch_oldest() -> None:
@@ -231,6 +245,7 @@ class Scorer:
                 )
             advance()
 
+        # Launch the batches, with at most one more in flight while the results of a batch are fetched.
         lengths_N = np.array([len(ids) for ids in windows])
         for length, numbers in length_buckets(lengths_N, data.max_document_tokens, data.score_batch_windows):
             row_count = data.score_batch_windows * (data.max_document_tokens // length)
@@ -245,6 +260,7 @@ class Scorer:
             in_flight.append((numbers, arrays))
             if len(in_flight) > 1:
                 fetch_oldest()
+
         while in_flight:
             fetch_oldest()
         return scores
@@ -255,10 +271,13 @@ class Scorer:
         All processes read and compute; the leader writes.
 
         Args:
+          directory: of the corpus.
+          shard, shards: number of the shard, and how many there are.
           advance: called with a short status after each of the `count_batches` batches.
 
         Raises: UserError, if complete entropies belong to other tokens, another policy or another k.
         """
+        # Skip a complete shard, but refuse one that was made from something else.
         tokens = Records(directory, "tokens", shards, [shard])
         made_from = {
             "tokens": digest(read_summary(directory, "tokens", shard, shards)),
@@ -268,6 +287,8 @@ class Scorer:
         if summary := read_summary(directory, "scores", shard, shards):
             check_made_from(directory, summary.get("made_from"), made_from)
             return
+
+        # Score the windows in blocks, so that each block can be sorted by length, and write the scores in the original order.
         histogram_N = np.zeros(BINS, np.int64)
         report_batch = functools.partial(advance, f"shard {shard} of {shards}")
         with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
@@ -303,10 +324,11 @@ class Scorer:
 
 
 def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return both entropies of a window as they are stored, with `NO_ENTROPY` for special tokens.
+    """Return both entropies of a window as they are stored, float32 [S] each, with `NO_ENTROPY` for special tokens.
 
     Args:
-      lengths_S: bytes of each token; a special token has none.
+      score: scores of the window.
+      lengths_S: integers, bytes of each token; a special token has none.
     """
     is_text_S = lengths_S > 0
     return (
@@ -317,6 +339,10 @@ def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, 
 
 def fraction_above(histogram_N: np.ndarray, threshold: float) -> float:
     """Return the fraction of positions with an entropy above `threshold` nats.
+
+    Args:
+      histogram_N: int64, positions in each bin of `BIN_NATS` nats.
+      threshold: a boundary between bins.
 
     Raises: ValueError, if the threshold is not a boundary between bins.
     """

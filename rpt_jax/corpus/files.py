@@ -78,7 +78,10 @@ def find_file_ranges(config: DataConfig) -> list[FileRange]:
                 limits = list(_range_limits(path))
             except Exception as error:  # noqa: BLE001 - pyarrow and array_record raise exceptions of many classes.
                 raise read_error(path, 1, error) from error
-            file_ranges += [FileRange(path, name, mixture_part, start, stop) for start, stop in limits]
+            file_ranges += [
+                FileRange(path=path, name=name, mixture_part=mixture_part, start=start, stop=stop)
+                for start, stop in limits
+            ]
     return file_ranges
 
 

@@ -54,6 +54,8 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
     Raises: UserError, if a package is missing or the templates cannot generate enough different documents.
     """
     options = config.source_options or GsmSymbolicOptions()
+
+    # Hold out whole templates.
     templates = load_templates()
     numbers = Random(f"{config.seed}:templates").sample(sorted(templates), len(templates))
     if options.held_out_templates >= len(numbers):
@@ -69,6 +71,7 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
         key = " ".join(sorted(number.replace(",", "") for number in _NUMBER.findall(problem)))
         return "held_out" if hash64(config.seed, key) < HELD_OUT_FRACTION * 2**64 else "train"
 
+    # Generate the documents of the other templates, and then those of the held-out ones.
     quotas = {"train": options.documents, "held_out": config.held_out_documents}
     unseen_quotas = {"unseen": config.held_out_documents // 3 if unseen else 0}
     drawn = _draw(seen, config.seed, quotas, split_by_numbers, skipped)
@@ -107,6 +110,8 @@ def _draw(
     A document whose split is already full is discarded.
 
     Args:
+      templates: by number.
+      seed: of the draws.
       quotas: number of documents for each split.
       split_of: the split that a problem belongs to.
       skipped: counts the discarded draws by reason.
@@ -123,6 +128,8 @@ def _draw(
             return drawn
         if attempt == limit:
             break
+
+        # Draw an item; the random generator depends only on the template and the number of its draws so far.
         draw, index = divmod(attempt, len(numbers))
         template = numbers[index]
         try:
@@ -130,6 +137,8 @@ def _draw(
         except (ValueError, ArithmeticError, LookupError) as error:  # The template has no valid numbers for this draw.
             skipped[f"generator raised {type(error).__name__}"] += 1
             continue
+
+        # Keep it, unless it is noise, a repetition, or its split is full.
         problem = item["question"]
         text = f"{problem}\n{item['metadata']['answer_cot']}"
         if _FLOAT_NOISE.search(text):
@@ -138,7 +147,8 @@ def _draw(
             skipped["duplicate"] += 1
         elif len(drawn[split := split_of(problem)]) < quotas[split]:
             texts.add(text)
-            drawn[split].append(Document(text, f"gsm_symbolic:{template}:{draw}", str(template)))
+            drawn[split].append(Document(text=text, name=f"gsm_symbolic:{template}:{draw}", group=str(template)))
+
     found = ", ".join(f"{len(drawn[split])} of {quota} for {split}" for split, quota in quotas.items())
     raise UserError(
         f"gsm_symbolic generated too few different documents in {limit} draws: {found}. "

@@ -83,8 +83,11 @@ def near_duplicates(held_out_HxK: np.ndarray, train: Iterable[np.ndarray]) -> li
       held_out_HxK: uint32, signatures of the held-out documents.
       train: signatures of the training documents in blocks, uint32 [D, K]; one block is in memory at a time.
     """
+    # For each held-out document: most bins that agree with a training document so far, and the number of that document.
+    # Empty bins of the held-out document do not count.
     is_filled_HxK = held_out_HxK != _EMPTY_BIN
-    matches_H, best_H = np.zeros((2, len(held_out_HxK)), np.int64)
+    matches_H = np.zeros(len(held_out_HxK), np.int64)
+    best_H = np.zeros(len(held_out_HxK), np.int64)
     documents_before = 0
     for block_DxK in train:
         block_KxD = np.ascontiguousarray(block_DxK.T)

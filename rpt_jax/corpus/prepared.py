@@ -52,6 +52,9 @@ def corpus_directory(workdir: Path, data: DataConfig, tokenizer: Tokenizer, *sco
     on another one.
 
     Args:
+      workdir: directory of the run.
+      data: section `data`.
+      tokenizer: encodes the documents.
       scored_by: JSON values that determine the entropies.
     """
     made_from = (FORMAT, content_fields(data), files_digest(data), tokenizer.fingerprint, *scored_by)
@@ -62,6 +65,11 @@ def prepare(scorer: Scorer, directory: Path, context: RunContext) -> PreparedCor
     """Tokenize and score the shards that `data.shard` names, except those that are already complete.
 
     With several processes on one file system, the leader tokenizes and writes, and all of them score.
+
+    Args:
+      scorer: the proxy, and the config that names the corpus.
+      directory: where the corpus is stored.
+      context: signals and heartbeats.
 
     Returns: the corpus, or None if other shards are not complete yet. Raises: UserError.
     """
@@ -121,7 +129,10 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
     """Complete a corpus whose shards are all tokenized and scored.
 
     Args:
+      config: the experiment that scored it.
+      tokenizer: encoded the documents.
       proxy: fingerprint of the policy that scored it.
+      directory: of the corpus.
 
     Raises: UserError, if a shard is missing or damaged.
     """
@@ -157,6 +168,9 @@ def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy
     """Open a prepared corpus.
 
     Args:
+      data: section `data` of the run, which the corpus must match.
+      tokenizer: must have encoded the documents.
+      directory: of the corpus.
       proxy: fingerprint of the policy that must have scored it; "" = any.
 
     Raises: UserError, if the manifest or a shard is missing or damaged, has another format, or belongs to another corpus,

@@ -55,10 +55,12 @@ def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Docum
             try:
                 checked = _check_text(text, config)
                 name = f"{_name_prefix(file_range)}:{location}"
-                yield Document(checked, name, mixture_part=file_range.mixture_part)
+                yield Document(text=checked, name=name, mixture_part=file_range.mixture_part)
             except InvalidRecordError as error:
                 line = _line_in_file(file_range, location)
-                yield Rejected(file_range.name, line, error.reason, f"{path}:{line} {error.detail}")
+                yield Rejected(
+                    file=file_range.name, line=line, reason=error.reason, detail=f"{path}:{line} {error.detail}"
+                )
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - the libraries raise many classes; a broken gzip alone has three.
@@ -66,7 +68,7 @@ def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Docum
 
 
 def read_records(file_range: FileRange, config: DataConfig) -> RecordStream:
-    """Yield the location and the text of every record of a file range, before the text is checked.
+    """Yield the location and the text of every record of a file range; the text is not checked yet.
 
     Locations of `.txt` and `.jsonl` are counted from the beginning of the range, all others from that of the file.
     """
@@ -91,10 +93,12 @@ def _lines_before(path: Path, start: int, ending: str) -> int:
         return 0
     with path.open("rb") as file:
         if ending == ".txt":
-            left, count = block_boundary(file, start), 0
+            left = block_boundary(file, start)
+            count = 0
         else:
             # The line that contains the last byte before `start` belongs to the previous range.
-            left, count = start - 1, 1
+            left = start - 1
+            count = 1
         file.seek(0)
         while left > 0 and (block := file.read(min(left, 2**20))):
             count += block.count(b"\n")
@@ -150,7 +154,8 @@ def _open(path: Path) -> io.BufferedIOBase:
 def _read_txt(file_range: FileRange, config: DataConfig) -> RecordStream:
     """Yield chunks of about 2,000 characters, at `line` or `line:column`."""
     del config
-    line, column = 1, 1
+    line = 1
+    column = 1
     with _open(file_range.path) as file:
         for number, block in enumerate(_blocks(file, file_range)):
             # A byte that is not UTF-8 invalidates only the chunk that contains it.

@@ -130,16 +130,17 @@ def training_texts(config: DataConfig, max_bytes: int, advance: Callable[[], Non
     The sample depends on `data.seed` and the documents' contents. The corpus is read twice; memory holds 32 bytes a document.
 
     Args:
+      config: section `data`.
       max_bytes: limit of the sum of the texts' sizes in UTF-8; at least one document is yielded.
       advance: see `read_corpus`; called twice as often.
 
     Raises: UserError, as `read_corpus` and `assign_splits` do, and with `data.strict` for the first rejected record.
     """
-    # First pass: choose documents by their hashes and sizes.
+    # First pass: choose documents by their hashes and sizes. Each has a row of four numbers.
     rejects = RejectLog(config.strict)
     rows = array.array("Q")
     for document in rejects.filter(read_corpus(config, collections.Counter(), advance=advance)):
-        # Unsigned columns, so a split, which may be UNASSIGNED = -1, is shifted.
+        # The numbers are unsigned, so a split, which may be UNASSIGNED = -1, is shifted.
         shifted_split = document.split - UNASSIGNED
         rows.extend((*document_hashes(document, config.seed), len(document.text.encode()), shifted_split))
     keys_D, texts_D, sizes_D, shifted_D = np.frombuffer(rows, np.uint64).reshape(-1, 4).T
@@ -147,6 +148,8 @@ def training_texts(config: DataConfig, max_bytes: int, advance: Callable[[], Non
     splits_D = assign_splits(keys_D, texts_D, given_D, config, rejects.first_detail)
     train_M = np.flatnonzero(splits_D == SPLITS.index("train"))
     by_key_M = train_M[np.argsort(keys_D[train_M], kind="stable")]
+
+    # Take documents in the order of their keys until the limit is reached.
     count = max(1, np.searchsorted(np.cumsum(sizes_D[by_key_M]), max_bytes, side="right"))
     is_chosen_D = np.zeros(len(keys_D), bool)
     is_chosen_D[by_key_M[:count]] = True
@@ -167,7 +170,9 @@ def read_corpus(
     """Yield the documents and rejected records of a shard of the corpus, in order.
 
     Args:
+      config: section `data`.
       skipped: counts, by reason, what a generator discards.
+      shard: the shard.
       advance: called after each file range of the shard, or once if the source has no files.
 
     Raises: UserError, if the source or a file cannot be read.
@@ -202,10 +207,12 @@ def assign_splits(
     Args:
       keys_D, texts_D: uint64, see `document_hashes`.
       splits_D: int8, the splits that the source has assigned, else `UNASSIGNED`.
+      config: section `data`.
       first_rejected: description of the first rejected record, for the error message.
 
     Raises: UserError, if there are fewer than two documents.
     """
+    # The first document of every distinct text; all others are duplicates.
     first_U = np.unique(texts_D, return_index=True)[1]
     result_D = np.full(len(texts_D), DUPLICATE, np.int8)
     result_D[first_U] = splits_D[first_U]
@@ -217,6 +224,8 @@ def assign_splits(
             f"{CHUNK_CHARACTERS} characters, a .jsonl has one document per line.",
             field=f"data.{'path' if config.source == 'path' else 'source'}",
         )
+
+    # Hold out the documents with the lowest keys.
     count = min(config.held_out_documents, max(1, int(len(unassigned_U) * HELD_OUT_FRACTION)))
     result_D[unassigned_U] = SPLITS.index("train")
     result_D[unassigned_U[np.argsort(keys_D[unassigned_U], kind="stable")[:count]]] = SPLITS.index("held_out")

@@ -177,11 +177,13 @@ class Records(Sequence):
                     field=str(directory),
                 )
             counts.append(summary["records"])
+
+        # Number the records consecutively over the shards, and compare with what the files contain.
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         # A file without records cannot be opened.
         paths = [self._path(shard) for shard, count in zip(self._numbers, counts, strict=True) if count]
         try:
-            # Declared without `__getitems__` and `__len__`, which it has.
+            # Any, because the declared type lacks `__getitems__` and `__len__`.
             self._source: Any = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else ()
         except Exception as error:  # noqa: BLE001 - of the library's C++ reader.
             raise UserError(

@@ -61,7 +61,10 @@ def shards_to_prepare(config: DataConfig) -> list[CorpusShard]:
     numbers, shards = parse_shard(config)
     file_ranges = _file_ranges(config)
     return [
-        CorpusShard(number, shards, None if file_ranges is None else file_ranges[number::shards]) for number in numbers
+        CorpusShard(
+            number=number, shards=shards, file_ranges=None if file_ranges is None else file_ranges[number::shards]
+        )
+        for number in numbers
     ]
 
 
@@ -109,7 +112,7 @@ def check_made_from(path: Path, found: Any, expected: Mapping[str, Any]) -> None
         raise UserError(
             f"{path} does not match this run: it was prepared with {name}={found.get(name)!r}, and this run has {value!r}. "
             "Prepare the corpus again in another directory, or change the config.",
-            field=name if name.startswith("data.") else fields.get(name, ""),
+            field=name if name.startswith("data.") else fields.get(name, str(path)),
         )
 
 
@@ -120,6 +123,9 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer, directory: Path, advance:
     """Tokenize the shards that `data.shard` names, in parallel processes if there are several.
 
     Args:
+      config: section `data`.
+      tokenizer: encodes the documents.
+      directory: of the corpus; created if necessary.
       advance: see `tokenize_shard`.
 
     Raises: UserError, as `tokenize_shard` does.
@@ -146,8 +152,9 @@ def _tokenize_in_processes(
     made_from: Mapping[str, Any],
     advance: Callable[[str], None],
 ) -> None:
+    """Tokenize shards in one process for each core; see `tokenize_shard`. Raises: UserError, the first of any process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Spawned, because forking a process in which JAX runs threads may deadlock.
+    # Start processes by spawning, because forking a process in which JAX runs threads may deadlock.
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(end_with_parent)
@@ -160,7 +167,7 @@ def _tokenize_in_processes(
             pool.submit(_tokenize_in_worker, config, tokenizer_source, directory, shard, made_from, progress)
             for shard in shards
         ]
-        # None marks the end of a job; it arrives after the progress of the job itself.
+        # None marks the end of a job; it arrives after the last progress of this job.
         for job in jobs:
             job.add_done_callback(lambda _: progress.put(None))
         completed = concurrent.futures.as_completed(jobs)
@@ -208,19 +215,28 @@ def tokenize_shard(
     """Write the tokens of one shard, unless they are already complete.
 
     Args:
+      config: section `data`.
+      tokenizer: encodes the documents.
+      directory: of the corpus.
+      shard: what to tokenize.
       made_from: what determines the shard's contents; stored in its summary, and compared with that of a complete shard.
       advance: called `shard.steps` times with a short status.
 
     Raises: UserError, if a file cannot be read, `data.strict` is set and a record is rejected, or the complete shard was made
       from something else.
     """
-    number, shards = shard.number, shard.shards
+    number = shard.number
+    shards = shard.shards
+
+    # Skip a complete shard, but refuse one that was made from something else.
     if summary := read_summary(directory, "tokens", number, shards):
         check_made_from(directory, summary.get("made_from"), made_from)
         for _ in range(shard.steps):
             advance(f"shard {number} is already complete")
         return
 
+    # Steps are counted when a file range has been read, but reported after its documents are written, so that the status
+    # counts them.
     counts: collections.Counter = collections.Counter(documents=0, tokens=0, text_bytes=0)
     unreported_steps = 0
 
@@ -229,12 +245,12 @@ def tokenize_shard(
         unreported_steps += 1
 
     def report_steps() -> None:
-        # Only after the documents of a file range are written, so that the status counts them.
         nonlocal unreported_steps
         for _ in range(unreported_steps):
             advance(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of shard {number}/{shards}")
         unreported_steps = 0
 
+    # Write the records, the index and the names. The summary, which is written last, completes the shard.
     index_path = directory / f"{shard_name('index', number, shards)}.bin"
     names_path = directory / f"{shard_name('names', number, shards)}.txt"
     rejected_path = directory / f"{shard_name(REJECTED, number, shards)}.jsonl"
@@ -275,6 +291,7 @@ class _TokenizedBatch(NamedTuple):
 
 
 def _encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[_TokenizedBatch | Rejected]:
+    """Yield tokenized batches, and the documents that the tokenizer cannot represent."""
     for batch in _batches(documents):
         try:
             yield _encode_batch(tokenizer, batch)

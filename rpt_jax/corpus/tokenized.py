@@ -82,13 +82,15 @@ def open_tokens(config: DataConfig, directory: Path, shards: int) -> TokenizedCo
 
     Raises: UserError, if a shard is missing or damaged or there are fewer than two documents.
     """
+    # Read the index of all shards. Columns are copied, so that the rest of each shard's index is freed.
     tokens = Records(directory, "tokens", shards)
-    # Copied, so that the rest of each shard's index is freed.
     columns: dict[str, list[np.ndarray]] = {name: [] for name in _INDEX_COLUMNS}
     for rows in read_index(directory, shards):
         for name in _INDEX_COLUMNS:
             columns[name].append(rows[name].copy())
     index = {name: np.concatenate(column) for name, column in columns.items()}
+
+    # Number the windows: every document has as many as its tokens fill.
     windows_D = -(-index["tokens"].astype(np.int64) // config.max_document_tokens)
     document_W = np.repeat(np.arange(len(windows_D), dtype=np.uint32), windows_D)
     if len(document_W) != len(tokens):
@@ -97,6 +99,7 @@ def open_tokens(config: DataConfig, directory: Path, shards: int) -> TokenizedCo
             "in another directory.",
             field=str(directory),
         )
+
     first_rejected = (s["first_rejected"] for s in read_summaries(directory, "tokens", shards) or [])
     split_D = assign_splits(
         index["key_hash"], index["text_hash"], index["split"], config, next(filter(None, first_rejected), "")

@@ -75,6 +75,7 @@ class ModelConfig:
 def _qwen2(
     layers: int, width: int, heads: int, kv_heads: int, ffn: int, vocab: int = 151_936, **options: Any
 ) -> ModelConfig:
+    """Return a config of the Qwen2 family; `options` are further fields, which override its defaults."""
     fields = {
         "layers": layers,
         "width": width,
@@ -142,7 +143,8 @@ def _smollm2(layers: int, width: int, heads: int, kv_heads: int, ffn: int, rope_
     )
 
 
-# Values of the published config.json files. Base and instruct models of one size have the same architecture.
+# Values of the published config.json files, in the order of the arguments of the functions above. Base and instruct models of
+# one size have the same architecture.
 PRESETS = {
     # Not a published model: small enough to train on two CPU cores.
     "tiny": ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_size=32, ffn=384, vocab=1024),

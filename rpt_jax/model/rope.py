@@ -82,14 +82,21 @@ def rope_frequencies(head_size: int, base: float, scaling: Scaling | None) -> tu
 
 
 def llama3_divisors(frequency: np.ndarray, scaling: Llama3) -> np.ndarray:
-    """Return the divisor of each frequency, between 1 and `scaling.factor`."""
+    """Return the divisor of each frequency, [C / 2], between 1 and `scaling.factor`.
+
+    Args:
+      frequency: unscaled frequencies, [C / 2], in radians per position.
+      scaling: parameters of the scaling.
+    """
     rotations = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
-    slow, fast = scaling.low_freq_factor, scaling.high_freq_factor
+    slow = scaling.low_freq_factor
+    fast = scaling.high_freq_factor
     unscaled = np.clip((rotations - slow) / (fast - slow), 0.0, 1.0)
     return 1.0 / (unscaled + (1.0 - unscaled) / scaling.factor)
 
 
 def _scale_yarn(frequency: np.ndarray, base: float, scaling: Yarn) -> np.ndarray:
+    """Return the frequencies scaled by YaRN, [C / 2]."""
     size = 2 * len(frequency)
 
     def index_with_rotations(rotations: float) -> float:
@@ -100,7 +107,8 @@ def _scale_yarn(frequency: np.ndarray, base: float, scaling: Yarn) -> np.ndarray
     low = index_with_rotations(scaling.beta_fast)
     high = index_with_rotations(scaling.beta_slow)
     if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
+        low = math.floor(low)
+        high = math.ceil(high)
     low = max(low, 0)
     high = min(high, size - 1)
     # 0.001 is the published implementation's width for an empty range.

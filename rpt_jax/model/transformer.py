@@ -173,6 +173,7 @@ class Layer(nn.Module):
     attention: str
 
     def _weight(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, fan_in: int) -> jax.Array:
+        """Return a matrix parameter in `dtype`, initialized with variance 1 / `fan_in` and gathered over the fsdp axis."""
         init = _partitioned(nn.initializers.normal(fan_in**-0.5), axes)
         # All-gather over "width" (FSDP) and reduce-scatter the gradient. Without the constraint, XLA shards the width of the
         # activations instead and sums partial products, which takes twice as long on 256 chips.
@@ -180,6 +181,7 @@ class Layer(nn.Module):
         return constrain_with_gradient(self.param(name, init, dims, jnp.float32).astype(self.dtype), gathered, axes)
 
     def _constant(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, value: float) -> jax.Array:
+        """Return a float32 parameter, initialized with a constant."""
         init = _partitioned(nn.initializers.constant(value), axes)
         return self.param(name, init, dims, jnp.float32)
 
@@ -234,23 +236,27 @@ class Layer(nn.Module):
         rotary: tuple[jax.Array, jax.Array],
         cached_attention: AttentionFn | None,
     ) -> tuple[jax.Array, KeyValues]:
+        """Compute attention on the normalized residual stream; arguments and results are those of `__call__`."""
         config = self.config
-        width, kv_heads, head_size = config.width, config.kv_heads, config.head_size
-        group = config.heads // kv_heads
+        width = config.width
+        kv_heads = config.kv_heads
+        head_size = config.head_size
+        heads_per_kv = config.heads // kv_heads
 
-        # Projections, with the heads moved before the tokens: q [N, K, G, R, Q, C], k and v [N, K, G, Q, C].
-        wq = self._weight("q", (width, kv_heads, group, head_size), ("width", "kv_heads", None, None), width)
+        # Project, and move the heads before the tokens: q [N, K, G, R, Q, C], k and v [N, K, G, Q, C].
+        wq = self._weight("q", (width, kv_heads, heads_per_kv, head_size), ("width", "kv_heads", None, None), width)
         wk = self._weight("k", (width, kv_heads, head_size), ("width", "kv_heads", None), width)
         wv = self._weight("v", (width, kv_heads, head_size), ("width", "kv_heads", None), width)
         wo = self._weight(
-            "o", (kv_heads, group, head_size, width), ("kv_heads", None, None, "width"), config.heads * head_size
+            "o", (kv_heads, heads_per_kv, head_size, width), ("kv_heads", None, None, "width"), config.heads * head_size
         )
         q = project(x_NxGxQxD, wq).transpose(0, 3, 1, 4, 2, 5)
         k = project(x_NxGxQxD, wk).transpose(0, 3, 1, 2, 4)
         v = project(x_NxGxQxD, wv).transpose(0, 3, 1, 2, 4)
         if config.qkv_bias:
-            dims, axes = (1, kv_heads, 1, 1, head_size), (None, "kv_heads", None, None, None)
-            bias_q = self._constant("q_bias", (1, kv_heads, 1, group, 1, head_size), (*axes, None), 0.0)
+            dims = (1, kv_heads, 1, 1, head_size)
+            axes = (None, "kv_heads", None, None, None)
+            bias_q = self._constant("q_bias", (1, kv_heads, 1, heads_per_kv, 1, head_size), (*axes, None), 0.0)
             q = q + bias_q.astype(self.dtype)
             k = k + self._constant("k_bias", dims, axes, 0.0).astype(self.dtype)
             v = v + self._constant("v_bias", dims, axes, 0.0).astype(self.dtype)
@@ -258,12 +264,14 @@ class Layer(nn.Module):
             q = rms_norm(q, self._constant("q_norm", (head_size,), (None,), 1.0), config.norm_epsilon)
             k = rms_norm(k, self._constant("k_norm", (head_size,), (None,), 1.0), config.norm_epsilon)
 
+        # Encode the positions. Keys are rotated before they are cached.
         cos, sin = rotary
         q = rotate(q, cos[:, :, :, None], sin[:, :, :, None])
         k = rotate(k, cos, sin)
         q, k, v = (with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
         new = KeyValues(k=k, v=v)
 
+        # Attend over a packed row, a KV cache, or the contexts and the new tokens.
         if isinstance(ranges, KeyRanges):
             out_NxKxGxRxQxC = attend_packed(q, k, v, ranges, self.attention)
         elif cached_attention is not None:
@@ -277,6 +285,7 @@ class Layer(nn.Module):
         return project(out_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5), wo, axes=3), new
 
     def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
+        """Compute SwiGLU (Shazeer, arXiv 2002.05202) on the normalized residual stream."""
         config = self.config
         w_gate = self._weight("gate", (config.width, config.ffn), ("width", "ffn"), config.width)
         gate = project(x_NxGxQxD, w_gate)
@@ -329,6 +338,8 @@ class Transformer(nn.Module):
         Returns: hidden_NxGxQxD after the final norm, in `dtype`, and `KeyValues` [L, N, K, G, Q, C] of the new tokens.
         """
         config = self.config
+
+        # Embed the tokens.
         init = _partitioned(nn.initializers.normal(config.width**-0.5), ("vocab", "width"))
         embedding_VxD = self.param("embedding", init, (config.vocab, config.width), jnp.float32)
         if not config.tied:
@@ -337,6 +348,7 @@ class Transformer(nn.Module):
         x_NxGxQxD = embed({"embedding": embedding_VxD}, tokens_NxGxQ, self.dtype)
         rotary = rotary_angles(positions_NxGxQ, config.head_size, config.rope_base, config.rope_scaling)
 
+        # Scan over the layers: parameters are stacked, and a layer is compiled once.
         layer = Layer
         if self.remat != "none":
             # `prevent_cse` is not needed inside a scan, where XLA cannot merge the recomputation with the forward pass.
@@ -350,6 +362,7 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config=config, dtype=self.dtype, attention=self.attention, name="layers")
 
+        # The ranges of keys are the same in every layer; keys and values are scanned with the layers.
         kvs = tuple(context.kv for context in contexts)
         if key_ranges is not None:
             ranges = key_ranges
@@ -366,7 +379,15 @@ class Transformer(nn.Module):
 
 @jax.named_scope("embed")
 def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
-    """Look up token embeddings, [N, G, Q, D] in `dtype`."""
+    """Look up token embeddings.
+
+    Args:
+      params: `embedding`, float32 [V, D], is read.
+      tokens_NxGxQ: int32 token ids.
+      dtype: of the result.
+
+    Returns: [N, G, Q, D].
+    """
     # Gather the width of the table before the lookup: otherwise XLA shards the result by width, and has no efficient way from
     # there to sharding by prompt.
     table_VxD = with_logical_constraint(params["embedding"], ("vocab", None))
@@ -375,7 +396,7 @@ def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
 
 
 def in_compute_dtype(policy: Transformer, params: Params) -> Params:
-    """Return parameters for decoding: the matrices of the layers cast to `policy.dtype`, as each layer would cast them."""
+    """Return parameters for decoding, with the matrices of the layers already cast to `policy.dtype`, once for all steps."""
     layers = {k: x.astype(policy.dtype) if k in _MATRICES else x for k, x in params["layers"].items()}
     return params | {"layers": layers}
 
@@ -395,7 +416,7 @@ class Head(NamedTuple):
 @jax.named_scope("head")
 def head(policy: Transformer, params: Params) -> Head:
     """Return the output head of a policy; its matrix is the embedding if the two are tied."""
-    # Gather the width, because hidden states are sharded by prompt only: otherwise XLA would shard them by width.
+    # Gather the width. Hidden states are sharded by prompt only, and XLA would otherwise shard them by width.
     matrix_VxD = with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
     absent_V = np.isin(np.arange(policy.config.vocab), policy.absent_ids) if policy.absent_ids else None
     return Head(matrix_VxD=matrix_VxD, absent_V=absent_V)
@@ -412,8 +433,8 @@ def prefill(
       prompts_PxS: int32 token ids, padded on the right.
       lengths_P: int32 prompt lengths without padding, at least 1.
 
-    Returns: hidden_PxSxD of every token, the prompts as a context for their branches, and hidden_PxD of the last token of each
-    prompt.
+    Returns: hidden_PxSxD of every token, the prompts as a context for their branches (keys and values with a leading L axis),
+      and hidden_PxD of the last token of each prompt.
     """
     size = prompts_PxS.shape[1]
     positions_PxS = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), prompts_PxS.shape)

@@ -2,9 +2,9 @@
 
     calculate   … he has 93 - 38 =  <think>93-38: 3-8-0=5b 9-3-1=5 55</think>\\boxed{55}
 
-Only the toy uses this module; nothing else depends on it. It gives a small policy a skill that it can use in reasoning but
-not in a single forward pass. Inside the result of a calculation a trace calculates or recalls at random
-(`calculation_fraction`): the traces show how to calculate, and the reward must teach when to.
+No other module depends on this one. It gives a small policy a skill that works in reasoning but not in a single forward pass.
+Inside the result of a calculation, a trace calculates or recalls at random (`calculation_fraction`): the traces show how to
+calculate, and the reward must teach when.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def _draw_similar_number(like: int, rng: np.random.Generator) -> int:
 
 def _digit_pairs(left: int, right: int) -> Iterator[tuple[int, int]]:
     """Yield pairs of digits, units first, with the shorter number padded with zeros."""
-    a, b = str(left)[::-1], str(right)[::-1]
+    a = str(left)[::-1]
+    b = str(right)[::-1]
     for i in range(max(len(a), len(b))):
         yield int(a[i]) if i < len(a) else 0, int(b[i]) if i < len(b) else 0
 

@@ -50,17 +50,25 @@ class PromptBuilder:
     """
 
     def __init__(self, config: PromptConfig, tokenizer: Tokenizer):
-        """Encode the template.
-
-        Raises: UserError, if the template is missing or malformed, or if it leaves no room for a context.
         """
-        self._bytes_VxX, self._lengths_V = tokenizer.byte_vocab
+        Args:
+          config: section `prompt`.
+          tokenizer: encodes the template.
+
+        Raises: UserError, if the template is missing or malformed, if it leaves no room for a context, or if the tokenizer has no
+          <think> token for `prompt.prefill_think_token`.
+        """
+        self._bytes_VxX = tokenizer.byte_vocab.bytes_VxX
+        self._lengths_V = tokenizer.byte_vocab.lengths_V
         self._reference_bytes = config.reference_bytes
         self._max_tokens = config.max_tokens
         self._cut_at_line = config.long_context == "cut_at_line"
+
+        # Mark the tokens that end with a line feed, for `prompt.long_context="cut_at_line"`.
         last_byte_V = self._bytes_VxX[np.arange(len(self._lengths_V)), np.maximum(self._lengths_V, 1) - 1]
         self._ends_line_V = last_byte_V == ord("\n")
 
+        # Encode the template, inside the model's chat template if there is one.
         before, after = read_template(config.template)
         self.before = tokenizer.encode(before)
         self.after = tokenizer.encode(after)
@@ -69,7 +77,7 @@ class PromptBuilder:
             self.before = opening + self.before
             self.after = self.after + closing
 
-        # Some chat templates already contain the start-of-text and <think> tokens.
+        # Add the begin-of-text and <think> tokens, which some chat templates already contain.
         if self.before[:1] != [tokenizer.bos_id]:
             self.before = [tokenizer.bos_id, *self.before]
         if config.prefill_think_token:
@@ -81,6 +89,7 @@ class PromptBuilder:
             if tokenizer.think_id not in self.after:
                 self.after = [*self.after, tokenizer.think_id]
 
+        # The rest of the prompt is left for the context.
         template_tokens = len(self.before) + len(self.after)
         self._max_context_tokens = self._max_tokens - template_tokens
         if self._max_context_tokens < 1:

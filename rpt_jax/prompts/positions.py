@@ -7,7 +7,7 @@ stage of training, most choices a single one:
     def above_two_nats(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
         return [dataclasses.replace(every_position(config), low=2.0)]
 
-A rule of another kind is an instance of any class with the methods of `PositionRule`.
+A rule may be an instance of any class that has the methods of `PositionRule`.
 """
 
 from __future__ import annotations
@@ -48,15 +48,22 @@ class Position(NamedTuple):
 
 
 def choose_positions(scores: Sequence[Scores], threshold: float, min_context: int) -> list[Position]:
-    """Return the positions whose entropy is above `threshold` nats (paper, section 3.3, which does not give the threshold).
+    """Return the positions whose entropy is above a threshold (paper, section 3.3, which does not give the value).
 
-    Positions with fewer than `min_context` tokens before them are left out: without context almost every token is hard to
-    predict.
+    Args:
+      scores: of each window.
+      threshold: in nats.
+      min_context: positions with fewer tokens before them are left out, because almost every token is hard to predict without
+        context.
     """
     chosen = []
     for window, score in enumerate(scores):
         above = np.flatnonzero(score.entropy_S > threshold)
-        chosen += [Position(window, int(i), float(score.entropy_S[i])) for i in above if i >= min_context]
+        chosen += [
+            Position(window=window, position=int(i), entropy=float(score.entropy_S[i]))
+            for i in above
+            if i >= min_context
+        ]
     return chosen
 
 
@@ -172,7 +179,7 @@ class PositionIndex(Sequence):
         record_number = int(self._record_numbers_W[window])
         entropy_S = self._rule.entropy(self._scores[record_number])
         position = int(self._rule.positions(record_number, entropy_S)[index - self._first_index_M[m]])
-        return Position(window, position, float(entropy_S[position]))
+        return Position(window=window, position=position, entropy=float(entropy_S[position]))
 
 
 class EntropyReader:
@@ -246,7 +253,7 @@ def easy_to_hard(config: DataConfig, entropies: EntropyReader) -> list[PositionR
     rescored=True,
 )
 def hardest_for_the_policy(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
-    """The fraction `data.keep_fraction` with the highest entropies under the policy itself, scored again during training."""
+    """The fraction `data.keep_fraction` with the highest entropies under the current policy, scored again during training."""
     return hardest_fraction(config, entropies)
 
 
@@ -271,6 +278,7 @@ def index_positions(
     entropies = EntropyReader(config, scores, record_numbers_M)
     rules: list[PositionRule] = POSITION_CHOICES[config.positions].function(config, entropies)
 
+    # Count the positions of every window.
     counts_RxM = np.zeros((len(rules), len(windows_M)), np.uint32)
     for m, (record_number, record) in enumerate(_read_records(scores, record_numbers_M)):
         for r, rule in enumerate(rules):
@@ -314,7 +322,7 @@ def quantiles(read_values: Callable[[], Iterable[np.ndarray]], fractions: Sequen
         for values in read_values():
             yield values[values > above].astype(np.float32).view(np.uint32)
 
-    # First pass: a histogram over the upper halves tells in which of them each quantile lies.
+    # First pass: a histogram over the upper halves shows in which of them each quantile lies.
     upper_counts = np.zeros(2**16, np.int64)
     for bits in read_bits():
         upper_counts += np.bincount(bits >> 16, minlength=2**16)

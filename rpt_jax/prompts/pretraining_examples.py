@@ -1,4 +1,7 @@
-"""Pre-training examples: a document and reasoning traces that branch off from positions in it."""
+"""Pre-training examples: a window of a document, and reasoning traces that branch off from positions in it.
+
+Here, "document" means such a window: pre-training treats every window as a document of its own.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,8 @@ class ExampleMaker:
     def __init__(self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[np.ndarray]):
         """
         Args:
+          experiment: the config.
+          tokenizer: encodes the template and the traces.
           documents: token ids of each document, at most `data.max_document_tokens`; read lazily.
         """
         self._config = experiment.pretrain
@@ -63,7 +68,8 @@ class ExampleMaker:
           `trace_prefix`: int32 [K, T], length of the prefix of `inputs` that the token's trace continues.
           `trace_position`: int32 [K, T], position of the token in the sequence of prefix and trace.
         """
-        before, after = self._prompt.before, self._prompt.after
+        before = self._prompt.before
+        after = self._prompt.after
         ids = self._documents[document].tolist()
 
         # The document itself, as inputs and shifted targets.
@@ -73,7 +79,7 @@ class ExampleMaker:
         index = np.arange(size)
         mask = (index >= len(before) - 1) & (index < len(tokens) - 1)
 
-        # Traces at positions of the document, then drills, which do without it.
+        # Traces at positions of the document, then drills, which do not need the document.
         max_trace_tokens = self._config.row_tokens + 1 - max(1, len(after))
         writer = TRACE_WRITERS[self._config.traces].function(self._tokenizer, ids, self._config, max_trace_tokens)
         positions = [p for p in self._draw_positions(len(ids), writer, rng) if writer.can_box(p)]
@@ -105,7 +111,8 @@ class ExampleMaker:
 
         The part of a prompt that is a prefix of the document is not repeated: the model attends to the document instead.
         """
-        num_rows, row_tokens = self._config.rows_per_document, self._config.row_tokens
+        num_rows = self._config.rows_per_document
+        row_tokens = self._config.row_tokens
         names = ("inputs", "targets", "mask", "segment", "prefix", "position")
         rows = {name: np.zeros((num_rows, row_tokens), bool if name == "mask" else np.int32) for name in names}
         used = np.zeros(num_rows, int)

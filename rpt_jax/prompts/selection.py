@@ -1,4 +1,4 @@
-"""The positions that a run trains on: chosen by whose entropies, and in which order."""
+"""The positions that a run trains on: chosen by the entropies of the proxy or of the current policy, in a shuffled order."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ class PolicyEntropies:
     def from_state(cls, state: dict[str, Any]) -> PolicyEntropies:
         """Restore what `state` returned."""
         entropies_2xT = np.frombuffer(base64.b64decode(state["entropies"]), "<f4").reshape(2, -1)
-        of_each = np.split(entropies_2xT, np.cumsum(state["lengths"])[:-1], axis=1)
-        records = {number: tuple(entropies) for number, entropies in zip(state["record_numbers"], of_each, strict=True)}
+        windows_2xS = np.split(entropies_2xT, np.cumsum(state["lengths"])[:-1], axis=1)
+        records = {
+            number: tuple(entropies) for number, entropies in zip(state["record_numbers"], windows_2xS, strict=True)
+        }
         return cls(windows_M=np.array(state["windows"], np.uint32), records=records, tokens=state["tokens"])
 
 
@@ -69,6 +71,7 @@ def training_stream(
     """Return the stream of training prompts, in the order of the proxy's entropies.
 
     Args:
+      experiment: the config.
       prepared: the corpus with the proxy's entropies.
       windows: its training windows.
       builder: builds the prompt of a position.
@@ -90,6 +93,7 @@ def training_order(
     """Return the infinite order of the training positions that `data.positions` chooses.
 
     Args:
+      experiment: the config.
       prepared: the corpus with the proxy's entropies.
       windows: its training windows.
       policy_entropies: if given, positions are chosen by these instead, among the windows that they cover.
@@ -98,6 +102,8 @@ def training_order(
     """
     data = experiment.data
     training = experiment.training
+
+    # Choose the positions of every stage.
     if policy_entropies is not None:
         stages = index_positions(data, policy_entropies.records, windows.numbers_N, policy_entropies.windows_M)
         total = policy_entropies.tokens
@@ -113,6 +119,7 @@ def training_order(
     if weights:
         stages = [stage.restrict_to(part_W == part) for stage in stages for part in range(len(weights))]
 
+    # Every stage and part must fill at least one batch.
     if min(map(len, stages)) < training.prompts_per_step:
         raise UserError(
             f"{source_name(data)}: only {found:,} of {total:,} training positions are chosen by {_reported_fields(data)} and "
@@ -156,9 +163,10 @@ def score_sample(
     """Score `data.rescore_windows` training windows with the current policy before `step`.
 
     Every part of a mixture gives the same number of windows. They are a function of (seed, number of earlier samples): each
-    part is visited in a shuffled order that is repeated with another shuffle when all its windows have been sampled.
+    part is visited in a shuffled order, which is shuffled anew when all its windows have been sampled.
 
     Args:
+      experiment: the config.
       prepared: the corpus.
       windows: its training windows.
       score: scores windows with the current policy.
@@ -180,7 +188,7 @@ def score_sample(
         sampled.append(of_part[np.unique(indices)])
     windows_M = np.sort(np.concatenate(sampled)).astype(np.uint32)
 
-    # Score them. The byte lengths of tokens tell which ones are special.
+    # Score them. Special tokens are those without bytes.
     record_numbers_M = windows.numbers_N[windows_M]
     rows = [prepared.corpus.tokens[int(number)] for number in record_numbers_M]
     scores = score([ids for ids, _ in rows])

@@ -65,9 +65,10 @@ class RecallTraces:
     def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], config: PretrainConfig, max_tokens: int):
         """
         Args:
+          tokenizer: encodes the traces.
           ids: token ids of the document.
           config: `recalled_tokens` is the number of context tokens that a trace repeats.
-          max_tokens: length limit of a trace.
+          max_tokens: maximum number of tokens of a trace.
         """
         self._tokenizer = tokenizer
         self._ids = list(ids)

@@ -1,8 +1,8 @@
 """Lossless tokenizers: each token is a byte string, and the tokens of a text concatenate to its UTF-8 bytes.
 
 Rewards compare bytes and rely on this property for every text. Two formats have it: sentencepiece with byte fallback, and Hugging
-Face byte-level BPE. Everything with which they would change a text is disabled on loading (normalization, adding and removing
-spaces, parsing special tokens in a text), and each encoding is checked.
+Face byte-level BPE. On loading, every option that would change a text is disabled (normalization, adding and removing spaces,
+parsing special tokens in a text), and each encoding is checked.
 """
 
 from __future__ import annotations
@@ -126,12 +126,14 @@ class Tokenizer:
         batch = self.encode_ordinary(texts)
         sizes_D = np.fromiter(map(len, batch), np.int64, len(batch))
         ids_T = np.fromiter(itertools.chain.from_iterable(batch), np.uint32, sizes_D.sum())
+
         # The encoding is exact if the concatenated bytes are right and each text has the right number of them.
         ends_T = np.concatenate([[0], np.cumsum(self.byte_vocab.lengths_V[ids_T])])
         ends_D = ends_T[np.cumsum(sizes_D)]
         expected = [text.encode("utf-8") for text in texts]
         same_lengths = ends_D.tolist() == list(itertools.accumulate(map(len, expected)))
         if not same_lengths or self._concatenated_bytes(ids_T) != b"".join(expected):
+            # Find the text, for the message.
             for text, data, ids in zip(texts, expected, batch, strict=True):
                 if self.token_bytes(ids) != data:
                     raise UserError(
@@ -268,6 +270,7 @@ def byte_level_alphabet() -> dict[str, int]:
 
 def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     """Load a tokenizer.json with its normalizer disabled: that of Qwen models is NFC, which would change texts."""
+    # Parse the file, and check that it is a byte-level BPE with a token for every byte.
     spec = _parse_json(path, data)
     try:
         tokenizers.Tokenizer.from_str(data.decode("utf-8"))  # Validates the structure, which the code below relies on.
@@ -283,6 +286,8 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
         raise UserError(
             f"{path} cannot represent every text: {missing} of the 256 bytes have no token.", field=str(path)
         )
+
+    # Collect the ids of all tokens. Added tokens may be in the vocabulary, too.
     added = {token["content"]: token for token in spec.get("added_tokens", ())}
     ids = vocab | {content: token["id"] for content, token in added.items()}
     special = _special_ids(path, files, ids)
@@ -298,6 +303,7 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
             return content.encode("utf-8")
         return bytes(alphabet[character] for character in content)
 
+    # Find the byte string of each id; ids without a token stay empty.
     pieces = [b""] * (max(ids.values()) + 1)
     for content, i in ids.items():
         pieces[i] = piece(content)

@@ -55,9 +55,13 @@ def gguf_model_config(path: Path) -> ModelConfig:
             f"{path}: {family}.embedding_length={width!r} and {family}.attention.head_count={heads!r} must be positive integers.",
             field=str(path),
         )
+
+    # The size of the vocabulary, tied embeddings and the scaling of Llama 3 are not in the header, but follow from the tensors.
     tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: tensor token_embd.weight is missing.", field=str(path))
+
+    # Build the equivalent config.json, which `from_hf_config` checks.
     head_size = value("attention.key_length", width // heads)
     base = float(value("rope.freq_base", 10_000.0))
     config = {
@@ -68,7 +72,7 @@ def gguf_model_config(path: Path) -> ModelConfig:
         "num_key_value_heads": value("attention.head_count_kv", heads),
         "head_dim": head_size,
         "intermediate_size": value("feed_forward_length"),
-        # Not the size in the header, which does not include padding of the vocabulary.
+        # The size in the header does not include padding of the vocabulary.
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "max_position_embeddings": value("context_length"),
         "rope_theta": base,

@@ -46,7 +46,12 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def header_value(path: Path, key: str, default: Any = None) -> Any:
-    """Return the value of `key` in the header, or `default`.
+    """Return the value of a key in the header.
+
+    Args:
+      path: the GGUF file.
+      key: full name, such as "general.architecture".
+      default: returned if the key is missing; None = the key is required.
 
     Raises: UserError if the value is damaged, or if it is missing and there is no default.
     """

@@ -121,7 +121,8 @@ def open_weights(source: str | Path, config: ModelConfig) -> Tensors:
     """
     path = Path(source)
     tensors = gguf_tensors(path, config) if is_gguf(source) else open_safetensors(path)
-    head, embedding = _TOP_NAMES["head"], _TOP_NAMES["embedding"]
+    head = _TOP_NAMES["head"]
+    embedding = _TOP_NAMES["embedding"]
     if config.tied and head in tensors.specs and embedding in tensors.specs:
         # Some exports contain the tied matrix twice.
         if not np.array_equal(tensors.read(head), tensors.read(embedding)):
@@ -140,7 +141,7 @@ def load_policy(source: str | Path, shardings: Any = None) -> tuple[ModelConfig,
 
     Args:
       source: a directory in Hugging Face format, or a GGUF file.
-      shardings: tree of NamedShardings like the parameters; None to put them on the default device.
+      shardings: `NamedSharding`s in a tree with the structure of the parameters; None to put them on the default device.
 
     Raises: UserError that names the file and the tensor that cannot be loaded.
     """
@@ -154,7 +155,9 @@ def load_policy(source: str | Path, shardings: Any = None) -> tuple[ModelConfig,
             sharding = shardings and shardings[name]
             params[name] = jax.block_until_ready(_to_device(tensors.read(entry.name), sharding).astype(jnp.float32))
             continue
-        input_axes = _LAYER_NAMES[name][1]
+
+        # A layer's tensor is written into the parameter that stacks all layers.
+        _, input_axes = _LAYER_NAMES[name]
         sharding = shardings and shardings["layers"][name]
         if entry.layer == 0:
             params["layers"][name] = _zeros((config.layers, *shapes[name]), sharding)
@@ -163,11 +166,11 @@ def load_policy(source: str | Path, shardings: Any = None) -> tuple[ModelConfig,
             params["layers"][name],
             _to_device(tensors.read(entry.name), sharding and _sharding_on_disk(sharding, input_axes)),
             entry.layer,
-            shapes[name],
-            input_axes,
-            sharding,
+            shape=shapes[name],
+            input_axes=input_axes,
+            sharding=sharding,
         )
-        # Wait, or reading would run ahead of the transfers, with the tensors of many layers in host memory.
+        # Wait, so that reading does not run ahead of the transfers, with the tensors of many layers in host memory.
         jax.block_until_ready(params["layers"][name])
     return config, params, fingerprint
 
@@ -283,11 +286,12 @@ def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]]
 
     def fetch(name: str) -> np.ndarray:
         entry = entries[name]
-        parameter, layer = entry.parameter, entry.layer
+        parameter = entry.parameter
+        layer = entry.layer
         array = get_param((parameter,) if layer is None else ("layers", parameter))
         expected = shapes[parameter] if layer is None else (config.layers, *shapes[parameter])
         if array.shape != expected:
-            raise UserError(f"parameter {parameter} has shape {array.shape}, but its policy has {expected}.")
+            raise UserError(f"parameter {parameter} has shape {array.shape}, expected {expected} for its policy.")
         array = to_host(array if layer is None else array[layer])
         if layer is not None and _LAYER_NAMES[parameter][1]:
             return array.reshape(entry.shape[::-1]).T
@@ -307,6 +311,7 @@ class _TensorEntry(NamedTuple):
 
 
 def _tensor_entries(config: ModelConfig) -> Iterator[_TensorEntry]:
+    """Yield the tensors of an architecture, parameter by parameter, and layer by layer within one."""
     shapes = _param_shapes(config)
     for parameter, name in _TOP_NAMES.items():
         if parameter in shapes:
@@ -323,16 +328,18 @@ def _tensor_entries(config: ModelConfig) -> Iterator[_TensorEntry]:
 
 def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each parameter, for those of the layers without the layer axis."""
-    width, kv_heads, head_size = config.width, config.kv_heads, config.head_size
-    group = config.heads // kv_heads
+    width = config.width
+    kv_heads = config.kv_heads
+    head_size = config.head_size
+    heads_per_kv = config.heads // kv_heads
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (config.vocab, width),
         "norm": (width,),
         "attention_norm": (width,),
-        "q": (width, kv_heads, group, head_size),
+        "q": (width, kv_heads, heads_per_kv, head_size),
         "k": (width, kv_heads, head_size),
         "v": (width, kv_heads, head_size),
-        "o": (kv_heads, group, head_size, width),
+        "o": (kv_heads, heads_per_kv, head_size, width),
         "ffn_norm": (width,),
         "gate": (width, config.ffn),
         "up": (width, config.ffn),
@@ -341,7 +348,7 @@ def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied:
         shapes["head"] = (config.vocab, width)
     if config.qkv_bias:
-        shapes["q_bias"] = (1, kv_heads, 1, group, 1, head_size)
+        shapes["q_bias"] = (1, kv_heads, 1, heads_per_kv, 1, head_size)
         shapes["k_bias"] = shapes["v_bias"] = (1, kv_heads, 1, 1, head_size)
     if config.qk_norm:
         shapes["q_norm"] = shapes["k_norm"] = (head_size,)

@@ -15,7 +15,7 @@ from rpt_jax.model.rope import SCALINGS, Scaling
 MODEL_CONFIG_FILE = "config.json"
 # Key of the tokenizer's fingerprint in config.json. Only rpt_jax writes and reads it; other readers ignore it.
 FINGERPRINT_KEY = "tokenizer_sha256"
-# Supported values of `model_type` -> names of models, for error messages.
+# Supported values of `model_type` -> names of the models, for error messages.
 _FAMILIES = {"llama": "Llama 3 and SmolLM2", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3 without experts"}
 # Options that are not supported: key of config.json -> values that turn the option off (or are the default).
 _UNSUPPORTED_OPTIONS = {
@@ -97,6 +97,7 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
     def number(name: str, expected: type, default: Any = None) -> Any:
         return _check_number(path, name, content.get(name, default), expected)
 
+    # The sizes of attention, which depend on each other.
     width = number("hidden_size", int)
     heads = number("num_attention_heads", int)
     kv_heads = number("num_key_value_heads", int, heads)
@@ -107,6 +108,8 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
             f"head_dim={head_size} must be even.",
             field=str(path),
         )
+
+    # The rotary embedding, whose scaling may depend on the context.
     context = number("max_position_embeddings", int, ModelConfig.context)
     base, scaling = _read_rope(content, path, context)
     return ModelConfig(
@@ -128,14 +131,15 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _check_options(content: dict[str, Any], path: Path) -> None:
+    """Refuse options that are not implemented. Raises: UserError that names the file and the key."""
     for name, supported in _UNSUPPORTED_OPTIONS.items():
         if content.get(name) not in supported:
             raise UserError(
                 f"{path}: {name}={content[name]!r} is not supported; expected {supported[-1]!r}.", field=str(path)
             )
-    has_sliding_layers = content.get("use_sliding_window") and content.get("max_window_layers", 0) < content.get(
-        "num_hidden_layers", 0
-    )
+    # Qwen2 config files have the first `max_window_layers` layers use full attention, and the others a sliding window.
+    full_layers = content.get("max_window_layers", 0)
+    has_sliding_layers = content.get("use_sliding_window") and full_layers < content.get("num_hidden_layers", 0)
     if has_sliding_layers or "sliding_attention" in (content.get("layer_types") or ()):
         raise UserError(f"{path}: layers with sliding-window attention are not supported.", field=str(path))
 
@@ -164,7 +168,7 @@ def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float
         if "original_max_position_embeddings" in types:
             fields.setdefault("original_max_position_embeddings", context)
 
-    # Refuse what would change the frequencies in a way that is not implemented.
+    # Refuse fields that would change the frequencies in a way that is not implemented.
     partial = fields.pop("partial_rotary_factor", content.get("partial_rotary_factor"))
     unknown = sorted(fields.keys() - types.keys())
     if not unknown and partial not in (None, 1.0):
@@ -176,6 +180,7 @@ def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float
     if rope_type == "default":
         return base, None
 
+    # Check the types of the fields, and that none is missing.
     values = {
         name: _check_rope_field(path, f"{section}.{name}", value, types[name])
         for name, value in fields.items()

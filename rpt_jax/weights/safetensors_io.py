@@ -98,13 +98,17 @@ def open_safetensors(directory: Path) -> Tensors:
 
     Raises: UserError that names the file, if it is missing, damaged or contradicts the index.
     """
-    index_path, source = directory / INDEX_FILE, directory / WEIGHTS_FILE
+    # Find the files: a single one, or those of the index.
+    index_path = directory / INDEX_FILE
+    source = directory / WEIGHTS_FILE
     index: dict[str, str] | None = None
     files = [WEIGHTS_FILE]
     if index_path.is_file() and not source.is_file():
-        source, index = index_path, _read_index(index_path)
+        source = index_path
+        index = _read_index(index_path)
         files = sorted(set(index.values()))
 
+    # Read the header of each, which has the dtypes and shapes, and compare it with the index.
     specs: dict[str, TensorSpec] = {}
     opened: dict[str, Any] = {}
     file_of: dict[str, str] = {}
@@ -182,12 +186,14 @@ def write_safetensors(directory: Path, tensors: Tensors, max_shard_bytes: int = 
 
 
 def _split_shards(specs: dict[str, TensorSpec], max_shard_bytes: int) -> Iterator[list[str]]:
+    """Yield the names of the tensors of each shard."""
     names: list[str] = []
     size = 0
     for name, spec in specs.items():
         if names and size + spec.nbytes > max_shard_bytes:
             yield names
-            names, size = [], 0
+            names = []
+            size = 0
         names.append(name)
         size += spec.nbytes
     yield names
@@ -199,6 +205,7 @@ def _write_file(path: Path, tensors: Tensors, names: list[str]) -> None:
     The library's own writer needs all tensors of a file in memory. Format: the length of the header in eight bytes, the header
     in JSON, padded with spaces to a multiple of eight bytes, and the bytes of the tensors.
     """
+    # Build the header from the specs, before any tensor is loaded.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -211,6 +218,8 @@ def _write_file(path: Path, tensors: Tensors, names: list[str]) -> None:
         end += spec.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+
+    # Write the tensors one at a time.
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:

@@ -73,8 +73,10 @@ def _sum_over_queries(weights_NxKxGxRxQxS: jax.Array, x_NxKxGxRxQxC: jax.Array, 
 
 def _einsum(pattern: str, branches: int, x: jax.Array, y: jax.Array) -> jax.Array:
     """Run einsum; `*` in the pattern is the branch axis of `y`, which is squeezed out if it has size 1."""
-    y, star = (jnp.squeeze(y, 2), "") if branches == 1 else (y, "g")
-    return jnp.einsum(pattern.replace("*", star), x, y, preferred_element_type=jnp.float32)
+    if branches == 1:
+        y = jnp.squeeze(y, 2)
+    pattern = pattern.replace("*", "" if branches == 1 else "g")
+    return jnp.einsum(pattern, x, y, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -99,6 +101,7 @@ def _forward(q: jax.Array, key_blocks: tuple[KeyBlock, ...], block_size: int) ->
         q_i = _take(q, first, block_size, 4)
 
         def add_keys(running: tuple[jax.Array, ...], keys: KeyBlock, indices_S: jax.Array) -> tuple[jax.Array, ...]:
+            # Online softmax: rescale the sums so far whenever a larger score appears.
             peak, total, out = running
             scores = masked_scores(q_i, keys, indices_S)
             higher = jnp.maximum(peak, scores.max(-1, keepdims=True))
@@ -107,6 +110,7 @@ def _forward(q: jax.Array, key_blocks: tuple[KeyBlock, ...], block_size: int) ->
             total = total * shrink + weights.sum(-1, keepdims=True)
             return higher, total, out * shrink + weighted_sums(weights, keys.v)
 
+        # Run over the blocks of all keys, then normalize and write this block's part of the results.
         peak = jnp.full((*q_i.shape[:-1], 1), MASKED_SCORE, jnp.float32)
         running = peak, jnp.zeros_like(peak), jnp.zeros(q_i.shape, jnp.float32)
         for key_block in key_blocks:
@@ -127,6 +131,13 @@ def _forward_with_residuals(
 
 
 def _backward(block_size: int, residuals: tuple[Any, ...], dout: jax.Array) -> tuple[jax.Array, tuple[KeyBlock, ...]]:
+    """Return the gradients of the queries, and of the keys and values of each key block.
+
+    Args:
+      block_size: as in `attend_blockwise`.
+      residuals: from `_forward_with_residuals`.
+      dout: gradient of the output, [N, K, G, R, Q, C].
+    """
     q, key_blocks, out, log_total = residuals
 
     def run_queries(i: jax.Array | int, grads: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
@@ -139,6 +150,7 @@ def _backward(block_size: int, residuals: tuple[Any, ...], dout: jax.Array) -> t
         dout_dot_out = jnp.sum(dout_i.astype(jnp.float32) * out_i, -1, keepdims=True)
 
         def add_keys(carry: tuple[jax.Array, ...], keys: KeyBlock, indices_S: jax.Array) -> tuple[jax.Array, ...]:
+            # Gradient of the softmax (algorithm 2): dS = P * (dO V^T - rowsum(dO * O)).
             dq_i, dk, dv = carry
             weights = jnp.exp(masked_scores(q_i, keys, indices_S) - log_total_i)
             dscores = weights * (products(dout_i, keys.v) - dout_dot_out)
@@ -146,6 +158,7 @@ def _backward(block_size: int, residuals: tuple[Any, ...], dout: jax.Array) -> t
             dv = _add_at(dv, _sum_over_queries(weights, dout_i, dv.shape[2]), indices_S[0], 3)
             return dq_i + weighted_sums(dscores, keys.k), dk, dv
 
+        # The gradient of these queries is complete after all keys; those of keys and values are sums over all queries.
         dq_i = jnp.zeros(q_i.shape, jnp.float32)
         new = []
         for key_block, (dk, dv) in zip(key_blocks, dkvs, strict=True):

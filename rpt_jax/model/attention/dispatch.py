@@ -59,8 +59,8 @@ class Context(NamedTuple):
     end_NxGxQ: jax.Array | None = None
 
 
-# Attention of a layer's new queries [N, K, G, R, Q, C] over a cache and over their own keys and values, with a result like the
-# queries: what decoding passes to a layer in place of contexts.
+# Function from the queries [N, K, G, R, Q, C] and the new keys and values of a layer to the attention output, shaped as the
+# queries. Decoding passes one to a layer in place of contexts, to attend over a KV cache with another layout.
 AttentionFn = Callable[[jax.Array, KeyValues], jax.Array]
 
 
@@ -101,12 +101,15 @@ def attend(q_NxKxGxRxQxC: jax.Array, contexts: Sequence[Context], attention: str
 
     Returns: [N, K, G, R, Q, C] in the dtype of the queries; scores and softmax are computed in float32.
     """
+    # Use the platform's kernel where it applies.
     queries = q_NxKxGxRxQxC.shape[4]
     keys = sum(context.kv.k.shape[-2] for context in contexts)
     dense = attention == "reference" or queries * keys <= DENSE_PAIRS
     causal = len(contexts) == 1 and contexts[0].begin_NxGxQ is None and contexts[0].end_NxGxQ is None
     if attention in _KERNELS and causal and not dense:
         return _KERNELS[attention].attend(q_NxKxGxRxQxC, contexts[0].kv.k, contexts[0].kv.v)
+
+    # Otherwise compute attention in plain XLA, with all scores at once or block by block.
     q = q_NxKxGxRxQxC * q_NxKxGxRxQxC.shape[-1] ** -0.5
     key_blocks = tuple(as_key_block(context, queries) for context in contexts)
     if dense:
@@ -121,7 +124,8 @@ def as_key_block(context: Context, queries: int) -> KeyBlock:
       context: keys and values with ranges that may be implicit (None) or shared by all queries.
       queries: number of queries Q.
     """
-    begin, end = context.begin_NxGxQ, context.end_NxGxQ
+    begin = context.begin_NxGxQ
+    end = context.end_NxGxQ
     if begin is None:
         begin = jnp.zeros((1, 1, 1), jnp.int32)
     if end is None:

@@ -32,6 +32,8 @@ def attend_cudnn(
     Args:
       q_NxKxGxRxQxC, k_NxKxGxQxC, v_NxKxGxQxC: unscaled queries, keys and values.
       implementation: "cudnn", or "xla" for the same call without cuDNN.
+
+    Returns: [N, K, G, R, Q, C] in the dtype of the queries.
     """
     n, kv_heads, g, r, length, c = q_NxKxGxRxQxC.shape
     q_BxQxHxC = q_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5).reshape(n * g, length, kv_heads * r, c)
@@ -52,6 +54,8 @@ def attend_splash(
     Args:
       q_NxKxGxRxQxC, k_NxKxGxQxC, v_NxKxGxQxC: unscaled queries, keys and values.
       interpret: run the kernel in interpret mode, without a TPU.
+
+    Returns: [N, K, G, R, Q, C] in the dtype of the queries.
     """
 
     def attend_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -61,6 +65,7 @@ def attend_splash(
         out = cast(jax.Array, jax.vmap(kernel)(q_BxRxQxC, k_BxQxC, v_BxQxC))
         return out.reshape(q.shape)
 
+    # Pad the length to whole blocks.
     length = q_NxKxGxRxQxC.shape[4]
     padding = -length % _SPLASH_BLOCKS[-1]
     q, k, v = (

@@ -118,7 +118,7 @@ def _attend_all_keys(
 
 
 class _QueryBlocks(NamedTuple):
-    """Blocks of b queries with their key ranges; the block axis comes first, so that a slice of it is a panel."""
+    """Blocks of b queries with their key ranges; the block axis comes first, so that a panel is a slice of it."""
 
     q: jax.Array  # [B, N, K, R, b, C]
     begin: jax.Array  # [B, N, M, b]
@@ -128,7 +128,7 @@ class _QueryBlocks(NamedTuple):
 
 
 class _OutputBlocks(NamedTuple):
-    """What the backward pass needs of the output of `_QueryBlocks`."""
+    """What the backward pass needs of the output, with the layout of `_QueryBlocks`."""
 
     dout: jax.Array  # [B, N, K, R, b, C], gradient of the output.
     dout_dot_out: jax.Array  # [B, N, K, R, b, 1], dot product of the gradient and the output.
@@ -145,14 +145,23 @@ def _attend_in_blocks(
 def _forward_with_residuals(
     q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: KeyRanges
 ) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Return the output [N, K, R, W, C], and the residuals for `_backward`, split into blocks.
+
+    Args:
+      q: scaled queries [N, K, R, W, C].
+      k, v: keys and values [N, K, W, C].
+      key_ranges: which keys of its row each query attends to.
+    """
     queries = _split_queries(q, key_ranges)
     num_blocks = key_ranges.counts_NxB.shape[1]
-    k_NxBxKxbxC, v_NxBxKxbxC = _split_keys(k, num_blocks), _split_keys(v, num_blocks)
+    k_NxBxKxbxC = _split_keys(k, num_blocks)
+    v_NxBxKxbxC = _split_keys(v, num_blocks)
 
     def run_panel(panel: _QueryBlocks, results: tuple[jax.Array, ...], first: jax.Array) -> tuple[jax.Array, ...]:
         def add_keys(
             running: tuple[jax.Array, ...], index_BxN: jax.Array, live_BxN: jax.Array
         ) -> tuple[jax.Array, ...]:
+            # Online softmax: rescale the sums so far whenever a larger score appears.
             peak, total, out = running
             scores = _masked_scores(panel, _gather_blocks(k_NxBxKxbxC, index_BxN), index_BxN, live_BxN)
             higher = jnp.maximum(peak, scores.max(-1, keepdims=True))
@@ -161,6 +170,7 @@ def _forward_with_residuals(
             total = total * shrink + weights.sum(-1, keepdims=True)
             return higher, total, out * shrink + _weighted_sums(weights, _gather_blocks(v_NxBxKxbxC, index_BxN))
 
+        # Run over the key blocks, then normalize and write the panel's part of the results.
         peak = jnp.full((*panel.q.shape[:-1], 1), MASKED_SCORE, jnp.float32)
         start = peak, jnp.zeros_like(peak), jnp.zeros(panel.q.shape, jnp.float32)
         peak, total, out = _fold_keys(add_keys, start, panel)
@@ -173,6 +183,12 @@ def _forward_with_residuals(
 
 
 def _backward(residuals: tuple[Any, ...], dout_NxKxRxWxC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Return the gradients of queries, keys and values; the weights are recomputed from `log_total`, block by block.
+
+    Args:
+      residuals: from `_forward_with_residuals`.
+      dout_NxKxRxWxC: gradient of the output.
+    """
     queries, k_NxBxKxbxC, v_NxBxKxbxC, out, log_total = residuals
     dout = _split_tokens(dout_NxKxRxWxC, queries.q.shape[0])
     outputs = _OutputBlocks(
@@ -187,14 +203,17 @@ def _backward(residuals: tuple[Any, ...], dout_NxKxRxWxC: jax.Array) -> tuple[ja
         panel, output = panels
 
         def add_keys(carry: tuple[jax.Array, ...], index_BxN: jax.Array, live_BxN: jax.Array) -> tuple[jax.Array, ...]:
+            # Gradient of the softmax (FlashAttention-2, algorithm 2): dS = P * (dO V^T - rowsum(dO * O)).
             dq, dk, dv = carry
-            k, v = _gather_blocks(k_NxBxKxbxC, index_BxN), _gather_blocks(v_NxBxKxbxC, index_BxN)
+            k = _gather_blocks(k_NxBxKxbxC, index_BxN)
+            v = _gather_blocks(v_NxBxKxbxC, index_BxN)
             weights = jnp.exp(_masked_scores(panel, k, index_BxN, live_BxN) - output.log_total)
             dscores = weights * (_products(output.dout, v) - output.dout_dot_out)
             dk = _scatter_add_blocks(dk, index_BxN, _sum_over_queries(dscores, panel.q))
             dv = _scatter_add_blocks(dv, index_BxN, _sum_over_queries(weights, output.dout))
             return dq + _weighted_sums(dscores, k), dk, dv
 
+        # The gradient of the queries is complete after one panel; those of keys and values are sums over all panels.
         dq, dk, dv = grads
         dq_panel, dk, dv = _fold_keys(add_keys, (jnp.zeros(panel.q.shape, jnp.float32), dk, dv), panel)
         return jax.lax.dynamic_update_slice_in_dim(dq, dq_panel, first, 0), dk, dv
@@ -221,7 +240,8 @@ def _fold_panels(run_panel: Callable[..., Any], carry: Any, queries: _QueryBlock
       queries: all query blocks; they determine the size of a panel.
       blocks: tree of arrays with a leading block axis, sliced into panels.
     """
-    num_blocks, block_size = queries.q.shape[0], queries.q.shape[4]
+    num_blocks = queries.q.shape[0]
+    block_size = queries.q.shape[4]
     panel_blocks = max(1, QUERY_PANEL_SIZES[target_platform()] // block_size)
     panel_blocks = panel_blocks if num_blocks % panel_blocks == 0 else 1
 
