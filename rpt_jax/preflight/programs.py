@@ -139,7 +139,8 @@ def _rpt_programs(
     experiment: Experiment, policy: Transformer, params: Any, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding
 ) -> list[Program]:
     """Return the programs of a step of task "rpt", in the order and with the array lifetimes of `train.train`."""
-    training, objective = experiment.training, experiment.objective
+    training = experiment.training
+    objective = experiment.objective
 
     # Abstract arrays of the run.
     optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
@@ -166,7 +167,8 @@ def _rpt_programs(
             jax.ShapeDtypeStruct(ended.shape, bool, sharding=ended.sharding),
             prompts.reference_PxR,
             prompts.boundaries_PxRp1,
-            *vocab,
+            vocab.bytes_VxX,
+            vocab.lengths_V,
             tokenizer.end_think_id,
         )
 
@@ -204,13 +206,21 @@ def _rpt_programs(
 
 
 def _score_program(experiment: Experiment, policy: Transformer, params: Any, mesh: Mesh) -> Program:
-    windows, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
+    windows = experiment.data.score_batch_windows
+    size = experiment.data.max_document_tokens
 
     def lower() -> jax.stages.Lowered:
-        tokens, lengths = _ids(windows, size), _ids(windows)
-        rows = abstract_prompts((tokens, tokens, lengths), mesh)
-        sizes = {"top_k": experiment.data.entropy_top_k, "chunk": experiment.training.logit_chunk_tokens}
-        return score_batch.lower(policy, params, *rows, **sizes)
+        tokens = _ids(windows, size)
+        inputs_NxS, targets_NxS, lengths_N = abstract_prompts((tokens, tokens, _ids(windows)), mesh)
+        return score_batch.lower(
+            policy,
+            params,
+            inputs_NxS=inputs_NxS,
+            targets_NxS=targets_NxS,
+            lengths_N=lengths_N,
+            top_k=experiment.data.entropy_top_k,
+            logit_chunk_tokens=experiment.training.logit_chunk_tokens,
+        )
 
     return Program(name="score", lower=lower, resident_bytes=0)
 
