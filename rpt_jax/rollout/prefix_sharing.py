@@ -94,7 +94,8 @@ def _similar_groups(
     """Split the prompts of `part` into groups, in each of which neighbors have almost the same prefix."""
     # In lexicographic order prompts with a common prefix are neighbors. The order of the bytes is one.
     order = np.array(sorted(part.tolist(), key=lambda p: prompts_PxS[p].tobytes()))
-    a, b = order[:-1], order[1:]
+    a = order[:-1]
+    b = order[1:]
     shorter = np.where(lengths_P[a] <= lengths_P[b], a, b)
     common = np.minimum(_common_prefix(prompts_PxS[a], prompts_PxS[b]), lengths_P[shorter])
     return np.split(order, np.flatnonzero(lengths_P[shorter] - common > max_tail_P[shorter]) + 1)
