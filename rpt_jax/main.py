@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -135,6 +136,7 @@ def run(
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
 
+    # Check what costs nothing, then set up the devices and the workdir.
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
     context = context or RunContext()
@@ -155,7 +157,11 @@ def run(
 
 
 def run_with_processes(experiment: Experiment, workdir: Path) -> None:
-    """Call `run` as the flags say, as one process of possibly several, with stop signals handled."""
+    """Call `run` as the flags say, as one process of possibly several, with stop signals handled.
+
+    Raises:
+      UserError: as `run` does, or another process is missing or was started with another config.
+    """
     hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
     # All processes must agree on these.
     facts = {"--workdir": str(workdir), "--replay": _REPLAY.value, "jax": version("jax"), **dict(leaves(experiment))}
@@ -219,7 +225,7 @@ def exit_code_and_message(error: BaseException) -> tuple[int, str]:
             f"error: {error}. Fix this and rerun the same command to resume from the latest checkpoint."
         )
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped. Rerun the same command to resume from the latest checkpoint."
+        return 128 + signal.SIGINT, "stopped. Rerun the same command to resume from the latest checkpoint."
     return ExitCode.BUG, "".join(traceback.format_exception(error)).rstrip()
 
 

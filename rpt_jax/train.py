@@ -34,6 +34,7 @@ from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.workdir import RESULT
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
@@ -53,7 +54,7 @@ from rpt_jax.prompts.selection import (
     training_stream,
 )
 from rpt_jax.registry import REWARDS
-from rpt_jax.results import RESULT, is_complete, rollout_texts, show_evaluation, write_result
+from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
 from rpt_jax.rollout.metrics import rollout_metrics

@@ -38,7 +38,7 @@ class Heartbeat:
     """Progress of this process, fed by the loops and watched by `Rendezvous`.
 
     Attributes:
-      count: number of stages that were completed.
+      count: number of completed stages.
       stage: name of the last one.
     """
 
@@ -124,7 +124,8 @@ def meet(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members
 
 
 def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members:
-    """As process 0, wait until all other processes have connected."""
+    """As process 0, wait until all other processes have connected; the arguments are those of `meet`."""
+    # Listen on the port that the other processes know.
     names = {0: socket.gethostname()}
     connections: dict[int, Connection] = {}
     try:
@@ -136,6 +137,7 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
             field="--coordinator",
         ) from None
 
+    # Accept one process after the other, until all have reported or the first problem is found.
     start = time.monotonic()
     notified = False
     accepted: list[Connection] = []
@@ -166,13 +168,14 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
             except (KeyError, TypeError, ValueError):
                 continue  # Not a process of this run, for example a port scanner.
 
+    # Tell all that have connected, so that they raise the same error.
     for connection in accepted:
         if problem:
             connection.send(end=int(ExitCode.USER_ERROR), why=problem)
         else:
             connection.send(names=names)
     if problem:
-        raise UserError(problem)
+        raise UserError(problem, field="--processes")
     return Members(names=names, connections=connections)
 
 
@@ -208,10 +211,11 @@ def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: flo
         ) from None
     if answer is None:
         raise UserError(
-            f"process 0 at {hosts.address}:{hosts.port} exited while {name} was waiting for the other processes."
+            f"process 0 at {hosts.address}:{hosts.port} exited while {name} was waiting for the other processes.",
+            field="--coordinator",
         )
     if "end" in answer:
-        raise UserError(answer["why"])
+        raise UserError(answer["why"], field="--processes")
     # Check the port of JAX's coordination service here: if JAX cannot reach it, it aborts with a stack trace.
     try:
         _connect(hosts.address, hosts.port + 1, name, join_seconds, time.monotonic() + join_seconds).close()
@@ -404,9 +408,9 @@ def connect_processes(
     rendezvous = Rendezvous(hosts, members, heartbeat, stall_seconds)
     try:
         jax.distributed.initialize(
-            f"{hosts.address}:{hosts.port + 1}",
-            hosts.processes,
-            hosts.process,
+            coordinator_address=f"{hosts.address}:{hosts.port + 1}",
+            num_processes=hosts.processes,
+            process_id=hosts.process,
             initialization_timeout=math.ceil(join_seconds),
             # Only a fallback: `Rendezvous` notices a dead process earlier, and says which one it was.
             heartbeat_timeout_seconds=math.ceil(2 * stall_seconds) + 60,

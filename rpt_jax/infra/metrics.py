@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from rpt_jax.distributed.processes import is_leader
 from rpt_jax.errors import UserError
+from rpt_jax.infra.atomic_write import atomic_write
 
 FILE_NAME = "metrics.jsonl"
 
@@ -48,12 +49,14 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, float]]]:
         if scalars is None:
             raise UserError(
                 f"{path}:{number}: not a JSON object of finite numbers with an integer 'step'. "
-                "Fix or delete that line, or start a new run in another workdir."
+                "Fix or delete that line, or start a new run in another --workdir.",
+                field="--workdir",
             )
         if lines and scalars["step"] <= lines[-1][1]["step"]:
             raise UserError(
                 f"{path}:{number}: step {scalars['step']} follows step {lines[-1][1]['step']}, but steps must increase. Two runs "
-                "may have written to this workdir at once; start a new run in another one."
+                "may have written to this workdir at once; start a new run in another --workdir.",
+                field="--workdir",
             )
         lines.append((chunk, scalars))
     return lines
@@ -67,7 +70,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing; expected the workdir of a run that has completed at least one step.")
+        raise UserError(
+            f"{path} is missing; expected the workdir of a run that has completed at least one step.", field="--workdir"
+        )
     return [scalars for _, scalars in _read(path)]
 
 
@@ -160,15 +165,7 @@ def as_floats(step: int, scalars: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _truncate(path: Path, resume_step: int) -> list[dict[str, float]]:
-    """Drop the lines after `resume_step` and return the scalars of the others.
-
-    The file is replaced atomically: a run that is killed meanwhile leaves either the old file or the new one.
-    """
+    """Drop the lines after `resume_step` and return the scalars of the others."""
     kept = [(raw, scalars) for raw, scalars in _read(path) if scalars["step"] <= resume_step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(raw + b"\n" for raw, _ in kept))
-        file.flush()
-        os.fsync(file.fileno())  # Otherwise a power cut after the rename can leave an empty file.
-    os.replace(temporary, path)
+    atomic_write(path, b"".join(raw + b"\n" for raw, _ in kept))
     return [scalars for _, scalars in kept]
