@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.console import table
 
+    # One subcommand for each bench, with the options that its module adds.
     benches = {
         "rollout": rollout,
         "policy": policy,
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> int:
         module.add_options(command)
         command.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args(argv[1:])
+
+    # Measure, and show the figures next to the machine that they depend on.
     try:
         columns, rows = benches[options.name].measure(options)
     except UserError as error:
@@ -47,6 +50,8 @@ def main(argv: list[str]) -> int:
         return 2
     here = machine()
     table(f"bench {options.name}: {', '.join(f'{k} {v}' for k, v in here.items())}", columns, rows)
+
+    # Write them to a file: one record per row, and the figures of a single row at the top level too.
     if options.json:
         figures = [dict(zip(columns, row, strict=True)) for row in rows]
         arguments = {k: str(v) for k, v in vars(options).items()}

@@ -177,7 +177,7 @@ def _parse_stop_ids(text: str) -> tuple[int, ...]:
 
 
 def _keys_read(rollouts: Rollouts, prompts: Prompts) -> int:
-    """Return the keys that decoding reads: those of a prompt or shared prefix once per step while a rollout of it is live."""
+    """Return how many keys decoding reads: those of a prompt or a root once per step while one of its rollouts is live."""
     lengths_PxG = np.asarray(rollouts.lengths_PxG).astype(np.int64)
     own = (lengths_PxG * (lengths_PxG - 1) // 2).sum()
     steps_P = lengths_PxG.max(axis=1)

@@ -187,9 +187,11 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
         int(path.name) for path in directory.glob("*") if path.name.isdecimal() and (path / "state").is_dir()
     )
     if not steps:
-        raise UserError(f"{directory} has no checkpoints.")
+        raise UserError(f"{directory} has no checkpoints.", field=str(directory))
     if step is not None and step not in steps:
-        raise UserError(f"{directory} has no checkpoint {step}; it has {', '.join(map(str, steps))}.")
+        raise UserError(
+            f"{directory} has no checkpoint {step}; it has {', '.join(map(str, steps))}.", field=str(directory)
+        )
     chosen = steps[-1] if step is None else step
     reader = ocp.PyTreeCheckpointHandler()
 

@@ -38,7 +38,7 @@ def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
 
 
 def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
-    """Return the experiment as it can be compiled here: without a GPU, blockwise attention replaces a GPU's kernel.
+    """Return the experiment in the form that is compiled: without a GPU, blockwise attention replaces a GPU's kernel.
 
     Raises:
       UserError: preflight does not support the task.
@@ -132,6 +132,8 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
     axes = " x ".join(f"{name} {size}" for name, size in mesh_fields(mesh).items())
     slots = f", {step.decoding.slots} decode slots" if step.decoding else ""
     where = f"{topology.name}, {axes}{slots}"
+
+    # Memory, all programs.
     rows = [
         (
             report.program,
@@ -145,13 +147,17 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
     sizes = [f"{kind}, GiB" for kind in (*Memory._fields, "total")]
     columns = ["program", "compiled in s", *sizes, f"of {reports[0].limit / GIB:.4g} GiB"]
     table(f"Memory per chip: {where}", columns, rows)
+
+    # Time, of the programs that compile.
     rows = [
         (
             report.program,
             report.flops / 1e12,
             report.traffic.memory / 1e9,
             sum(report.traffic.sent.values()) / 1e9,
-            *report.times,
+            report.times.compute,
+            report.times.memory,
+            report.times.network,
             report.times.bound,
         )
         for report in reports
@@ -159,6 +165,8 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
     ]
     columns = ["program", "TFLOPs", "GB of memory", "GB sent", "s compute", "s memory", "s network", "bound by"]
     table(f"Estimated time per chip: {where}", columns, rows)
+
+    # Collectives, of each program the one that sends most first.
     rows = [
         (
             report.program,
@@ -178,6 +186,7 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
 
 
 def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[ProgramReport]) -> None:
+    """Print how the figures were obtained, advice for the programs that do not fit, and whether the run fits."""
     print(
         "\nFLOPs come from a formula; bytes and collectives come from the compiled programs, with loops counted as often as they "
         "run at full prompt and response lengths. Times are estimates at published figures: the longest part counts."

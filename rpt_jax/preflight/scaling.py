@@ -101,18 +101,17 @@ def read_run(path: Path) -> Run:
         )
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path} is not a record written by preflight --json for a config that compiles ({error!r})."
+            f"{path} is not a record written by preflight --json for a config that compiles ({error!r}).",
+            field=str(path),
         ) from None
 
 
 def plot(runs: list[Run], path: Path) -> None:
     """Plot each quantity over the number of chips, with one line for strong and one for weak scaling."""
-    import matplotlib
+    from matplotlib.figure import Figure  # Not pyplot, which would replace the backend of a notebook.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(_QUANTITIES), figsize=(4 * len(_QUANTITIES), 3.2), layout="constrained")
+    figure = Figure(figsize=(4 * len(_QUANTITIES), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(_QUANTITIES))
     for panel, (name, get) in zip(panels, _QUANTITIES.items(), strict=True):
         for scaling, key in SCALINGS.items():
             line = sorted(largest_group(runs, key), key=lambda run: run.chips)
