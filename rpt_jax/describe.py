@@ -66,6 +66,7 @@ class MeshSizes:
 
     @property
     def devices(self) -> int:
+        """Devices of the mesh."""
         return self.data * self.fsdp * self.tensor
 
     @property
@@ -117,6 +118,7 @@ class RptTokens:
 
     @property
     def sharing_ratio(self) -> float:
+        """Tokens with shared prompts as a fraction of those without sharing."""
         return self.shared_tokens_per_prompt / self.unshared_tokens_per_prompt
 
 
@@ -147,10 +149,12 @@ class RptFlops:
 
     @property
     def sampling(self) -> int:
+        """FLOPs of one round of sampling."""
         return self.sampling_matmul + self.sampling_attention
 
     @property
     def update(self) -> int:
+        """FLOPs of the update on rollouts."""
         return self.update_matmul + self.update_attention
 
     @property
@@ -179,6 +183,7 @@ class StateBytes:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.parameters_and_reference + self.adam_moments + self.moving_average
 
 
@@ -213,7 +218,7 @@ class BackwardBytes:
     Attributes:
       attention_scores: attention scores saved for the backward pass.
       other_activations: other activations saved for the backward pass.
-      logit_chunk: the logits that exist at one time.
+      logit_chunk: the logits that exist at once.
     """
 
     attention_scores: int
@@ -222,6 +227,7 @@ class BackwardBytes:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.attention_scores + self.other_activations + self.logit_chunk
 
 
@@ -241,6 +247,7 @@ class UpdateBytes:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.gradients + self.state_before_step + self.backward.total
 
 
@@ -254,10 +261,12 @@ class RptMemory:
 
     @property
     def sampling_total(self) -> int:
+        """Bytes while rollouts are sampled."""
         return self.state.total + self.sampling.total
 
     @property
     def update_total(self) -> int:
+        """Bytes while the policy is updated."""
         return self.state.total + self.update.total
 
 
@@ -282,6 +291,7 @@ class PretrainMemory:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.parameters + self.adam_moments + self.gradients + self.backward.total
 
 
@@ -299,6 +309,7 @@ class PretrainSizes:
 
     @property
     def run_flops(self) -> int:
+        """FLOPs of all steps."""
         return self.total_steps * self.flops_per_step
 
 
@@ -321,6 +332,7 @@ class ScoreSizes:
 
     @property
     def flops_per_token(self) -> float:
+        """FLOPs per token of a window of the greatest length."""
         return self.flops_per_batch / self.tokens_per_batch
 
 
@@ -622,7 +634,7 @@ def _resharded_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSize
 
 
 def _forms_all_scores(experiment: Experiment) -> bool:
-    """Return whether all attention scores of a layer exist at one time."""
+    """Return whether all attention scores of a layer exist at once."""
     return experiment.policy.attention == "reference"
 
 

@@ -97,7 +97,8 @@ def load_experiment(argv: list[str]) -> Experiment:
     try:
         rest = flags.FLAGS(others)
     except flags.Error as error:
-        raise UserError(f"{error}. (Set a config field with --config.SECTION.FIELD=VALUE.)") from None
+        flag = f"--{error.flagname}" if isinstance(error, flags.UnrecognizedFlagError) else ""
+        raise UserError(f"{error}. (Set a config field with --config.SECTION.FIELD=VALUE.)", field=flag) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}': expected options of the form --NAME=VALUE.", field=rest[1])
     if _CONFIG.value is None:

@@ -92,8 +92,8 @@ def show_evaluation(name: str, evaluation: dict[str, Any]) -> None:
 def _format_accuracy(accuracy: dict[str, Any]) -> str:
     if not accuracy["positions"]:
         return "no positions"
-    low, high = 100 * accuracy["low"], 100 * accuracy["high"]
-    return f"{100 * accuracy['accuracy']:.1f} ({low:.1f}-{high:.1f}), {accuracy['positions']}"
+    percent = {key: 100 * accuracy[key] for key in ("accuracy", "low", "high")}
+    return f"{percent['accuracy']:.1f} ({percent['low']:.1f}-{percent['high']:.1f}), {accuracy['positions']}"
 
 
 def rollout_texts(rewarded: RewardedRollouts, tokenizer: Tokenizer, count: int) -> list[RolloutText]:

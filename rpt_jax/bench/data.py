@@ -85,8 +85,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         rows, corpus = _measure_tokenizing(data, tokenizer, Path(folder) / "prepared")
         if not options.tokenizer:
             rows += _measure_scoring(options, data, corpus)
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    rows.append(["peak memory of a process", 0.0, max(usage) / 1e3, "MB"])
+    kilobytes = [resource.getrusage(kind).ru_maxrss for kind in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    rows.append(["peak memory of a process", 0.0, max(kilobytes) / 1e3, "MB"])
     return ["stage", "seconds", "figure", "unit"], rows
 
 

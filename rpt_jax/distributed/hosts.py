@@ -56,20 +56,30 @@ def find_hosts(
 
 
 def _parse_hosts(values: Mapping[str, str | int | None]) -> Hosts | None:
-    """Validate three named values: the address of process 0, the number of processes and the index of this process."""
+    """Return the hosts that three named values describe, None for a single process.
+
+    Args:
+      values: the address of process 0, the number of processes and the index of this process, in this order, by the names
+        to use in messages.
+
+    Raises:
+      UserError: a value is missing or out of range.
+    """
     missing = [name for name, value in values.items() if value in (None, "")]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} must be given as well: {', '.join(values)} are required together.",
             field=missing[0],
         )
-    (address_name, address), (processes_name, processes), (process_name, process) = values.items()
-    processes = _parse_int(processes_name, processes)
-    process = _parse_int(process_name, process)
+    address_name, processes_name, process_name = values
+    address = values[address_name]
+    processes = _parse_int(processes_name, values[processes_name])
+    process = _parse_int(process_name, values[process_name])
 
     host, colon, port = str(address).rpartition(":")
     if not colon:
-        host, port = port, str(PORT)
+        host = port
+        port = str(PORT)
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
         raise UserError(
             f"{address_name}={address} must be HOST:PORT of process 0, with a port from 1 to 65534.", field=address_name

@@ -3,8 +3,8 @@
 `jax.distributed` ends a process with a stack trace that does not say which process failed, and its collectives wait forever for a
 process that never starts. Therefore every process keeps a TCP connection to process 0 and exchanges lines of JSON over it:
 
-1. Rendezvous: each process reports its index and its configuration. Process 0 answers when all have connected, or tells all of
-   them who is missing or differs.
+1. Rendezvous: each process reports its index and its configuration. Process 0 answers when all have connected, or sends all of
+   them an error that names the process that is missing or differs.
 2. Heartbeats: each process reports how far it has come. If no process makes progress for `stall_seconds`, all of them exit.
 3. Shutdown: when one process exits, all exit, with the same exit code and a message that names its host.
 
@@ -287,7 +287,8 @@ class Rendezvous:
         """Send heartbeats, and exit if no process makes progress."""
         while True:
             time.sleep(_HEARTBEAT_SECONDS)
-            count, stage = self._heartbeat.count, self._heartbeat.stage
+            count = self._heartbeat.count
+            stage = self._heartbeat.stage
             self._record(self._hosts.process, count, stage)
             for connection in self._connections.values():
                 connection.send(count=count, stage=stage)

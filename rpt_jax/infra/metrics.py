@@ -140,6 +140,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(key, value, step)
 
     def close(self) -> None:
+        """Close the files."""
         if self._is_writer:
             self._file.close()
             self._tensorboard.close()

@@ -159,7 +159,8 @@ def _rpt_programs(
         return sample_rollouts.lower(policy, rollout_params, prompts, _key(), decoding, box_vocab)
 
     def lower_reward() -> jax.stages.Lowered:
-        rollouts, prompts = sampled.rollouts, sampled.prompts
+        rollouts = sampled.rollouts
+        prompts = sampled.prompts
         ended = rollouts.ended_PxG
         return prefix_match_reward.lower(
             rollouts.tokens_PxGxT,
@@ -206,6 +207,7 @@ def _rpt_programs(
 
 
 def _score_program(experiment: Experiment, policy: Transformer, params: Any, mesh: Mesh) -> Program:
+    """Return the program that scores a batch of windows of full length."""
     windows = experiment.data.score_batch_windows
     size = experiment.data.max_document_tokens
 
@@ -236,8 +238,10 @@ def _resharded_params(policy: Transformer, params: Any, mesh: Mesh, reshard: Any
 
 def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> RewardedRollouts:
     """Return the abstract prompts, rollouts and rewards of a step, sharded over the mesh."""
-    p, g = experiment.training.prompts_per_step, experiment.rollout.samples_per_prompt
-    t, r = experiment.rollout.max_new_tokens, experiment.prompt.reference_bytes
+    p = experiment.training.prompts_per_step
+    g = experiment.rollout.samples_per_prompt
+    t = experiment.rollout.max_new_tokens
+    r = experiment.prompt.reference_bytes
     prompts = PromptBatch(
         tokens_PxS=_ids(p, experiment.prompt.max_tokens),
         lengths_P=_ids(p),
@@ -261,8 +265,8 @@ def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> RewardedRollouts:
 
 def _update_batch(experiment: Experiment, sampled: Any) -> UpdateBatch:
     """Return the abstract batch of an update on abstract rollouts."""
-    prompts, rollouts = sampled.prompts, sampled.rollouts
-
+    prompts = sampled.prompts
+    rollouts = sampled.rollouts
     documents = None
     if experiment.objective.document_weight:
         ids = _ids(*prompts.lengths_P.shape, experiment.data.max_document_tokens)
