@@ -80,6 +80,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     Raises:
       UserError: something that the user can fix.
       FloatingPointError: a metric is NaN or infinite.
+      Diverged: a rule of config section `divergence` is broken, and `divergence.action` is "stop".
     """
     if is_complete(workdir):
         logger.info("This run is complete: %s. Choose another --workdir to run it again.", workdir / RESULT)
@@ -92,9 +93,11 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         clock.lap(stage)
         context.heartbeat.beat(stage)
 
-    # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
+    # Refuse batches that do not fit the mesh before anything is loaded.
     check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     check_sampling(experiment, mesh)
+
+    # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
     if experiment.cold_start.total_steps:
         if not cold_start_is_complete(workdir):
             pretrain(cold_start_experiment(experiment), workdir / COLD_START, mesh, context, replay=replay)
@@ -163,7 +166,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         checkpoints.stage(step, state, run)
 
     def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SlotUsage, BatchSize]:
-        """Sample rollouts with `weights` and reward them; return also how full the decode slots were, and the tokens."""
+        """Return rollouts of `weights` with their rewards, the utilization of the decode slots, and the tokens."""
         rollouts, slot_usage = sample(weights, prompts, step)
         jax.block_until_ready(rollouts)
         end_stage("rollout")

@@ -79,11 +79,11 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     # Tokens and FLOPs per second.
     peak = peak_flops / seconds[_PEAK].fastest
     tokens = options.batch * options.length
+    flops = program_flops(config, options.batch, options.length) | {_PEAK: peak_flops}
     rows = []
     for name, s in seconds.items():
-        flops = peak_flops if name == _PEAK else _flops(name, config, options.batch, options.length)
         tokens_per_second = 0.0 if name == _PEAK else tokens / s.median
-        flops_per_second = flops / s.median
+        flops_per_second = flops[name] / s.median
         figures = [s.median, s.fastest, s.slowest, tokens_per_second, flops_per_second / 1e9, flops_per_second / peak]
         rows.append([name, *map(round_to_4_digits, figures)])
     return ["program", "seconds", "fastest", "slowest", "tokens/s", "GFLOP/s", "fraction of peak"], rows
@@ -145,11 +145,15 @@ def _microbatch(options: argparse.Namespace) -> int:
     return options.microbatch
 
 
-def _flops(name: str, config: ModelConfig, batch: int, length: int) -> float:
-    """Return the FLOPs of a program by its name."""
+def program_flops(config: ModelConfig, batch: int, length: int) -> dict[str, float]:
+    """Return the FLOPs of each program that `policy_calls` and `transformers_calls` return, by its name."""
     head_flops = 2.0 * config.vocab * config.width * batch * length
     pairs = batch * length * (length + 1) // 2
     forward = 2.0 * config.matmul_parameters * batch * length + attention_flops(config, pairs)
-    if "backward" in name:
-        return 3 * forward
-    return forward - head_flops if "prefill" in name else forward
+    return {
+        "forward": forward,
+        "forward and backward": 3 * forward,
+        "prefill": forward - head_flops,
+        "transformers: forward": forward,
+        "transformers: forward and backward": 3 * forward,
+    }

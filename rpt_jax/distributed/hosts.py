@@ -50,7 +50,7 @@ def find_hosts(
         return _parse_hosts(flags)
     if any(environ.get(name) for name in _JAX_VARIABLES):
         return _parse_hosts({name: environ.get(name) for name in _JAX_VARIABLES})
-    if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if _parse_int("SLURM_STEP_NUM_TASKS", environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         return _from_slurm(environ)
     return _from_tpu_slice(environ)
 
@@ -97,6 +97,7 @@ def _parse_hosts(values: Mapping[str, str | int | None]) -> Hosts | None:
 
 
 def _parse_int(name: str, value: str | int | None) -> int:
+    """Return the integer value of a flag or a variable, 0 if it is not set. Raises: UserError."""
     try:
         return int(value or 0)
     except ValueError:
@@ -110,7 +111,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Hosts | None:
     """
     nodes = environ.get("SLURM_STEP_NODELIST", "")
     first_node = re.match(r"[^,\[]+(\[\d+)?", nodes)  # "node003" for "node[003-007,12],other".
-    port = 20000 + 2 * (int(environ.get("SLURM_JOB_ID") or 0) % 20000)
+    port = 20000 + 2 * (_parse_int("SLURM_JOB_ID", environ.get("SLURM_JOB_ID")) % 20000)
     return _parse_hosts(
         {
             "SLURM_STEP_NODELIST": f"{first_node[0].replace('[', '')}:{port}" if first_node else None,
