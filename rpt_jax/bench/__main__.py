@@ -15,7 +15,7 @@ from rpt_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return the exit code: 0, or 2 after an error of the user."""
+    """Run the command and return the exit code: 0, or 2 after a user error."""
     # Keep XLA's log lines out of the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update

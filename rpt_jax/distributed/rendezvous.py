@@ -137,11 +137,11 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
             field="--coordinator",
         ) from None
 
-    # Accept one process after the other, until all have reported or the first problem is found.
+    # Accept the processes one by one, until all have reported or the first problem is found.
     start = time.monotonic()
     notified = False
     accepted: list[Connection] = []
-    problem = ""
+    problem: UserError | None = None
     with server:
         while len(names) < hosts.processes and not problem:
             missing = [str(process) for process in range(hosts.processes) if process not in names]
@@ -153,14 +153,15 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
                 report = connection.receive(_NOTICE_SECONDS)
                 problem = _mismatch(report, names, hosts.processes, facts)
                 accepted.append(connection)
-                if not problem and report is not None:
+                if problem is None and report is not None:
                     connections[report["process"]] = connection
                     names[report["process"]] = report["host"]
             except TimeoutError:
                 if time.monotonic() - start >= join_seconds:
-                    problem = (
+                    problem = UserError(
                         f"process 0 on {names[0]} waited {join_seconds:g} s (--join_seconds) for {awaited}, which did not "
-                        f"connect. Start all processes with --coordinator={hosts.address}:{hosts.port}, or change --processes."
+                        f"connect. Start all processes with --coordinator={hosts.address}:{hosts.port}, or change --processes.",
+                        field="--processes",
                     )
                 elif not notified:
                     logger.warning("process 0 on %s waits for %s on port %d.", names[0], awaited, hosts.port)
@@ -171,28 +172,37 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
     # Tell all that have connected, so that they raise the same error.
     for connection in accepted:
         if problem:
-            connection.send(end=int(ExitCode.USER_ERROR), why=problem)
+            connection.send(end=int(ExitCode.USER_ERROR), why=str(problem), field=problem.field)
         else:
             connection.send(names=names)
     if problem:
-        raise UserError(problem, field="--processes")
+        raise problem
     return Members(names=names, connections=connections)
 
 
-def _mismatch(report: Any, names: Mapping[int, str], processes: int, facts: Mapping[str, Any]) -> str:
-    """Return a sentence on why a process cannot take part; "" if it can."""
+def _mismatch(report: Any, names: Mapping[int, str], processes: int, facts: Mapping[str, Any]) -> UserError | None:
+    """Return the error for a process that cannot take part; None if it can."""
     process = report["process"]
     name = f"process {process} on {report['host']}"
     if report["processes"] != processes:
-        return f"{name} was started as one of {report['processes']} processes, process 0 on {names[0]} as one of {processes}."
+        return UserError(
+            f"{name} was started as one of {report['processes']} processes, process 0 on {names[0]} as one of {processes}.",
+            field="--processes",
+        )
     if process in names:
-        return f"{name} was started twice, also on {names[process]}: every process needs its own --process."
+        return UserError(
+            f"{name} was started twice, also on {names[process]}: every process needs its own --process.",
+            field="--process",
+        )
     theirs = report["facts"]
     differing = sorted(fact for fact in facts.keys() | theirs.keys() if facts.get(fact) != theirs.get(fact))
     if not differing:
-        return ""
+        return None
     changes = "; ".join(f"{fact}: {theirs.get(fact)!r} there, {facts.get(fact)!r} here" for fact in differing[:5])
-    return f"{name} differs from process 0 on {names[0]} ({changes}): start all processes with the same command."
+    return UserError(
+        f"{name} differs from process 0 on {names[0]} ({changes}): start all processes with the same command.",
+        field=differing[0],
+    )
 
 
 def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members:
@@ -215,7 +225,7 @@ def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: flo
             field="--coordinator",
         )
     if "end" in answer:
-        raise UserError(answer["why"], field="--processes")
+        raise UserError(answer["why"], field=answer.get("field", ""))
     # Check the port of JAX's coordination service here: if JAX cannot reach it, it aborts with a stack trace.
     try:
         _connect(hosts.address, hosts.port + 1, name, join_seconds, time.monotonic() + join_seconds).close()

@@ -83,7 +83,7 @@ def check_mesh(
     with use_mesh(mesh, experiment.mesh.split_rows):
         step = make_step(experiment, mesh, int(USABLE * topology.chip.memory))
         step = step._replace(programs=tuple(p for p in step.programs if only in ("", p.name)))
-    # Outside of the mesh's context, since this runs an operation or two and the devices of the mesh may not exist here.
+    # Outside of the mesh's context: this evaluates the learning-rate schedule, and the devices of the mesh may not exist here.
     flops = flops_per_chip(experiment, step)
     with use_mesh(mesh, experiment.mesh.split_rows):
         return step, check_programs(experiment, step, topology, flops)

@@ -57,7 +57,7 @@ SCALINGS: dict[str, Callable[[Run], float]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return the exit code: 0, or 2 after an error of the user."""
+    """Run the command and return the exit code: 0, or 2 after a user error."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight.scaling", description=description)
     parser.add_argument("runs", type=Path, nargs="+", help="records written by preflight --json")
