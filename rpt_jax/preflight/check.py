@@ -13,7 +13,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.preflight.costs import Times, estimate_times, trip_counts
 from rpt_jax.preflight.hlo import Traffic, traffic
-from rpt_jax.preflight.programs import Program, Step
+from rpt_jax.preflight.programs import Program, ProgramName, Step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import rollout_memory
 
@@ -125,7 +125,7 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
     split_further = _split_further(step)
 
     # Sampling: decode fewer rollouts at once.
-    if report.program == "sample" and step.decoding:
+    if report.program == ProgramName.SAMPLE and step.decoding:
         replicas = num_batch_shards(step.mesh, DECODING)
         slot_bytes = _bytes_per_slot(experiment, step)
         slots = step.decoding.slots // replicas - int(-(-excess // slot_bytes))
@@ -135,7 +135,7 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
         return f"set {change}, at {slot_bytes / GIB:.3g} GiB per slot"
 
     # Update: save fewer activations, then run fewer tokens per pass.
-    if report.program == "update":
+    if report.program == ProgramName.UPDATE:
         if experiment.policy.remat != "full":
             return f"set policy.remat='full' instead of '{experiment.policy.remat}'"
         now = experiment.training.microbatch_tokens
@@ -146,7 +146,7 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
         return f"set training.microbatch_tokens={least}, the least for a prompt and a response, and {split_further}"
 
     # Scoring: smaller batches.
-    if report.program == "score":
+    if report.program == ProgramName.SCORE:
         now = experiment.data.score_batch_windows
         windows = int(now * (1 - excess / report.memory.temporaries))
         shards = num_batch_shards(step.mesh)

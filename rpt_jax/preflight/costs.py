@@ -13,7 +13,7 @@ from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.packed import QUERY_PANEL_SIZES
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
-from rpt_jax.preflight.programs import Step
+from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.rollout.engine import live_sizes
 from rpt_jax.rollout.kv_cache import block_size
 
@@ -78,7 +78,7 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     derived = derive(experiment, chips)
     score = derived.score
     rpt = derived.rpt
-    flops = {"score": score.flops_per_batch / chips if score else 0.0}
+    flops: dict[str, float] = {ProgramName.SCORE: score.flops_per_batch / chips if score else 0.0}
     if rpt is None:
         return flops
 
@@ -89,9 +89,9 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     tokens = experiment.training.prompts_per_step * rpt.tokens.shared_tokens_per_prompt
     update *= max(1.0, update_rows(experiment) * experiment.training.microbatch_tokens / tokens)
     return flops | {
-        "sample": rpt.flops.sampling / chips,
-        "training reward": rpt.flops.reward / chips,
-        "update": update,
+        ProgramName.SAMPLE: rpt.flops.sampling / chips,
+        ProgramName.TRAINING_REWARD: rpt.flops.reward / chips,
+        ProgramName.UPDATE: update,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,11 +45,22 @@ _LONGEST_TOKEN_BYTES = 128
 _SPECIAL_TOKENS = 4
 
 
+class ProgramName(enum.StrEnum):
+    """Names of the programs in tables and JSON, in execution order."""
+
+    SCORE = "score"
+    RESHARD = "reshard"
+    SAMPLE = "sample"
+    REWARD = "reward"
+    TRAINING_REWARD = "training reward"
+    UPDATE = "update"
+
+
 class Program(NamedTuple):
     """A program of a step.
 
     Attributes:
-      name: name in tables and JSON.
+      name: one of `ProgramName`.
       lower: traces the program; call it in the context of its mesh.
       resident_bytes: bytes per device of arrays that live while it runs but are not among its arguments.
     """
@@ -191,18 +203,20 @@ def _rpt_programs(
     programs = []
     if reshard:
         programs.append(
-            Program(name="reshard", lower=lambda: reshard.lower(params), resident_bytes=run_bytes - param_bytes)
+            Program(
+                name=ProgramName.RESHARD, lower=lambda: reshard.lower(params), resident_bytes=run_bytes - param_bytes
+            )
         )
     programs.append(
-        Program(name="sample", lower=lower_sample, resident_bytes=run_bytes - (0 if reshard else param_bytes))
+        Program(name=ProgramName.SAMPLE, lower=lower_sample, resident_bytes=run_bytes - (0 if reshard else param_bytes))
     )
-    programs.append(Program(name="reward", lower=lower_reward, resident_bytes=run_bytes + resharded_bytes))
+    programs.append(Program(name=ProgramName.REWARD, lower=lower_reward, resident_bytes=run_bytes + resharded_bytes))
     if not is_prefix_match(objective):
         resident = run_bytes + resharded_bytes - bytes_per_device((params, average))
-        programs.append(Program(name="training reward", lower=lower_training_reward, resident_bytes=resident))
+        programs.append(Program(name=ProgramName.TRAINING_REWARD, lower=lower_training_reward, resident_bytes=resident))
     reference_bytes = param_bytes if objective.kl != "none" else 0
     resident = run_bytes - bytes_per_device(state) - reference_bytes + bytes_per_device(sampled)
-    programs.append(Program(name="update", lower=lower_update, resident_bytes=resident))
+    programs.append(Program(name=ProgramName.UPDATE, lower=lower_update, resident_bytes=resident))
     return programs
 
 
@@ -224,7 +238,7 @@ def _score_program(experiment: Experiment, policy: Transformer, params: Any, mes
             logit_chunk_tokens=experiment.training.logit_chunk_tokens,
         )
 
-    return Program(name="score", lower=lower, resident_bytes=0)
+    return Program(name=ProgramName.SCORE, lower=lower, resident_bytes=0)
 
 
 def _resharded_params(policy: Transformer, params: Any, mesh: Mesh, reshard: Any) -> Any:

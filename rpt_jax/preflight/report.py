@@ -15,12 +15,12 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
 from rpt_jax.preflight.costs import flops_per_chip
-from rpt_jax.preflight.programs import Step, make_step
+from rpt_jax.preflight.programs import ProgramName, Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
 from rpt_jax.setup import check_sampling, mesh_from_config
 
-_BEFORE_FIRST_STEP = ("score",)  # Programs that do not run in every step.
+_BEFORE_FIRST_STEP = (ProgramName.SCORE,)  # Programs that do not run in every step.
 
 
 def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rpt_jax.distributed.mesh import make_mesh, mesh_fields
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, ProgramReport
-from rpt_jax.preflight.programs import Step
+from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.preflight.report import as_result, check_mesh, check_split, devices, fits, for_topology, step_seconds
 from rpt_jax.preflight.topology import Topology
 
@@ -122,15 +122,15 @@ def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
         rollout = dataclasses.replace(experiment.rollout, decode_slots=rollouts // divisor)
         candidate = dataclasses.replace(experiment, rollout=rollout)
         # Decode slots change the sampling program alone: keep the reports of the others.
-        only = "sample" if trial.reports else ""
+        only = ProgramName.SAMPLE if trial.reports else ""
         try:
             step, reports = check_mesh(candidate, topology, mesh, only)
         except UserError as error:
             trial = trial._replace(note=str(error).split(":")[0])
             continue
-        unchanged = [report for report in trial.reports if report.program != "sample"]
+        unchanged = [report for report in trial.reports if report.program != ProgramName.SAMPLE]
         trial = Trial(mesh=mesh, step=step, reports=[*unchanged, *reports], note="")
-        if [report.program for report in trial.reports if not report.fits] != ["sample"]:
+        if [report.program for report in trial.reports if not report.fits] != [ProgramName.SAMPLE]:
             break
     advice = [f"{report.program}: {report.advice}" for report in trial.reports if not report.fits]
     return trial._replace(note="; ".join(advice) or trial.note)
@@ -157,8 +157,8 @@ def _row(trial: Trial) -> tuple[Any, ...]:
         trial.step.decoding.slots if trial.step and trial.step.decoding else "-",
         "yes" if trial.fits else "no",
         f"{peak:.0%}" if trial.reports else "-",
-        seconds.get("sample", "-"),
-        seconds.get("update", "-"),
+        seconds.get(ProgramName.SAMPLE, "-"),
+        seconds.get(ProgramName.UPDATE, "-"),
         f"{step_seconds(trial.reports):.4g}" if trial.fits else "-",
         trial.note,
     )
