@@ -241,7 +241,7 @@ def ignore_late_writes(failure: sys.UnraisableHookArgs) -> None:
 
 def console_main() -> None:
     """Run the command line of this process and exit."""
-    # Hide the messages of the libraries below. Whatever fails in them also fails here, with a message.
+    # Hide the log of the libraries: a failure in one of them also raises an exception, whose message is printed.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = ignore_late_writes

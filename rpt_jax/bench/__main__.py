@@ -48,14 +48,14 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    here = machine()
-    table(f"bench {options.name}: {', '.join(f'{k} {v}' for k, v in here.items())}", columns, rows)
+    conditions = machine()
+    table(f"bench {options.name}: {', '.join(f'{k} {v}' for k, v in conditions.items())}", columns, rows)
 
     # Write them to a file: one record per row, and the figures of a single row at the top level too.
     if options.json:
         figures = [dict(zip(columns, row, strict=True)) for row in rows]
         arguments = {k: str(v) for k, v in vars(options).items()}
-        record = {"machine": here, "options": arguments, "figures": figures}
+        record = {"machine": conditions, "options": arguments, "figures": figures}
         if len(figures) == 1:
             record |= figures[0]
         options.json.write_text(json.dumps(record, indent=2) + "\n")

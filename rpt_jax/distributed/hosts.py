@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rpt_jax.errors import UserError
 
-# Process 0 listens here unless configured otherwise. JAX's coordination service uses the next port.
+# The port on which process 0 listens unless configured otherwise. JAX's coordination service uses the next port.
 PORT = 8476
 _JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

@@ -79,7 +79,7 @@ def memory_scalars() -> dict[str, float]:
 
     Every compiled program holds memory maps, of which Linux allows 65,530 per process.
     """
-    # Linux counts kilobytes here.
+    # Linux reports kilobytes.
     scalars = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     process = Path("/proc/self")
     if (process / "statm").exists():

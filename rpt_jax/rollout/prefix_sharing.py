@@ -123,9 +123,9 @@ def _build_prompts(
     roots_NxS = np.zeros((parts * rows, prompts_PxS.shape[1]), np.int32)
     lengths_N = np.zeros(len(roots_NxS), np.int32)
     for part, (roots, _) in enumerate(numbered):
-        here = slice(part * rows, part * rows + len(roots))
-        roots_NxS[here] = np.maximum(prompts_PxS[roots], 0)
-        lengths_N[here] = [ends_P[root_prompt_P == root].max() for root in roots]
+        part_rows = slice(part * rows, part * rows + len(roots))
+        roots_NxS[part_rows] = np.maximum(prompts_PxS[roots], 0)
+        lengths_N[part_rows] = [ends_P[root_prompt_P == root].max() for root in roots]
     root_P = np.concatenate([inverse for _, inverse in numbered]).astype(np.int32)
 
     # Tails. A power of two as their length bounds the number of shapes to compile for.
