@@ -111,7 +111,7 @@ def plot(runs: list[Run], path: Path) -> None:
     from matplotlib.figure import Figure  # Not pyplot, which would replace the backend of a notebook.
 
     figure = Figure(figsize=(4 * len(_QUANTITIES), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(_QUANTITIES))
+    panels = figure.subplots(1, len(_QUANTITIES), squeeze=False)[0]
     for panel, (name, get) in zip(panels, _QUANTITIES.items(), strict=True):
         for scaling, key in SCALINGS.items():
             line = sorted(largest_group(runs, key), key=lambda run: run.chips)
