@@ -13,7 +13,7 @@ COMMANDS = {
     "train": ("rpt_jax.main", "run the task of a config: training, pre-training or corpus preparation"),
     "convert": ("rpt_jax.convert", "import a policy from Hugging Face or GGUF, or export one"),
     "report": ("rpt_jax.report", "draw the plots of a run again"),
-    "preflight": ("rpt_jax.preflight", "compile a run for chips that are not here: does it fit, and what bounds it"),
+    "preflight": ("rpt_jax.preflight", "compile a run for absent chips: does it fit, and what limits its speed"),
     "bench": ("rpt_jax.bench", "measure the speed of one part of the system on this machine"),
 }
 

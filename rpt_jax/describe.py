@@ -36,7 +36,7 @@ class PolicySizes:
     """Sizes of the policy.
 
     Attributes:
-      source: the config field that the shape was read from, with its value.
+      source: the config field that the sizes were read from, with its value.
       parameters: number of parameters.
       matmul_parameters: parameters that each token is multiplied with (N).
     """
@@ -66,6 +66,7 @@ class MeshSizes:
 
     @property
     def devices(self) -> int:
+        """Devices of the mesh."""
         return self.data * self.fsdp * self.tensor
 
     @property
@@ -83,8 +84,8 @@ class MeshSizes:
         """Shards of a batch during sampling."""
         return self.batch_shards * self.tensor // self.rollout_tensor
 
-    def batch_share(self, count: int) -> int:
-        """Return how many of `count` batch elements the fullest device holds."""
+    def max_per_batch_shard(self, count: int) -> int:
+        """Return the largest number of `count` batch elements that a batch shard holds."""
         return -(-count // self.batch_shards)
 
 
@@ -117,6 +118,7 @@ class RptTokens:
 
     @property
     def sharing_ratio(self) -> float:
+        """Tokens with shared prompts as a fraction of those without sharing."""
         return self.shared_tokens_per_prompt / self.unshared_tokens_per_prompt
 
 
@@ -147,10 +149,12 @@ class RptFlops:
 
     @property
     def sampling(self) -> int:
+        """FLOPs of one round of sampling."""
         return self.sampling_matmul + self.sampling_attention
 
     @property
     def update(self) -> int:
+        """FLOPs of the update on rollouts."""
         return self.update_matmul + self.update_attention
 
     @property
@@ -179,6 +183,7 @@ class StateBytes:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.parameters_and_reference + self.adam_moments + self.moving_average
 
 
@@ -213,7 +218,7 @@ class BackwardBytes:
     Attributes:
       attention_scores: attention scores saved for the backward pass.
       other_activations: other activations saved for the backward pass.
-      logit_chunk: the logits that exist at one time.
+      logit_chunk: the logits that exist at once.
     """
 
     attention_scores: int
@@ -222,6 +227,7 @@ class BackwardBytes:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.attention_scores + self.other_activations + self.logit_chunk
 
 
@@ -241,6 +247,7 @@ class UpdateBytes:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.gradients + self.state_before_step + self.backward.total
 
 
@@ -254,10 +261,12 @@ class RptMemory:
 
     @property
     def sampling_total(self) -> int:
+        """Bytes while rollouts are sampled."""
         return self.state.total + self.sampling.total
 
     @property
     def update_total(self) -> int:
+        """Bytes while the policy is updated."""
         return self.state.total + self.update.total
 
 
@@ -282,6 +291,7 @@ class PretrainMemory:
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return self.parameters + self.adam_moments + self.gradients + self.backward.total
 
 
@@ -299,6 +309,7 @@ class PretrainSizes:
 
     @property
     def run_flops(self) -> int:
+        """FLOPs of all steps."""
         return self.total_steps * self.flops_per_step
 
 
@@ -321,6 +332,7 @@ class ScoreSizes:
 
     @property
     def flops_per_token(self) -> float:
+        """FLOPs per token of a window of the greatest length."""
         return self.flops_per_batch / self.tokens_per_batch
 
 
@@ -405,7 +417,7 @@ class _PrefixTree(NamedTuple):
 
 
 class _AttentionSize(NamedTuple):
-    """Tokens of a forward pass, and the pairs of one of them with a key that it is compared with."""
+    """Tokens of a forward pass, and the query-key pairs whose attention scores it computes."""
 
     tokens: int
     pairs: int
@@ -448,7 +460,7 @@ def derive(experiment: Experiment, devices: int) -> Derived:
 
 
 def attention_flops(config: ModelConfig, pairs: int) -> int:
-    """Return the forward FLOPs of attention over `pairs` of a query and a key, in all layers.
+    """Return the forward FLOPs of attention over `pairs` query-key pairs, in all layers.
 
     Each pair takes 2·C FLOPs for its score and 2·C for its weighted value in every head.
     """
@@ -456,7 +468,7 @@ def attention_flops(config: ModelConfig, pairs: int) -> int:
 
 
 def model_config_of(experiment: Experiment) -> tuple[ModelConfig, str]:
-    """Return the policy's shape and where it was read from: `policy.path` if that exists here, else `policy.preset`.
+    """Return the policy's model config and its source: `policy.path` if that exists here, else `policy.preset`.
 
     Raises:
       UserError: the preset is unknown, or does not match the policy's config.json.
@@ -509,7 +521,7 @@ def _rpt_batch(experiment: Experiment, mesh: MeshSizes) -> RptBatch:
     # Each row of the update holds a prompt and as many of its responses as fit.
     responses_per_row = (training.microbatch_tokens - experiment.prompt.max_tokens) // experiment.rollout.max_new_tokens
     rows = training.prompts_per_step * math.ceil(samples / max(1, responses_per_row))
-    prompts_per_device = mesh.batch_share(training.prompts_per_step)
+    prompts_per_device = mesh.max_per_batch_shard(training.prompts_per_step)
     return RptBatch(
         prompts_per_step=training.prompts_per_step,
         rollouts_per_step=training.prompts_per_step * samples,
@@ -559,13 +571,13 @@ def _rpt_flops(experiment: Experiment, config: ModelConfig) -> RptFlops:
 def _reward_flops(experiment: Experiment, config: ModelConfig) -> int:
     """Return the FLOPs of the forward passes that the training reward takes beyond sampling."""
     tree = _rollout_tree(experiment)
-    needs = REWARDS[experiment.objective.reward].requirements
+    requirements = REWARDS[experiment.objective.reward].requirements
 
     def forward(size: _AttentionSize) -> int:
         return 2 * config.matmul_parameters * size.tokens + attention_flops(config, size.pairs)
 
-    prompt = (needs.prompt_passes - 1) * forward(tree.prefix_size)
-    responses = (needs.response_passes - 1) * forward(tree.branches_size)
+    prompt = (requirements.prompt_passes - 1) * forward(tree.prefix_size)
+    responses = (requirements.response_passes - 1) * forward(tree.branches_size)
     return (prompt + responses) * experiment.training.prompts_per_step
 
 
@@ -597,7 +609,7 @@ def _rpt_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) ->
 def _sampling_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> SamplingBytes:
     tree = _rollout_tree(experiment)
     kv_per_token = cache_bytes(config, experiment.policy.dtype)
-    # One replica samples its share of the prompts, with its share of the decode slots.
+    # Each replica samples an equal part of the prompts, with an equal part of the decode slots.
     prompts = -(-experiment.training.prompts_per_step // mesh.rollout_replicas)
     rollouts = prompts * tree.branches
     slots = min(-(-experiment.rollout.decode_slots // mesh.rollout_replicas) or rollouts, rollouts)
@@ -622,7 +634,7 @@ def _resharded_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSize
 
 
 def _forms_all_scores(experiment: Experiment) -> bool:
-    """Return whether all attention scores of a layer exist at one time."""
+    """Return whether all attention scores of a layer exist at once."""
     return experiment.policy.attention == "reference"
 
 
@@ -631,11 +643,14 @@ def _backward_bytes(
 ) -> BackwardBytes:
     """Return what a forward and backward pass over `count` trees per device saves, without parameters and gradients."""
     itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+
     # Saved per layer. Reference attention: its exponentials in float32 and its weights in the compute dtype. Everything else:
     # input and output of both norms, which compute in float32, and six products of the feed-forward block.
     pair_bytes = _forms_all_scores(experiment) * config.heads * (_FLOAT32_BYTES + itemsize) / mesh.tensor
     token_bytes = config.width * (6 * _FLOAT32_BYTES + 2 * itemsize) + 6 * config.ffn * itemsize / mesh.tensor
     saved = _AttentionSize(tokens=tree.tokens, pairs=tree.pairs)
+
+    # Without rematerialization, every layer saves all of this.
     layers = config.layers
     kept = 0
     if experiment.policy.remat != "none":
@@ -666,7 +681,7 @@ def _pretrain_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
     )
     tokens = pretrain.documents_per_step * tree.tokens
     attention = 3 * attention_flops(config, tree.pairs) * pretrain.documents_per_step
-    documents_per_device = mesh.batch_share(pretrain.documents_per_step)
+    documents_per_device = mesh.max_per_batch_shard(pretrain.documents_per_step)
     parameters = _FLOAT32_BYTES * config.parameters // mesh.weight_shards
     return PretrainSizes(
         documents_per_step=pretrain.documents_per_step,
@@ -690,7 +705,7 @@ def _score_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -
     window_flops = 2 * config.matmul_parameters * window_tokens + attention_flops(config, window_tokens**2)
     return ScoreSizes(
         windows_per_batch=windows,
-        windows_per_device=mesh.batch_share(windows),
+        windows_per_device=mesh.max_per_batch_shard(windows),
         tokens_per_batch=windows * window_tokens,
         flops_per_batch=windows * window_flops,
         corpus_bytes_per_token=_CORPUS_BYTES_PER_TOKEN,
@@ -753,7 +768,8 @@ _WEIGHTS = "policy, mesh.fsdp, mesh.tensor"
 
 
 def _policy_rows(derived: Derived) -> list[Row]:
-    policy, mesh = derived.policy, derived.mesh
+    policy = derived.policy
+    mesh = derived.mesh
     note = "" if mesh.devices == mesh.available else f"; {mesh.available} available, so this will not run here"
     devices = f"{mesh.devices} device{'s' * (mesh.devices > 1)}{note}"
     return [
@@ -815,9 +831,12 @@ def _flops_rows(flops: RptFlops) -> list[Row]:
 
 
 def _memory_rows(memory: RptMemory) -> list[Row]:
-    state, sampling, update = memory.state, memory.sampling, memory.update
+    state = memory.state
+    sampling = memory.sampling
+    update = memory.update
     prompts = f"policy, mesh, {_PROMPTS}, prompt.max_tokens"
     minibatches = f"{_WEIGHTS}, training.minibatches_per_step"
+    # Resident in the whole step.
     rows = [
         _bytes_row("per device: parameters and reference parameters", state.parameters_and_reference, _WEIGHTS),
         _bytes_row("per device: Adam moments", state.adam_moments, _WEIGHTS),
@@ -828,6 +847,7 @@ def _memory_rows(memory: RptMemory) -> list[Row]:
         )
     return [
         *rows,
+        # Sampling.
         _bytes_row("per token: keys and values", sampling.kv_per_token, "policy"),
         _bytes_row("per device: keys and values of prompts", sampling.prompt_kv, prompts),
         _bytes_row(
@@ -844,6 +864,7 @@ def _memory_rows(memory: RptMemory) -> list[Row]:
             memory.sampling_total,
             "state, resharded parameters, prompts, the larger of responses and scores",
         ),
+        # Update.
         _bytes_row("per device: gradients, accumulated and of a microbatch", update.gradients, _WEIGHTS),
         _bytes_row("per device: state before the step", update.state_before_step, minibatches),
         *_backward_rows(update.backward, _MICROBATCH),

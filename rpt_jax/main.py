@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -96,7 +97,8 @@ def load_experiment(argv: list[str]) -> Experiment:
     try:
         rest = flags.FLAGS(others)
     except flags.Error as error:
-        raise UserError(f"{error}. (Set a config field with --config.SECTION.FIELD=VALUE.)") from None
+        flag = f"--{error.flagname}" if isinstance(error, flags.UnrecognizedFlagError) else ""
+        raise UserError(f"{error}. (Set a config field with --config.SECTION.FIELD=VALUE.)", field=flag) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument '{rest[1]}': expected options of the form --NAME=VALUE.", field=rest[1])
     if _CONFIG.value is None:
@@ -135,6 +137,7 @@ def run(
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
 
+    # Check what costs nothing, then set up the devices and the workdir.
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
     context = context or RunContext()
@@ -155,7 +158,11 @@ def run(
 
 
 def run_with_processes(experiment: Experiment, workdir: Path) -> None:
-    """Call `run` as the flags say, as one process of possibly several, with stop signals handled."""
+    """Call `run` as the flags say, as one process of possibly several, with stop signals handled.
+
+    Raises:
+      UserError: as `run` does, or another process is missing or was started with another config.
+    """
     hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
     # All processes must agree on these.
     facts = {"--workdir": str(workdir), "--replay": _REPLAY.value, "jax": version("jax"), **dict(leaves(experiment))}
@@ -219,7 +226,7 @@ def exit_code_and_message(error: BaseException) -> tuple[int, str]:
             f"error: {error}. Fix this and rerun the same command to resume from the latest checkpoint."
         )
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped. Rerun the same command to resume from the latest checkpoint."
+        return 128 + signal.SIGINT, "stopped. Rerun the same command to resume from the latest checkpoint."
     return ExitCode.BUG, "".join(traceback.format_exception(error)).rstrip()
 
 
@@ -234,7 +241,7 @@ def ignore_late_writes(failure: sys.UnraisableHookArgs) -> None:
 
 def console_main() -> None:
     """Run the command line of this process and exit."""
-    # Hide the messages of the libraries below. Whatever fails in them also fails here, with a message.
+    # Hide the log of the libraries: a failure in one of them also raises an exception, whose message is printed.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = ignore_late_writes

@@ -53,8 +53,13 @@ COLD_START = "cold_start"  # The folder of the cold start in the workdir of a ru
 _TOKENIZER_BYTES = 2**26
 
 
+@jax.named_scope("loss")
 def mixed_loss(
-    policy: Transformer, params: Params, batch: dict[str, jax.Array], weights: tuple[float, float], chunk: int
+    policy: Transformer,
+    params: Params,
+    batch: dict[str, jax.Array],
+    weights: tuple[float, float],
+    logit_chunk_tokens: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted sum of the mean cross-entropies of document tokens and trace tokens (paper, Equation 1).
 
@@ -65,7 +70,7 @@ def mixed_loss(
       params: its parameters.
       batch: arrays of `ExampleMaker.make`, stacked.
       weights: of documents and of traces.
-      chunk: tokens whose logits exist at one time.
+      logit_chunk_tokens: tokens whose logits exist at once.
 
     Returns:
       The loss, and the metrics `loss/document` and `loss/trace` in nats per token.
@@ -80,7 +85,11 @@ def mixed_loss(
 
     def mean_nll(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         logprobs = token_logprobs(
-            head(policy, params), hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), 1.0, chunk
+            head(policy, params),
+            hidden.reshape(-1, hidden.shape[-1]),
+            targets.reshape(-1),
+            temperature=1.0,
+            logit_chunk_tokens=logit_chunk_tokens,
         )
         return -jnp.sum(logprobs * mask.reshape(-1)) / jnp.maximum(mask.sum(), 1)
 
@@ -89,7 +98,12 @@ def mixed_loss(
     return weights[0] * document + weights[1] * trace, {"loss/document": document, "loss/trace": trace}
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "optimizer", "weights", "chunk"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("policy", "optimizer", "weights", "logit_chunk_tokens"),
+    donate_argnames=("state",),
+)
+@jax.named_scope("update")
 def pretrain_step(
     policy: Transformer,
     optimizer: optax.GradientTransformation,
@@ -97,16 +111,26 @@ def pretrain_step(
     batch: dict[str, jax.Array],
     *,
     weights: tuple[float, float],
-    chunk: int,
+    logit_chunk_tokens: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one AdamW step on `mixed_loss`; return the state unchanged if a metric is not finite."""
-    loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, chunk=chunk)
+    """Take one AdamW step on `mixed_loss`; return the state unchanged if a metric is not finite.
+
+    Args:
+      policy, optimizer, weights, logit_chunk_tokens: static.
+      state: donated.
+      batch: arrays of `ExampleMaker.make`, stacked.
+
+    Returns:
+      The new state, and metrics by their names in metrics.jsonl.
+    """
+    loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, logit_chunk_tokens=logit_chunk_tokens)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     metrics["gradient/norm"] = optax.tree.norm(grads)
     metrics["update/norm"] = optax.tree.norm(updates)
     params: Any = optax.apply_updates(state.params, updates)
-    return if_finite(metrics, TrainState(params, optimizer_state), state), metrics
+    new_state = TrainState(params=params, optimizer=optimizer_state)
+    return if_finite(metrics, new_state, state), metrics
 
 
 def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext, *, replay: bool = False) -> None:
@@ -132,7 +156,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     policy, params, tokenizer = _load_or_init(experiment, workdir, mesh, context)
     documents = _training_documents(experiment.data, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
-    state = TrainState(params, init_optimizer(optimizer, params, mesh))
+    state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     maker = ExampleMaker(experiment, tokenizer, documents)
     stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
 
@@ -141,12 +165,14 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     checkpoints.register_with(context.signals)
     start = 0
     if restored := checkpoints.restore():
-        start, state, run = restored
-        stream.set_state(run["stream"])
+        start, state, saved = restored
+        stream.set_state(saved["stream"])
     checkpoints.stage(start, state, {"stream": stream.get_state()})
 
-    weights = (config.document_weight, config.trace_weight)
-    chunk = experiment.training.logit_chunk_tokens
+    step_options: dict[str, Any] = {
+        "weights": (config.document_weight, config.trace_weight),
+        "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
+    }
     last_step = recorded_step(workdir) if replay else total_steps
     with (
         MetricsWriter(workdir, start) as metrics,
@@ -162,7 +188,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer():
                 try:
-                    state, losses = pretrain_step(policy, optimizer, state, batch, weights=weights, chunk=chunk)
+                    state, losses = pretrain_step(policy, optimizer, state, batch, **step_options)
                     scalars = as_floats(step, jax.device_get(losses))
                 except FloatingPointError as error:
                     # The update returned the state unchanged. Save it with a record of the step. In a replay, JAX's own check may
@@ -227,7 +253,7 @@ def _load_or_init(
     """Load the policy of `policy.path`, or initialize one and train a tokenizer on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_starting_policy(experiment.policy, mesh)
-    path = workdir / "tokenizer.model"
+
     model_config = preset(experiment.policy.preset)
     vocab_size = experiment.pretrain.vocab_size
     if vocab_size != model_config.vocab:
@@ -236,6 +262,9 @@ def _load_or_init(
             f"{model_config.vocab}.",
             field="pretrain.vocab_size",
         )
+
+    # Train the tokenizer in one process: the others, and a run that resumes, load its file.
+    path = workdir / "tokenizer.model"
     if is_leader() and not path.exists():
         all_shards = dataclasses.replace(experiment.data, shard="")
         total = 2 * sum(shard.steps for shard in shards_to_prepare(all_shards))

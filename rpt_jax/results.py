@@ -16,14 +16,13 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import RolloutText, table
 from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.infra.workdir import RESULT
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.dynamic_sampling import first_prompts
 from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-RESULT = "result.json"
 
 
 def is_complete(workdir: Path) -> bool:
@@ -43,7 +42,7 @@ def is_complete(workdir: Path) -> bool:
 
 
 def write_result(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds: float, seed: int) -> None:
-    """Write `result.json`, the last file of a complete run, and print its tables.
+    """Write `result.json`, the last file of a complete run, and show its tables.
 
     Args:
       workdir: directory of the run.
@@ -70,7 +69,7 @@ def write_result(workdir: Path, before: dict[str, Any], after: dict[str, Any], s
 
 
 def show_evaluation(name: str, evaluation: dict[str, Any]) -> None:
-    """Print the accuracies of an evaluation with 95 % intervals and numbers of positions, by difficulty.
+    """Show a table of the accuracies of an evaluation with 95 % intervals and numbers of positions, by difficulty.
 
     Args:
       name: says which evaluation it is ("before", "after").
@@ -93,8 +92,8 @@ def show_evaluation(name: str, evaluation: dict[str, Any]) -> None:
 def _format_accuracy(accuracy: dict[str, Any]) -> str:
     if not accuracy["positions"]:
         return "no positions"
-    low, high = 100 * accuracy["low"], 100 * accuracy["high"]
-    return f"{100 * accuracy['accuracy']:.1f} ({low:.1f}-{high:.1f}), {accuracy['positions']}"
+    percent = {key: 100 * accuracy[key] for key in ("accuracy", "low", "high")}
+    return f"{percent['accuracy']:.1f} ({percent['low']:.1f}-{percent['high']:.1f}), {accuracy['positions']}"
 
 
 def rollout_texts(rewarded: RewardedRollouts, tokenizer: Tokenizer, count: int) -> list[RolloutText]:

@@ -34,6 +34,7 @@ from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.workdir import RESULT
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
@@ -44,7 +45,7 @@ from rpt_jax.pretrain import (
     pretrain,
     start_from_cold_start,
 )
-from rpt_jax.prompts.builder import PromptBuilder
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.prompts.selection import (
     PolicyEntropies,
     rescoring_is_due,
@@ -53,10 +54,11 @@ from rpt_jax.prompts.selection import (
     training_stream,
 )
 from rpt_jax.registry import REWARDS
-from rpt_jax.results import RESULT, is_complete, rollout_texts, show_evaluation, write_result
+from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
 from rpt_jax.rollout.metrics import rollout_metrics
+from rpt_jax.rollout.rollouts import SlotUsage
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
 from rpt_jax.tokenizers.files import read_tokenizer_files
@@ -78,21 +80,24 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     Raises:
       UserError: something that the user can fix.
       FloatingPointError: a metric is NaN or infinite.
+      Diverged: a rule of config section `divergence` is broken, and `divergence.action` is "stop".
     """
     if is_complete(workdir):
         logger.info("This run is complete: %s. Choose another --workdir to run it again.", workdir / RESULT)
         return
+    training = experiment.training
     clock = Clock(context.compile_times)
-    t = experiment.training
 
     def end_stage(stage: str) -> None:
         """Add the time since the last stage to `time/<stage>`, and tell the other processes that this one makes progress."""
         clock.lap(stage)
         context.heartbeat.beat(stage)
 
-    # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
+    # Refuse batches that do not fit the mesh before anything is loaded.
     check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     check_sampling(experiment, mesh)
+
+    # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
     if experiment.cold_start.total_steps:
         if not cold_start_is_complete(workdir):
             pretrain(cold_start_experiment(experiment), workdir / COLD_START, mesh, context, replay=replay)
@@ -102,23 +107,22 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         experiment = start_from_cold_start(experiment, workdir)
 
     # --- 2. Load the policy and the corpus, and build what the loop needs --------------------------
-    last_step = recorded_step(workdir) if replay else t.total_steps
+    objective = experiment.objective
+    last_step = recorded_step(workdir) if replay else training.total_steps
     setup = set_up(experiment, mesh, workdir, context)
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
     sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
     reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
     stream = training_stream(experiment, setup.prepared, setup.train, builder)
     evaluator = Evaluator(experiment, setup, sample, reward, builder)
-    optimizer = make_optimizer(experiment.optimizer, t.total_steps * t.minibatches_per_step)
+    optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
-    average = (
-        jax.tree.map(jnp.copy, setup.params) if REWARDS[experiment.objective.reward].requirements.average else None
-    )
-    state = TrainState(params, init_optimizer(optimizer, params, mesh), average)
-    objective = experiment.objective
-    limits = update_limits(experiment, num_batch_shards(mesh))
-    reference = setup.params if experiment.objective.kl != "none" else None
+    needs_average = REWARDS[objective.reward].requirements.average
+    average = jax.tree.map(jnp.copy, setup.params) if needs_average else None
+    state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh), average=average)
+    limits = update_limits(experiment, rows=num_batch_shards(mesh))
+    reference = setup.params if objective.kl != "none" else None
     counters = make_counters(experiment, setup)
     divergence = DivergenceMonitor(experiment.divergence)
 
@@ -130,13 +134,13 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
     last_rewarded: RewardedRollouts | None = None  # Rollouts of the last step, until they are shown.
-    own: PolicyEntropies | None = None  # Entropies under the current policy, for data.positions="self_entropy".
+    policy_entropies: PolicyEntropies | None = None  # Of the last rescoring, for data.positions="self_entropy".
     if restored := checkpoints.restore():
         step, state, saved = restored
         check_saved(step, saved, experiment, setup)
         if saved["own"]:
-            own = PolicyEntropies.from_state(saved["own"])
-            stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))
+            policy_entropies = PolicyEntropies.from_state(saved["own"])
+            stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
         divergence.restore(saved["divergence"])
@@ -157,14 +161,22 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             "scalars": scalars,
             "before": before,
             "evaluated": evaluator.counts,
-            "own": own.state() if own else None,
+            "own": policy_entropies.state() if policy_entropies else None,
         }
         checkpoints.stage(step, state, run)
+
+    def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SlotUsage, BatchSize]:
+        """Return rollouts of `weights` with their rewards, the utilization of the decode slots, and the tokens."""
+        rollouts, slot_usage = sample(weights, prompts, step)
+        jax.block_until_ready(rollouts)
+        end_stage("rollout")
+        rewarded = reward(state, prompts, rollouts, step)
+        return rewarded, slot_usage, counters.count_rollouts(rewarded.size())
 
     stage_checkpoint()
     with (
         MetricsWriter(workdir, step - 1) as metrics,
-        Progress("rpt", t.total_steps, step) as progress,
+        Progress("rpt", training.total_steps, step) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
     ):
@@ -177,10 +189,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
-            if last_rewarded and step % t.log_rollouts_every == 0:
+            if last_rewarded and step % training.log_rollouts_every == 0:
                 show_rollouts(f"step {step}", rollout_texts(last_rewarded, setup.tokenizer, count=2))
             last_rewarded = None
-            if step == t.total_steps:
+            if step == training.total_steps:
                 break
             if step >= last_step:
                 logger.info("Step %d was replayed, and all its metrics are finite.", step)
@@ -193,15 +205,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 
             # --- 5. Choose positions again with the current policy, if it is time ------------------
             if rescoring_is_due(experiment, step):
-                own = score_sample(
-                    experiment,
-                    setup.prepared,
-                    setup.train,
-                    Scorer(setup.policy, state.params, setup.tokenizer, setup.mesh, experiment).score,
-                    step,
-                )
-                stream.switch_order(training_order(experiment, setup.prepared, setup.train, own))
-                counters.count_scored(own.tokens)
+                scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
+                policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
+                stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
+                counters.count_scored(policy_entropies.tokens)
                 end_stage("refresh")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
@@ -209,25 +216,17 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("data")
             weights = sample.weights(state.params)
             end_stage("reshard")
-            rollouts, slot_usage = sample(weights, prompts, step)
-            jax.block_until_ready(rollouts)
-            end_stage("rollout")
-            rewarded = reward(state, prompts, rollouts, step)
-            generated = counters.count_rollouts(rewarded.size())
+            rewarded, slot_usage, generated = sample_and_reward(weights, prompts)
 
             # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
-            dynamic = step >= t.dynamic_sampling_from
+            dynamic = step >= training.dynamic_sampling_from
             rounds = 1
-            while dynamic and rounds < t.dynamic_sampling_rounds and not rewarded.all_vary():
+            while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
                 end_stage("reward")
-                prompts = next(stream)
-                rollouts, fresh_slot_usage = sample(weights, prompts, step)
-                jax.block_until_ready(rollouts)
-                end_stage("rollout")
-                fresh = reward(state, prompts, rollouts, step)
-                generated = generated.plus(counters.count_rollouts(fresh.size()))
+                fresh, fresh_slot_usage, fresh_generated = sample_and_reward(weights, next(stream))
                 rewarded = prefer_variance(rewarded, fresh)
                 slot_usage = slot_usage.plus(fresh_slot_usage)
+                generated = generated.plus(fresh_generated)
                 rounds += 1
             del weights  # The update needs the memory.
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, slot_usage)) | {"groups/rounds": rounds}
@@ -260,7 +259,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 8. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
             context.stop_if_requested(checkpoints.save_and_wait)
-            if step % experiment.checkpoint.every_steps == 0 and step < t.total_steps:
+            if step % experiment.checkpoint.every_steps == 0 and step < training.total_steps:
                 checkpoints.save()
             end_stage("checkpoint")
             profile.end_step(step)
@@ -335,16 +334,16 @@ def record_failure(workdir: Path, step: int, error: FloatingPointError, seed: in
     )
 
 
-def update_limits(experiment: Experiment, devices: int) -> UpdateLimits:
-    """Return the sizes of the update; each of `devices` runs one row of packed tokens at a time."""
-    training, rollout = experiment.training, experiment.rollout
+def update_limits(experiment: Experiment, rows: int) -> UpdateLimits:
+    """Return the sizes of the update, with `rows` packed rows per forward pass: one for each batch shard."""
+    training = experiment.training
     return UpdateLimits(
         minibatches=training.minibatches_per_step,
-        rows=devices,
+        rows=rows,
         microbatch_tokens=training.microbatch_tokens,
         logit_chunk_tokens=training.logit_chunk_tokens,
-        temperature=rollout.temperature,
-        max_new_tokens=rollout.max_new_tokens,
+        temperature=experiment.rollout.temperature,
+        max_new_tokens=experiment.rollout.max_new_tokens,
     )
 
 
@@ -353,7 +352,7 @@ def make_counters(experiment: Experiment, setup: Setup) -> Counters:
     objective = experiment.objective
     requirements = REWARDS[objective.reward].requirements
     passes = BatchSize(prompt_tokens=requirements.prompt_passes, response_tokens=requirements.response_passes)
-    # One more pass for the old log-probabilities, and one for those of the reference policy.
+    # Several minibatches need the log-probabilities from before the first one, and a KL term those of the reference policy.
     update_forward = (experiment.training.minibatches_per_step > 1) + (objective.kl != "none")
     return Counters(setup.policy.config.matmul_parameters, passes, update_forward)
 
@@ -380,8 +379,9 @@ def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollo
     rows = [setup.train[i] for i in to_host(rewarded.prompts.window_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
-    arrays = {"inputs_NxS": inputs, "targets_NxS": targets, "mask_NxS": np.arange(size) < lengths[:, None]}
-    return NextTokenBatch(**shard_prompts(arrays, setup.mesh))
+    mask = np.arange(size) < lengths[:, None]
+    inputs, targets, mask = shard_prompts((inputs, targets, mask), setup.mesh)
+    return NextTokenBatch(inputs_NxS=inputs, targets_NxS=targets, mask_NxS=mask)
 
 
 def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup: Setup) -> None:

@@ -15,13 +15,14 @@ from rpt_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return the exit code: 0, or 2 after an error of the user."""
+    """Run the command and return the exit code: 0, or 2 after a user error."""
     # Keep XLA's log lines out of the table.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.console import table
 
+    # One subcommand for each bench, with the options that its module adds.
     benches = {
         "rollout": rollout,
         "policy": policy,
@@ -40,17 +41,21 @@ def main(argv: list[str]) -> int:
         module.add_options(command)
         command.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args(argv[1:])
+
+    # Measure, and show the figures next to the machine that they depend on.
     try:
         columns, rows = benches[options.name].measure(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    here = machine()
-    table(f"bench {options.name}: {', '.join(f'{k} {v}' for k, v in here.items())}", columns, rows)
+    conditions = machine()
+    table(f"bench {options.name}: {', '.join(f'{k} {v}' for k, v in conditions.items())}", columns, rows)
+
+    # Write them to a file: one record per row, and the figures of a single row at the top level too.
     if options.json:
         figures = [dict(zip(columns, row, strict=True)) for row in rows]
         arguments = {k: str(v) for k, v in vars(options).items()}
-        record = {"machine": here, "options": arguments, "figures": figures}
+        record = {"machine": conditions, "options": arguments, "figures": figures}
         if len(figures) == 1:
             record |= figures[0]
         options.json.write_text(json.dumps(record, indent=2) + "\n")

@@ -62,9 +62,14 @@ def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, in
     def loss(params: Params, tokens_NxS: jax.Array) -> jax.Array:
         lengths_N = jnp.full(tokens_NxS.shape[0], tokens_NxS.shape[1], jnp.int32)
         hidden_MxD = prefill(policy, params, tokens_NxS, lengths_N)[0].reshape(-1, width)
-        return -token_logprobs(
-            head(policy, params), hidden_MxD, tokens_NxS.reshape(-1), 1.0, _LOGIT_CHUNK_TOKENS
-        ).mean()
+        logprobs_M = token_logprobs(
+            head(policy, params),
+            hidden_MxD,
+            tokens_NxS.reshape(-1),
+            temperature=1.0,
+            logit_chunk_tokens=_LOGIT_CHUNK_TOKENS,
+        )
+        return -logprobs_M.mean()
 
     start = time.perf_counter()
     lowered = jax.jit(jax.grad(loss)).lower(params, tokens)

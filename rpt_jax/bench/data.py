@@ -85,8 +85,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         rows, corpus = _measure_tokenizing(data, tokenizer, Path(folder) / "prepared")
         if not options.tokenizer:
             rows += _measure_scoring(options, data, corpus)
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    rows.append(["peak memory of a process", 0.0, max(usage) / 1e3, "MB"])
+    kilobytes = [resource.getrusage(kind).ru_maxrss for kind in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    rows.append(["peak memory of a process", 0.0, max(kilobytes) / 1e3, "MB"])
     return ["stage", "seconds", "figure", "unit"], rows
 
 
@@ -161,6 +161,7 @@ def _read_texts(path: Path) -> Iterator[str]:
 
 
 def _measure_tokenizer_alone(path: Path, tokenizer: Tokenizer) -> list[Any]:
+    """Encode the first texts of the corpus in memory."""
     texts = list(itertools.islice(_read_texts(path), _ALONE_TEXTS))
     size = sum(map(len, texts))
     encode = tokenizer.encode_ordinary
@@ -186,7 +187,9 @@ def _measure_full_batches(scorer: Scorer) -> list[list[Any]]:
     def forward(params: Params) -> jax.Array:
         hidden = prefill(policy, params, tokens, lengths)[0].reshape(tokens.size, -1)
         chunk_tokens = scorer.config.training.logit_chunk_tokens
-        return token_logprobs(head(policy, params), hidden, tokens.reshape(-1), 1.0, chunk_tokens)
+        return token_logprobs(
+            head(policy, params), hidden, tokens.reshape(-1), temperature=1.0, logit_chunk_tokens=chunk_tokens
+        )
 
     def score() -> None:
         scorer.score(list(ids))
@@ -197,6 +200,7 @@ def _measure_full_batches(scorer: Scorer) -> list[list[Any]]:
 
 
 def _measure_prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: PreparedCorpus, batches: int) -> list[Any]:
+    """Build `batches` batches of prompts at the training positions of a scored corpus."""
     windows = prepared.corpus.windows("train")
     stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
     order = position_order(stages, [], stage_prompts=0, batch=_PROMPTS_PER_BATCH, per_window=0, seed=0)

@@ -31,7 +31,7 @@ class Seconds(NamedTuple):
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Seconds]:
     """Time each call `repeats` times after one run that compiles it.
 
-    The calls take turns, so that other load on the machine affects all of them alike.
+    The calls take turns, so that other load on the machine affects all of them equally.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with Progress("repeat", repeats + 1) as progress:

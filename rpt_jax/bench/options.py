@@ -43,4 +43,4 @@ def add_compute_options(parser: argparse.ArgumentParser, remat: str, dtype: bool
 
 def add_logit_chunk_option(parser: argparse.ArgumentParser) -> None:
     """Add --logit-chunk-tokens."""
-    parser.add_argument("--logit-chunk-tokens", type=int, default=4096, help="tokens whose logits exist at one time")
+    parser.add_argument("--logit-chunk-tokens", type=int, default=4096, help="tokens whose logits exist at once")

@@ -56,6 +56,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     Raises:
       UserError: an option is invalid or not available on this platform.
     """
+    # The programs, and the product that measures the peak.
     config = chosen_model(options)
     policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), config)
     mesh = make_mesh(-1, 1, 1)
@@ -74,21 +75,33 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
             calls |= transformers_calls(config, options.batch, options.length, options.dtype)
         calls[_PEAK], peak_flops = matmul_call(options.dtype)
         seconds = interleaved(calls, options.repeats)
+
+    # Tokens and FLOPs per second.
     peak = peak_flops / seconds[_PEAK].fastest
     tokens = options.batch * options.length
+    flops = program_flops(config, options.batch, options.length) | {_PEAK: peak_flops}
     rows = []
     for name, s in seconds.items():
-        flops = peak_flops if name == _PEAK else _flops(name, config, options.batch, options.length)
         tokens_per_second = 0.0 if name == _PEAK else tokens / s.median
-        row = [*s, tokens_per_second, flops / s.median / 1e9, flops / s.median / peak]
-        rows.append([name, *map(round_to_4_digits, row)])
+        flops_per_second = flops[name] / s.median
+        figures = [s.median, s.fastest, s.slowest, tokens_per_second, flops_per_second / 1e9, flops_per_second / peak]
+        rows.append([name, *map(round_to_4_digits, figures)])
     return ["program", "seconds", "fastest", "slowest", "tokens/s", "GFLOP/s", "fraction of peak"], rows
 
 
 def policy_calls(
     policy: Transformer, params: Params, *, batch: int, length: int, microbatch: int, logit_chunk_tokens: int
 ) -> dict[str, Callable[[], Any]]:
-    """Return the three programs, on random tokens."""
+    """Return a call of each of the three programs, on random tokens.
+
+    Args:
+      policy: the policy.
+      params: its parameters.
+      batch: sequences.
+      length: tokens per sequence.
+      microbatch: sequences per pass; divides `batch`.
+      logit_chunk_tokens: tokens whose logits exist at once.
+    """
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, policy.config.vocab, (batch // microbatch, microbatch, length + 1)), jnp.int32)
     lengths_N = jnp.full(microbatch, length, jnp.int32)
@@ -132,11 +145,15 @@ def _microbatch(options: argparse.Namespace) -> int:
     return options.microbatch
 
 
-def _flops(name: str, config: ModelConfig, batch: int, length: int) -> float:
-    """Return the FLOPs of a program by its name."""
+def program_flops(config: ModelConfig, batch: int, length: int) -> dict[str, float]:
+    """Return the FLOPs of each program that `policy_calls` and `transformers_calls` return, by its name."""
     head_flops = 2.0 * config.vocab * config.width * batch * length
     pairs = batch * length * (length + 1) // 2
     forward = 2.0 * config.matmul_parameters * batch * length + attention_flops(config, pairs)
-    if "backward" in name:
-        return 3 * forward
-    return forward - head_flops if "prefill" in name else forward
+    return {
+        "forward": forward,
+        "forward and backward": 3 * forward,
+        "prefill": forward - head_flops,
+        "transformers: forward": forward,
+        "transformers: forward and backward": 3 * forward,
+    }

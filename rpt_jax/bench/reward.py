@@ -64,26 +64,30 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     Raises:
       UserError: the preset is unknown.
     """
+    # The responses, on the devices and as Python values.
     config = preset(options.preset)
     count = min(options.python, options.responses)
     responses = make_responses(options.responses, options.length, options.vocab)
-    *arrays, pieces = responses
+    arrays = responses._asdict()
+    pieces = arrays.pop("pieces")
     on_device = jax.device_put(arrays)
     rows = responses.tokens_PxGxT[:count, 0].tolist()
     sizes = [int(np.flatnonzero(boundaries)[0]) for boundaries in responses.boundaries_PxRp1[:count]]
     truths = [responses.reference_PxR[i, :size].tobytes() for i, size in enumerate(sizes)]
 
     def kernel() -> tuple[jax.Array, jax.Array]:
-        return prefix_match_reward(*on_device, _END_OF_THINKING)
+        return prefix_match_reward(**on_device, end_think_id=_END_OF_THINKING)
 
     def python() -> list[float]:
         return [python_reward(row, pieces, truth) for row, truth in zip(rows, truths, strict=True)]
 
+    # Both must give the same rewards before their times are compared.
     if np.asarray(kernel()[0])[:count, 0].tolist() != python():
         raise AssertionError("The kernel and the Python implementation give different rewards.")
     matmul, matmul_flops = matmul_call("float32" if jax.default_backend() == "cpu" else "bfloat16")
     seconds = interleaved({"kernel": kernel, "Python": python, "matmul": matmul}, options.repeats)
 
+    # Compare with the time of a training step.
     kernel_seconds = seconds["kernel"].median
     python_seconds = seconds["Python"].median * options.responses / count
     step_flops = 8.0 * config.matmul_parameters * options.responses * options.length

@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--decode-slots", type=int, default=0, help="rollouts that are live at once; 0: as many as fit")
-    parser.add_argument("--prefill-tokens", type=int, default=4096, help="tokens that are prefilled at one time")
+    parser.add_argument("--prefill-tokens", type=int, default=4096, help="tokens that are prefilled at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
 
@@ -150,7 +150,8 @@ def read_prompts(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            prompts_PxS, lengths_P = arrays["prompts"], arrays["lengths"]
+            prompts_PxS = arrays["prompts"]
+            lengths_P = arrays["lengths"]
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -177,7 +178,7 @@ def _parse_stop_ids(text: str) -> tuple[int, ...]:
 
 
 def _keys_read(rollouts: Rollouts, prompts: Prompts) -> int:
-    """Return the keys that decoding reads: those of a prompt or shared prefix once per step while a rollout of it is live."""
+    """Return how many keys decoding reads: those of a prompt or a root once per step while one of its rollouts is live."""
     lengths_PxG = np.asarray(rollouts.lengths_PxG).astype(np.int64)
     own = (lengths_PxG * (lengths_PxG - 1) // 2).sum()
     steps_P = lengths_PxG.max(axis=1)

@@ -55,14 +55,18 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         raise UserError(f"--steps={options.steps} must be at least 50.", field="--steps")
     if not sys.platform.startswith("linux"):
         raise UserError(f"bench soak runs on Linux only; this platform is {sys.platform}.")
+
+    # A separate process, so that the figures do not include the memory of this one.
     overrides = [f"--config.{field}" for field in (*_SMALLEST_RUN, f"training.total_steps={options.steps}")]
     with tempfile.TemporaryDirectory() as directory:
         workdir = Path(directory) / "run"
         command = [sys.executable, "-m", "rpt_jax.main", f"--config={options.config}", f"--workdir={workdir}"]
         code = subprocess.run([*command, *overrides], check=False).returncode
         if code:
-            raise UserError(f"The run exited with code {code}; its last message says why.")
+            raise UserError(f"the run exited with code {code}; its last message says why.", field="--config")
         lines = read_metrics(workdir / FILE_NAME)
+
+    # Compare the beginning with the end, without the steps that compile.
     settled = lines[len(lines) // 10 :]
     fifth = len(lines) // 5
     series = {name: [line[name] for line in settled] for name in _METRICS}

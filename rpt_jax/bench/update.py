@@ -60,6 +60,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
             f"{options.prompt_tokens + options.response_tokens}.",
             field="--microbatch-tokens",
         )
+
+    # The updates, and the product that measures the peak.
     config = chosen_model(options)
     batch = make_batch(options, config)
     calls = {
@@ -70,6 +72,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         calls |= transformers_update(config, batch, _BASELINE_MICROBATCH, autocast=options.compare == "autocast")
     calls[_PEAK], peak_flops = matmul_call(options.dtype)
     seconds = interleaved(calls, options.repeats)
+
+    # Tokens and FLOPs per second.
     peak = peak_flops / seconds[_PEAK].fastest
     tokens = batch.tokens_PxGxT.size
     rows = []
@@ -77,8 +81,9 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         prompts_per_group = 1 if name == "shared" else options.samples
         flops = peak_flops if name == _PEAK else update_flops(options, config, prompts_per_group)
         tokens_per_second = 0.0 if name == _PEAK else tokens / s.median
-        row = [*s, tokens_per_second, flops / s.median / 1e9, flops / s.median / peak]
-        rows.append([name, *map(round_to_4_digits, row)])
+        flops_per_second = flops / s.median
+        figures = [s.median, s.fastest, s.slowest, tokens_per_second, flops_per_second / 1e9, flops_per_second / peak]
+        rows.append([name, *map(round_to_4_digits, figures)])
     return ["update", "seconds", "fastest", "slowest", "response tokens/s", "GFLOP/s", "fraction of peak"], rows
 
 
@@ -164,7 +169,8 @@ def update_flops(options: argparse.Namespace, config: ModelConfig, prompts_per_g
     The trunk runs on all tokens, the head at response positions only; attention is causal.
     """
     head = config.vocab * config.width
-    prompt, response = options.prompt_tokens, options.response_tokens
+    prompt = options.prompt_tokens
+    response = options.response_tokens
     prompt_tokens = prompts_per_group * prompt
     response_tokens = options.samples * response
     pairs = prompts_per_group * prompt * (prompt + 1) // 2

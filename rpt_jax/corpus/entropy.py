@@ -110,6 +110,7 @@ def top_k_values(values_MxV: jax.Array, k: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "top_k", "logit_chunk_tokens"))
+@jax.named_scope("score")
 def score_batch(
     policy: Transformer,
     params: Params,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rpt_jax.errors import UserError
 
-# Process 0 listens here unless configured otherwise. JAX's coordination service uses the next port.
+# The port on which process 0 listens unless configured otherwise. JAX's coordination service uses the next port.
 PORT = 8476
 _JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -50,26 +50,36 @@ def find_hosts(
         return _parse_hosts(flags)
     if any(environ.get(name) for name in _JAX_VARIABLES):
         return _parse_hosts({name: environ.get(name) for name in _JAX_VARIABLES})
-    if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if _parse_int("SLURM_STEP_NUM_TASKS", environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         return _from_slurm(environ)
     return _from_tpu_slice(environ)
 
 
 def _parse_hosts(values: Mapping[str, str | int | None]) -> Hosts | None:
-    """Validate three named values: the address of process 0, the number of processes and the index of this process."""
+    """Return the hosts that three named values describe, None for a single process.
+
+    Args:
+      values: the address of process 0, the number of processes and the index of this process, in this order, by the names
+        to use in messages.
+
+    Raises:
+      UserError: a value is missing or out of range.
+    """
     missing = [name for name, value in values.items() if value in (None, "")]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} must be given as well: {', '.join(values)} are required together.",
             field=missing[0],
         )
-    (address_name, address), (processes_name, processes), (process_name, process) = values.items()
-    processes = _parse_int(processes_name, processes)
-    process = _parse_int(process_name, process)
+    address_name, processes_name, process_name = values
+    address = values[address_name]
+    processes = _parse_int(processes_name, values[processes_name])
+    process = _parse_int(process_name, values[process_name])
 
     host, colon, port = str(address).rpartition(":")
     if not colon:
-        host, port = port, str(PORT)
+        host = port
+        port = str(PORT)
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
         raise UserError(
             f"{address_name}={address} must be HOST:PORT of process 0, with a port from 1 to 65534.", field=address_name
@@ -87,6 +97,7 @@ def _parse_hosts(values: Mapping[str, str | int | None]) -> Hosts | None:
 
 
 def _parse_int(name: str, value: str | int | None) -> int:
+    """Return the integer value of a flag or a variable, 0 if it is not set. Raises: UserError."""
     try:
         return int(value or 0)
     except ValueError:
@@ -100,7 +111,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Hosts | None:
     """
     nodes = environ.get("SLURM_STEP_NODELIST", "")
     first_node = re.match(r"[^,\[]+(\[\d+)?", nodes)  # "node003" for "node[003-007,12],other".
-    port = 20000 + 2 * (int(environ.get("SLURM_JOB_ID") or 0) % 20000)
+    port = 20000 + 2 * (_parse_int("SLURM_JOB_ID", environ.get("SLURM_JOB_ID")) % 20000)
     return _parse_hosts(
         {
             "SLURM_STEP_NODELIST": f"{first_node[0].replace('[', '')}:{port}" if first_node else None,

@@ -94,6 +94,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     Raises:
       UserError: the sizes do not multiply to the number of devices, or `rollout_tensor` does not fit them.
     """
+    # Replace the size of -1 by what the other sizes leave.
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -108,6 +109,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     for name in unknown:
         sizes[name] = count // known
 
+    # Split off the axis that changes its role between training and rollouts.
     rollout_tensor = rollout_tensor or sizes["tensor"]
     fsdp_to_tp, tp_to_dp = resharding_axis_sizes(sizes["fsdp"], sizes["tensor"], rollout_tensor)
     shape = (sizes["data"], sizes["fsdp"] // fsdp_to_tp, fsdp_to_tp, tp_to_dp, sizes["tensor"] // tp_to_dp)
@@ -199,7 +201,7 @@ def check_batches(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int], table: Ma
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, split_rows: bool = False) -> Iterator[None]:
-    """Make `mesh` the current mesh, and `TRAINING` the table that logical axes are looked up in.
+    """Make `mesh` the current mesh, and `TRAINING` the table of logical axes.
 
     Args:
       mesh: the mesh of the run.
@@ -213,7 +215,7 @@ def use_mesh(mesh: Mesh, split_rows: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_one_replica() -> Iterator[None]:
-    """Look logical axes up in `DECODING` inside one replica, where the prompt axis is not split."""
+    """Make `DECODING` the table of logical axes inside one replica, where the prompt axis is not split."""
     if jax.sharding.get_abstract_mesh().empty:
         yield
         return

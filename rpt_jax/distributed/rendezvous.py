@@ -3,8 +3,8 @@
 `jax.distributed` ends a process with a stack trace that does not say which process failed, and its collectives wait forever for a
 process that never starts. Therefore every process keeps a TCP connection to process 0 and exchanges lines of JSON over it:
 
-1. Rendezvous: each process reports its index and its configuration. Process 0 answers when all have connected, or tells all of
-   them who is missing or differs.
+1. Rendezvous: each process reports its index and its configuration. Process 0 answers when all have connected, or sends all of
+   them an error that names the process that is missing or differs.
 2. Heartbeats: each process reports how far it has come. If no process makes progress for `stall_seconds`, all of them exit.
 3. Shutdown: when one process exits, all exit, with the same exit code and a message that names its host.
 
@@ -38,7 +38,7 @@ class Heartbeat:
     """Progress of this process, fed by the loops and watched by `Rendezvous`.
 
     Attributes:
-      count: number of stages that were completed.
+      count: number of completed stages.
       stage: name of the last one.
     """
 
@@ -124,7 +124,8 @@ def meet(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members
 
 
 def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members:
-    """As process 0, wait until all other processes have connected."""
+    """As process 0, wait until all other processes have connected; the arguments are those of `meet`."""
+    # Listen on the port that the other processes know.
     names = {0: socket.gethostname()}
     connections: dict[int, Connection] = {}
     try:
@@ -136,10 +137,11 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
             field="--coordinator",
         ) from None
 
+    # Accept the processes one by one, until all have reported or the first problem is found.
     start = time.monotonic()
     notified = False
     accepted: list[Connection] = []
-    problem = ""
+    problem: UserError | None = None
     with server:
         while len(names) < hosts.processes and not problem:
             missing = [str(process) for process in range(hosts.processes) if process not in names]
@@ -151,14 +153,15 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
                 report = connection.receive(_NOTICE_SECONDS)
                 problem = _mismatch(report, names, hosts.processes, facts)
                 accepted.append(connection)
-                if not problem and report is not None:
+                if problem is None and report is not None:
                     connections[report["process"]] = connection
                     names[report["process"]] = report["host"]
             except TimeoutError:
                 if time.monotonic() - start >= join_seconds:
-                    problem = (
+                    problem = UserError(
                         f"process 0 on {names[0]} waited {join_seconds:g} s (--join_seconds) for {awaited}, which did not "
-                        f"connect. Start all processes with --coordinator={hosts.address}:{hosts.port}, or change --processes."
+                        f"connect. Start all processes with --coordinator={hosts.address}:{hosts.port}, or change --processes.",
+                        field="--processes",
                     )
                 elif not notified:
                     logger.warning("process 0 on %s waits for %s on port %d.", names[0], awaited, hosts.port)
@@ -166,30 +169,40 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
             except (KeyError, TypeError, ValueError):
                 continue  # Not a process of this run, for example a port scanner.
 
+    # Tell all that have connected, so that they raise the same error.
     for connection in accepted:
         if problem:
-            connection.send(end=int(ExitCode.USER_ERROR), why=problem)
+            connection.send(end=int(ExitCode.USER_ERROR), why=str(problem), field=problem.field)
         else:
             connection.send(names=names)
     if problem:
-        raise UserError(problem)
+        raise problem
     return Members(names=names, connections=connections)
 
 
-def _mismatch(report: Any, names: Mapping[int, str], processes: int, facts: Mapping[str, Any]) -> str:
-    """Return a sentence on why a process cannot take part; "" if it can."""
+def _mismatch(report: Any, names: Mapping[int, str], processes: int, facts: Mapping[str, Any]) -> UserError | None:
+    """Return the error for a process that cannot take part; None if it can."""
     process = report["process"]
     name = f"process {process} on {report['host']}"
     if report["processes"] != processes:
-        return f"{name} was started as one of {report['processes']} processes, process 0 on {names[0]} as one of {processes}."
+        return UserError(
+            f"{name} was started as one of {report['processes']} processes, process 0 on {names[0]} as one of {processes}.",
+            field="--processes",
+        )
     if process in names:
-        return f"{name} was started twice, also on {names[process]}: every process needs its own --process."
+        return UserError(
+            f"{name} was started twice, also on {names[process]}: every process needs its own --process.",
+            field="--process",
+        )
     theirs = report["facts"]
     differing = sorted(fact for fact in facts.keys() | theirs.keys() if facts.get(fact) != theirs.get(fact))
     if not differing:
-        return ""
+        return None
     changes = "; ".join(f"{fact}: {theirs.get(fact)!r} there, {facts.get(fact)!r} here" for fact in differing[:5])
-    return f"{name} differs from process 0 on {names[0]} ({changes}): start all processes with the same command."
+    return UserError(
+        f"{name} differs from process 0 on {names[0]} ({changes}): start all processes with the same command.",
+        field=differing[0],
+    )
 
 
 def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members:
@@ -208,10 +221,11 @@ def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: flo
         ) from None
     if answer is None:
         raise UserError(
-            f"process 0 at {hosts.address}:{hosts.port} exited while {name} was waiting for the other processes."
+            f"process 0 at {hosts.address}:{hosts.port} exited while {name} was waiting for the other processes.",
+            field="--coordinator",
         )
     if "end" in answer:
-        raise UserError(answer["why"])
+        raise UserError(answer["why"], field=answer.get("field", ""))
     # Check the port of JAX's coordination service here: if JAX cannot reach it, it aborts with a stack trace.
     try:
         _connect(hosts.address, hosts.port + 1, name, join_seconds, time.monotonic() + join_seconds).close()
@@ -283,7 +297,8 @@ class Rendezvous:
         """Send heartbeats, and exit if no process makes progress."""
         while True:
             time.sleep(_HEARTBEAT_SECONDS)
-            count, stage = self._heartbeat.count, self._heartbeat.stage
+            count = self._heartbeat.count
+            stage = self._heartbeat.stage
             self._record(self._hosts.process, count, stage)
             for connection in self._connections.values():
                 connection.send(count=count, stage=stage)
@@ -404,9 +419,9 @@ def connect_processes(
     rendezvous = Rendezvous(hosts, members, heartbeat, stall_seconds)
     try:
         jax.distributed.initialize(
-            f"{hosts.address}:{hosts.port + 1}",
-            hosts.processes,
-            hosts.process,
+            coordinator_address=f"{hosts.address}:{hosts.port + 1}",
+            num_processes=hosts.processes,
+            process_id=hosts.process,
             initialization_timeout=math.ceil(join_seconds),
             # Only a fallback: `Rendezvous` notices a dead process earlier, and says which one it was.
             heartbeat_timeout_seconds=math.ceil(2 * stall_seconds) + 60,

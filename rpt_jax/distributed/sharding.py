@@ -200,6 +200,7 @@ def _check_divisible(
       abstract: tree of the parameters' shapes.
       field_of_axes: the field of config section `mesh` that sets the total size of these mesh axes.
     """
+    # Reduce each size to one that divides every parameter, and keep the first parameter that the requested one does not divide.
     sizes = mesh_fields(mesh)
     fitting = dict(sizes)
     problem = ""
@@ -216,6 +217,8 @@ def _check_divisible(
                 problem = f"mesh.{field}={sizes[field]} does not divide the {size} of parameter {name}"
     if not problem:
         return
+
+    # Complete the nearest mesh: all devices are used, and rollouts still fit the training layout.
     fitting["data"] = mesh.size // (fitting["fsdp"] * fitting["tensor"])
     if sizes["rollout_tensor"] <= sizes["tensor"]:
         fitting["rollout_tensor"] = math.gcd(fitting["rollout_tensor"], fitting["tensor"])

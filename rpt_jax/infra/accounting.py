@@ -28,9 +28,11 @@ class CompileTimes:
         self._programs = 0
 
     def start(self) -> None:
+        """Listen to JAX's compilation events."""
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def stop(self) -> None:
+        """Stop listening; the counts remain."""
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def __enter__(self) -> Self:
@@ -77,7 +79,7 @@ def memory_scalars() -> dict[str, float]:
 
     Every compiled program holds memory maps, of which Linux allows 65,530 per process.
     """
-    # Linux counts kilobytes here.
+    # Linux reports kilobytes.
     scalars = {"memory/peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     process = Path("/proc/self")
     if (process / "statm").exists():
@@ -95,6 +97,7 @@ class BatchSize(NamedTuple):
     response_tokens: int
 
     def plus(self, other: BatchSize) -> BatchSize:
+        """Return the size of both batches together."""
         return BatchSize(
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             response_tokens=self.response_tokens + other.response_tokens,
@@ -150,6 +153,10 @@ class Clock:
         return laps | self._compile_times.take() | {"time/step": sum(laps.values())} | memory_scalars()
 
 
+# The attributes of `Counters` that a checkpoint holds.
+_SAVED_COUNTS = ("generated", "discarded", "learned", "flops", "discarded_flops")
+
+
 class Counters:
     """Tokens and FLOPs of training so far; saved with every checkpoint.
 
@@ -161,6 +168,13 @@ class Counters:
       matmul_parameters: N.
       passes: forward passes over prompts and over responses before the update: sampling, and rewards that run the policy again.
       update_forward: forward passes of the update in addition to the one that is differentiated.
+
+    Attributes:
+      generated: response tokens of all rollouts.
+      discarded: those of rollouts that dynamic sampling discarded.
+      learned: response tokens that had a gradient.
+      flops: FLOPs of training.
+      discarded_flops: those of rollouts that dynamic sampling discarded.
     """
 
     def __init__(self, matmul_parameters: int, passes: BatchSize = _ONE_PASS, update_forward: int = 0):
@@ -210,6 +224,7 @@ class Counters:
         self.flops += 2.0 * self._matmul_parameters * tokens
 
     def scalars(self) -> dict[str, float]:
+        """Return the totals by their names in metrics.jsonl."""
         return {
             "tokens/generated_total": self.generated,
             "tokens/discarded_total": self.discarded,
@@ -220,7 +235,9 @@ class Counters:
 
     def state(self) -> dict[str, Any]:
         """Return the counts as JSON values, for `restore`."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: getattr(self, name) for name in _SAVED_COUNTS}
 
     def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        """Continue from the counts that `state` returned."""
+        for name in _SAVED_COUNTS:
+            setattr(self, name, state[name])

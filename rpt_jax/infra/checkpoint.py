@@ -213,7 +213,7 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
 
 
 def _raise_os_error(write: Callable[[], Any]) -> None:
-    """Call `write`. Raises: OSError, for whatever orbax raises (for example ValueError for a full disk)."""
+    """Call `write`. Raises: OSError, in place of any exception of orbax (a full disk, for example, is a ValueError)."""
     try:
         write()
     except Exception as error:  # noqa: BLE001

@@ -72,6 +72,7 @@ def _gpu(
     )
 
 
+# Memory, FLOP/s, memory speed, link speed, dimensions of the torus (TPU) or network speed (GPU), device kinds.
 CHIPS = {
     "v4": _tpu(30.75 * _GIB, 275e12, 1228e9, 100e9, 3, "TPU v4"),
     "v5e": _tpu(15.75 * _GIB, 197e12, 819e9, 100e9, 2, "TPU v5 lite"),

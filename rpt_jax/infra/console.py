@@ -36,6 +36,7 @@ class ConsoleHandler(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
         try:
             message = self.format(record)
             if record.levelno >= logging.WARNING:
@@ -50,7 +51,8 @@ class ConsoleHandler(logging.Handler):
 def console_logging() -> Iterator[None]:
     """Show the package's log messages on the console inside the block, from level INFO."""
     logger = logging.getLogger("rpt_jax")
-    level, propagate = logger.level, logger.propagate
+    level = logger.level
+    propagate = logger.propagate
     handler = ConsoleHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -37,13 +37,19 @@ class DivergenceMonitor:
         Raises:
           Diverged: a rule is newly broken, and `divergence.action` is "stop".
         """
+        # Update the means, which exist once the window is full.
         config = self._config
         for metric in _METRICS:
             self.recent[metric] = [*self.recent.get(metric, []), float(scalars[metric])][-config.window :]
         if len(self.recent["reward/mean"]) < config.window:
             return []
 
-        reward, entropy, mismatch = (sum(self.recent[metric]) / config.window for metric in _METRICS)
+        means = {metric: sum(self.recent[metric]) / config.window for metric in _METRICS}
+        reward = means["reward/mean"]
+        entropy = means["policy/entropy"]
+        mismatch = means["mismatch/mean"]
+
+        # Apply the rules.
         self.best_reward = max(self.best_reward, reward)
         reward_floor = config.reward_collapse * self.best_reward
         problems: dict[str, str] = {}
@@ -60,6 +66,7 @@ class DivergenceMonitor:
                 f"mismatch/mean {mismatch:.4g} > divergence.mismatch_ceiling={config.mismatch_ceiling:g}"
             )
 
+        # Report only rules that were kept in the step before.
         new = [
             f"step {step}, mean of {config.window} steps: {problem}"
             for metric, problem in problems.items()
@@ -75,6 +82,7 @@ class DivergenceMonitor:
         return {"recent": self.recent, "best_reward": self.best_reward, "broken": self.broken}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
         self.recent = dict(state["recent"])
         self.best_reward = state["best_reward"]
         self.broken = list(state["broken"])

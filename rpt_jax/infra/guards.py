@@ -26,6 +26,7 @@ class _CompilationFilter(logging.Filter):
         self._after_first_step = False
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Note the program and the shapes of a compilation; return whether to show the record."""
         if str(record.msg).startswith(COMPILATION_MESSAGE) and isinstance(record.args, tuple):
             program = str(record.args[0])
             shapes = [str(shape) for shape in tuple(record.args[1])]  # pyright: ignore[reportArgumentType]

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from rpt_jax.distributed.processes import is_leader
 from rpt_jax.errors import UserError
+from rpt_jax.infra.atomic_write import atomic_write
 
 FILE_NAME = "metrics.jsonl"
 
@@ -48,14 +49,24 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, float]]]:
         if scalars is None:
             raise UserError(
                 f"{path}:{number}: not a JSON object of finite numbers with an integer 'step'. "
+<<<<<<< HEAD
                 "Fix or delete that line, or start a new run in another workdir.",
                 field=str(path),
+=======
+                "Fix or delete that line, or start a new run in another --workdir.",
+                field="--workdir",
+>>>>>>> h/revb
             )
         if lines and scalars["step"] <= lines[-1][1]["step"]:
             raise UserError(
                 f"{path}:{number}: step {scalars['step']} follows step {lines[-1][1]['step']}, but steps must increase. Two runs "
+<<<<<<< HEAD
                 "may have written to this workdir at once; start a new run in another one.",
                 field=str(path),
+=======
+                "may have written to this workdir at once; start a new run in another --workdir.",
+                field="--workdir",
+>>>>>>> h/revb
             )
         lines.append((chunk, scalars))
     return lines
@@ -70,7 +81,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(
+<<<<<<< HEAD
             f"{path} is missing; expected the workdir of a run that has completed at least one step.", field=str(path)
+=======
+            f"{path} is missing; expected the workdir of a run that has completed at least one step.", field="--workdir"
+>>>>>>> h/revb
         )
     return [scalars for _, scalars in _read(path)]
 
@@ -139,6 +154,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(key, value, step)
 
     def close(self) -> None:
+        """Close the files."""
         if self._is_writer:
             self._file.close()
             self._tensorboard.close()
@@ -164,15 +180,7 @@ def as_floats(step: int, scalars: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _truncate(path: Path, resume_step: int) -> list[dict[str, float]]:
-    """Drop the lines after `resume_step` and return the scalars of the others.
-
-    The file is replaced atomically: a run that is killed meanwhile leaves either the old file or the new one.
-    """
+    """Drop the lines after `resume_step` and return the scalars of the others."""
     kept = [(raw, scalars) for raw, scalars in _read(path) if scalars["step"] <= resume_step]
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(raw + b"\n" for raw, _ in kept))
-        file.flush()
-        os.fsync(file.fileno())  # Otherwise a power cut after the rename can leave an empty file.
-    os.replace(temporary, path)
+    atomic_write(path, b"".join(raw + b"\n" for raw, _ in kept))
     return [scalars for _, scalars in kept]

@@ -14,12 +14,12 @@ import scipy.optimize
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+from rpt_jax.infra.workdir import RESULT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RESULT_NAME = "result.json"
 # Distinguishable by color-blind readers (Okabe and Ito), and by marker when printed in gray.
 COLORS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
 MARKERS = {"easy": "o", "medium": "s", "hard": "^"}
@@ -69,11 +69,11 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
       The curve with R² (one minus the residual sum of squares over that about the mean), or None if three parameters cannot be
       fitted: fewer than four different FLOPs, or an accuracy that never changes.
     """
+    # Relative to the geometric mean: C^-alpha of 1e20 FLOPs and more would put A and P* on very different scales.
     points = [(c, p) for c, p in zip(flops, accuracy, strict=True) if c > 0]
     if len({c for c, _ in points}) < 4 or len({p for _, p in points}) == 1:
         return None
     c_N, p_N = np.array(points, dtype=np.float64).T
-    # Relative to the geometric mean: C^-alpha of 1e20 FLOPs and more would put A and P* on very different scales.
     scale = np.exp(np.mean(np.log(c_N)))
     c_N = c_N / scale
 
@@ -86,6 +86,7 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
         power_N = c_N ** -np.exp(log_alpha)
         return np.stack([power_N, -a * power_N * np.log(c_N) * np.exp(log_alpha), np.ones_like(c_N)], axis=1)
 
+    # Fit A, log alpha and P* from several starting points, and keep the best.
     lower, upper = np.log(ALPHA_BOUNDS)
     fits = [
         # "dogbox" reaches the bounds exactly, which a P* of 0 or 1 lies on.
@@ -103,6 +104,8 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
         for start in _ALPHA_STARTS
     ]
     best = min(fits, key=lambda fit: fit.cost)
+
+    # Back to FLOPs, with the goodness of the fit.
     a, log_alpha, p_star = map(float, best.x)
     alpha = float(np.exp(log_alpha))
     residual = 2.0 * float(best.cost)
@@ -123,7 +126,7 @@ def write_plots(workdir: Path) -> list[Path]:
 
     workdir = Path(workdir)
     metrics = _Metrics(workdir / FILE_NAME)
-    direct = _base_accuracy(workdir / RESULT_NAME)
+    direct = _base_accuracy(workdir / RESULT)
     directory = workdir / "plots"
     directory.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
@@ -157,7 +160,7 @@ def write_entropy_plot(directory: Path, counts_N: np.ndarray, bin_width: float, 
         axes.axvline(float(threshold), color=color, linestyle=DASHES, label=f"{fraction:.1%} above {threshold} nats")
     axes.set_xlim(0, float(edges_N[np.flatnonzero(counts_N).max(initial=0)]) + bin_width)
     axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
-    _finish(axes, "How hard positions are", "share of positions (%)")
+    _finish(axes, "How hard positions are", "fraction of positions (%)")
     path = directory / "entropy.png"
     figure.savefig(path)
     return path
@@ -180,7 +183,11 @@ class _Metrics:
         self._lines = read_metrics(path)
         if not self._lines:
             raise UserError(
+<<<<<<< HEAD
                 f"{path} contains no complete step. Plots need a run with at least one step.", field=str(path)
+=======
+                f"{path} contains no complete step. Plots need a run with at least one step.", field="--workdir"
+>>>>>>> h/revb
             )
         self.last_step = max(1, self._lines[-1]["step"])
 
@@ -195,7 +202,11 @@ class _Metrics:
         if not columns_KxN.size:
             raise UserError(
                 f"{self._path} has no line with {' and '.join(keys)}. Only runs of task 'rpt' have plots.",
+<<<<<<< HEAD
                 field=str(self._path),
+=======
+                field="--workdir",
+>>>>>>> h/revb
             )
         return columns_KxN
 
@@ -207,7 +218,11 @@ class _Metrics:
             raise UserError(
                 f"{self._path} has no line with {x} and eval/reasoning/ of {', '.join(DIFFICULTIES)}. "
                 "Plots need at least one evaluation.",
+<<<<<<< HEAD
                 field=str(self._path),
+=======
+                field="--workdir",
+>>>>>>> h/revb
             )
         return found
 
@@ -216,7 +231,11 @@ def _base_accuracy(path: Path) -> dict[str, float]:
     """Return the accuracy of direct prediction before training in percent, by difficulty."""
     if not path.is_file():
         raise UserError(
+<<<<<<< HEAD
             f"{path} is missing. It is written at the end of a training run: let the run finish.", field=str(path)
+=======
+            f"{path} is missing. It is written at the end of a training run: let the run finish.", field="--workdir"
+>>>>>>> h/revb
         )
     try:
         direct = json.loads(path.read_bytes())["before"]["direct"]
@@ -225,7 +244,11 @@ def _base_accuracy(path: Path) -> dict[str, float]:
         raise UserError(
             f"{path} does not hold a number before.direct.DIFFICULTY.accuracy and .positions for each of "
             f"{', '.join(DIFFICULTIES)} ({type(error).__name__}: {error}). It is written at the end of a training run.",
+<<<<<<< HEAD
             field=str(path),
+=======
+            field="--workdir",
+>>>>>>> h/revb
         ) from error
 
 
@@ -292,7 +315,7 @@ def _plot_response_length(metrics: _Metrics) -> Figure:
     _curve(truncated, steps_N, 100 * fractions_N, color="#A23B3B")
     _step_axis(truncated, metrics)
     _finish(length, "Mean length of a response", "tokens")
-    _finish(truncated, "Responses cut off at the limit", "share (%)")
+    _finish(truncated, "Responses cut off at the limit", "fraction (%)")
     return figure
 
 

@@ -167,9 +167,8 @@ def end_with_parent() -> None:
 
     A parent that ends by `os._exit` or SIGKILL does not tell its children.
     """
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # A terminal sends SIGINT to all processes; the parent decides what to do.
+    # A terminal sends SIGINT to all processes; the parent decides what to do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("end_with_parent must be called in a process that multiprocessing started")

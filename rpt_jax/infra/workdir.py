@@ -1,4 +1,4 @@
-"""Run-directory lock and config-compatibility check."""
+"""The workdir of a run: its lock, the names of its files, and the check that a resumed run has the same config."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 RUN_CONFIG = "run_config.json"
 CHECKPOINTS = "checkpoints"
+RESULT = "result.json"
 _FORMAT_1_CONFIG = "config.json"
 _LOCK = "lock"  # An empty file; it stays after the run.
 _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: look this many times, one second apart.
 # Files that a run leaves in its workdir, which another run would resume from or overwrite.
-_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", "result.json", "tokenizer.model", "policy", "cold_start")
+_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", RESULT, "tokenizer.model", "policy", "cold_start")
 # Fields and sections that may change when a run is resumed. None of them changes what is learned from which data, except for the
 # number of steps and the precision, which are only ever changed on purpose.
 _MAY_CHANGE = (
@@ -191,7 +192,7 @@ def _check_unclaimed(workdir: Path) -> None:
         check_format({}, workdir / _FORMAT_1_CONFIG)
     if outputs := _outputs(workdir):
         raise UserError(
-            f"{outputs[0]} exists, but {workdir / RUN_CONFIG}, which would say what run made it, does not: choose another "
+            f"{outputs[0]} exists, but --workdir={workdir} has no {RUN_CONFIG} of the run that wrote it: choose another "
             "--workdir.",
             field="--workdir",
         )

@@ -85,6 +85,7 @@ def policy_gradient(
       reference: parameters of the KL term's reference policy; None without a KL term.
     """
     size = batch.tokens_PxGxT.shape[-1]
+    # Pack only the groups that contribute to the numerator.
     used_P = batch.counted_P
     if not _needs_all_groups(objective):
         used_P = (batch.advantages_PxG != 0).any(axis=1) & batch.counted_P
@@ -109,6 +110,7 @@ def policy_gradient(
         totals["mismatch_max"] = jnp.maximum(total_sums["mismatch_max"], sums["mismatch_max"])
         return jax.tree.map(jnp.add, total_grads, grads), totals
 
+    # The number of passes depends on the lengths of the responses, so this is a loop on the device.
     zero_grads = jax.tree.map(jnp.zeros_like, params)
     grads, sums = jax.lax.fori_loop(0, groups.passes, accumulate, (zero_grads, _zero_sums(objective)))
 
@@ -134,16 +136,29 @@ def loss_sums(
     """Return the contributions of some rows to the loss (numerator "loss", denominator "count") and to the metrics.
 
     The loss of a token is weight · policy loss + kl_weight · KL - entropy_weight · entropy.
+
+    Args:
+      policy, objective, limits: static.
+      params: parameters to differentiate by.
+      part: the rows.
+      reference: parameters of the KL term's reference policy; None without a KL term.
+
+    Returns:
+      Scalars, and the histogram of differences to the sampler's log-probabilities, int32 [len(_MISMATCH_EDGES) + 1].
     """
+    # Score the response tokens. With exactly on-policy updates, the old log-probabilities are the current ones.
     mask = part.mask_NxJxT
     size = mask.shape[-1]
     logprobs, entropies = row_scores(policy, limits, params, part.rows, size, entropies=objective.entropy_weight > 0)
     current = jax.lax.stop_gradient(logprobs)
     old = current if part.old_logprobs_NxJxT is None else part.old_logprobs_NxJxT
 
+    # The policy loss, weighted by the importance of each token under the sampler.
     clip_range = ClipRange(low=objective.clip_low, high=objective.clip_high, dual=objective.dual_clip)
     token = LOSSES[objective.loss].function(logprobs, old, part.advantages_NxJ[..., None], mask, clip_range)
-    terms, kept, sums = token.loss, mask, {}
+    terms = token.loss
+    kept = mask
+    sums: dict[str, jax.Array] = {}
     if objective.importance != "none":
         ratio = jnp.exp(jnp.where(mask, old - part.sampler_logprobs_NxJxT, 0.0))
         weights, accepted = IMPORTANCE_WEIGHTS[objective.importance].function(
@@ -152,6 +167,8 @@ def loss_sums(
         terms = weights * terms
         kept = mask & accepted
         sums["weight"] = jnp.sum(jnp.where(kept, weights, 0.0))
+
+    # Optional terms of the loss.
     if objective.kl != "none":
         assert reference is not None
         reference_logprobs, _ = row_scores(policy, limits, reference, part.rows, size)
@@ -164,6 +181,7 @@ def loss_sums(
         terms = terms - objective.entropy_weight * entropies
         sums["entropy"] = jnp.sum(jnp.where(kept, entropies, 0.0))
 
+    # Aggregate, and sum what the metrics need.
     token_weights, count = AGGREGATIONS[objective.aggregation].function(kept, limits.max_new_tokens)
     mismatch = jnp.abs(jnp.where(mask, current - part.sampler_logprobs_NxJxT, 0.0))
     histogram = jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)
@@ -188,9 +206,11 @@ def row_scores(
 
     Both are float32 [N, J, T] with T = `size`, and undefined after each response's length.
     """
-    tokens, positions = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
-    hidden, _ = policy.apply({"params": params}, tokens, positions, key_ranges=rows.key_ranges)
+    tokens_Nx1xW = rows.tokens_NxW[:, None]
+    positions_Nx1xW = rows.positions_NxW[:, None]
+    hidden_Nx1xWxD, _ = policy.apply({"params": params}, tokens_Nx1xW, positions_Nx1xW, key_ranges=rows.key_ranges)
 
+    @jax.named_scope("token_logprobs")
     def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         # The part of the chunk that belongs to this device's rows.
         logit_chunk_tokens = limits.logit_chunk_tokens * len(filled_N) // limits.rows
@@ -198,7 +218,7 @@ def row_scores(
         return over_row_chunks(fn, logit_chunk_tokens, filled_N, *arrays)
 
     # Under shard_map the gradient of the head is summed over devices once, and not after every chunk.
-    results = shard_map_batch(score, head(policy, params), rows.filled_N, hidden[:, 0], rows.targets_NxW)
+    results = shard_map_batch(score, head(policy, params), rows.filled_N, hidden_Nx1xWxD[:, 0], rows.targets_NxW)
     return jax.tree.map(lambda x_NxW: rows.split(x_NxW, size), results)
 
 

@@ -152,7 +152,8 @@ def pack_groups(
 
     Raises: ValueError, if a prompt and a response of maximum length do not fit in a row.
     """
-    (groups, prompt_size), (samples, response_size) = prompts_PxS.shape, tokens_PxGxT.shape[1:]
+    groups, prompt_size = prompts_PxS.shape
+    samples, response_size = tokens_PxGxT.shape[1:]
     size = row_size(min(microbatch_tokens, groups * (prompt_size - 1 + samples * response_size)))
     if size < prompt_size - 1 + response_size:
         raise ValueError(
@@ -182,12 +183,14 @@ def shared_prefixes(
     A prompt is its own root if there is none, or if root and tail together would take more than `max_tokens` tokens of
     a row.
     """
+    # The number of tokens that the prefixes of each pair of prompts have in common.
     prefix_P = lengths_P - 1
     itself_P = jnp.arange(len(lengths_P), dtype=jnp.int32)
     index_S = jnp.arange(prompts_PxS.shape[1], dtype=jnp.int32)
     differs_PxPxS = (prompts_PxS[:, None] != prompts_PxS) | (index_S >= prefix_P[:, None, None])
     differs_PxPxS |= index_S >= prefix_P[None, :, None]
     common_PxP = jnp.min(jnp.where(differs_PxPxS, index_S, len(index_S)), axis=-1)
+    # Pairs in which the second prompt may be the root of the first.
     candidate_PxP = (window_P[:, None] == window_P) & used_P & (2 * common_PxP >= prefix_P[:, None])
     candidate_PxP &= prefix_P + prefix_P[:, None] - common_PxP <= max_tokens
 
@@ -223,7 +226,8 @@ class _OpenRow(NamedTuple):
 
     @classmethod
     def empty(cls, row: jax.Array) -> _OpenRow:
-        zero, none = jnp.int32(0), jnp.int32(-1)
+        zero = jnp.int32(0)
+        none = jnp.int32(-1)
         return cls(
             row=row, left=zero, right=zero, responses=zero, prompt=none, tail_start=zero, root=none, root_start=zero
         )
@@ -267,17 +271,21 @@ def pack(
     }
 
     def place(row: _OpenRow, x: dict[str, jax.Array]) -> tuple[_OpenRow, dict[str, jax.Array]]:
+        # Open the next row if this one lacks space for the response and the parts of its prompt.
         needed = x["response_tokens"]
         needed += jnp.where(x["prompt"] != row.prompt, x["tail_tokens"], 0)
         needed += jnp.where(x["root"] != row.root, x["root_tokens"], 0)
         full = (row.left + row.right + needed > row_size) | (row.responses == row_responses)
         row = jax.tree.map(lambda new, old: jnp.where(full, new, old), _OpenRow.empty(row.row + 1), row)
 
-        opens_root, opens_tail = x["root"] != row.root, x["prompt"] != row.prompt
+        # Fill from the right: the root and the tail, unless the previous response in the row has the same.
+        opens_root = x["root"] != row.root
+        opens_tail = x["prompt"] != row.prompt
         right = row.right + jnp.where(opens_root, x["root_tokens"], 0)
         root_start = jnp.where(opens_root, row_size - right, row.root_start)
         right = right + jnp.where(opens_tail, x["tail_tokens"], 0)
         tail_start = jnp.where(opens_tail, row_size - right, row.tail_start)
+        # Fill from the left: the response.
         placed = {
             "row_R": jnp.where(x["used"], row.row, _NO_ROW),
             "start_R": row.left,
@@ -298,6 +306,7 @@ def pack(
         )
         return row, placed
 
+    # One response after the other: where one goes depends on all before it.
     _, placed_R = jax.lax.scan(place, _OpenRow.empty(jnp.int32(0)), inputs)
     row_R = placed_R["row_R"]
     rows = jnp.max(jnp.where(row_R == _NO_ROW, -1, row_R)) + 1
@@ -327,8 +336,11 @@ class _Segments(NamedTuple):
 @jax.named_scope("packing")
 def build_rows(groups: PackedGroups, first_row: jax.Array) -> Rows:
     """Build `groups.row_count` rows from row `first_row` on."""
-    n, size = groups.row_count, groups.row_size
-    packing, prefixes, lengths_P = groups.packing, groups.prefixes, groups.lengths_P
+    n = groups.row_count
+    size = groups.row_size
+    packing = groups.packing
+    prefixes = groups.prefixes
+    lengths_P = groups.lengths_P
     samples = groups.tokens_PxGxT.shape[1]
 
     # Responses of each row. The last index may occur several times because of clamping, a row has a response only once.

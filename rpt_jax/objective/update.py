@@ -55,6 +55,8 @@ def update_policy(
     Returns: the new state, and metrics by their names in metrics.jsonl.
     """
     initial = state
+
+    # Split the groups into minibatches. With several, all old log-probabilities are those before the first step.
     minibatches = jax.tree.map(lambda x: x.reshape(limits.minibatches, -1, *x.shape[1:]), batch)
     old = None
     if limits.minibatches > 1:
@@ -68,17 +70,21 @@ def update_policy(
             document_grads, loss = document_gradient(policy, limits, state.params, part.documents)
             grads = jax.tree.map(lambda g, d: g + objective.document_weight * d, grads, document_grads)
             metrics["loss/document"] = loss
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
         metrics["gradient/norm"] = optax.tree.norm(grads)
         metrics["update/norm"] = optax.tree.norm(updates)
-        return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer_state), metrics
+        return state._replace(params=params, optimizer=optimizer_state), metrics
 
+    # One optimizer step per minibatch. Metrics are means over the steps, numbers of tokens are sums.
     if limits.minibatches == 1:
         state, metrics = step(state, (batch, None))
     else:
         state, metrics = jax.lax.scan(step, state, (minibatches, old))
         totals = {name: metrics[name].sum() for name in ("update/tokens", "update/trunk_tokens")}
         metrics = jax.tree.map(jnp.mean, metrics) | totals
+
     if state.average is not None:
         state = state._replace(average=moving_average(state.average, state.params, objective.baseline_decay))
     return if_finite(metrics, state, initial), metrics

@@ -13,7 +13,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.preflight.costs import Times, estimate_times, trip_counts
 from rpt_jax.preflight.hlo import Traffic, traffic
-from rpt_jax.preflight.programs import Program, Step
+from rpt_jax.preflight.programs import Program, ProgramName, Step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import rollout_memory
 
@@ -43,6 +43,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return sum(self)
 
 
@@ -71,6 +72,7 @@ class ProgramReport(NamedTuple):
 
     @property
     def fits(self) -> bool:
+        """Whether the program compiles and its memory is within the limit."""
         return self.traffic is not None and self.memory.total <= self.limit
 
 
@@ -98,15 +100,15 @@ def check_programs(
         memory, text = _compile(program)
         seconds = time.perf_counter() - start
         program_flops = flops.get(program.name, 0.0)
-        moved = traffic(text, counts, hosts) if text is not None else None
+        program_traffic = traffic(text, counts, hosts) if text is not None else None
         report = ProgramReport(
             program=program.name,
             compile_seconds=seconds,
             memory=memory,
             limit=topology.chip.memory,
             flops=program_flops,
-            traffic=moved,
-            times=estimate_times(topology.chip, program_flops, moved) if moved else None,
+            traffic=program_traffic,
+            times=estimate_times(topology.chip, program_flops, program_traffic) if program_traffic else None,
             advice="",
         )
         if not report.fits:
@@ -118,10 +120,12 @@ def check_programs(
 
 
 def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
-    """Return which field would make a program fit, and its value by arithmetic."""
+    """Return which config field would make a program fit, and the value that it needs by arithmetic."""
     excess = report.memory.total - report.limit
     split_further = _split_further(step)
-    if report.program == "sample" and step.decoding:
+
+    # Sampling: decode fewer rollouts at once.
+    if report.program == ProgramName.SAMPLE and step.decoding:
         replicas = num_batch_shards(step.mesh, DECODING)
         slot_bytes = _bytes_per_slot(experiment, step)
         slots = step.decoding.slots // replicas - int(-(-excess // slot_bytes))
@@ -129,7 +133,9 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
             return f"no rollout.decode_slots is small enough: shorten prompts or responses, or {split_further}"
         change = f"rollout.decode_slots={slots * replicas} instead of {step.decoding.slots}"
         return f"set {change}, at {slot_bytes / GIB:.3g} GiB per slot"
-    if report.program == "update":
+
+    # Update: save fewer activations, then run fewer tokens per pass.
+    if report.program == ProgramName.UPDATE:
         if experiment.policy.remat != "full":
             return f"set policy.remat='full' instead of '{experiment.policy.remat}'"
         now = experiment.training.microbatch_tokens
@@ -138,7 +144,9 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
         if tokens >= least:
             return f"set training.microbatch_tokens={tokens} instead of {now}, by proportion"
         return f"set training.microbatch_tokens={least}, the least for a prompt and a response, and {split_further}"
-    if report.program == "score":
+
+    # Scoring: smaller batches.
+    if report.program == ProgramName.SCORE:
         now = experiment.data.score_batch_windows
         windows = int(now * (1 - excess / report.memory.temporaries))
         shards = num_batch_shards(step.mesh)
@@ -211,7 +219,8 @@ def _split_further(step: Step) -> str:
 
 def _bytes_per_slot(experiment: Experiment, step: Step) -> int:
     """Return the bytes per chip that one decode slot adds."""
-    rollout, mesh = experiment.rollout, step.mesh
+    rollout = experiment.rollout
+    mesh = step.mesh
     return rollout_memory(
         step.policy.config,
         experiment.policy.dtype,

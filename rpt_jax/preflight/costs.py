@@ -13,7 +13,7 @@ from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.packed import QUERY_PANEL_SIZES
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
-from rpt_jax.preflight.programs import Step
+from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.rollout.engine import live_sizes
 from rpt_jax.rollout.kv_cache import block_size
 
@@ -30,6 +30,7 @@ class Times(NamedTuple):
 
     @property
     def bound(self) -> str:
+        """Name of the longest part."""
         return max(self._fields, key=lambda name: getattr(self, name))
 
     @property
@@ -75,24 +76,27 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     """
     chips = step.mesh.size
     derived = derive(experiment, chips)
-    score, rpt = derived.score, derived.rpt
-    flops = {"score": score.flops_per_batch / chips if score else 0.0}
+    score = derived.score
+    rpt = derived.rpt
+    flops: dict[str, float] = {ProgramName.SCORE: score.flops_per_batch / chips if score else 0.0}
     if rpt is None:
         return flops
+
+    # The update: as `describe` counts it, with what is recomputed and what is repeated.
     update = (rpt.flops.update + rpt.flops.documents) / chips
     if experiment.policy.remat == "full":
         update *= 4 / 3  # Forward, recomputed forward and backward instead of forward and backward.
     tokens = experiment.training.prompts_per_step * rpt.tokens.shared_tokens_per_prompt
     update *= max(1.0, update_rows(experiment) * experiment.training.microbatch_tokens / tokens)
     return flops | {
-        "sample": rpt.flops.sampling / chips,
-        "training reward": rpt.flops.reward / chips,
-        "update": update,
+        ProgramName.SAMPLE: rpt.flops.sampling / chips,
+        ProgramName.TRAINING_REWARD: rpt.flops.reward / chips,
+        ProgramName.UPDATE: update,
     }
 
 
 def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]:
-    """Return the trip counts of data-dependent loops at full lengths, by the `jax.named_scope` that each stands in.
+    """Return the trip counts of data-dependent loops at full lengths, by the `jax.named_scope` around each.
 
     A scope with several loops has one count for each, in program order; the last count holds for all further loops.
     """
@@ -100,7 +104,8 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     prompt = experiment.prompt.max_tokens
     response = experiment.rollout.max_new_tokens
     samples = experiment.rollout.samples_per_prompt
-    # Sampling: each replica has its share of the prompts and of the decode slots.
+
+    # Sampling: each replica has an equal part of the prompts and of the decode slots.
     replicas = num_batch_shards(step.mesh, DECODING)
     prompts = -(-experiment.training.prompts_per_step // replicas)
     prefill_tokens = experiment.rollout.prefill_tokens
@@ -109,10 +114,12 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     slots = live_sizes(-(-step.decoding.slots // replicas), prompts * samples)[0] if step.decoding else 1
     waves = -(-prompts * samples // slots)
     own_blocks = -(-response // block_size(platform, response))
+
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
     # most keys: a prompt and, on average, half of a response.
     passes = -(-update_rows(experiment) // num_batch_shards(step.mesh))
     packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / BLOCK_SIZES[platform]
+
     return {
         # All slots are live until the last rollouts end; the loops over smaller batches have nothing left to do.
         "decode_loop": (waves * (response - 1), 0),

@@ -83,7 +83,7 @@ def traffic(text: str, trip_counts: Mapping[str, Sequence[float]], hosts: Sequen
 
     Args:
       text: optimized HLO, as returned by `Compiled.as_text()`.
-      trip_counts: trip counts of loops that end depending on the data, by the `jax.named_scope` that they stand in (see
+      trip_counts: trip counts of loops whose end depends on the data, by the `jax.named_scope` around them (see
         `loop_scope`). The n-th loop of a scope has the n-th count; the last count holds for all further loops.
       hosts: host number of each device of the mesh, in mesh order.
     """
@@ -91,7 +91,7 @@ def traffic(text: str, trip_counts: Mapping[str, Sequence[float]], hosts: Sequen
 
 
 def loop_scope(op_name: str, scopes: Mapping[str, object] | Sequence[str]) -> str | None:
-    """Return the one of `scopes` that a loop stands in directly, None if it stands in none of them.
+    """Return the one of `scopes` that is directly around a loop, None if none of them is.
 
     Args:
       op_name: the loop's `op_name` in the HLO metadata, a path of scopes and primitives such as
@@ -121,6 +121,7 @@ class _Reader:
         self._trip_counts, self._unknown_loops = self._count_trips(trip_counts)
 
     def total(self) -> Traffic:
+        """Return the traffic of the whole program."""
         memory = 0.0
         for count, instruction, computation in self._executed(self._entry, 1.0):
             memory += count * self._memory_bytes(instruction, computation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,11 +45,22 @@ _LONGEST_TOKEN_BYTES = 128
 _SPECIAL_TOKENS = 4
 
 
+class ProgramName(enum.StrEnum):
+    """Names of the programs in tables and JSON, in execution order."""
+
+    SCORE = "score"
+    RESHARD = "reshard"
+    SAMPLE = "sample"
+    REWARD = "reward"
+    TRAINING_REWARD = "training reward"
+    UPDATE = "update"
+
+
 class Program(NamedTuple):
     """A program of a step.
 
     Attributes:
-      name: name in tables and JSON.
+      name: one of `ProgramName`.
       lower: traces the program; call it in the context of its mesh.
       resident_bytes: bytes per device of arrays that live while it runs but are not among its arguments.
     """
@@ -139,7 +151,8 @@ def _rpt_programs(
     experiment: Experiment, policy: Transformer, params: Any, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding
 ) -> list[Program]:
     """Return the programs of a step of task "rpt", in the order and with the array lifetimes of `train.train`."""
-    training, objective = experiment.training, experiment.objective
+    training = experiment.training
+    objective = experiment.objective
 
     # Abstract arrays of the run.
     optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
@@ -158,7 +171,8 @@ def _rpt_programs(
         return sample_rollouts.lower(policy, rollout_params, prompts, _key(), decoding, box_vocab)
 
     def lower_reward() -> jax.stages.Lowered:
-        rollouts, prompts = sampled.rollouts, sampled.prompts
+        rollouts = sampled.rollouts
+        prompts = sampled.prompts
         ended = rollouts.ended_PxG
         return prefix_match_reward.lower(
             rollouts.tokens_PxGxT,
@@ -166,7 +180,8 @@ def _rpt_programs(
             jax.ShapeDtypeStruct(ended.shape, bool, sharding=ended.sharding),
             prompts.reference_PxR,
             prompts.boundaries_PxRp1,
-            *vocab,
+            vocab.bytes_VxX,
+            vocab.lengths_V,
             tokenizer.end_think_id,
         )
 
@@ -188,31 +203,49 @@ def _rpt_programs(
     programs = []
     if reshard:
         programs.append(
-            Program(name="reshard", lower=lambda: reshard.lower(params), resident_bytes=run_bytes - param_bytes)
+            Program(
+                name=ProgramName.RESHARD, lower=lambda: reshard.lower(params), resident_bytes=run_bytes - param_bytes
+            )
         )
     programs.append(
-        Program(name="sample", lower=lower_sample, resident_bytes=run_bytes - (0 if reshard else param_bytes))
+        Program(name=ProgramName.SAMPLE, lower=lower_sample, resident_bytes=run_bytes - (0 if reshard else param_bytes))
     )
-    programs.append(Program(name="reward", lower=lower_reward, resident_bytes=run_bytes + resharded_bytes))
+    programs.append(Program(name=ProgramName.REWARD, lower=lower_reward, resident_bytes=run_bytes + resharded_bytes))
     if not is_prefix_match(objective):
         resident = run_bytes + resharded_bytes - bytes_per_device((params, average))
-        programs.append(Program(name="training reward", lower=lower_training_reward, resident_bytes=resident))
+        programs.append(Program(name=ProgramName.TRAINING_REWARD, lower=lower_training_reward, resident_bytes=resident))
     reference_bytes = param_bytes if objective.kl != "none" else 0
     resident = run_bytes - bytes_per_device(state) - reference_bytes + bytes_per_device(sampled)
-    programs.append(Program(name="update", lower=lower_update, resident_bytes=resident))
+    programs.append(Program(name=ProgramName.UPDATE, lower=lower_update, resident_bytes=resident))
     return programs
 
 
 def _score_program(experiment: Experiment, policy: Transformer, params: Any, mesh: Mesh) -> Program:
-    windows, size = experiment.data.score_batch_windows, experiment.data.max_document_tokens
+    """Return the program that scores a batch of windows of full length."""
+    windows = experiment.data.score_batch_windows
+    size = experiment.data.max_document_tokens
 
     def lower() -> jax.stages.Lowered:
+<<<<<<< HEAD
         tokens, lengths = _ids(windows, size), _ids(windows)
         rows = abstract_prompts((tokens, tokens, lengths), mesh)
         sizes = {"top_k": experiment.data.entropy_top_k, "logit_chunk_tokens": experiment.training.logit_chunk_tokens}
         return score_batch.lower(policy, params, *rows, **sizes)
+=======
+        tokens = _ids(windows, size)
+        inputs_NxS, targets_NxS, lengths_N = abstract_prompts((tokens, tokens, _ids(windows)), mesh)
+        return score_batch.lower(
+            policy,
+            params,
+            inputs_NxS=inputs_NxS,
+            targets_NxS=targets_NxS,
+            lengths_N=lengths_N,
+            top_k=experiment.data.entropy_top_k,
+            logit_chunk_tokens=experiment.training.logit_chunk_tokens,
+        )
+>>>>>>> h/revb
 
-    return Program(name="score", lower=lower, resident_bytes=0)
+    return Program(name=ProgramName.SCORE, lower=lower, resident_bytes=0)
 
 
 def _resharded_params(policy: Transformer, params: Any, mesh: Mesh, reshard: Any) -> Any:
@@ -226,8 +259,10 @@ def _resharded_params(policy: Transformer, params: Any, mesh: Mesh, reshard: Any
 
 def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> RewardedRollouts:
     """Return the abstract prompts, rollouts and rewards of a step, sharded over the mesh."""
-    p, g = experiment.training.prompts_per_step, experiment.rollout.samples_per_prompt
-    t, r = experiment.rollout.max_new_tokens, experiment.prompt.reference_bytes
+    p = experiment.training.prompts_per_step
+    g = experiment.rollout.samples_per_prompt
+    t = experiment.rollout.max_new_tokens
+    r = experiment.prompt.reference_bytes
     prompts = PromptBatch(
         tokens_PxS=_ids(p, experiment.prompt.max_tokens),
         lengths_P=_ids(p),
@@ -251,8 +286,8 @@ def _abstract_rollouts(experiment: Experiment, mesh: Mesh) -> RewardedRollouts:
 
 def _update_batch(experiment: Experiment, sampled: Any) -> UpdateBatch:
     """Return the abstract batch of an update on abstract rollouts."""
-    prompts, rollouts = sampled.prompts, sampled.rollouts
-
+    prompts = sampled.prompts
+    rollouts = sampled.rollouts
     documents = None
     if experiment.objective.document_weight:
         ids = _ids(*prompts.lengths_P.shape, experiment.data.max_document_tokens)

@@ -15,12 +15,12 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
 from rpt_jax.preflight.costs import flops_per_chip
-from rpt_jax.preflight.programs import Step, make_step
+from rpt_jax.preflight.programs import ProgramName, Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
 from rpt_jax.setup import check_sampling, mesh_from_config
 
-_BEFORE_FIRST_STEP = ("score",)  # Programs that do not run in every step.
+_BEFORE_FIRST_STEP = (ProgramName.SCORE,)  # Programs that do not run in every step.
 
 
 def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
 
 
 def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
-    """Return the experiment as it can be compiled here: without a GPU, blockwise attention replaces a GPU's kernel.
+    """Return the experiment in the form that is compiled: without a GPU, blockwise attention replaces a GPU's kernel.
 
     Raises:
       UserError: preflight does not support the task.
@@ -83,7 +83,7 @@ def check_mesh(
     with use_mesh(mesh, experiment.mesh.split_rows):
         step = make_step(experiment, mesh, int(USABLE * topology.chip.memory))
         step = step._replace(programs=tuple(p for p in step.programs if only in ("", p.name)))
-    # Outside of the mesh's context, since this runs an operation or two and the devices of the mesh may not exist here.
+    # Outside of the mesh's context: this evaluates the learning-rate schedule, and the devices of the mesh may not exist here.
     flops = flops_per_chip(experiment, step)
     with use_mesh(mesh, experiment.mesh.split_rows):
         return step, check_programs(experiment, step, topology, flops)
@@ -132,6 +132,8 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
     axes = " x ".join(f"{name} {size}" for name, size in mesh_fields(mesh).items())
     slots = f", {step.decoding.slots} decode slots" if step.decoding else ""
     where = f"{topology.name}, {axes}{slots}"
+
+    # Memory, all programs.
     rows = [
         (
             report.program,
@@ -145,13 +147,17 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
     sizes = [f"{kind}, GiB" for kind in (*Memory._fields, "total")]
     columns = ["program", "compiled in s", *sizes, f"of {reports[0].limit / GIB:.4g} GiB"]
     table(f"Memory per chip: {where}", columns, rows)
+
+    # Time, of the programs that compile.
     rows = [
         (
             report.program,
             report.flops / 1e12,
             report.traffic.memory / 1e9,
             sum(report.traffic.sent.values()) / 1e9,
-            *report.times,
+            report.times.compute,
+            report.times.memory,
+            report.times.network,
             report.times.bound,
         )
         for report in reports
@@ -159,6 +165,8 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
     ]
     columns = ["program", "TFLOPs", "GB of memory", "GB sent", "s compute", "s memory", "s network", "bound by"]
     table(f"Estimated time per chip: {where}", columns, rows)
+
+    # Collectives, of each program the one that sends most first.
     rows = [
         (
             report.program,
@@ -178,6 +186,7 @@ def show(experiment: Experiment, topology: Topology, mesh: Mesh, step: Step, rep
 
 
 def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[ProgramReport]) -> None:
+    """Print how the figures were obtained, advice for the programs that do not fit, and whether the run fits."""
     print(
         "\nFLOPs come from a formula; bytes and collectives come from the compiled programs, with loops counted as often as they "
         "run at full prompt and response lengths. Times are estimates at published figures: the longest part counts."

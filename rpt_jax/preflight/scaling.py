@@ -57,7 +57,7 @@ SCALINGS: dict[str, Callable[[Run], float]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run the command and return the exit code: 0, or 2 after an error of the user."""
+    """Run the command and return the exit code: 0, or 2 after a user error."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight.scaling", description=description)
     parser.add_argument("runs", type=Path, nargs="+", help="records written by preflight --json")
@@ -108,12 +108,10 @@ def read_run(path: Path) -> Run:
 
 def plot(runs: list[Run], path: Path) -> None:
     """Plot each quantity over the number of chips, with one line for strong and one for weak scaling."""
-    import matplotlib
+    from matplotlib.figure import Figure  # Not pyplot, which would replace the backend of a notebook.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(_QUANTITIES), figsize=(4 * len(_QUANTITIES), 3.2), layout="constrained")
+    figure = Figure(figsize=(4 * len(_QUANTITIES), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(_QUANTITIES), squeeze=False)[0]
     for panel, (name, get) in zip(panels, _QUANTITIES.items(), strict=True):
         for scaling, key in SCALINGS.items():
             line = sorted(largest_group(runs, key), key=lambda run: run.chips)

@@ -14,7 +14,7 @@ from rpt_jax.distributed.mesh import make_mesh, mesh_fields
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, ProgramReport
-from rpt_jax.preflight.programs import Step
+from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.preflight.report import as_result, check_mesh, check_split, devices, fits, for_topology, step_seconds
 from rpt_jax.preflight.topology import Topology
 
@@ -42,6 +42,7 @@ class Trial(NamedTuple):
 
     @property
     def fits(self) -> bool:
+        """Whether every program of the step compiles and fits."""
         return bool(self.reports) and fits(self.reports)
 
 
@@ -51,6 +52,7 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     Raises:
       UserError: no mesh of the topology divides the policy and the batches.
     """
+    # Compile for each mesh. That takes minutes, so report progress.
     experiment = for_topology(experiment, topology)
     trials = []
     for mesh in meshes(experiment, topology):
@@ -61,6 +63,8 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
             f"--topology={topology.name}: no mesh of {topology.chips} chips divides the policy and the batches.",
             field="--topology",
         )
+
+    # Compare.
     columns = [
         "data x fsdp x tensor, rollout",
         "decode slots",
@@ -73,6 +77,7 @@ def sweep(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     ]
     table(f"Meshes of {topology.name}, estimated times", columns, [_row(trial) for trial in trials])
 
+    # Recommend the fastest mesh that fits.
     best = min((t for t in trials if t.fits), key=lambda t: step_seconds(t.reports), default=None)
     result: dict[str, Any] = {"fits": best is not None, "topology": topology.name, "recommended": None}
     if best and best.step:
@@ -106,24 +111,26 @@ def meshes(experiment: Experiment, topology: Topology) -> Iterator[Mesh]:
 
 def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
     """Compile all programs for a mesh, and sampling again with fewer decode slots until it fits."""
+    # Do not compile what is known to be too large.
     needed = derive(experiment, mesh.size).peak_bytes_per_device
     if needed > topology.chip.memory:
         return Trial(mesh=mesh, step=None, reports=[], note=f"needs {needed / GIB:.0f} GiB by arithmetic alone")
+
     rollouts = experiment.training.prompts_per_step * experiment.rollout.samples_per_prompt
     trial = Trial(mesh=mesh, step=None, reports=[], note="")
     for divisor in _SLOT_DIVISORS if experiment.task == "rpt" else _SLOT_DIVISORS[:1]:
         rollout = dataclasses.replace(experiment.rollout, decode_slots=rollouts // divisor)
         candidate = dataclasses.replace(experiment, rollout=rollout)
         # Decode slots change the sampling program alone: keep the reports of the others.
-        only = "sample" if trial.reports else ""
+        only = ProgramName.SAMPLE if trial.reports else ""
         try:
             step, reports = check_mesh(candidate, topology, mesh, only)
         except UserError as error:
             trial = trial._replace(note=str(error).split(":")[0])
             continue
-        unchanged = [report for report in trial.reports if report.program != "sample"]
+        unchanged = [report for report in trial.reports if report.program != ProgramName.SAMPLE]
         trial = Trial(mesh=mesh, step=step, reports=[*unchanged, *reports], note="")
-        if [report.program for report in trial.reports if not report.fits] != ["sample"]:
+        if [report.program for report in trial.reports if not report.fits] != [ProgramName.SAMPLE]:
             break
     advice = [f"{report.program}: {report.advice}" for report in trial.reports if not report.fits]
     return trial._replace(note="; ".join(advice) or trial.note)
@@ -134,8 +141,8 @@ def _with_mesh(experiment: Experiment, mesh: Mesh) -> Experiment:
 
 
 def _format_mesh(mesh: Mesh) -> str:
-    *sizes, rollout_tensor = mesh_fields(mesh).values()
-    return f"{' x '.join(map(str, sizes))}, {rollout_tensor}"
+    sizes = mesh_fields(mesh)
+    return f"{sizes['data']} x {sizes['fsdp']} x {sizes['tensor']}, {sizes['rollout_tensor']}"
 
 
 def _format_outcome(trial: Trial) -> str:
@@ -150,8 +157,8 @@ def _row(trial: Trial) -> tuple[Any, ...]:
         trial.step.decoding.slots if trial.step and trial.step.decoding else "-",
         "yes" if trial.fits else "no",
         f"{peak:.0%}" if trial.reports else "-",
-        seconds.get("sample", "-"),
-        seconds.get("update", "-"),
+        seconds.get(ProgramName.SAMPLE, "-"),
+        seconds.get(ProgramName.UPDATE, "-"),
         f"{step_seconds(trial.reports):.4g}" if trial.fits else "-",
         trial.note,
     )

@@ -31,6 +31,7 @@ class Topology(NamedTuple):
 
     @property
     def chip(self) -> Chip:
+        """Published figures of the chip."""
         return CHIPS[self.kind]
 
     @property
@@ -40,6 +41,7 @@ class Topology(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The topology as it is written for `--topology`."""
         return f"{self.kind}:{'x'.join(map(str, self.sizes))}"
 
     @property

@@ -1,4 +1,4 @@
-"""Training rewards by name: Equation 3 and Appendix A of the paper, rewards of other papers, and additive terms.
+"""Training rewards by name: Equation 3 and Appendix A of the paper, rewards of other papers, and additional terms.
 
 A reward is a function of `RewardInputs`, whose methods run the forward passes that a reward needs. Probabilities are
 those of the policy at temperature 1.
@@ -167,7 +167,13 @@ class RewardInputs:
 
     @jax.named_scope("branch_logprobs")
     def _branch_logprobs(self, params: Params, **arrays: jax.Array) -> jax.Array:
-        """Return the log-probabilities of `targets`, which are in `branches` from `begin` on, pass by pass."""
+        """Return the log-probability of every target, float32 [P, G, K], pass by pass.
+
+        Args:
+          params: parameters of the policy that scores.
+          arrays: `prompts_PxS` and `lengths_P`, the prompts; `branches_PxGxE`, int32 ids that continue them; `begin_PxG`,
+            int32 index of the first target in its branch; `targets_PxGxK`, int32 ids to score.
+        """
 
         def score(arrays: dict[str, jax.Array]) -> jax.Array:
             hidden = branch_hidden(
@@ -193,7 +199,7 @@ class RewardInputs:
 
 
 def total_reward(inputs: RewardInputs, budget: jax.Array) -> jax.Array:
-    """Return the configured reward with its additive terms, float32 [P, G].
+    """Return the configured reward with its additional terms, float32 [P, G].
 
     The budget term is mixed in as (1 - w) · reward + w · term. The other terms are added with their weights.
 
@@ -228,7 +234,8 @@ def prefix_reward(inputs: RewardInputs) -> jax.Array:
 @REWARDS.register("first_token")
 def first_token_reward(inputs: RewardInputs) -> jax.Array:
     """1 if y[0] = x_t: the first predicted token is the true one; the rest is ignored (paper, Appendix A)."""
-    return inputs.first_tokens()[1].astype(jnp.float32)
+    _, right_PxG = inputs.first_tokens()
+    return right_PxG.astype(jnp.float32)
 
 
 @REWARDS.register("dense", prompt_passes=2)
@@ -245,7 +252,8 @@ def dense_reward(inputs: RewardInputs) -> jax.Array:
 @REWARDS.register("conditional_dense", prompt_passes=2)
 def conditional_dense_reward(inputs: RewardInputs) -> jax.Array:
     """The dense reward in groups with at least one correct prediction, 0 in the others (paper, Appendix A)."""
-    return jnp.where(inputs.first_tokens()[1].any(axis=1, keepdims=True), dense_reward(inputs), 0.0)
+    _, right_PxG = inputs.first_tokens()
+    return jnp.where(right_PxG.any(axis=1, keepdims=True), dense_reward(inputs), 0.0)
 
 
 @REWARDS.register(
@@ -281,7 +289,7 @@ def log_probability_reward(inputs: RewardInputs) -> jax.Array:
     return jnp.sum(jnp.where(inputs.reference_mask_PxK[:, None], inputs.reference_logprobs(), 0.0), axis=-1)
 
 
-# --- Additive terms.
+# --- Additional terms.
 
 
 def format_term(status_PxG: jax.Array) -> jax.Array:

@@ -112,7 +112,7 @@ class Rewarder:
 
 
 def is_prefix_match(objective: ObjectiveConfig) -> bool:
-    """Return whether the training reward is Equation 3 without any additive term."""
+    """Return whether the training reward is Equation 3 without any additional term."""
     terms = objective.format_weight or objective.overlong_weight or objective.budget_weight
     return objective.reward == "prefix" and not terms
 
@@ -144,12 +144,14 @@ def reward_layout(experiment: Experiment, tokenizer: Tokenizer, mesh: Mesh, buil
 
 def _prompts_per_pass(experiment: Experiment, mesh: Mesh) -> int:
     """Return how many prompts, with their responses, fit in a microbatch of the update."""
-    rollout, training, devices = experiment.rollout, experiment.training, num_batch_shards(mesh)
+    rollout = experiment.rollout
+    training = experiment.training
+    shards = num_batch_shards(mesh)
     tokens_per_prompt = experiment.prompt.max_tokens + rollout.samples_per_prompt * rollout.max_new_tokens
     return fitting_divisor(
         training.prompts_per_step,
-        maximum=devices * training.microbatch_tokens // tokens_per_prompt,
-        multiple=devices,
+        maximum=shards * training.microbatch_tokens // tokens_per_prompt,
+        multiple=shards,
     )
 
 
@@ -193,7 +195,8 @@ def training_reward(
       vocab: raw bytes of every token.
       budget: int32 token budget of the reasoning.
     """
-    prompts, rollouts = matched.prompts, matched.rollouts
+    prompts = matched.prompts
+    rollouts = matched.rollouts
     inputs = RewardInputs(
         objective=objective,
         layout=layout,

@@ -108,8 +108,10 @@ def decode_rollouts(
     vocab: ByteVocab | None,
     decoding: Decoding,
 ) -> tuple[Rollouts, DecodeWork]:
-    """Sample G responses to each of P prompts on one replica; see `generate.sample_rollouts`."""
+    """Sample G responses to each of P prompts on one replica; the arguments are those of `generate.sample_rollouts`."""
     inputs, state = start_decoding(policy, params, prompts, key, vocab, decoding)
+
+    # One decode loop for each size of the live batch.
     steps = []
     sizes = live_sizes(decoding.slots, state.rollouts.lengths_PxG.shape[0])
     for size, next_size in zip(sizes, [*sizes[1:], 0], strict=True):
@@ -129,7 +131,8 @@ def decode_rollouts(
         state = decode_until(policy, decoding, inputs, state, next_size)
         steps.append(state.step - before)
 
-    dims = len(prompts.ids_P), decoding.samples
+    # Split the axis R into [P, G], and add an axis for the replicas to the work.
+    dims = (len(prompts.ids_P), decoding.samples)
     rollouts = jax.tree.map(lambda x: x.reshape(*dims, *x.shape[1:]), state.rollouts)
     steps_1xN = jnp.stack(steps)[None]
     return rollouts, DecodeWork(steps=steps_1xN, slots=steps_1xN @ jnp.array(sizes))
@@ -166,7 +169,9 @@ def start_decoding(
     decoding: Decoding,
 ) -> tuple[DecodeInputs, DecodeState]:
     """Prefill the prompts, sample the first token of every rollout, and fill the slots."""
-    config, samples, max_new_tokens = policy.config, decoding.samples, decoding.max_new_tokens
+    config = policy.config
+    samples = decoding.samples
+    max_new_tokens = decoding.max_new_tokens
     shared, hidden_PxD = prefill_prompts(policy, params, prompts, samples, decoding.prefill_tokens)
     noise_RxT = uniform_noise(key, prompts.ids_P, samples, max_new_tokens)
     count = len(prompts.ids_P) * samples
@@ -222,7 +227,9 @@ def _decode_step(
     policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState
 ) -> tuple[DecodeState, jax.Array]:
     """Run the last token of every live rollout and sample the next one; return also which slots are free afterwards."""
-    running_M, rollout_M, shared = state.running_M, state.rollout_M, inputs.shared
+    running_M = state.running_M
+    rollout_M = state.rollout_M
+    shared = inputs.shared
 
     # Zero the lengths of idle slots, so that their stale cache blocks are not read.
     cached_M = jnp.where(running_M, state.count_M - 1, 0)
@@ -242,7 +249,9 @@ def _decode_step(
     ended_M, box_M = _check_end(token_M, state.box_M, inputs.vocab, decoding)
 
     # Store the results. Idle slots have an index out of range, whose update is dropped.
-    old, index, count_M = state.rollouts, state.count_M, state.count_M + 1
+    old = state.rollouts
+    index = state.count_M
+    count_M = state.count_M + 1
     logprob_M = chosen_logprobs(logits_MxV, token_M)
     rollouts = Rollouts(
         tokens_PxGxT=old.tokens_PxGxT.at[rollout_M, index].set(token_M, mode="drop"),
@@ -290,6 +299,5 @@ def _check_end(
     ended_M = jnp.where(is_stop_M, Ended.STOP, Ended.LENGTH).astype(jnp.int32)
     if box_M is None or vocab is None:
         return ended_M, None
-    bytes_VxX, lengths_V = vocab
-    box_M = read_box(box_M, token_M, jnp.asarray(bytes_VxX), jnp.asarray(lengths_V), decoding.end_think_id)
+    box_M = read_box(box_M, token_M, jnp.asarray(vocab.bytes_VxX), jnp.asarray(vocab.lengths_V), decoding.end_think_id)
     return jnp.where(box_M.closed_M & ~is_stop_M, Ended.BOX, ended_M).astype(jnp.int32), box_M

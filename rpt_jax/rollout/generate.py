@@ -76,6 +76,7 @@ def sample_rollouts(
 
     Returns: the rollouts, and the work that decoding took.
     """
+    # The slots are divided among the replicas.
     axes = prompt_axes(DECODING)
     replica_decoding = dataclasses.replace(decoding, slots=-(-decoding.slots // replica_count()))
 
@@ -87,7 +88,10 @@ def sample_rollouts(
 
     if not axes:
         return on_replica(params, prompts, key, vocab)
-    replicated, split = PartitionSpec(), PartitionSpec(axes)
+
+    # Under shard_map each replica runs its own loop: nothing makes it wait for the others.
+    replicated = PartitionSpec()
+    split = PartitionSpec(axes)
     rollouts, work = jax.shard_map(
         on_replica,
         in_specs=(replicated, split, replicated, replicated),

@@ -59,7 +59,8 @@ class BlockedCache(NamedTuple):
 
     def write(self, new: KeyValues, step: jax.Array) -> BlockedCache:
         """Write one token per row, [L, M, K, 1, 1, C], to the entry of decode step `step` in the ring buffer."""
-        block, offset = (step // self.block_size) % self.k.shape[1], step % self.block_size
+        block = (step // self.block_size) % self.k.shape[1]
+        offset = step % self.block_size
         k = jax.lax.dynamic_update_slice(self.k, new.k.transpose(0, 3, 1, 2, 5, 4), (0, block, 0, 0, 0, offset))
         v = jax.lax.dynamic_update_slice(self.v, new.v.transpose(0, 3, 1, 2, 4, 5), (0, block, 0, 0, offset, 0))
         return BlockedCache(k=k, v=v)
@@ -177,7 +178,8 @@ class _OnlineSoftmax(NamedTuple):
         scores = jnp.einsum("nkqc,nkcb->nkqb", q, k, preferred_element_type=jnp.float32)
         scores = jnp.where(visible, scores, MASKED_SCORE)
         peak = jnp.maximum(self.peak, scores.max(-1, keepdims=True))
-        weights, rescale = jnp.exp(scores - peak), jnp.exp(self.peak - peak)
+        weights = jnp.exp(scores - peak)
+        rescale = jnp.exp(self.peak - peak)
         out = jnp.einsum("nkqb,nkbc->nkqc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return _OnlineSoftmax(
             peak=peak, total=self.total * rescale + weights.sum(-1, keepdims=True), out=self.out * rescale + out
@@ -186,7 +188,8 @@ class _OnlineSoftmax(NamedTuple):
     def merge(self, other: _OnlineSoftmax) -> _OnlineSoftmax:
         """Combine with the result over other keys."""
         peak = jnp.maximum(self.peak, other.peak)
-        a, b = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
+        a = jnp.exp(self.peak - peak)
+        b = jnp.exp(other.peak - peak)
         return _OnlineSoftmax(peak=peak, total=self.total * a + other.total * b, out=self.out * a + other.out * b)
 
 
@@ -205,6 +208,7 @@ class _SlotGrid(NamedTuple):
 
 
 def _slot_grid(shared: SharedCache, rollout_M: jax.Array) -> _SlotGrid:
+    """Return the grid of a shared cache for slots that hold the rollouts `rollout_M`, which are out of range if idle."""
     n, width = shared.end_NxW.shape
     index_M = shared.index_R.at[rollout_M].get(mode="fill", fill_value=n * width)
     slot_NW = jnp.zeros(n * width, jnp.int32).at[index_M].set(jnp.arange(len(index_M)), mode="drop")
@@ -223,7 +227,8 @@ def _attend_own(
     counts_M: jax.Array,
 ) -> _OnlineSoftmax:
     """Add each rollout's own last tokens."""
-    blocks, size = own.k.shape[1], own.block_size
+    blocks = own.k.shape[1]
+    size = own.block_size
 
     def add(i: jax.Array, softmax: _OnlineSoftmax) -> _OnlineSoftmax:
         index = i % blocks
@@ -234,7 +239,8 @@ def _attend_own(
 
     if blocks == 1:  # A loop costs more than it can save.
         return add(jnp.int32(0), softmax)
-    first, last = (step - counts_M.max()) // size, -(-step // size)
+    first = (step - counts_M.max()) // size
+    last = -(-step // size)
     # The oldest and the newest keys may be in the same block of the ring, which must be processed only once.
     return jax.lax.fori_loop(first, jnp.minimum(last, first + blocks), add, softmax)
 
@@ -243,7 +249,9 @@ def _attend_own(
 def _attend_shared(q: jax.Array, shared: SharedCache, layer: jax.Array | int, grid: _SlotGrid | None) -> _OnlineSoftmax:
     """Process each row's keys once for all rollouts that share it; `grid` is None if each slot has its own row."""
     end_NxW = shared.end_NxW if grid is None else grid.end_NxW
-    (n, width), (_, kv_heads, group, c), blocks = end_NxW.shape, q.shape, shared.blocks
+    n, width = end_NxW.shape
+    _, kv_heads, group, c = q.shape
+    blocks = shared.blocks
 
     # Queries of the rollouts of a row become one axis: [N, K, W·R, C].
     rows = q if grid is None else q[grid.slot_NW]
@@ -255,10 +263,12 @@ def _attend_shared(q: jax.Array, shared: SharedCache, layer: jax.Array | int, gr
         k, v = blocks.block(layer, i)
         return softmax.add(rows, k, v, visible)
 
+    # Up to the last block that a rollout attends to.
     peak = jnp.full((*rows.shape[:-1], 1), MASKED_SCORE, jnp.float32)
     softmax = _OnlineSoftmax(peak=peak, total=jnp.zeros_like(peak), out=jnp.zeros(rows.shape, jnp.float32))
     softmax = jax.lax.fori_loop(0, -(-end_NxW.max() // blocks.block_size), add, softmax)
 
+    # Back to one row per slot.
     def to_slots(x: jax.Array) -> jax.Array:
         x = x.reshape(n, kv_heads, width, group, -1).transpose(0, 2, 1, 3, 4).reshape(n * width, kv_heads, group, -1)
         return x if grid is None else x.at[grid.index_M].get(mode="clip")

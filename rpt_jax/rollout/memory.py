@@ -41,7 +41,7 @@ class RolloutMemory(NamedTuple):
 
 
 def cache_bytes(config: ModelConfig, dtype: str) -> int:
-    """Return the bytes of one token's keys and values in all layers."""
+    """Return the bytes of one token's keys and values in all layers, for the compute dtype `dtype`."""
     return 2 * config.layers * config.kv_heads * config.head_size * jnp.dtype(dtype).itemsize
 
 

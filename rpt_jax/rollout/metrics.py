@@ -12,9 +12,11 @@ from rpt_jax.rollout.rollouts import Ended, SlotUsage
 
 
 @jax.jit
+@jax.named_scope("rollout_metrics")
 def rollout_metrics(batch: RewardedRollouts, usage: SlotUsage) -> dict[str, jax.Array]:
     """Return scalars that describe a batch of rollouts, by their names in metrics.jsonl."""
-    rollouts, status_PxG = batch.rollouts, batch.status_PxG
+    rollouts = batch.rollouts
+    status_PxG = batch.status_PxG
     lengths_PxG = rollouts.lengths_PxG
     has_no_box_PxG = jnp.isin(status_PxG, jnp.array([Status.NO_BOX, Status.NOT_FINISHED]))
     metrics = {f"status/{status.name.lower()}": (status_PxG == status).mean() for status in Status}

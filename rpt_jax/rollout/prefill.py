@@ -58,7 +58,8 @@ def prefill_prompts(
 @jax.named_scope("prefill_rows")
 def _run_roots(policy: Transformer, params: Params, prompts: Prompts, prefill_tokens: int) -> KeyValues:
     """Return keys and values [L, N, K, 1, S, C] of every root, computed for at most `prefill_tokens` tokens at once."""
-    (n, length), config = prompts.roots_NxS.shape, policy.config
+    n, length = prompts.roots_NxS.shape
+    config = policy.config
     # Chunks of equal size: a short last chunk would cost as much as a full one.
     chunks = -(-length // prefill_tokens)
     size = -(-length // chunks)

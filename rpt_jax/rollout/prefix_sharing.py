@@ -94,7 +94,8 @@ def _similar_groups(
     """Split the prompts of `part` into groups, in each of which neighbors have almost the same prefix."""
     # In lexicographic order prompts with a common prefix are neighbors. The order of the bytes is one.
     order = np.array(sorted(part.tolist(), key=lambda p: prompts_PxS[p].tobytes()))
-    a, b = order[:-1], order[1:]
+    a = order[:-1]
+    b = order[1:]
     shorter = np.where(lengths_P[a] <= lengths_P[b], a, b)
     common = np.minimum(_common_prefix(prompts_PxS[a], prompts_PxS[b]), lengths_P[shorter])
     return np.split(order, np.flatnonzero(lengths_P[shorter] - common > max_tail_P[shorter]) + 1)
@@ -122,9 +123,9 @@ def _build_prompts(
     roots_NxS = np.zeros((parts * rows, prompts_PxS.shape[1]), np.int32)
     lengths_N = np.zeros(len(roots_NxS), np.int32)
     for part, (roots, _) in enumerate(numbered):
-        here = slice(part * rows, part * rows + len(roots))
-        roots_NxS[here] = np.maximum(prompts_PxS[roots], 0)
-        lengths_N[here] = [ends_P[root_prompt_P == root].max() for root in roots]
+        part_rows = slice(part * rows, part * rows + len(roots))
+        roots_NxS[part_rows] = np.maximum(prompts_PxS[roots], 0)
+        lengths_N[part_rows] = [ends_P[root_prompt_P == root].max() for root in roots]
     root_P = np.concatenate([inverse for _, inverse in numbered]).astype(np.int32)
 
     # Tails. A power of two as their length bounds the number of shapes to compile for.

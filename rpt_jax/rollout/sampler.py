@@ -84,14 +84,25 @@ def find_shared_prefixes(prompts: PromptBatch, max_tail_tokens: int) -> Prompts:
 def plan_decoding(
     experiment: Experiment, policy: Transformer, tokenizer: Tokenizer, mesh: Mesh, memory: int
 ) -> Decoding:
-    """Return the sampling parameters of the config, with as many decode slots as fit in `memory` bytes per device.
+    """Return the sampling parameters of the config, with as many decode slots as fit in memory.
 
-    Raises: UserError, if the config requests more.
+    Args:
+      experiment: the config.
+      policy: the decoder.
+      tokenizer: gives the stop tokens and the end-of-thinking token.
+      mesh: the devices.
+      memory: bytes per device.
+
+    Raises: UserError, if the config requests more slots than fit.
     """
-    rollout, training = experiment.rollout, experiment.training
-    replicas, tensor = num_batch_shards(mesh, DECODING), mesh_fields(mesh)["rollout_tensor"]
+    rollout = experiment.rollout
+    training = experiment.training
+
+    # Each replica samples an equal part of the prompts.
+    replicas = num_batch_shards(mesh, DECODING)
+    tensor = mesh_fields(mesh)["rollout_tensor"]
     prompts = -(-training.prompts_per_step // replicas)
-    rollouts = rollout_memory(
+    rollout_bytes = rollout_memory(
         policy.config,
         experiment.policy.dtype,
         prompts=prompts,
@@ -100,6 +111,7 @@ def plan_decoding(
         max_new_tokens=rollout.max_new_tokens,
         tensor=tensor,
     )
+
     # Resident: current and initial parameters, two optimizer moments, and the copy of the parameters for decoding.
     decode_params = jax.eval_shape(functools.partial(in_compute_dtype, policy), abstract_parameters(policy, mesh))
     resident = 4 * 4 * policy.config.parameters // (mesh.size // mesh.shape["data"])
@@ -107,10 +119,11 @@ def plan_decoding(
     slots = plan_slots(
         requested=-(-rollout.decode_slots // replicas),
         rollouts=prompts * rollout.samples_per_prompt,
-        memory=rollouts,
+        memory=rollout_bytes,
         resident=resident,
         available=memory,
     )
+
     return Decoding(
         samples=rollout.samples_per_prompt,
         max_new_tokens=rollout.max_new_tokens,
