@@ -49,24 +49,14 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, float]]]:
         if scalars is None:
             raise UserError(
                 f"{path}:{number}: not a JSON object of finite numbers with an integer 'step'. "
-<<<<<<< HEAD
                 "Fix or delete that line, or start a new run in another workdir.",
                 field=str(path),
-=======
-                "Fix or delete that line, or start a new run in another --workdir.",
-                field="--workdir",
->>>>>>> h/revb
             )
         if lines and scalars["step"] <= lines[-1][1]["step"]:
             raise UserError(
                 f"{path}:{number}: step {scalars['step']} follows step {lines[-1][1]['step']}, but steps must increase. Two runs "
-<<<<<<< HEAD
                 "may have written to this workdir at once; start a new run in another one.",
                 field=str(path),
-=======
-                "may have written to this workdir at once; start a new run in another --workdir.",
-                field="--workdir",
->>>>>>> h/revb
             )
         lines.append((chunk, scalars))
     return lines
@@ -81,11 +71,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-<<<<<<< HEAD
             f"{path} is missing; expected the workdir of a run that has completed at least one step.", field=str(path)
-=======
-            f"{path} is missing; expected the workdir of a run that has completed at least one step.", field="--workdir"
->>>>>>> h/revb
         )
     return [scalars for _, scalars in _read(path)]
 

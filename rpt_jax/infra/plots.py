@@ -183,11 +183,7 @@ class _Metrics:
         self._lines = read_metrics(path)
         if not self._lines:
             raise UserError(
-<<<<<<< HEAD
                 f"{path} contains no complete step. Plots need a run with at least one step.", field=str(path)
-=======
-                f"{path} contains no complete step. Plots need a run with at least one step.", field="--workdir"
->>>>>>> h/revb
             )
         self.last_step = max(1, self._lines[-1]["step"])
 
@@ -202,11 +198,7 @@ class _Metrics:
         if not columns_KxN.size:
             raise UserError(
                 f"{self._path} has no line with {' and '.join(keys)}. Only runs of task 'rpt' have plots.",
-<<<<<<< HEAD
                 field=str(self._path),
-=======
-                field="--workdir",
->>>>>>> h/revb
             )
         return columns_KxN
 
@@ -218,11 +210,7 @@ class _Metrics:
             raise UserError(
                 f"{self._path} has no line with {x} and eval/reasoning/ of {', '.join(DIFFICULTIES)}. "
                 "Plots need at least one evaluation.",
-<<<<<<< HEAD
                 field=str(self._path),
-=======
-                field="--workdir",
->>>>>>> h/revb
             )
         return found
 
@@ -231,11 +219,7 @@ def _base_accuracy(path: Path) -> dict[str, float]:
     """Return the accuracy of direct prediction before training in percent, by difficulty."""
     if not path.is_file():
         raise UserError(
-<<<<<<< HEAD
             f"{path} is missing. It is written at the end of a training run: let the run finish.", field=str(path)
-=======
-            f"{path} is missing. It is written at the end of a training run: let the run finish.", field="--workdir"
->>>>>>> h/revb
         )
     try:
         direct = json.loads(path.read_bytes())["before"]["direct"]
@@ -244,11 +228,7 @@ def _base_accuracy(path: Path) -> dict[str, float]:
         raise UserError(
             f"{path} does not hold a number before.direct.DIFFICULTY.accuracy and .positions for each of "
             f"{', '.join(DIFFICULTIES)} ({type(error).__name__}: {error}). It is written at the end of a training run.",
-<<<<<<< HEAD
             field=str(path),
-=======
-            field="--workdir",
->>>>>>> h/revb
         ) from error
 
 

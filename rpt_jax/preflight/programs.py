@@ -226,12 +226,6 @@ def _score_program(experiment: Experiment, policy: Transformer, params: Any, mes
     size = experiment.data.max_document_tokens
 
     def lower() -> jax.stages.Lowered:
-<<<<<<< HEAD
-        tokens, lengths = _ids(windows, size), _ids(windows)
-        rows = abstract_prompts((tokens, tokens, lengths), mesh)
-        sizes = {"top_k": experiment.data.entropy_top_k, "logit_chunk_tokens": experiment.training.logit_chunk_tokens}
-        return score_batch.lower(policy, params, *rows, **sizes)
-=======
         tokens = _ids(windows, size)
         inputs_NxS, targets_NxS, lengths_N = abstract_prompts((tokens, tokens, _ids(windows)), mesh)
         return score_batch.lower(
@@ -243,7 +237,6 @@ def _score_program(experiment: Experiment, policy: Transformer, params: Any, mes
             top_k=experiment.data.entropy_top_k,
             logit_chunk_tokens=experiment.training.logit_chunk_tokens,
         )
->>>>>>> h/revb
 
     return Program(name=ProgramName.SCORE, lower=lower, resident_bytes=0)
 
