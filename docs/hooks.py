@@ -14,13 +14,18 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 # Files of the repository that pages show, by their path in the site.
 FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
 _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
 _DOCSTRING = re.compile(r"^\{\{ docstring: (?P<path>[\w/.]+) \}\}$", re.MULTILINE)
 _CONFIG = "{{ config reference }}"
 _CHOICES = "{{ choices }}"
+
+
+def on_config(config: Any) -> Any:
+    """Make the package of this repository importable. mkdocs restores `sys.path` after it has loaded this file."""
+    sys.path.insert(0, str(ROOT))
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
