@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import dataclasses
 import importlib
 import os
 import re
@@ -14,13 +14,17 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 # Files of the repository that pages show, by their path in the site.
 FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
 _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
-_DOCSTRING = re.compile(r"^\{\{ docstring: (?P<path>[\w/.]+) \}\}$", re.MULTILINE)
 _CONFIG = "{{ config reference }}"
 _CHOICES = "{{ choices }}"
+
+
+def on_config(config: Any) -> Any:
+    """Make the package of this repository importable. mkdocs restores `sys.path` after it has loaded this file."""
+    sys.path.insert(0, str(ROOT))
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -36,13 +40,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(_CONFIG, config_reference())
     if _CHOICES in markdown:
         markdown = markdown.replace(_CHOICES, choices_reference())
-    markdown = _DOCSTRING.sub(lambda match: docstring(match["path"]), markdown)
     return _HELP.sub(lambda match: help_text(match["command"]), markdown)
-
-
-def docstring(path: str) -> str:
-    """Return the docstring of a module's file as a fenced block."""
-    return f"```text\n{ast.get_docstring(ast.parse((ROOT / path).read_text()))}\n```"
 
 
 def config_reference() -> str:
@@ -68,7 +66,9 @@ def choices_reference() -> str:
     for choices in registry.ALL_REGISTRIES:
         lines = [f"## {choices.field}", "", "| name | what it is | fields of its own |", "|---|---|---|"]
         for choice in choices.choices():
-            fields = ", ".join(f"`{field}`" for field in choice.requirements.fields)
+            schema = choice.requirements.options
+            options = [f"`{option.name}` (option)" for option in dataclasses.fields(schema)] if schema else []
+            fields = ", ".join([*(f"`{field}`" for field in choice.requirements.fields), *options])
             lines.append(f"| `{choice.name}` | {_cell(choice.summary)} | {fields} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)

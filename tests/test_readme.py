@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from rpt_jax.config.reference import field_docs
 from tests.helpers.paths import ROOT
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 PAGES = sorted([README, ROOT / "launch" / "README.md", *DOCS.rglob("*.md")])
 MODULES = sorted(path for path in (ROOT / "rpt_jax").rglob("*.py") if path.name != "__init__.py")
+# Stand for any field, or for an option of examples/custom_source.py.
+PLACEHOLDERS = {"section.field", "data.source_options.pages"}
 GENERATED = {DOCS / "assets" / "accuracy.png"}  # Added to the site by docs/hooks.py.
 
 
@@ -57,6 +60,12 @@ def test_the_reward_of_the_readme_is_a_config_that_loads(tmp_path: Path) -> None
     run = [sys.executable, "-m", "rpt_jax.main", f"--config={config}", "--describe"]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_config_flags_on_a_page_are_fields(page: Path) -> None:
+    known = {document.name for document in field_docs()} | PLACEHOLDERS
+    assert set(re.findall(r"--config\.([a-z_.0-9]+)=", page.read_text())) <= known
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name)
