@@ -100,7 +100,7 @@ def _parse(name: str, text: str, expected: type) -> Any:
 
 def _unknown_field(name: str, known: Mapping[str, Any]) -> UserError:
     if name in RENAMED:
-        return UserError(f"{name} is called {RENAMED[name]} now.", field=name)
+        return UserError(f"{name} was renamed to {RENAMED[name]}.", field=name)
     return UserError(f"unknown config field '{name}'.{_nearest_fields(name, known)}", field=name)
 
 

@@ -203,5 +203,5 @@ def _error_in_file(path: str, error: Exception) -> UserError:
     if missing := re.search(r'Key "(\w+)" does not exist', reason):
         for old, new in RENAMED.items():
             if old.rpartition(".")[2] == missing[1]:
-                message += f" ({old} is called {new} now.)"
+                message += f" ({old} was renamed to {new}.)"
     return UserError(message, field="--config")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rpt_jax import __version__
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import BIN_NATS, Scorer, fraction_above
@@ -143,6 +144,7 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
     counts = report_corpus(open_tokens(data, directory, shards))
     write_entropy_plot(directory, histogram_N, BIN_NATS, fractions)
     manifest = {
+        "version": __version__,
         "made_from": {
             "format": FORMAT,
             **content_fields(data),

@@ -228,7 +228,7 @@ class Counters:
         return {
             "tokens/generated_total": self.generated,
             "tokens/discarded_total": self.discarded,
-            "tokens/learnt_total": self.learned,
+            "tokens/learned_total": self.learned,
             "flops/train_total": self.flops,
             "flops/discarded_total": self.discarded_flops,
         }

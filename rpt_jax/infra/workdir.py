@@ -47,6 +47,7 @@ _MAY_CHANGE = (
     "policy.remat",
     "policy.attention",
     "data.workers",
+    "data.score_batch_windows",
 )
 
 

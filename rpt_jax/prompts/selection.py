@@ -20,7 +20,7 @@ from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
-from rpt_jax.prompts.positions import CURRICULUM_STAGES, index_positions
+from rpt_jax.prompts.positions import index_positions
 from rpt_jax.registry import POSITION_CHOICES
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ def training_order(
         total = prepared.corpus.token_count("train")
         scored_by = "the proxy"
     found = sum(map(len, stages))
+    num_stages = len(stages)
 
     # Split every stage into the parts of the mixture.
     weights, part_W = _mixture(data, prepared, windows)
@@ -135,7 +136,7 @@ def training_order(
     return position_order(
         stages,
         weights,
-        stage_prompts=training.total_steps * training.prompts_per_step // CURRICULUM_STAGES,
+        stage_prompts=training.total_steps * training.prompts_per_step // num_stages,
         batch=training.prompts_per_step,
         per_window=data.positions_per_document,
         seed=experiment.seed,

@@ -22,7 +22,7 @@ def test_discarded_rollouts_are_counted_in_tokens_and_flops():
     assert counters.scalars() == {
         "tokens/generated_total": 90,
         "tokens/discarded_total": 30,
-        "tokens/learnt_total": 30,
+        "tokens/learned_total": 30,
         "flops/train_total": 2 * N * (180 + 90) + 6 * N * 75,
         "flops/discarded_total": 2 * N * (90 + 30),
     }

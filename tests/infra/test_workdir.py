@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rpt_jax.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, PolicyConfig, TrainingConfig
+from rpt_jax.config.reference import field_docs
 from rpt_jax.errors import UserError
 from rpt_jax.infra.run_format import FORMAT, format_stamp
 from rpt_jax.infra.workdir import RUN_CONFIG, claimed_workdir, is_run_directory, read_run_config
@@ -41,6 +42,16 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     assert raised.value.field == "training.prompts_per_step"
     assert (workdir / RUN_CONFIG).read_text() == written
     assert sorted(path.name for path in workdir.iterdir()) == ["lock", RUN_CONFIG]
+
+
+@pytest.mark.parametrize("name", [document.name for document in field_docs() if document.memory])
+def test_a_memory_field_may_change(tmp_path, name):
+    section, _, field = name.partition(".")
+    before = getattr(Experiment(), section)
+    value = getattr(before, field)
+    other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else f"not {value}"
+    claim(tmp_path, Experiment())
+    claim(tmp_path, dataclasses.replace(Experiment(), **{section: dataclasses.replace(before, **{field: other})}))
 
 
 def test_the_config_is_written_atomically(tmp_path, monkeypatch):
