@@ -72,6 +72,18 @@ EVERYTHING = SHORT | {
     "optimizer.warmup_steps": 0,  # With warmup the first minibatch would change nothing.
     "checkpoint.every_steps": 1,
 }
+# Changes of configs/pretrain_tiny.py, likewise.
+PRETRAIN = {
+    "data.source_options.documents": 200,
+    "data.max_document_tokens": 64,
+    "pretrain.documents_per_step": 2,
+    "pretrain.rows_per_document": 2,
+    "data.held_out_documents": 20,
+    "evaluation.positions": 16,
+    "evaluation.unseen_positions": 8,
+    "training.total_steps": 3,
+    "checkpoint.every_steps": 1,
+}
 
 
 def experiment(name: str = "rpt_tiny", **overrides: object) -> Experiment:
