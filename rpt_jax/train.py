@@ -138,8 +138,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     if restored := checkpoints.restore():
         step, state, saved = restored
         check_saved(step, saved, experiment, setup)
-        if saved["own"]:
-            policy_entropies = PolicyEntropies.from_state(saved["own"])
+        if saved["policy_entropies"]:
+            policy_entropies = PolicyEntropies.from_state(saved["policy_entropies"])
             stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
@@ -161,7 +161,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             "scalars": scalars,
             "before": before,
             "evaluated": evaluator.counts,
-            "own": policy_entropies.state() if policy_entropies else None,
+            "policy_entropies": policy_entropies.state() if policy_entropies else None,
         }
         checkpoints.stage(step, state, run)
 
@@ -209,7 +209,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
                 stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
                 counters.count_scored(policy_entropies.tokens)
-                end_stage("refresh")
+                end_stage("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
             prompts = next(stream)

@@ -22,7 +22,7 @@ from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 INTERVAL = ("accuracy", "low", "high", "positions")
-# Everything that adds a key is on: a cold start, all optional terms of the objective, dynamic sampling and a refresh.
+# Everything that adds a key is on: a cold start, all optional terms of the objective, dynamic sampling and a rescoring.
 FIELDS = {
     "data.source_options.documents": 40,
     "data.held_out_documents": 20,

@@ -75,19 +75,19 @@ def test_a_result_of_an_older_format_is_refused(finished: Path, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def refreshed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("refreshed")
+def rescored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("rescored")
     main.run(experiment(**SMALL | SELF_ENTROPY | {"profile.start": 2, "profile.steps": 1}), workdir)
     return workdir
 
 
-def test_positions_are_chosen_again_during_training(refreshed: Path) -> None:
-    lines = read_metrics(refreshed / "metrics.jsonl")
-    assert [line["step"] for line in lines if line.get("time/refresh")] == [3, 5]
+def test_positions_are_chosen_again_during_training(rescored: Path) -> None:
+    lines = read_metrics(rescored / "metrics.jsonl")
+    assert [line["step"] for line in lines if line.get("time/rescore")] == [3, 5]
 
 
-def test_a_profile_window_writes_a_trace(refreshed: Path, finished: Path) -> None:
-    assert list((refreshed / "profile").rglob("*.xplane.pb"))
+def test_a_profile_window_writes_a_trace(rescored: Path, finished: Path) -> None:
+    assert list((rescored / "profile").rglob("*.xplane.pb"))
     assert not (finished / "profile").exists(), "no profile by default"
 
 
