@@ -118,3 +118,15 @@ def test_an_unavailable_choice_is_an_error_without_a_traceback(capsys: pytest.Ca
     assert jax.default_backend() == "cpu"
     assert bench.main(["bench", "policy", *MODEL, "--attention=splash"]) == 2
     assert capsys.readouterr().err.startswith("error: policy.attention='splash'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "new"),
+    [(["policy", "--beside=transformers"], "--compare"), (["data", "--tokens=3"], "--max-document-tokens")],
+)
+def test_a_renamed_option_is_refused_with_its_new_name(
+    arguments: list[str], new: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["bench", *arguments])
+    assert ended.value.code == 2 and f"was renamed to {new}" in capsys.readouterr().err

@@ -13,6 +13,19 @@ from pathlib import Path
 
 from rpt_jax.errors import UserError
 
+# Options of earlier versions, and what they are called now.
+_RENAMED = {
+    "--max_new_tokens": "--max-new-tokens",
+    "--stop_ids": "--stop-ids",
+    "--slots": "--decode-slots",
+    "--chunk": "--prefill-tokens (rollout) or --logit-chunk-tokens (policy, update)",
+    "--beside": "--compare",
+    "--context": "--prompt-tokens",
+    "--response": "--response-tokens",
+    "--documents": "--score-batch-windows",
+    "--tokens": "--max-document-tokens",
+}
+
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code: 0, or 2 after a user error."""
@@ -40,7 +53,13 @@ def main(argv: list[str]) -> int:
         command = commands.add_parser(name, description=module.__doc__, help=summary)
         module.add_options(command)
         command.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args(argv[1:])
+    options, unknown = parser.parse_known_args(argv[1:])
+    for argument in unknown:
+        name = argument.partition("=")[0]
+        if name in _RENAMED:
+            parser.error(f"{name} was renamed to {_RENAMED[name]}")
+    if unknown:
+        parser.error(f"unknown option: {unknown[0]}")
 
     # Measure, and show the figures next to the machine that they depend on.
     try:
