@@ -1,7 +1,7 @@
-"""python -m rpt_jax.report --workdir=DIR
+"""python -m rpt_jax.report --workdir=WORKDIR
 
-Draws the plots of a run again from its `metrics.jsonl` and `result.json`, into `DIR/plots/`. Training writes the same plots when
-it ends. Exit codes: 0, or 2 if a file is missing or not that of a finished run.
+Draws the plots of a run again from its `metrics.jsonl` and `result.json`, into `WORKDIR/plots/`. Training writes the same
+plots when it ends. Exit codes: 0, or 2 if a file is missing or not that of a finished run.
 """
 
 from __future__ import annotations

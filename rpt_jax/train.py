@@ -375,7 +375,7 @@ def count_update(
 
 
 def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollouts) -> NextTokenBatch:
-    """Return the document of each prompt as a batch for next-token prediction."""
+    """Return the window that each prompt is from, as a batch for next-token prediction."""
     rows = [setup.train[i] for i in to_host(rewarded.prompts.window_P)]
     size = experiment.data.max_document_tokens
     inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)

@@ -46,7 +46,7 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str, defaults: Mappi
     for name, value in values.items():
         full_name = f"{prefix}{name}"
         if name not in types:
-            raise _unknown_field(full_name, defaults)
+            raise unknown_field(full_name, defaults)
         expected = types[name]
         if not dataclasses.is_dataclass(expected):
             arguments[name] = _checked_type(full_name, value, expected)
@@ -76,7 +76,7 @@ def override(schema: type, fields: dict[str, Any], assignment: str, prefix: str 
         if members:
             example = f"--config.{members[0]}={defaults[members[0]]}"
             raise UserError(f"{full_name} is a section: set its fields one by one, e.g. {example}.", field=full_name)
-        raise _unknown_field(full_name, defaults)
+        raise unknown_field(full_name, defaults)
     if defaults[full_name] is None:
         raise UserError(
             f"{full_name} holds options: set them one by one, --config.{full_name}.NAME=VALUE.", field=full_name
@@ -98,7 +98,8 @@ def _parse(name: str, text: str, expected: type) -> Any:
         raise UserError(f"{name}={text} must be {kinds[expected]}.", field=name) from None
 
 
-def _unknown_field(name: str, known: Mapping[str, Any]) -> UserError:
+def unknown_field(name: str, known: Mapping[str, Any]) -> UserError:
+    """Return the error for a field that does not exist, with its new name or the nearest of the `known` dotted names."""
     if name in RENAMED:
         return UserError(f"{name} was renamed to {RENAMED[name]}.", field=name)
     return UserError(f"unknown config field '{name}'.{_nearest_fields(name, known)}", field=name)

@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from rpt_jax.config.dataclass_io import build, override
+from rpt_jax.config.dataclass_io import build, leaves, override, unknown_field
 from rpt_jax.config.renamed import RENAMED
 from rpt_jax.config.schema import Experiment
 from rpt_jax.config.validation import check_experiment
@@ -198,10 +198,17 @@ def _error_in_file(path: str, error: Exception) -> UserError:
     else:
         line = frames[-1].lineno if frames else 1
     reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-    message = f"{path}:{line} raises {type(error).__name__}: {reason}"
-    # ml_collections names the field that does not exist, without its section.
-    if missing := re.search(r'Key "(\w+)" does not exist', reason):
-        for old, new in RENAMED.items():
-            if old.rpartition(".")[2] == missing[1]:
-                message += f" ({old} was renamed to {new}.)"
-    return UserError(message, field="--config")
+    # ml_collections refuses an assignment without naming the section of the field.
+    if unknown := re.search(r'Key "(\w+)" does not exist', reason):
+        return UserError(f"{path}:{line}: {_unknown_assignment(unknown[1])}", field="--config")
+    if wrong := re.search(r"Could not override field '(\w+)'", reason):
+        types = {name: type(value).__name__ for name, value in leaves(Experiment()) if name.endswith(wrong[1])}
+        expected = " or ".join(f"{kind} ({name})" for name, kind in types.items())
+        return UserError(f"{path}:{line}: '{wrong[1]}' expects {expected or 'another type'}.", field="--config")
+    return UserError(f"{path}:{line} raises {type(error).__name__}: {reason}", field="--config")
+
+
+def _unknown_assignment(name: str) -> str:
+    """Return a message for an assignment to a field called `name` that no section has."""
+    renamed = [f"{old} was renamed to {new}." for old, new in RENAMED.items() if old.rpartition(".")[2] == name]
+    return " ".join(renamed) or str(unknown_field(name, dict(leaves(Experiment()))))

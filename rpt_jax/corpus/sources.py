@@ -218,10 +218,11 @@ def assign_splits(
     result_D[first_U] = splits_D[first_U]
     unassigned_U = np.sort(first_U[splits_D[first_U] == UNASSIGNED])
     if len(unassigned_U) < 2 and len(unassigned_U) == len(first_U):
+        rejected = f"The first rejected record: {first_rejected.rstrip('.')}. " if first_rejected else ""
         raise UserError(
-            f"{source_name(config)} is too short: it gives {len(unassigned_U)} distinct document(s), and at least 2 are needed, "
-            f"one to train on and one to hold out. {first_rejected or 'Add text'}: a .txt is split into documents of about "
-            f"{CHUNK_CHARACTERS} characters, a .jsonl has one document per line.",
+            f"{source_name(config)} has {len(unassigned_U)} distinct document(s), and at least 2 are needed: one to train on and "
+            f"one to hold out. {rejected}A .txt is split into documents of about {CHUNK_CHARACTERS} characters, a .jsonl has one "
+            "document per line.",
             field=f"data.{'path' if config.source == 'path' else 'source'}",
         )
 

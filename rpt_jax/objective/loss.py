@@ -1,6 +1,7 @@
 """Policy-gradient losses per token, KL estimators, importance weights and aggregations, by name.
 
-An aggregated loss is a numerator and a denominator that are summed over microbatches before the division.
+A loss is aggregated as a numerator and a denominator, which are summed over microbatches and devices and divided once, so that
+the result does not depend on how the batch is split.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class ClipRange(NamedTuple):
     Attributes:
       low: the ratio is clipped below at 1 - low.
       high: the ratio is clipped above at 1 + high.
-      dual: "dual_clip" bounds the loss of a token with a negative advantage at this multiple of the advantage.
+      dual: "dual_clip" bounds the loss of a token with a negative advantage A at dual · |A|.
     """
 
     low: float
@@ -44,7 +45,7 @@ class TokenLoss(NamedTuple):
 # --- Losses. Every function takes:
 #   logprobs       float32 [..., T] log-probabilities of the sampled tokens under the current policy.
 #   old_logprobs   float32 [..., T] under the policy that sampled. With exactly on-policy updates these are
-#                  `stop_gradient(logprobs)`: the ratio is 1 and its gradient is that of the score function.
+#                  `stop_gradient(logprobs)`: the ratio is 1, and its gradient is that of log π.
 #   advantages     broadcast against `logprobs`.
 #   mask           bool, True for response tokens up to and including the stop token.
 #   clip_range     bounds of the ratio.

@@ -50,7 +50,7 @@ def test_empty_and_repeated_documents_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "count"), [("too short", 1), ("", 0)])
 def test_fewer_than_two_documents_are_refused(tmp_path: Path, text: str, count: int) -> None:
     (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(UserError, match=rf"too short: it gives {count} distinct") as raised:
+    with pytest.raises(UserError, match=rf"has {count} distinct") as raised:
         load_corpus(DataConfig(source="path", path=str(tmp_path / "a.txt"), strict=True))
     assert raised.value.field == "data.path"
 
