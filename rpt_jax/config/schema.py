@@ -2,8 +2,8 @@
 
 A config file returns an `ml_collections.ConfigDict` with these names (`default_config`), and `from_config_dict` turns it into an
 `Experiment`. The comment above each field is its documentation: the reference page is generated from it. A comment that begins
-with "[memory]" marks a field that changes speed and memory, and results by rounding at most. "Paper" is arXiv 2506.08007; "verl" is
-the framework that the paper used, with its defaults of June 2025; where neither is named, the default is ours.
+with "[memory]" marks a field that changes speed and memory, and results by rounding at most. "Paper" is arXiv 2506.08007;
+"verl" is the framework that the paper used, with its defaults of June 2025; where neither is named, the default is ours.
 """
 
 from __future__ import annotations
