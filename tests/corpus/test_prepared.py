@@ -136,7 +136,7 @@ def test_a_corpus_of_invalid_records_is_refused_with_the_first_of_them(tmp_path:
     """Such a shard has no records."""
     path = tmp_path / "none.jsonl"
     path.write_text('{"problem": "1 + 1 = 2"}\n' * 3)
-    with pytest.raises(UserError, match="gives 0 distinct .* needed, .* has no field data.text_field='text'"):
+    with pytest.raises(UserError, match="has 0 distinct .* needed: .* has no field data.text_field='text'"):
         main.run(scoring_experiment(path), tmp_path / "run")
     assert len(Records(tmp_path / "run", "scores", 1)) == 0
 
