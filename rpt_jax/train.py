@@ -34,7 +34,7 @@ from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.workdir import RESULT
+from rpt_jax.infra.workdir import RESULT, finished_steps
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
@@ -54,7 +54,7 @@ from rpt_jax.prompts.selection import (
     training_stream,
 )
 from rpt_jax.registry import REWARDS
-from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
+from rpt_jax.results import rollout_texts, show_evaluation, write_result
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
 from rpt_jax.rollout.metrics import rollout_metrics
@@ -82,8 +82,11 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
       FloatingPointError: a metric is NaN or infinite.
       Diverged: a rule of config section `divergence` is broken, and `divergence.action` is "stop".
     """
-    if is_complete(workdir):
-        logger.info("This run is complete: %s. Choose another --workdir to run it again.", workdir / RESULT)
+    if finished_steps(workdir) == experiment.training.total_steps:
+        logger.info(
+            "This run is complete: %s. Raise training.total_steps to continue it, or choose another --workdir to run it again.",
+            workdir / RESULT,
+        )
         return
     training = experiment.training
     clock = Clock(context.compile_times)
@@ -137,7 +140,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     policy_entropies: PolicyEntropies | None = None  # Of the last rescoring, for data.positions="self_entropy".
     if restored := checkpoints.restore():
         step, state, saved = restored
-        check_saved(step, saved, experiment, setup)
+        check_saved(saved, setup)
         if saved["policy_entropies"]:
             policy_entropies = PolicyEntropies.from_state(saved["policy_entropies"])
             stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
@@ -259,7 +262,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 8. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
             context.stop_if_requested(checkpoints.save_and_wait)
-            if step % experiment.checkpoint.every_steps == 0 and step < training.total_steps:
+            if step % experiment.checkpoint.every_steps == 0 or step == training.total_steps:
                 checkpoints.save()
             end_stage("checkpoint")
             profile.end_step(step)
@@ -267,11 +270,12 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             last_rewarded = rewarded
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
+    checkpoints.wait()  # A finished run has its last step, so that it can be continued.
     files = read_tokenizer_files(setup.tokenizer.source)
     save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
     if is_leader():
         assert after is not None
-        write_result(workdir, before, after, clock.seconds, experiment.seed)
+        write_result(workdir, experiment, before, after, clock.seconds)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
         logger.info("Complete in %.0f s: %s", clock.seconds, workdir / RESULT)
     checkpoints.close()
@@ -384,18 +388,8 @@ def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollo
     return NextTokenBatch(inputs_NxS=inputs, targets_NxS=targets, mask_NxS=mask)
 
 
-def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup: Setup) -> None:
-    """Check that the run can resume from a checkpoint.
-
-    Raises:
-      UserError: it has more steps than `training.total_steps`, or was made on another corpus.
-    """
-    if step > experiment.training.total_steps:
-        raise UserError(
-            f"training.total_steps={experiment.training.total_steps} must be at least {step}, the number of steps that this run "
-            "has completed.",
-            field="training.total_steps",
-        )
+def check_saved(saved: dict[str, Any], setup: Setup) -> None:
+    """Check that a checkpoint was made on the corpus of this run. Raises: UserError."""
     if saved["corpus"] != setup.prepared.fingerprint:
         raise UserError(
             f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… there, "
