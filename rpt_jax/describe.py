@@ -7,6 +7,7 @@ computes the sizes as typed fields; `render` and `print_description` only format
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +22,13 @@ from rpt_jax.distributed.mesh import resharding_axis_sizes
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
+from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig, check_preset, preset
 from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import cache_bytes
 from rpt_jax.weights.hf import load_model_config
+
+logger = logging.getLogger(__name__)
 
 _FLOAT32_BYTES = 4
 # Bytes of a prepared corpus per token: 2 of window lengths, 4 of token ids, 8 of two entropies.
@@ -474,9 +478,9 @@ def model_config_of(experiment: Experiment) -> tuple[ModelConfig, str]:
       UserError: the preset is unknown, or does not match the policy's config.json.
     """
     policy = experiment.policy
-    if experiment.task == "pretrain" or not policy.path:
+    if not policy.path:
         return preset(policy.preset), f"policy.preset={policy.preset}"
-    if Path(policy.path).exists():
+    if Path(policy.path).exists() or not policy.preset:
         config = load_model_config(policy.path)[0]
         check_preset(policy.path, policy.preset, config)
         return config, f"policy.path={policy.path}"
@@ -736,6 +740,8 @@ def print_description(experiment: Experiment, devices: int | None = None) -> Non
     """
     derived = derive(experiment, jax.device_count() if devices is None else devices)
     table("Sizes derived from this config", ("quantity", "value", "derived from"), render(derived))
+    for warning in context_warnings(experiment, model_config_of(experiment)[0]):
+        logger.warning(warning)
 
 
 def render(derived: Derived) -> list[Row]:

@@ -136,12 +136,14 @@ def run(
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
+    from rpt_jax.startup import check_start, log_start
 
     # Check what costs nothing, then set up the devices and the workdir.
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
     context = context or RunContext()
     mesh = make_run_mesh(experiment)
+    check_start(experiment, workdir, mesh)
     with (
         claimed_workdir(workdir, experiment, force),
         use_mesh(mesh, experiment.mesh.split_rows),
@@ -149,6 +151,7 @@ def run(
         jax.debug_nans(replay),
         jax.debug_infs(replay),
     ):
+        log_start(experiment, workdir)
         if experiment.task == "rpt":
             train.train(experiment, workdir, mesh, context, replay=replay)
         elif experiment.task == "pretrain":
@@ -195,7 +198,8 @@ def main(argv: list[str]) -> int:
         if _DESCRIBE.value:
             from rpt_jax.describe import print_description
 
-            print_description(experiment)
+            with console_logging():
+                print_description(experiment)
             return ExitCode.COMPLETE
         # In --workdir=~/runs, the shell does not expand the tilde.
         workdir = Path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}").expanduser()

@@ -20,7 +20,6 @@ from rpt_jax.corpus.prepared import corpus_directory, open_and_report, open_prep
 from rpt_jax.corpus.sources import training_texts
 from rpt_jax.corpus.tokenization import shards_to_prepare
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
@@ -152,7 +151,6 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     # --- 1. Load the policy and the documents ------------------------------------------------------
     config = experiment.pretrain
     total_steps = experiment.training.total_steps
-    check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
     policy, params, tokenizer = _load_or_init(experiment, workdir, mesh, context)
     documents = _training_documents(experiment.data, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
@@ -247,21 +245,25 @@ def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:
 # --- loading ---------------------------------------------------------------------------------------
 
 
+def check_vocab_size(experiment: Experiment) -> None:
+    """Raise UserError if the tokenizer that is trained for random weights would not have the vocabulary of the preset."""
+    if experiment.policy.path:
+        return
+    vocab_size = experiment.pretrain.vocab_size
+    expected = preset(experiment.policy.preset).vocab
+    if vocab_size != expected:
+        raise UserError(
+            f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', {expected}.",
+            field="pretrain.vocab_size",
+        )
+
+
 def _load_or_init(
     experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 ) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, or initialize one and train a tokenizer on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_starting_policy(experiment.policy, mesh)
-
-    model_config = preset(experiment.policy.preset)
-    vocab_size = experiment.pretrain.vocab_size
-    if vocab_size != model_config.vocab:
-        raise UserError(
-            f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
-            f"{model_config.vocab}.",
-            field="pretrain.vocab_size",
-        )
 
     # Train the tokenizer in one process: the others, and a run that resumes, load its file.
     path = workdir / "tokenizer.model"
@@ -275,10 +277,10 @@ def _load_or_init(
                 context.heartbeat.beat("reading for a tokenizer")
 
             texts = training_texts(all_shards, _TOKENIZER_BYTES, advance)
-            train_sentencepiece(texts, vocab_size, path)
+            train_sentencepiece(texts, experiment.pretrain.vocab_size, path)
     wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
-    policy = make_policy(experiment.policy, model_config, tokenizer)
+    policy = make_policy(experiment.policy, preset(experiment.policy.preset), tokenizer)
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
 
 

@@ -10,9 +10,8 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import prepare
-from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.setup import check_top_k, load_starting_policy
+from rpt_jax.setup import load_starting_policy
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +24,7 @@ def score(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     Raises:
       UserError: the corpus or the policy cannot be used.
     """
-    check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    check_top_k(experiment.data.entropy_top_k, policy)
     prepared = prepare(Scorer(policy, params, tokenizer, mesh, experiment), workdir, context)
     if prepared is None:
         logger.info("Shard %s is complete; other shards of %s are missing.", experiment.data.shard, workdir)

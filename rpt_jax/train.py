@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.entropy import Scorer, next_token_rows
-from rpt_jax.distributed.mesh import check_batches, num_batch_shards
+from rpt_jax.distributed.mesh import num_batch_shards
 from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
 from rpt_jax.errors import UserError
@@ -60,7 +60,7 @@ from rpt_jax.rollout.dynamic_sampling import prefer_variance
 from rpt_jax.rollout.metrics import rollout_metrics
 from rpt_jax.rollout.rollouts import SlotUsage
 from rpt_jax.rollout.sampler import Sampler
-from rpt_jax.setup import Setup, check_sampling, set_up
+from rpt_jax.setup import Setup, set_up
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.weights.hf import save_policy
 
@@ -95,10 +95,6 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         """Add the time since the last stage to `time/<stage>`, and tell the other processes that this one makes progress."""
         clock.lap(stage)
         context.heartbeat.beat(stage)
-
-    # Refuse batches that do not fit the mesh before anything is loaded.
-    check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
-    check_sampling(experiment, mesh)
 
     # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
     if experiment.cold_start.total_steps:

@@ -36,9 +36,13 @@ def main(argv: list[str]) -> int:
         topology = parse_topology(options.topology)
         prepare_process(topology)
         # These import JAX, which reads the environment that prepare_process sets.
+        from rpt_jax.describe import model_config_of
+        from rpt_jax.model.context_length import context_warnings
         from rpt_jax.preflight.report import preflight
         from rpt_jax.preflight.sweep import sweep
 
+        for warning in context_warnings(experiment, model_config_of(experiment)[0]):
+            print(f"warning: {warning}", file=sys.stderr)
         result = (sweep if options.sweep else preflight)(experiment, topology)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
