@@ -133,6 +133,7 @@ def run(
 
     from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.mesh import use_mesh
+    from rpt_jax.infra.compilation_progress import CompilationProgress
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
@@ -148,6 +149,7 @@ def run(
         claimed_workdir(workdir, experiment, force),
         use_mesh(mesh, experiment.mesh.split_rows),
         context.compile_times,
+        CompilationProgress(),
         jax.debug_nans(replay),
         jax.debug_infs(replay),
     ):

@@ -26,9 +26,10 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.guards import guarded_loop
+from rpt_jax.infra.learning_signal import LearningSignal
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
-from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import CHECKPOINTS
@@ -167,6 +168,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         stream.set_state(saved["stream"])
     checkpoints.stage(start, state, {"stream": stream.get_state()})
 
+    learning_rates = LearningRates(experiment.optimizer, total_steps)
+    signal = LearningSignal(experiment)
     step_options: dict[str, Any] = {
         "weights": (config.document_weight, config.trace_weight),
         "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
@@ -183,6 +186,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             began = time.monotonic()
             profile.begin_step(step)
             batch = shard_prompts(next(stream), mesh)
+            learning_rate = learning_rates.next(state.optimizer)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer():
                 try:
@@ -196,9 +200,10 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                         checkpoints.replace_staged_state(state)
                         checkpoints.save_and_wait()
                     raise
+                scalars["update/learning_rate"] = learning_rate
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
                 checkpoints.stage(step, state, {"stream": stream.get_state()})
-            for warning in take_recompiled():
+            for warning in take_recompiled() + signal.check_traces(step, scalars):
                 logger.warning(warning)
 
             # --- 4. Save, and stop if a signal asks for it -----------------------------------------

@@ -6,6 +6,7 @@ rewarded if it matches the true continuation, and GRPO updates the policy on its
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress, show_rollouts
 from rpt_jax.infra.divergence import DivergenceMonitor
 from rpt_jax.infra.guards import guarded_loop
+from rpt_jax.infra.learning_signal import LearningSignal
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
-from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
@@ -53,7 +55,7 @@ from rpt_jax.prompts.selection import (
     training_order,
     training_stream,
 )
-from rpt_jax.registry import REWARDS
+from rpt_jax.registry import POSITION_CHOICES, REWARDS
 from rpt_jax.results import rollout_texts, show_evaluation, write_result
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
@@ -114,7 +116,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
     stream = training_stream(experiment, setup.prepared, setup.train, builder)
     evaluator = Evaluator(experiment, setup, sample, reward, builder)
-    optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
+    updates = training.total_steps * training.minibatches_per_step
+    optimizer = make_optimizer(experiment.optimizer, updates)
+    learning_rates = LearningRates(experiment.optimizer, updates)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
     needs_average = REWARDS[objective.reward].requirements.average
@@ -124,6 +128,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     reference = setup.params if objective.kl != "none" else None
     counters = make_counters(experiment, setup)
     divergence = DivergenceMonitor(experiment.divergence)
+    signal = LearningSignal(experiment)
 
     # --- 3. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
@@ -175,17 +180,20 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     stage_checkpoint()
     with (
         MetricsWriter(workdir, step - 1) as metrics,
-        Progress("rpt", training.total_steps, step) as progress,
+        Progress(
+            "rpt", training.total_steps, step, interludes_left=functools.partial(interludes_left, experiment)
+        ) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
     ):
         while True:
             # --- 4. Evaluate the current policy, and write the metrics of the step before ----------
             if before is None:
-                before = evaluator.full(setup.params)
+                with progress.interlude("full evaluation"):
+                    before = evaluator.full(setup.params)
                 show_evaluation("before", before)
                 stage_checkpoint()
-            evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
+            evaluation, after = evaluate(experiment, evaluator, step, state.params, before, progress)
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if last_rewarded and step % training.log_rollouts_every == 0:
@@ -205,7 +213,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 5. Choose positions again with the current policy, if it is time ------------------
             if rescoring_is_due(experiment, step):
                 scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
-                policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
+                with progress.interlude("rescoring"):
+                    policy_entropies = score_sample(
+                        experiment, setup.prepared, setup.train, scorer.score_with_progress, step
+                    )
                 stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
                 counters.count_scored(policy_entropies.tokens)
                 end_stage("rescore")
@@ -234,6 +245,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 7. Update the policy --------------------------------------------------------------
             documents = load_documents(experiment, setup, rewarded) if objective.document_weight else None
             batch = make_update_batch(objective, rewarded, only_informative=dynamic, documents=documents)
+            learning_rate = learning_rates.next(state.optimizer)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer():
                 try:
@@ -250,7 +262,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                     raise
                 count_update(counters, rewarded, generated, documents, scalars)
                 end_stage("update")
-                for warning in divergence.check(step, scalars) + take_recompiled():
+                scalars["update/learning_rate"] = learning_rate
+                for warning in (
+                    divergence.check(step, scalars) + take_recompiled() + signal.check_rollouts(step, scalars)
+                ):
                     logger.warning(warning)
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
@@ -278,7 +293,12 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 
 
 def evaluate(
-    experiment: Experiment, evaluator: Evaluator, step: int, params: Params, before: dict[str, Any]
+    experiment: Experiment,
+    evaluator: Evaluator,
+    step: int,
+    params: Params,
+    before: dict[str, Any],
+    progress: Progress,
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Evaluate the policy if the step calls for it.
 
@@ -288,6 +308,7 @@ def evaluate(
       step: number of completed steps.
       params: the current policy.
       before: evaluation of the starting policy, which is that of step 0.
+      progress: of the training loop.
 
     Returns:
       Scalars for `metrics.jsonl` (empty if the step is not evaluated), and the full evaluation if this is the last step.
@@ -295,11 +316,28 @@ def evaluate(
     if step == 0:
         return evaluation_metrics(before["reasoning"], before["direct"]), None
     if step == experiment.training.total_steps:
-        after = evaluator.full(params)
+        with progress.interlude("full evaluation"):
+            after = evaluator.full(params)
         return evaluation_metrics(after["reasoning"], after["direct"]), after
     if step % experiment.evaluation.every_steps == 0:
-        return evaluation_metrics(evaluator.reasoning(params, evaluator.held_out)[0]), None
+        with progress.interlude("evaluation"):
+            return evaluation_metrics(evaluator.reasoning(params, evaluator.held_out)[0]), None
     return {}, None
+
+
+def interludes_left(experiment: Experiment, done: int) -> dict[str, int]:
+    """Return how many evaluations and rescorings are still to come when `done` steps have just been completed."""
+
+    def multiples(every: int) -> int:
+        """Return how many multiples of `every` there are from `done`, which is followed by its evaluation, to before the end."""
+        return (experiment.training.total_steps - 1) // every - (max(1, done) - 1) // every
+
+    is_rescored = POSITION_CHOICES[experiment.data.positions].requirements.rescored
+    return {
+        "evaluation": multiples(experiment.evaluation.every_steps),
+        "full evaluation": 1,
+        "rescoring": multiples(experiment.data.rescore_every_steps) if is_rescored else 0,
+    }
 
 
 def make_update_batch(

@@ -39,8 +39,8 @@ def unused_accelerator(root: Path = Path("/"), environment: Mapping[str, str] = 
         files = [file for pattern in patterns for file in root.glob(pattern)]
         if files and (extra != "tpu" or _has_google_device(root)):
             return (
-                f"this machine has {accelerator} ({files[0]}), but JAX computes on the CPU, because its plugin is not installed or "
-                f"does not work with the driver. Install it with: pip install 'jax[{extra}]=={jax.__version__}'. To compute on the "
+                f"this machine has {accelerator} ({files[0]}), but JAX computes on the CPU: its plugin is not installed, or does "
+                f"not work with the driver. Install it with: pip install 'jax[{extra}]=={jax.__version__}'. To compute on the "
                 "CPU on purpose, set JAX_PLATFORMS=cpu."
             )
     return ""

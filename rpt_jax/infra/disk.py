@@ -38,7 +38,7 @@ def check_free_space(directory: Path, needed: int, purpose: str) -> None:
     # Some network file systems do not tell their size.
     if 0 < usage.total and usage.free < needed:
         raise UserError(
-            f"--workdir={directory}: {purpose} need about {needed / 2**30:.2f} GiB, but {usage.free / 2**30:.2f} GiB are free. Free "
-            "some space, lower checkpoint.keep, or choose a --workdir on another disk.",
+            f"--workdir={directory}: {purpose} need about {needed / 2**30:.2f} GiB, but {usage.free / 2**30:.2f} GiB are free. "
+            "Free some space, lower checkpoint.keep, or choose a --workdir on another disk.",
             field="--workdir",
         )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rpt_jax.config import OptimizerConfig
@@ -17,6 +20,24 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         main = optax.constant_schedule(config.learning_rate)
     warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
     return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+class LearningRates:
+    """Looks up the learning rate of the next optimizer step, on the host.
+
+    Args:
+      config: section `optimizer`.
+      total_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, config: OptimizerConfig, total_steps: int):
+        schedule = make_schedule(config, total_steps)
+        self._rates_N = np.asarray(jax.vmap(schedule)(jnp.arange(total_steps)))
+
+    def next(self, state: optax.OptState) -> float:
+        """Return the learning rate that the next step of an optimizer with this state takes."""
+        _, count = optax.tree.get_all_with_path(state, "count")[0]
+        return float(self._rates_N[int(jax.device_get(count))])
 
 
 # Cached, because compiled programs are keyed by the identity of their optimizer: equal arguments must return the same object, or

@@ -41,12 +41,12 @@ def consequences_of_total_steps(experiment: Experiment, earlier_total: int, comp
         return consequences
     if POSITION_CHOICES[experiment.data.positions].requirements.staged:
         consequences.append(
-            f"{changed}: the stages of data.positions='{experiment.data.positions}' have other lengths, so that some positions are "
-            "repeated or left out."
+            f"{changed}: the stages of data.positions='{experiment.data.positions}' have other lengths, so that some positions "
+            "are repeated or left out."
         )
     if experiment.objective.budget_weight and experiment.objective.budget_decay != 1.0:
         consequences.append(
-            f"{changed}: objective.budget_decay={experiment.objective.budget_decay:g} spreads over another number of steps, so that "
-            "the target length jumps."
+            f"{changed}: objective.budget_decay={experiment.objective.budget_decay:g} spreads over another number of steps, so "
+            "that the target length jumps."
         )
     return consequences

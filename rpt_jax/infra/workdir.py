@@ -59,8 +59,8 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
     A new workdir is released again if a UserError ends the run before it has written anything: after a typo in a path, the user
     can fix the command and use the same workdir.
 
-    A finished run continues if `training.total_steps` has grown; its result is kept as `result_<steps>.json`. Otherwise it is left
-    as it is.
+    A finished run goes on if `training.total_steps` has grown, and its result is kept as `result_<steps>.json`. Otherwise it is
+    left as it is.
 
     With several processes, process 0 does this and the others check that they see the same directory.
 
