@@ -91,6 +91,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         )
         return
     training = experiment.training
+    config = experiment  # As it was given: after a cold start, the experiment has another starting policy.
     clock = Clock(context.compile_times)
 
     def end_stage(stage: str) -> None:
@@ -286,7 +287,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
     if is_leader():
         assert after is not None
-        write_result(workdir, experiment, before, after, clock.seconds)
+        write_result(workdir, config, before, after, clock.seconds)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
         logger.info("Complete in %.0f s: %s", clock.seconds, workdir / RESULT)
     checkpoints.close()
