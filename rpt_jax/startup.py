@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from rpt_jax import __version__
 from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.prepared import open_prepared
@@ -17,6 +18,7 @@ from rpt_jax.distributed.mesh import check_batches, use_mesh
 from rpt_jax.errors import check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
+from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig
@@ -116,6 +118,7 @@ def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) ->
 def log_start(experiment: Experiment, workdir: Path) -> None:
     """Log what runs, on which devices, and where the results go; warn of an accelerator that is unused and of long sequences."""
     sizes = derive(experiment, jax.device_count())
+    logger.info("Code: rpt_jax %s, commit %s", __version__, source_commit() or "unknown")
     logger.info("Devices: %s", describe_devices())
     logger.info(
         "Policy: %s parameters, %s, %s", f"{sizes.policy.parameters:,}", experiment.policy.dtype, sizes.policy.source

@@ -54,9 +54,10 @@ class CompilationProgress:
 
         def report() -> None:
             logger.info("Compiling %s for %.0f s …", program, waited + wait)
-            if thread in self._timers:
+            if self._timers.get(thread) is timer:
                 self._set_timer(thread, program, 2 * wait, waited + wait)
 
-        self._timers[thread] = threading.Timer(wait, report)
-        self._timers[thread].daemon = True
-        self._timers[thread].start()
+        timer = threading.Timer(wait, report)
+        timer.daemon = True
+        self._timers[thread] = timer
+        timer.start()

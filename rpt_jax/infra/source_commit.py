@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, distribution
@@ -10,8 +11,11 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def source_commit() -> str | None:
     """Return the git commit of the package, with "+changes" if files differ from it; None if it is unknown.
+
+    The first call decides, at the start of a run: the clone may be at another commit when the run ends.
 
     The commit is that of the clone which the package is in, or the one that pip installed it from. A repository that merely
     contains a virtual environment with the package does not count.
