@@ -129,7 +129,7 @@ def test_a_finished_run_goes_on_with_another_precision_and_more_steps(
     said = caplog.text
     assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in said
     assert "optimizer.schedule='cosine', the learning rate of step 6" in said and "Resuming from step 5" in said
-    assert (tmp_path / "run" / "result_5.json").read_bytes() == result
+    assert (tmp_path / "run" / "result_5.json").read_bytes() == result and (tmp_path / "run" / "policy_5").is_dir()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 6
     # Sampler and trainer agree less well than in float32, which shows that the new precision is used.
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -25,11 +26,12 @@ logger = logging.getLogger(__name__)
 RUN_CONFIG = "run_config.json"
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
+POLICY = "policy"
 _FORMAT_1_CONFIG = "config.json"
 _LOCK = "lock"  # An empty file; it stays after the run.
 _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: look this many times, one second apart.
 # Files that a run leaves in its workdir, which another run would resume from or overwrite.
-_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", RESULT, "tokenizer.model", "policy", "cold_start")
+_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", RESULT, "tokenizer.model", POLICY, "cold_start")
 # Fields and sections that may change when a run is resumed. None of them changes what is learned from which data, except for the
 # number of steps and the precision, which are only ever changed on purpose.
 _MAY_CHANGE = (
@@ -59,8 +61,8 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
     A new workdir is released again if a UserError ends the run before it has written anything: after a typo in a path, the user
     can fix the command and use the same workdir.
 
-    A finished run goes on if `training.total_steps` has grown, and its result is kept as `result_<steps>.json`. Otherwise it is
-    left as it is.
+    A finished run goes on if `training.total_steps` has grown; its result and its policy are kept as `result_<steps>.json` and
+    `policy_<steps>`. Otherwise it is left as it is.
 
     With several processes, process 0 does this and the others check that they see the same directory.
 
@@ -225,7 +227,7 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
         )
     total_steps = experiment.training.total_steps
     finished = finished_steps(workdir)
-    _check_total_steps(workdir, total_steps, finished)
+    completed = _check_total_steps(workdir, total_steps, finished)
 
     # A complete run keeps the config that it was made with.
     changes = _changes(differing, theirs, ours)
@@ -239,16 +241,23 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
         logger.info("The config changed: %s.", changes)
         _write_config(workdir / RUN_CONFIG, ours)
     earlier_total = theirs.get("training.total_steps", total_steps)
-    for consequence in consequences_of_total_steps(experiment, earlier_total, _saved_step(workdir) or 0):
+    for consequence in consequences_of_total_steps(experiment, earlier_total, completed):
         logger.warning(consequence)
-    if finished is not None:
-        earlier_result = workdir / f"result_{finished}.json"
-        (workdir / RESULT).replace(earlier_result)
-        logger.info("The finished run goes on after step %d. Its result is now %s.", finished, earlier_result)
+    if total_steps > completed:
+        _keep_outputs(workdir, completed)
 
 
-def _check_total_steps(workdir: Path, total_steps: int, finished: int | None) -> None:
-    """Check that a run can go on to `total_steps` steps.
+def _keep_outputs(workdir: Path, steps: int) -> None:
+    """Rename the result and the policy of a run that was finished after `steps` steps and goes on."""
+    for output, kept in ((RESULT, f"result_{steps}.json"), (POLICY, f"{POLICY}_{steps}")):
+        if (workdir / output).exists():
+            shutil.rmtree(workdir / kept, ignore_errors=True)
+            (workdir / output).replace(workdir / kept)
+            logger.info("The finished run goes on: %s is now called %s.", workdir / output, kept)
+
+
+def _check_total_steps(workdir: Path, total_steps: int, finished: int | None) -> int:
+    """Check that a run can go on to `total_steps` steps, and return how many it has completed.
 
     Args:
       workdir: directory of the run.
@@ -268,9 +277,10 @@ def _check_total_steps(workdir: Path, total_steps: int, finished: int | None) ->
     if finished is not None and total_steps > finished and saved is None:
         raise UserError(
             f"training.total_steps={total_steps}: the finished run of {finished} steps in --workdir={workdir} has no checkpoint "
-            f"left to continue from. Choose another --workdir, with policy.path={workdir / 'policy'} to start from its policy.",
+            f"left to continue from. Choose another --workdir, with policy.path={workdir / POLICY} to start from its policy.",
             field="training.total_steps",
         )
+    return completed
 
 
 def _check_unclaimed(workdir: Path) -> None:

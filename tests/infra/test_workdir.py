@@ -203,6 +203,8 @@ def finish(workdir: Path, steps: int, checkpoints: tuple[int, ...]) -> None:
     for step in checkpoints:
         (workdir / "checkpoints" / str(step)).mkdir(parents=True)
     (workdir / "result.json").write_text(json.dumps({**format_stamp(), "steps": steps}))
+    (workdir / "policy").mkdir()
+    (workdir / "policy" / "config.json").write_text("{}")
 
 
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):
@@ -210,6 +212,7 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path):
     assert finished_steps(tmp_path) == 5
     claim(tmp_path, Experiment(training=TrainingConfig(total_steps=7)))
     assert finished_steps(tmp_path) is None and json.loads((tmp_path / "result_5.json").read_text())["steps"] == 5
+    assert not (tmp_path / "policy").exists() and (tmp_path / "policy_5" / "config.json").is_file()
     assert read_run_config(tmp_path)["training.total_steps"] == 7
 
 
