@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rpt_jax.config import OptimizerConfig
@@ -23,7 +21,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 class LearningRates:
-    """Looks up the learning rate of the next optimizer step, on the host.
+    """Tells the learning rate of the next optimizer step.
 
     Args:
       config: section `optimizer`.
@@ -31,13 +29,12 @@ class LearningRates:
     """
 
     def __init__(self, config: OptimizerConfig, total_steps: int):
-        schedule = make_schedule(config, total_steps)
-        self._rates_N = np.asarray(jax.vmap(schedule)(jnp.arange(total_steps)))
+        self._schedule = jax.jit(make_schedule(config, total_steps))
 
     def next(self, state: optax.OptState) -> float:
         """Return the learning rate that the next step of an optimizer with this state takes."""
         _, count = optax.tree.get_all_with_path(state, "count")[0]
-        return float(self._rates_N[int(jax.device_get(count))])
+        return float(jax.device_get(self._schedule(count)))
 
 
 # Cached, because compiled programs are keyed by the identity of their optimizer: equal arguments must return the same object, or
