@@ -176,9 +176,9 @@ class Progress:
         if self._live:
             eta = _duration(self.seconds_left)
             self._live.update(self._task, completed=self._done, eta=eta, status=self._status)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or (
-            not self._transient and (self._steps == 1 or self._done == self._total)
-        ):
+            return
+        is_first_or_last = self._steps == 1 or self._done == self._total
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or (is_first_or_last and not self._transient):
             self._print_line(now)
 
     def _print_line(self, now: float) -> None:
