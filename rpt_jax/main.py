@@ -9,7 +9,7 @@ The same command resumes an interrupted run from its latest checkpoint. Exit cod
     2     something to fix; the message says what
     3     a metric became NaN or infinite; rerun with --replay to locate the operation
     4     a rule of config section `divergence` stopped the run
-    75    interrupted by SIGTERM or SIGINT, or another process was lost; rerun the same command to resume
+    75    interrupted by SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2, or another process was lost; rerun the same command to resume
     130, 143  stopped at once by a second SIGINT or SIGTERM; rerun the same command to resume
 """
 

@@ -289,7 +289,8 @@ class CheckpointConfig:
     every_steps: int = 100
     # Number of checkpoints that are kept.
     keep: int = 2
-    # Seconds that saving may take after a first SIGTERM or SIGINT; with several processes, they include the rest of the step.
+    # Seconds that saving may take after a stop signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2); with several processes, they
+    # include the rest of the step.
     grace_seconds: float = 60.0
 
 
