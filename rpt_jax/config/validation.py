@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.schema import (
     ATTENTIONS,
     DIVERGENCE_ACTIONS,
@@ -36,6 +37,9 @@ _WEIGHTED_TERMS = {
     "budget_weight": ("budget_start", "budget_decay", "budget_min"),
 }
 
+
+# Fields that name a file or a directory.
+_PATHS = ("policy.path", "data.path", "data.prepared", "pretrain.export")
 
 _UNBOUNDED = 10**12  # An upper bound that excludes only typing errors.
 _SEEDS = 2**32 - 1  # The largest seed that grain accepts.
@@ -137,6 +141,9 @@ def check_experiment(experiment: Experiment) -> None:
     _check_named_choice(experiment.pretrain, TRACE_WRITERS)
     for registry in OBJECTIVE_REGISTRIES:
         _check_named_choice(experiment.objective, registry)
+
+    for name in _PATHS:
+        check_local_path(name, values[name])
 
     # Numbers.
     for name, (low, high) in _BOUNDS.items():

@@ -87,7 +87,9 @@ def running_slurm(directory: Path) -> Iterator[Slurm]:
     host = socket.gethostname().partition(".")[0]
     ports = {name: free_port() for name in ("port", "first_port", "second_port")}
     (directory / "state").mkdir()
-    (directory / "slurm.conf").write_text(_CONFIG.format(host=host, user=getpass.getuser(), directory=directory, **ports))
+    (directory / "slurm.conf").write_text(
+        _CONFIG.format(host=host, user=getpass.getuser(), directory=directory, **ports)
+    )
     slurm = Slurm(directory, (host, f"{host}-b"))
     daemons = []
     try:

@@ -17,7 +17,12 @@ from tests.helpers.slurm import Slurm, make_environment, needs_slurm, running_sl
 pytestmark = [pytest.mark.slow, needs_slurm]
 
 JOB = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2"]
-RUN = SMALL | {"mesh.fsdp": 2, "rollout.max_new_tokens": 16, "evaluation.every_steps": 1000, "checkpoint.every_steps": 1000}
+RUN = SMALL | {
+    "mesh.fsdp": 2,
+    "rollout.max_new_tokens": 16,
+    "evaluation.every_steps": 1000,
+    "checkpoint.every_steps": 1000,
+}
 
 
 @pytest.fixture(scope="module")
