@@ -29,8 +29,8 @@ from tests.helpers.paths import ROOT
 
 stand_in = pytest.mark.stand_in
 
-SCRIPTS = ["launch/again.sh", "launch/slurm_gpu.sh", "launch/tpu_pod.sh"]
-TOOLS = ["git", "tar", "gzip", "setsid", "tail", "hostname", "pgrep"]
+SCRIPTS = ["launch/again.sh", "launch/slurm_gpu.sh", "launch/tpu_host.sh", "launch/tpu_pod.sh"]
+TOOLS = ["git", "tar", "gzip", "id", "setsid", "tail", "hostname", "pgrep", "true"]
 ADDRESSES = "10.0.0.5;10.0.0.7;10.0.0.6"
 
 # A stand-in for gcloud: records its calls, answers queries, and imitates the hosts of a slice with one home directory for each.
@@ -176,7 +176,7 @@ def test_dry_run_prints_commands_without_running_them(clone: Clone, hosts: Path,
     assert COMMANDS[command] in lines
     assert not clone.calls.exists()
     if command == "setup":
-        assert any("sudo mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in line for line in lines)
+        assert any("launch/tpu_host.sh" in line and "10.0.0.2:/rpt" in line for line in lines)
 
 
 @stand_in
@@ -209,24 +209,65 @@ def test_run_starts_on_all_hosts_restarts_after_75_and_stops(clone: Clone, hosts
         assert (hosts / worker / "starts").read_text() == "\n"
 
 
-@stand_in
-def test_setup_mounts_copies_and_installs_on_every_host(clone: Clone, hosts: Path) -> None:
+# Stand-ins for the system of a host: `sudo` records its calls. The first update of the package lists fails, as when another
+# process holds their lock; apt knows Python 3.12 once the archive of deadsnakes was added.
+SUDO = r"""#!{bash}
+echo "$WORKER $*" >>"{calls}"
+case "$*" in
+    *' update') [ -e ~/updated ] || {{ echo >~/updated; echo "E: Could not get lock" >&2; exit 100; }} ;;
+    mkdir*) {mkdir} "${{@:2}}" ;;
+    *add-apt-repository*) echo >~/deadsnakes ;;
+esac
+"""
+APT_CACHE = "#!{bash}\n[ -e ~/deadsnakes ]\n"
+
+
+def set_up_slice(clone: Clone, mount: Path, mkdir: str) -> tuple[int, str, list[str]]:
+    """Run `tpu_pod.sh setup`; `mkdir` runs in place of `sudo mkdir`. Returns: exit code, stderr, and the calls of sudo."""
     clone.add_python("python3")
-    bash, sudo_calls = shutil.which("bash"), clone.root.parent / "sudo"
-    clone.add_tool("sudo", f'#!{bash}\necho "$WORKER $*" >>"{sudo_calls}"\n')
+    bash, calls = shutil.which("bash"), clone.root.parent / "sudo"
+    clone.add_tool("sudo", SUDO.format(bash=bash, calls=calls, mkdir=mkdir))
+    clone.add_tool("apt-cache", APT_CACHE.format(bash=bash))
     clone.add_tool("mountpoint", f"#!{bash}\nexit 1\n")
     for arguments in (["init", "-q"], ["add", "requirements.txt", "launch"]):
         subprocess.run(["git", *arguments], cwd=clone.root, check=True)
     (clone.root / "untracked").touch()
-    code, _, stderr = clone.run("launch/tpu_pod.sh", "setup", **SETTINGS)
+    settings = SETTINGS | {"RPT_TPU_MOUNT": str(mount), "RPT_PAUSE": "0"}
+    code, _, stderr = clone.run("launch/tpu_pod.sh", "setup", **settings)
+    return code, stderr, calls.read_text().splitlines()
+
+
+@stand_in
+def test_setup_installs_python_mounts_and_copies_on_every_host(clone: Clone, hosts: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "shared files"
+    code, stderr, calls = set_up_slice(clone, mount, "mkdir")
     assert code == 0, stderr
+    apt = "DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=900"
     for worker in range(3):
         copy = hosts / str(worker) / "rpt_jax"
         assert (copy / "requirements.txt").read_text() == "jax\n"
         assert not (copy / "untracked").exists()
         assert (copy / ".venv" / "requirements.stamp").exists()
-        assert f"{worker} mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in sudo_calls.read_text()
-    assert clone.pip_calls().count("-m pip install -q -r requirements/tpu.txt") == 3
+        assert [call.removeprefix(f"{worker} ") for call in calls if call.startswith(f"{worker} ")] == [
+            f"{apt} update",
+            f"{apt} update",
+            f"{apt} install -y software-properties-common",
+            "add-apt-repository -n -y ppa:deadsnakes/ppa",
+            f"{apt} update",
+            f"{apt} install -y python3.12 python3.12-venv python3.12-dev gcc nfs-common",
+            f"mkdir -p {mount}",
+            f"mount -t nfs 10.0.0.2:/rpt {mount}",
+        ]
+    assert sum(call.endswith("requirements/tpu.txt") for call in clone.pip_calls()) == 3
+
+
+@stand_in
+def test_a_shared_directory_that_stays_unwritable_is_named(clone: Clone, hosts: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "shared"
+    code, stderr, calls = set_up_slice(clone, mount, "true")
+    assert code == 1
+    assert f"cannot write to {mount}: change the owner of 10.0.0.2:/rpt on its server" in stderr
+    assert calls[-1] == f"0 chown {os.getuid()}:{os.getgid()} {mount}"
 
 
 @stand_in
