@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Restarts a command after a retryable exit (code 75, or a signal), so that a run resumes from its last checkpoint. SIGTERM or
-# SIGINT to this script stops the command, which saves a checkpoint, and is not followed by a restart. A command that is killed
+# Restarts a command after a retryable exit (code 75, or a signal), so that a run resumes from its last checkpoint. SIGTERM, SIGINT,
+# SIGHUP, SIGUSR1 or SIGUSR2 to this script stops the command, which saves a checkpoint, and no restart follows. A command that is killed
 # three times in a row (code 137) is not restarted either: most likely it runs out of memory.
 #
 #   bash launch/again.sh COMMAND [ARGUMENT...]
@@ -19,9 +19,9 @@ stop_command() {
 again() {
     local restarts=${RPT_RESTARTS:-100} child='' kills=0 code number
     stopping=''
-    trap 'stopping=${child:+told} stopping=${stopping:-early}; [ -z "$child" ] || stop_command "$child"' TERM INT
+    trap 'stopping=${child:+told} stopping=${stopping:-early}; [ -z "$child" ] || stop_command "$child"' TERM INT HUP USR1 USR2
     for ((number = 1; ; number++)); do
-        "$@" &
+        "$@" &  # In the background of a script, it ignores the SIGINT of a terminal.
         child=$!
         [ "$stopping" != early ] || stop_command "$child"
         # A trapped signal interrupts `wait` while the command is still running.

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.main import load_experiment, main
 from tests.helpers.launchers import Clone, wait_for_text, wait_until
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import WITH_SIGINT
 
 stand_in = pytest.mark.stand_in
 
@@ -130,13 +130,11 @@ def test_restarts_are_limited(tmp_path: Path) -> None:
     assert "exit code 75 after 2 restarts" in stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_stops_the_command_without_a_restart(tmp_path: Path, number: signal.Signals) -> None:
     command = 'trap "echo saved; sleep 0.3; exit 75" TERM; echo here >here; while :; do sleep 0.1; done'
-    # SIGINT is ignored if the tests run in the background of a script, and bash cannot trap a signal that it inherits as ignored.
-    restore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", restore, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
+        [*WITH_SIGINT, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -81,15 +81,15 @@ class StopSignals:
         """Handle stop signals inside the block. Must be entered on the main thread.
 
         The first signal saves the run and exits with `ExitCode.RESTART` within the grace period; what is not saved by then is
-        lost, and the latest checkpoint remains. A second SIGTERM or SIGINT exits at once with 128 + its number. SIGHUP stays
-        ignored where it is, as under nohup.
+        lost, and the latest checkpoint remains. A second SIGTERM or SIGINT exits at once with 128 + its number. A signal
+        that is ignored stays ignored, such as SIGHUP under nohup and SIGINT in the background of a shell script.
 
         An OSError in any thread exits with `ExitCode.USER_ERROR`: the run would otherwise wait forever for a thread that cannot
         write.
         """
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        handled = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         earlier_handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
         # Python writes the number of a signal into this pipe immediately, even while the main thread is inside XLA.
         earlier_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)

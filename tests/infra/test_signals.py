@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from rpt_jax.errors import ExitCode
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import WITH_SIGINT
 
 
 @pytest.fixture
@@ -18,8 +20,8 @@ def child() -> Iterator[object]:
     started = []
 
     def start(*arguments: str, wrapper: Sequence[str] = ()) -> subprocess.Popen[str]:
-        run = [*wrapper, sys.executable, "-m", "tests.helpers.stopping_child", *arguments]
-        started.append(subprocess.Popen(run, cwd=ROOT, stdout=-1, stderr=-1, text=True))
+        run = [*WITH_SIGINT, *wrapper, sys.executable, "-m", "tests.helpers.stopping_child", *arguments]
+        started.append(subprocess.Popen(run, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True))
         assert started[-1].stdout.readline() == "ready\n"
         return started[-1]
 
@@ -63,6 +65,14 @@ def test_sighup_stays_ignored_under_nohup(child):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=600)
     assert process.returncode == ExitCode.RESTART and err.startswith("SIGTERM: stopping")
+
+
+def test_the_sigint_of_a_terminal_saves_a_command_that_again_runs(child):
+    process = child("works", "60", wrapper=["bash", "launch/again.sh"])
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == ExitCode.RESTART and out == "saving\n"
+    assert err.startswith("SIGTERM: stopping") and "Stopped: step 7." in err
 
 
 def test_a_save_may_not_take_longer_than_the_grace_period(child):
