@@ -61,6 +61,9 @@ code=0
 again "${command[@]}" || code=$?
 # A run that was stopped has saved a checkpoint (75), or ended by the signal because it had nothing to save yet.
 case ${stopping:+stopped}$code in
-    stopped75 | stopped1[2-9][0-9]) "${requeue[@]}" ;;
+    stopped75 | stopped1[2-9][0-9])
+        echo "launch: job $SLURM_JOB_ID goes back to the queue, to resume later" >&2
+        "${requeue[@]}"
+        ;;
 esac
 exit "$code"

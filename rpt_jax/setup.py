@@ -16,7 +16,7 @@ from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, prepare
 from rpt_jax.corpus.sources import check_source
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.mesh import DECODING, check_batches, make_mesh, mesh_fields
+from rpt_jax.distributed.mesh import DECODING, TRAINING, check_batches, make_mesh, mesh_fields, num_batch_shards
 from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.run_context import RunContext
@@ -104,12 +104,13 @@ def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
     """Raise UserError if the batches of rollouts or of the update do not split evenly over the mesh."""
     training = experiment.training
     tensor = mesh_fields(mesh)["tensor"]
-    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step})
-    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step}, DECODING)
+    # One number of shards divides the other: a batch that splits into the larger one splits into both.
+    phase = max((TRAINING, DECODING), key=lambda table: num_batch_shards(mesh, table))
+    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step}, phase)
     if experiment.mesh.split_rows and training.microbatch_tokens % tensor:
         raise UserError(
             f"training.microbatch_tokens={training.microbatch_tokens} must be a multiple of mesh.tensor={tensor} with "
-            "mesh.split_rows=True.",
+            f"mesh.split_rows=True; the next one is {-(-training.microbatch_tokens // tensor) * tensor}.",
             field="training.microbatch_tokens",
         )
 
