@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,8 @@ from rpt_jax.prompts.selection import (
     PolicyEntropies,
     rescoring_is_due,
     score_sample,
-    training_order,
+    training_orders,
+    training_stage,
     training_stream,
 )
 from rpt_jax.registry import REWARDS
@@ -113,7 +115,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
     sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
     reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
-    stream = training_stream(experiment, setup.prepared, setup.train, builder)
+    stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
     evaluator = Evaluator(experiment, setup, sample, reward, builder)
     optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
@@ -125,6 +127,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     reference = setup.params if objective.kl != "none" else None
     counters = make_counters(experiment, setup)
     divergence = DivergenceMonitor(experiment.divergence)
+
+    def choose_positions(entropies: PolicyEntropies) -> list[grain.MapDataset]:
+        """Return the orders of the positions that the policy's own entropies choose."""
+        return training_orders(experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
 
     # --- 3. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
@@ -140,7 +146,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         check_saved(step, saved, experiment, setup)
         if saved["policy_entropies"]:
             policy_entropies = PolicyEntropies.from_state(saved["policy_entropies"])
-            stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
+            stream.switch_orders(choose_positions(policy_entropies))
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
         divergence.restore(saved["divergence"])
@@ -207,11 +213,12 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             if rescoring_is_due(experiment, step):
                 scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
                 policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
-                stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
+                stream.switch_orders(choose_positions(policy_entropies))
                 counters.count_scored(policy_entropies.tokens)
                 end_stage("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
+            stream.enter_stage(training_stage(step, training.total_steps, stream.stages))
             prompts = next(stream)
             end_stage("data")
             weights = sample.weights(state.params)
