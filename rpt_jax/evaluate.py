@@ -254,8 +254,8 @@ class Evaluator:
                 field="data.held_out_documents",
             )
         logger.info(
-            f"Positions of the split '{split}': {levels}; {min(count, len(positions)):,} of them are evaluated. {left_out:,} more "
-            f"are left out: no box can hold their token (prompt.box_reading='{box_reading}')."
+            f"Positions of the split '{split}': {levels}; {min(count, len(positions)):,} of them are evaluated. {left_out:,} "
+            f"more are left out: no box can hold their token (prompt.box_reading='{box_reading}')."
         )
         evaluation = choose_evaluation_set(
             self._builder,

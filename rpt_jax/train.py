@@ -59,7 +59,7 @@ from rpt_jax.registry import REWARDS
 from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
-from rpt_jax.rollout.metrics import rollout_metrics
+from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics
 from rpt_jax.rollout.rollouts import SlotUsage
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
@@ -224,6 +224,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             weights = sample.weights(state.params)
             end_stage("reshard")
             rewarded, slot_usage, generated = sample_and_reward(weights, prompts)
+            drawn = [drawn_metrics(rewarded.reward_PxG)]
 
             # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
             dynamic = step >= training.dynamic_sampling_from
@@ -231,12 +232,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
                 end_stage("reward")
                 fresh, fresh_slot_usage, fresh_generated = sample_and_reward(weights, next(stream))
+                drawn.append(drawn_metrics(fresh.reward_PxG))
                 rewarded = prefer_variance(rewarded, fresh)
                 slot_usage = slot_usage.plus(fresh_slot_usage)
                 generated = generated.plus(fresh_generated)
                 rounds += 1
             del weights  # The update needs the memory.
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, slot_usage)) | {"groups/rounds": rounds}
+            rollout_scalars |= mean_over_rounds(jax.device_get(drawn))
             end_stage("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------

@@ -196,7 +196,7 @@ class OptimizerConfig:
 
     # Peak learning rate (paper, Table 5: 1e-6).
     learning_rate: float = 1e-6
-    # Steps of linear warm-up (verl: 0).
+    # Steps of linear warm-up (verl: 0); the first of n has 1/(n + 1) of the peak, not 0.
     warmup_steps: int = 0
     # Schedule after the warm-up: "constant" (verl), or "cosine" to a tenth of the peak over `training.total_steps`.
     schedule: str = "constant"

@@ -267,7 +267,7 @@ def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) ->
 
 def _plot_reward(metrics: _Metrics) -> Figure:
     figure, (axes,) = _figure()
-    _curve(axes, *metrics.required("step", "reward/mean"), color=INK)
+    _curve(axes, *metrics.required("step", "reward/drawn_mean"), color=INK)
     _step_axis(axes, metrics)
     _finish(axes, "Reward on training positions", "mean reward per rollout")
     return figure

@@ -105,9 +105,7 @@ class Entropies:
 
     def count_left_out(self, numbers: Sequence[int], min_context: int) -> int:
         """Return the number of tokens that no box can hold, with at least `min_context` tokens of their window before them."""
-        return sum(
-            int((~self._boxable_V[ids[min_context:]]).sum()) for ids, _ in read_in_blocks(self._tokens, numbers)
-        )
+        return sum(int((~self._boxable_V[ids[min_context:]]).sum()) for ids, _ in read_in_blocks(self._tokens, numbers))
 
 
 class PositionRule(Protocol):
@@ -340,7 +338,9 @@ def index_positions(
     ]
 
 
-def read_in_blocks(source: Entropies | Records, numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+def read_in_blocks(
+    source: Entropies | Records, numbers: Sequence[int] | np.ndarray
+) -> Iterator[tuple[np.ndarray, ...]]:
     """Yield the records with the given numbers, read in blocks to bound memory."""
     for first in range(0, len(numbers), _RECORDS_PER_READ):
         yield from source.read([int(number) for number in numbers[first : first + _RECORDS_PER_READ]])

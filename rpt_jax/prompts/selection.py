@@ -140,7 +140,9 @@ def training_orders(
 
     # Split every stage into the parts of the mixture.
     weights, part_W = _mixture(data, prepared, windows)
-    parts_of_stages = [[stage.restrict_to(part_W == part) for part in range(len(weights))] or [stage] for stage in stages]
+    parts_of_stages = [
+        [stage.restrict_to(part_W == part) for part in range(len(weights))] or [stage] for stage in stages
+    ]
 
     # Every stage and part must fill at least one batch.
     if min(len(part) for parts in parts_of_stages for part in parts) < training.prompts_per_step:

@@ -11,8 +11,9 @@ The paper specifies only "the last \boxed{} following the special token '</think
   response.
 * `\boxed{}}` is read as the prediction `}`. No whitespace is stripped.
 
-This reading, "balanced", cannot express every token: a box around `}{` or `})` closes too early. A second one, "to_end", can: the
-prediction is everything from the last `\boxed{` to a `}` that ends the response, and there is none if the response ends otherwise.
+This reading, "balanced", cannot express every token: a box around `}{` or `})` closes too early. A second one, "to_end",
+can: the prediction is everything from the last `\boxed{` to a `}` that ends the response. If the response ends otherwise,
+there is none.
 
 The parser is a state machine that consumes one byte of every rollout per step and keeps a few scalars per rollout, so
 memory does not grow with the length of the longest token in the vocabulary. Parsing starts at the block that contains

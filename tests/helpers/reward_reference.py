@@ -16,9 +16,7 @@ from rpt_jax.rewards.prefix_match import Status
 _COUNTING_BRACE = re.compile(rb"(?<!\\)(?:\\\\)*([{}])")
 
 
-def read_prediction(
-    response: bytes, special_marker: int | None = None, reading: str = "balanced"
-) -> bytes | None:
+def read_prediction(response: bytes, special_marker: int | None = None, reading: str = "balanced") -> bytes | None:
     """Return the bytes of the prediction, or None if there is none.
 
     Args:

@@ -163,7 +163,9 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     assert raised.value.field == str(tmp_path / name)
 
 
-@pytest.mark.parametrize("key", ["reward/mean", "length/mean", "ended/length", "eval/reasoning", "flops/train_total"])
+@pytest.mark.parametrize(
+    "key", ["reward/drawn_mean", "length/mean", "ended/length", "eval/reasoning", "flops/train_total"]
+)
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     path = write_run(tmp_path, steps=2, every=1) / "metrics.jsonl"
     path.write_text(path.read_text().replace(key, "other"))
