@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.entropy import Scorer
-from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, prepare
+from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, plot_entropies, prepare
 from rpt_jax.corpus.sources import check_source
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import DECODING, check_batches, make_mesh, mesh_fields
 from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
+from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform
@@ -207,6 +208,7 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
     prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
+    plot_entropies(prepared, workdir / PLOTS)
     return Setup(
         policy=policy,
         params=params,

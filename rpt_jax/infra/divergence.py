@@ -55,7 +55,8 @@ class DivergenceMonitor:
         problems: dict[str, str] = {}
         if reward < reward_floor:
             problems["reward/drawn_mean"] = (
-                f"reward/drawn_mean {reward:.4g} < {reward_floor:.4g}, divergence.reward_collapse of its best {self.best_reward:.4g}"
+                f"reward/drawn_mean {reward:.4g} < {reward_floor:.4g}, divergence.reward_collapse of its best "
+                f"{self.best_reward:.4g}"
             )
         if entropy < config.entropy_floor:
             problems["policy/entropy"] = (

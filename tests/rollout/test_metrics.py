@@ -25,6 +25,9 @@ def test_distinct_n_equals_its_definition():
 
 def test_the_reward_of_all_drawn_groups_is_kept_beside_that_of_the_selected_ones():
     """Two rounds of two groups: dynamic sampling selects the two groups with variance, whose mean is higher."""
-    rounds = [np.array([[0.0, 0, 0, 0], [1, 1, 1, 0]], np.float32), np.array([[1.0, 0, 1, 1], [0, 0, 0, 0]], np.float32)]
+    rounds = [
+        np.array([[0.0, 0, 0, 0], [1, 1, 1, 0]], np.float32),
+        np.array([[1.0, 0, 1, 1], [0, 0, 0, 0]], np.float32),
+    ]
     drawn = mean_over_rounds([drawn_metrics(reward_PxG) for reward_PxG in rounds])
     assert drawn == {"reward/drawn_mean": 6 / 16, "groups/drawn_zero_variance": 0.5}
