@@ -139,6 +139,7 @@ def stand_in_tokenizer(vocab: int) -> Tokenizer:
         end_think_id=3,
         stop_ids=(1,),
         special_ids=frozenset(range(_SPECIAL_TOKENS)),
+        special_names={},
         unused_ids=frozenset(),
         normalizer="",
         fingerprint="",
