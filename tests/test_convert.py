@@ -33,14 +33,8 @@ from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
 from rpt_jax.weights.hf_config import FINGERPRINT_KEY
-from rpt_jax.weights.safetensors_io import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    Tensors,
-    TensorSpec,
-    open_safetensors,
-    write_safetensors,
-)
+from rpt_jax.weights.model_files import INDEX_FILE, WEIGHTS_FILE
+from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors, write_safetensors
 from tests.helpers.hf_models import PLAIN, SHAPE, SPECIAL, tokenizer_spec, write_gguf
 from tests.helpers.paths import ROOT
 from tests.helpers.policy_reference import random_params

@@ -17,7 +17,7 @@ import tokenizers
 
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.special_tokens import TOKENIZER_CONFIG_FILE, parse_file
-from rpt_jax.weights.hf_config import MODEL_CONFIG_FILE
+from rpt_jax.weights.model_files import MODEL_CONFIG_FILE
 
 TOKENIZER_JSON = "tokenizer.json"
 

@@ -22,7 +22,7 @@ import sentencepiece
 import tokenizers
 
 from rpt_jax.errors import UserError
-from rpt_jax.tokenizers.files import read_tokenizer_files
+from rpt_jax.tokenizers.files import read_tokenizer_files, vocabulary_file
 from rpt_jax.tokenizers.special_tokens import parse_object, read_added_tokens, read_special_ids
 from rpt_jax.tokenizers.template_encoding import (
     IDENTITY_NORMALIZER,
@@ -36,6 +36,7 @@ from rpt_jax.tokenizers.template_encoding import (
     prefix_ids,
     sentencepiece_encoder,
 )
+from rpt_jax.weights.model_files import find_gguf, unreadable_hint
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -184,13 +185,17 @@ class Tokenizer:
             raise IndexError(f"{min(ids)} is not a token id")
         return b"".join(map(self.pieces.__getitem__, ids))
 
+    def token_name(self, i: int) -> str:
+        """Return the name of a special token, or the quoted text of another one."""
+        return self.special_names.get(i) or repr(self.decode([i]))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens, with U+FFFD for invalid UTF-8 and without special tokens."""
         return self.token_bytes(ids).decode("utf-8", errors="replace")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load `tokenizer.model` (sentencepiece) or, if it does not exist, `tokenizer.json` (Hugging Face byte-level BPE).
+    """Load `tokenizer.model` (sentencepiece) or, if there is none, `tokenizer.json` (Hugging Face byte-level BPE).
 
     Args:
       source: the directory of these files, or a GGUF file.
@@ -198,17 +203,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises: UserError if neither file exists, or if it is damaged or cannot represent every text.
     """
     files = read_tokenizer_files(source)
-    loaders = {"tokenizer.model": _load_sentencepiece, "tokenizer.json": _load_byte_level_bpe}
-    for name, loader in loaders.items():
-        if name in files:
-            path = Path(source) / name if Path(source).is_dir() else Path(source)
-            tokenizer = loader(path, files[name], files)
-            tokenizer.encode(_PROBE)
-            return tokenizer
-    raise UserError(
-        f"'{source}' has no tokenizer: expected {' or '.join(loaders)}. Copy it from the model's repository.",
-        field=str(source),
-    )
+    name = vocabulary_file(Path(source), files)
+    path = find_gguf(source) or (Path(source) / name if Path(source).is_dir() else Path(source))
+    load = _load_sentencepiece if name == "tokenizer.model" else _load_byte_level_bpe
+    tokenizer = load(path, files[name], files)
+    tokenizer.encode(_PROBE)
+    return tokenizer
 
 
 def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
@@ -219,7 +219,9 @@ def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
         own_names = [processor.id_to_piece(i) for i in range(size)]
         byte_ids = {int(name[1:-1], 16): i for i, name in enumerate(own_names) if processor.is_byte(i)}
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a sentencepiece model, or it is damaged: {error}.", field=str(path)) from error
+        raise UserError(
+            f"{path} is not a sentencepiece model, or it is damaged: {error}.{unreadable_hint(path)}", field=str(path)
+        ) from error
     if len(byte_ids) < 256:
         raise UserError(
             f"{path} cannot represent every text, because it has only {len(byte_ids)} of 256 byte tokens. Train it with "
@@ -337,7 +339,9 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     backend = library_backend(path, files)  # Validates the structure, which the code below relies on.
     alphabet = byte_level_alphabet()
     vocab = spec["model"]["vocab"]
-    if spec["model"].get("type") != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
+    # Old files do not name the type of the model; only a BPE has merges.
+    spec["model"].setdefault("type", "BPE" if "merges" in spec["model"] else None)
+    if spec["model"]["type"] != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
         raise UserError(f"{path} is not a byte-level BPE, the only kind of tokenizer.json supported.", field=str(path))
     if missing := sum(character not in vocab for character, byte in alphabet.items() if byte not in _OPTIONAL_BYTES):
         raise UserError(
@@ -346,6 +350,8 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
 
     # Collect the ids of all tokens. Added tokens may be in the vocabulary, too, or in other files only.
     own = {token["content"]: token for token in spec.get("added_tokens", ())}
+    for content, token in own.items():
+        check_added_id(path, content, token["id"], backend.token_to_id(content))
     listed = read_added_tokens(path, files)
     add_tokens(path, backend, listed)
     beside = {name: token for name, token in listed.items() if name not in own}

@@ -13,7 +13,7 @@ from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.tokenizer import byte_level_alphabet
 from rpt_jax.weights.hf import save_policy
-from rpt_jax.weights.safetensors_io import WEIGHTS_FILE
+from rpt_jax.weights.model_files import WEIGHTS_FILE
 from tests.helpers.policy_reference import random_params
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=64, vocab=300)
