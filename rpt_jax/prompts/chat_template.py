@@ -42,8 +42,12 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
         )
     messages = [{"role": "user", "content": before + _CONTEXT + after}]
     try:
-        text = _environment().from_string(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **_token_names(tokenizer)
+        text = (
+            _environment()
+            .from_string(template)
+            .render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **_token_names(tokenizer)
+            )
         )
         text.encode("utf-8")  # Fails for half of a surrogate pair, which JSON can contain.
     except Exception as error:  # noqa: BLE001 - the template is a program, which can fail in any way.

@@ -38,13 +38,13 @@ def exported_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     if changes:
         files[GENERATION_CONFIG_FILE] = _to_json(generation | changes)
 
-    # Names of the special tokens. A sentencepiece model by itself begins every text with its begin-of-text token.
+    # Names of the special tokens, and whether a text begins with BOS.
     if TOKENIZER_CONFIG_FILE not in files:
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
         names: dict[str, Any] = {
             key: tokenizer.special_names[i] for key, i in ids.items() if key == "eos_token" or i != tokenizer.eos_id
         }
-        names["add_bos_token"] = "tokenizer.model" in files and "bos_token" in names
+        names["add_bos_token"] = bool(tokenizer.prefix_ids)
         files[TOKENIZER_CONFIG_FILE] = _to_json(names)
     return files
 

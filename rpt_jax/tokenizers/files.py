@@ -154,9 +154,11 @@ def _files_of_gguf(path: Path) -> dict[str, bytes]:
     config["add_bos_token"] = bool("bos" in ids and value("add_bos_token", pre_tokenizer == "llama-bpe"))
     if templates := _chat_templates(path):
         config["chat_template"] = templates
+    # Where there is a tokenizer.json, `transformers` reads this from its post-processor alone.
+    post_processor = _bos_processor(names[ids["bos"]], ids["bos"]) if config["add_bos_token"] else None
 
     contents = {
-        "tokenizer.json": _tokenizer_json(names, types, value("merges"), pre_tokenizer),
+        "tokenizer.json": _tokenizer_json(names, types, value("merges"), pre_tokenizer, post_processor),
         "tokenizer_config.json": config,
         GENERATION_CONFIG_FILE: generation,
     }
@@ -177,7 +179,21 @@ def _chat_templates(path: Path) -> str | list[dict[str, str]]:
     return [*([{"name": "default", "template": default}] if default else []), *others]
 
 
-def _tokenizer_json(names: list[str], types: list[int], merges: list[str], pre_tokenizer: str) -> dict[str, Any]:
+def _bos_processor(name: str, i: int) -> dict[str, Any]:
+    """Return the post-processor of a tokenizer.json that puts the token `name` with the id `i` in front of a text."""
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    second = [{"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, *second],
+        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}},
+    }
+
+
+def _tokenizer_json(
+    names: list[str], types: list[int], merges: list[str], pre_tokenizer: str, post_processor: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return the content of an equivalent tokenizer.json."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
@@ -189,7 +205,7 @@ def _tokenizer_json(names: list[str], types: list[int], merges: list[str], pre_t
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre_tokenizer]},
-        "post_processor": None,
+        "post_processor": post_processor,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",

@@ -24,8 +24,8 @@ TOKENIZER_JSON = "tokenizer.json"
 # Function from a text, and whether a prompt begins with it, to its token ids.
 TemplateEncoder = Callable[[str, bool], list[int]]
 
-# Concatenated protocol buffers are merged field by field, and the last value of a field wins. These override the normalizer (field
-# 3) of a sentencepiece model: with no character map, no dummy prefix, no removal of whitespace, and escaped spaces; and only the
+# Concatenated protocol buffers are merged field by field, and the last value of a field wins. These override the normalizer of a
+# sentencepiece model (field 3): with no character map, no dummy prefix, no removal of whitespace, and escaped spaces; or only the
 # dummy prefix.
 IDENTITY_NORMALIZER = b"\x1a\x08" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
 _NO_PREFIX = b"\x1a\x02" + b"\x18\x00"
@@ -105,7 +105,10 @@ def _continuing_encoder(backend: tokenizers.Tokenizer) -> TemplateEncoder:
 
 
 def sentencepiece_encoder(
-    path: Path, files: Mapping[str, bytes], tokens: Mapping[str, Mapping[str, Any]], backend: tokenizers.Tokenizer | None
+    path: Path,
+    files: Mapping[str, bytes],
+    tokens: Mapping[str, Mapping[str, Any]],
+    backend: tokenizers.Tokenizer | None,
 ) -> TemplateEncoder:
     """Return the encoder of a sentencepiece model.
 

@@ -239,7 +239,7 @@ def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
         added = added_tokens(backend)
     own_ids = {name: i for i, name in enumerate(own_names)}
     beside = {name: token for name, token in added.items() if own_ids.get(name) != token["id"]}
-    names = _add_names(path, own_names, beside)
+    names = _add_names(path, own_names, byte_ids.values(), beside)
     ids = {name: i for i, name in enumerate(names)}
     defaults = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
     special = read_special_ids(path, files, ids, {kind: i for kind, i in defaults.items() if i >= 0})
@@ -284,22 +284,27 @@ def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
     )
 
 
-def _add_names(path: Path, own_names: Sequence[str], beside: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _add_names(
+    path: Path, own_names: Sequence[str], fixed_ids: Iterable[int], beside: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """Return the names of all tokens by id.
 
     Args:
       path: of the tokenizer's file, for messages.
       own_names: names of its own tokens by id.
+      fixed_ids: ids of those that cannot be renamed.
       beside: the tokens that other files add or rename, by name, each with its `id`.
 
     Raises: UserError if an added token is one of the file under another id, or if the ids do not continue those of the file.
     """
     names = list(own_names)
+    taken = set(fixed_ids)
     for name, token in sorted(beside.items(), key=lambda item: item[1]["id"]):
         i = token["id"]
-        if name in own_names or not 0 <= i < len(own_names):
+        if name in own_names or i in taken or not 0 <= i < len(own_names):
             check_added_id(path, name, i, own_names.index(name) if name in own_names else len(names))
         names[i : i + 1] = [name]
+        taken.add(i)
     return names
 
 
