@@ -24,12 +24,10 @@ TOKENIZER_JSON = "tokenizer.json"
 # Function from a text, and whether a prompt begins with it, to its token ids.
 TemplateEncoder = Callable[[str, bool], list[int]]
 
-# Concatenated protocol buffers are merged field by field, and the last value of a field wins. These override the normalizer of a
-# sentencepiece model (field 3): with no character map, no dummy prefix, no removal of whitespace, and escaped spaces; or only the
-# dummy prefix.
+# Concatenated protocol buffers are merged field by field, and the last value of a field wins. This overrides the normalizer of a
+# sentencepiece model (field 3) with: no character map, no dummy prefix, no removal of whitespace, and escaped spaces.
 IDENTITY_NORMALIZER = b"\x1a\x08" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
-_NO_PREFIX = b"\x1a\x02" + b"\x18\x00"
-_PREFIX = b"\x1a\x02" + b"\x18\x01"
+_DUMMY_PREFIX = b"\x1a\x02" + b"\x18\x01"  # Turns the dummy prefix on again.
 
 
 def library_backend(path: Path, files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
@@ -95,11 +93,11 @@ def json_encoder(backend: tokenizers.Tokenizer) -> TemplateEncoder:
 
 def _continuing_encoder(backend: tokenizers.Tokenizer) -> TemplateEncoder:
     """Return the encoder of a tokenizer.json that puts a space in front of every text, which must not be inside of a prompt."""
-    [*_, newline_id] = backend.encode("\n", add_special_tokens=False).ids  # It merges with nothing.
+    newline = backend.encode("\n", add_special_tokens=False).ids  # Ends with a token that merges with nothing.
 
     def encode(text: str, is_start: bool) -> list[int]:
         ids = backend.encode(text if is_start else f"\n{text}", add_special_tokens=False).ids
-        return ids if is_start else ids[ids.index(newline_id) + 1 :]
+        return ids if is_start else ids[len(newline) :]
 
     return encode
 
@@ -113,8 +111,7 @@ def sentencepiece_encoder(
     """Return the encoder of a sentencepiece model.
 
     `transformers` splits a text at special and added tokens. What is in between gets a prefix space: all parts with
-    `legacy=true`, else only the start of the text. Its class LlamaTokenizer does so whatever the model says, and does not
-    normalize; its other classes follow the model's own normalizer.
+    `legacy=true`, else only the start of the text. Its class LlamaTokenizer does so whatever the model itself says.
 
     Args:
       path: of the model, for messages.
@@ -128,16 +125,17 @@ def sentencepiece_encoder(
     if backend and not is_llama:
         return _continuing_encoder(backend)
 
-    model = files[path.name] + (IDENTITY_NORMALIZER if is_llama else b"")
-    always_prefix = is_llama and config.get("add_prefix_space") is not False
-    plain = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_PREFIX)
-    prefixed = sentencepiece.SentencePieceProcessor(model_proto=model + (_PREFIX if always_prefix else b""))
+    model = files[path.name]
+    own = sentencepiece.SentencePieceProcessor(model_proto=model)
+    has_prefix = config.get("add_prefix_space") is not False if is_llama else own.normalize("a") != "a"
+    plain = sentencepiece.SentencePieceProcessor(model_proto=model + IDENTITY_NORMALIZER)
+    prefixed = sentencepiece.SentencePieceProcessor(model_proto=model + IDENTITY_NORMALIZER + _DUMMY_PREFIX)
     legacy = bool(config.get("legacy", not is_llama))
     names = sorted(tokens, key=len, reverse=True)  # A token must not be cut short by one that is its prefix.
     pattern = re.compile("|".join(_pattern(name, tokens[name]) for name in names))
 
     def encode_part(part: str, *, is_start: bool, after_token: bool) -> list[int]:
-        gets_prefix = is_start or (legacy and after_token)
+        gets_prefix = has_prefix and (is_start or (legacy and after_token))
         # Only the old behavior of the other classes adds a space in front of a space.
         gets_prefix &= not part.startswith(" ") or (legacy and not is_llama)
         return (prefixed if gets_prefix else plain).encode(part) if part else []
