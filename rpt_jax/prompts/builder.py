@@ -83,9 +83,9 @@ class PromptBuilder:
         if reasoning == END_THINK:
             field = "prompt.chat_template" if config.chat_template else "prompt.template"
             raise UserError(
-                f"{field}: the template of {tokenizer.source} ends the reasoning itself, with {END_THINK} at the start of the "
-                f"answer. A prediction counts only after {END_THINK} in the response, so no reward could ever be earned. Use a "
-                "template without it.",
+                f"{field}={getattr(config, field.partition('.')[2])}: the template ends the reasoning itself, with {END_THINK} in "
+                f"front of the response. No response could earn anything, because a prediction counts only after {END_THINK} in the "
+                "response. Use a template without it.",
                 field=field,
             )
         if config.prefill_think_token:
