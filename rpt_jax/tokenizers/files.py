@@ -146,21 +146,39 @@ def _files_of_gguf(path: Path) -> dict[str, bytes]:
     generation: dict[str, Any] = {"eos_token_id": stop_ids}
     generation |= {f"{key}_token_id": ids[kind] for kind, key in (("bos", "bos"), ("padding", "pad")) if kind in ids}
 
-    # tokenizer_config.json: names of the special tokens, whether texts begin with one, and the chat templates.
+    # tokenizer_config.json: names of the special tokens, and the chat templates. Without a padding token, transformers would add
+    # one to some tokenizers.
     keys = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
-    config: dict[str, Any] = {token: names[ids[kind]] for kind, token in keys.items() if kind in ids}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {token: names[ids[kind]] if kind in ids else None for kind, token in keys.items()}
+    config["pad_token"] = config["pad_token"] or config["eos_token"]
     # llama.cpp's default: only the tokenizers of Llama 3 begin a text with the token.
-    config["add_bos_token"] = bool("bos" in ids and value("add_bos_token", pre_tokenizer == "llama-bpe"))
+    begins_texts = "bos" in ids and bool(value("add_bos_token", pre_tokenizer == "llama-bpe"))
+    config |= {
+        "unk_token": None,
+        "add_bos_token": begins_texts,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     if templates := _chat_templates(path):
         config["chat_template"] = templates
 
     contents = {
-        "tokenizer.json": _tokenizer_json(names, types, value("merges"), pre_tokenizer),
+        "tokenizer.json": _tokenizer_json(
+            names, types, value("merges"), pre_tokenizer, _bos_processor(names, ids["bos"]) if begins_texts else None
+        ),
         "tokenizer_config.json": config,
         GENERATION_CONFIG_FILE: generation,
     }
     return {name: (json.dumps(content, indent=1) + "\n").encode() for name, content in contents.items()}
+
+
+def _bos_processor(names: list[str], bos_id: int) -> dict[str, Any]:
+    """Return the post-processor of a tokenizer.json that puts the begin-of-text token in front of every text."""
+    name = names[bos_id]
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {name: {"id": name, "ids": [bos_id], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
 
 
 def _chat_templates(path: Path) -> str | list[dict[str, str]]:
@@ -177,7 +195,9 @@ def _chat_templates(path: Path) -> str | list[dict[str, str]]:
     return [*([{"name": "default", "template": default}] if default else []), *others]
 
 
-def _tokenizer_json(names: list[str], types: list[int], merges: list[str], pre_tokenizer: str) -> dict[str, Any]:
+def _tokenizer_json(
+    names: list[str], types: list[int], merges: list[str], pre_tokenizer: str, post_processor: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return the content of an equivalent tokenizer.json."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
@@ -189,7 +209,7 @@ def _tokenizer_json(names: list[str], types: list[int], merges: list[str], pre_t
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre_tokenizer]},
-        "post_processor": None,
+        "post_processor": post_processor,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
