@@ -146,23 +146,39 @@ def _files_of_gguf(path: Path) -> dict[str, bytes]:
     generation: dict[str, Any] = {"eos_token_id": stop_ids}
     generation |= {f"{key}_token_id": ids[kind] for kind, key in (("bos", "bos"), ("padding", "pad")) if kind in ids}
 
-    # tokenizer_config.json: names of the special tokens, whether texts begin with one, and the chat templates.
+    # tokenizer_config.json: names of the special tokens, and the chat templates. Without a padding token, transformers would add
+    # one to some tokenizers.
     keys = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
-    config: dict[str, Any] = {token: names[ids[kind]] for kind, token in keys.items() if kind in ids}
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {token: names[ids[kind]] if kind in ids else None for kind, token in keys.items()}
+    config["pad_token"] = config["pad_token"] or config["eos_token"]
     # llama.cpp's default: only the tokenizers of Llama 3 begin a text with the token.
-    config["add_bos_token"] = bool("bos" in ids and value("add_bos_token", pre_tokenizer == "llama-bpe"))
+    begins_texts = "bos" in ids and bool(value("add_bos_token", pre_tokenizer == "llama-bpe"))
+    config |= {
+        "unk_token": None,
+        "add_bos_token": begins_texts,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     if templates := _chat_templates(path):
         config["chat_template"] = templates
-    # Where there is a tokenizer.json, `transformers` reads this from its post-processor alone.
-    post_processor = _bos_processor(names[ids["bos"]], ids["bos"]) if config["add_bos_token"] else None
 
     contents = {
-        "tokenizer.json": _tokenizer_json(names, types, value("merges"), pre_tokenizer, post_processor),
+        "tokenizer.json": _tokenizer_json(
+            names, types, value("merges"), pre_tokenizer, _bos_processor(names, ids["bos"]) if begins_texts else None
+        ),
         "tokenizer_config.json": config,
         GENERATION_CONFIG_FILE: generation,
     }
     return {name: (json.dumps(content, indent=1) + "\n").encode() for name, content in contents.items()}
+
+
+def _bos_processor(names: list[str], bos_id: int) -> dict[str, Any]:
+    """Return the post-processor of a tokenizer.json that puts the begin-of-text token in front of every text."""
+    name = names[bos_id]
+    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {name: {"id": name, "ids": [bos_id], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
 
 
 def _chat_templates(path: Path) -> str | list[dict[str, str]]:
@@ -177,18 +193,6 @@ def _chat_templates(path: Path) -> str | list[dict[str, str]]:
     if not others:
         return default
     return [*([{"name": "default", "template": default}] if default else []), *others]
-
-
-def _bos_processor(name: str, i: int) -> dict[str, Any]:
-    """Return the post-processor of a tokenizer.json that puts the token `name` with the id `i` in front of a text."""
-    single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    second = [{"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, *second],
-        "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}},
-    }
 
 
 def _tokenizer_json(
