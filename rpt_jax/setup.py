@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import check_files, load_model_config, load_policy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +211,7 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
     Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
+    logger.info("A response ends at %s.", " or ".join(f"{tokenizer.token_name(i)} ({i})" for i in tokenizer.stop_ids))
     prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
     plot_entropies(prepared, workdir / PLOTS)
     return Setup(

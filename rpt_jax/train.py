@@ -63,7 +63,7 @@ from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_met
 from rpt_jax.rollout.rollouts import SlotUsage
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
-from rpt_jax.tokenizers.files import read_tokenizer_files
+from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.weights.hf import save_policy
 
 logger = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             last_rewarded = rewarded
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
-    files = read_tokenizer_files(setup.tokenizer.source)
+    files = exported_files(setup.tokenizer)
     save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
     if is_leader():
         assert after is not None
