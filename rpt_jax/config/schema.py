@@ -89,7 +89,7 @@ class DataConfig:
     workers: int = 0
     # Fraction of all positions that "quantile", "random" and "self_entropy" keep.
     keep_fraction: float = 0.2
-    # Entropy in nats above which "threshold" and "curriculum" keep a position, and evaluation too (the paper gives no value).
+    # Entropy in nats above which "threshold" and "curriculum" keep a training position (the paper gives no value).
     entropy_threshold: float = 0.5
 
 
@@ -279,7 +279,7 @@ class EvaluationConfig:
 
     # Steps between evaluations (paper, section 4.2: 100).
     every_steps: int = 100
-    # Held-out positions above the entropy threshold, the same in every evaluation of a run.
+    # Held-out positions above 0.5 nats, the easiest level, the same in every evaluation of a run.
     positions: int = 600
     # The same for documents of a kind that training never sees, where the corpus has any.
     unseen_positions: int = 200
