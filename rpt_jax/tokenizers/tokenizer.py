@@ -185,9 +185,10 @@ class Tokenizer:
             raise IndexError(f"{min(ids)} is not a token id")
         return b"".join(map(self.pieces.__getitem__, ids))
 
-    def token_name(self, i: int) -> str:
-        """Return the name of a special token, or the quoted text of another one."""
-        return self.special_names.get(i) or repr(self.decode([i]))
+    def describe_stop_ids(self) -> str:
+        """Return a sentence with the names (or the quoted texts) and ids of the tokens that end a response."""
+        names = [f"{self.special_names.get(i) or repr(self.decode([i]))} ({i})" for i in self.stop_ids]
+        return f"A response ends at {' or '.join(names)}."
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens, with U+FFFD for invalid UTF-8 and without special tokens."""
