@@ -211,7 +211,7 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
     Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    logger.info("A response ends at %s.", " or ".join(f"{tokenizer.token_name(i)} ({i})" for i in tokenizer.stop_ids))
+    logger.info(tokenizer.describe_stop_ids())
     prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
     plot_entropies(prepared, workdir / PLOTS)
     return Setup(

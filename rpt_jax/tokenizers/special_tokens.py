@@ -63,7 +63,7 @@ def read_special_ids(
 
     def find(kind: str) -> int | None:
         name = names.get(f"{kind}_token")
-        if name in ids:
+        if name and name in ids:
             return ids[name]
         if name:
             logger.warning("%s: %s_token='%s' is not a token of this tokenizer; it is not used.", path, kind, name)
@@ -145,6 +145,7 @@ def read_added_tokens(path: Path, files: Mapping[str, bytes]) -> dict[str, dict[
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     decoder = parse_file(path, files, TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
     named = {name for name in declared_names(path, files).values() if name} | _listed_names(path, files)
+    tokens: list[dict[str, Any]]
     try:
         if decoder is not None:
             tokens = [plain | {"special": False} | token | {"id": int(i)} for i, token in decoder.items()]

@@ -27,7 +27,7 @@ from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import load_model_config, open_weights, save_policy
-from rpt_jax.weights.safetensors_io import INDEX_FILE, WEIGHTS_FILE
+from rpt_jax.weights.model_files import INDEX_FILE, WEIGHTS_FILE
 from tests.helpers.corpora import write_every_format, write_jsonl
 from tests.helpers.fuzzing import altered, altered_json, many, values
 from tests.helpers.hf_models import SHAPE, tokenizer_spec, write_gguf
