@@ -34,9 +34,10 @@ from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.model.model_config import preset
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
-from rpt_jax.objective.update import TrainState, if_finite
+from rpt_jax.objective.update import TrainState, if_finite, keep_if
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
 from rpt_jax.setup import load_starting_policy, make_policy
@@ -104,6 +105,7 @@ def mixed_loss(
     donate_argnames=("state",),
 )
 @jax.named_scope("update")
+@in_policy_precision
 def pretrain_step(
     policy: Transformer,
     optimizer: optax.GradientTransformation,
@@ -113,7 +115,9 @@ def pretrain_step(
     weights: tuple[float, float],
     logit_chunk_tokens: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one AdamW step on `mixed_loss`; return the state unchanged if a metric is not finite.
+    """Take one AdamW step on `mixed_loss`.
+
+    The state is returned unchanged if no token has a weight, or if a metric is not finite.
 
     Args:
       policy, optimizer, weights, logit_chunk_tokens: static.
@@ -126,10 +130,12 @@ def pretrain_step(
     loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, logit_chunk_tokens=logit_chunk_tokens)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    learns = (weights[0] > 0) & batch["mask"].any() | (weights[1] > 0) & batch["trace_mask"].any()
     metrics["gradient/norm"] = optax.tree.norm(grads)
-    metrics["update/norm"] = optax.tree.norm(updates)
+    metrics["update/norm"] = jnp.where(learns, optax.tree.norm(updates), 0.0)
+    metrics["update/skipped"] = 1.0 - learns
     params: Any = optax.apply_updates(state.params, updates)
-    new_state = TrainState(params=params, optimizer=optimizer_state)
+    new_state = keep_if(learns, TrainState(params=params, optimizer=optimizer_state), state)
     return if_finite(metrics, new_state, state), metrics
 
 
