@@ -118,7 +118,7 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     """Return the transformer of a model config, computed as `config` says.
 
     Args:
-      config: dtype, rematerialization and attention implementation.
+      config: dtype, precision, rematerialization and attention implementation.
       model: layers and sizes.
       tokenizer: if given, ids of the vocabulary that it does not have get probability zero.
 
@@ -132,6 +132,8 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
         remat=config.remat,
         attention=attention,
         absent_ids=absent_ids,
+        precision=config.precision,
+        head_precision=config.head_precision,
     )
 
 

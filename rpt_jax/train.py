@@ -23,7 +23,7 @@ from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import Evaluator, evaluation_metrics
-from rpt_jax.infra.accounting import BatchSize, Clock, Counters
+from rpt_jax.infra.accounting import Clock, Counters, RolloutCost
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress, show_rollouts
 from rpt_jax.infra.divergence import DivergenceMonitor
@@ -35,6 +35,8 @@ from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import RESULT
+from rpt_jax.model.flops import causal_pairs, forward_flops
+from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
@@ -55,10 +57,11 @@ from rpt_jax.prompts.selection import (
 )
 from rpt_jax.registry import REWARDS
 from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
+from rpt_jax.rewards.flops import reward_flops
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rollout.cost import SamplingCost
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
 from rpt_jax.rollout.metrics import rollout_metrics
-from rpt_jax.rollout.rollouts import SlotUsage
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
 from rpt_jax.tokenizers.files import read_tokenizer_files
@@ -123,7 +126,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh), average=average)
     limits = update_limits(experiment, rows=num_batch_shards(mesh))
     reference = setup.params if objective.kl != "none" else None
-    counters = make_counters(experiment, setup)
+    counters = Counters()
     divergence = DivergenceMonitor(experiment.divergence)
 
     # --- 3. Restore the newest checkpoint ----------------------------------------------------------
@@ -165,13 +168,15 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         }
         checkpoints.stage(step, state, run)
 
-    def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SlotUsage, BatchSize]:
-        """Return rollouts of `weights` with their rewards, the utilization of the decode slots, and the tokens."""
-        rollouts, slot_usage = sample(weights, prompts, step)
+    def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SamplingCost, RolloutCost]:
+        """Return rollouts of `weights` with their rewards, what sampling took, and the total cost, which is counted."""
+        rollouts, sampling = sample(weights, prompts, step)
         jax.block_until_ready(rollouts)
         end_stage("rollout")
         rewarded = reward(state, prompts, rollouts, step)
-        return rewarded, slot_usage, counters.count_rollouts(rewarded.size())
+        cost = rollout_cost(setup.policy.config, objective, rewarded, sampling)
+        counters.count_rollouts(cost)
+        return rewarded, sampling, cost
 
     stage_checkpoint()
     with (
@@ -208,7 +213,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
                 policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
                 stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
-                counters.count_scored(policy_entropies.tokens)
+                counters.count_scored(scoring_flops(setup.policy.config, policy_entropies))
                 end_stage("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
@@ -216,20 +221,20 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("data")
             weights = sample.weights(state.params)
             end_stage("reshard")
-            rewarded, slot_usage, generated = sample_and_reward(weights, prompts)
+            rewarded, sampling, generated = sample_and_reward(weights, prompts)
 
             # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
             dynamic = step >= training.dynamic_sampling_from
             rounds = 1
             while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
                 end_stage("reward")
-                fresh, fresh_slot_usage, fresh_generated = sample_and_reward(weights, next(stream))
+                fresh, fresh_sampling, fresh_generated = sample_and_reward(weights, next(stream))
                 rewarded = prefer_variance(rewarded, fresh)
-                slot_usage = slot_usage.plus(fresh_slot_usage)
+                sampling = sampling.plus(fresh_sampling)
                 generated = generated.plus(fresh_generated)
                 rounds += 1
             del weights  # The update needs the memory.
-            rollout_scalars = jax.device_get(rollout_metrics(rewarded, slot_usage)) | {"groups/rounds": rounds}
+            rollout_scalars = jax.device_get(rollout_metrics(rewarded, sampling)) | {"groups/rounds": rounds}
             end_stage("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
@@ -249,9 +254,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                         checkpoints.replace_staged_state(state)
                         checkpoints.save_and_wait()
                     raise
-                count_update(counters, rewarded, generated, documents, scalars)
+                counters.count_update(
+                    used=rewarded.size(),
+                    generated=generated,
+                    learned=int(scalars["update/tokens"]),
+                    flops=scalars["update/flops"],
+                )
                 end_stage("update")
-                for warning in divergence.check(step, scalars) + take_recompiled():
+                for warning in divergence.check(step, scalars) + take_recompiled() + skipped_updates(step, scalars):
                     logger.warning(warning)
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
@@ -347,31 +357,20 @@ def update_limits(experiment: Experiment, rows: int) -> UpdateLimits:
     )
 
 
-def make_counters(experiment: Experiment, setup: Setup) -> Counters:
-    """Return counters that know how many forward passes the config's objective makes."""
-    objective = experiment.objective
-    requirements = REWARDS[objective.reward].requirements
-    passes = BatchSize(prompt_tokens=requirements.prompt_passes, response_tokens=requirements.response_passes)
-    # Several minibatches need the log-probabilities from before the first one, and a KL term those of the reference policy.
-    update_forward = (experiment.training.minibatches_per_step > 1) + (objective.kl != "none")
-    return Counters(setup.policy.config.matmul_parameters, passes, update_forward)
+def rollout_cost(
+    config: ModelConfig, objective: ObjectiveConfig, rewarded: RewardedRollouts, sampling: SamplingCost
+) -> RolloutCost:
+    """Return the tokens of rollouts, and the FLOPs of sampling and rewarding them, fetched from the devices."""
+    prompt_tokens, response_tokens = rewarded.size()
+    rewarding = reward_flops(config, objective, rewarded.prompts.lengths_P, rewarded.rollouts.lengths_PxG)
+    flops = sum(map(float, jax.device_get((sampling.flops, rewarding))))
+    return RolloutCost(prompt_tokens=prompt_tokens, response_tokens=response_tokens, flops=flops)
 
 
-def count_update(
-    counters: Counters,
-    rewarded: RewardedRollouts,
-    generated: BatchSize,
-    documents: NextTokenBatch | None,
-    scalars: dict[str, float],
-) -> None:
-    """Count the tokens and FLOPs of the update that returned `scalars`."""
-    counters.count_update(
-        rewarded.size(),
-        learned=int(scalars["update/tokens"]),
-        trunk=int(scalars["update/trunk_tokens"]),
-        generated=generated,
-        document_tokens=int(jax.device_get(documents.mask_NxS.sum())) if documents else 0,
-    )
+def scoring_flops(config: ModelConfig, entropies: PolicyEntropies) -> float:
+    """Return the FLOPs of scoring windows with the current policy."""
+    pairs = sum(causal_pairs(len(record[0])) for record in entropies.records.values())
+    return forward_flops(config, tokens=entropies.tokens, pairs=pairs, head_tokens=entropies.tokens)
 
 
 def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollouts) -> NextTokenBatch:
@@ -402,6 +401,16 @@ def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup:
             f"{setup.prepared.fingerprint[:12]}… now): restore that corpus, or choose another --workdir.",
             field="data.prepared",
         )
+
+
+def skipped_updates(step: int, scalars: dict[str, float]) -> list[str]:
+    """Return a sentence if the policy was not updated, or not by every minibatch."""
+    if not scalars["update/skipped"]:
+        return []
+    return [
+        f"Step {step}: {scalars['update/skipped']:.0f} of the step's updates were skipped, because no response had a gradient "
+        "(all samples of each prompt earned the same)."
+    ]
 
 
 def status(scalars: dict[str, Any], dynamic: bool) -> str:

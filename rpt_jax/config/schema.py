@@ -15,6 +15,8 @@ TASKS = ("rpt", "pretrain", "score")
 LONG_CONTEXTS = ("cut", "cut_at_line")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16")
+PRECISIONS = ("tensorfloat32", "float32")
+HEAD_PRECISIONS = ("bfloat16", *PRECISIONS)
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 DIVERGENCE_ACTIONS = ("warn", "stop")
@@ -31,8 +33,12 @@ class PolicyConfig:
     path: str = ""
     # Name of a model configuration in model/model_config.py; must match `path` where both are given, "" for no check.
     preset: str = "tiny"
-    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and the head stay float32.
+    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and logits stay float32.
     dtype: str = "float32"
+    # Products of the layers with dtype "float32" on a GPU or TPU: "tensorfloat32" (at least as precise as TensorFloat-32) or "float32".
+    precision: str = "tensorfloat32"
+    # Products of the output head, in sampler and trainer alike: "bfloat16" (fastest; verl), "tensorfloat32" or "float32".
+    head_precision: str = "tensorfloat32"
     # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full".
     remat: str = "none"
     # [memory] Attention kernel: "reference", "blockwise", "cudnn", "splash", or "auto" for the best one of the platform.

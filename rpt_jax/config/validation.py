@@ -9,12 +9,15 @@ from rpt_jax.config.schema import (
     ATTENTIONS,
     DIVERGENCE_ACTIONS,
     DTYPES,
+    HEAD_PRECISIONS,
     LONG_CONTEXTS,
+    PRECISIONS,
     REMATS,
     SCHEDULES,
     TASKS,
     Experiment,
     ObjectiveConfig,
+    PolicyConfig,
 )
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOICES, TRACE_WRITERS, Registry
@@ -23,6 +26,8 @@ from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOI
 _NAMES = {
     "task": TASKS,
     "policy.dtype": DTYPES,
+    "policy.precision": PRECISIONS,
+    "policy.head_precision": HEAD_PRECISIONS,
     "policy.remat": REMATS,
     "policy.attention": ATTENTIONS,
     "prompt.long_context": LONG_CONTEXTS,
@@ -148,6 +153,7 @@ def check_experiment(experiment: Experiment) -> None:
             raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all remaining devices.", field=name)
 
     # Fields that depend on each other.
+    _check_precision(experiment.policy)
     _check_weighted_terms(experiment.objective)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
@@ -197,6 +203,15 @@ def _check_weighted_terms(config: ObjectiveConfig) -> None:
                 f"objective.{weight}={values[weight]:g} needs objective.{fields[0]} too.",
                 field=f"objective.{fields[0]}",
             )
+
+
+def _check_precision(policy: PolicyConfig) -> None:
+    """Refuse a precision of float32 products where the products are in bfloat16. Raises: UserError."""
+    if policy.dtype != "float32" and policy.precision != PolicyConfig.precision:
+        raise UserError(
+            f"policy.precision={policy.precision} has no effect with policy.dtype={policy.dtype}: it belongs to float32.",
+            field="policy.precision",
+        )
 
 
 def _check_sizes(experiment: Experiment) -> None:

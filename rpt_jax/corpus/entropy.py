@@ -23,6 +23,7 @@ from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.tokenizers.tokenizer import Tokenizer
@@ -111,6 +112,7 @@ def top_k_values(values_MxV: jax.Array, k: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("policy", "top_k", "logit_chunk_tokens"))
 @jax.named_scope("score")
+@in_policy_precision
 def score_batch(
     policy: Transformer,
     params: Params,

@@ -15,6 +15,7 @@ from rpt_jax.distributed.mesh import num_batch_shards
 from rpt_jax.distributed.sharding import constrain_batch, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.packing import fitting_divisor
@@ -175,6 +176,7 @@ def match_batch(
 
 @functools.partial(jax.jit, static_argnames=("policy", "objective", "layout"))
 @jax.named_scope("training_reward")
+@in_policy_precision
 def training_reward(
     policy: Transformer,
     objective: ObjectiveConfig,

@@ -13,10 +13,11 @@ from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.distributed.sharding import abstract_parameters, make_reshard_fn, shard_prompts
 from rpt_jax.model.transformer import Params, Transformer, in_compute_dtype
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.rollout.cost import SamplingCost, sampling_cost
 from rpt_jax.rollout.generate import replica_count, sample_rollouts
 from rpt_jax.rollout.memory import device_memory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
-from rpt_jax.rollout.rollouts import Decoding, Rollouts, SlotUsage, slot_usage
+from rpt_jax.rollout.rollouts import Decoding, Rollouts
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -48,7 +49,7 @@ class Sampler:
         """Return parameters in the dtype and the sharding that decoding uses, the argument of `__call__`."""
         return jax.block_until_ready(self._reshard(params)) if self._reshard else params
 
-    def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> tuple[Rollouts, SlotUsage]:
+    def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> tuple[Rollouts, SamplingCost]:
         """Sample G responses to each prompt.
 
         Args:
@@ -56,12 +57,12 @@ class Sampler:
           prompts: the prompts, on the host.
           step: determines the sampling noise, with the run's seed and the prompt ids.
 
-        Returns: the rollouts, sharded like the training batch, and the utilization of decode slots.
+        Returns: the rollouts, sharded like the training batch, and what they cost.
         """
         shared = shard_prompts(find_shared_prefixes(prompts, self._max_tail_tokens), self._mesh, DECODING)
         key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
         rollouts, work = sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
-        return rollouts, slot_usage(rollouts, work)
+        return rollouts, sampling_cost(self._policy.config, shared, rollouts, work)
 
 
 def max_tail_tokens(experiment: Experiment, builder: PromptBuilder) -> int:
