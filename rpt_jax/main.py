@@ -136,6 +136,7 @@ def run(
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
+    from rpt_jax.sizes.plan import plan_run
 
     # Check what costs nothing, then set up the devices and the workdir.
     if replay:
@@ -149,6 +150,7 @@ def run(
         jax.debug_nans(replay),
         jax.debug_infs(replay),
     ):
+        experiment = plan_run(experiment, mesh)
         if experiment.task == "rpt":
             train.train(experiment, workdir, mesh, context, replay=replay)
         elif experiment.task == "pretrain":

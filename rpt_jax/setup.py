@@ -129,7 +129,7 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     return Transformer(
         config=model,
         dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
+        remat="none" if config.remat == "auto" else config.remat,  # A run that differentiates has planned it.
         attention=attention,
         absent_ids=absent_ids,
         precision=config.precision,

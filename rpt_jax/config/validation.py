@@ -99,8 +99,8 @@ _BOUNDS = {
     "training.prompts_per_step": (1, _UNBOUNDED),
     "training.minibatches_per_step": (1, _UNBOUNDED),
     "training.dynamic_sampling_rounds": (1, _UNBOUNDED),
-    "training.microbatch_tokens": (1, _UNBOUNDED),
-    "training.logit_chunk_tokens": (1, _UNBOUNDED),
+    "training.microbatch_tokens": (0, _UNBOUNDED),
+    "training.logit_chunk_tokens": (0, _UNBOUNDED),
     "training.log_rollouts_every": (1, _UNBOUNDED),
     "evaluation.every_steps": (1, _UNBOUNDED),
     "evaluation.positions": (1, _UNBOUNDED),
@@ -225,7 +225,7 @@ def _check_sizes(experiment: Experiment) -> None:
             field="training.minibatches_per_step",
         )
     longest = experiment.prompt.max_tokens + max_new_tokens
-    if experiment.task == "rpt" and training.microbatch_tokens < longest:
+    if experiment.task == "rpt" and 0 < training.microbatch_tokens < longest:
         raise UserError(
             f"training.microbatch_tokens={training.microbatch_tokens} must hold the longest prompt and response, "
             f"prompt.max_tokens + rollout.max_new_tokens = {longest}.",

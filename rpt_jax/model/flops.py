@@ -1,9 +1,9 @@
 """FLOPs of a decoder's forward pass, by formula.
 
-A matrix product takes 2 FLOPs per parameter and token, and attention 4·C FLOPs per query head and pair of a query and a key that it
-attends to: 2·C for the score and 2·C for the weighted value. Masked pairs, norms, softmax and the embedding lookup do not count, and
-neither does anything that rematerialization computes again: these are model FLOPs (PaLM, 2204.02311, appendix B). A backward pass
-takes twice the FLOPs of its forward pass.
+A matrix product takes 2 FLOPs per parameter and token, and attention 4·C FLOPs per query head and pair of a query and a key that
+it attends to: 2·C for the score and 2·C for the weighted value. Masked pairs, norms, softmax and the embedding lookup do not
+count, and neither does anything that rematerialization computes again: these are model FLOPs (PaLM, 2204.02311, appendix B). A
+backward pass takes twice the FLOPs of its forward pass.
 
 The functions accept Python numbers and arrays of JAX.
 """

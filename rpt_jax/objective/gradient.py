@@ -151,7 +151,8 @@ def loss_sums(
     Returns:
       Scalars, and the histogram of differences to the sampler's log-probabilities, int32 [len(_MISMATCH_EDGES) + 1].
     """
-    # Score the response tokens, forward and backward. With exactly on-policy updates, the old log-probabilities are the current ones.
+    # Score the response tokens, forward and backward. With exactly on-policy updates, the old log-probabilities are the
+    # current ones.
     mask = part.mask_NxJxT
     size = mask.shape[-1]
     logprobs, entropies = row_scores(policy, limits, params, part.rows, size, entropies=objective.entropy_weight > 0)

@@ -9,13 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
-from rpt_jax.distributed.sharding import abstract_parameters, make_reshard_fn, shard_prompts
+from rpt_jax.distributed.mesh import DECODING
+from rpt_jax.distributed.sharding import make_reshard_fn, shard_prompts
 from rpt_jax.model.transformer import Params, Transformer, in_compute_dtype
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.rollout.cost import SamplingCost, sampling_cost
 from rpt_jax.rollout.generate import replica_count, sample_rollouts
-from rpt_jax.rollout.memory import device_memory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
 from rpt_jax.rollout.rollouts import Decoding, Rollouts
 from rpt_jax.tokenizers.tokenizer import Tokenizer
@@ -34,13 +33,11 @@ class Sampler:
           tokenizer: gives the stop tokens and, to end responses at their box, the bytes of tokens.
           mesh: the devices.
           builder: gives the length of the prompt template.
-
-        Raises: UserError, if the requested decode slots do not fit in memory.
         """
         self._max_tail_tokens = max_tail_tokens(experiment, builder)
         self._mesh = mesh
         self._policy = policy
-        self._decoding = plan_decoding(experiment, policy, tokenizer, mesh, device_memory())
+        self._decoding = make_decoding(experiment, tokenizer)
         self._key = jax.random.key(experiment.seed)
         self._box_vocab = jax.device_put(tokenizer.byte_vocab) if experiment.rollout.stop_at_box else None
         self._reshard = make_reshard_fn(policy, mesh, functools.partial(in_compute_dtype, policy))
@@ -82,49 +79,14 @@ def find_shared_prefixes(prompts: PromptBatch, max_tail_tokens: int) -> Prompts:
     )
 
 
-def plan_decoding(
-    experiment: Experiment, policy: Transformer, tokenizer: Tokenizer, mesh: Mesh, memory: int
-) -> Decoding:
-    """Return the sampling parameters of the config, with as many decode slots as fit in memory.
+def make_decoding(experiment: Experiment, tokenizer: Tokenizer) -> Decoding:
+    """Return the sampling parameters of a config, whose decode slots are planned (0 for all rollouts).
 
     Args:
       experiment: the config.
-      policy: the decoder.
       tokenizer: gives the stop tokens and the end-of-thinking token.
-      mesh: the devices.
-      memory: bytes per device.
-
-    Raises: UserError, if the config requests more slots than fit.
     """
     rollout = experiment.rollout
-    training = experiment.training
-
-    # Each replica samples an equal part of the prompts.
-    replicas = num_batch_shards(mesh, DECODING)
-    tensor = mesh_fields(mesh)["rollout_tensor"]
-    prompts = -(-training.prompts_per_step // replicas)
-    rollout_bytes = rollout_memory(
-        policy.config,
-        experiment.policy.dtype,
-        prompts=prompts,
-        prompt_tokens=experiment.prompt.max_tokens,
-        samples=rollout.samples_per_prompt,
-        max_new_tokens=rollout.max_new_tokens,
-        tensor=tensor,
-    )
-
-    # Resident: current and initial parameters, two optimizer moments, and the copy of the parameters for decoding.
-    decode_params = jax.eval_shape(functools.partial(in_compute_dtype, policy), abstract_parameters(policy, mesh))
-    resident = 4 * 4 * policy.config.parameters // (mesh.size // mesh.shape["data"])
-    resident += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(decode_params)) // tensor
-    slots = plan_slots(
-        requested=-(-rollout.decode_slots // replicas),
-        rollouts=prompts * rollout.samples_per_prompt,
-        memory=rollout_bytes,
-        resident=resident,
-        available=memory,
-    )
-
     return Decoding(
         samples=rollout.samples_per_prompt,
         max_new_tokens=rollout.max_new_tokens,
@@ -133,6 +95,6 @@ def plan_decoding(
         top_k=rollout.top_k,
         top_p=rollout.top_p,
         end_think_id=tokenizer.end_think_id,
-        slots=slots * replicas,
+        slots=rollout.decode_slots,
         prefill_tokens=rollout.prefill_tokens,
     )
