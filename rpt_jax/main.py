@@ -133,6 +133,7 @@ def run(
 
     from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.mesh import use_mesh
+    from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
@@ -149,6 +150,7 @@ def run(
         context.compile_times,
         jax.debug_nans(replay),
         jax.debug_infs(replay),
+        explain_out_of_memory("loading or evaluation", {"policy.dtype": experiment.policy.dtype}),
     ):
         experiment = plan_run(experiment, mesh)
         if experiment.task == "rpt":

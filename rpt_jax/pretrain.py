@@ -30,6 +30,7 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import CHECKPOINTS
@@ -179,6 +180,11 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         "weights": (config.document_weight, config.trace_weight),
         "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
     }
+    memory_fields = {
+        "pretrain.documents_per_step": config.documents_per_step,
+        "policy.remat": experiment.policy.remat,
+        "training.logit_chunk_tokens": experiment.training.logit_chunk_tokens,
+    }
     last_step = recorded_step(workdir) if replay else total_steps
     with (
         MetricsWriter(workdir, start) as metrics,
@@ -192,7 +198,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             profile.begin_step(step)
             batch = shard_prompts(next(stream), mesh)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
-            with context.signals.defer():
+            with context.signals.defer(), explain_out_of_memory("the pre-training update", memory_fields):
                 try:
                     state, losses = pretrain_step(policy, optimizer, state, batch, **step_options)
                     scalars = as_floats(step, jax.device_get(losses))

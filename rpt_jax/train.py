@@ -31,6 +31,7 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
@@ -171,7 +172,6 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SamplingCost, RolloutCost]:
         """Return rollouts of `weights` with their rewards, what sampling took, and the total cost, which is counted."""
         rollouts, sampling = sample(weights, prompts, step)
-        jax.block_until_ready(rollouts)
         end_stage("rollout")
         rewarded = reward(state, prompts, rollouts, step)
         cost = rollout_cost(setup.policy.config, objective, rewarded, sampling)
@@ -241,7 +241,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             documents = load_documents(experiment, setup, rewarded) if objective.document_weight else None
             batch = make_update_batch(objective, rewarded, only_informative=dynamic, documents=documents)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
-            with context.signals.defer():
+            with context.signals.defer(), explain_out_of_memory("the update", update_memory_fields(experiment)):
                 try:
                     as_floats(step, rollout_scalars)
                     state, losses = update_policy(setup.policy, optimizer, objective, limits, state, batch, reference)
@@ -355,6 +355,15 @@ def update_limits(experiment: Experiment, rows: int) -> UpdateLimits:
         temperature=experiment.rollout.temperature,
         max_new_tokens=experiment.rollout.max_new_tokens,
     )
+
+
+def update_memory_fields(experiment: Experiment) -> dict[str, int | str]:
+    """Return the config fields that bound the memory of an update, with their values."""
+    return {
+        "training.microbatch_tokens": experiment.training.microbatch_tokens,
+        "policy.remat": experiment.policy.remat,
+        "training.logit_chunk_tokens": experiment.training.logit_chunk_tokens,
+    }
 
 
 def rollout_cost(

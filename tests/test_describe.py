@@ -19,9 +19,9 @@ import rich
 from flax import linen as nn
 from rich.console import Console
 
+from rpt_jax import describe
 from rpt_jax.config import Experiment, MeshConfig, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax import describe
 from rpt_jax.describe import derive, print_description, render
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.packed import make_key_ranges
@@ -149,7 +149,7 @@ def test_reference_attention_stores_its_scores():
 @pytest.mark.parametrize("devices", [1, 6, 64])
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_is_described_on_any_machine(path: Path, devices: int):
-    derived = derive(load(path), devices)
+    derived = derive(load(path), devices, 20 * GIB)
     assert all(value >= 0 and math.isfinite(value) for _, value in numbers_in(derived))
     names = {*dict(leaves(Experiment())), *(field.name for field in dataclasses.fields(Experiment))}
     rows = render(derived)
@@ -354,15 +354,15 @@ def test_unknown_preset_is_refused_with_the_nearest_name():
 def test_the_description_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):
     out = io.StringIO()
     monkeypatch.setattr(rich, "get_console", lambda: Console(file=out))
-    monkeypatch.setattr(describe, "device_memory", lambda: 16 * GIB)
+    monkeypatch.setattr(describe, "device_memory", lambda: 24 * GIB)
     print_description(PAPER, 64)
     lines = {
         cells[1].strip(): cells[2].strip() for line in out.getvalue().splitlines() if len(cells := line.split("|")) > 3
     }
     assert lines.keys() > {row.quantity for row in render(derive(PAPER, 64))}
     # The memory of this machine does not hold all rollouts of 14B parameters, so they are not assumed to be live.
-    assert lines["rollout.decode_slots"] == "32"
-    assert lines["per device: keys and values of responses"] == "1.5 GiB"
+    assert lines["rollout.decode_slots"] == "208"
+    assert lines["per device: keys and values of responses"] == "4.875 GiB"  # 13 slots of 8,192 tokens on each replica.
     assert lines["parameters"] == "14,770,033,664"
     assert lines["per token: keys and values"] == "192 KiB"
     assert max(map(len, out.getvalue().splitlines())) <= 120

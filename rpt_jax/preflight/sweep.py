@@ -15,7 +15,16 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, ProgramReport
 from rpt_jax.preflight.programs import ProgramName, Step
-from rpt_jax.preflight.report import as_result, check_mesh, check_split, devices, fits, for_topology, step_seconds
+from rpt_jax.preflight.report import (
+    as_result,
+    check_mesh,
+    check_split,
+    devices,
+    fits,
+    for_topology,
+    plan_for,
+    step_seconds,
+)
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
 from rpt_jax.sizes.policy import model_config_of
@@ -126,7 +135,7 @@ def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
         # Decode slots change the sampling program alone: keep the reports of the others.
         only = ProgramName.SAMPLE if trial.reports else ""
         try:
-            _, step, reports = check_mesh(candidate, topology, mesh, only)
+            step, reports = check_mesh(plan_for(candidate, topology, mesh).experiment, topology, mesh, only)
         except UserError as error:
             trial = trial._replace(note=str(error).split(":")[0])
             continue

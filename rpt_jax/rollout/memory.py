@@ -84,12 +84,12 @@ def device_memory() -> int:
     return int(USABLE * statistics.get("bytes_limit", machine_memory() // jax.local_device_count()))
 
 
-def machine_memory() -> int:
-    """Return the bytes of the machine's memory, or of the container's if that is limited (cgroup v2 or v1)."""
+def machine_memory(cgroup: Path = _CGROUP) -> int:
+    """Return the bytes of the machine's memory, or of the container's if `cgroup` limits it (version 2 or 1)."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # No such file, or "max".
-            limits.append(int((_CGROUP / name).read_text()))
+            limits.append(int((cgroup / name).read_text()))
     return min(limits)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.distributed.mesh import DECODING
 from rpt_jax.distributed.sharding import make_reshard_fn, shard_prompts
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.model.transformer import Params, Transformer, in_compute_dtype
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.rollout.cost import SamplingCost, sampling_cost
@@ -38,6 +39,11 @@ class Sampler:
         self._mesh = mesh
         self._policy = policy
         self._decoding = make_decoding(experiment, tokenizer)
+        self._memory_fields = {
+            "rollout.decode_slots": self._decoding.slots,
+            "rollout.prefill_tokens": self._decoding.prefill_tokens,
+            "rollout.max_new_tokens": self._decoding.max_new_tokens,
+        }
         self._key = jax.random.key(experiment.seed)
         self._box_vocab = jax.device_put(tokenizer.byte_vocab) if experiment.rollout.stop_at_box else None
         self._reshard = make_reshard_fn(policy, mesh, functools.partial(in_compute_dtype, policy))
@@ -55,10 +61,15 @@ class Sampler:
           step: determines the sampling noise, with the run's seed and the prompt ids.
 
         Returns: the rollouts, sharded like the training batch, and what they cost.
+
+        Raises: UserError, if a device runs out of memory.
         """
         shared = shard_prompts(find_shared_prefixes(prompts, self._max_tail_tokens), self._mesh, DECODING)
         key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
-        rollouts, work = sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
+        with explain_out_of_memory("sampling", self._memory_fields):
+            rollouts, work = jax.block_until_ready(
+                sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
+            )
         return rollouts, sampling_cost(self._policy.config, shared, rollouts, work)
 
 
