@@ -58,7 +58,11 @@ def over_row_chunks(
       filled_N: number of tokens at the start of each row that are needed, or None for all. Chunks without a needed
         token are skipped, and their outputs are zeros.
       arrays: inputs of `fn` with the axes N and W in place of M.
+
+    Raises: ValueError, if the chunk has no tokens.
     """
+    if logit_chunk_tokens < 1:
+        raise ValueError("training.logit_chunk_tokens has not been planned.")
     rows, size = arrays[0].shape[:2]
     width = min(max(1, logit_chunk_tokens // rows), size)
     chunks = -(-size // width)
