@@ -150,7 +150,7 @@ def run(
         context.compile_times,
         jax.debug_nans(replay),
         jax.debug_infs(replay),
-        explain_out_of_memory("loading or evaluation", {"policy.dtype": experiment.policy.dtype}),
+        explain_out_of_memory("loading or evaluation", {"mesh.fsdp": experiment.mesh.fsdp}),
     ):
         experiment = plan_run(experiment, mesh)
         if experiment.task == "rpt":

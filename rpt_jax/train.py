@@ -206,6 +206,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 
             step += 1
             flops_before = counters.flops
+            skipped_before = scalars.get("update/skipped", 0.0)
             profile.begin_step(step)
 
             # --- 5. Choose positions again with the current policy, if it is time ------------------
@@ -261,8 +262,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                     flops=scalars["update/flops"],
                 )
                 end_stage("update")
-                for warning in divergence.check(step, scalars) + take_recompiled() + skipped_updates(step, scalars):
+                for warning in divergence.check(step, scalars) + take_recompiled():
                     logger.warning(warning)
+                if scalars["update/skipped"] and not skipped_before:
+                    logger.warning(skipped_updates(step, scalars["update/skipped"]))
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
 
@@ -412,14 +415,12 @@ def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup:
         )
 
 
-def skipped_updates(step: int, scalars: dict[str, float]) -> list[str]:
-    """Return a sentence if the policy was not updated, or not by every minibatch."""
-    if not scalars["update/skipped"]:
-        return []
-    return [
-        f"Step {step}: {scalars['update/skipped']:.0f} of the step's updates were skipped, because no response had a gradient "
-        "(all samples of each prompt earned the same)."
-    ]
+def skipped_updates(step: int, skipped: float) -> str:
+    """Return a sentence for the first of some steps that did not update the policy with each of their minibatches."""
+    return (
+        f"Step {step}: {skipped:.0f} of the step's updates were skipped, because no response had a gradient: all samples of each "
+        "prompt earned the same. update/skipped in metrics.jsonl counts them."
+    )
 
 
 def status(scalars: dict[str, Any], dynamic: bool) -> str:

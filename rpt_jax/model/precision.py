@@ -33,7 +33,9 @@ def in_policy_precision(fn: Fn) -> Fn:
     def run(policy: Any, *args: Any, **kwargs: Any) -> Any:
         if policy.dtype != jnp.float32:
             return fn(policy, *args, **kwargs)
-        with jax.default_matmul_precision(MATMUL_PRECISIONS[policy.precision].name.lower()):
+        # Pallas kernels for a TPU know one or six bfloat16 products, not three.
+        precision = "float32" if policy.attention == "splash" else policy.precision
+        with jax.default_matmul_precision(MATMUL_PRECISIONS[precision].name.lower()):
             return fn(policy, *args, **kwargs)
 
     return run  # pyright: ignore[reportReturnType] (it has the signature of `fn`)

@@ -55,7 +55,7 @@ class PlannedField(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """An experiment whose memory fields all have values.
+    """An experiment whose memory fields have values, as far as its task uses them.
 
     Attributes:
       experiment: the config with the planned values.
@@ -89,7 +89,7 @@ def plan_run(experiment: Experiment, mesh: Mesh) -> Experiment:
 
 
 def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, memory: float) -> Plan:
-    """Plan the memory fields that a config leaves open.
+    """Plan the memory fields that a config leaves open and that its task uses.
 
     Args:
       experiment: the config.
@@ -114,28 +114,28 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
         fitting = (chunk for chunk in _LOGIT_CHUNKS if chunk * chunk_bytes <= _LOGIT_SHARE * memory)
         set_field("training.logit_chunk_tokens", next(fitting, _LOGIT_CHUNKS[-1]), f"{_LOGIT_SHARE:.3g} of the memory")
 
+    if experiment.task == "score":
+        return Plan(experiment=planned, fields=tuple(fields), warnings=())
+
     # The backward pass: the fastest rematerialization that fits, with rows that are not short.
     needs = _backward_needs(planned, config, mesh)
     remats = _REMATS if experiment.policy.remat == "auto" else (experiment.policy.remat,)
     rows = _row_sizes(experiment, mesh)
     remat, row = _choose(remats, rows, lambda remat, row: all(need(remat, row) <= memory for need in needs))
-    needed = max((need(remat, row) for need in needs), default=0)
+    needed = max(need(remat, row) for need in needs)
     reason = f"the update needs {needed / GIB:.3g} GiB of {memory / GIB:.4g}"
     if experiment.policy.remat == "auto":
-        set_field("policy.remat", remat, reason if needs else "nothing is differentiated")
-    if not experiment.training.microbatch_tokens:
-        set_field("training.microbatch_tokens", row, reason if needs else "not used")
+        set_field("policy.remat", remat, reason)
+    if not experiment.training.microbatch_tokens and experiment.task == "rpt":
+        set_field("training.microbatch_tokens", row, reason)
     if needed > memory:
         warnings.append(
             f"The update needs about {needed / GIB:.4g} GiB per device, but there are {memory / GIB:.4g}: shard the policy over "
             "more devices (mesh.fsdp, mesh.tensor), or shorten prompts and responses (prompt.max_tokens, rollout.max_new_tokens)."
         )
 
-    if not experiment.rollout.decode_slots:
-        slots, reason = (
-            _plan_decode_slots(planned, config, mesh, memory) if experiment.task == "rpt" else (1, "not used")
-        )
-        set_field("rollout.decode_slots", slots, reason)
+    if not experiment.rollout.decode_slots and experiment.task == "rpt":
+        set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
     return Plan(experiment=planned, fields=tuple(fields), warnings=tuple(warnings))
 
 
@@ -188,8 +188,6 @@ def _backward_needs(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
 
     if experiment.task == "pretrain":
         return [lambda remat, row: pretraining(experiment, remat, row)]
-    if experiment.task == "score":
-        return []
     if not experiment.cold_start.total_steps:
         return [update]
     cold_start = cold_start_experiment(experiment)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.distributed.mesh import use_mesh
-from rpt_jax.model.precision import head_product
+from rpt_jax.model.attention.kernels import attend_splash
+from rpt_jax.model.precision import head_product, in_policy_precision
 from rpt_jax.model.transformer import Transformer, head, in_compute_dtype
 from tests.helpers.policy_reference import SHAPE, random_params
 from tests.helpers.preflight import make_small_step
@@ -70,3 +71,17 @@ def test_every_program_computes_in_the_chosen_precision():
         products = [line for line in text.splitlines() if "dot_general" in line and "f32" in line]
         others = [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line]
         assert products and not others, f"{program}: {others[:2]}"
+
+
+def test_the_kernel_of_a_float32_policy_lowers_for_a_tpu():
+    """Pallas refuses the precision of three bfloat16 products, forward and backward."""
+    policy = Transformer(SHAPE, attention="splash")
+
+    @in_policy_precision
+    def gradients(policy, *arrays):
+        return jax.grad(lambda *arrays: attend_splash(*arrays).sum(), argnums=(0, 1, 2))(*arrays)
+
+    keys = jax.ShapeDtypeStruct((1, 1, 1, 128, 64), jnp.float32)
+    queries = jax.ShapeDtypeStruct((1, 1, 1, 2, 128, 64), jnp.float32)
+    traced = jax.jit(gradients, static_argnums=0).trace(policy, queries, keys, keys)
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 2
