@@ -440,7 +440,9 @@ def print_description(experiment: Experiment, devices: int | None = None) -> Non
     derived = derive(experiment, jax.device_count() if devices is None else devices, device_memory())
     columns = tuple(_COLUMN_WIDTHS)
     table("Sizes derived from this config", columns, render(derived), max_widths=tuple(_COLUMN_WIDTHS.values()))
-    for warning in (*derived.plan.warnings, *short_response_warnings(experiment, model_config_of(experiment)[0])):
+    runs_here = derived.mesh.devices == derived.mesh.available
+    warnings = derived.plan.warnings if runs_here else ()
+    for warning in (*warnings, *short_response_warnings(experiment, model_config_of(experiment)[0])):
         logger.warning(warning)
 
 
