@@ -81,7 +81,7 @@ def plan_run(experiment: Experiment, mesh: Mesh) -> Experiment:
     if experiment.task == "rpt":
         check_slots(plan.experiment, config, sizes, memory)
     if plan.fields:
-        values = ", ".join(f"{field}={value}" for field, value, _ in plan.fields)
+        values = "; ".join(f"{field}={value}, {reason}" for field, value, reason in plan.fields)
         logger.info("Planned for %.4g GiB per device: %s.", memory / GIB, values)
     for warning in (*plan.warnings, *short_response_warnings(experiment, config)):
         logger.warning(warning)
@@ -112,7 +112,11 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
     if not experiment.training.logit_chunk_tokens:
         chunk_bytes = _LOGIT_COPIES * FLOAT32_BYTES * config.vocab // mesh.tensor
         fitting = (chunk for chunk in _LOGIT_CHUNKS if chunk * chunk_bytes <= _LOGIT_SHARE * memory)
-        set_field("training.logit_chunk_tokens", next(fitting, _LOGIT_CHUNKS[-1]), f"{_LOGIT_SHARE:.3g} of the memory")
+        set_field(
+            "training.logit_chunk_tokens",
+            next(fitting, _LOGIT_CHUNKS[-1]),
+            f"logits take at most {_LOGIT_SHARE:.3g} of the memory",
+        )
 
     if experiment.task == "score":
         return Plan(experiment=planned, fields=tuple(fields), warnings=())
