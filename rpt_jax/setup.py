@@ -127,7 +127,7 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     """Return the transformer of a model config, computed as `config` says.
 
     Args:
-      config: dtype, rematerialization and attention implementation.
+      config: dtype, precision, rematerialization and attention implementation.
       model: layers and sizes.
       tokenizer: if given, ids of the vocabulary that it does not have get probability zero.
 
@@ -138,9 +138,11 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     return Transformer(
         config=model,
         dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
+        remat="none" if config.remat == "auto" else config.remat,  # A run that differentiates has planned it.
         attention=attention,
         absent_ids=absent_ids,
+        precision=config.precision,
+        head_precision=config.head_precision,
     )
 
 
