@@ -15,6 +15,7 @@ from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, prepare
 from rpt_jax.corpus.sources import check_source
+from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import DECODING, check_batches, make_mesh, mesh_fields
 from rpt_jax.distributed.sharding import parameter_shardings
@@ -188,10 +189,10 @@ def open_or_prepare_corpus(
     check_top_k(data.entropy_top_k, policy)
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared))
-    all_shards = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
-    directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-    scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=all_shards)
-    prepared = prepare(scorer, directory, context)
+    plan = plan_shards(data)
+    directory = corpus_directory(workdir, data, plan, tokenizer, data.entropy_top_k, experiment.policy.path)
+    scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=experiment)
+    prepared = prepare(scorer, plan, directory, context)
     assert prepared is not None, "all shards were prepared, so none is missing"
     return prepared
 

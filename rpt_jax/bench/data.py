@@ -29,6 +29,7 @@ from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
+from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.corpus.tokenized import TokenizedCorpus
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.distributed.rendezvous import Heartbeat
@@ -97,9 +98,10 @@ def _measure_tokenizing(
     size = Path(data.path).stat().st_size
     alone = _measure_tokenizer_alone(Path(data.path), tokenizer)
     start = time.perf_counter()
-    tokenize_on_leader(data, tokenizer, directory, Heartbeat())
+    plan = plan_shards(data)
+    tokenize_on_leader(data, plan, tokenizer, directory, Heartbeat())
     tokenized = time.perf_counter()
-    corpus = open_and_report(data, directory)
+    corpus = open_and_report(data, plan, directory)
     opened = time.perf_counter()
     documents = len(corpus.sizes_D)
     rows = [
@@ -123,18 +125,19 @@ def _measure_scoring(options: argparse.Namespace, data: DataConfig, corpus: Toke
     with use_mesh(mesh):
         policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh)
         scorer = Scorer(policy, params, tokenizer, mesh, experiment)
+        plan = plan_shards(data)
         rows = _measure_full_batches(scorer)
         # Compile for every bucket of lengths.
         longest = options.max_document_tokens
         lengths = [longest >> i for i in range(longest.bit_length())]
         scorer.score([[0] * length for length in lengths])
         start = time.perf_counter()
-        score_tokens(scorer, corpus.directory, Heartbeat())
+        score_tokens(scorer, plan, corpus.directory, Heartbeat())
         seconds = time.perf_counter() - start
         tokens = int(corpus.sizes_D.sum())
         rows.append(["scoring the corpus, with reading and writing", seconds, tokens / seconds, "tokens/s"])
         # Only the manifest is missing by now.
-        prepared = prepare(scorer, corpus.directory, RunContext())
+        prepared = prepare(scorer, plan, corpus.directory, RunContext())
         if prepared is None:
             raise AssertionError("The generated corpus is not complete.")
         return [*rows, _measure_prompts(experiment, tokenizer, prepared, options.batches)]

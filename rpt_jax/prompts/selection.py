@@ -13,9 +13,8 @@ import numpy as np
 
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.corpus.entropy import Scores, stored_entropies
-from rpt_jax.corpus.files import parse_mixture
+from rpt_jax.corpus.mixture import parse_mixture, source_name
 from rpt_jax.corpus.prepared import PreparedCorpus
-from rpt_jax.corpus.sources import source_name
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder

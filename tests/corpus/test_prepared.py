@@ -114,7 +114,7 @@ def test_another_corpus_tokenizer_or_proxy_is_refused(
 
 def test_a_manifest_of_an_older_format_is_refused(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
-    for older in ({"content": manifest["made_from"]}, {"made_from": manifest["made_from"] | {"format": 3}}):
+    for older in ({"content": manifest["made_from"]}, {"made_from": manifest["made_from"] | {"format": 4}}):
         (tmp_path / "manifest.json").write_text(json.dumps(older))
         with pytest.raises(UserError) as raised:
             open_prepared(corpus, TOKENIZER, tmp_path)
