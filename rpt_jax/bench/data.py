@@ -27,6 +27,7 @@ import tokenizers
 
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
+from rpt_jax.config.user_paths import expand_home
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
 from rpt_jax.corpus.tokenization import plan_shards
@@ -56,9 +57,14 @@ _ALONE_BATCH = 4096
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--policy", default="configs/tiny", help="directory of a policy with its tokenizer")
     parser.add_argument(
-        "--tokenizer", default="", help="directory of another tokenizer; only tokenizing is measured then"
+        "--policy", type=expand_home, default="configs/tiny", help="directory of a policy with its tokenizer"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=expand_home,
+        default="",
+        help="directory of another tokenizer; only tokenizing is measured then",
     )
     parser.add_argument("--megabytes", type=float, default=4.0, help="size of the generated text")
     parser.add_argument("--score-batch-windows", type=int, default=32, help="windows per batch of scoring")

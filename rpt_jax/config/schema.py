@@ -18,6 +18,7 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 DIVERGENCE_ACTIONS = ("warn", "stop")
+TEMPLATE_SEPARATOR = "|||"  # Between the document templates of the parts of a mixture.
 
 # An instance of the options dataclass of the choice that the field above it names, or None for the defaults.
 Options = Any

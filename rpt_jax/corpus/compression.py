@@ -82,8 +82,7 @@ class DecompressedFile(io.RawIOBase):
     def _decompress_some(self) -> bytes:
         """Return the next decompressed bytes, which may be none before the end too."""
         data = self._input or self._file.read(_READ_BYTES)
-        is_between_streams = self._decompressor is None or self._decompressor.eof
-        if is_between_streams:
+        if self._is_between_streams():
             data = self._start_stream(data)
             self._at_end = not data
         elif not data:
@@ -93,6 +92,9 @@ class DecompressedFile(io.RawIOBase):
         output = self._decompressor.decompress(data)
         self._input = self._decompressor.unused_data
         return output
+
+    def _is_between_streams(self) -> bool:
+        return self._decompressor is None or self._decompressor.eof
 
     def _start_stream(self, data: bytes) -> bytes:
         """Make the decompressor of the next stream and return its first bytes; b"" if there is none."""

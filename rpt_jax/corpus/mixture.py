@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 from rpt_jax.config import DataConfig
+from rpt_jax.config.schema import TEMPLATE_SEPARATOR
 from rpt_jax.errors import UserError
 
 _WEIGHTED = re.compile(r"(\d+(?:\.\d+)?)=(.+)")
 # Fields that hold one value for all parts or one for each part, and what separates the values.
-_FIELDS_OF_PARTS = {"text_field": ",", "document_template": "|||", "group_by": ","}
+_FIELDS_OF_PARTS = {"text_field": ",", "document_template": TEMPLATE_SEPARATOR, "group_by": ","}
 
 
 def parse_mixture(path: str) -> list[tuple[float, str]]:

@@ -120,13 +120,19 @@ def training_order(
         stages = [stage.restrict_to(part_W == part) for stage in stages for part in range(len(weights))]
 
     # Every stage and part must fill at least one batch.
-    if min(map(len, stages)) < training.prompts_per_step:
+    smallest = min(range(len(stages)), key=lambda number: len(stages[number]))
+    if len(stages[smallest]) < training.prompts_per_step:
+        where = ""
+        if weights:
+            where += f"part '{parse_mixture(data.path)[smallest % len(weights)][1]}' of the mixture has "
+        if num_stages > 1:
+            where += f"stage {smallest // max(1, len(weights)) + 1} of {num_stages} has "
         raise UserError(
-            f"{source_name(data)}: only {found:,} of {total:,} training positions are chosen by {_reported_fields(data)} and "
-            f"have data.min_context={data.min_context} tokens before them; training.prompts_per_step="
-            f"{training.prompts_per_step} needs at least as many in every stage and in every part of a mixture. Change one of "
-            "these fields, or use a longer corpus.",
-            field="training.prompts_per_step",
+            f"{source_name(data)}: {where}only {len(stages[smallest]):,} training positions that are chosen by "
+            f"{_reported_fields(data)} and have data.min_context={data.min_context} tokens before them, of {found:,} in all and "
+            f"{total:,} training tokens; training.prompts_per_step={training.prompts_per_step} needs at least as many. "
+            "Change one of these fields, or use more text.",
+            field="data.path" if weights else "training.prompts_per_step",
         )
     logger.info(
         f"{found:,} of {total:,} training positions are chosen by {_reported_fields(data)}, with the entropies of {scored_by} "

@@ -188,7 +188,7 @@ def test_messages():
 def test_overrides_arrive_in_their_fields():
     experiment = overridden(
         "seed=7",
-        "data.path=a=b",
+        "policy.path=a=b",
         "data.source_options.documents=5",
         "optimizer.learning_rate=3e-4",
         "prompt.prefill_think_token=False",
@@ -198,7 +198,7 @@ def test_overrides_arrive_in_their_fields():
     different = {name: value for name, value in leaves(experiment) if DEFAULTS[name] != value}
     assert different == {
         "seed": 8,
-        "data.path": "a=b",
+        "policy.path": "a=b",
         "data.source_options.documents": 5,
         "optimizer.learning_rate": 3e-4,
         "prompt.prefill_think_token": False,
