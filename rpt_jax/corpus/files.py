@@ -125,7 +125,7 @@ def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool) -
 def describe_unread(unread: dict[str, list[Path]]) -> str:
     """Return a list of files that are not read: a count and an example for each reason."""
     return "; ".join(
-        f"{len(paths):,} {reason}, such as {min(paths)}"
+        f"{reason}: {len(paths):,} (such as {min(paths)})"
         for reason, paths in sorted(unread.items(), key=lambda u: -len(u[1]))
     )
 
