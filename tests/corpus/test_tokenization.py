@@ -101,6 +101,45 @@ def test_near_duplicates_of_training_documents_are_listed_by_name(tmp_path: Path
         assert held_out // 2 == train // 2 and 0.8 <= pair["share"] <= 1
 
 
+def test_a_part_of_a_training_document_counts_as_its_near_duplicate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [" ".join(str(97 * i + j) for j in range(200)) for i in range(0, 900, 30)]
+    halves = [text[half] for text in texts for half in (slice(len(text) // 2), slice(len(text) // 2, None))]
+    config = write_jsonl(tmp_path / "a.jsonl", [*texts, *halves])
+    opened = tokenize_shards(config, tmp_path / "tokens", 2)
+    with caplog.at_level(logging.INFO):
+        counts = report_corpus(opened)
+    expected = {
+        text
+        for text in load_corpus(config).held_out
+        if text.text in halves
+        and texts[halves.index(text.text) // 2] in {document.text for document in load_corpus(config).train}
+    }
+    pairs = [json.loads(line) for line in (tmp_path / "tokens" / NEAR_DUPLICATES).read_text().splitlines()]
+    assert {pair["held_out"] for pair in pairs} == {document.name for document in expected}
+    assert len(pairs) == counts["near_duplicates"] > 3 and counts["held_out"] == 18
+    assert min(pair["share"] for pair in pairs) > 0.95
+    assert f"{len(pairs)} of 18 held-out documents ({100 * len(pairs) / 18:.0f} %)" in caplog.text
+
+
+def test_files_all_of_whose_records_are_rejected_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
+    (tmp_path / "b.jsonl").write_text('{"problem": "1 + 1 = 2"}\n' * 700 + "x\n")
+    config = DataConfig(source="path", path=str(tmp_path))
+    report_corpus(tokenize_shards(config, tmp_path / "tokens", 2))
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "b.jsonl (700 no such field, 1 not JSON)" in record.getMessage() and "a.jsonl" not in record.getMessage()
+
+
+def test_the_cache_of_a_corpus_depends_on_the_order_of_a_mixture(corpus: DataConfig) -> None:
+    paths = [f"{corpus.path}/{name}.jsonl" for name in "ab"]
+    digests = {
+        plan_shards(dataclasses.replace(corpus, path=",".join(order))).files_digest for order in (paths, paths[::-1])
+    }
+    assert len(digests) == 2
+
+
 def test_several_shards_are_tokenized_in_processes(
     corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

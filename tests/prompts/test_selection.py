@@ -185,4 +185,14 @@ def test_messages_about_positions_quote_the_fields_that_choose_them(
     training = dataclasses.replace(experiment.training, prompts_per_step=10**6)
     with pytest.raises(UserError, match=quoted) as raised:
         training_order(dataclasses.replace(chosen, training=training), setup.prepared, setup.train)
-    assert raised.value.field == "training.prompts_per_step"
+    assert raised.value.field == "data.path"
+
+
+def test_the_part_of_a_mixture_with_too_few_positions_is_named(experiment: Experiment, setup: Setup) -> None:
+    every = with_data(experiment, positions="every")
+    part_W = mixture_parts(setup, np.arange(len(setup.train)))
+    positions = sum(max(0, len(setup.train[i]) - experiment.data.min_context) for i in np.flatnonzero(part_W == 1))
+    training = dataclasses.replace(experiment.training, prompts_per_step=positions + 1)
+    with pytest.raises(UserError, match=rf"part '.*b\.jsonl' .* has only {positions:,} training positions") as raised:
+        training_order(dataclasses.replace(every, training=training), setup.prepared, setup.train)
+    assert raised.value.field == "data.path"
