@@ -10,6 +10,7 @@ there are several shards.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -216,9 +217,10 @@ def _measure_prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Pre
     longest = experiment.data.max_document_tokens
     builder = PromptBuilder(PromptConfig(prefill_think_token=False, max_tokens=longest), tokenizer)
     stream = PromptStream(builder, windows, order, batch=_PROMPTS_PER_BATCH, workers=experiment.data.workers)
-    next(stream)  # Start the workers.
-    start = time.perf_counter()
-    for _ in range(batches):
-        next(stream)
-    seconds = time.perf_counter() - start
+    with contextlib.closing(stream):
+        next(stream)  # Start the workers.
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(stream)
+        seconds = time.perf_counter() - start
     return ["building prompts", seconds, batches * _PROMPTS_PER_BATCH / seconds, "prompts/s"]
