@@ -56,9 +56,15 @@ def test_scoring_all_shards_writes_a_manifest_and_a_plot(finished: Path, corpus:
         assert (renormalized >= 0).all() and (partial >= 0).all()
 
 
-def test_complete_shards_are_not_written_again(finished: Path, corpus: DataConfig) -> None:
+def test_complete_shards_are_not_written_again_and_the_files_are_listed_once(
+    finished: Path, corpus: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
+    list_files = tokenization.find_file_ranges
+    listed = []
+    monkeypatch.setattr(tokenization, "find_file_ranges", lambda data: listed.append(data) or list_files(data))
     main.run(scoring_experiment(Path(corpus.path), shard="0/2"), finished)
+    assert len(listed) == 1
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
 
 
