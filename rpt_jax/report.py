@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.plots import write_plots
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=user_path, required=True, help="directory of the run")
     options = parser.parse_args(argv[1:])
     try:
+        check_local_path("--workdir", options.workdir)
         for path in write_plots(options.workdir):
             print(path)
     except UserError as error:

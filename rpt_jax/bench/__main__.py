@@ -10,6 +10,7 @@ import json
 import os
 import sys
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
 
     # Measure, and show the figures next to the machine that they depend on.
     try:
+        for name, value in vars(options).items():
+            check_local_path(f"--{name}", value)
         columns, rows = benches[options.name].measure(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
