@@ -7,6 +7,7 @@ import functools
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.corpus.prepared import corpus_directory, open_and_report, open_prepared, tokenize_on_leader
 from rpt_jax.corpus.sources import training_texts
-from rpt_jax.corpus.tokenization import shards_to_prepare
+from rpt_jax.corpus.tokenization import ShardPlan, plan_shards
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.distributed.processes import is_leader, wait_for_all
@@ -161,8 +162,10 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     config = experiment.pretrain
     total_steps = experiment.training.total_steps
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
-    policy, params, tokenizer = _load_or_init(experiment, workdir, mesh, context)
-    documents = _training_documents(experiment.data, workdir, tokenizer, context)
+    # The files of the corpus are listed once, if they are needed.
+    plan = functools.cache(functools.partial(plan_shards, experiment.data))
+    policy, params, tokenizer = _load_or_init(experiment, plan, workdir, mesh, context)
+    documents = _training_documents(experiment.data, plan, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
@@ -264,7 +267,7 @@ def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def _load_or_init(
-    experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
+    experiment: Experiment, plan: Callable[[], ShardPlan], workdir: Path, mesh: Mesh, context: RunContext
 ) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, or initialize one and train a tokenizer on the documents. Raises: UserError."""
     if experiment.policy.path:
@@ -282,15 +285,14 @@ def _load_or_init(
     # Train the tokenizer in one process: the others, and a run that resumes, load its file.
     path = workdir / "tokenizer.model"
     if is_leader() and not path.exists():
-        all_shards = dataclasses.replace(experiment.data, shard="")
-        total = 2 * sum(shard.steps for shard in shards_to_prepare(all_shards))
-        with Progress("read for a tokenizer, file ranges", total) as progress:
+        whole = plan().whole
+        with Progress("read for a tokenizer, file ranges", 2 * whole.steps) as progress:
 
             def advance() -> None:
                 progress.advance()
                 context.heartbeat.beat("reading for a tokenizer")
 
-            texts = training_texts(all_shards, _TOKENIZER_BYTES, advance)
+            texts = training_texts(experiment.data, whole, _TOKENIZER_BYTES, advance)
             train_sentencepiece(texts, vocab_size, path)
     wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
@@ -298,11 +300,12 @@ def _load_or_init(
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
 
 
-def _training_documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer, context: RunContext) -> Windows:
+def _training_documents(
+    data: DataConfig, plan: Callable[[], ShardPlan], workdir: Path, tokenizer: Tokenizer, context: RunContext
+) -> Windows:
     """Open the training documents of `data.prepared`, or tokenize them into `workdir/corpus`. Raises: UserError."""
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
-    data = dataclasses.replace(data, shard="")
-    directory = corpus_directory(workdir, data, tokenizer)
-    tokenize_on_leader(data, tokenizer, directory, context.heartbeat)
-    return open_and_report(data, directory).windows("train")
+    directory = corpus_directory(workdir, data, plan(), tokenizer)
+    tokenize_on_leader(data, plan(), tokenizer, directory, context.heartbeat)
+    return open_and_report(data, plan(), directory).windows("train")

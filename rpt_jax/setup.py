@@ -17,6 +17,7 @@ from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, plot_entropies, prepare
 from rpt_jax.corpus.sources import check_source
+from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import DECODING, TRAINING, check_batches, make_mesh, mesh_fields, num_batch_shards
 from rpt_jax.distributed.sharding import parameter_shardings
@@ -199,10 +200,10 @@ def open_or_prepare_corpus(
     check_top_k(data.entropy_top_k, policy)
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared))
-    all_shards = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
-    directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-    scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=all_shards)
-    prepared = prepare(scorer, directory, context)
+    plan = plan_shards(data)
+    directory = corpus_directory(workdir, data, plan, tokenizer, data.entropy_top_k, experiment.policy.path)
+    scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=experiment)
+    prepared = prepare(scorer, plan, directory, context)
     assert prepared is not None, "all shards were prepared, so none is missing"
     return prepared
 

@@ -6,6 +6,7 @@ rewarded if it matches the true continuation, and GRPO updates the policy on its
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         Progress("rpt", training.total_steps, step) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
+        contextlib.closing(stream),
     ):
         while True:
             # --- 4. Evaluate the current policy, and write the metrics of the step before ----------

@@ -21,6 +21,7 @@ HEAD_PRECISIONS = ("bfloat16", *PRECISIONS)
 REMATS = ("auto", "none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 DIVERGENCE_ACTIONS = ("warn", "stop")
+TEMPLATE_SEPARATOR = "|||"  # Between the document templates of the parts of a mixture.
 
 # An instance of the options dataclass of the choice that the field above it names, or None for the defaults.
 Options = Any
@@ -55,18 +56,23 @@ class DataConfig:
     source: str = "gsm_symbolic"
     # Options of the source, such as `data.source_options.documents` of "gsm_symbolic".
     source_options: Options = None
-    # File, folder or glob of source "path" (.txt, .jsonl, also .gz or .zst, .parquet, .arrow, .array_record); several are
-    # separated by commas, with sampling weights ("0.7=wiki/*.parquet,0.3=math.jsonl") or without.
+    # File, folder or glob of source "path" (.txt, .jsonl, .json, .csv, .tsv, also compressed, .parquet, .arrow, .array_record);
+    # several are separated by commas, with sampling weights ("0.7=wiki/*.parquet,0.3=math.jsonl") or without.
     path: str = ""
-    # Record field that holds the text of a document.
+    # Record field that holds the text of a document, such as "text", "doc.text" or "messages"; for a mixture, one for all of
+    # its parts or one for each, separated by commas.
     text_field: str = "text"
-    # Text with record fields in braces, such as "{problem}\n{solution}", that replaces `text_field`; "" for none.
+    # Text with record fields in braces, such as "{problem}\n{solution}", that replaces `text_field`; "" for none. For a
+    # mixture, one for all of its parts or one for each, separated by "|||".
     document_template: str = ""
+    # What is held out together: "auto" (the pieces of a text file; every record by itself), "file" (the records of a file too),
+    # or a record field whose value is the same in records that belong together; for a mixture, as `text_field`.
+    group_by: str = "auto"
     # Documents with more bytes than this are rejected.
     max_document_bytes: int = 16_777_216
     # Stop at the first rejected document; by default rejected documents are counted and listed.
     strict: bool = False
-    # Number of documents that are held out for evaluation, at most a fifth of the corpus (paper: 200).
+    # Number of documents that are held out for evaluation, in whole groups (`group_by`), at most a fifth of the corpus (paper: 200).
     held_out_documents: int = 300
     # Part of the corpus that task "score" prepares, such as "3/64" (of "0/64" to "63/64"); "" for all of it.
     shard: str = ""

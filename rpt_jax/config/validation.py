@@ -17,6 +17,7 @@ from rpt_jax.config.schema import (
     REMATS,
     SCHEDULES,
     TASKS,
+    TEMPLATE_SEPARATOR,
     Experiment,
     ObjectiveConfig,
     PolicyConfig,
@@ -164,6 +165,7 @@ def check_experiment(experiment: Experiment) -> None:
     # Fields that depend on each other.
     _check_precision(experiment.policy)
     _check_weighted_terms(experiment.objective)
+    _check_data_fields(experiment)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
     _check_box_reading(experiment)
@@ -192,9 +194,32 @@ def _check_named_choice(section: Any, registry: Registry) -> None:
         if value != getattr(defaults, field) and chosen not in names:
             raise UserError(
                 f"{prefix}.{field}={value} has no effect with {registry.field}='{chosen}': "
-                f"it belongs to {', '.join(names)}.",
+                f"it belongs to {', '.join(names)}. Set {registry.field}, or leave {prefix}.{field} out.",
                 field=f"{prefix}.{field}",
             )
+
+
+def _check_data_fields(experiment: Experiment) -> None:
+    """Refuse fields of section "data" that have no effect. Raises: UserError."""
+    data = experiment.data
+    if data.shard and experiment.task != "score":
+        raise UserError(
+            f"data.shard='{data.shard}' has no effect with task='{experiment.task}': it belongs to task 'score'.",
+            field="data.shard",
+        )
+    if data.prepared and experiment.task == "score":
+        raise UserError(
+            f"data.prepared='{data.prepared}' has no effect with task='score', which prepares the corpus in --workdir.",
+            field="data.prepared",
+        )
+    # In a mixture, a part with an empty template uses its text field.
+    has_only_templates = all(data.document_template.split(TEMPLATE_SEPARATOR))
+    if has_only_templates and data.text_field != type(data)().text_field:
+        raise UserError(
+            f"data.text_field='{data.text_field}' has no effect with data.document_template={data.document_template!r}: give one "
+            "of the two.",
+            field="data.text_field",
+        )
 
 
 def _check_weighted_terms(config: ObjectiveConfig) -> None:

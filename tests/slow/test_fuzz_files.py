@@ -20,7 +20,7 @@ from rpt_jax.corpus.files import find_file_ranges
 from rpt_jax.corpus.prepared import open_prepared, write_manifest
 from rpt_jax.corpus.readers import read_file_range
 from rpt_jax.corpus.store import ShardWriter
-from rpt_jax.corpus.tokenization import tokenize
+from rpt_jax.corpus.tokenization import plan_shards, tokenize
 from rpt_jax.corpus.tokenized import open_tokens
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Transformer
@@ -220,12 +220,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path
     directory = folder / "whole"
     config = dataclasses.replace(write_jsonl(folder / "a.jsonl", TEXTS), held_out_documents=1)
     tokenizer = load_tokenizer(TINY)
-    tokenize(config, tokenizer, directory, lambda status: None)
+    plan = plan_shards(config)
+    tokenize(config, plan, tokenizer, directory, lambda status: None)
     with ShardWriter(directory, "scores", 0, 1) as writer:
         for ids in open_tokens(config, directory, 1).tokens:
             writer.write([np.zeros(len(ids[0])), np.zeros(len(ids[0]))], [len(ids[0])])
         writer.commit({"made_from": {}, "histogram": [writer.records] + [0] * (BINS - 1)})
-    write_manifest(Experiment(data=config), tokenizer, "a fingerprint", directory)
+    write_manifest(Experiment(data=config), plan, tokenizer, "a fingerprint", directory)
     return config, directory
 
 
