@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import plot_entropies, prepare
+from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.setup import load_starting_policy
@@ -26,7 +27,8 @@ def score(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
       UserError: the corpus or the policy cannot be used.
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    prepared = prepare(Scorer(policy, params, tokenizer, mesh, experiment), workdir, context)
+    scorer = Scorer(policy, params, tokenizer, mesh, experiment)
+    prepared = prepare(scorer, plan_shards(experiment.data), workdir, context)
     if prepared is None:
         logger.info("Shard %s is complete; other shards of %s are missing.", experiment.data.shard, workdir)
     else:

@@ -13,8 +13,8 @@ from rpt_jax import __version__
 from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.prepared import open_prepared
-from rpt_jax.describe import derive, model_config_of
-from rpt_jax.distributed.mesh import check_batches, use_mesh
+from rpt_jax.describe import derive
+from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.errors import check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
@@ -25,10 +25,10 @@ from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.pretrain import COLD_START, check_vocab_size
 from rpt_jax.prompts.builder import PromptBuilder, read_template
 from rpt_jax.registry import REWARDS
-from rpt_jax.rewards.rewarder import reward_layout
+from rpt_jax.rewards.rewarder import check_end_of_thinking
 from rpt_jax.rollout.memory import device_memory
-from rpt_jax.rollout.sampler import plan_decoding
-from rpt_jax.setup import check_sampling, check_top_k, make_policy, read_architecture, starts_with_pretraining
+from rpt_jax.setup import check_sampling, check_top_k, read_architecture, starts_with_pretraining
+from rpt_jax.sizes.policy import model_config_of
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ _FLOAT32_BYTES = 4
 def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     """Check everything about a run that takes neither a forward pass nor a compilation, before its workdir is touched.
 
-    These are the batch sizes, the policy's files and tokenizer, the prompt template, the memory for rollouts, the prepared corpus
-    and the disk. `setup.make_run_mesh` has checked that the files exist.
+    These are the batch sizes, the policy's files and tokenizer, the prompt template, the prepared corpus and the disk.
+    `setup.make_run_mesh` has checked that the files exist, and `sizes.plan.plan_run` checks the memory.
 
     Args:
       experiment: a validated config.
@@ -51,7 +51,7 @@ def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     """
     if experiment.policy.path:
         model, tokenizer = read_architecture(experiment.policy)
-        check_tokenizer = functools.partial(_check_tokenizer, experiment, model, tokenizer, mesh)
+        check_tokenizer = functools.partial(_check_tokenizer, experiment, tokenizer)
     else:
         # The tokenizer is trained in the run.
         model = model_config_of(experiment)[0]
@@ -75,15 +75,12 @@ def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None
         check_vocab_size(experiment)
 
 
-def _check_tokenizer(experiment: Experiment, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    """Check what depends on the tokenizer: prompts, the reward, the decode slots and a prepared corpus. Raises: UserError."""
+def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Check what depends on the tokenizer: prompts, the reward and a prepared corpus. Raises: UserError."""
     if experiment.task != "score":
-        builder = PromptBuilder(experiment.prompt, tokenizer)
+        PromptBuilder(experiment.prompt, tokenizer)
         if experiment.task == "rpt":
-            reward_layout(experiment, tokenizer, mesh, builder)
-            with use_mesh(mesh, experiment.mesh.split_rows):
-                policy = make_policy(experiment.policy, model, tokenizer)
-                plan_decoding(experiment, policy, tokenizer, mesh, device_memory())
+            check_end_of_thinking(experiment.objective, tokenizer)
     if experiment.task != "score" and experiment.data.prepared:
         open_prepared(experiment.data, tokenizer, Path(experiment.data.prepared))
 
@@ -117,7 +114,7 @@ def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) ->
 
 def log_start(experiment: Experiment, workdir: Path) -> None:
     """Log what runs, on which devices, and where the results go; warn of an accelerator that is unused and of long sequences."""
-    sizes = derive(experiment, jax.device_count())
+    sizes = derive(experiment, jax.device_count(), device_memory())
     logger.info("Code: rpt_jax %s, commit %s", __version__, source_commit() or "unknown")
     logger.info("Devices: %s", describe_devices())
     logger.info(

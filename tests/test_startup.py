@@ -40,11 +40,6 @@ def test_wrong_fields_are_found_before_the_corpus_is_read(tmp_path: Path, field:
     assert field_of_error(tmp_path / "run", **{field: value}) == field
 
 
-def test_decode_slots_that_do_not_fit_are_found(tmp_path: Path) -> None:
-    fields = {"rollout.decode_slots": 32, "rollout.max_new_tokens": 10**9, "training.microbatch_tokens": 2 * 10**9}
-    assert field_of_error(tmp_path / "run", **fields) == "rollout.decode_slots"
-
-
 def test_a_tokenizer_without_a_token_that_is_needed_is_found(tmp_path: Path) -> None:
     from rpt_jax.tokenizers.training import train_sentencepiece
 
