@@ -181,10 +181,10 @@ def convert(source: Path, target: Path) -> str:
 
 
 def _tokenizer_notes(policy: SourcePolicy) -> list[str]:
-    """Return notes about properties of the tokenizer that rpt_jax treats in its own way."""
+    """Return notes about the tokenizer: what ends a response, and what rpt_jax treats in its own way."""
     tokenizer = policy.tokenizer
     vocab_size = policy.hf_config["vocab_size"]
-    notes = []
+    notes = [tokenizer.describe_stop_ids()]
     if tokenizer.normalizer:
         notes.append(
             f"The tokenizer normalizes texts ({tokenizer.normalizer}); rpt_jax does not, and uses the exact bytes of a document."

@@ -31,13 +31,15 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.model.model_config import preset
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
-from rpt_jax.objective.update import TrainState, if_finite
+from rpt_jax.objective.update import TrainState, if_finite, keep_if
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
 from rpt_jax.rewards.boxable import boxable_tokens
@@ -106,6 +108,7 @@ def mixed_loss(
     donate_argnames=("state",),
 )
 @jax.named_scope("update")
+@in_policy_precision
 def pretrain_step(
     policy: Transformer,
     optimizer: optax.GradientTransformation,
@@ -115,7 +118,9 @@ def pretrain_step(
     weights: tuple[float, float],
     logit_chunk_tokens: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one AdamW step on `mixed_loss`; return the state unchanged if a metric is not finite.
+    """Take one AdamW step on `mixed_loss`.
+
+    The state is returned unchanged if no token has a weight, or if a metric is not finite.
 
     Args:
       policy, optimizer, weights, logit_chunk_tokens: static.
@@ -128,10 +133,12 @@ def pretrain_step(
     loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, logit_chunk_tokens=logit_chunk_tokens)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    learns = (weights[0] > 0) & batch["mask"].any() | (weights[1] > 0) & batch["trace_mask"].any()
     metrics["gradient/norm"] = optax.tree.norm(grads)
-    metrics["update/norm"] = optax.tree.norm(updates)
+    metrics["update/norm"] = jnp.where(learns, optax.tree.norm(updates), 0.0)
+    metrics["update/skipped"] = 1.0 - learns
     params: Any = optax.apply_updates(state.params, updates)
-    new_state = TrainState(params=params, optimizer=optimizer_state)
+    new_state = keep_if(learns, TrainState(params=params, optimizer=optimizer_state), state)
     return if_finite(metrics, new_state, state), metrics
 
 
@@ -178,6 +185,11 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         "weights": (config.document_weight, config.trace_weight),
         "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
     }
+    memory_fields = {
+        "pretrain.documents_per_step": config.documents_per_step,
+        "policy.remat": experiment.policy.remat,
+        "training.logit_chunk_tokens": experiment.training.logit_chunk_tokens,
+    }
     last_step = recorded_step(workdir) if replay else total_steps
     with (
         MetricsWriter(workdir, start) as metrics,
@@ -191,7 +203,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             profile.begin_step(step)
             batch = shard_prompts(next(stream), mesh)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
-            with context.signals.defer():
+            with context.signals.defer(), explain_out_of_memory("the pre-training update", memory_fields):
                 try:
                     state, losses = pretrain_step(policy, optimizer, state, batch, **step_options)
                     scalars = as_floats(step, jax.device_get(losses))
@@ -207,6 +219,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                 checkpoints.stage(step, state, {"stream": stream.get_state()})
             for warning in take_recompiled():
                 logger.warning(warning)
+            if scalars["update/skipped"]:
+                logger.warning("Step %d: no token of the batch has a weight, so nothing was updated.", step)
 
             # --- 4. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()

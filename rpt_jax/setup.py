@@ -128,7 +128,7 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     """Return the transformer of a model config, computed as `config` says.
 
     Args:
-      config: dtype, rematerialization and attention implementation.
+      config: dtype, precision, rematerialization and attention implementation.
       model: layers and sizes.
       tokenizer: if given, ids of the vocabulary that it does not have get probability zero.
 
@@ -139,9 +139,11 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     return Transformer(
         config=model,
         dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
+        remat="none" if config.remat == "auto" else config.remat,  # A run that differentiates has planned it.
         attention=attention,
         absent_ids=absent_ids,
+        precision=config.precision,
+        head_precision=config.head_precision,
     )
 
 
@@ -212,7 +214,7 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
     Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    logger.info("A response ends at %s.", " or ".join(f"{tokenizer.token_name(i)} ({i})" for i in tokenizer.stop_ids))
+    logger.info(tokenizer.describe_stop_ids())
     prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
     plot_entropies(prepared, workdir / PLOTS)
     return Setup(

@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 
 from rpt_jax.bench.measure import interleaved
-from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
+from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig, TrainingConfig
 from rpt_jax.config.user_paths import expand_home
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
@@ -52,6 +52,7 @@ _VOCABULARY_WORDS = 20_000
 _DOCUMENT_WORDS = 300
 _PROGRESS_BYTES = 16 * 10**6
 _PROMPTS_PER_BATCH = 256
+_LOGIT_CHUNK_TOKENS = 4096
 # Texts that the tokenizer alone encodes, in all and at a time; smaller batches are slower.
 _ALONE_TEXTS = 10_000
 _ALONE_BATCH = 4096
@@ -129,7 +130,7 @@ def _measure_scoring(options: argparse.Namespace, data: DataConfig, corpus: Toke
     """Score the tokenized corpus and build prompts from it."""
     mesh = make_mesh(-1, 1, 1)
     data = dataclasses.replace(data, score_batch_windows=options.score_batch_windows)
-    experiment = Experiment(data=data)
+    experiment = Experiment(data=data, training=TrainingConfig(logit_chunk_tokens=_LOGIT_CHUNK_TOKENS))
     with use_mesh(mesh):
         policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh)
         scorer = Scorer(policy, params, tokenizer, mesh, experiment)

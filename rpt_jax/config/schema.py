@@ -16,7 +16,9 @@ LONG_CONTEXTS = ("cut", "cut_at_line")
 BOX_READINGS = ("balanced", "to_end")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "dots", "full")
+PRECISIONS = ("tensorfloat32", "float32")
+HEAD_PRECISIONS = ("bfloat16", *PRECISIONS)
+REMATS = ("auto", "none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 DIVERGENCE_ACTIONS = ("warn", "stop")
 TEMPLATE_SEPARATOR = "|||"  # Between the document templates of the parts of a mixture.
@@ -33,10 +35,15 @@ class PolicyConfig:
     path: str = ""
     # Name of a model configuration in model/model_config.py; must match `path` where both are given, "" for no check.
     preset: str = "tiny"
-    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and the head stay float32.
+    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and logits stay float32.
     dtype: str = "float32"
-    # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full".
-    remat: str = "none"
+    # Products of the layers on a GPU or TPU if dtype is "float32": "tensorfloat32" (at least its precision) or "float32".
+    precision: str = "tensorfloat32"
+    # Products of the output head, in sampler and trainer alike: "bfloat16" (fastest; verl), "tensorfloat32" or "float32".
+    head_precision: str = "tensorfloat32"
+    # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full"; "auto" is the
+    # fastest of them that fits the device's memory.
+    remat: str = "auto"
     # [memory] Attention kernel: "reference", "blockwise", "cudnn", "splash", or "auto" for the best one of the platform.
     attention: str = "auto"
 
@@ -95,7 +102,7 @@ class DataConfig:
     workers: int = 0
     # Fraction of all positions that "quantile", "random" and "self_entropy" keep.
     keep_fraction: float = 0.2
-    # Entropy in nats above which "threshold" and "curriculum" keep a position, and evaluation too (the paper gives no value).
+    # Entropy in nats above which "threshold" and "curriculum" keep a training position (the paper gives no value).
     entropy_threshold: float = 0.5
 
 
@@ -136,7 +143,7 @@ class RolloutConfig:
     top_p: float = 1.0
     # End a response at the brace that closes its box after the reasoning.
     stop_at_box: bool = False
-    # [memory] Rollouts that are decoded at the same time; 0 for all, or for as many as fit.
+    # [memory] Rollouts that are decoded at the same time; 0 for all of them, or as many as fit the device's memory.
     decode_slots: int = 0
     # [memory] Prompt tokens that are prefilled at the same time.
     prefill_tokens: int = 4096
@@ -232,10 +239,11 @@ class TrainingConfig:
     dynamic_sampling_from: int = 500
     # Maximum number of rounds of generation in a step of dynamic sampling.
     dynamic_sampling_rounds: int = 3
-    # [memory] Tokens of a forward and backward pass on each device, prompts and responses together.
-    microbatch_tokens: int = 65536
-    # [memory] Tokens whose logits exist at the same time.
-    logit_chunk_tokens: int = 4096
+    # [memory] Tokens of a forward and backward pass on each device, prompts and responses together; 0 for 16,384, or more for
+    # a longer prompt and response, or fewer if the device's memory demands it.
+    microbatch_tokens: int = 0
+    # [memory] Tokens whose logits exist at the same time; 0 for up to 4,096, as the device's memory allows.
+    logit_chunk_tokens: int = 0
     # Steps between two prints of sampled responses.
     log_rollouts_every: int = 50
 
@@ -285,7 +293,7 @@ class EvaluationConfig:
 
     # Steps between evaluations (paper, section 4.2: 100).
     every_steps: int = 100
-    # Held-out positions above the entropy threshold, the same in every evaluation of a run.
+    # Held-out positions above 0.5 nats, the easiest level, the same in every evaluation of a run.
     positions: int = 600
     # The same for documents of a kind that training never sees, where the corpus has any.
     unseen_positions: int = 200

@@ -188,7 +188,7 @@ class ShuffledEpochs:
     def __init__(self, items: Sequence[Any], seed: tuple[int, ...]):
         self._items = items
         self._seed = seed
-        self._cached_epoch: tuple[int, grain.MapDataset] | None = None
+        self._cached_epoch: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return sys.maxsize

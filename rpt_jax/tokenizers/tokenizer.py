@@ -186,9 +186,10 @@ class Tokenizer:
             raise IndexError(f"{min(ids)} is not a token id")
         return b"".join(map(self.pieces.__getitem__, ids))
 
-    def token_name(self, i: int) -> str:
-        """Return the name of a special token, or the quoted text of another one."""
-        return self.special_names.get(i) or repr(self.decode([i]))
+    def describe_stop_ids(self) -> str:
+        """Return a sentence with the names (or the quoted texts) and ids of the tokens that end a response."""
+        names = [f"{self.special_names.get(i) or repr(self.decode([i]))} ({i})" for i in self.stop_ids]
+        return f"A response ends at {' or '.join(names)}."
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens, with U+FFFD for invalid UTF-8 and without special tokens."""
@@ -366,7 +367,7 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     add_tokens(path, backend, listed)
     beside = {name: token for name, token in listed.items() if name not in own}
     added = own | beside
-    spec = spec | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
+    spec["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
     ids = vocab | {content: token["id"] for content, token in added.items()}
     special = read_special_ids(path, files, ids)
     special_ids = frozenset(
