@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -322,9 +323,13 @@ def _encode_sentencepiece(
     texts: Sequence[str],
 ) -> list[list[int]]:
     """Encode texts, with the ids of `symbols` for what `pattern` matches."""
+    parts_of_texts = [pattern.split(text) for text in texts]
+    plain = [part for parts in parts_of_texts for part in parts if part not in symbols]
+    # One call for all texts, which runs in several threads unless there is a process for every core already.
+    num_threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+    encoded = iter(processor.encode(plain, num_threads=num_threads))
     return [
-        [i for part in pattern.split(text) for i in (symbols[part] if part in symbols else processor.encode(part))]
-        for text in texts
+        [i for part in parts for i in (symbols[part] if part in symbols else next(encoded))] for parts in parts_of_texts
     ]
 
 
