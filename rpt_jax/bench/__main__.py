@@ -9,9 +9,9 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 
 # Options of earlier versions, and what they are called now.
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, description=module.__doc__, help=summary)
         module.add_options(command)
-        command.add_argument("--json", type=Path, help="file to write the figures to")
+        command.add_argument("--json", type=user_path, help="file to write the figures to")
     options, unknown = parser.parse_known_args(argv[1:])
     for argument in unknown:
         name = argument.partition("=")[0]

@@ -21,6 +21,7 @@ import numpy as np
 
 from rpt_jax.bench.measure import interleaved, round_to_4_digits
 from rpt_jax.config import PolicyConfig
+from rpt_jax.config.user_paths import expand_home, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import in_compute_dtype
 from rpt_jax.rollout.engine import decode_until, live_sizes, start_decoding
@@ -37,8 +38,8 @@ _READ_BYTES = 2**28
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
-    parser.add_argument("--prompts", type=Path, required=True, help=".npz file with `prompts` and `lengths`")
+    parser.add_argument("--model", type=expand_home, required=True, help="Hugging Face directory or .gguf file")
+    parser.add_argument("--prompts", type=user_path, required=True, help=".npz file with `prompts` and `lengths`")
     parser.add_argument("--samples", type=int, default=8, help="responses per prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length limit of responses")
     parser.add_argument(

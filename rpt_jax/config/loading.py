@@ -18,6 +18,7 @@ import ml_collections
 from rpt_jax.config.dataclass_io import build, leaves, override, unknown_field
 from rpt_jax.config.renamed import RENAMED
 from rpt_jax.config.schema import Experiment
+from rpt_jax.config.user_paths import expand_home, with_expanded_paths
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError, nearest
 from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
@@ -84,7 +85,7 @@ def load_config_file(path: str) -> Any:
 
     Raises: UserError, if there is no such file, and with file and line for any error in it.
     """
-    path = resolve_config_path(path)
+    path = resolve_config_path(expand_home(path))
     if not Path(path).is_file():
         known = [str(file) for file in Path("configs").glob("*.py")]
         known += [f"configs/{file.name}" for file in packaged_configs().glob("*.py")]
@@ -128,7 +129,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
             fields[section][field] = None
         assignments = [a.removeprefix(f"{name}.") for a in overrides if a.startswith(f"{name}.")]
         fields[section][field] = _build_options(name, registry, chosen, fields[section][field], assignments)
-    experiment = build(Experiment, fields)
+    experiment = with_expanded_paths(build(Experiment, fields))
     check_experiment(experiment)
     return experiment
 
