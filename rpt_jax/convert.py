@@ -28,6 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, is_run_directory, read_run_config
@@ -215,6 +216,8 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv[1:])
     try:
+        check_local_path("--from", options.source)
+        check_local_path("--to", options.target)
         print(convert(options.source, options.target))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

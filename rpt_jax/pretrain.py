@@ -39,6 +39,7 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
+from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.setup import load_starting_policy, make_policy
 from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -157,7 +158,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     documents = _training_documents(experiment.data, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
-    maker = ExampleMaker(experiment, tokenizer, documents)
+    boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
+    maker = ExampleMaker(experiment, tokenizer, documents, boxable_V)
     stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
 
     # --- 2. Restore the newest checkpoint ----------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import UserError
 
 # Options of earlier versions, and what they are called now.
@@ -63,6 +64,8 @@ def main(argv: list[str]) -> int:
 
     # Measure, and show the figures next to the machine that they depend on.
     try:
+        for name, value in vars(options).items():
+            check_local_path(f"--{name}", value)
         columns, rows = benches[options.name].measure(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

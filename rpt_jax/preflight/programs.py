@@ -186,6 +186,7 @@ def _rpt_programs(
             vocab.bytes_VxX,
             vocab.lengths_V,
             tokenizer.end_think_id,
+            reading=experiment.prompt.box_reading,
         )
 
     def lower_training_reward() -> jax.stages.Lowered:

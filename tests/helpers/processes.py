@@ -12,6 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from tests.helpers.paths import ROOT
 
 HERE = socket.gethostname()
+# Runs the command behind it with SIGINT not ignored, as it is if the tests run in the background of a script.
+WITH_SIGINT = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])",
+]
 
 
 def free_port() -> int:
