@@ -362,7 +362,7 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     add_tokens(path, backend, listed)
     beside = {name: token for name, token in listed.items() if name not in own}
     added = own | beside
-    spec = spec | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
+    spec["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
     ids = vocab | {content: token["id"] for content, token in added.items()}
     special = read_special_ids(path, files, ids)
     special_ids = frozenset(
