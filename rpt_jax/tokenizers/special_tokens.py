@@ -153,7 +153,9 @@ def read_added_tokens(path: Path, files: Mapping[str, bytes]) -> dict[str, dict[
         else:
             added = parse_file(path, files, _ADDED_TOKENS_FILE)
             tokens = [plain | {"content": c, "id": int(i), "special": c in named} for c, i in added.items()]
-        if not all(_token_name(token) and all(type(token[flag]) is bool for flag in (*plain, "special")) for token in tokens):
+        if not all(
+            _token_name(token) and all(type(token[flag]) is bool for flag in (*plain, "special")) for token in tokens
+        ):
             raise ValueError("a token needs a name, and its properties are true or false")
         return {token["content"]: token for token in tokens}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
