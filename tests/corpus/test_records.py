@@ -73,7 +73,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 def test_every_format_gives_the_same_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, compression: str
 ) -> None:
-    monkeypatch.setattr(json_files, "_BLOCK_CHARACTERS", 7)
+    monkeypatch.setattr(json_files, "BLOCK_CHARACTERS", 7)
     path = tmp_path / f"{name}{compression}"
     path.write_bytes(COMPRESSIONS[compression](FORMATS[name]))
     items = read(path)
