@@ -11,7 +11,7 @@ from typing import Any
 
 from rpt_jax.corpus.compression import open_binary
 
-_BLOCK_CHARACTERS = 2**16
+BLOCK_CHARACTERS = 2**16
 _LONGEST_FIRST_LINE = 2**24
 _LONGEST_INTEGER = 1000  # Digits; Python refuses to convert more than 4,300.
 _TOKEN_CHARACTERS = 16  # An error this close to the end of the buffer may be that of a value that is not complete.
@@ -55,13 +55,13 @@ def read_json_values(file: Any, max_characters: int) -> Iterator[tuple[str, Any]
     """
     decoder = json.JSONDecoder(parse_int=_parse_integer)
     stream = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    buffer = stream.read(_BLOCK_CHARACTERS).removeprefix(BYTE_ORDER_MARK)
+    buffer = stream.read(BLOCK_CHARACTERS).removeprefix(BYTE_ORDER_MARK)
     position = 0
     in_array = False
 
     def read_more() -> bool:
         nonlocal buffer, position
-        more = stream.read(max(_BLOCK_CHARACTERS, len(buffer) - position))
+        more = stream.read(max(BLOCK_CHARACTERS, len(buffer) - position))
         buffer = buffer[position:] + more
         position = 0
         return bool(more)

@@ -6,7 +6,6 @@ files renamed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -18,8 +17,6 @@ from rpt_jax.corpus.mixture import parse_mixture, source_name
 from rpt_jax.corpus.records import AUTO
 from rpt_jax.corpus.text_splitting import CHUNK_CHARACTERS
 from rpt_jax.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 class DocumentTable(NamedTuple):
@@ -104,12 +101,6 @@ def _choose_held_out(table: DocumentTable, config: DataConfig) -> np.ndarray:
         end_G = _end_of_long_text(table, int(part), int(limit_P[part]), count)
         if len(end_G):
             chosen.append(end_G)
-            logger.warning(
-                "%s: every text%s is longer than a fifth, so that none is held out as a whole: the last %s pieces of one are.",
-                source_name(config),
-                "" if len(parts_P) == 1 else f" of part {part + 1}",
-                f"{count:,}",
-            )
     if not chosen:
         groups = len(np.unique(table.keys_D))
         raise UserError(

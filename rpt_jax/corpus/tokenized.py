@@ -152,6 +152,13 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
             "; ".join(f"{file} ({reasons})" for file, reasons in useless[:3]) + "; …" * (len(useless) > 3),
         )
 
+    if divided := _held_out_of_divided_texts(corpus):
+        logger.warning(
+            "%s held-out documents are the end of a text whose beginning is trained on: every text file is longer than a fifth "
+            "of the corpus, so that none is held out as a whole.",
+            f"{divided:,}",
+        )
+
     pairs = _find_near_duplicates(corpus)
     held_out = int(np.sum(corpus.split_D == SPLITS.index("held_out")))
     if pairs:
@@ -186,6 +193,15 @@ def _files_without_documents(summaries: Sequence[dict[str, Any]]) -> list[tuple[
         for file, counts in files.items()
         if file and not counts["documents"]
     ]
+
+
+def _held_out_of_divided_texts(corpus: TokenizedCorpus) -> int:
+    """Return the number of held-out pieces of texts of which other pieces are trained on."""
+    index = list(read_index(corpus.directory, corpus.shards))
+    keys_D = np.concatenate([rows["key_hash"] for rows in index])
+    is_piece_D = np.concatenate([rows["place"] for rows in index]) >= 0
+    of_split = {split: keys_D[is_piece_D & (corpus.split_D == SPLITS.index(split))] for split in ("train", "held_out")}
+    return int(np.isin(of_split["held_out"], of_split["train"]).sum())
 
 
 def _find_near_duplicates(corpus: TokenizedCorpus) -> list[NearDuplicate]:

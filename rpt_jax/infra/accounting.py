@@ -106,7 +106,11 @@ class RolloutCost(NamedTuple):
 
     def plus(self, other: RolloutCost) -> RolloutCost:
         """Return the cost of both."""
-        return RolloutCost(*(a + b for a, b in zip(self, other, strict=True)))
+        return RolloutCost(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            response_tokens=self.response_tokens + other.response_tokens,
+            flops=self.flops + other.flops,
+        )
 
 
 class Clock:

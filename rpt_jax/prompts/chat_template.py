@@ -54,7 +54,11 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
         text.encode("utf-8")  # Fails for half of a surrogate pair, which JSON can contain.
     except Exception as error:  # noqa: BLE001 - the template is a program, which can fail in any way.
         reason = f"{type(error).__name__}: {error}".rstrip(".: ")
-        raise UserError(f"{_FIELD}: the template of {tokenizer.source} fails with {reason}.", field=_FIELD) from None
+        raise UserError(
+            f"{_FIELD}=True: the template of {tokenizer.source} fails with {reason}. Set it to False, or save a template that works "
+            f"as {_FILE} next to it.",
+            field=_FIELD,
+        ) from None
 
     opening, context, closing = text.partition(_CONTEXT)
     if not context or _CONTEXT in closing:

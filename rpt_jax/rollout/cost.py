@@ -64,7 +64,7 @@ def sampling_cost(config: ModelConfig, prompts: Prompts, rollouts: Rollouts, wor
         ),
         forward_flops(config, tokens=decoded, pairs=pairs_PxG.sum(), head_tokens=decoded),
     )
-    return SamplingCost(decoded_tokens=decoded, slot_steps=work.slots.sum(), flops=sum(flops, jnp.float32(0)))
+    return SamplingCost(decoded_tokens=decoded, slot_steps=work.slots.sum(), flops=jnp.stack(flops).sum())
 
 
 @jax.jit

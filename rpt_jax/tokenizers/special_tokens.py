@@ -153,10 +153,14 @@ def read_added_tokens(path: Path, files: Mapping[str, bytes]) -> dict[str, dict[
         else:
             added = parse_file(path, files, _ADDED_TOKENS_FILE)
             tokens = [plain | {"content": c, "id": int(i), "special": c in named} for c, i in added.items()]
+        if not all(
+            _token_name(token) and all(type(token[flag]) is bool for flag in (*plain, "special")) for token in tokens
+        ):
+            raise ValueError("a token needs a name, and its properties are true or false")
         return {token["content"]: token for token in tokens}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         file = path.with_name(TOKENIZER_CONFIG_FILE if decoder is not None else _ADDED_TOKENS_FILE)
-        raise UserError(f"{file}: the list of added tokens is damaged ({error!r}).", field=str(file)) from None
+        raise UserError(f"{file}: the list of added tokens is damaged ({error}).", field=str(file)) from None
 
 
 def parse_file(path: Path, files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: 
     def refuse(path: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("os.scandir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match="Permission denied") as raised:
         check_path(DataConfig(source="path", path=str(tmp_path)))
     assert raised.value.field == "data.path"
@@ -116,7 +117,7 @@ def test_the_check_of_the_path_does_not_walk_a_whole_folder(tmp_path: Path, monk
     for number in range(5):
         write(tmp_path / f"{number}" / "a.txt")
     listed = []
-    walk = __import__("os").scandir
-    monkeypatch.setattr("os.scandir", lambda path: listed.append(path) or walk(path))
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scan(path))
     check_path(DataConfig(source="path", path=str(tmp_path)))
     assert len(listed) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,9 +49,7 @@ def test_the_split_of_a_text_file_depends_on_what_it_says(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("names", [["a.txt"], ["a.txt", "b.txt", "c.txt"]])
-def test_of_texts_that_are_too_long_to_be_held_out_the_end_of_one_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str]
-) -> None:
+def test_of_texts_that_are_too_long_to_be_held_out_the_end_of_one_is(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         write_text(tmp_path / name, pieces=50)
     loaded = load(tmp_path)
@@ -62,7 +59,6 @@ def test_of_texts_that_are_too_long_to_be_held_out_the_end_of_one_is(
     ]
     held_out = [int(document.name.partition(":")[2]) for document in loaded.held_out]
     assert held_out == sorted(lines)[-10 * len(names) :], "one piece has a neighbor in training"
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert len(load(tmp_path, held_out_documents=4).held_out) == 4
 
 
@@ -159,9 +155,3 @@ def test_a_template_can_be_given_for_each_part(tmp_path: Path) -> None:
     loaded = load(f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", document_template=template)
     texts = {document.text for document in (*loaded.train, *loaded.held_out)}
     assert texts == {f"a|||{i}" for i in range(5)} | {f"p{i},s" for i in range(5)}
-
-
-def test_a_warning_is_not_given_for_records(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        load_corpus(write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three"]))
-    assert not caplog.records

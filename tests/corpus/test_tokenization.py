@@ -155,6 +155,18 @@ def test_files_all_of_whose_records_are_rejected_are_named(tmp_path: Path, caplo
     assert "b.jsonl (700 no such field, 1 not JSON)" in record.getMessage() and "a.jsonl" not in record.getMessage()
 
 
+@pytest.mark.parametrize(("names", "warnings"), [("a", 1), ("abcdefghij", 0)])
+def test_a_text_that_is_divided_between_the_splits_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: str, warnings: int
+) -> None:
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} {'seven and five ' * 100}\n\n" for i in range(10)))
+    config = DataConfig(source="path", path=str(tmp_path))
+    report_corpus(tokenize_shards(config, tmp_path / "tokens", 1))
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == warnings and all(message.startswith("2 held-out documents") for message in messages)
+
+
 def test_the_cache_of_a_corpus_depends_on_the_order_of_a_mixture(corpus: DataConfig) -> None:
     paths = [f"{corpus.path}/{name}.jsonl" for name in "ab"]
     digests = {

@@ -295,7 +295,7 @@ def test_two_minibatches_are_two_steps_with_the_same_old_logprobs(params, batch,
     for name in ("ratio/mean", "loss/policy"):
         np.testing.assert_allclose(metrics[name], np.mean([step[name] for step in steps]), rtol=1e-4, atol=1e-6)
     used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
-    distance = np.abs(current - batch.sampler_logprobs_PxGxT) * used
+    distance = np.where(used, np.abs(current - batch.sampler_logprobs_PxGxT), 0)  # Padding is -inf.
     halves = [
         half.sum() / used_half.sum() for half, used_half in zip(np.split(distance, 2), np.split(used, 2), strict=True)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,9 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("corpora")
     write_every_format(folder, [{"text": text} for text in TEXTS])
     (folder / "h.txt").write_text("\n\n".join(TEXTS))
+    (folder / "i.json").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    (folder / "j.csv").write_text("text,id\n" + "".join(f'"{text}",1\n' for text in TEXTS))
+    (folder / "k.txt.xz").write_bytes(lzma.compress("\n\n".join(TEXTS).encode()))
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
