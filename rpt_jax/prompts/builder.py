@@ -83,9 +83,9 @@ class PromptBuilder:
         if reasoning == END_THINK:
             field = "chat_template" if config.chat_template else "template"
             raise UserError(
-                f"prompt.{field}={getattr(config, field)}: the template ends the reasoning itself, with {END_THINK} in front of the "
-                f"response. No response could earn anything, because a prediction counts only after {END_THINK} in the response. "
-                "Use a template without it.",
+                f"prompt.{field}={getattr(config, field)}: the template ends the reasoning itself, with {END_THINK} in front of "
+                f"the response. No response could earn anything, because a prediction counts only after {END_THINK} in the "
+                "response. Use a template without it.",
                 field=f"prompt.{field}",
             )
         if config.prefill_think_token:

@@ -55,8 +55,8 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
     except Exception as error:  # noqa: BLE001 - the template is a program, which can fail in any way.
         reason = f"{type(error).__name__}: {error}".rstrip(".: ")
         raise UserError(
-            f"{_FIELD}=True: the template of {tokenizer.source} fails with {reason}. Set it to False, or save a template that works "
-            f"as {_FILE} next to it.",
+            f"{_FIELD}=True: the template of {tokenizer.source} fails with {reason}. Set it to False, or save a template that "
+            f"works as {_FILE} next to it.",
             field=_FIELD,
         ) from None
 
