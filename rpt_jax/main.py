@@ -34,6 +34,7 @@ from rpt_jax.config.loading import split_overrides
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
 from rpt_jax.errors import ExitCode, UserError, check_choice
+from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.infra.console import console_logging, silent_console
 from rpt_jax.infra.signals import StopSignals
 
@@ -64,6 +65,12 @@ _JOIN_SECONDS = flags.DEFINE_float(
 _STALL_SECONDS = flags.DEFINE_float(
     "stall_seconds", 3600.0, "Exit if no process makes progress for this many seconds.", lower_bound=1.0
 )
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Directory for compiled programs, which later runs load instead of compiling them again; 'off' for none. Default: rpt_jax in "
+    "your cache directory.",
+)
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that the config implies, and exit.")
 _FLAGS = (
     _CONFIG,
@@ -76,6 +83,7 @@ _FLAGS = (
     _PROCESS,
     _JOIN_SECONDS,
     _STALL_SECONDS,
+    _COMPILATION_CACHE,
 )
 
 
@@ -133,6 +141,7 @@ def run(
 
     from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.mesh import use_mesh
+    from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
@@ -141,8 +150,10 @@ def run(
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
     context = context or RunContext()
+    check_platforms()
     mesh = make_run_mesh(experiment)
     with (
+        needed_jax_settings(),
         claimed_workdir(workdir, experiment, force),
         use_mesh(mesh, experiment.mesh.split_rows),
         context.compile_times,
@@ -163,6 +174,7 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
     Raises:
       UserError: as `run` does, or another process is missing or was started with another config.
     """
+    import_jax()
     hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
     # All processes must agree on these.
     facts = {"--workdir": str(workdir), "--replay": _REPLAY.value, "jax": version("jax"), **dict(leaves(experiment))}
@@ -171,18 +183,39 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
     connected = connect_processes(hosts, facts, heartbeat, _JOIN_SECONDS.value, _STALL_SECONDS.value)
     is_silent = hosts is not None and hosts.process > 0
     with signals.handle(), connected as rendezvous, silent_console() if is_silent else contextlib.nullcontext():
+        from rpt_jax.infra.compilation_cache import compilation_cache
         from rpt_jax.infra.run_context import RunContext
 
         if rendezvous:
             signals.on_exit = rendezvous.announce_exit
         context = RunContext(signals=signals, heartbeat=heartbeat, rendezvous=rendezvous)
         try:
-            run(experiment, workdir, force=_FORCE.value, replay=_REPLAY.value, context=context)
+            with compilation_cache(cache_directory()):
+                run(experiment, workdir, force=_FORCE.value, replay=_REPLAY.value, context=context)
         except (Exception, KeyboardInterrupt) as error:
             if rendezvous:
                 code, message = exit_code_and_message(error)
                 rendezvous.exit_all(code, message)
             raise
+
+
+def describe(experiment: Experiment) -> None:
+    """Print every size that the config implies. Raises: UserError."""
+    import_jax()
+    from rpt_jax.describe import print_description
+    from rpt_jax.infra.jax_settings import check_platforms
+
+    check_platforms()
+    print_description(experiment)
+
+
+def cache_directory() -> Path | None:
+    """Return the directory for compiled programs that the flags choose; None for none."""
+    from rpt_jax.infra.compilation_cache import default_directory
+
+    if _COMPILATION_CACHE.value is None:
+        return default_directory()
+    return None if _COMPILATION_CACHE.value == "off" else Path(_COMPILATION_CACHE.value).expanduser()
 
 
 def main(argv: list[str]) -> int:
@@ -193,9 +226,7 @@ def main(argv: list[str]) -> int:
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:
-            from rpt_jax.describe import print_description
-
-            print_description(experiment)
+            describe(experiment)
             return ExitCode.COMPLETE
         # In --workdir=~/runs, the shell does not expand the tilde.
         workdir = Path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}").expanduser()
@@ -242,14 +273,9 @@ def ignore_late_writes(failure: sys.UnraisableHookArgs) -> None:
 def console_main() -> None:
     """Run the command line of this process and exit."""
     # Hide the log of the libraries: a failure in one of them also raises an exception, whose message is printed.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = ignore_late_writes
-    exit_code = main(sys.argv)
-    sys.stdout.flush()
-    if exit_code == ExitCode.USER_ERROR:
-        os._exit(exit_code)  # At a normal exit, libraries would try again to write what could not be written.
-    sys.exit(exit_code)
+    run_command(main)
 
 
 if __name__ == "__main__":

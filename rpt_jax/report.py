@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.plots import write_plots
+from rpt_jax.infra.command_line import import_jax, run_command
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
     options = parser.parse_args(argv[1:])
     try:
+        import_jax()
+        from rpt_jax.infra.plots import write_plots
+
         for path in write_plots(options.workdir):
             print(path)
     except UserError as error:
@@ -30,4 +33,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_command(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rpt_jax.errors import UserError
+from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.console import table
 
 # Programs that run in every step.
@@ -131,4 +132,4 @@ def largest_group(runs: list[Run], key: Callable[[Run], float]) -> list[Run]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_command(main)
