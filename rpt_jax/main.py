@@ -113,6 +113,7 @@ def load_experiment(argv: list[str]) -> Experiment:
         raise UserError(
             "--config is missing: give a config file, such as --config=configs/rpt_tiny.py.", field="--config"
         )
+    import_jax()  # The registered choices, which the config is checked against, load it.
     return from_config_dict(load_config_file(_CONFIG.value), overrides)
 
 
@@ -174,7 +175,6 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
     Raises:
       UserError: as `run` does, or another process is missing or was started with another config.
     """
-    import_jax()
     hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
     # All processes must agree on these.
     facts = {"--workdir": str(workdir), "--replay": _REPLAY.value, "jax": version("jax"), **dict(leaves(experiment))}
@@ -201,7 +201,6 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
 
 def describe(experiment: Experiment) -> None:
     """Print every size that the config implies. Raises: UserError."""
-    import_jax()
     from rpt_jax.describe import print_description
     from rpt_jax.infra.jax_settings import check_platforms
 

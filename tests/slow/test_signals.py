@@ -32,7 +32,11 @@ def start_run(workdir: Path, cache: Path) -> subprocess.Popen[bytes]:
     overrides = [f"--config.{name}={value}" for name, value in SHORT.items()]
     run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={workdir}", "--config=configs/rpt_tiny.py", *overrides]
     # Later runs read compiled programs from this cache. Otherwise most of the kills would hit a compilation.
-    keep = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    keep = {
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     log = (workdir.parent / f"{workdir.name}.log").open("ab")
     return subprocess.Popen(run, cwd=ROOT, env=os.environ | keep, stdout=log, stderr=log)
 
