@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -33,7 +34,7 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.loading import split_overrides
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
-from rpt_jax.errors import ExitCode, UserError, check_choice
+from rpt_jax.errors import ExitCode, UserError, check_choice, nearest
 from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.infra.console import console_logging, silent_console
 from rpt_jax.infra.signals import StopSignals
@@ -99,16 +100,36 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def unknown_flag(name: str) -> UserError:
+    """Return the error for a flag that does not exist, with the config field or the flag that may be meant."""
+    hint = field_hint(name) or nearest(f"--{name}", [f"--{flag.name}" for flag in _FLAGS])
+    return UserError(f"unknown flag --{name}.{hint} See --help.", field=f"--{name}")
+
+
+def field_hint(argument: str) -> str:
+    """Return a hint if `argument` names a config field without the --config. that belongs in front of it."""
+    name = argument.lstrip("-").removeprefix("config.").partition("=")[0]
+    return f" Did you mean --config.{name}=VALUE?" if name in dict(leaves(Experiment())) else ""
+
+
 def load_experiment(argv: list[str]) -> Experiment:
     """Parse the command line into a validated experiment. Raises: UserError, for invalid flags or config values."""
     overrides, others = split_overrides(argv)
     try:
         rest = flags.FLAGS(others)
+    except flags.UnrecognizedFlagError as error:
+        raise unknown_flag(error.flagname) from None
     except flags.Error as error:
-        flag = f"--{error.flagname}" if isinstance(error, flags.UnrecognizedFlagError) else ""
-        raise UserError(f"{error}. (Set a config field with --config.SECTION.FIELD=VALUE.)", field=flag) from None
+        # absl's text is "flag --NAME=VALUE: REASON", or "Missing value for flag --NAME."; a boolean flag's reason is a tuple.
+        given, _, reason = str(error).removeprefix("flag ").partition(": ")
+        expected = "expected true or false" if reason.startswith("(") else reason
+        [flag] = re.findall(r"--\w+", given)[:1]
+        raise UserError(f"{given}: {expected}." if reason else given, field=flag) from None
     if len(rest) > 1:
-        raise UserError(f"unexpected argument '{rest[1]}': expected options of the form --NAME=VALUE.", field=rest[1])
+        raise UserError(
+            f"unexpected argument '{rest[1]}': write --NAME=VALUE, without a space around '='.{field_hint(rest[1])}",
+            field=rest[1],
+        )
     if _CONFIG.value is None:
         raise UserError(
             "--config is missing: give a config file, such as --config=configs/rpt_tiny.py.", field="--config"
@@ -212,7 +233,7 @@ def cache_directory() -> Path | None:
     """Return the directory for compiled programs that the flags choose; None for none."""
     from rpt_jax.infra.compilation_cache import default_directory
 
-    if _COMPILATION_CACHE.value is None:
+    if not _COMPILATION_CACHE.value:
         return default_directory()
     return None if _COMPILATION_CACHE.value == "off" else Path(_COMPILATION_CACHE.value).expanduser()
 

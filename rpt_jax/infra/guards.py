@@ -17,8 +17,8 @@ COMPILATION_MESSAGE = "Compiling %s with global shapes"
 
 _SHOWN_ARGUMENTS = 3  # A message spells out the change of this many arguments.
 
-# Names of JAX's own operations. One that runs outside of a program, as in the slices of a checkpoint, is compiled by itself, within
-# milliseconds, for each shape that it meets.
+# Names of JAX's own operations. One that runs outside of a program, as in the slices of a checkpoint, is compiled by itself,
+# within milliseconds, for each of its shapes.
 _OPERATIONS = {f"jit({getattr(primitives, name).name})" for name in dir(primitives) if name.endswith("_p")}
 
 
