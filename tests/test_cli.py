@@ -13,6 +13,7 @@ import pytest
 import rpt_jax
 from rpt_jax.cli import COMMANDS
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 
 def run_rpt(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +23,7 @@ def run_rpt(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=CHILD_SECONDS,
     )
 
 
@@ -68,14 +69,14 @@ def test_help_suits_a_closed_pipe_and_an_ascii_console(module: str) -> None:
     process.stdout.read(1)
     process.stdout.close()
     process.stdout = None
-    _, errors = process.communicate(timeout=1800)
+    _, errors = process.communicate(timeout=CHILD_SECONDS)
     assert (process.returncode, errors) == (0, b"")
 
 
 def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
     # `>&-` closes it, so that Python has no sys.stdout.
     command = f"{sys.executable} -m rpt_jax.cli train --help >&-"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=1800, check=False)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=CHILD_SECONDS, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -85,7 +86,13 @@ def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
 def test_a_setting_of_jax_that_cannot_be_used_is_named(tmp_path: Path, name: str, value: str) -> None:
     command = [sys.executable, "-m", "rpt_jax", "train", "--config=configs/rpt_tiny.py", "--describe"]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {name: value}, capture_output=True, text=True, timeout=1800, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+        timeout=CHILD_SECONDS,
+        check=False,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert name in done.stderr and value in done.stderr

@@ -12,6 +12,7 @@ from rpt_jax import main
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.divergence import Diverged
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_corpus_without_a_document_ends_with_one_sentence(
 
 def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", "--config=configs/rpt_14b.py"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     mesh, policy, corpus = done.stderr.strip().split("\n")
     assert "mesh.tensor=8 does not fit 1 devices: expected a multiple of 8 devices," in mesh

@@ -27,6 +27,7 @@ import tokenizers
 
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
+from rpt_jax.config.loading import packaged_configs
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
 from rpt_jax.corpus.tokenized import TokenizedCorpus
@@ -55,7 +56,11 @@ _ALONE_BATCH = 4096
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--policy", default="configs/tiny", help="directory of a policy with its tokenizer")
+    parser.add_argument(
+        "--policy",
+        default=str(packaged_configs() / "tiny"),
+        help="directory of a policy with its tokenizer; default: configs/tiny",
+    )
     parser.add_argument(
         "--tokenizer", default="", help="directory of another tokenizer; only tokenizing is measured then"
     )

@@ -1,7 +1,7 @@
 """Generated tokens per second of the rollout engine, and the time of its stages.
 
-Every run samples --samples responses to each prompt of --prompts, an .npz with `prompts` (int32 [P, S], padded on the
-right) and `lengths` (int32 [P]). Shared prefixes of prompts are found and prefilled once. Compilation is not counted.
+Every run samples --samples responses to each prompt: of --prompts, an .npz with `prompts` (int32 [P, S], padded on the
+right) and `lengths` (int32 [P]), or random ones. Shared prefixes of prompts are found and prefilled once. Compilation is not counted.
 Tokens are response tokens. The tail begins when the queue is empty and the live batch has shrunk for the first time.
 The memory bound is the time to read, in each decode step, every weight once, the filled keys of every live rollout,
 and those of the prompts once, at the fastest rate at which a large array was read.
@@ -21,6 +21,7 @@ import numpy as np
 
 from rpt_jax.bench.measure import interleaved, round_to_4_digits
 from rpt_jax.config import PolicyConfig
+from rpt_jax.config.loading import packaged_configs
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import in_compute_dtype
 from rpt_jax.rollout.engine import decode_until, live_sizes, start_decoding
@@ -37,8 +38,15 @@ _READ_BYTES = 2**28
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--model", required=True, help="Hugging Face directory or .gguf file")
-    parser.add_argument("--prompts", type=Path, required=True, help=".npz file with `prompts` and `lengths`")
+    parser.add_argument(
+        "--model",
+        default=str(packaged_configs() / "tiny"),
+        help="Hugging Face directory or .gguf file; default: configs/tiny",
+    )
+    parser.add_argument("--prompts", type=Path, help=".npz file with `prompts` and `lengths`; default: random prompts")
+    parser.add_argument("--random-prompts", type=int, default=32, help="number of random prompts")
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="tokens of each random prompt")
+    parser.add_argument("--shared-tokens", type=int, default=0, help="first tokens that all random prompts share")
     parser.add_argument("--samples", type=int, default=8, help="responses per prompt")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="length limit of responses")
     parser.add_argument(
@@ -59,8 +67,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
       UserError: a file or a number is invalid.
     """
     # Load the policy and the prompts.
-    prompts_PxS, lengths_P = read_prompts(options.prompts)
     config, params, _ = load_policy(options.model)
+    prompts_PxS, lengths_P = read_prompts(options.prompts) if options.prompts else random_prompts(options, config.vocab)
     if prompts_PxS.max() >= config.vocab:
         raise UserError(
             f"{options.prompts}: id {prompts_PxS.max()} is not in the vocabulary of {config.vocab} of {options.model}.",
@@ -140,6 +148,28 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     }
     values = figures.values()
     return list(figures), [[round_to_4_digits(value) if isinstance(value, float) else value for value in values]]
+
+
+def random_prompts(options: argparse.Namespace, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompts [P, S] of random ids, and their lengths [P], int32.
+
+    Raises:
+      UserError: a number is impossible.
+    """
+    count = options.random_prompts
+    length = options.prompt_tokens
+    for name, value, lowest, highest in (
+        ("--random-prompts", count, 1, None),
+        ("--prompt-tokens", length, 1, None),
+        ("--shared-tokens", options.shared_tokens, 0, length),
+    ):
+        if value < lowest or (highest is not None and value > highest):
+            expected = f"at least {lowest}" if highest is None else f"from {lowest} to --prompt-tokens={highest}"
+            raise UserError(f"{name}={value} must be {expected}.", field=name)
+    rng = np.random.default_rng(options.seed)
+    prompts_PxS = rng.integers(0, vocab, (count, length), dtype=np.int32)
+    prompts_PxS[:, : options.shared_tokens] = prompts_PxS[0, : options.shared_tokens]
+    return prompts_PxS, np.full(count, length, np.int32)
 
 
 def read_prompts(path: Path) -> tuple[np.ndarray, np.ndarray]:

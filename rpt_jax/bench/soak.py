@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     if options.steps < 50:
         raise UserError(f"--steps={options.steps} must be at least 50.", field="--steps")
     if not sys.platform.startswith("linux"):
-        raise UserError(f"bench soak runs on Linux only; this platform is {sys.platform}.")
+        raise UserError(f"bench soak runs on Linux only; this platform is {sys.platform}.", field="soak")
 
     # A separate process, so that the figures do not include the memory of this one.
     overrides = [f"--config.{field}" for field in (*_SMALLEST_RUN, f"training.total_steps={options.steps}")]

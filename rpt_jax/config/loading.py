@@ -121,7 +121,8 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
         return _from_values(config, overrides)
     except UserError as error:
         line = config.line_of(error.field) if isinstance(config, ConfigFileValues) else ""
-        is_overridden = any(assignment.partition("=")[0] == error.field for assignment in overrides)
+        # The file is not to blame for what the command line changed.
+        is_overridden = any(assignment.partition("=")[0] in str(error) for assignment in overrides)
         if not line or is_overridden:
             raise
         raise UserError(f"{line}: {error}", field=error.field) from None

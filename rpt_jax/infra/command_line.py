@@ -54,8 +54,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Run the command-line tool `main` with the arguments of this process, and exit with the code that it returns."""
     sys.stdout = _robust_stream(sys.stdout, 1)
     sys.stderr = _robust_stream(sys.stderr, 2)
-    # Hide the log of XLA: a failure also raises an exception, whose message is printed.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Hide the log of XLA, which calls a slow compilation an error, too: a failure also raises an exception, whose message is printed.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A notebook's own backend, which its child processes inherit, need not exist here; a tool shows no figure, but writes files.
     os.environ["MPLBACKEND"] = "agg"
     code = main(sys.argv)

@@ -291,7 +291,9 @@ def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]]
         array = get_param((parameter,) if layer is None else ("layers", parameter))
         expected = shapes[parameter] if layer is None else (config.layers, *shapes[parameter])
         if array.shape != expected:
-            raise UserError(f"parameter {parameter} has shape {array.shape}, expected {expected} for its policy.")
+            raise UserError(
+                f"parameter {parameter} has shape {array.shape}, expected {expected} for its policy.", field=parameter
+            )
         array = to_host(array if layer is None else array[layer])
         if layer is not None and _LAYER_NAMES[parameter][1]:
             return array.reshape(entry.shape[::-1]).T

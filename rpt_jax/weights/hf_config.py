@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from typing import Any
 
 from rpt_jax.errors import UserError
+from rpt_jax.infra.json_object import parse_json_object
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import SCALINGS, Scaling
 
@@ -22,7 +22,7 @@ _UNSUPPORTED_OPTIONS = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
-    "hidden_act": (None, "silu", "swish"),
+    "hidden_act": (None, "swish", "silu"),  # Two names of one function; messages recommend the last.
 }
 
 
@@ -31,13 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises: UserError if the file contains something else; OSError if it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).", field=str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must contain a JSON object.", field=str(path))
-    return content
+    return parse_json_object(path, path.read_bytes())
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 
 from rpt_jax.errors import ExitCode
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def child() -> Iterator[object]:
 def test_a_signal_saves_while_the_main_thread_is_inside_xla(child, number):
     process = child("works", "60")
     process.send_signal(number)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=CHILD_SECONDS)
     assert process.returncode == ExitCode.RESTART and out == "saving\n"
     assert f"{number.name}: stopping within 60 s" in err and "Stopped: step 7." in err
 
@@ -44,25 +45,25 @@ def test_a_second_signal_exits_at_once(child, number):
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM" in process.stderr.readline()
     process.send_signal(number)
-    assert process.wait(timeout=600) == 128 + number
+    assert process.wait(timeout=CHILD_SECONDS) == 128 + number
     assert "Stopped at once" in process.stderr.read()
 
 
 def test_a_save_may_not_take_longer_than_the_grace_period(child):
     process = child("hangs", "0.2")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=600) == ExitCode.RESTART
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
     assert "checkpoint.grace_seconds=0.2; the latest checkpoint remains" in process.stderr.read()
 
 
 def test_a_failed_save_exits_with_the_code_of_a_user_error(child):
     process = child("fails", "60")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=600) == ExitCode.USER_ERROR
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.USER_ERROR
     assert "could not be saved (OSError: No space left on device)" in process.stderr.read()
 
 
 def test_a_thread_that_cannot_write_exits_the_process(child):
     process = child("writes", "60")
-    assert process.wait(timeout=600) == ExitCode.USER_ERROR
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.USER_ERROR
     assert process.stderr.read().startswith("error: No space left on device. Fix this")
