@@ -16,16 +16,19 @@ The same command resumes an interrupted run from its latest checkpoint. Exit cod
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -281,20 +284,26 @@ def exit_code_and_message(error: BaseException) -> tuple[int, str]:
     return ExitCode.BUG, "".join(traceback.format_exception(error)).rstrip()
 
 
-def ignore_late_writes(failure: sys.UnraisableHookArgs) -> None:
-    """Report exceptions that cannot be raised, except for asyncio's when orbax writes on after a write has failed.
+def report_unless_late(report: Callable[[Any], object], failure: Any) -> None:
+    """Report an exception that Python cannot raise, unless it is asyncio's in a thread of orbax after a write has failed.
 
     The text is CPython's ("Event loop is closed", checked with Python 3.11 to 3.13).
+
+    Args:
+      report: `sys.unraisablehook` or `threading.excepthook`.
+      failure: its argument.
     """
     if str(failure.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(failure)
+        report(failure)
 
 
 def console_main() -> None:
     """Run the command line of this process and exit."""
     # Hide the log of the libraries: a failure in one of them also raises an exception, whose message is printed.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.unraisablehook = ignore_late_writes
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = functools.partial(report_unless_late, sys.unraisablehook)
+    threading.excepthook = functools.partial(report_unless_late, threading.excepthook)
     run_command(main)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,10 @@ def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:
         file in policy for file in ("config.json", "model.safetensors", "tokenizer")
     )
     assert "data.path='data/omnimath' does not exist" in corpus
+
+
+def test_only_the_failures_that_follow_a_failed_write_are_silent() -> None:
+    reported: list[threading.ExceptHookArgs] = []
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("something else")):
+        main.report_unless_late(reported.append, threading.ExceptHookArgs((type(error), error, None, None)))
+    assert [str(failure.exc_value) for failure in reported] == ["something else"]
