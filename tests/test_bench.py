@@ -87,6 +87,30 @@ def test_an_update_with_repeated_prompts_has_the_same_gradient():
     assert shared == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        "rollout --samples=0",
+        "rollout --max-new-tokens=0",
+        "rollout --decode-slots=-1",
+        "rollout --temperature=0",
+        "policy --layers=x",
+        "compile --depths 0",
+        "reward --responses=0",
+        "data --megabytes=inf",
+        "update --json=/no/such/folder/figures.json",
+    ),
+)
+def test_an_impossible_number_or_file_is_refused_before_the_measurement(
+    arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        bench.main(["bench", *arguments.split()])
+    assert raised.value.code == 2
+    option = arguments.split()[1].partition("=")[0]
+    assert option in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, head_size=8, ffn=16, vocab=32)
     params = random_params(Transformer(config), 0)

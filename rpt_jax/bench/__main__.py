@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import import_jax, run_command
@@ -41,6 +40,7 @@ def run_bench(argv: list[str]) -> int:
     import_jax()
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
     from rpt_jax.bench.measure import machine
+    from rpt_jax.bench.options import output_file
     from rpt_jax.infra.console import table
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
 
@@ -61,7 +61,7 @@ def run_bench(argv: list[str]) -> int:
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, description=module.__doc__, help=summary)
         module.add_options(command)
-        command.add_argument("--json", type=Path, help="file to write the figures to")
+        command.add_argument("--json", type=output_file, help="file to write the figures to")
     options, unknown = parser.parse_known_args(argv[1:])
     for argument in unknown:
         name = argument.partition("=")[0]

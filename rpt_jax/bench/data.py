@@ -26,6 +26,7 @@ import numpy as np
 import tokenizers
 
 from rpt_jax.bench.measure import interleaved
+from rpt_jax.bench.options import not_negative, positive, positive_number
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
 from rpt_jax.config.loading import packaged_configs
 from rpt_jax.corpus.entropy import Scorer
@@ -64,11 +65,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="", help="directory of another tokenizer; only tokenizing is measured then"
     )
-    parser.add_argument("--megabytes", type=float, default=4.0, help="size of the generated text")
-    parser.add_argument("--score-batch-windows", type=int, default=32, help="windows per batch of scoring")
-    parser.add_argument("--max-document-tokens", type=int, default=256, help="tokens per window")
-    parser.add_argument("--batches", type=int, default=20, help=f"batches of {_PROMPTS_PER_BATCH} prompts to build")
-    parser.add_argument("--workers", type=int, default=0, help="processes that build prompts")
+    parser.add_argument("--megabytes", type=positive_number, default=4.0, help="size of the generated text")
+    parser.add_argument("--score-batch-windows", type=positive, default=32, help="windows per batch of scoring")
+    parser.add_argument("--max-document-tokens", type=positive, default=256, help="tokens per window")
+    parser.add_argument(
+        "--batches", type=positive, default=20, help=f"batches of {_PROMPTS_PER_BATCH} prompts to build"
+    )
+    parser.add_argument("--workers", type=not_negative, default=0, help="processes that build prompts")
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:

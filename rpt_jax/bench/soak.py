@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rpt_jax.bench.options import positive
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
 
@@ -41,7 +42,7 @@ _METRICS = ("memory/resident_mb", "memory/maps", "memory/open_files")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--steps", type=int, default=1000, help="steps of the run, at least 50")
+    parser.add_argument("--steps", type=positive, default=1000, help="steps of the run, at least 50")
     parser.add_argument("--config", default="configs/rpt_tiny.py", help="config of the run, before it is made smaller")
 
 

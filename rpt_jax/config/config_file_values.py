@@ -26,6 +26,11 @@ class ConfigFileValues(ml_collections.ConfigDict):
       lines: "FILE:LINE" of each assignment by field, shared by all sections.
     """
 
+    # Declared, because the base class has __getattr__, which gives a type to what is not.
+    _name: str
+    _lines: dict[str, str]
+    _fields: dict[str, Any]
+
     def __init__(
         self,
         values: Mapping[str, Any] | None = None,

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import IO, NoReturn
+from typing import NoReturn, TextIO
 
 from rpt_jax.errors import ExitCode, UserError
 
@@ -30,7 +30,7 @@ def _discard_output(descriptor: int) -> None:
         os.close(nowhere)
 
 
-def _robust_stream(stream: IO[str] | None, descriptor: int) -> IO[str]:
+def _robust_stream(stream: TextIO | None, descriptor: int) -> TextIO:
     """Return a text stream to `descriptor` that neither a closed descriptor nor a character that it cannot encode makes fail.
 
     Args:
@@ -54,7 +54,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Run the command-line tool `main` with the arguments of this process, and exit with the code that it returns."""
     sys.stdout = _robust_stream(sys.stdout, 1)
     sys.stderr = _robust_stream(sys.stderr, 2)
-    # Hide the log of XLA, which calls a slow compilation an error, too: a failure also raises an exception, whose message is printed.
+    # Hide the log of XLA, which calls a slow compilation an error: a failure also raises an exception, whose message is printed.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A notebook's own backend, which its child processes inherit, need not exist here; a tool shows no figure, but writes files.
     os.environ["MPLBACKEND"] = "agg"

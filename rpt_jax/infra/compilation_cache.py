@@ -106,8 +106,8 @@ def compilation_cache(directory: Path | None) -> Iterator[None]:
     Args:
       directory: for the programs; made if it does not exist. None: no cache.
     """
-    config = jax.config
-    is_users_choice = bool(config.jax_compilation_cache_dir) or not config.jax_enable_compilation_cache
+    settings = jax.config.values
+    is_users_choice = bool(settings["jax_compilation_cache_dir"]) or not settings["jax_enable_compilation_cache"]
     if directory is None or is_users_choice:
         yield
         return

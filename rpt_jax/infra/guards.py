@@ -41,16 +41,18 @@ class _CompilationFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Note the program and the shapes of a compilation; return whether to show the record."""
         if str(record.msg).startswith(COMPILATION_MESSAGE) and isinstance(record.args, tuple):
-            program, shapes, shardings = record.args
-            self._note(str(program), _Inputs(*(tuple(map(str, each)) for each in (shapes, shardings))))
+            program, *inputs = record.args
+            shapes, shardings = (tuple(map(str, each)) for each in inputs)  # pyright: ignore[reportArgumentType]
+            self._note(str(program), _Inputs(shapes, shardings))
         return record.levelno >= logging.WARNING
 
     def _note(self, program: str, inputs: _Inputs) -> None:
         earlier = self._inputs_by_program.get(program)
         self._inputs_by_program[program] = inputs
         # For the same inputs, a program is compiled again with another option, such as the one that dynamic sampling turns on.
-        is_new = earlier is None or earlier == inputs or program in _OPERATIONS
-        if not is_new and self._after_first_step:
+        if earlier is None or earlier == inputs or program in _OPERATIONS:
+            return
+        if self._after_first_step:
             self._recompiled.append(f"{program} was compiled again, {_describe_change(earlier, inputs)}")
 
     def take(self) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 
 import jax
@@ -43,7 +42,7 @@ def check_platforms() -> None:
         jax.devices()
     # JAX raises AssertionError for a platform whose plugin is not installed.
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
+        asked = jax.config.values["jax_platforms"] or ""
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no plugin for it is installed"
         raise UserError(
             f"JAX_PLATFORMS='{asked}' cannot be used: {reason.rstrip('.')}. Unset JAX_PLATFORMS to use what there is, or install "
