@@ -27,16 +27,17 @@ die() {
 # JAX finds CUDA and ROCm in the namespace package jax_plugins, and a TPU by libtpu.
 has_accelerator='find_spec("jax") and (find_spec("jax_plugins") or find_spec("libtpu"))'
 
-# Ranks the interpreter that runs it: 0 too old, 1 without venv, 2 with venv, 3 with an accelerator's JAX. It must run on every
+# Ranks the interpreter that runs it: 0 too old or not released, 1 without venv, 2 with venv, 3 with an accelerator's JAX. It must run on every
 # version of Python, and must not import modules from the current directory.
 probe='
 import sys
 sys.path = [entry for entry in sys.path if entry]
 rank = 0
-if sys.version_info >= (3, 11):
+if sys.version_info >= (3, 11) and sys.version_info[3] == "final":
     from importlib.util import find_spec
     rank = 3 if '$has_accelerator' else 2 if find_spec("ensurepip") else 1
-print("%d %d.%d" % ((rank,) + sys.version_info[:2]))
+level = "" if sys.version_info[3] == "final" else " (pre-release)"
+print("%d %d.%d%s" % ((rank,) + sys.version_info[:2] + (level,)))
 '
 
 # Makes the packages of the interpreter that runs it visible in the environment argv[1]. If that interpreter belongs to a virtual
@@ -85,7 +86,7 @@ find_python() {
     for name in "${candidates[@]}"; do
         answer=$("$name" -c "$probe" 2>/dev/null) || continue
         if [ "${answer%% *}" -gt "$rank" ]; then
-            base=$(command -v -- "$name") rank=${answer%% *} version=${answer##* }
+            base=$(command -v -- "$name") rank=${answer%% *} version=${answer#* }
         fi
     done
     [ "$rank" != -1 ] \

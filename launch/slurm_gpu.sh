@@ -18,7 +18,8 @@
 #   bash launch/slurm_gpu.sh --dry-run --config=...     print the commands without running them
 #
 # The repository, the environment (see setup.sh) and --workdir must be on a file system that all nodes share. 300 s before the
-# time limit, and on preemption, the run saves a checkpoint and the job is requeued. After the failure of a node the run restarts.
+# time limit, the run saves a checkpoint and the job is requeued; after the failure of a node the run restarts. To make a job do
+# so at any other time: scancel --batch --signal=TERM JOB.
 #
 #   RPT_GRACE      seconds that saving may take (default: 240; must be less than the time that --signal leaves)
 #   RPT_RESTARTS   see again.sh
@@ -36,14 +37,21 @@ root=${SLURM_SUBMIT_DIR:-$PWD}
 # shellcheck source=launch/again.sh
 . "$root/launch/again.sh"
 
+# srun ends its tasks at once when it receives SIGTERM, but passes SIGUSR1 on to them, which makes the run save and end.
+stop_command() {
+    kill -USR1 "$1" 2>/dev/null
+}
+
 set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-# --kill-on-bad-exit=0: when one process ends, the others end by themselves and report why.
-command=(srun --kill-on-bad-exit=0 "$python" -P -m rpt_jax.main "--config.checkpoint.grace_seconds=${RPT_GRACE:-240}" "$@")
+# --kill-on-bad-exit=0: when one process ends, the others end by themselves and report why. srun does not take the number of CPUs
+# from the job.
+command=(srun --kill-on-bad-exit=0 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
+    "$python" -P -m rpt_jax.main "--config.checkpoint.grace_seconds=${RPT_GRACE:-240}" "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 if [ "$dry_run" ]; then
     printf '%q ' "${command[@]}"
-    printf '\n# if the exit code is 75 because the job was asked to stop:\n'
+    printf '\n# if the job was asked to stop before the run was complete:\n'
     printf '%q ' "${requeue[@]}"
     echo
     exit
@@ -51,5 +59,11 @@ fi
 set_up 1300 requirements.txt
 code=0
 again "${command[@]}" || code=$?
-[ "$code" != 75 ] || "${requeue[@]}"
+# A run that was stopped has saved a checkpoint (75), or ended by the signal because it had nothing to save yet.
+case ${stopping:+stopped}$code in
+    stopped75 | stopped1[2-9][0-9])
+        echo "launch: job $SLURM_JOB_ID goes back to the queue, to resume later" >&2
+        "${requeue[@]}"
+        ;;
+esac
 exit "$code"

@@ -3,7 +3,7 @@
 #
 #   bash launch/tpu_pod.sh create          request the slice as a queued resource
 #   bash launch/tpu_pod.sh wait            wait until the slice is active
-#   bash launch/tpu_pod.sh setup           mount the shared directory, copy the repository and install it on all hosts
+#   bash launch/tpu_pod.sh setup           copy the repository to all hosts, and install it there (see tpu_host.sh)
 #   bash launch/tpu_pod.sh run --config=configs/rpt_14b.py --workdir=/mnt/rpt/runs/14b
 #                                          start rpt_jax.main on all hosts; restart it after a retryable exit (see again.sh)
 #   bash launch/tpu_pod.sh status          show the state of the slice and the processes on each host
@@ -18,11 +18,13 @@
 #   RPT_TPU_TYPE     accelerator type, such as v5p-128 (64 chips) or v6e-64 (default: v6e-64)
 #   RPT_TPU_RUNTIME  runtime version of the hosts (default: v2-alpha-tpuv6e, v2-alpha-tpuv5 or v2-alpha-tpuv5-lite, by type)
 #   RPT_TPU_SPOT     1 for a spot slice: cheaper, and may be preempted at any time
-#   RPT_TPU_SHARE    NFS export for --workdir, such as 10.0.0.2:/rpt, mounted at /mnt/rpt on every host
+#   RPT_TPU_SHARE    NFS export for --workdir, such as 10.0.0.2:/rpt; you become its owner if you cannot write to it
+#   RPT_TPU_MOUNT    directory of every host at which it is mounted (default: /mnt/rpt)
 #   RPT_TPU_PORT     port on which process 0 listens; the next port is used as well (default: 8476)
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 name=${RPT_TPU_NAME:-rpt} type=${RPT_TPU_TYPE:-v6e-64} port=${RPT_TPU_PORT:-8476} share=${RPT_TPU_SHARE:-}
+mount=${RPT_TPU_MOUNT:-/mnt/rpt}
 place=(${RPT_TPU_ZONE:+"--zone=$RPT_TPU_ZONE"})
 dry_run=''
 [ "${1:-}" != --dry-run ] || { dry_run=1 && shift; }
@@ -101,15 +103,10 @@ set_up_hosts() {
         archive=$(mktemp "${TMPDIR:-/tmp}/rpt_jax.XXXXXX")
         (cd -- "$root" && git ls-files -z | tar --null -czf "$archive" -T -)
     fi
-    on_hosts all "sudo apt-get -qq update && \
-sudo apt-get -qq install -y python3.11 python3.11-venv python3.11-dev gcc nfs-common"
-    if [ -n "$share" ]; then
-        on_hosts all "sudo mkdir -p /mnt/rpt && (mountpoint -q /mnt/rpt || sudo mount -t nfs $share /mnt/rpt)"
-    fi
     gcloud_ compute tpus tpu-vm scp "$archive" "$name:rpt_jax.tgz" ${place[@]+"${place[@]}"} --worker=all
     [ "$dry_run" ] || rm -f -- "$archive"
-    on_hosts all "mkdir -p rpt_jax && tar -xzf rpt_jax.tgz -C rpt_jax && cd rpt_jax && (. launch/setup.sh && \
-set_up 1300 requirements.txt && \$python -m pip install -q -r requirements/tpu.txt)"
+    on_hosts all "mkdir -p rpt_jax && tar -xzf rpt_jax.tgz -C rpt_jax && bash rpt_jax/launch/tpu_host.sh\
+${share:+ ${share@Q} ${mount@Q}}"
 }
 
 run() {

@@ -27,16 +27,17 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, is_run_directory, read_run_config
 from rpt_jax.model.model_config import ModelConfig, preset
-from rpt_jax.tokenizers.files import read_tokenizer_files
+from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from rpt_jax.weights.gguf_header import is_gguf
 from rpt_jax.weights.hf import load_model_config, open_weights, params_as_tensors, write_policy
-from rpt_jax.weights.hf_config import FINGERPRINT_KEY, MODEL_CONFIG_FILE, read_json_object, to_hf_config
+from rpt_jax.weights.hf_config import FINGERPRINT_KEY, read_json_object, to_hf_config
+from rpt_jax.weights.model_files import MODEL_CONFIG_FILE, find_gguf, missing_hint
 from rpt_jax.weights.safetensors_io import Tensors
 
 
@@ -62,7 +63,7 @@ class SourcePolicy(NamedTuple):
 
 def open_source(source: Path) -> SourcePolicy:
     """Detect what `source` is and open it. Raises: UserError if it cannot be converted."""
-    if is_gguf(source):
+    if find_gguf(source):
         config, _ = load_model_config(source)
         hf_config = to_hf_config(config) | {"torch_dtype": "float32"}
         return _open_policy(source, config, hf_config, description="a GGUF file", is_import=True)
@@ -77,7 +78,8 @@ def open_source(source: Path) -> SourcePolicy:
     except OSError:
         raise UserError(
             f"--from={source} is neither a .gguf file nor a directory with a {MODEL_CONFIG_FILE}. Expected a Hugging Face "
-            "directory, a .gguf file, an rpt_jax policy, the --workdir of a run or one of its checkpoints.",
+            "directory, a .gguf file, an rpt_jax policy, the --workdir of a run or one of its checkpoints."
+            + missing_hint(source),
             field="--from",
         ) from None
     config, _ = load_model_config(source)
@@ -103,7 +105,7 @@ def _open_policy(
         is_import=is_import,
         hf_config=hf_config,
         tensors=open_weights(source, config),
-        tokenizer_files=read_tokenizer_files(source),
+        tokenizer_files=exported_files(tokenizer),
         tokenizer=tokenizer,
     )
 
@@ -138,7 +140,7 @@ def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
         is_import=False,
         hf_config=to_hf_config(config) | {"torch_dtype": "float32"},
         tensors=params_as_tensors(config, get_param),
-        tokenizer_files=read_tokenizer_files(tokenizer_source),
+        tokenizer_files=exported_files(tokenizer),
         tokenizer=tokenizer,
     )
 
@@ -214,6 +216,8 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv[1:])
     try:
+        check_local_path("--from", options.source)
+        check_local_path("--to", options.target)
         print(convert(options.source, options.target))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

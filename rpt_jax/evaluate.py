@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 
 from rpt_jax.config import Experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
@@ -22,9 +24,11 @@ from rpt_jax.rewards.rewarder import Rewarder
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup
 
+logger = logging.getLogger(__name__)
+
 # Used as the step number in the random key, so that all evaluations of a run use the same noise.
 _EVALUATION_STEP = 2**31 - 1
-_Z = 1.96  # Half width of a 95 % interval in standard errors.
+_Z = 1.96  # Half width of a 95 % interval in standard errors of a normal distribution.
 
 
 class EvaluationSet(NamedTuple):
@@ -45,12 +49,21 @@ class EvaluationPart(NamedTuple):
     Attributes:
       windows: token ids of its windows.
       scores: scores of the windows under the initial policy, by whose entropies the positions were chosen.
+      cluster_W: the independent unit that each window belongs to, see `TokenizedCorpus.clusters`.
       evaluation: the positions to evaluate.
+      counts: how many positions the part has, by difficulty, and how many more are left out.
     """
 
     windows: Windows
     scores: list[Scores]
+    cluster_W: np.ndarray
     evaluation: EvaluationSet
+    counts: dict[str, int]
+
+    def by_difficulty(self, right_N: np.ndarray) -> dict[str, dict[str, Any]]:
+        """Return `by_difficulty` of the accuracy at each evaluated position."""
+        positions = self.evaluation.positions
+        return by_difficulty(right_N, positions, self.cluster_W[[p.window for p in positions]])
 
 
 def choose_evaluation_set(
@@ -85,46 +98,49 @@ def direct_accuracy(evaluation: EvaluationSet, scores: Sequence[Scores]) -> np.n
     return np.array([scores[p.window].top1_correct_S[p.position] for p in evaluation.positions], float)
 
 
-def by_difficulty(right_N: np.ndarray, positions: Sequence[Position]) -> dict[str, dict[str, Any]]:
+def by_difficulty(
+    right_N: np.ndarray, positions: Sequence[Position], cluster_N: np.ndarray
+) -> dict[str, dict[str, Any]]:
     """Return the mean of `right_N` over the positions of each difficulty, with its 95 % confidence interval.
 
     Args:
       right_N: accuracy at each position, in [0, 1].
       positions: the N positions.
+      cluster_N: integers, the independent unit that each position belongs to, such as its document.
 
     Returns: for each difficulty, a dict of "accuracy", "low" and "high" in [0, 1], and the number of "positions".
     """
     entropy_N = np.array([p.entropy for p in positions])
-    window_N = np.array([p.window for p in positions])
     result = {}
     for name, threshold in DIFFICULTIES.items():
         kept = entropy_N > threshold
         accuracy = float(right_N[kept].mean()) if kept.any() else 0.0
-        low, high = _confidence_interval(right_N[kept], window_N[kept], accuracy)
+        low, high = _confidence_interval(right_N[kept], cluster_N[kept], accuracy)
         result[name] = {"accuracy": accuracy, "low": low, "high": high, "positions": int(kept.sum())}
     return result
 
 
-def _confidence_interval(right_N: np.ndarray, window_N: np.ndarray, mean: float) -> tuple[float, float]:
-    """Return the 95 % confidence interval of `mean`, with windows as the independent units.
+def _confidence_interval(right_N: np.ndarray, cluster_N: np.ndarray, mean: float) -> tuple[float, float]:
+    """Return the 95 % confidence interval of `mean`, with clusters as the independent units.
 
-    Positions of one window are correlated, so an interval that treats them as independent would be too narrow. This is the
-    normal interval with the cluster-robust variance over windows. If all windows have the same accuracy, or there is only one,
-    that variance is 0 and says nothing about other windows: the interval is then Wilson's, with one observation a window.
-    Without any window it is [0, 1].
+    Positions of one document are correlated, so an interval that treats them, or the document's windows, as independent would be
+    too narrow. This is the interval of Student's t distribution with the cluster-robust variance, and a degree of freedom less
+    than there are clusters. If all clusters have the same accuracy, or there is only one, that variance is 0 and says nothing
+    about others: the interval is then Wilson's, with one observation a cluster. Without any position it is [0, 1].
 
     Args:
       right_N: accuracy at each position, in [0, 1].
-      window_N: window of each position.
+      cluster_N: the cluster of each position.
       mean: mean of `right_N`.
     """
-    _, cluster_N = np.unique(window_N, return_inverse=True)
-    residuals_C = np.bincount(cluster_N, weights=right_N - mean)
+    _, index_N = np.unique(cluster_N, return_inverse=True)
+    residuals_C = np.bincount(index_N, weights=right_N - mean)
     count = len(residuals_C)
     spread = float(np.sqrt(np.sum(residuals_C**2)))
     if count > 1 and spread > 1e-9 * len(right_N):
         center = mean
-        half_width = _Z * np.sqrt(count / (count - 1)) * spread / len(right_N)
+        standard_error = np.sqrt(count / (count - 1)) * spread / len(right_N)
+        half_width = scipy.special.stdtrit(count - 1, 0.975) * standard_error
     else:
         center = (count * mean + _Z**2 / 2) / (count + _Z**2)
         half_width = _Z * np.sqrt(count * mean * (1 - mean) + _Z**2 / 4) / (count + _Z**2)
@@ -166,7 +182,7 @@ class Evaluator:
           reward: compares them with the text.
           builder: builds the prompts.
 
-        Raises: UserError, if no held-out position is above the entropy threshold.
+        Raises: UserError, if no held-out position belongs to a difficulty level.
         """
         self._experiment = experiment
         self._setup = setup
@@ -176,25 +192,27 @@ class Evaluator:
         evaluation = experiment.evaluation
         # Evaluations with other numbers of positions are not comparable with this one.
         self.counts = [evaluation.positions, evaluation.unseen_positions]
-        scores = self._score(setup.params, setup.held_out)
-        unseen_scores = self._score(setup.params, setup.unseen)
-        self.held_out = self._choose_part(setup.held_out, scores, evaluation.positions)
+        self.held_out = self._choose_part("held_out", setup.held_out, evaluation.positions)
         self.unseen = None
-        if unseen_scores:
-            self.unseen = self._choose_part(setup.unseen, unseen_scores, evaluation.unseen_positions)
+        if len(setup.unseen):
+            self.unseen = self._choose_part("unseen", setup.unseen, evaluation.unseen_positions)
 
     def direct(self, params: Params, part: EvaluationPart) -> dict[str, Any]:
         """Return the accuracy of the most likely next token, by difficulty."""
         scores = part.scores if params is self._setup.params else self._score(params, part.windows)
-        return by_difficulty(direct_accuracy(part.evaluation, scores), part.evaluation.positions)
+        return part.by_difficulty(direct_accuracy(part.evaluation, scores))
 
-    def reasoning(self, params: Params, part: EvaluationPart) -> tuple[dict[str, Any], dict[str, float]]:
-        """Return the mean accuracy of sampled predictions by difficulty, and their format rate and length in tokens."""
+    def reasoning(self, params: Params, part: EvaluationPart) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the mean accuracy of sampled predictions by difficulty, and details of the predictions and positions."""
         weights = self._sample.weights(params)
         reward_NxG, status_NxG, length_NxG = sample_predictions(self._sample, self._reward, weights, part.evaluation)
         has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
-        details = {"format_rate": float(has_box.mean()), "response_length": float(length_NxG.mean())}
-        return by_difficulty(reward_NxG.mean(axis=1), part.evaluation.positions), details
+        details = {
+            "format_rate": float(has_box.mean()),
+            "response_length": float(length_NxG.mean()),
+            "candidates": part.counts,
+        }
+        return part.by_difficulty(reward_NxG.mean(axis=1)), details
 
     def full(self, params: Params) -> dict[str, Any]:
         """Return the complete evaluation that is reported before and after training."""
@@ -213,16 +231,32 @@ class Evaluator:
         )
         return scorer.score(windows)
 
-    def _choose_part(self, windows: Windows, scores: list[Scores], count: int) -> EvaluationPart:
+    def _choose_part(self, split: str, windows: Windows, count: int) -> EvaluationPart:
+        """Choose the positions of a split: a sample of those of the easiest difficulty, which includes the others."""
         data = self._experiment.data
-        positions = choose_positions(scores, data.entropy_threshold, data.min_context)
+        box_reading = self._experiment.prompt.box_reading
+        scores = self._score(self._setup.params, windows)
+        positions, left_out = choose_positions(
+            windows,
+            [s.entropy_S if data.entropy_renormalized else s.partial_entropy_S for s in scores],
+            self._setup.boxable_V,
+            min(DIFFICULTIES.values()),
+            data.min_context,
+        )
+        counts = {name: sum(p.entropy > low for p in positions) for name, low in DIFFICULTIES.items()}
+        levels = ", ".join(f"{counts[name]:,} {name} (> {low} nats)" for name, low in DIFFICULTIES.items())
         if not positions:
             raise UserError(
-                f"{source_name(data)}: none of the {len(windows)} held-out windows has a position with an entropy "
-                f"above data.entropy_threshold={data.entropy_threshold} after at least "
-                f"data.min_context={data.min_context} tokens. Lower one of the two, or use a longer corpus.",
-                field="data.entropy_threshold",
+                f"{source_name(data)}: the {len(windows)} windows of the split '{split}' have no position to evaluate: {levels} "
+                f"after at least data.min_context={data.min_context} tokens, and {left_out} that no box can hold "
+                f"(prompt.box_reading='{box_reading}'). Hold out more documents with data.held_out_documents, lower "
+                "data.min_context, or use another corpus.",
+                field="data.held_out_documents",
             )
+        logger.info(
+            f"Positions of the split '{split}': {levels}; {min(count, len(positions)):,} of them are evaluated. {left_out:,} "
+            f"more are left out: no box can hold their token (prompt.box_reading='{box_reading}')."
+        )
         evaluation = choose_evaluation_set(
             self._builder,
             windows,
@@ -231,7 +265,13 @@ class Evaluator:
             batch=self._experiment.training.prompts_per_step,
             seed=data.seed,
         )
-        return EvaluationPart(windows=windows, scores=scores, evaluation=evaluation)
+        return EvaluationPart(
+            windows=windows,
+            scores=scores,
+            cluster_W=self._setup.prepared.corpus.clusters(split),
+            evaluation=evaluation,
+            counts={**counts, "left_out": left_out},
+        )
 
 
 def evaluation_metrics(reasoning: dict[str, Any], direct: dict[str, Any] | None = None) -> dict[str, float]:

@@ -9,7 +9,8 @@ The same command resumes an interrupted run from its latest checkpoint. Exit cod
     2     something to fix; the message says what
     3     a metric became NaN or infinite; rerun with --replay to locate the operation
     4     a rule of config section `divergence` stopped the run
-    75    interrupted by SIGTERM or SIGINT, or another process was lost; rerun the same command to resume
+    75    interrupted by a stop signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2), or another process was lost; rerun the same
+          command to resume
     130, 143  stopped at once by a second SIGINT or SIGTERM; rerun the same command to resume
 """
 
@@ -35,6 +36,7 @@ from absl import flags
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.loading import split_overrides
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
 from rpt_jax.errors import ExitCode, UserError, check_choice, nearest
@@ -137,6 +139,8 @@ def load_experiment(argv: list[str]) -> Experiment:
         raise UserError(
             "--config is missing: give a config file, such as --config=configs/rpt_tiny.py.", field="--config"
         )
+    check_local_path("--workdir", _WORKDIR.value)
+    check_local_path("--compilation_cache", _COMPILATION_CACHE.value)
     import_jax()  # The registered choices, which the config is checked against, load it.
     return from_config_dict(load_config_file(_CONFIG.value), overrides)
 

@@ -39,12 +39,13 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
+from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.setup import load_starting_policy, make_policy
-from rpt_jax.tokenizers.files import read_tokenizer_files
+from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 from rpt_jax.weights.hf import save_policy
-from rpt_jax.weights.hf_config import MODEL_CONFIG_FILE
+from rpt_jax.weights.model_files import MODEL_CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     documents = _training_documents(experiment.data, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
-    maker = ExampleMaker(experiment, tokenizer, documents)
+    boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
+    maker = ExampleMaker(experiment, tokenizer, documents, boxable_V)
     stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
 
     # --- 2. Restore the newest checkpoint ----------------------------------------------------------
@@ -218,7 +220,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         logger.info("Step %d was replayed, and all its metrics are finite.", last_step)
         return
     directory = Path(config.export or workdir / "policy")
-    files = read_tokenizer_files(tokenizer.source)
+    files = exported_files(tokenizer)
     save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
     logger.info("The policy is in %s.", directory)
 

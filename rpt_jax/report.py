@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
     options = parser.parse_args(argv[1:])
     try:
+        check_local_path("--workdir", options.workdir)
         import_jax()
         from rpt_jax.infra.plots import write_plots
 

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scorer
-from rpt_jax.corpus.prepared import prepare
+from rpt_jax.corpus.prepared import plot_entropies, prepare
 from rpt_jax.distributed.mesh import check_batches
+from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.setup import check_top_k, load_starting_policy
 
@@ -32,5 +33,6 @@ def score(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     if prepared is None:
         logger.info("Shard %s is complete; other shards of %s are missing.", experiment.data.shard, workdir)
     else:
+        plot_entropies(prepared, workdir / PLOTS)
         windows = len(prepared.corpus.tokens)
         logger.info("Complete, %s windows: train with --config.data.prepared=%s", f"{windows:,}", workdir)

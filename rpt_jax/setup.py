@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.entropy import Scorer
-from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, prepare
+from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, plot_entropies, prepare
 from rpt_jax.corpus.sources import check_source
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.mesh import DECODING, check_batches, make_mesh, mesh_fields
+from rpt_jax.distributed.mesh import DECODING, TRAINING, check_batches, make_mesh, mesh_fields, num_batch_shards
 from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
+from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.model_config import ModelConfig, check_preset
 from rpt_jax.model.transformer import Params, Transformer
+from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import check_files, load_model_config, load_policy
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,7 @@ class Setup:
       tokenizer: the policy's tokenizer.
       train, held_out, unseen: windows of token ids of each split; a long document has several windows.
       prepared: the corpus that the windows are read from, with the proxy's entropies.
+      boxable_V: bool, the tokens that a box can hold; positions before other tokens are left out.
     """
 
     policy: Transformer
@@ -49,6 +56,7 @@ class Setup:
     held_out: Windows
     unseen: Windows
     prepared: PreparedCorpus
+    boxable_V: np.ndarray
 
 
 def mesh_from_config(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -104,12 +112,13 @@ def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
     """Raise UserError if the batches of rollouts or of the update do not split evenly over the mesh."""
     training = experiment.training
     tensor = mesh_fields(mesh)["tensor"]
-    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step})
-    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step}, DECODING)
+    # One number of shards divides the other: a batch that splits into the larger one splits into both.
+    phase = max((TRAINING, DECODING), key=lambda table: num_batch_shards(mesh, table))
+    check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step}, phase)
     if experiment.mesh.split_rows and training.microbatch_tokens % tensor:
         raise UserError(
             f"training.microbatch_tokens={training.microbatch_tokens} must be a multiple of mesh.tensor={tensor} with "
-            "mesh.split_rows=True.",
+            f"mesh.split_rows=True; the next one is {-(-training.microbatch_tokens // tensor) * tensor}.",
             field="training.microbatch_tokens",
         )
 
@@ -202,7 +211,9 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
     Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
+    logger.info("A response ends at %s.", " or ".join(f"{tokenizer.token_name(i)} ({i})" for i in tokenizer.stop_ids))
     prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
+    plot_entropies(prepared, workdir / PLOTS)
     return Setup(
         policy=policy,
         params=params,
@@ -212,4 +223,5 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
         held_out=prepared.corpus.windows("held_out"),
         unseen=prepared.corpus.windows("unseen"),
         prepared=prepared,
+        boxable_V=boxable_tokens(tokenizer.byte_vocab, experiment.prompt),
     )

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,18 +51,19 @@ from rpt_jax.prompts.selection import (
     PolicyEntropies,
     rescoring_is_due,
     score_sample,
-    training_order,
+    training_orders,
+    training_stage,
     training_stream,
 )
 from rpt_jax.registry import REWARDS
 from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
-from rpt_jax.rollout.metrics import rollout_metrics
+from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics
 from rpt_jax.rollout.rollouts import SlotUsage
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
-from rpt_jax.tokenizers.files import read_tokenizer_files
+from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.weights.hf import save_policy
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
     sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
     reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
-    stream = training_stream(experiment, setup.prepared, setup.train, builder)
+    stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
     evaluator = Evaluator(experiment, setup, sample, reward, builder)
     optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
@@ -125,6 +127,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     reference = setup.params if objective.kl != "none" else None
     counters = make_counters(experiment, setup)
     divergence = DivergenceMonitor(experiment.divergence)
+
+    def choose_positions(entropies: PolicyEntropies) -> list[grain.MapDataset]:
+        """Return the orders of the positions that the policy's own entropies choose."""
+        return training_orders(experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
 
     # --- 3. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
@@ -140,7 +146,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         check_saved(step, saved, experiment, setup)
         if saved["policy_entropies"]:
             policy_entropies = PolicyEntropies.from_state(saved["policy_entropies"])
-            stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
+            stream.switch_orders(choose_positions(policy_entropies))
         stream.set_state(saved["stream"])
         counters.restore(saved["counters"])
         divergence.restore(saved["divergence"])
@@ -207,16 +213,18 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             if rescoring_is_due(experiment, step):
                 scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
                 policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
-                stream.switch_order(training_order(experiment, setup.prepared, setup.train, policy_entropies))
+                stream.switch_orders(choose_positions(policy_entropies))
                 counters.count_scored(policy_entropies.tokens)
                 end_stage("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
+            stream.enter_stage(training_stage(step, training.total_steps, stream.stages))
             prompts = next(stream)
             end_stage("data")
             weights = sample.weights(state.params)
             end_stage("reshard")
             rewarded, slot_usage, generated = sample_and_reward(weights, prompts)
+            drawn = [drawn_metrics(rewarded.reward_PxG)]
 
             # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
             dynamic = step >= training.dynamic_sampling_from
@@ -224,12 +232,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
                 end_stage("reward")
                 fresh, fresh_slot_usage, fresh_generated = sample_and_reward(weights, next(stream))
+                drawn.append(drawn_metrics(fresh.reward_PxG))
                 rewarded = prefer_variance(rewarded, fresh)
                 slot_usage = slot_usage.plus(fresh_slot_usage)
                 generated = generated.plus(fresh_generated)
                 rounds += 1
             del weights  # The update needs the memory.
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, slot_usage)) | {"groups/rounds": rounds}
+            rollout_scalars |= mean_over_rounds(jax.device_get(drawn))
             end_stage("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
@@ -267,7 +277,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             last_rewarded = rewarded
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
-    files = read_tokenizer_files(setup.tokenizer.source)
+    files = exported_files(setup.tokenizer)
     save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
     if is_leader():
         assert after is not None

@@ -25,7 +25,7 @@ from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.workdir import claimed_workdir
-from rpt_jax.model.rope import Llama3, llama3_divisors, rope_frequencies
+from rpt_jax.model.rope import Linear, Llama3, Yarn, llama3_divisors, rope_frequencies
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.objective.update import TrainState
 from rpt_jax.setup import load_starting_policy
@@ -33,14 +33,8 @@ from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
 from rpt_jax.weights.hf_config import FINGERPRINT_KEY
-from rpt_jax.weights.safetensors_io import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    Tensors,
-    TensorSpec,
-    open_safetensors,
-    write_safetensors,
-)
+from rpt_jax.weights.model_files import INDEX_FILE, WEIGHTS_FILE
+from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors, write_safetensors
 from tests.helpers.hf_models import PLAIN, SHAPE, SPECIAL, tokenizer_spec, write_gguf
 from tests.helpers.paths import ROOT
 from tests.helpers.policy_reference import random_params
@@ -83,7 +77,10 @@ def test_a_policy_can_be_imported_and_exported_again(theirs, tmp_path, capsys):
     assert tokenizer.stop_ids == (258, 259) and tokenizer.normalizer == "NFC"
     assert tokenizer.token_bytes(tokenizer.encode("e\u0301")) == "e\u0301".encode()
     assert run(f"--from={ours}", f"--to={tmp_path / 'out'}") == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in theirs.iterdir())
+    # The names of the special tokens, which were only known by id, are added.
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in theirs.iterdir()} | {"tokenizer_config.json"}
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
     for path in theirs.iterdir():
         if path.name in ("config.json", WEIGHTS_FILE):
             continue
@@ -356,6 +353,7 @@ def test_gguf_tokenizer_is_that_of_its_header(gguf_file, tmp_path):
         assert tokenizer.encode("a t12<|im_end|>")[:2] == [PLAIN.index("a"), 256]
         assert tokenizer.token_bytes(tokenizer.encode("a t12<|im_end|>\u00e9")) == "a t12<|im_end|>\u00e9".encode()
         assert tokenizer.fingerprint == load_model_config(tmp_path / "ours")[1]
+        assert tokenizer.special_names == dict(zip((257, 258, 259), SPECIAL, strict=True))
     config = json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())
     assert config["chat_template"] == "{{ messages }}" and config["eos_token"] == "<|im_end|>"
 
@@ -374,14 +372,60 @@ def test_the_rope_scaling_of_llama_3_is_recovered_from_gguf(gguf_file):
 
 
 @pytest.mark.parametrize(
+    ("keys", "scaling"),
+    [
+        ({}, None),
+        ({"rope.dimension_count": 8, "attention.value_length": 8, "attention.sliding_window": 64}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.attn_factor": 1.0, "expert_count": 0, "vocab_size": 260}, None),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, Linear(4.0)),
+        ({"rope.scaling.factor": 4.0}, Linear(4.0)),
+        ({"rope.scale_linear": 4.0}, Linear(4.0)),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, Yarn(4.0, 64)),
+        (
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 16,
+                "rope.scaling.yarn_beta_fast": 16.0,
+                "rope.scaling.yarn_beta_slow": 2.0,
+                "rope.scaling.attn_factor": 1.25,
+            },
+            Yarn(4.0, 16, attention_factor=1.25, beta_fast=16.0, beta_slow=2.0),
+        ),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_attn_factor": 1.1},
+            Yarn(4.0, 64, attention_factor=1.1),
+        ),
+    ],
+    ids=str,
+)
+def test_every_key_of_a_gguf_header_that_changes_the_frequencies_is_read(gguf_file, keys, scaling):
+    write_gguf(gguf_file, extra_keys={f"llama.{key}": value for key, value in keys.items()})
+    assert load_model_config(gguf_file)[0] == dataclasses.replace(SHAPE, rope_scaling=scaling)
+
+
+@pytest.mark.parametrize(
     ("options", "cause"),
     [
         ({"family": "phi3"}, "general.architecture='phi3'"),
         ({"tokenizer_model": "llama"}, "tokenizer.ggml.model='llama'"),
         ({"pre_tokenizer": "tekken"}, "tokenizer.ggml.pre='tekken'"),
+        ({"extra_keys": {"llama.rope.dimension_count": 4}}, "llama.rope.dimension_count=4"),
+        ({"extra_keys": {"llama.attention.value_length": 16}}, "llama.attention.value_length=16"),
+        ({"extra_keys": {"llama.attention.sliding_window": 32}}, "llama.attention.sliding_window=32"),
+        ({"extra_keys": {"llama.attention.scale": 0.5}}, "llama.attention.scale=0.5"),
+        ({"extra_keys": {"llama.logit_scale": 2.0}}, "llama.logit_scale=2.0"),
+        ({"extra_keys": {"llama.expert_count": 8}}, "llama.expert_count=8"),
+        ({"extra_keys": {"llama.attention.causal": False}}, "llama.attention.causal=False"),
+        ({"extra_keys": {"llama.rope.freq_base_swa": 10.0}}, "llama.rope.freq_base_swa"),
+        ({"extra_keys": {"llama.rope.scaling.yarn_beta_fast": 16.0}}, "llama.rope.scaling.yarn_beta_fast"),
+        ({"extra_keys": {"llama.rope.scaling.attn_factor": 1.5}}, "llama.rope.scaling.attn_factor"),
+        ({"extra_keys": {"llama.rope.scaling.type": "longrope"}}, "longrope"),
+        ({"extra_keys": {"adapter.type": "lora"}}, "adapter.type"),
         ({"extra_tensors": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, "blk.0.attn_sinks.weight"),
     ],
-    ids=["family", "sentencepiece", "pre-tokenizer", "tensor"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_gguf_file_that_is_not_supported_is_refused(gguf_file, tmp_path, options, cause):
     write_gguf(gguf_file, **options)

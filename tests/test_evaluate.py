@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from rpt_jax.config import PromptConfig
 from rpt_jax.corpus.entropy import Scores
@@ -23,40 +24,43 @@ from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 
 
-def positions(documents, entropies) -> list[Position]:
-    pairs = zip(documents, np.broadcast_to(entropies, len(documents)), strict=True)
-    return [Position(document, i, float(entropy)) for i, (document, entropy) in enumerate(pairs)]
+def positions(entropies) -> list[Position]:
+    return [Position(0, i, float(entropy)) for i, entropy in enumerate(entropies)]
+
+
+def accuracy_of_easy(right, clusters) -> dict:
+    """Return the accuracy, with its interval, at positions of the given clusters."""
+    return by_difficulty(np.asarray(right, float), positions(np.full(len(right), 2.0)), np.asarray(clusters))["easy"]
 
 
 def test_difficulties_are_nested_and_exclude_their_thresholds():
     right = np.array([0.0, 1, 0, 1, 0.25])
-    result = by_difficulty(right, positions([0, 1, 2, 3, 4], [0.5, 0.6, 1.0, 1.5, 1.51]))
+    result = by_difficulty(right, positions([0.5, 0.6, 1.0, 1.5, 1.51]), np.arange(5))
     assert {name: part["positions"] for name, part in result.items()} == {"easy": 4, "medium": 2, "hard": 1}
     accuracies = [result[name]["accuracy"] for name in ("easy", "medium", "hard")]
     np.testing.assert_allclose(accuracies, [2.25 / 4, 1.25 / 2, 0.25])
 
 
-def test_interval_treats_documents_as_the_independent_units():
+def test_interval_treats_clusters_as_the_independent_units():
     """Ten documents have ten positions each. In five documents all are right, in the other five all are wrong.
 
     The residuals of each document sum to 5 or -5, so the variance is 10/9 · 10 · 25 / 100² and the standard error 1/6.
     With independent positions it would be 1/20.
     """
-    right = np.repeat([1.0] * 5 + [0.0] * 5, 10)
-    easy = by_difficulty(right, positions(np.repeat(np.arange(10), 10), 2.0))["easy"]
-    np.testing.assert_allclose([easy["accuracy"], easy["low"], easy["high"]], [0.5, 0.5 - 1.96 / 6, 0.5 + 1.96 / 6])
+    easy = accuracy_of_easy(np.repeat([1.0] * 5 + [0.0] * 5, 10), np.repeat(np.arange(10), 10))
+    half_width = scipy.stats.t.ppf(0.975, df=9) / 6
+    np.testing.assert_allclose([easy["accuracy"], easy["low"], easy["high"]], [0.5, 0.5 - half_width, 0.5 + half_width])
 
 
-def test_interval_of_one_position_per_document_has_the_binomial_standard_error():
-    """With 30 of 100 right it is sqrt(p (1 - p) / (n - 1))."""
+def test_interval_of_one_position_per_cluster_is_that_of_a_t_test():
     right = np.arange(100) < 30
-    easy = by_difficulty(right.astype(float), positions(np.random.default_rng(0).permutation(100), 2.0))["easy"]
-    np.testing.assert_allclose(easy["high"] - 0.3, 1.96 * np.sqrt(0.3 * 0.7 / 99))
-    np.testing.assert_allclose(0.3 - easy["low"], 1.96 * np.sqrt(0.3 * 0.7 / 99))
+    easy = accuracy_of_easy(right, np.random.default_rng(0).permutation(100))
+    interval = scipy.stats.ttest_1samp(right, popmean=0).confidence_interval(0.95)
+    np.testing.assert_allclose([easy["low"], easy["high"]], [interval.low, interval.high])
 
 
 def test_interval_is_clipped_to_0_and_1():
-    easy = by_difficulty(np.array([1.0, 0, 1, 1]), positions([0, 0, 1, 2], 2.0))["easy"]
+    easy = accuracy_of_easy([1.0, 0, 1, 1], [0, 0, 1, 2])
     assert easy["low"] >= 0 and easy["high"] == 1.0
 
 
@@ -64,7 +68,7 @@ def test_interval_is_clipped_to_0_and_1():
 @pytest.mark.parametrize("documents", [[7], [7] * 40, [0, 1, 2], [0] * 5 + [1] * 5])
 def test_documents_without_variance_have_the_wilson_interval(right, documents):
     """Its ends are the p whose own standard error, for n documents, times 1.96 reaches the mean."""
-    easy = by_difficulty(np.full(len(documents), right), positions(documents, 2.0))["easy"]
+    easy = accuracy_of_easy(np.full(len(documents), right), documents)
     count = len(set(documents))
     for end in (easy["low"], easy["high"]):
         np.testing.assert_allclose(abs(end - right), 1.96 * np.sqrt(end * (1 - end) / count), atol=1e-7)
@@ -72,14 +76,40 @@ def test_documents_without_variance_have_the_wilson_interval(right, documents):
 
 
 def test_a_single_document_is_one_observation():
-    easy = by_difficulty(np.arange(50) % 2 * 1.0, positions([3] * 50, 2.0))["easy"]
+    easy = accuracy_of_easy(np.arange(50) % 2 * 1.0, [3] * 50)
     assert easy["positions"] == 50 and easy["low"] < 0.06 and easy["high"] > 0.94
 
 
 def test_interval_without_positions_is_0_to_1():
-    result = by_difficulty(np.ones(2), positions([0, 1], 0.7))
+    result = by_difficulty(np.ones(2), positions([0.7, 0.7]), np.arange(2))
     assert result["hard"] == {"accuracy": 0.0, "low": 0.0, "high": 1.0, "positions": 0}
-    assert by_difficulty(np.zeros(0), [])["easy"] == result["hard"]
+    assert by_difficulty(np.zeros(0), [], np.zeros(0, int))["easy"] == result["hard"]
+
+
+@pytest.mark.parametrize(("clusters", "windows", "least"), [(10, 40, 0.93), (40, 30, 0.93), (300, 2, 0.93)])
+def test_intervals_cover_the_true_accuracy_as_often_as_they_say(clusters, windows, least):
+    """Simulated evaluations: clusters differ in their difficulty, and so do the windows of a cluster, a little.
+
+    Ten clusters are as many as there are templates that training never sees. Clusters of windows, instead of documents, make
+    the intervals too narrow.
+    """
+    rng = np.random.default_rng(0)
+    trials = 500
+    cluster_N = np.repeat(np.arange(clusters), windows)
+    of_cluster_TxC = 0.4 + 0.2 * rng.choice([-1.0, 1.0], (trials, clusters))
+    of_window_TxN = of_cluster_TxC[:, cluster_N] + 0.1 * rng.uniform(-1, 1, (trials, len(cluster_N)))
+    # Each window has a position, of which eight samples are right with the window's probability.
+    right_TxN = rng.binomial(8, of_window_TxN) / 8
+
+    all_easy = positions(np.full(len(cluster_N), 0.7))
+
+    def coverage(units_N: np.ndarray) -> float:
+        intervals = [by_difficulty(right_N, all_easy, units_N)["easy"] for right_N in right_TxN]
+        return float(np.mean([easy["low"] <= 0.4 <= easy["high"] for easy in intervals]))
+
+    assert least <= coverage(cluster_N) <= 0.97
+    if windows >= 30:
+        assert coverage(np.arange(len(cluster_N))) < 0.6
 
 
 def test_direct_accuracy_is_that_of_the_given_positions():

@@ -175,6 +175,16 @@ def test_old_python_is_refused_where_there_is_no_newer_one(clone_without_python:
 
 
 @stand_in
+def test_a_python_that_is_not_released_is_passed_over(clone_without_python: Clone) -> None:
+    clone = clone_without_python
+    clone.add_python("python3.11", "3, 11", level="candidate")
+    assert_refused(clone.run("launch/local.sh"), f"{clone.bin}/python3.11 is Python 3.11 (pre-release)")
+    clone.add_python("python3", "3, 12")
+    assert clone.run("launch/local.sh")[0] == 7
+    assert (clone.venv / "requirements.stamp").read_text().startswith("python3.12 ")
+
+
+@stand_in
 def test_full_disk_is_reported_before_the_installation(clone: Clone) -> None:
     clone.add_tool(
         "df",

@@ -1,7 +1,7 @@
 """The launchers of runs on several hosts: launch/again.sh, tpu_pod.sh, slurm_gpu.sh and the Kubernetes manifests.
 
-Tests marked `stand_in` run a script against stand-ins for gcloud, Slurm and the hosts (see tests/helpers/launchers.py). They
-cover the logic of the scripts and the commands that they issue; no test runs a launcher on a real cluster.
+Tests marked `stand_in` run a script against stand-ins for gcloud and the hosts (see tests/helpers/launchers.py). They cover the
+logic of the scripts and the commands that they issue. tests/slow/test_slurm.py runs slurm_gpu.sh on a real Slurm.
 """
 
 from __future__ import annotations
@@ -9,26 +9,28 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.tokenization import parse_shard
-from rpt_jax.distributed.hosts import Hosts, find_hosts
+from rpt_jax.distributed.hosts import find_hosts
+from rpt_jax.main import load_experiment, main
 from tests.helpers.launchers import Clone, wait_for_text, wait_until
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import CHILD_SECONDS, WITH_SIGINT
 
 stand_in = pytest.mark.stand_in
 
-SCRIPTS = ["launch/again.sh", "launch/slurm_gpu.sh", "launch/tpu_pod.sh"]
-TOOLS = ["git", "tar", "gzip", "setsid", "tail", "hostname", "pgrep"]
+SCRIPTS = ["launch/again.sh", "launch/slurm_gpu.sh", "launch/tpu_host.sh", "launch/tpu_pod.sh"]
+TOOLS = ["git", "tar", "gzip", "id", "setsid", "tail", "hostname", "pgrep", "true"]
 ADDRESSES = "10.0.0.5;10.0.0.7;10.0.0.6"
 
 # A stand-in for gcloud: records its calls, answers queries, and imitates the hosts of a slice with one home directory for each.
@@ -115,6 +117,7 @@ def run_again(tmp_path: Path, endings: str, restarts: str = "9") -> tuple[int, i
         ("'exit 2'", 2, 1),
         ("'exit 75' 'exit 3'", 3, 2),
         ("'exit 1'", 1, 1),
+        ("'kill -KILL $$' 'exit 75' 'kill -KILL $$' 'kill -KILL $$' 'kill -KILL $$' 'exit 0'", 137, 5),
     ],
 )
 def test_command_restarts_after_code_75_and_signals_only(tmp_path: Path, endings: str, code: int, runs: int) -> None:
@@ -127,13 +130,11 @@ def test_restarts_are_limited(tmp_path: Path) -> None:
     assert "exit code 75 after 2 restarts" in stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_stops_the_command_without_a_restart(tmp_path: Path, number: signal.Signals) -> None:
     command = 'trap "echo saved; sleep 0.3; exit 75" TERM; echo here >here; while :; do sleep 0.1; done'
-    # SIGINT is ignored if the tests run in the background of a script, and bash cannot trap a signal that it inherits as ignored.
-    restore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", restore, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
+        [*WITH_SIGINT, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -173,7 +174,7 @@ def test_dry_run_prints_commands_without_running_them(clone: Clone, hosts: Path,
     assert COMMANDS[command] in lines
     assert not clone.calls.exists()
     if command == "setup":
-        assert any("sudo mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in line for line in lines)
+        assert any("launch/tpu_host.sh" in line and "10.0.0.2:/rpt" in line for line in lines)
 
 
 @stand_in
@@ -206,24 +207,65 @@ def test_run_starts_on_all_hosts_restarts_after_75_and_stops(clone: Clone, hosts
         assert (hosts / worker / "starts").read_text() == "\n"
 
 
-@stand_in
-def test_setup_mounts_copies_and_installs_on_every_host(clone: Clone, hosts: Path) -> None:
+# Stand-ins for the system of a host: `sudo` records its calls. The first update of the package lists fails, as when another
+# process holds their lock; apt knows Python 3.12 once the archive of deadsnakes was added.
+SUDO = r"""#!{bash}
+echo "$WORKER $*" >>"{calls}"
+case "$*" in
+    *' update') [ -e ~/updated ] || {{ echo >~/updated; echo "E: Could not get lock" >&2; exit 100; }} ;;
+    mkdir*) {mkdir} "${{@:2}}" ;;
+    *add-apt-repository*) echo >~/deadsnakes ;;
+esac
+"""
+APT_CACHE = "#!{bash}\n[ -e ~/deadsnakes ]\n"
+
+
+def set_up_slice(clone: Clone, mount: Path, mkdir: str) -> tuple[int, str, list[str]]:
+    """Run `tpu_pod.sh setup`; `mkdir` runs in place of `sudo mkdir`. Returns: exit code, stderr, and the calls of sudo."""
     clone.add_python("python3")
-    bash, sudo_calls = shutil.which("bash"), clone.root.parent / "sudo"
-    clone.add_tool("sudo", f'#!{bash}\necho "$WORKER $*" >>"{sudo_calls}"\n')
+    bash, calls = shutil.which("bash"), clone.root.parent / "sudo"
+    clone.add_tool("sudo", SUDO.format(bash=bash, calls=calls, mkdir=mkdir))
+    clone.add_tool("apt-cache", APT_CACHE.format(bash=bash))
     clone.add_tool("mountpoint", f"#!{bash}\nexit 1\n")
     for arguments in (["init", "-q"], ["add", "requirements.txt", "launch"]):
         subprocess.run(["git", *arguments], cwd=clone.root, check=True)
     (clone.root / "untracked").touch()
-    code, _, stderr = clone.run("launch/tpu_pod.sh", "setup", **SETTINGS)
+    settings = SETTINGS | {"RPT_TPU_MOUNT": str(mount), "RPT_PAUSE": "0"}
+    code, _, stderr = clone.run("launch/tpu_pod.sh", "setup", **settings)
+    return code, stderr, calls.read_text().splitlines()
+
+
+@stand_in
+def test_setup_installs_python_mounts_and_copies_on_every_host(clone: Clone, hosts: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "shared files"
+    code, stderr, calls = set_up_slice(clone, mount, "mkdir")
     assert code == 0, stderr
+    apt = "DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=900"
     for worker in range(3):
         copy = hosts / str(worker) / "rpt_jax"
         assert (copy / "requirements.txt").read_text() == "jax\n"
         assert not (copy / "untracked").exists()
         assert (copy / ".venv" / "requirements.stamp").exists()
-        assert f"{worker} mount -t nfs 10.0.0.2:/rpt /mnt/rpt" in sudo_calls.read_text()
-    assert clone.pip_calls().count("-m pip install -q -r requirements/tpu.txt") == 3
+        assert [call.removeprefix(f"{worker} ") for call in calls if call.startswith(f"{worker} ")] == [
+            f"{apt} update",
+            f"{apt} update",
+            f"{apt} install -y software-properties-common",
+            "add-apt-repository -n -y ppa:deadsnakes/ppa",
+            f"{apt} update",
+            f"{apt} install -y python3.12 python3.12-venv python3.12-dev gcc nfs-common",
+            f"mkdir -p {mount}",
+            f"mount -t nfs 10.0.0.2:/rpt {mount}",
+        ]
+    assert sum(call.endswith("requirements/tpu.txt") for call in clone.pip_calls()) == 3
+
+
+@stand_in
+def test_a_shared_directory_that_stays_unwritable_is_named(clone: Clone, hosts: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "shared"
+    code, stderr, calls = set_up_slice(clone, mount, "true")
+    assert code == 1
+    assert f"cannot write to {mount}: change the owner of 10.0.0.2:/rpt on its server" in stderr
+    assert calls[-1] == f"0 chown {os.getuid()}:{os.getgid()} {mount}"
 
 
 @stand_in
@@ -263,102 +305,77 @@ def test_missing_gcloud_is_reported(clone: Clone) -> None:
     assert "gcloud is not on PATH" in stderr
 
 
-# --- slurm_gpu.sh ---
-
-# A stand-in for srun: records its call and exits with the next code in the file `codes`. If that is "hang", it runs until SIGTERM
-# and exits with 75.
-SRUN = r"""#!{bash}
-echo "srun $*" >>"{calls}"
-cd "{directory}"
-code=$(head -n 1 codes)
-sed -i 1d codes
-[ "$code" != hang ] || {{ trap "exit 75" TERM; echo hanging >state; while :; do sleep 0.1; done; }}
-exit $code
-"""
-
-
-def submit(clone: Clone, *arguments: str, codes: str = "", **environment: str) -> tuple[subprocess.Popen[str], Path]:
-    """Run the batch script as sbatch does: as a copy in another directory.
-
-    Args:
-      codes: what successive calls of srun end with, one on each line.
-    Returns: the process, and the file in which calls of Slurm's commands are recorded.
-    """
-    copy = clone.root.parent / "spool" / "slurm_script"
-    copy.parent.mkdir(exist_ok=True)
-    shutil.copy(clone.root / "launch" / "slurm_gpu.sh", copy)
-    clone.add_python("python3")
-    bash, calls = shutil.which("bash"), clone.root.parent / "slurm"
-    (clone.root.parent / "codes").write_text(codes)
-    clone.add_tool("srun", SRUN.format(bash=bash, calls=calls, directory=clone.root.parent))
-    clone.add_tool("scontrol", f'#!{bash}\necho "scontrol $*" >>"{calls}"\n')
-    submitted = {"SLURM_SUBMIT_DIR": str(clone.root), "SLURM_JOB_ID": "41", "RPT_PAUSE": "0"}
-    process = clone.start(str(copy), *arguments, **submitted | environment)
-    return process, calls
-
-
-@stand_in
-def test_job_runs_one_process_per_node_and_restarts_after_75_and_signals(clone: Clone) -> None:
-    process, calls = submit(clone, "--config=c.py", "--workdir=/my runs/1", codes="75\n137\n0\n")
-    _, stderr = process.communicate(timeout=600)
-    assert process.returncode == 0, stderr
-    [call, *others] = calls.read_text().splitlines()
-    assert call == (
-        f"srun --kill-on-bad-exit=0 {clone.venv}/bin/python -P -m rpt_jax.main --config.checkpoint.grace_seconds=240 "
-        "--config=c.py --workdir=/my runs/1"
-    )
-    assert others == [call, call], "the job must not be requeued"
+# --- slurm_gpu.sh: what needs no Slurm; the rest is in tests/slow/test_slurm.py ---
 
 
 @stand_in
 @pytest.mark.parametrize(
     ("environment", "shard"), [({"SLURM_ARRAY_TASK_ID": "3"}, "3/64"), ({}, "%a/64")], ids=["array", "no array"]
 )
-def test_array_index_is_filled_in(clone: Clone, environment: dict[str, str], shard: str) -> None:
-    process, calls = submit(clone, "--workdir=/my runs/%a", "--config.data.shard=%a/64", codes="0\n", **environment)
-    process.communicate(timeout=600)
-    workdir = "/my runs/" + shard.partition("/")[0]
-    assert process.returncode == 0
-    assert calls.read_text().endswith(f" --workdir={workdir} --config.data.shard={shard}\n")
-
-
-@stand_in
-def test_job_is_requeued_after_sigterm(clone: Clone) -> None:
-    process, calls = submit(clone, "--config=c.py", codes="hang\n")
-    wait_for_text(calls.parent / "state", "hanging")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=600)
-    assert process.returncode == 75
-    assert calls.read_text().splitlines()[1:] == ["scontrol requeue 41"]
-
-
-@stand_in
-def test_job_ends_after_an_error(clone: Clone) -> None:
-    process, calls = submit(clone, "--config=c.py", codes="2\n")
-    process.communicate(timeout=600)
-    assert process.returncode == 2
-    assert len(calls.read_text().splitlines()) == 1
-
-
-@stand_in
-def test_dry_run_of_a_job_prints_its_commands(clone: Clone) -> None:
-    process, calls = submit(clone, "--dry-run", "--config=c.py")
-    stdout, _ = process.communicate(timeout=600)
-    assert process.returncode == 0
-    assert "-m rpt_jax.main" in stdout
-    assert "scontrol requeue 41" in stdout
-    assert not calls.exists()
+def test_dry_run_of_a_job_prints_its_commands(clone: Clone, environment: dict[str, str], shard: str) -> None:
+    clone.add_python("python3")
+    arguments = ["--dry-run", "--config=c.py", "--workdir=/runs/%a", "--config.data.shard=%a/64"]
+    job = {"SLURM_JOB_ID": "41", "SLURM_CPUS_PER_TASK": "32"}
+    code, lines, _ = clone.run("launch/slurm_gpu.sh", *arguments, **job | environment)
+    assert code == 0
+    assert shlex.split(lines[0]) == [
+        *("srun", "--kill-on-bad-exit=0", "--cpus-per-task=32", f"{clone.venv}/bin/python", "-P", "-m", "rpt_jax.main"),
+        *("--config.checkpoint.grace_seconds=240", "--config=c.py"),
+        *(f"--workdir=/runs/{shard.partition('/')[0]}", f"--config.data.shard={shard}"),
+    ]
+    assert lines[-1].split() == ["scontrol", "requeue", "41"]
     assert not clone.pip_calls()
 
 
 @stand_in
 def test_job_from_another_directory_is_refused(clone: Clone, tmp_path: Path) -> None:
-    process, _ = submit(clone, "--config=c.py", SLURM_SUBMIT_DIR=str(tmp_path))
-    assert f"{tmp_path} is not the repository root" in process.communicate(timeout=600)[1]
-    assert process.returncode == 2
+    code, _, stderr = clone.run("launch/slurm_gpu.sh", "--config=c.py", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert f"{tmp_path} is not the repository root" in stderr
+    assert code == 2
 
 
 # --- Kubernetes ---
+
+
+def pod_of(manifest: str) -> dict[str, Any]:
+    """Return the pod template of a manifest of a Job or of a JobSet with one Job."""
+    spec = yaml.safe_load((ROOT / "launch" / manifest).read_text())["spec"]
+    for replicated in spec.get("replicatedJobs", []):
+        spec = replicated["template"]["spec"]
+    return spec["template"]["spec"]
+
+
+def assert_fails_for_good(rules: list[dict[str, Any]], container: str) -> None:
+    """Assert that a preempted pod never fails a Job for good, and that a mistake or too little memory (137) always do."""
+    preempted, failing = rules
+    assert preempted["action"] in ("Count", "Ignore")
+    assert preempted["onPodConditions"] == [{"type": "DisruptionTarget"}]
+    assert failing["action"] == "FailJob"
+    assert failing["onExitCodes"] == {"containerName": container, "operator": "In", "values": [1, 2, 3, 4, 137]}
+
+
+@pytest.mark.parametrize("manifest", [path.name for path in sorted((ROOT / "launch").glob("gke_*.yaml"))])
+def test_the_arguments_of_a_manifest_describe_a_run_with_paths_on_its_volume(manifest: str, capsys) -> None:
+    pod = pod_of(manifest)
+    [container] = pod["containers"]
+    [mount] = container["volumeMounts"]
+    arguments = [argument.replace("$(SHARD)", "3") for argument in container["args"]]
+    assert main(["main", *arguments, "--describe"]) == 0
+    assert "matmul parameters" in capsys.readouterr().out
+    # The image has configs, but neither weights nor texts.
+    experiment = load_experiment(["main", *arguments])
+    paths = [experiment.policy.path, experiment.data.path, *filter(None, [experiment.data.prepared])]
+    paths += [argument.removeprefix("--workdir=") for argument in arguments if argument.startswith("--workdir=")]
+    assert all(path.startswith(f"{mount['mountPath']}/") for path in paths), paths
+
+
+def test_the_jobset_trains_on_what_the_prepare_job_writes() -> None:
+    def arguments(manifest: str) -> dict[str, str]:
+        return dict(argument.split("=", 1) for argument in pod_of(manifest)["containers"][0]["args"])
+
+    prepare, train = arguments("gke_prepare.yaml"), arguments("gke_jobset.yaml")
+    assert train["--config.data.prepared"] == prepare["--workdir"] != train["--workdir"]
+    assert train["--config.data.path"] == prepare["--config.data.path"]
 
 
 def test_jobset_is_valid_and_consistent() -> None:
@@ -376,14 +393,12 @@ def test_jobset_is_valid_and_consistent() -> None:
     assert job["completionMode"] == "Indexed"
     assert job["completions"] == job["parallelism"]
     assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
-    [failing] = job["podFailurePolicy"]["rules"]
-    assert failing["action"] == "FailJob"
-    assert failing["onExitCodes"]["containerName"] == container["name"]
-    codes = failing["onExitCodes"]["values"]
-    assert codes == sorted(codes)
-    assert 75 not in codes
+    assert_fails_for_good(job["podFailurePolicy"]["rules"], container["name"])
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert set(container["resources"]["limits"]) == {"cpu", "memory", "google.com/tpu"}
     assert container["resources"]["requests"] == container["resources"]["limits"]
+    exclusive = jobset["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
+    assert exclusive == "cloud.google.com/gke-nodepool"
 
     # The pods cover the slice.
     chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
@@ -393,7 +408,8 @@ def test_jobset_is_valid_and_consistent() -> None:
     environment = {entry["name"]: entry.get("value", "3") for entry in container["env"]}
     name = jobset["metadata"]["name"]
     address = f"{name}-{replicated['name']}-0-0.{name}"
-    assert find_hosts(None, None, None, environment) == Hosts(address, 8476, job["parallelism"], 3)
+    found = find_hosts(None, None, None, environment)
+    assert found and found[:4] == (address, 8476, job["parallelism"], 3)
     grace = next(int(a.partition("=")[2]) for a in container["args"] if "grace_seconds" in a)
     assert grace < pod["terminationGracePeriodSeconds"]
 
@@ -406,9 +422,9 @@ def test_prepare_job_covers_every_shard_of_a_corpus() -> None:
     assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
     assert 0 < job["spec"]["parallelism"] <= shards
     assert job["spec"]["maxFailedIndexes"] <= shards, "required with backoffLimitPerIndex"
-    failing, _ = job["spec"]["podFailurePolicy"]["rules"]
-    assert failing["onExitCodes"]["containerName"] == container["name"]
-    assert 75 not in failing["onExitCodes"]["values"]
+    assert_fails_for_good(job["spec"]["podFailurePolicy"]["rules"], container["name"])
+    assert set(container["resources"]["limits"]) == {"cpu", "memory", "google.com/tpu"}
+    assert container["resources"]["requests"] == container["resources"]["limits"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     [variable] = container["env"]
     options = dict(argument.removeprefix("--config.data.").partition("=")[::2] for argument in container["args"])

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 
@@ -71,6 +72,8 @@ def run_bench(argv: list[str]) -> int:
         parser.error(f"unknown option: {unknown[0]}")
 
     # Measure, and show the figures next to the machine that they depend on.
+    for name, value in vars(options).items():
+        check_local_path(f"--{name}", value)
     check_platforms()
     with needed_jax_settings():
         columns, rows = benches[options.name].measure(options)

@@ -41,7 +41,8 @@ from rpt_jax.model.transformer import Params, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
-from rpt_jax.prompts.positions import index_positions
+from rpt_jax.prompts.positions import Entropies, index_positions
+from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -210,11 +211,13 @@ def _measure_full_batches(scorer: Scorer) -> list[list[Any]]:
 def _measure_prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: PreparedCorpus, batches: int) -> list[Any]:
     """Build `batches` batches of prompts at the training positions of a scored corpus."""
     windows = prepared.corpus.windows("train")
-    stages = index_positions(experiment.data, prepared.scores, windows.numbers_N)
-    order = position_order(stages, [], stage_prompts=0, batch=_PROMPTS_PER_BATCH, per_window=0, seed=0)
+    boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
+    entropies = Entropies(prepared.scores, prepared.corpus.tokens, boxable_V)
+    stages = index_positions(experiment.data, entropies, windows.numbers_N)
+    order = position_order(stages, [], batch=_PROMPTS_PER_BATCH, per_window=0, seed=(0,))
     longest = experiment.data.max_document_tokens
     builder = PromptBuilder(PromptConfig(prefill_think_token=False, max_tokens=longest), tokenizer)
-    stream = PromptStream(builder, windows, order, batch=_PROMPTS_PER_BATCH, workers=experiment.data.workers)
+    stream = PromptStream(builder, windows, [order], batch=_PROMPTS_PER_BATCH, workers=experiment.data.workers)
     next(stream)  # Start the workers.
     start = time.perf_counter()
     for _ in range(batches):

@@ -2,9 +2,9 @@
 
 Every run samples --samples responses to each prompt: of --prompts, an .npz with `prompts` (int32 [P, S], padded on the
 right) and `lengths` (int32 [P]), or random ones. Shared prefixes of prompts are found and prefilled once. Compilation
-is not counted. Tokens are response tokens. The tail begins when the queue is empty and the live batch has shrunk for the first time.
-The memory bound is the time to read, in each decode step, every weight once, the filled keys of every live rollout,
-and those of the prompts once, at the fastest rate at which a large array was read.
+is not counted. Tokens are response tokens. The tail begins when the queue is empty and the live batch has shrunk for
+the first time. The memory bound is the time to read, in each decode step, every weight once, the filled keys of every
+live rollout, and those of the prompts once, at the fastest rate at which a large array was read.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 
 TASKS = ("rpt", "pretrain", "score")
 LONG_CONTEXTS = ("cut", "cut_at_line")
+BOX_READINGS = ("balanced", "to_end")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "dots", "full")
@@ -106,6 +107,9 @@ class PromptConfig:
     max_tokens: int = 256
     # How long contexts are shortened: "cut" at any token, "cut_at_line" at the end of a line where there is one near.
     long_context: str = "cut"
+    # How the prediction is read from its box: "balanced", up to the brace that balances the box, or "to_end", up to a brace that
+    # ends the response. Positions whose next token cannot be read so are left out; "to_end" can read tokens such as "})" (ours).
+    box_reading: str = "balanced"
     # Bytes of the true continuation that a prediction is compared with; a longer prediction earns nothing.
     reference_bytes: int = 64
 
@@ -192,7 +196,7 @@ class OptimizerConfig:
 
     # Peak learning rate (paper, Table 5: 1e-6).
     learning_rate: float = 1e-6
-    # Steps of linear warm-up (verl: 0).
+    # Steps of linear warm-up (verl: 0); the first of n has 1/(n + 1) of the peak, not 0.
     warmup_steps: int = 0
     # Schedule after the warm-up: "constant" (verl), or "cosine" to a tenth of the peak over `training.total_steps`.
     schedule: str = "constant"
@@ -289,7 +293,8 @@ class CheckpointConfig:
     every_steps: int = 100
     # Number of checkpoints that are kept.
     keep: int = 2
-    # Seconds that saving may take after a first SIGTERM or SIGINT; with several processes, they include the rest of the step.
+    # Seconds that saving may take after a stop signal (SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2); with several processes, they
+    # include the rest of the step.
     grace_seconds: float = 60.0
 
 

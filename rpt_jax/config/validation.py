@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.schema import (
     ATTENTIONS,
+    BOX_READINGS,
     DIVERGENCE_ACTIONS,
     DTYPES,
     LONG_CONTEXTS,
@@ -26,6 +28,7 @@ _NAMES = {
     "policy.remat": REMATS,
     "policy.attention": ATTENTIONS,
     "prompt.long_context": LONG_CONTEXTS,
+    "prompt.box_reading": BOX_READINGS,
     "optimizer.schedule": SCHEDULES,
     "divergence.action": DIVERGENCE_ACTIONS,
 }
@@ -36,6 +39,9 @@ _WEIGHTED_TERMS = {
     "budget_weight": ("budget_start", "budget_decay", "budget_min"),
 }
 
+
+# Fields that name a file or a directory.
+_PATHS = ("policy.path", "data.path", "data.prepared", "pretrain.export")
 
 _UNBOUNDED = 10**12  # An upper bound that excludes only typing errors.
 _SEEDS = 2**32 - 1  # The largest seed that grain accepts.
@@ -138,6 +144,9 @@ def check_experiment(experiment: Experiment) -> None:
     for registry in OBJECTIVE_REGISTRIES:
         _check_named_choice(experiment.objective, registry)
 
+    for name in _PATHS:
+        check_local_path(name, values[name])
+
     # Numbers.
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
@@ -151,6 +160,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_weighted_terms(experiment.objective)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
+    _check_box_reading(experiment)
 
 
 def _check_named_choice(section: Any, registry: Registry) -> None:
@@ -233,4 +243,14 @@ def _check_sampling_distribution(experiment: Experiment) -> None:
             f"rollout.top_k={rollout.top_k} and rollout.top_p={rollout.top_p} sample from another distribution than the one "
             "that is trained: leave them at 0 and 1, or set objective.importance to 'truncate' or 'mask'.",
             field="objective.importance",
+        )
+
+
+def _check_box_reading(experiment: Experiment) -> None:
+    """Refuse to end responses at a brace with a reading that only the end of the response decides. Raises: UserError."""
+    if experiment.rollout.stop_at_box and experiment.prompt.box_reading == "to_end":
+        raise UserError(
+            "rollout.stop_at_box=True ends a response at the brace that balances its box, but with prompt.box_reading='to_end' "
+            "the box is read up to the end of the response. Set rollout.stop_at_box=False, or prompt.box_reading='balanced'.",
+            field="rollout.stop_at_box",
         )

@@ -23,7 +23,8 @@ class Document:
       text: what is tokenized, unchanged.
       name: unique in the corpus, and enough to find the text again: "gsm_symbolic:17:4", "notes.jsonl:7".
       group: the kind of document, such as the template that generated it; "" = none.
-      key: string whose hash assigns the split; "" = `text`.
+      key: string whose hash assigns the split; "" = `text`. Documents of "unseen" with the same key are of one kind, and not
+        independent of each other.
       split: index of `SPLITS` if the source assigns it, else `UNASSIGNED`.
       mixture_part: index of the part of the mixture in `data.path` that it belongs to.
     """

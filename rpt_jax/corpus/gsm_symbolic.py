@@ -77,7 +77,7 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
     drawn = _draw(seen, config.seed, quotas, split_by_numbers, skipped)
     drawn |= _draw(unseen, config.seed, unseen_quotas, lambda problem: "unseen", skipped)
     return [
-        dataclasses.replace(document, split=SPLITS.index(split))
+        dataclasses.replace(document, split=SPLITS.index(split), key=document.group if split == "unseen" else "")
         for split, documents in drawn.items()
         for document in documents
     ]

@@ -139,10 +139,7 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
     """
     data = config.data
     _, shards = parse_shard(data)
-    histogram_N = np.sum([s["histogram"] for s in read_summaries(directory, "scores", shards) or []], axis=0)
-    fractions = {str(threshold): fraction_above(histogram_N, threshold) for threshold in DIFFICULTIES.values()}
     counts = report_corpus(open_tokens(data, directory, shards))
-    write_entropy_plot(directory, histogram_N, BIN_NATS, fractions)
     manifest = {
         "version": __version__,
         "made_from": {
@@ -157,9 +154,26 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
         "shards": shards,
         "summaries": _summaries_digest(directory, shards),
         "counts": counts,
-        "positions_above_nats": fractions,
+        "positions_above_nats": _fractions_above(_histogram(directory, shards)),
     }
     write_json(directory / MANIFEST, manifest)
+
+
+def plot_entropies(prepared: PreparedCorpus, directory: Path) -> None:
+    """Write the histogram of the corpus' entropies to `directory/entropy.png`, on the leader."""
+    if is_leader():
+        histogram_N = _histogram(prepared.corpus.directory, prepared.corpus.shards)
+        write_entropy_plot(directory, histogram_N, BIN_NATS, _fractions_above(histogram_N))
+
+
+def _histogram(directory: Path, shards: int) -> np.ndarray:
+    """Return the number of positions in each bin of entropy, int64 [N]."""
+    return np.sum([s["histogram"] for s in read_summaries(directory, "scores", shards) or []], axis=0)
+
+
+def _fractions_above(histogram_N: np.ndarray) -> dict[str, float]:
+    """Return the fraction of positions above each difficulty's entropy, by that entropy in nats."""
+    return {str(threshold): fraction_above(histogram_N, threshold) for threshold in DIFFICULTIES.values()}
 
 
 def _summaries_digest(directory: Path, shards: int) -> str:

@@ -69,6 +69,18 @@ class TokenizedCorpus(NamedTuple):
         """Return the windows of the documents of a split."""
         return Windows(self.tokens, np.flatnonzero((self.split_D == SPLITS.index(split))[self.document_W]))
 
+    def clusters(self, split: str) -> np.ndarray:
+        """Return integers that say which windows of a split depend on each other, [N].
+
+        Windows of one document do. Of "unseen", all windows of one kind of document do: these documents have the key of their
+        kind, such as the template that generated them.
+        """
+        document_N = self.document_W[self.windows(split).numbers_N]
+        if split != "unseen":
+            return document_N
+        key_D = np.concatenate([rows["key_hash"] for rows in read_index(self.directory, self.shards)])
+        return key_D[document_N]
+
     def token_count(self, split: str) -> int:
         """Return the number of tokens of a split."""
         return int(self.sizes_D[self.split_D == SPLITS.index(split)].sum())

@@ -10,7 +10,21 @@ from rpt_jax.errors import UserError
 
 # The port on which process 0 listens unless configured otherwise. JAX's coordination service uses the next port.
 PORT = 8476
-_JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+class Names(NamedTuple):
+    """Where the values of `Hosts` come from: flags or environment variables, to be named in messages."""
+
+    address: str
+    processes: str
+    process: str
+
+
+_FLAGS = Names("--coordinator", "--processes", "--process")
+_JAX = Names("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_SLURM = Names("SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+_TPU_SLICE = Names("TPU_WORKER_HOSTNAMES", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
+_TPU_SLICES = Names("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES × TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
 
 
 class Hosts(NamedTuple):
@@ -21,12 +35,16 @@ class Hosts(NamedTuple):
       port: the port that process 0 listens on; JAX's coordination service uses the next one.
       processes: number of processes.
       process: index of this process, from 0.
+      local_devices: indices of the GPUs of its host that this process uses; None for all that it sees.
+      names: where address, processes and process come from.
     """
 
     address: str
     port: int
     processes: int
     process: int
+    local_devices: tuple[int, ...] | None = None
+    names: Names = _FLAGS
 
 
 def find_hosts(
@@ -34,7 +52,8 @@ def find_hosts(
 ) -> Hosts | None:
     """Return the processes of the run, or None for a single process.
 
-    The flags take precedence over JAX's own variables, these over Slurm's, and these over those of a TPU slice.
+    Each flag takes precedence over the environment, where JAX's own variables take precedence over Slurm's, and these over those
+    of a TPU slice.
 
     Args:
       coordinator: value of --coordinator, "HOST:PORT".
@@ -45,100 +64,169 @@ def find_hosts(
     Raises:
       UserError: a value is missing or out of range.
     """
-    flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    if any(value is not None for value in flags.values()):
-        return _parse_hosts(flags)
-    if any(environ.get(name) for name in _JAX_VARIABLES):
-        return _parse_hosts({name: environ.get(name) for name in _JAX_VARIABLES})
-    if _parse_int("SLURM_STEP_NUM_TASKS", environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        return _from_slurm(environ)
+    flags = (coordinator, processes, process)
+    if None not in flags:
+        names, values = _FLAGS, flags
+    else:
+        names, values = _from_environment(environ)
+        chosen = [
+            (flag, own) if own is not None else (name, value)
+            for flag, own, name, value in zip(_FLAGS, flags, names, values, strict=True)
+        ]
+        names = Names(*(name for name, _ in chosen))
+        values = tuple(value for _, value in chosen)
+    hosts = _parse_hosts(names, values)
+    return hosts and hosts._replace(local_devices=_local_devices(environ))
+
+
+# The address of process 0, the number of processes and the index of this process, before they are parsed.
+_Values = tuple[str | int | None, str | int | None, str | int | None]
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[Names, _Values]:
+    """Return what the environment says of the processes of the run; flags without values if it says nothing."""
+    if any(environ.get(name) for name in _JAX):
+        return _JAX, (environ.get(_JAX.address), environ.get(_JAX.processes), environ.get(_JAX.process))
+    if _parse_int(_SLURM.processes, environ.get(_SLURM.processes) or 1) > 1:
+        return _SLURM, (_slurm_address(environ), environ[_SLURM.processes], environ.get(_SLURM.process))
     return _from_tpu_slice(environ)
 
 
-def _parse_hosts(values: Mapping[str, str | int | None]) -> Hosts | None:
-    """Return the hosts that three named values describe, None for a single process.
-
-    Args:
-      values: the address of process 0, the number of processes and the index of this process, in this order, by the names
-        to use in messages.
+def _parse_hosts(names: Names, values: _Values) -> Hosts | None:
+    """Return the hosts that the named values describe, None for a single process or if no value is given.
 
     Raises:
       UserError: a value is missing or out of range.
     """
-    missing = [name for name, value in values.items() if value in (None, "")]
+    missing = [name for name, value in zip(names, values, strict=True) if value in (None, "")]
+    if len(missing) == len(values):
+        return None
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} must be given as well: {', '.join(values)} are required together.",
+            f"{' and '.join(missing)} must be given as well: {', '.join(names)} are required together.",
             field=missing[0],
         )
-    address_name, processes_name, process_name = values
-    address = values[address_name]
-    processes = _parse_int(processes_name, values[processes_name])
-    process = _parse_int(process_name, values[process_name])
+    processes = _parse_int(names.processes, values[1])
+    process = _parse_int(names.process, values[2])
 
-    host, colon, port = str(address).rpartition(":")
+    host, colon, port = str(values[0]).rpartition(":")
     if not colon:
         host = port
         port = str(PORT)
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
         raise UserError(
-            f"{address_name}={address} must be HOST:PORT of process 0, with a port from 1 to 65534.", field=address_name
+            f"{names.address}={values[0]} must be HOST:PORT of process 0, with a port from 1 to 65534.",
+            field=names.address,
         )
     if processes < 1:
-        raise UserError(f"{processes_name}={processes} must be at least 1.", field=processes_name)
+        raise UserError(f"{names.processes}={processes} must be at least 1.", field=names.processes)
     if not 0 <= process < processes:
         raise UserError(
-            f"{process_name}={process} must be from 0 to {processes - 1}, because {processes_name}={processes}.",
-            field=process_name,
+            f"{names.process}={process} must be from 0 to {processes - 1}, because {names.processes}={processes}.",
+            field=names.process,
         )
     if processes == 1:
         return None
-    return Hosts(address=host, port=int(port), processes=processes, process=process)
+    return Hosts(address=host, port=int(port), processes=processes, process=process, names=names)
 
 
 def _parse_int(name: str, value: str | int | None) -> int:
     """Return the integer value of a flag or a variable, 0 if it is not set. Raises: UserError."""
-    try:
-        return int(value or 0)
-    except ValueError:
-        raise UserError(f"{name}={value} must be an integer.", field=name) from None
+    # `int` would also accept "41_3", the way in which Slurm writes a task of a job array.
+    if not re.fullmatch(r"-?\d+", str(value or 0)):
+        raise UserError(f"{name}={value} must be an integer.", field=name)
+    return int(value or 0)
 
 
-def _from_slurm(environ: Mapping[str, str]) -> Hosts | None:
-    """Return the tasks of an `srun` step. Process 0 runs on its first node, on a port derived from the job id.
+def _local_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Return the GPUs of its host that this process uses, None for all that it sees. Raises: UserError."""
+    name = "JAX_LOCAL_DEVICE_IDS"
+    if chosen := environ.get(name):
+        return tuple(_parse_int(name, device) for device in chosen.split(","))
+    return _slurm_local_devices(environ)
 
-    Two jobs that share a node thus use different ports.
+
+# --- Slurm -----------------------------------------------------------------------------------------
+
+
+def _slurm_address(environ: Mapping[str, str]) -> str | None:
+    """Return "HOST:PORT" of the first node of an `srun` step, which runs process 0; None if Slurm does not name it.
+
+    The port is derived from the job id, so two jobs that share a node use different ports. Raises: UserError.
     """
-    nodes = environ.get("SLURM_STEP_NODELIST", "")
-    first_node = re.match(r"[^,\[]+(\[\d+)?", nodes)  # "node003" for "node[003-007,12],other".
-    port = 20000 + 2 * (_parse_int("SLURM_JOB_ID", environ.get("SLURM_JOB_ID")) % 20000)
-    return _parse_hosts(
-        {
-            "SLURM_STEP_NODELIST": f"{first_node[0].replace('[', '')}:{port}" if first_node else None,
-            "SLURM_STEP_NUM_TASKS": environ["SLURM_STEP_NUM_TASKS"],
-            "SLURM_PROCID": environ.get("SLURM_PROCID"),
-        }
-    )
-
-
-def _from_tpu_slice(environ: Mapping[str, str]) -> Hosts | None:
-    """Return the hosts of one TPU slice or of several (multislice), as Google Kubernetes Engine names them."""
-    names = [name for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    slices = _parse_int("MEGASCALE_NUM_SLICES", environ.get("MEGASCALE_NUM_SLICES") or 1)
-    if len(names) * slices < 2:
+    nodes = environ.get(_SLURM.address)
+    if not nodes:
         return None
-    if slices > 1:
-        address_name = "MEGASCALE_COORDINATOR_ADDRESS"
-        address = environ.get(address_name, "")
-    else:
-        address_name = "TPU_WORKER_HOSTNAMES"
-        address = names[0]
-    first_in_slice = _parse_int("MEGASCALE_SLICE_ID", environ.get("MEGASCALE_SLICE_ID")) * len(names)
-    worker = environ.get("TPU_WORKER_ID")
-    return _parse_hosts(
-        {
-            address_name: address.partition(":")[0],
-            "MEGASCALE_NUM_SLICES × TPU_WORKER_HOSTNAMES": slices * len(names),
-            "TPU_WORKER_ID": first_in_slice + _parse_int("TPU_WORKER_ID", worker) if worker else None,
-        }
-    )
+    first_node = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)  # "node003" for "node[003-007,12],other".
+    if not first_node:
+        raise UserError(
+            f"{_SLURM.address}={nodes} must be a list of nodes, as in node[003-007],other.", field=_SLURM.address
+        )
+    port = 20000 + 2 * (_parse_int("SLURM_JOB_ID", environ.get("SLURM_JOB_ID")) % 20000)
+    return f"{first_node[1]}{first_node[2] or ''}:{port}"
+
+
+def _slurm_local_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Return the GPUs that a task of an `srun` step uses, None for all that it sees.
+
+    A task that is alone on its node uses all GPUs. Several tasks of a node divide the GPUs that all of them see. Where Slurm does
+    not say how many there are, each uses one, as in JAX.
+
+    Raises:
+      UserError: a variable of Slurm is malformed, or the GPUs cannot be divided evenly.
+    """
+    tasks = _tasks_on_node(environ)
+    if tasks < 2:
+        return None
+    local = _parse_int("SLURM_LOCALID", environ.get("SLURM_LOCALID"))
+    visible = environ.get("CUDA_VISIBLE_DEVICES") or environ.get("ROCR_VISIBLE_DEVICES")
+    if not visible:
+        return (local,)
+    gpus = visible.count(",") + 1
+    is_bound = gpus == 1 or gpus < _parse_int("SLURM_GPUS_ON_NODE", environ.get("SLURM_GPUS_ON_NODE"))
+    if is_bound:
+        return None  # Slurm has given each task GPUs of its own.
+    if gpus % tasks:
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE: {tasks} tasks on a node cannot divide its {gpus} GPUs evenly; the nearest number of "
+            f"tasks that can is {max(n for n in range(1, tasks) if gpus % n == 0)} (srun --ntasks-per-node).",
+            field="SLURM_STEP_TASKS_PER_NODE",
+        )
+    share = gpus // tasks
+    return tuple(range(local * share, (local + 1) * share))
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> int:
+    """Return the number of tasks of the `srun` step on this node, 1 outside of a step. Raises: UserError."""
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE")
+    if not text:
+        return 1
+    parts = [
+        re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")
+    ]  # "2(x3),1": three nodes with 2 each.
+    counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+    node = _parse_int("SLURM_NODEID", environ.get("SLURM_NODEID"))
+    if None in parts or not 0 <= node < len(counts):
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE={text} must be the number of tasks of each node, as in 2(x3),1, with one for node "
+            f"SLURM_NODEID={node}.",
+            field="SLURM_STEP_TASKS_PER_NODE",
+        )
+    return counts[node]
+
+
+# --- TPU slices ------------------------------------------------------------------------------------
+
+
+def _from_tpu_slice(environ: Mapping[str, str]) -> tuple[Names, _Values]:
+    """Return the hosts of one TPU slice or of several (multislice), as Google Kubernetes Engine names them."""
+    hosts = [name for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
+    slices = _parse_int("MEGASCALE_NUM_SLICES", environ.get("MEGASCALE_NUM_SLICES") or 1)
+    if len(hosts) * slices < 2:
+        return _FLAGS, (None, None, None)
+    names = _TPU_SLICES if slices > 1 else _TPU_SLICE
+    address = environ.get(names.address, "") if slices > 1 else hosts[0]
+    worker = environ.get(names.process)
+    first_in_slice = _parse_int("MEGASCALE_SLICE_ID", environ.get("MEGASCALE_SLICE_ID")) * len(hosts)
+    process = first_in_slice + _parse_int(names.process, worker) if worker else None
+    return names, (address.partition(":")[0], slices * len(hosts), process)

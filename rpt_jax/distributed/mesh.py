@@ -94,20 +94,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     Raises:
       UserError: the sizes do not multiply to the number of devices, or `rollout_tensor` does not fit them.
     """
-    # Replace the size of -1 by what the other sizes leave.
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    unknown = [name for name, size in sizes.items() if size == -1]
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(unknown) > 1 or known < 1 or count % known or (not unknown and known != count):
-        requested = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        expected = f"a multiple of {known} devices" if unknown else f"{known} devices"
-        raise UserError(
-            f"{requested} does not fit {count} devices: expected {expected}, with at most one size of -1.", field="mesh"
-        )
-    for name in unknown:
-        sizes[name] = count // known
+    sizes = _resolve_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
 
     # Split off the axis that changes its role between training and rollouts.
     rollout_tensor = rollout_tensor or sizes["tensor"]
@@ -118,21 +106,61 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     return Mesh(_arrange_devices(shape, devices, rollout_tensor), MESH_AXES, axis_types=axis_types)
 
 
+def _resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Return the sizes of data, fsdp and tensor with -1 replaced by what the others leave.
+
+    Raises:
+      UserError: they do not multiply to `devices`; the message gives the nearest sizes that do.
+    """
+    free = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    resolved = {name: devices // max(known, 1) if size == -1 else size for name, size in sizes.items()}
+    if len(free) < 2 and math.prod(resolved.values()) == devices:
+        return resolved
+
+    # Complete the nearest mesh: each size becomes the largest divisor of the devices left that does not exceed it.
+    left = devices
+    fitting: dict[str, int] = {}
+    for name in ("tensor", "fsdp", "data"):
+        size = 1 if sizes[name] == -1 else sizes[name]
+        fitting[name] = max(n for n in range(1, max(size, 1) + 1) if left % n == 0)
+        left //= fitting[name]
+    fitting[free[0] if free else "data"] *= left
+
+    requested, nearest = (", ".join(f"mesh.{name}={values[name]}" for name in sizes) for values in (sizes, fitting))
+    expected = f"a multiple of {known} devices" if free else f"{known} devices"
+    different = next(
+        name for name in ("tensor", "fsdp", "data") if sizes[name] not in (-1, fitting[name]) or name in free[1:]
+    )
+    raise UserError(
+        f"{requested} does not fit {devices} device{'s' * (devices > 1)}: expected {expected}, with at most one size of -1. The "
+        f"nearest mesh that fits is {nearest}.",
+        field=f"mesh.{different}",
+    )
+
+
+def rollout_tensor_sizes(fsdp: int, tensor: int) -> list[int]:
+    """Return the values of `mesh.rollout_tensor` that fit a training layout, in ascending order."""
+    smaller = [size for size in range(1, tensor + 1) if tensor % size == 0]
+    larger = [tensor * factor for factor in range(2, fsdp + 1) if fsdp % factor == 0]
+    return smaller + larger
+
+
 def resharding_axis_sizes(fsdp: int, tensor: int, rollout_tensor: int) -> tuple[int, int]:
     """Return the sizes of the mesh axes "fsdp_to_tp" and "tp_to_dp".
 
     Raises:
       UserError: `rollout_tensor` neither divides `tensor` nor is a multiple of it that divides fsdp × tensor.
     """
-    fsdp_to_tp = max(1, rollout_tensor // tensor)
-    tp_to_dp = max(1, tensor // rollout_tensor)
-    if tensor * fsdp_to_tp != rollout_tensor * tp_to_dp or fsdp % fsdp_to_tp:
+    sizes = rollout_tensor_sizes(fsdp, tensor)
+    if rollout_tensor not in sizes:
+        nearest = min(sizes, key=lambda size: abs(size - rollout_tensor))
         raise UserError(
             f"mesh.rollout_tensor={rollout_tensor} must divide mesh.tensor={tensor}, or be a multiple of it that divides "
-            f"mesh.fsdp × mesh.tensor = {fsdp * tensor}.",
+            f"mesh.fsdp × mesh.tensor = {fsdp * tensor}; the nearest size that does is {nearest}.",
             field="mesh.rollout_tensor",
         )
-    return fsdp_to_tp, tp_to_dp
+    return max(1, rollout_tensor // tensor), max(1, tensor // rollout_tensor)
 
 
 def _arrange_devices(sizes: tuple[int, ...], devices: Sequence[Any], rollout_tensor: int) -> np.ndarray:

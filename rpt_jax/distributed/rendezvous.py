@@ -132,9 +132,9 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
         server = socket.create_server(("", hosts.port))
     except OSError as error:
         raise UserError(
-            f"process 0 on {names[0]} cannot listen on port {hosts.port} ({error.strerror}); another run may be using it. Choose "
-            "another port with --coordinator, the same one for all processes.",
-            field="--coordinator",
+            f"process 0 on {names[0]} cannot listen on port {hosts.port} ({error.strerror}); another run may be using it. Give "
+            "all processes another port with --coordinator=HOST:PORT.",
+            field=hosts.names.address,
         ) from None
 
     # Accept the processes one by one, until all have reported or the first problem is found.
@@ -151,7 +151,7 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
             try:
                 connection = Connection(server.accept()[0])
                 report = connection.receive(_NOTICE_SECONDS)
-                problem = _mismatch(report, names, hosts.processes, facts)
+                problem = _mismatch(report, names, hosts, facts)
                 accepted.append(connection)
                 if problem is None and report is not None:
                     connections[report["process"]] = connection
@@ -160,8 +160,9 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
                 if time.monotonic() - start >= join_seconds:
                     problem = UserError(
                         f"process 0 on {names[0]} waited {join_seconds:g} s (--join_seconds) for {awaited}, which did not "
-                        f"connect. Start all processes with --coordinator={hosts.address}:{hosts.port}, or change --processes.",
-                        field="--processes",
+                        f"connect. Check that they were started ({hosts.names.processes}={hosts.processes}) and can reach "
+                        f"{hosts.address}:{hosts.port} ({hosts.names.address}).",
+                        field=hosts.names.processes,
                     )
                 elif not notified:
                     logger.warning("process 0 on %s waits for %s on port %d.", names[0], awaited, hosts.port)
@@ -180,19 +181,20 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
     return Members(names=names, connections=connections)
 
 
-def _mismatch(report: Any, names: Mapping[int, str], processes: int, facts: Mapping[str, Any]) -> UserError | None:
+def _mismatch(report: Any, names: Mapping[int, str], hosts: Hosts, facts: Mapping[str, Any]) -> UserError | None:
     """Return the error for a process that cannot take part; None if it can."""
     process = report["process"]
     name = f"process {process} on {report['host']}"
-    if report["processes"] != processes:
+    if report["processes"] != hosts.processes:
         return UserError(
-            f"{name} was started as one of {report['processes']} processes, process 0 on {names[0]} as one of {processes}.",
-            field="--processes",
+            f"{name} was started as one of {report['processes']} processes, process 0 on {names[0]} as one of "
+            f"{hosts.processes} ({hosts.names.processes}): start all with one command.",
+            field=hosts.names.processes,
         )
     if process in names:
         return UserError(
-            f"{name} was started twice, also on {names[process]}: every process needs its own --process.",
-            field="--process",
+            f"{name} was started twice, also on {names[process]}: every process needs its own {hosts.names.process}.",
+            field=hosts.names.process,
         )
     theirs = report["facts"]
     differing = sorted(fact for fact in facts.keys() | theirs.keys() if facts.get(fact) != theirs.get(fact))
@@ -209,7 +211,7 @@ def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: flo
     """As another process, connect to process 0 and wait until all have connected."""
     name = f"process {hosts.process} of {hosts.processes} on {socket.gethostname()}"
     deadline = time.monotonic() + join_seconds
-    connection = Connection(_connect(hosts.address, hosts.port, name, join_seconds, deadline))
+    connection = Connection(_connect(hosts, hosts.port, name, join_seconds, deadline))
     connection.send(process=hosts.process, processes=hosts.processes, host=socket.gethostname(), facts=facts)
     try:
         # Wait a little longer than process 0 does, because its message names the processes that are missing.
@@ -222,37 +224,38 @@ def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: flo
     if answer is None:
         raise UserError(
             f"process 0 at {hosts.address}:{hosts.port} exited while {name} was waiting for the other processes.",
-            field="--coordinator",
+            field=hosts.names.address,
         )
     if "end" in answer:
         raise UserError(answer["why"], field=answer.get("field", ""))
     # Check the port of JAX's coordination service here: if JAX cannot reach it, it aborts with a stack trace.
     try:
-        _connect(hosts.address, hosts.port + 1, name, join_seconds, time.monotonic() + join_seconds).close()
+        _connect(hosts, hosts.port + 1, name, join_seconds, time.monotonic() + join_seconds).close()
     except UserError as error:
-        connection.send(end=int(ExitCode.USER_ERROR), why=str(error))
+        connection.send(end=int(ExitCode.USER_ERROR), why=str(error), field=error.field)
         raise
     names = {int(process): host for process, host in answer["names"].items()}
     return Members(names=names, connections={0: connection})
 
 
-def _connect(address: str, port: int, name: str, join_seconds: float, deadline: float) -> socket.socket:
+def _connect(hosts: Hosts, port: int, name: str, join_seconds: float, deadline: float) -> socket.socket:
     """Connect to process 0, which may not be listening yet. Raises: UserError."""
     notified = False
     while True:
         seconds_left = deadline - time.monotonic()
         try:
-            return socket.create_connection((address, port), timeout=max(0.1, min(_NOTICE_SECONDS, seconds_left)))
+            return socket.create_connection((hosts.address, port), timeout=max(0.1, min(_NOTICE_SECONDS, seconds_left)))
         except OSError as error:
             reason = error.strerror or str(error)
         if seconds_left <= 0:
             raise UserError(
-                f"{name} waited {join_seconds:g} s (--join_seconds) for process 0 at {address}:{port} ({reason}). Check that "
-                "process 0 is running, that this is its address, and that the port is open between the hosts.",
-                field="--coordinator",
+                f"{name} waited {join_seconds:g} s (--join_seconds) for process 0 at {hosts.address}:{port} ({reason}). Check "
+                f"that process 0 is running, that this is its address ({hosts.names.address}), and that the port is open "
+                "between the hosts.",
+                field=hosts.names.address,
             )
         if not notified and seconds_left < join_seconds - _NOTICE_SECONDS:
-            logger.warning("%s waits for process 0 at %s:%d (%s).", name, address, port, reason)
+            logger.warning("%s waits for process 0 at %s:%d (%s).", name, hosts.address, port, reason)
             notified = True
         time.sleep(min(0.5, max(0.0, seconds_left)))
 
@@ -422,6 +425,9 @@ def connect_processes(
             coordinator_address=f"{hosts.address}:{hosts.port + 1}",
             num_processes=hosts.processes,
             process_id=hosts.process,
+            local_device_ids=hosts.local_devices,
+            # What JAX would detect is given above, except for the local devices: under Slurm, JAX would use one per process.
+            cluster_detection_method="deactivate",
             initialization_timeout=math.ceil(join_seconds),
             # Only a fallback: `Rendezvous` notices a dead process earlier, and says which one it was.
             heartbeat_timeout_seconds=math.ceil(2 * stall_seconds) + 60,

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from rpt_jax.distributed.mesh import DECODING, TRAINING, Axes, mesh_fields, prompt_axes
+from rpt_jax.distributed.mesh import DECODING, TRAINING, Axes, mesh_fields, prompt_axes, rollout_tensor_sizes
 from rpt_jax.errors import UserError
 
 # --- parameters ------------------------------------------------------------------------------------
@@ -204,6 +204,7 @@ def _check_divisible(
     sizes = mesh_fields(mesh)
     fitting = dict(sizes)
     problem = ""
+    problem_field = ""
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         for size, axes in zip(leaf.shape, sharding.spec, strict=False):
@@ -214,14 +215,15 @@ def _check_divisible(
             fitting[field] = math.gcd(fitting[field], size)
             if size % sizes[field] and not problem:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
-                problem = f"mesh.{field}={sizes[field]} does not divide the {size} of parameter {name}"
+                problem_field = f"mesh.{field}"
+                problem = f"{problem_field}={sizes[field]} does not divide the {size} of parameter {name}"
     if not problem:
         return
 
     # Complete the nearest mesh: all devices are used, and rollouts still fit the training layout.
     fitting["data"] = mesh.size // (fitting["fsdp"] * fitting["tensor"])
-    if sizes["rollout_tensor"] <= sizes["tensor"]:
-        fitting["rollout_tensor"] = math.gcd(fitting["rollout_tensor"], fitting["tensor"])
+    possible = rollout_tensor_sizes(fitting["fsdp"], fitting["tensor"])
+    fitting["rollout_tensor"] = max(size for size in possible if fitting["rollout_tensor"] % size == 0)
     shown = list(fitting) if sizes["rollout_tensor"] != sizes["tensor"] else ["data", "fsdp", "tensor"]
     nearest = ", ".join(f"mesh.{name}={fitting[name]}" for name in shown)
-    raise UserError(f"{problem}; the nearest mesh that works is {nearest}.", field="mesh")
+    raise UserError(f"{problem}; the nearest mesh that works is {nearest}.", field=problem_field)

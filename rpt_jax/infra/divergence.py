@@ -7,7 +7,7 @@ from typing import Any
 
 from rpt_jax.config import DivergenceConfig
 
-_METRICS = ("reward/mean", "policy/entropy", "mismatch/mean")
+_METRICS = ("reward/drawn_mean", "policy/entropy", "mismatch/mean")
 
 
 class Diverged(Exception):
@@ -41,11 +41,11 @@ class DivergenceMonitor:
         config = self._config
         for metric in _METRICS:
             self.recent[metric] = [*self.recent.get(metric, []), float(scalars[metric])][-config.window :]
-        if len(self.recent["reward/mean"]) < config.window:
+        if len(self.recent["reward/drawn_mean"]) < config.window:
             return []
 
         means = {metric: sum(self.recent[metric]) / config.window for metric in _METRICS}
-        reward = means["reward/mean"]
+        reward = means["reward/drawn_mean"]
         entropy = means["policy/entropy"]
         mismatch = means["mismatch/mean"]
 
@@ -54,8 +54,9 @@ class DivergenceMonitor:
         reward_floor = config.reward_collapse * self.best_reward
         problems: dict[str, str] = {}
         if reward < reward_floor:
-            problems["reward/mean"] = (
-                f"reward/mean {reward:.4g} < {reward_floor:.4g}, divergence.reward_collapse of its best {self.best_reward:.4g}"
+            problems["reward/drawn_mean"] = (
+                f"reward/drawn_mean {reward:.4g} < {reward_floor:.4g}, divergence.reward_collapse of its best "
+                f"{self.best_reward:.4g}"
             )
         if entropy < config.entropy_floor:
             problems["policy/entropy"] = (

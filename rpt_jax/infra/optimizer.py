@@ -10,12 +10,17 @@ from rpt_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Return the learning rate by step: linear warmup, then constant (verl's default) or cosine decay to a tenth."""
+    """Return the learning rate by step: linear warmup, then constant (verl's default) or cosine decay to a tenth.
+
+    The n steps of the warmup have 1, 2, …, n parts of n + 1 of the peak, which the step after them has: no step is wasted on a
+    learning rate of 0.
+    """
+    peak = config.learning_rate
     if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - config.warmup_steps), alpha=0.1)
+        main = optax.cosine_decay_schedule(peak, max(1, total_steps - config.warmup_steps), alpha=0.1)
     else:
-        main = optax.constant_schedule(config.learning_rate)
-    warmup = optax.linear_schedule(0.0, config.learning_rate, max(1, config.warmup_steps))
+        main = optax.constant_schedule(peak)
+    warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, max(1, config.warmup_steps))
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.optimize
+import scipy.special
 
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.errors import UserError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PLOTS = "plots"  # Directory of the plots in that of the run.
 # Distinguishable by color-blind readers (Okabe and Ito), and by marker when printed in gray.
 COLORS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
 MARKERS = {"easy": "o", "medium": "s", "hard": "^"}
@@ -59,15 +61,16 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
     """Fit Equation 5 of the paper by least squares, with P* in [0, 1] and alpha in `ALPHA_BOUNDS`.
 
     Points of zero FLOPs, such as the evaluation at step 0, are left out: Equation 5 is not defined there. The fit is
-    deterministic.
+    deterministic. Least squares always returns some curve, even for noise or a straight line, so the points must determine it:
+    neither alpha nor P* may lie on a bound, and the 95 % interval of alpha must not contain 0.
 
     Args:
       flops: [N] training compute of each evaluation.
       accuracy: [N] accuracies as fractions.
 
     Returns:
-      The curve with R² (one minus the residual sum of squares over that about the mean), or None if three parameters cannot be
-      fitted: fewer than four different FLOPs, or an accuracy that never changes.
+      The curve with R² (one minus the residual sum of squares over that about the mean), or None if the points do not determine
+      it. That includes fewer than four different FLOPs, and an accuracy that never changes.
     """
     # Relative to the geometric mean: C^-alpha of 1e20 FLOPs and more would put A and P* on very different scales.
     points = [(c, p) for c, p in zip(flops, accuracy, strict=True) if c > 0]
@@ -104,20 +107,29 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
         for start in _ALPHA_STARTS
     ]
     best = min(fits, key=lambda fit: fit.cost)
+    residual = 2.0 * float(best.cost)
+    if best.active_mask.any() or _relative_error_of_alpha(best.jac, residual) >= 1.0:
+        return None
 
     # Back to FLOPs, with the goodness of the fit.
     a, log_alpha, p_star = map(float, best.x)
     alpha = float(np.exp(log_alpha))
-    residual = 2.0 * float(best.cost)
     total = float(np.sum((p_N - p_N.mean()) ** 2))
     return PowerLaw(A=a * float(scale**alpha), alpha=alpha, p_star=p_star, r_squared=1.0 - residual / total)
+
+
+def _relative_error_of_alpha(jacobian_Nx3: np.ndarray, residual: float) -> float:
+    """Return the half width of the 95 % interval of alpha divided by alpha, from the linearized fit of A, log alpha and P*."""
+    freedom = len(jacobian_Nx3) - 3
+    covariance_3x3 = np.linalg.pinv(jacobian_Nx3.T @ jacobian_Nx3) * residual / freedom
+    return float(scipy.special.stdtrit(freedom, 0.975) * np.sqrt(covariance_3x3[1, 1]))
 
 
 def write_plots(workdir: Path) -> list[Path]:
     """Write the plots of a run to `workdir/plots/` and return their paths.
 
     These are `reward.png`, `accuracy.png`, `response_length.png` and, if there is an evaluation after the first update,
-    `scaling.png`. A difficulty without positions is left out, and so is a fit with too few evaluations.
+    `scaling.png`. A difficulty without positions is left out, and so is a fit that the evaluations do not determine.
 
     Raises:
       UserError: `metrics.jsonl` or `result.json` is missing, corrupt, or lacks what the plots need.
@@ -127,7 +139,7 @@ def write_plots(workdir: Path) -> list[Path]:
     workdir = Path(workdir)
     metrics = _Metrics(workdir / FILE_NAME)
     direct = _base_accuracy(workdir / RESULT)
-    directory = workdir / "plots"
+    directory = workdir / PLOTS
     directory.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figures = {
@@ -147,8 +159,10 @@ def write_plots(workdir: Path) -> list[Path]:
 def write_entropy_plot(directory: Path, counts_N: np.ndarray, bin_width: float, fractions: Mapping[str, float]) -> Path:
     """Plot the distribution of a corpus' entropies to `directory/entropy.png` and return its path.
 
+    The fractions have a logarithmic axis, because most positions are easy and would hide the others.
+
     Args:
-      directory: existing directory.
+      directory: is made if it does not exist.
       counts_N: positions in each bin of entropy, from 0 nats on.
       bin_width: width of a bin in nats.
       fractions: fraction of positions above each threshold (nats, as text).
@@ -158,9 +172,11 @@ def write_entropy_plot(directory: Path, counts_N: np.ndarray, bin_width: float, 
     axes.bar(edges_N, 100 * counts_N / max(1, counts_N.sum()), width=bin_width, align="edge", color=INK)
     for (threshold, fraction), color in zip(fractions.items(), COLORS.values(), strict=True):
         axes.axvline(float(threshold), color=color, linestyle=DASHES, label=f"{fraction:.1%} above {threshold} nats")
+    axes.set_yscale("log")
     axes.set_xlim(0, float(edges_N[np.flatnonzero(counts_N).max(initial=0)]) + bin_width)
     axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
     _finish(axes, "How hard positions are", "fraction of positions (%)")
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "entropy.png"
     figure.savefig(path)
     return path
@@ -267,7 +283,7 @@ def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) ->
 
 def _plot_reward(metrics: _Metrics) -> Figure:
     figure, (axes,) = _figure()
-    _curve(axes, *metrics.required("step", "reward/mean"), color=INK)
+    _curve(axes, *metrics.required("step", "reward/drawn_mean"), color=INK)
     _step_axis(axes, metrics)
     _finish(axes, "Reward on training positions", "mean reward per rollout")
     return figure
@@ -308,7 +324,7 @@ def _plot_scaling(metrics: _Metrics) -> Figure | None:
     figure, (axes,) = _figure()
     for level, (flops_N, percent_N) in trained.items():
         law = fit_power_law(flops_N, percent_N / 100)
-        label = f"{level}: " + (_formula(law) if law else "no fit, needs four evaluations that differ")
+        label = f"{level}: " + (_formula(law) if law else "not determined by these evaluations")
         style = {"color": COLORS[level], "marker": MARKERS[level], "markersize": 7}
         axes.plot(flops_N, percent_N, linestyle="none", label=label, **style)
         if law:

@@ -16,7 +16,7 @@ class RunContext:
     """Made once in `main` and passed to the task. The default is a single process without signal handlers.
 
     Attributes:
-      signals: saves the run when SIGTERM or SIGINT arrives.
+      signals: saves the run when a stop signal arrives.
       heartbeat: fed by the loops after each stage, so that the processes of a run notice when one of them stalls.
       compile_times: counts compiled programs.
       rendezvous: the other processes of the run; None for a single process.

@@ -1,4 +1,7 @@
-"""Stop signals: the first SIGTERM or SIGINT saves the run and exits, the second one exits at once.
+"""Stop signals: the first one saves the run and exits, a second SIGTERM or SIGINT exits at once.
+
+SIGUSR1, SIGUSR2 and SIGHUP are what schedulers send before a time limit, and what a closed terminal sends. They only ask to save:
+a scheduler may send SIGTERM after one of them, to which the save must not fall victim.
 
 A compilation or a rollout keeps the main thread inside XLA for minutes, and Python runs signal handlers only on the main thread.
 So a background thread waits for signals and saves the last complete state while the main thread is still busy.
@@ -19,14 +22,15 @@ from collections.abc import Callable, Iterator
 
 from rpt_jax.errors import ExitCode
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_URGENT = (signal.SIGTERM, signal.SIGINT)  # A second one of these exits at once.
+_SIGNALS = (*_URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Bytes that the saving thread writes into the pipe of signal numbers. No signals have these numbers.
 _SAVED = 0
 _FAILED = 255
 
 
 class StopSignals:
-    """What SIGTERM and SIGINT do to a run.
+    """What SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 do to a run.
 
     Nothing is handled before `handle` is entered; the other methods work without it too.
 
@@ -77,14 +81,16 @@ class StopSignals:
         """Handle stop signals inside the block. Must be entered on the main thread.
 
         The first signal saves the run and exits with `ExitCode.RESTART` within the grace period; what is not saved by then is
-        lost, and the latest checkpoint remains. A second signal exits at once with 128 + its number.
+        lost, and the latest checkpoint remains. A second SIGTERM or SIGINT exits at once with 128 + its number. A signal
+        that is ignored stays ignored, such as SIGHUP under nohup and SIGINT in the background of a shell script.
 
         An OSError in any thread exits with `ExitCode.USER_ERROR`: the run would otherwise wait forever for a thread that cannot
         write.
         """
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        earlier_handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        earlier_handlers = {number: signal.signal(number, lambda *_: None) for number in handled}
         # Python writes the number of a signal into this pipe immediately, even while the main thread is inside XLA.
         earlier_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         earlier_hook = threading.excepthook
@@ -106,27 +112,29 @@ class StopSignals:
 
     def _watch(self, read_end: int, write_end: int, stopping: threading.Event) -> None:
         """Wait for a signal and exit the process; return when the pipe is closed because the block has ended."""
-        number = _read_byte(read_end, _SIGNALS)
+        number = _read_signal(read_end)
         if number is None:
             os.close(read_end)
             return
         stopping.set()
         self._requested.set()
         when = "after this step, together with the other processes, " if self._at_step_end else ""
-        _print(
-            f"{signal.Signals(number).name}: stopping {when}within {self._grace_seconds:g} s; a second signal stops at once."
-        )
+        is_urgent = number in _URGENT
+        second = "; a second signal stops at once" if is_urgent else ""
+        _print(f"{signal.Signals(number).name}: stopping {when}within {self._grace_seconds:g} s{second}.")
         if not self._at_step_end:
             threading.Thread(target=self._run_save, args=(write_end,), daemon=True).start()
 
         deadline = time.monotonic() + self._grace_seconds
         while select.select([read_end], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            number = _read_byte(read_end, (*_SIGNALS, _SAVED, _FAILED))
-            if number is not None and number in _SIGNALS:
+            number = os.read(read_end, 1)[0]
+            if number in (_SAVED, _FAILED):
+                self._exit(ExitCode.RESTART if number == _SAVED else ExitCode.USER_ERROR, "")
+            if number in _URGENT and is_urgent:
                 self._exit(
                     128 + number, "Stopped at once. Rerun the same command to resume from the latest checkpoint."
                 )
-            self._exit(ExitCode.RESTART if number == _SAVED else ExitCode.USER_ERROR, "")
+            is_urgent = is_urgent or number in _URGENT
         self._exit(
             ExitCode.RESTART,
             f"Nothing was saved within checkpoint.grace_seconds={self._grace_seconds:g}; the latest checkpoint remains.",
@@ -158,17 +166,19 @@ class StopSignals:
             _print(message)
         if self.on_exit:
             self.on_exit(code, message or "it received a stop signal before there was anything to save")
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)  # The main thread may stay inside XLA for minutes.
 
 
 def end_with_parent() -> None:
-    """Exit this worker process when its parent exits, however that happens, and ignore SIGINT.
+    """Exit this worker process when its parent exits, however that happens, and ignore stop signals except SIGTERM.
 
     A parent that ends by `os._exit` or SIGKILL does not tell its children.
     """
-    # A terminal sends SIGINT to all processes; the parent decides what to do.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Terminals and Slurm send their signals to all processes; the parent decides what to do. It ends a worker by SIGTERM.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("end_with_parent must be called in a process that multiprocessing started")
@@ -180,10 +190,10 @@ def end_with_parent() -> None:
     threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
-def _read_byte(read_end: int, wanted: tuple[int, ...]) -> int | None:
-    """Return the next of the `wanted` bytes; None when the pipe is closed. Other signals write other bytes."""
+def _read_signal(read_end: int) -> int | None:
+    """Return the next of `_SIGNALS`; None when the pipe is closed. Other signals write their numbers as well."""
     while byte := os.read(read_end, 1):
-        if byte[0] in wanted:
+        if byte[0] in _SIGNALS:
             return byte[0]
     return None
 
@@ -193,5 +203,6 @@ def _stopped(saved: str) -> str:
 
 
 def _print(text: str) -> None:
-    # Printed and not logged: the main thread may hold the lock of a logging handler.
-    print(text, file=sys.stderr, flush=True)
+    # Printed and not logged: the main thread may hold the lock of a logging handler. A closed terminal cannot be written to.
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

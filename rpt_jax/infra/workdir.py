@@ -28,7 +28,15 @@ _FORMAT_1_CONFIG = "config.json"
 _LOCK = "lock"  # An empty file; it stays after the run.
 _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: look this many times, one second apart.
 # Files that a run leaves in its workdir, which another run would resume from or overwrite.
-_OUTPUTS = (f"{CHECKPOINTS}/*", "metrics.jsonl", RESULT, "tokenizer.model", "policy", "cold_start")
+_OUTPUTS = (
+    f"{CHECKPOINTS}/*",
+    "metrics.jsonl",
+    RESULT,
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "policy",
+    "cold_start",
+)
 # Fields and sections that may change when a run is resumed. None of them changes what is learned from which data, except for the
 # number of steps and the precision, which are only ever changed on purpose.
 _MAY_CHANGE = (

@@ -75,7 +75,7 @@ def rope_frequencies(head_size: int, base: float, scaling: Scaling | None) -> tu
         case Yarn():
             frequency = _scale_yarn(frequency, base, scaling)
             if scaling.attention_factor is None:
-                factor = 0.1 * math.log(scaling.factor) + 1.0
+                factor = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
             else:
                 factor = scaling.attention_factor
     return frequency.astype(np.float32), factor

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.loading import split_overrides
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.preflight.topology import parse_topology, prepare_process
@@ -25,12 +26,15 @@ def main(argv: list[str]) -> int:
     usage, _, description = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight", description=description, usage=usage)
     parser.add_argument("--config", required=True, help="config file; --config.section.field=value overrides a field")
-    parser.add_argument("--topology", required=True, help="chips and their arrangement: v5p:4x4x4, v6e:8x8, h100:8")
+    parser.add_argument(
+        "--topology", required=True, help="chips and their arrangement: v5p:4x4x4, v6e:8x8, v6e-64, h100:8"
+    )
     parser.add_argument("--sweep", action="store_true", help="try meshes and numbers of decode slots and recommend one")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     overrides, rest = split_overrides(argv[1:])
     options = parser.parse_args(rest)
     try:
+        check_local_path("--json", options.json)
         experiment = from_config_dict(load_config_file(options.config), overrides)
         topology = parse_topology(options.topology)
         prepare_process(topology)
@@ -44,6 +48,8 @@ def main(argv: list[str]) -> int:
             result = (sweep if options.sweep else preflight)(experiment, topology)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        if error.field == "--json":
+            return 2
         result = {"fits": False, "error": str(error)}
     if options.json:
         record = {"config": options.config, "overrides": overrides} | result

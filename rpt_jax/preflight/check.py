@@ -130,7 +130,8 @@ def advise(experiment: Experiment, step: Step, report: ProgramReport) -> str:
         slot_bytes = _bytes_per_slot(experiment, step)
         slots = step.decoding.slots // replicas - int(-(-excess // slot_bytes))
         if slots < 1:
-            return f"no rollout.decode_slots is small enough: shorten prompts or responses, or {split_further}"
+            split = _split_rollouts(step) or split_further
+            return f"no rollout.decode_slots is small enough: shorten prompts or responses, or {split}"
         change = f"rollout.decode_slots={slots * replicas} instead of {step.decoding.slots}"
         return f"set {change}, at {slot_bytes / GIB:.3g} GiB per slot"
 
@@ -214,7 +215,17 @@ def _split_further(step: Step) -> str:
     mesh = mesh_fields(step.mesh)
     more_tensor = 2 * mesh["tensor"]
     tensor = f"mesh.tensor={more_tensor} or " if step.policy.config.kv_heads % more_tensor == 0 else ""
+    if mesh["data"] % 2 == 0:
+        return f"set mesh.fsdp={2 * mesh['fsdp']} and mesh.data={mesh['data'] // 2}"
     return f"set {tensor}mesh.fsdp={2 * mesh['fsdp']} (with more chips, or less of another axis)"
+
+
+def _split_rollouts(step: Step) -> str:
+    """Return the advice to split a replica of rollouts over twice as many devices; "" if the policy or the mesh prevents it."""
+    mesh = mesh_fields(step.mesh)
+    size = 2 * mesh["rollout_tensor"]
+    fits = step.policy.config.kv_heads % size == 0 and mesh["fsdp"] * mesh["tensor"] % size == 0
+    return f"set mesh.rollout_tensor={size}" if fits else ""
 
 
 def _bytes_per_slot(experiment: Experiment, step: Step) -> int:

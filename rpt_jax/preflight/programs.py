@@ -133,17 +133,20 @@ def stand_in_tokenizer(vocab: int) -> Tokenizer:
     return Tokenizer(
         pieces=tuple(pieces),
         bos_id=0,
+        prefix_ids=(0,),
         eos_id=1,
         pad_id=1,
         think_id=2,
         end_think_id=3,
         stop_ids=(1,),
         special_ids=frozenset(range(_SPECIAL_TOKENS)),
+        special_names={},
         unused_ids=frozenset(),
         normalizer="",
         fingerprint="",
         source="a stand-in tokenizer",
         encode_ordinary=lambda texts: [[_SPECIAL_TOKENS + byte for byte in text.encode()] for text in texts],
+        encode_template=lambda text, is_start: [_SPECIAL_TOKENS + byte for byte in text.encode()],
     )
 
 
@@ -183,6 +186,7 @@ def _rpt_programs(
             vocab.bytes_VxX,
             vocab.lengths_V,
             tokenizer.end_think_id,
+            reading=experiment.prompt.box_reading,
         )
 
     def lower_training_reward() -> jax.stages.Lowered:

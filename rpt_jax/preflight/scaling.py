@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.console import table
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plot", type=Path, help="image file to draw")
     options = parser.parse_args(argv[1:])
     try:
+        check_local_path("--plot", options.plot)
         runs = [read_run(path) for path in options.runs]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

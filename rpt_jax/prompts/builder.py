@@ -10,10 +10,10 @@ import numpy as np
 
 from rpt_jax.config import PromptConfig
 from rpt_jax.errors import UserError, nearest
-from rpt_jax.prompts.chat_template import chat_ids
+from rpt_jax.prompts.chat_template import render_chat
 from rpt_jax.prompts.positions import Position
 from rpt_jax.registry import PROMPT_TEMPLATES
-from rpt_jax.tokenizers.tokenizer import Tokenizer
+from rpt_jax.tokenizers.tokenizer import END_THINK, THINK, Tokenizer
 
 
 class PromptBatch(NamedTuple):
@@ -68,25 +68,33 @@ class PromptBuilder:
         last_byte_V = self._bytes_VxX[np.arange(len(self._lengths_V)), np.maximum(self._lengths_V, 1) - 1]
         self._ends_line_V = last_byte_V == ord("\n")
 
-        # Encode the template, inside the model's chat template if there is one.
+        # Encode the template. Outside of a chat template, which is complete, the tokenizer's own prefix comes first.
         before, after = read_template(config.template)
-        self.before = tokenizer.encode(before)
-        self.after = tokenizer.encode(after)
         if config.chat_template:
-            opening, closing = chat_ids(tokenizer)
-            self.before = opening + self.before
-            self.after = self.after + closing
+            before, after = render_chat(tokenizer, before, after)
+        self.before = tokenizer.encode_template(before, True)
+        self.after = tokenizer.encode_template(after, False)
+        prefix = list(tokenizer.prefix_ids)
+        if not config.chat_template and self.before[: len(prefix)] != prefix:
+            self.before = prefix + self.before
 
-        # Add the begin-of-text and <think> tokens, which some chat templates already contain.
-        if self.before[:1] != [tokenizer.bos_id]:
-            self.before = [tokenizer.bos_id, *self.before]
+        # Let the response begin with reasoning, unless the template opens it already.
+        reasoning = reasoning_marker(tokenizer, self.after, in_chat=config.chat_template)
+        if reasoning == END_THINK:
+            field = "prompt.chat_template" if config.chat_template else "prompt.template"
+            raise UserError(
+                f"{field}={getattr(config, field.partition('.')[2])}: the template ends the reasoning itself, with {END_THINK} in "
+                f"front of the response. No response could earn anything, because a prediction counts only after {END_THINK} in the "
+                "response. Use a template without it.",
+                field=field,
+            )
         if config.prefill_think_token:
             if tokenizer.think_id < 0:
                 raise UserError(
                     "prompt.prefill_think_token=True needs a tokenizer with a <think> token; set it to False.",
                     field="prompt.prefill_think_token",
                 )
-            if tokenizer.think_id not in self.after:
+            if reasoning != THINK:
                 self.after = [*self.after, tokenizer.think_id]
 
         # The rest of the prompt is left for the context.
@@ -154,6 +162,23 @@ class PromptBuilder:
             boundaries_Rp1[end] = True
             reference_ids_R[index] = token
         return reference_R, boundaries_Rp1, reference_ids_R
+
+
+def reasoning_marker(tokenizer: Tokenizer, after: Sequence[int], *, in_chat: bool) -> str:
+    """Return the marker that the response starts behind: <think>, </think>, or "" for none.
+
+    Args:
+      tokenizer: that of the prompt.
+      after: token ids of the prompt after the context.
+      in_chat: whether they are of a chat template. Then the markers after the last special token count, which are in the
+        assistant's turn. Else only a marker at the very end counts, because an instruction may mention them.
+    """
+    markers = {tokenizer.think_id: THINK.encode(), tokenizer.end_think_id: END_THINK.encode()}
+    turns = [n for n, i in enumerate(after, start=1) if i in tokenizer.special_ids and i not in markers]
+    tail = after[max(turns, default=0) :]
+    text = b"".join(markers.get(i, tokenizer.pieces[i]) for i in tail).decode(errors="replace").rstrip()
+    last = max(THINK, END_THINK, key=text.rfind)
+    return last if last in text and (in_chat or text.endswith(last)) else ""
 
 
 def read_template(name: str) -> tuple[str, str]:

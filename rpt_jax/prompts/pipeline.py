@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -19,18 +20,21 @@ _MAX_SHUFFLED = 2**32 - 1  # Elements that grain can shuffle.
 
 
 class PromptStream:
-    """Infinite iterator over batches of prompts, in a given order of positions.
+    """Infinite iterator over batches of prompts, in given orders of positions: one for each stage of training.
 
-    The state is the index of the next batch and that of the first batch of the current order. It does not depend on the
-    number of processes or workers, which may change between runs. The index of a prompt in the stream is its id, so the
+    The state is the stage, the index of the next batch and that of the first batch of the current order. It does not depend on
+    the number of processes or workers, which may change between runs. The index of a prompt in the stream is its id, so the
     random numbers of its samples are the same after a restart.
+
+    Attributes:
+      stages: number of stages.
     """
 
     def __init__(
         self,
         builder: PromptBuilder,
         windows: Sequence[Sequence[int]],
-        order: grain.MapDataset,
+        orders: Sequence[grain.MapDataset],
         *,
         batch: int,
         workers: int = 0,
@@ -40,7 +44,7 @@ class PromptStream:
         Args:
           builder: builds the prompt of a position.
           windows: token ids of the windows that positions refer to.
-          order: positions, as `position_order` returns them.
+          orders: positions of each stage, as `position_order` returns them.
           batch: prompts in a batch, over all processes.
           workers: processes that build batches ahead; 0 = a thread of this process.
           process: (index, count): this process builds the index-th of `count` equal parts of every batch.
@@ -56,13 +60,18 @@ class PromptStream:
         self._workers = workers
         self._local_part = slice(index * batch // count, (index + 1) * batch // count)
         self._next_batch = 0
-        self.switch_order(order)
+        self.switch_orders(orders)
 
-    def switch_order(self, order: grain.MapDataset) -> None:
-        """Take the following batches from the beginning of another order."""
-        self._order = order
-        self._first_batch = self._next_batch
-        self._open_iterator()
+    def switch_orders(self, orders: Sequence[grain.MapDataset]) -> None:
+        """Take the following batches from the beginning of the first of other orders."""
+        self._orders = list(orders)
+        self.stages = len(self._orders)
+        self._open_stage(0)
+
+    def enter_stage(self, stage: int) -> None:
+        """Take the following batches from the order of a stage: from its beginning, unless it is the current one."""
+        if stage != self._stage:
+            self._open_stage(stage)
 
     def __iter__(self) -> PromptStream:
         return self
@@ -74,12 +83,18 @@ class PromptStream:
 
     def get_state(self) -> dict[str, int]:
         """Return the state for `set_state`, as JSON values."""
-        return {"batch": self._next_batch, "first": self._first_batch}
+        return {"batch": self._next_batch, "first": self._first_batch, "stage": self._stage}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continue where a stream with the same current order was."""
+        """Continue where a stream with the same orders was."""
+        self._stage = state["stage"]
         self._next_batch = state["batch"]
         self._first_batch = state["first"]
+        self._open_iterator()
+
+    def _open_stage(self, stage: int) -> None:
+        self._stage = stage
+        self._first_batch = self._next_batch
         self._open_iterator()
 
     def _open_iterator(self) -> None:
@@ -95,7 +110,8 @@ class PromptStream:
         def build(prompts: Sequence[tuple[int, Position]]) -> PromptBatch:
             return stack([builder.build(i, windows[p.window], p) for i, p in prompts[local_part]])
 
-        batches = self._order.map_with_index(add_id).batch(self._batch, drop_remainder=True, batch_fn=list).map(build)
+        order = self._orders[self._stage]
+        batches = order.map_with_index(add_id).batch(self._batch, drop_remainder=True, batch_fn=list).map(build)
         remaining = batches[self._next_batch - self._first_batch :].to_iter_dataset(_READ_OPTIONS)
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
@@ -104,55 +120,73 @@ class PromptStream:
 
 
 def position_order(
-    stages: Sequence[Sequence[Position]],
+    parts: Sequence[Sequence[Position]],
     weights: Sequence[float],
     *,
-    stage_prompts: int,
     batch: int,
     per_window: int,
-    seed: int,
+    seed: tuple[int, ...],
 ) -> grain.MapDataset:
     """Return an infinite order of positions, shuffled anew in every epoch; a function of (seed, index).
 
     Args:
-      stages: the positions of each stage of a curriculum and, within a stage, of each part of a mixture; a single element if
-        there is neither.
-      weights: sampling weights of the parts of a mixture; [] = one part.
-      stage_prompts: prompts of every stage except the last, which is infinite.
+      parts: the positions of each part of a mixture; a single element if there is none.
+      weights: sampling weights of the parts; [] = one part.
       batch: prompts in a batch.
       per_window: maximum number of positions of a window in a batch (see `WindowOrder`); 0 = no limit, and positions are
         shuffled independently.
-      seed: of the shuffling.
+      seed: of the shuffling; each part has its own shuffles.
 
     Raises: UserError, if there are more positions than can be shuffled, or too few for `per_window`.
     """
+    orders = [
+        grain.MapDataset.source(_shuffle(positions, batch=batch, per_window=per_window, seed=(*seed, part)))
+        for part, positions in enumerate(parts)
+    ]
+    return grain.MapDataset.mix(orders, weights) if weights else orders[0]
 
-    def repeat_shuffled(positions: Sequence[Position]) -> grain.MapDataset:
-        if per_window:
-            if not isinstance(positions, PositionIndex):
-                raise TypeError("per_window needs positions that are grouped by window, a PositionIndex")
-            return grain.MapDataset.source(WindowOrder(positions, per_window=per_window, batch=batch, seed=seed))
-        if len(positions) > _MAX_SHUFFLED:
-            raise UserError(
-                f"{len(positions):,} positions were chosen, but at most {_MAX_SHUFFLED:,} can be shuffled: raise "
-                "data.entropy_threshold.",
-                field="data.entropy_threshold",
-            )
-        return grain.MapDataset.source(positions).shuffle(seed=seed).repeat()
 
-    # Mix the parts of each stage.
-    parts = max(1, len(weights))
-    mixed_stages = []
-    for first in range(0, len(stages), parts):
-        datasets = [repeat_shuffled(positions) for positions in stages[first : first + parts]]
-        mixed_stages.append(grain.MapDataset.mix(datasets, weights) if weights else datasets[0])
-    if len(mixed_stages) == 1:
-        return mixed_stages[0]
+def _shuffle(
+    positions: Sequence[Position], *, batch: int, per_window: int, seed: tuple[int, ...]
+) -> ShuffledEpochs | WindowOrder:
+    if per_window:
+        if not isinstance(positions, PositionIndex):
+            raise TypeError("per_window needs positions that are grouped by window, a PositionIndex")
+        return WindowOrder(positions, per_window=per_window, batch=batch, seed=seed)
+    if len(positions) > _MAX_SHUFFLED:
+        raise UserError(
+            f"{len(positions):,} positions were chosen, but at most {_MAX_SHUFFLED:,} can be shuffled: raise "
+            "data.entropy_threshold.",
+            field="data.entropy_threshold",
+        )
+    return ShuffledEpochs(positions, seed)
 
-    # Concatenate the stages. The last one is cut so that the total length does not overflow.
-    limited = [dataset[:stage_prompts] for dataset in mixed_stages[:-1]]
-    last = mixed_stages[-1][: sys.maxsize - stage_prompts * len(limited)]
-    return grain.MapDataset.concatenate([*limited, last])
+
+def epoch_seed(seed: tuple[int, ...], epoch: int) -> int:
+    """Return a 32-bit seed for an epoch, independent of those of other epochs and other seeds.
+
+    grain's own rule, seed + epoch, would give epoch 2 of one seed the order of epoch 1 of the next.
+    """
+    return int(np.random.SeedSequence((*seed, epoch)).generate_state(1)[0])
+
+
+class ShuffledEpochs:
+    """Infinite order of some items, shuffled anew in every epoch; a function of (seed, index)."""
+
+    def __init__(self, items: Sequence[Any], seed: tuple[int, ...]):
+        self._items = items
+        self._seed = seed
+        self._cached_epoch: tuple[int, grain.MapDataset] | None = None
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        epoch, slot = divmod(int(index), len(self._items))
+        if self._cached_epoch is None or self._cached_epoch[0] != epoch:
+            order = grain.MapDataset.range(len(self._items)).shuffle(seed=epoch_seed(self._seed, epoch))
+            self._cached_epoch = epoch, order
+        return self._items[self._cached_epoch[1][slot]]
 
 
 class WindowOrder:
@@ -163,7 +197,7 @@ class WindowOrder:
     turns over the epochs.
     """
 
-    def __init__(self, positions: PositionIndex, *, per_window: int, batch: int, seed: int):
+    def __init__(self, positions: PositionIndex, *, per_window: int, batch: int, seed: tuple[int, ...]):
         """Raises: UserError, if one epoch does not fill a batch."""
         self._positions = positions
         self._per_window = per_window
@@ -190,13 +224,13 @@ class WindowOrder:
         count = int(self._positions.counts_M[m])
         # Consecutive epochs take consecutive positions of a fixed random order of the window's positions.
         turn = (epoch * self._per_window + slot - int(first_slot_M[place])) % count
-        chosen = np.random.default_rng((self._seed, m)).permutation(count)[turn]
+        chosen = np.random.default_rng((*self._seed, m)).permutation(count)[turn]
         return self._positions[self._positions.first_index(m) + int(chosen)]
 
     def _shuffle_windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the order of the windows in an epoch, and the first slot of each in that order."""
         if self._cached_epoch is None or self._cached_epoch[0] != epoch:
-            shuffled_M = np.random.default_rng((self._seed, epoch, 1)).permutation(len(self._taken_M))
+            shuffled_M = np.random.default_rng((*self._seed, epoch, 1)).permutation(len(self._taken_M))
             first_slot = np.concatenate([[0], np.cumsum(self._taken_M[shuffled_M], dtype=np.int64)])
             self._cached_epoch = epoch, shuffled_M, first_slot
         return self._cached_epoch[1], self._cached_epoch[2]
@@ -213,5 +247,6 @@ def example_stream(
       batch: examples in a batch.
       seed: of the order and of the generators.
     """
-    dataset = grain.MapDataset.range(documents).shuffle(seed=seed).repeat().random_map(make, seed=seed)
+    order = ShuffledEpochs(range(documents), (seed,))
+    dataset = grain.MapDataset.source(order).random_map(make, seed=seed)
     return iter(dataset.batch(batch, drop_remainder=True).to_iter_dataset(_READ_OPTIONS))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,15 +22,11 @@ from rpt_jax.config import DataConfig
 from rpt_jax.corpus.store import Records
 from rpt_jax.registry import POSITION_CHOICES
 
-if TYPE_CHECKING:
-    from rpt_jax.corpus.entropy import Scores
-
 CURRICULUM_STAGES = 8  # Stages of the easy-to-hard curriculum, each with the same number of positions.
 _RECORDS_PER_READ = 1024
-_BELOW_ALL = -0.5  # Nats: below every entropy, and above the value stored for special tokens.
-
-# The entropies of a window's positions by the number of its record: (renormalized, not renormalized), float32 [S] each.
-Entropies = Records | Mapping[int, tuple[np.ndarray, ...]]
+_SIGN = 1 << 31  # Sign bit of a float32.
+_NOT_A_POSITION = -1.0  # In place of the entropy of a token that cannot be predicted; also stored for special tokens.
+_BELOW_ALL = -0.5  # Nats: below every entropy, and above `_NOT_A_POSITION`.
 
 
 class Position(NamedTuple):
@@ -47,24 +43,69 @@ class Position(NamedTuple):
     entropy: float
 
 
-def choose_positions(scores: Sequence[Scores], threshold: float, min_context: int) -> list[Position]:
-    """Return the positions whose entropy is above a threshold (paper, section 3.3, which does not give the value).
+def choose_positions(
+    windows: Sequence[Sequence[int]],
+    entropies: Sequence[np.ndarray],
+    boxable_V: np.ndarray,
+    threshold: float,
+    min_context: int,
+) -> tuple[list[Position], int]:
+    """Return the positions whose entropy is above a threshold and whose token a box can hold, and the number of the others.
 
     Args:
-      scores: of each window.
+      windows: token ids of each window.
+      entropies: of each window, float32 [S], in nats.
+      boxable_V: bool, the tokens that a box can hold.
       threshold: in nats.
       min_context: positions with fewer tokens before them are left out, because almost every token is hard to predict without
         context.
+
+    Returns: the positions, and how many are left out only because no box can hold their token.
     """
     chosen = []
-    for window, score in enumerate(scores):
-        above = np.flatnonzero(score.entropy_S > threshold)
+    above = 0
+    for window, (ids, entropy_S) in enumerate(zip(windows, entropies, strict=True)):
+        above_S = entropy_S > threshold
+        above_S[:min_context] = False
+        above += int(above_S.sum())
         chosen += [
-            Position(window=window, position=int(i), entropy=float(score.entropy_S[i]))
-            for i in above
-            if i >= min_context
+            Position(window=window, position=int(i), entropy=float(entropy_S[i]))
+            for i in np.flatnonzero(above_S & boxable_V[ids])
         ]
-    return chosen
+    return chosen, above - len(chosen)
+
+
+# Entropies of the positions of a window by the number of its record: (renormalized, not renormalized), float32 [S] each.
+StoredEntropies = Records | Mapping[int, tuple[np.ndarray, ...]]
+
+
+class Entropies:
+    """Entropies by the number of a record, without those of tokens that no box can hold. Picklable."""
+
+    def __init__(self, stored: StoredEntropies, tokens: Records, boxable_V: np.ndarray):
+        """
+        Args:
+          stored: entropies as a prepared corpus has them.
+          tokens: token ids, with the same numbers.
+          boxable_V: bool, the tokens that a box can hold.
+        """
+        self._stored = stored
+        self._tokens = tokens
+        self._boxable_V = boxable_V
+
+    def read(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, ...]]:
+        """Return both entropies of each record, float32 [S] each; -1 for a token that no box can hold."""
+        stored = self._stored
+        found = stored.read(numbers) if isinstance(stored, Records) else [stored[number] for number in numbers]
+        tokens = self._tokens.read(numbers)
+        return [
+            tuple(np.where(self._boxable_V[ids], entropy_S, np.float32(_NOT_A_POSITION)) for entropy_S in record)
+            for record, (ids, _) in zip(found, tokens, strict=True)
+        ]
+
+    def count_left_out(self, numbers: Sequence[int], min_context: int) -> int:
+        """Return the number of tokens that no box can hold, with at least `min_context` tokens of their window before them."""
+        return sum(int((~self._boxable_V[ids[min_context:]]).sum()) for ids, _ in read_in_blocks(self._tokens, numbers))
 
 
 class PositionRule(Protocol):
@@ -85,7 +126,7 @@ class PositionRule(Protocol):
 
         Args:
           record_number: the number of the window's record in the corpus.
-          entropy_S: what `entropy` returned; negative at special tokens, which must not be chosen.
+          entropy_S: what `entropy` returned; negative at tokens that no box can hold, which must not be chosen.
         """
         ...
 
@@ -94,7 +135,7 @@ class PositionRule(Protocol):
 class EntropyRule:
     """Chooses positions with an entropy in (low, high] nats, or a random fraction of them.
 
-    Special tokens are never chosen, because a negative number is stored in place of their entropy.
+    Tokens that no box can hold are never chosen, because they have a negative number in place of their entropy.
 
     Attributes:
       low, high: bounds of the entropy, in nats.
@@ -133,7 +174,7 @@ class PositionIndex(Sequence):
 
     def __init__(
         self,
-        scores: Entropies,
+        entropies: Entropies,
         record_numbers_W: np.ndarray,
         rule: PositionRule,
         windows_M: np.ndarray,
@@ -141,13 +182,13 @@ class PositionIndex(Sequence):
     ):
         """
         Args:
-          scores: stored entropies by record number.
+          entropies: by record number.
           record_numbers_W: the record number of each window; `Position.window` is an index into it.
           rule: chooses the positions of a window.
           windows_M: uint32, the windows that have positions, in ascending order.
           counts_M: uint32, the number of positions of each of these windows.
         """
-        self._scores = scores
+        self._entropies = entropies
         self._record_numbers_W = record_numbers_W
         self._rule = rule
         self._windows_M = windows_M
@@ -158,7 +199,7 @@ class PositionIndex(Sequence):
         """Return the index of the positions in some of the windows, bool [W]; windows keep their numbers."""
         kept_M = kept_W[self._windows_M]
         return PositionIndex(
-            scores=self._scores,
+            entropies=self._entropies,
             record_numbers_W=self._record_numbers_W,
             rule=self._rule,
             windows_M=self._windows_M[kept_M],
@@ -177,7 +218,8 @@ class PositionIndex(Sequence):
         m = int(np.searchsorted(self._first_index_M, index, side="right")) - 1
         window = int(self._windows_M[m])
         record_number = int(self._record_numbers_W[window])
-        entropy_S = self._rule.entropy(self._scores[record_number])
+        [record] = self._entropies.read([record_number])
+        entropy_S = self._rule.entropy(record)
         position = int(self._rule.positions(record_number, entropy_S)[index - self._first_index_M[m]])
         return Position(window=window, position=position, entropy=float(entropy_S[position]))
 
@@ -185,16 +227,17 @@ class PositionIndex(Sequence):
 class EntropyReader:
     """Reads the entropies of all positions with enough context, for choices that depend on their distribution.
 
-    Every call returns a new iterator over the windows, float32 [S] each. Special tokens are included, as negative numbers.
+    Every call returns a new iterator over the windows, float32 [S] each. Tokens that no box can hold are included, as negative
+    numbers.
     """
 
-    def __init__(self, config: DataConfig, scores: Entropies, record_numbers_M: np.ndarray):
+    def __init__(self, config: DataConfig, entropies: Entropies, record_numbers_M: np.ndarray):
         self._rule = every_position(config)
-        self._scores = scores
+        self._entropies = entropies
         self._record_numbers_M = record_numbers_M
 
     def __call__(self) -> Iterator[np.ndarray]:
-        for _, record in _read_records(self._scores, self._record_numbers_M):
+        for record in read_in_blocks(self._entropies, self._record_numbers_M):
             yield self._rule.entropy(record)[self._rule.min_context :]
 
 
@@ -258,7 +301,7 @@ def hardest_for_the_policy(config: DataConfig, entropies: EntropyReader) -> list
 
 
 def index_positions(
-    config: DataConfig, scores: Entropies, record_numbers_W: np.ndarray, windows_M: np.ndarray | None = None
+    config: DataConfig, entropies: Entropies, record_numbers_W: np.ndarray, windows_M: np.ndarray | None = None
 ) -> list[PositionIndex]:
     """Apply the choice of `data.positions` to windows.
 
@@ -266,7 +309,7 @@ def index_positions(
 
     Args:
       config: names the choice.
-      scores: stored entropies by record number.
+      entropies: by record number.
       record_numbers_W: the record number of each window.
       windows_M: the windows to choose from, indices into `record_numbers_W`; None = all.
 
@@ -275,17 +318,17 @@ def index_positions(
     if windows_M is None:
         windows_M = np.arange(len(record_numbers_W), dtype=np.uint32)
     record_numbers_M = record_numbers_W[windows_M]
-    entropies = EntropyReader(config, scores, record_numbers_M)
-    rules: list[PositionRule] = POSITION_CHOICES[config.positions].function(config, entropies)
+    reader = EntropyReader(config, entropies, record_numbers_M)
+    rules: list[PositionRule] = POSITION_CHOICES[config.positions].function(config, reader)
 
     # Count the positions of every window.
     counts_RxM = np.zeros((len(rules), len(windows_M)), np.uint32)
-    for m, (record_number, record) in enumerate(_read_records(scores, record_numbers_M)):
+    for m, record in enumerate(read_in_blocks(entropies, record_numbers_M)):
         for r, rule in enumerate(rules):
-            counts_RxM[r, m] = len(rule.positions(record_number, rule.entropy(record)))
+            counts_RxM[r, m] = len(rule.positions(int(record_numbers_M[m]), rule.entropy(record)))
     return [
         PositionIndex(
-            scores=scores,
+            entropies=entropies,
             record_numbers_W=record_numbers_W,
             rule=rule,
             windows_M=windows_M[counts_M > 0],
@@ -295,37 +338,36 @@ def index_positions(
     ]
 
 
-def _read_records(scores: Entropies, record_numbers_M: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-    """Yield (record number, record), read in blocks to bound memory."""
-    for first in range(0, len(record_numbers_M), _RECORDS_PER_READ):
-        numbers = record_numbers_M[first : first + _RECORDS_PER_READ].tolist()
-        records = scores.read(numbers) if isinstance(scores, Records) else [scores[number] for number in numbers]
-        yield from zip(numbers, records, strict=True)
+def read_in_blocks(
+    source: Entropies | Records, numbers: Sequence[int] | np.ndarray
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield the records with the given numbers, read in blocks to bound memory."""
+    for first in range(0, len(numbers), _RECORDS_PER_READ):
+        yield from source.read([int(number) for number in numbers[first : first + _RECORDS_PER_READ]])
 
 
 def quantiles(read_values: Callable[[], Iterable[np.ndarray]], fractions: Sequence[float], above: float) -> list[float]:
     """Return exact quantiles of the float32 values greater than `above`, in bounded memory.
 
     The quantile of a fraction is the smallest value that at least this fraction of the values does not exceed. Values are
-    counted in two passes, by the upper and then by the lower 16 bits of their float32 representation, whose order is the order
-    of non-negative numbers.
+    counted in two passes, by the upper and then by the lower 16 bits of an integer that orders as they do.
 
     Args:
-      read_values: returns all values in arrays of any length; called twice. Values above `above` must be non-negative.
+      read_values: returns all values in arrays of any length; called twice.
       fractions: in [0, 1].
       above: values up to this one do not count.
 
     Returns: one value for each fraction; max(above, 0) if there are no values.
     """
 
-    def read_bits() -> Iterator[np.ndarray]:
+    def read_keys() -> Iterator[np.ndarray]:
         for values in read_values():
-            yield values[values > above].astype(np.float32).view(np.uint32)
+            yield _ordered_bits(values[values > above])
 
     # First pass: a histogram over the upper halves shows in which of them each quantile lies.
     upper_counts = np.zeros(2**16, np.int64)
-    for bits in read_bits():
-        upper_counts += np.bincount(bits >> 16, minlength=2**16)
+    for keys in read_keys():
+        upper_counts += np.bincount(keys >> 16, minlength=2**16)
     total = int(upper_counts.sum())
     if not total:
         return [float(max(above, 0.0))] * len(fractions)
@@ -335,12 +377,27 @@ def quantiles(read_values: Callable[[], Iterable[np.ndarray]], fractions: Sequen
 
     # Second pass: histograms over the lower halves of the values in these ranges.
     lower_counts = {upper: np.zeros(2**16, np.int64) for upper in uppers}
-    for bits in read_bits():
+    for keys in read_keys():
         for upper, counts in lower_counts.items():
-            counts += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=2**16)
+            counts += np.bincount(keys[keys >> 16 == upper] & 0xFFFF, minlength=2**16)
 
     found = []
     for rank, upper in zip(ranks, uppers, strict=True):
         lower = int(np.searchsorted(np.cumsum(lower_counts[upper]), rank - cumulative[upper]))
-        found.append(float(np.array((upper << 16) | lower, np.uint32).view(np.float32)))
+        found.append(_from_ordered_bits((upper << 16) | lower))
     return found
+
+
+def _ordered_bits(values: np.ndarray) -> np.ndarray:
+    """Return uint32 keys that order as the float32 values do, with both zeros equal.
+
+    The bits of a non-negative float order as unsigned integers do, those of a negative one in reverse.
+    """
+    bits = (values.astype(np.float32) + np.float32(0.0)).view(np.uint32)  # The sum turns -0.0 into 0.0.
+    return np.where(bits >> 31, ~bits, bits | _SIGN)
+
+
+def _from_ordered_bits(key: int) -> float:
+    """Return the value whose key `_ordered_bits` returns."""
+    bits = key ^ _SIGN if key & _SIGN else ~key & 0xFFFFFFFF
+    return float(np.array(bits, np.uint32).view(np.float32))

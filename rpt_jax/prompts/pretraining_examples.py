@@ -38,12 +38,15 @@ class ExampleMaker:
     sampling, except that contexts longer than `prompt.max_tokens` are not cut.
     """
 
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[np.ndarray]):
+    def __init__(
+        self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[np.ndarray], boxable_V: np.ndarray
+    ):
         """
         Args:
           experiment: the config.
           tokenizer: encodes the template and the traces.
           documents: token ids of each document, at most `data.max_document_tokens`; read lazily.
+          boxable_V: bool, the tokens that a box can hold; no trace predicts another.
         """
         self._config = experiment.pretrain
         self._max_document_tokens = experiment.data.max_document_tokens
@@ -51,6 +54,7 @@ class ExampleMaker:
         self._tokenizer = tokenizer
         self._prompt = PromptBuilder(experiment.prompt, tokenizer)
         self._documents = documents
+        self._boxable_V = boxable_V
 
     def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return the example of one document.
@@ -82,7 +86,7 @@ class ExampleMaker:
         # Traces at positions of the document, then drills, which do not need the document.
         max_trace_tokens = self._config.row_tokens + 1 - max(1, len(after))
         writer = TRACE_WRITERS[self._config.traces].function(self._tokenizer, ids, self._config, max_trace_tokens)
-        positions = [p for p in self._draw_positions(len(ids), writer, rng) if writer.can_box(p)]
+        positions = [p for p in self._draw_positions(len(ids), writer, rng) if self._boxable_V[ids[p]]]
         traces = [_Trace(prompt=[*before, *ids[:p], *after], response=writer.write(p, rng), given=0) for p in positions]
         drills = [_Trace(prompt=after, response=response, given=given) for response, given in writer.drills(rng)]
 

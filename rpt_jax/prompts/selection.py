@@ -19,8 +19,8 @@ from rpt_jax.corpus.sources import source_name
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.pipeline import PromptStream, position_order
-from rpt_jax.prompts.positions import index_positions
+from rpt_jax.prompts.pipeline import PromptStream, ShuffledEpochs, position_order
+from rpt_jax.prompts.positions import Entropies, index_positions
 from rpt_jax.registry import POSITION_CHOICES
 
 logger = logging.getLogger(__name__)
@@ -66,36 +66,56 @@ class PolicyEntropies:
 
 
 def training_stream(
-    experiment: Experiment, prepared: PreparedCorpus, windows: Windows, builder: PromptBuilder
+    experiment: Experiment,
+    prepared: PreparedCorpus,
+    windows: Windows,
+    boxable_V: np.ndarray,
+    builder: PromptBuilder,
 ) -> PromptStream:
-    """Return the stream of training prompts, in the order of the proxy's entropies.
+    """Return the stream of training prompts, chosen by the proxy's entropies.
 
     Args:
       experiment: the config.
       prepared: the corpus with the proxy's entropies.
       windows: its training windows.
+      boxable_V: bool, the tokens that a box can hold.
       builder: builds the prompt of a position.
 
     Raises: UserError, if there are too few positions for a step.
     """
+    data = experiment.data
+    left_out = Entropies(prepared.scores, prepared.corpus.tokens, boxable_V).count_left_out(
+        windows.numbers_N, data.min_context
+    )
+    if left_out:
+        total = prepared.corpus.token_count("train")
+        logger.info(
+            f"{left_out:,} of {total:,} training positions ({left_out / total:.2%}) are left out: no box can hold their next "
+            f"token, as prompt.box_reading='{experiment.prompt.box_reading}' reads it."
+        )
     return PromptStream(
         builder,
         windows,
-        training_order(experiment, prepared, windows),
+        training_orders(experiment, prepared, windows, boxable_V),
         batch=experiment.training.prompts_per_step,
         workers=experiment.data.workers,
     )
 
 
-def training_order(
-    experiment: Experiment, prepared: PreparedCorpus, windows: Windows, policy_entropies: PolicyEntropies | None = None
-) -> grain.MapDataset:
-    """Return the infinite order of the training positions that `data.positions` chooses.
+def training_orders(
+    experiment: Experiment,
+    prepared: PreparedCorpus,
+    windows: Windows,
+    boxable_V: np.ndarray,
+    policy_entropies: PolicyEntropies | None = None,
+) -> list[grain.MapDataset]:
+    """Return an infinite order of the training positions that `data.positions` chooses, for each stage of training.
 
     Args:
       experiment: the config.
       prepared: the corpus with the proxy's entropies.
       windows: its training windows.
+      boxable_V: bool, the tokens that a box can hold.
       policy_entropies: if given, positions are chosen by these instead, among the windows that they cover.
 
     Raises: UserError, if there are too few positions for a step.
@@ -105,23 +125,27 @@ def training_order(
 
     # Choose the positions of every stage.
     if policy_entropies is not None:
-        stages = index_positions(data, policy_entropies.records, windows.numbers_N, policy_entropies.windows_M)
+        stored = policy_entropies.records
+        windows_M = policy_entropies.windows_M
         total = policy_entropies.tokens
         scored_by = "the current policy"
     else:
-        stages = index_positions(data, prepared.scores, windows.numbers_N)
+        stored = prepared.scores
+        windows_M = None
         total = prepared.corpus.token_count("train")
         scored_by = "the proxy"
+    entropies = Entropies(stored, prepared.corpus.tokens, boxable_V)
+    stages = index_positions(data, entropies, windows.numbers_N, windows_M)
     found = sum(map(len, stages))
-    num_stages = len(stages)
 
     # Split every stage into the parts of the mixture.
     weights, part_W = _mixture(data, prepared, windows)
-    if weights:
-        stages = [stage.restrict_to(part_W == part) for stage in stages for part in range(len(weights))]
+    parts_of_stages = [
+        [stage.restrict_to(part_W == part) for part in range(len(weights))] or [stage] for stage in stages
+    ]
 
     # Every stage and part must fill at least one batch.
-    if min(map(len, stages)) < training.prompts_per_step:
+    if min(len(part) for parts in parts_of_stages for part in parts) < training.prompts_per_step:
         raise UserError(
             f"{source_name(data)}: only {found:,} of {total:,} training positions are chosen by {_reported_fields(data)} and "
             f"have data.min_context={data.min_context} tokens before them; training.prompts_per_step="
@@ -133,14 +157,27 @@ def training_order(
         f"{found:,} of {total:,} training positions are chosen by {_reported_fields(data)}, with the entropies of {scored_by} "
         f"over its {data.entropy_top_k} most likely tokens."
     )
-    return position_order(
-        stages,
-        weights,
-        stage_prompts=training.total_steps * training.prompts_per_step // num_stages,
-        batch=training.prompts_per_step,
-        per_window=data.positions_per_document,
-        seed=experiment.seed,
-    )
+    return [
+        position_order(
+            parts,
+            weights,
+            batch=training.prompts_per_step,
+            per_window=data.positions_per_document,
+            seed=(experiment.seed, stage),
+        )
+        for stage, parts in enumerate(parts_of_stages)
+    ]
+
+
+def training_stage(step: int, total_steps: int, stages: int) -> int:
+    """Return the stage of a training step: each of them lasts equally many steps.
+
+    Args:
+      step: from 1.
+      total_steps: number of steps of the run.
+      stages: number of stages.
+    """
+    return min((step - 1) * stages // total_steps, stages - 1)
 
 
 def _reported_fields(data: DataConfig) -> str:
@@ -183,7 +220,7 @@ def score_sample(
     sampled = []
     for part in range(num_parts):
         of_part = np.flatnonzero(part_W == part) if weights else np.arange(len(windows))
-        order = grain.MapDataset.range(len(of_part)).shuffle(seed=experiment.seed).repeat()
+        order = ShuffledEpochs(range(len(of_part)), (experiment.seed, part))
         first = earlier_samples * per_part
         indices = np.array([order[i] for i in range(first, first + min(per_part, len(of_part)))], np.int64)
         sampled.append(of_part[np.unique(indices)])

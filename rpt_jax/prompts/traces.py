@@ -40,10 +40,6 @@ class TraceWriter(Protocol):
         """Fraction of the traces placed at preferred positions, if there are any."""
         ...
 
-    def can_box(self, position: int) -> bool:
-        """Return whether the reward reads a box around token `position` as that token."""
-        ...
-
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
         """Return the token ids of a response that reasons at `position` and boxes the true continuation."""
         ...
@@ -79,13 +75,6 @@ class RecallTraces:
     def preferred_positions(self) -> list[int]:
         """Token positions at which a fraction `preferred_fraction` of the traces is placed: none."""
         return []
-
-    def can_box(self, position: int) -> bool:
-        """Return whether the reward reads a box around token `position` as that token.
-
-        It does not if the token itself opens a box, because the last box of a response counts.
-        """
-        return BOX.encode() not in self._tokenizer.token_bytes([self._ids[position]])
 
     def write(self, position: int, rng: np.random.Generator) -> list[int]:
         """Return the token ids of a response that repeats the context before `position` and boxes the true token."""

@@ -11,6 +11,10 @@ The paper specifies only "the last \boxed{} following the special token '</think
   response.
 * `\boxed{}}` is read as the prediction `}`. No whitespace is stripped.
 
+This reading, "balanced", cannot express every token: a box around `}{` or `})` closes too early. A second one, "to_end",
+can: the prediction is everything from the last `\boxed{` to a `}` that ends the response. If the response ends otherwise,
+there is none.
+
 The parser is a state machine that consumes one byte of every rollout per step and keeps a few scalars per rollout, so
 memory does not grow with the length of the longest token in the vocabulary. Parsing starts at the block that contains
 the last special marker, and the number of steps is the length of the longest answer in bytes (a token without bytes
@@ -19,6 +23,7 @@ counts as one).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -46,7 +51,8 @@ class BoxParser(NamedTuple):
       box_matched: int32 number of bytes of `\boxed{` at the end of the answer so far.
       answering: bool, whether an end-of-thinking marker has been read.
       escaped: bool, whether the input so far ends with an odd number of backslashes.
-      depth: int32 number of open braces in the last box; 0 after it is closed, or when there is none.
+      depth: int32 number of open braces in the last box; 0 after it is closed, or when there is none. With the reading
+        "to_end", 1 for an open box, which is never closed.
       size: int32 number of bytes since the last box was opened.
       equal: bool, whether all those bytes equal the reference.
       prediction_size: int32 size of the prediction as far as it is known, or NO_PREDICTION.
@@ -95,7 +101,7 @@ def read_box(
     vocab_lengths_V: jax.Array,
     end_think_id: int,
 ) -> BoxReader:
-    """Append one token to each of M responses and return the new state.
+    """Append one token to each of M responses and return the new state, with the reading "balanced".
 
     Args:
       reader: state after the previous tokens.
@@ -116,6 +122,7 @@ def read_box(
                 vocab_bytes_VxX,
                 vocab_lengths_V,
                 end_think_id,
+                reading="balanced",
             ),
             state._replace(token=jnp.int32(0), offset=jnp.int32(0)),
         )
@@ -136,6 +143,7 @@ def parse_responses(
     vocab_lengths_V: jax.Array,
     end_think_id: int | jax.Array,
     *,
+    reading: str,
     track_first_token: bool = False,
 ) -> BoxParser:
     """Parse every finished response to its end. The state of an unfinished one is undefined.
@@ -148,6 +156,7 @@ def parse_responses(
       vocab_bytes_VxX: uint8 raw bytes of every token.
       vocab_lengths_V: int32 number of bytes of every token.
       end_think_id: id of the end-of-thinking token, or -1.
+      reading: one of `config.schema.BOX_READINGS`.
       track_first_token: whether to fill in `BoxParser.first_token`.
 
     Returns: parser states, each field [P, G].
@@ -159,7 +168,7 @@ def parse_responses(
         initial = initial._replace(first_token=jnp.int32(-1))
     state_PxG = jax.tree.map(lambda x: jnp.broadcast_to(x, lengths_PxG.shape), initial)
     state_PxG = state_PxG._replace(token=_first_relevant_token(tokens_PxGxT, lengths_PxG, *vocab))
-    step_G = jax.vmap(_step, in_axes=(0, 0, 0, None, None, None, None))
+    step_G = jax.vmap(functools.partial(_step, reading=reading), in_axes=(0, 0, 0, None, None, None, None))
     step_PxG = jax.vmap(step_G, in_axes=(0, 0, 0, 0, None, None, None))
     return jax.lax.while_loop(
         lambda state: jnp.any(state.token < lengths_PxG),
@@ -168,7 +177,7 @@ def parse_responses(
     )
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="reading")
 def predicted_first_token(
     tokens_PxGxT: jax.Array,
     lengths_PxG: jax.Array,
@@ -176,11 +185,13 @@ def predicted_first_token(
     vocab_bytes_VxX: jax.Array,
     vocab_lengths_V: jax.Array,
     end_think_id: int | jax.Array,
+    *,
+    reading: str = "balanced",
 ) -> jax.Array:
     """Return the first token of every prediction, y[0] in Appendix A of the paper, int32 [P, G].
 
     It is -1 for a response that is unfinished, has no prediction, or has no token that starts with the content of the
-    box and ends within it. The arguments are those of `parse_responses`.
+    box and ends within it. Tokens without bytes are skipped. The arguments are those of `parse_responses`.
     """
     no_reference_Px1 = jnp.zeros((tokens_PxGxT.shape[0], 1), jnp.uint8)
     state_PxG = parse_responses(
@@ -191,6 +202,7 @@ def predicted_first_token(
         vocab_bytes_VxX,
         vocab_lengths_V,
         end_think_id,
+        reading=reading,
         track_first_token=True,
     )
     index_PxG = state_PxG.first_token
@@ -229,6 +241,8 @@ def _step(
     vocab_bytes_VxX: jax.Array,
     vocab_lengths_V: jax.Array,
     end_think_id: int | jax.Array,
+    *,
+    reading: str,
 ) -> BoxParser:
     """Read the next byte of one rollout. A token without bytes also takes one step, since it may be the marker."""
     token = tokens_T[state.token]
@@ -237,7 +251,8 @@ def _step(
     # Rollouts that have ended wait for the longest one. Their index would clamp to the last token and repeat it.
     live = state.token < length
 
-    read = _select(live & (state.offset < size), _read_byte(state, byte, reference_R), state)
+    has_byte = live & (state.offset < size)
+    read = _select(has_byte, _read_byte(state, byte, reference_R, reading), state)
     # An end_think_id of -1 means that there is no such token, not that the token with id -1 is one.
     special = live & (token >= 0) & (token == end_think_id)
     marker = special | (read.think_matched == len(_END_THINK))
@@ -245,30 +260,39 @@ def _step(
 
     more = live & (state.offset + 1 < size)
     if state.first_token is not None:
-        opens = live & (state.offset < size) & (read.size == 0)
-        read = read._replace(first_token=jnp.where(opens, jnp.where(more, -1, state.token + 1), state.first_token))
+        opens = has_byte & (read.size == 0)
+        starts = has_byte & (state.size == 0) & (state.offset == 0)
+        first_token = jnp.where(starts, state.token, state.first_token)
+        read = read._replace(first_token=jnp.where(opens, -1, first_token))
     return read._replace(
         token=jnp.where(more | ~live, state.token, state.token + 1),
         offset=jnp.where(more, state.offset + 1, 0),
     )
 
 
-def _read_byte(state: BoxParser, byte: jax.Array, reference_R: jax.Array) -> BoxParser:
+def _read_byte(state: BoxParser, byte: jax.Array, reference_R: jax.Array, reading: str) -> BoxParser:
     """Return the state after one more byte."""
     think_matched = _matched_bytes(_END_THINK, state.think_matched, byte)
     box_matched = jnp.where(state.answering, _matched_bytes(_BOX, state.box_matched, byte), 0)
     opens = box_matched == len(_BOX)
 
-    # Before the balancing brace, any `}` may turn out to be the last one, so the latest one ends the prediction. This
-    # makes the balanced reading and the fallback a single rule. `\boxed{}}` has a second brace after the balancing one.
-    closed_empty = (state.prediction_size == 0) & (state.size == 1)
-    ends = (byte == _CLOSE) & ((state.depth > 0) | closed_empty)
-    nesting = (byte == _OPEN).astype(jnp.int32) - (byte == _CLOSE).astype(jnp.int32)
-    depth = state.depth + jnp.where((state.depth > 0) & ~state.escaped, nesting, 0)
+    if reading == "to_end":
+        # The box stays open. A `}` ends the prediction unless another byte follows.
+        ends = (byte == _CLOSE) & (state.depth > 0)
+        depth = state.depth
+        earlier_size = jnp.full_like(state.prediction_size, NO_PREDICTION)
+    else:
+        # Before the balancing brace, any `}` may turn out to be the last one, so the latest one ends the prediction. This
+        # makes the balanced reading and the fallback a single rule. `\boxed{}}` has a second brace after the balancing one.
+        closed_empty = (state.prediction_size == 0) & (state.size == 1)
+        ends = (byte == _CLOSE) & ((state.depth > 0) | closed_empty)
+        nesting = (byte == _OPEN).astype(jnp.int32) - (byte == _CLOSE).astype(jnp.int32)
+        depth = state.depth + jnp.where((state.depth > 0) & ~state.escaped, nesting, 0)
+        earlier_size = state.prediction_size
     # The index clamps past the end of the reference. The result is then ignored: such a prediction is longer than the
     # reference.
     equal = state.equal & (byte == reference_R[state.size])
-    prediction_size = jnp.where(ends, state.size, state.prediction_size)
+    prediction_size = jnp.where(ends, state.size, earlier_size)
 
     return state._replace(
         think_matched=think_matched,

@@ -29,6 +29,7 @@ class RewardLayout:
       template_prefix_tokens: number of template tokens before the context in a prompt.
       template_suffix_tokens: number of template tokens after the context in a prompt.
       end_think_id: id of the end-of-thinking token, or -1.
+      box_reading: how the prediction is read from its box (`prompt.box_reading`).
       bridge_ids: tokens between reasoning and prediction: the end-of-thinking token and the opening of the box.
       max_new_tokens: length limit of responses.
       prompts_per_pass: prompts that a forward pass scores at once. Bounds memory, does not change the result.
@@ -39,6 +40,7 @@ class RewardLayout:
     template_prefix_tokens: int
     template_suffix_tokens: int
     end_think_id: int
+    box_reading: str
     bridge_ids: tuple[int, ...]
     max_new_tokens: int
     prompts_per_pass: int
@@ -102,6 +104,7 @@ class RewardInputs:
             self.vocab.bytes_VxX,
             self.vocab.lengths_V,
             self.layout.end_think_id,
+            reading=self.layout.box_reading,
         )
         return first_PxG, (first_PxG == self.reference_PxK[:, :1]) & self.reference_mask_PxK[:, :1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,12 @@ class Status(enum.IntEnum):
     EMPTY = 3
     """The box is empty."""
     NO_BOX = 4
-    """There is no end-of-thinking marker, no box after it, or no closing brace after the box was opened."""
+    """There is no end-of-thinking marker, no box after it, or no closing brace where the reading needs one."""
     NOT_FINISHED = 5
     """The response was cut by the length limit. This takes precedence over the other outcomes."""
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="reading")
 @jax.named_scope("reward")
 def prefix_match_reward(
     tokens_PxGxT: jax.Array,
@@ -38,6 +39,8 @@ def prefix_match_reward(
     vocab_bytes_VxX: jax.Array,
     vocab_lengths_V: jax.Array,
     end_think_id: int | jax.Array,
+    *,
+    reading: str = "balanced",
 ) -> tuple[jax.Array, jax.Array]:
     """Return the reward and the `Status` of every rollout (paper, Equation 3).
 
@@ -54,12 +57,20 @@ def prefix_match_reward(
       vocab_bytes_VxX: uint8 raw bytes of every token; those after its length are padding.
       vocab_lengths_V: int32 number of bytes of every token, 0 for special tokens. An id outside the table has no bytes.
       end_think_id: id of the end-of-thinking token, or -1 if the tokenizer has none.
+      reading: static; "balanced" or "to_end".
 
     Returns:
       reward_PxG (float32, 0 or 1) and status_PxG (int32).
     """
     state_PxG = parse_responses(
-        tokens_PxGxT, lengths_PxG, stopped_PxG, reference_PxR, vocab_bytes_VxX, vocab_lengths_V, end_think_id
+        tokens_PxGxT,
+        lengths_PxG,
+        stopped_PxG,
+        reference_PxR,
+        vocab_bytes_VxX,
+        vocab_lengths_V,
+        end_think_id,
+        reading=reading,
     )
     status_PxG = jax.vmap(jax.vmap(_status, in_axes=(0, 0, None)))(state_PxG, stopped_PxG, boundaries_PxRp1)
     return (status_PxG == Status.CORRECT).astype(jnp.float32), status_PxG

@@ -78,6 +78,7 @@ class Rewarder:
         self._mesh = mesh
         self._vocab = jax.device_put(tokenizer.byte_vocab)
         self._end_think_id = tokenizer.end_think_id
+        self._box_reading = experiment.prompt.box_reading
         self._budget = functools.partial(
             token_budget,
             total_steps=experiment.training.total_steps,
@@ -107,7 +108,7 @@ class Rewarder:
     def prefix_match(self, prompts: PromptBatch, rollouts: Rollouts) -> RewardedRollouts:
         """Return the rollouts with the reward of Equation 3, which evaluation always uses."""
         prompts = shard_prompts(prompts, self._mesh)
-        reward_PxG, status_PxG = match_batch(prompts, rollouts, self._vocab, self._end_think_id)
+        reward_PxG, status_PxG = match_batch(prompts, rollouts, self._vocab, self._end_think_id, self._box_reading)
         return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=reward_PxG, status_PxG=status_PxG)
 
 
@@ -135,6 +136,7 @@ def reward_layout(experiment: Experiment, tokenizer: Tokenizer, mesh: Mesh, buil
         template_prefix_tokens=len(builder.before),
         template_suffix_tokens=len(builder.after),
         end_think_id=tokenizer.end_think_id,
+        box_reading=experiment.prompt.box_reading,
         bridge_ids=(tokenizer.end_think_id, *tokenizer.encode(BOX)),
         max_new_tokens=experiment.rollout.max_new_tokens,
         prompts_per_pass=_prompts_per_pass(experiment, mesh),
@@ -155,9 +157,9 @@ def _prompts_per_pass(experiment: Experiment, mesh: Mesh) -> int:
     )
 
 
-@functools.partial(jax.jit, static_argnames="end_think_id")
+@functools.partial(jax.jit, static_argnames=("end_think_id", "box_reading"))
 def match_batch(
-    prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int
+    prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int, box_reading: str
 ) -> tuple[jax.Array, jax.Array]:
     """Return the reward (float32) and the status (int32) of Equation 3, [P, G], sharded like the training batch."""
     result = prefix_match_reward(
@@ -169,6 +171,7 @@ def match_batch(
         jnp.asarray(vocab.bytes_VxX),
         jnp.asarray(vocab.lengths_V),
         end_think_id,
+        reading=box_reading,
     )
     return constrain_batch(result)
 

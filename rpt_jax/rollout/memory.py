@@ -102,7 +102,7 @@ def plan_slots(requested: int, rollouts: int, memory: RolloutMemory, resident: i
             f"rollout.decode_slots: {slots} rollouts at once need {gib['fixed']} for the prompts and "
             f"{gib['per_slot']} each, in addition to {resident / 2**30:.2f} GiB of parameters and optimizer state; "
             f"{available / 2**30:.2f} GiB per device hold {fitting}. Use fewer slots, shorter prompts or responses, or "
-            "shard the policy further (mesh.fsdp, mesh.tensor).",
+            "more devices: mesh.rollout_tensor splits the policy and the slots, mesh.fsdp the optimizer state.",
             field="rollout.decode_slots",
         )
     return slots

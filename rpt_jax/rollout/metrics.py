@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rpt_jax.objective.advantage import has_variance
 from rpt_jax.rewards.prefix_match import Status
@@ -14,7 +17,7 @@ from rpt_jax.rollout.rollouts import Ended, SlotUsage
 @jax.jit
 @jax.named_scope("rollout_metrics")
 def rollout_metrics(batch: RewardedRollouts, usage: SlotUsage) -> dict[str, jax.Array]:
-    """Return scalars that describe a batch of rollouts, by their names in metrics.jsonl."""
+    """Return scalars that describe the rollouts that the update learns from, by their names in metrics.jsonl."""
     rollouts = batch.rollouts
     status_PxG = batch.status_PxG
     lengths_PxG = rollouts.lengths_PxG
@@ -34,6 +37,20 @@ def rollout_metrics(batch: RewardedRollouts, usage: SlotUsage) -> dict[str, jax.
         # temperature).
         "policy/entropy": -jnp.sum(rollouts.logprobs_PxGxT) / jnp.maximum(rollouts.mask_PxGxT.sum(), 1),
     }
+
+
+@jax.jit
+def drawn_metrics(reward_PxG: jax.Array) -> dict[str, jax.Array]:
+    """Return scalars of the groups of one round, before dynamic sampling selects among them, by their names in metrics.jsonl."""
+    return {
+        "reward/drawn_mean": reward_PxG.mean(),
+        "groups/drawn_zero_variance": 1.0 - has_variance(reward_PxG).mean(),
+    }
+
+
+def mean_over_rounds(rounds: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Return the means of `drawn_metrics` over the rounds of a step, which have equally many groups."""
+    return {name: float(np.mean([metrics[name] for metrics in rounds])) for name in rounds[0]}
 
 
 def distinct_fraction(tokens_PxGxT: jax.Array, lengths_PxG: jax.Array, n: int) -> jax.Array:

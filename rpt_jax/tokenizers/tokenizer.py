@@ -12,7 +12,8 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,21 @@ import sentencepiece
 import tokenizers
 
 from rpt_jax.errors import UserError
-from rpt_jax.tokenizers.files import read_tokenizer_files
+from rpt_jax.tokenizers.files import read_tokenizer_files, vocabulary_file
+from rpt_jax.tokenizers.special_tokens import read_added_tokens, read_special_ids
+from rpt_jax.tokenizers.template_encoding import (
+    IDENTITY_NORMALIZER,
+    TOKENIZER_JSON,
+    TemplateEncoder,
+    add_tokens,
+    added_tokens,
+    check_added_id,
+    json_encoder,
+    library_backend,
+    prefix_ids,
+    sentencepiece_encoder,
+)
+from rpt_jax.weights.model_files import find_gguf, parse_object, unreadable_hint
 
 THINK, END_THINK = "<think>", "</think>"
 
@@ -42,8 +57,6 @@ _OPTIONAL_BYTES = {
     0xF2,
     *range(0xF5, 0x100),
 }
-# Names of the end-of-text token, for tokenizers whose files do not specify it.
-_EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<｜end▁of▁sentence｜>")
 # Encoded when a tokenizer is loaded, as a test that it is lossless.
 _PROBE = f"  a\u00e9\ufb01e\u0301 {_SPACE_MARK}\r\n\t\x00 {THINK}</s>\U0001f9ee 12.50 "
 
@@ -67,32 +80,39 @@ class Tokenizer:
     Attributes:
       pieces: byte string of each token; empty for special tokens.
       bos_id: id of the begin-of-text token; `eos_id` if the tokenizer has none.
+      prefix_ids: ids that the tokenizer itself puts in front of a text: usually BOS or nothing.
       eos_id: id of the end-of-text token.
       pad_id: id of the padding token; `eos_id` if the tokenizer has none.
       think_id: id of <think>; -1 if it is not a special token.
       end_think_id: id of </think>; -1 if it is not a special token.
-      stop_ids: ids that end a response: `eos_id`, and those in generation_config.json.
+      stop_ids: ids that end a response (`special_tokens.read_special_ids`).
       special_ids: ids of tokens without bytes; no text is encoded to them.
+      special_names: name of each of them by id.
       unused_ids: ids below `vocab_size` that are not tokens.
       normalizer: name of the normalizer in tokenizer.json, such as "NFC", which is disabled here; "" for none.
       fingerprint: SHA-256 of tokenizer.model or tokenizer.json, in hexadecimal.
       source: path of that file, or of the GGUF file.
       encode_ordinary: function from texts to their token ids, without any check.
+      encode_template: function from the text of a template, and whether a prompt begins with it, to its token ids
+        (`template_encoding`).
     """
 
     pieces: tuple[bytes, ...] = dataclasses.field(repr=False)
     bos_id: int
+    prefix_ids: tuple[int, ...]
     eos_id: int
     pad_id: int
     think_id: int
     end_think_id: int
     stop_ids: tuple[int, ...]
     special_ids: frozenset[int]
+    special_names: Mapping[int, str] = dataclasses.field(repr=False)
     unused_ids: frozenset[int]
     normalizer: str
     fingerprint: str
     source: str
     encode_ordinary: Callable[[Sequence[str]], list[list[int]]] = dataclasses.field(repr=False)
+    encode_template: TemplateEncoder = dataclasses.field(repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -165,13 +185,17 @@ class Tokenizer:
             raise IndexError(f"{min(ids)} is not a token id")
         return b"".join(map(self.pieces.__getitem__, ids))
 
+    def token_name(self, i: int) -> str:
+        """Return the name of a special token, or the quoted text of another one."""
+        return self.special_names.get(i) or repr(self.decode([i]))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens, with U+FFFD for invalid UTF-8 and without special tokens."""
         return self.token_bytes(ids).decode("utf-8", errors="replace")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load `tokenizer.model` (sentencepiece) or, if it does not exist, `tokenizer.json` (Hugging Face byte-level BPE).
+    """Load `tokenizer.model` (sentencepiece) or, if there is none, `tokenizer.json` (Hugging Face byte-level BPE).
 
     Args:
       source: the directory of these files, or a GGUF file.
@@ -179,83 +203,128 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises: UserError if neither file exists, or if it is damaged or cannot represent every text.
     """
     files = read_tokenizer_files(source)
-    loaders = {"tokenizer.model": _load_sentencepiece, "tokenizer.json": _load_byte_level_bpe}
-    for name, loader in loaders.items():
-        if name in files:
-            path = Path(source) / name if Path(source).is_dir() else Path(source)
-            tokenizer = loader(path, files[name], files)
-            tokenizer.encode(_PROBE)
-            return tokenizer
-    raise UserError(
-        f"'{source}' has no tokenizer: expected {' or '.join(loaders)}. Copy it from the model's repository.",
-        field=str(source),
-    )
+    name = vocabulary_file(Path(source), files)
+    path = find_gguf(source) or (Path(source) / name if Path(source).is_dir() else Path(source))
+    load = _load_sentencepiece if name == "tokenizer.model" else _load_byte_level_bpe
+    tokenizer = load(path, files[name], files)
+    tokenizer.encode(_PROBE)
+    return tokenizer
 
 
 def _load_sentencepiece(path: Path, data: bytes, files: Files) -> Tokenizer:
-    """Load a sentencepiece model with its normalizer disabled."""
-    # Concatenated protocol buffers are merged field by field, and the last value of a field wins. This overrides the normalizer
-    # (field 3) with: no character map, no dummy prefix, no removal of whitespace, and escaped spaces.
-    identity = b"\x1a\x08" + b"\x12\x00" + b"\x18\x00" + b"\x20\x00" + b"\x28\x01"
+    """Load a sentencepiece model with its normalizer disabled, and the tokens that other files add to it."""
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=data + identity)
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data + IDENTITY_NORMALIZER)
         size = processor.vocab_size()
-        names = [processor.id_to_piece(i) for i in range(size)]
-        byte_ids = {int(name[1:-1], 16): i for i, name in enumerate(names) if processor.is_byte(i)}
+        own_names = [processor.id_to_piece(i) for i in range(size)]
+        byte_ids = {int(name[1:-1], 16): i for i, name in enumerate(own_names) if processor.is_byte(i)}
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a sentencepiece model, or it is damaged: {error}.", field=str(path)) from error
+        raise UserError(
+            f"{path} is not a sentencepiece model, or it is damaged: {error}.{unreadable_hint(path)}", field=str(path)
+        ) from error
     if len(byte_ids) < 256:
         raise UserError(
             f"{path} cannot represent every text, because it has only {len(byte_ids)} of 256 byte tokens. Train it with "
             "byte_fallback=True.",
             field=str(path),
         )
-    eos_id = processor.eos_id()
-    if eos_id < 0:
-        raise UserError(f"{path} has no end-of-sentence token. Train it with an eos_id.", field=str(path))
-    special_ids = frozenset(i for i in range(size) if processor.is_control(i) or processor.is_unknown(i))
-    byte_of = {i: bytes([byte]) for byte, i in byte_ids.items()}
 
-    def control_id(name: str) -> int:
-        i = processor.piece_to_id(name)  # The id of the unknown token if there is no such piece.
-        return i if processor.is_control(i) else -1
+    # Collect all tokens. Those that other files add follow the model's own, or rename tokens that it reserves.
+    added = read_added_tokens(path, files)
+    backend = None
+    if TOKENIZER_JSON in files:
+        json_path = path.with_name(TOKENIZER_JSON)
+        backend = library_backend(json_path, files)
+        add_tokens(json_path, backend, added)
+        added = added_tokens(backend)
+    own_ids = {name: i for i, name in enumerate(own_names)}
+    beside = {name: token for name, token in added.items() if own_ids.get(name) != token["id"]}
+    names = _add_names(path, own_names, byte_ids.values(), beside)
+    ids = {name: i for i, name in enumerate(names)}
+    defaults = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}
+    special = read_special_ids(path, files, ids, {kind: i for kind, i in defaults.items() if i >= 0})
+    silent_ids = {i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)}
+    special_ids = silent_ids | {special.bos_id, special.eos_id}
+    special_ids |= {token["id"] for token in added.values() if token["special"] or token["id"] in special.stop_ids}
+    special_ids |= {ids[name] for name in (THINK, END_THINK) if name in ids}
+
+    # Find the byte string of each id.
+    byte_of = {i: bytes([byte]) for byte, i in byte_ids.items()}
 
     def piece(i: int) -> bytes:
         if i in special_ids:
             return b""
+        if names[i] in beside:
+            return names[i].encode("utf-8")
         return byte_of.get(i) or names[i].replace(_SPACE_MARK, " ").encode("utf-8")
 
+    pieces = tuple(map(piece, range(len(names))))
+
+    # Spell in bytes what the library would encode as a special token, or decode as a space. Added text tokens stay whole.
+    spelled = [name for i, name in enumerate(own_names) if i in special_ids - silent_ids or name != names[i]]
+    symbols = {name: [byte_ids[byte] for byte in name.encode("utf-8")] for name in [_SPACE_MARK, *spelled]}
+    symbols |= {name: [token["id"]] for name, token in added.items() if pieces[token["id"]] == name.encode("utf-8")}
+    longest_first = sorted(symbols, key=len, reverse=True)  # A symbol must not be cut short by one that is its prefix.
+    pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+    named = {names[i]: {"id": i} for i in special_ids} | added
     return Tokenizer(
-        pieces=tuple(piece(i) for i in range(size)),
-        bos_id=processor.bos_id() if processor.bos_id() >= 0 else eos_id,
-        eos_id=eos_id,
-        pad_id=processor.pad_id() if processor.pad_id() >= 0 else eos_id,
-        think_id=control_id(THINK),
-        end_think_id=control_id(END_THINK),
-        stop_ids=_stop_ids(path, files, eos_id, size),
-        special_ids=special_ids,
-        unused_ids=frozenset(i for i in range(size) if processor.is_unused(i)),
+        pieces=pieces,
+        **special._asdict(),
+        prefix_ids=prefix_ids(path, files, special.bos_id, backend),
+        think_id=ids.get(THINK, -1),
+        end_think_id=ids.get(END_THINK, -1),
+        special_ids=frozenset(special_ids),
+        special_names={i: names[i] for i in special_ids},
+        unused_ids=frozenset(i for i, name in enumerate(own_names) if processor.is_unused(i) and name == names[i]),
         normalizer="",
-        fingerprint=hashlib.sha256(data).hexdigest(),
+        fingerprint=_fingerprint(data, beside),
         source=str(path),
-        encode_ordinary=functools.partial(
-            _encode_sentencepiece, processor, [byte_ids[byte] for byte in _SPACE_MARK.encode("utf-8")]
-        ),
+        encode_ordinary=functools.partial(_encode_sentencepiece, processor, pattern, symbols),
+        encode_template=sentencepiece_encoder(path, files, named, backend),
     )
 
 
+def _add_names(
+    path: Path, own_names: Sequence[str], fixed_ids: Iterable[int], beside: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Return the names of all tokens by id.
+
+    Args:
+      path: of the tokenizer's file, for messages.
+      own_names: names of its own tokens by id.
+      fixed_ids: ids of those that cannot be renamed.
+      beside: the tokens that other files add or rename, by name, each with its `id`.
+
+    Raises: UserError if an added token is one of the file under another id, or if the ids do not continue those of the file.
+    """
+    names = list(own_names)
+    taken = set(fixed_ids)
+    for name, token in sorted(beside.items(), key=lambda item: item[1]["id"]):
+        i = token["id"]
+        if name in own_names or i in taken or not 0 <= i < len(own_names):
+            check_added_id(path, name, i, own_names.index(name) if name in own_names else len(names))
+        names[i : i + 1] = [name]
+        taken.add(i)
+    return names
+
+
+def _fingerprint(data: bytes, beside: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of a tokenizer's file and, if there are any, of the tokens that other files add to it."""
+    added = json.dumps([(token["id"], name) for name, token in beside.items()]).encode() if beside else b""
+    return hashlib.sha256(data + added).hexdigest()
+
+
 def _encode_sentencepiece(
-    processor: sentencepiece.SentencePieceProcessor, space_mark_ids: list[int], texts: Sequence[str]
+    processor: sentencepiece.SentencePieceProcessor,
+    pattern: re.Pattern[str],
+    symbols: Mapping[str, list[int]],
+    texts: Sequence[str],
 ) -> list[list[int]]:
-    # Sentencepiece would decode a space mark in the text itself as a space: encode such a mark as bytes instead.
-    batch = []
-    for text in texts:
-        first, *others = text.split(_SPACE_MARK)
-        ids = processor.encode(first)
-        for part in others:
-            ids += space_mark_ids + processor.encode(part)
-        batch.append(ids)
-    return batch
+    """Encode texts, with the ids of `symbols` for what `pattern` matches."""
+    return [
+        [i for part in pattern.split(text) for i in (symbols[part] if part in symbols else processor.encode(part))]
+        for text in texts
+    ]
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -271,30 +340,35 @@ def byte_level_alphabet() -> dict[str, int]:
 def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     """Load a tokenizer.json with its normalizer disabled: that of Qwen models is NFC, which would change texts."""
     # Parse the file, and check that it is a byte-level BPE with a token for every byte.
-    spec = _parse_json(path, data)
-    try:
-        tokenizers.Tokenizer.from_str(data.decode("utf-8"))  # Validates the structure, which the code below relies on.
-    except Exception as error:  # noqa: BLE001 - the library raises Exception itself.
-        raise UserError(
-            f"{path} is not a valid tokenizer.json: {error}. Download or export it again.", field=str(path)
-        ) from error
+    spec = parse_object(path, data)
+    backend = library_backend(path, files)  # Validates the structure, which the code below relies on.
     alphabet = byte_level_alphabet()
     vocab = spec["model"]["vocab"]
-    if spec["model"].get("type") != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
+    # Old files do not name the type of the model; only a BPE has merges.
+    spec["model"].setdefault("type", "BPE" if "merges" in spec["model"] else None)
+    if spec["model"]["type"] != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
         raise UserError(f"{path} is not a byte-level BPE, the only kind of tokenizer.json supported.", field=str(path))
     if missing := sum(character not in vocab for character, byte in alphabet.items() if byte not in _OPTIONAL_BYTES):
         raise UserError(
             f"{path} cannot represent every text: {missing} of the 256 bytes have no token.", field=str(path)
         )
 
-    # Collect the ids of all tokens. Added tokens may be in the vocabulary, too.
-    added = {token["content"]: token for token in spec.get("added_tokens", ())}
+    # Collect the ids of all tokens. Added tokens may be in the vocabulary, too, or in other files only.
+    own = {token["content"]: token for token in spec.get("added_tokens", ())}
+    for content, token in own.items():
+        check_added_id(path, content, token["id"], backend.token_to_id(content))
+    listed = read_added_tokens(path, files)
+    add_tokens(path, backend, listed)
+    beside = {name: token for name, token in listed.items() if name not in own}
+    added = own | beside
+    spec = spec | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
     ids = vocab | {content: token["id"] for content, token in added.items()}
-    special = _special_ids(path, files, ids)
+    special = read_special_ids(path, files, ids)
     special_ids = frozenset(
-        [*special.values(), *(token["id"] for token in added.values() if token["special"])]
-        + [added[name]["id"] for name in (THINK, END_THINK) if name in added]
-    )
+        token["id"]
+        for content, token in added.items()
+        if token["special"] or token["id"] in special.stop_ids or content in (THINK, END_THINK)
+    ) | {special.bos_id, special.eos_id}
 
     def piece(content: str) -> bytes:
         if ids[content] in special_ids:
@@ -307,18 +381,21 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     pieces = [b""] * (max(ids.values()) + 1)
     for content, i in ids.items():
         pieces[i] = piece(content)
+    backend.add_special_tokens([content for content, i in ids.items() if i in special_ids and content not in added])
     return Tokenizer(
         pieces=tuple(pieces),
-        **special,
-        stop_ids=_stop_ids(path, files, special["eos_id"], len(pieces)),
+        **special._asdict(),
+        prefix_ids=prefix_ids(path, files, special.bos_id, backend),
         unused_ids=frozenset(range(len(pieces))) - frozenset(ids.values()),
         normalizer=_normalizer_name(spec.get("normalizer")),
         think_id=added[THINK]["id"] if THINK in added else -1,
         end_think_id=added[END_THINK]["id"] if END_THINK in added else -1,
         special_ids=special_ids,
-        fingerprint=hashlib.sha256(data).hexdigest(),
+        special_names={i: content for content, i in ids.items() if i in special_ids},
+        fingerprint=_fingerprint(data, beside),
         source=str(path),
         encode_ordinary=functools.partial(_encode_byte_level_bpe, _exact_backend(spec, special_ids)),
+        encode_template=json_encoder(backend),
     )
 
 
@@ -367,64 +444,3 @@ def _normalizer_name(normalizer: dict[str, Any] | None) -> str:
         return ""
     parts = normalizer.get("normalizers")
     return normalizer["type"] if parts is None else "+".join(filter(None, map(_normalizer_name, parts)))
-
-
-def _special_ids(path: Path, files: Files, ids: dict[str, int]) -> dict[str, int]:
-    """Return `bos_id`, `eos_id` and `pad_id`.
-
-    They are read from tokenizer_config.json or generation_config.json; `eos_id` is also found by its usual names.
-
-    Args:
-      path: of tokenizer.json, for messages.
-      files: content of the tokenizer's files by name.
-      ids: token -> id.
-    """
-    names = _parse_optional(path, files, "tokenizer_config.json")
-    numbers = _parse_optional(path, files, "generation_config.json")
-
-    def find(kind: str) -> int | None:
-        name = names.get(f"{kind}_token")
-        name = name.get("content") if isinstance(name, dict) else name
-        if isinstance(name, str) and name in ids:
-            return ids[name]
-        number = numbers.get(f"{kind}_token_id")
-        number = number[0] if isinstance(number, list) and number else number
-        return number if type(number) is int and number in ids.values() else None
-
-    eos_id = find("eos")
-    if eos_id is None:
-        eos_id = next((ids[name] for name in _EOS_NAMES if name in ids), None)
-    if eos_id is None:
-        raise UserError(
-            f"{path} has no end-of-text token. Set eos_token in tokenizer_config.json in the same directory.",
-            field=str(path),
-        )
-    bos_id = find("bos")
-    pad_id = find("pad")
-    return {
-        "bos_id": eos_id if bos_id is None else bos_id,
-        "eos_id": eos_id,
-        "pad_id": eos_id if pad_id is None else pad_id,
-    }
-
-
-def _stop_ids(path: Path, files: Files, eos_id: int, size: int) -> tuple[int, ...]:
-    """Return `eos_id` and the other ids that end a response according to generation_config.json."""
-    others = _parse_optional(path, files, "generation_config.json").get("eos_token_id")
-    others = others if isinstance(others, list) else [others]
-    known = [i for i in others if type(i) is int and 0 <= i < size]
-    return tuple(dict.fromkeys([eos_id, *known]))
-
-
-def _parse_optional(path: Path, files: Files, name: str) -> dict[str, Any]:
-    return _parse_json(path.with_name(name), files[name]) if name in files else {}
-
-
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}. Download or export it again.", field=str(path)) from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path} must contain a JSON object, not a {type(parsed).__name__}.", field=str(path))
-    return parsed

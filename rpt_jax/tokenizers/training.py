@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,11 +11,15 @@ from pathlib import Path
 import sentencepiece
 
 from rpt_jax.errors import UserError
+from rpt_jax.tokenizers.special_tokens import TOKENIZER_CONFIG_FILE
 from rpt_jax.tokenizers.tokenizer import END_THINK, THINK
+
+# Content of tokenizer_config.json: every text that a policy is trained on begins with BOS. A sentencepiece model cannot say so.
+_CONFIG = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path) -> None:
-    r"""Train a sentencepiece BPE model with byte fallback and write it to a file.
+    r"""Train a sentencepiece BPE model with byte fallback and write it to a file, and tokenizer_config.json next to it.
 
     Training is deterministic. Each digit is one token, and `\boxed{`, `}` and the newline are separate tokens, so that no token
     crosses the boundary of a box or of a line.
@@ -55,6 +60,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
             field="pretrain.vocab_size",
         ) from error
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # The model comes last, because its existence tells that both files are complete.
+    Path(path).with_name(TOKENIZER_CONFIG_FILE).write_text(json.dumps(_CONFIG, indent=2) + "\n")
     Path(path).write_bytes(model.getvalue())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Llama3, llama3_divisors, rope_frequencies
-from rpt_jax.weights.gguf_header import header_value, open_gguf
+from rpt_jax.weights.gguf_header import header_value, open_gguf, open_tensors
 from rpt_jax.weights.hf_config import check_family, from_hf_config
 from rpt_jax.weights.safetensors_io import Tensors, TensorSpec
 
@@ -40,61 +41,192 @@ _LAYER_NAMES = {
 }
 
 
+# Keys of the header below the name of the architecture that are read or compared with others.
+_READ_KEYS = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.scale",
+    "attention.sliding_window",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
+# Keys without an effect on the results. The size of the vocabulary follows from the tensors.
+_NEUTRAL_KEYS = {"rope.scaling.finetuned", "tensor_data_layout", "vocab_size"}
+# Keys of options that are not supported -> value that turns the option off.
+_OFF_VALUES = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "embedding_scale": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "nextn_predict_layers": 0,
+    "pooling_type": 0,
+    "residual_scale": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "use_parallel_residual": False,
+}
+# Beginnings of keys that only adapters, image encoders and diffusion models have.
+_OTHER_MODELS = ("adapter.", "clip.", "diffusion.")
+
+
 def gguf_model_config(path: Path) -> ModelConfig:
-    """Read the architecture from the header. Raises: UserError for an architecture or RoPE scaling that is not supported."""
+    """Read the architecture from the header.
+
+    Raises: UserError for an architecture or an option that is not supported, and for a key of the architecture that is unknown.
+    """
     family = header_value(path, "general.architecture")
     check_family(path, "general.architecture", family)
+    header = _architecture_header(path, family)
 
-    def value(key: str, default: Any = None) -> Any:
-        return header_value(path, f"{family}.{key}", default)
+    def value(key: str) -> Any:
+        if key not in header:
+            raise UserError(f"{path}: the header has no {family}.{key}.", field=str(path))
+        return header[key]
 
     width = value("embedding_length")
     heads = value("attention.head_count")
-    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+    head_size = header.get("attention.key_length", width // heads if heads >= 1 else 0)
+    if head_size < 1:
         raise UserError(
-            f"{path}: {family}.embedding_length={width!r} and {family}.attention.head_count={heads!r} must be positive integers.",
+            f"{path}: {family}.embedding_length={width!r}, {family}.attention.head_count={heads!r} and "
+            f"{family}.attention.key_length={head_size!r} must be positive integers.",
             field=str(path),
         )
+    _check_attention(path, family, header, head_size)
 
     # The size of the vocabulary, tied embeddings and the scaling of Llama 3 are not in the header, but follow from the tensors.
-    tensors = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    tensors = {tensor.name: tensor for tensor in open_tensors(path)}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: tensor token_embd.weight is missing.", field=str(path))
 
     # Build the equivalent config.json, which `from_hf_config` checks.
-    head_size = value("attention.key_length", width // heads)
-    base = float(value("rope.freq_base", 10_000.0))
+    base = float(header.get("rope.freq_base", 10_000.0))
     config = {
         "model_type": family,
         "num_hidden_layers": value("block_count"),
         "hidden_size": width,
         "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "num_key_value_heads": header.get("attention.head_count_kv", heads),
         "head_dim": head_size,
         "intermediate_size": value("feed_forward_length"),
         # The size in the header does not include padding of the vocabulary.
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "max_position_embeddings": value("context_length"),
         "rope_theta": base,
-        # Stored as float32, in which 1e-05 is 9.999999747378752e-06: recover the original value as the shortest decimal.
-        "rms_norm_eps": float(str(np.float32(value("attention.layer_norm_rms_epsilon")))),
+        "rms_norm_eps": _shortest_decimal(value("attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_scaling": _rope_scaling(path, family, tensors.get(_ROPE_DIVISORS), head_size, base),
+        "rope_scaling": _rope_scaling(path, family, header, tensors.get(_ROPE_DIVISORS), head_size, base),
     }
     return from_hf_config(config, path)
 
 
-def _rope_scaling(path: Path, family: str, divisors: Any, head_size: int, base: float) -> dict[str, Any] | None:
+def _architecture_header(path: Path, family: str) -> dict[str, Any]:
+    """Return the values of the keys below `family`, without it. Raises: UserError for one that might change the results."""
+    names = list(open_gguf(path).fields)
+    if others := [name for name in names if name.startswith(_OTHER_MODELS)]:
+        raise UserError(f"{path} is not a language model: its header has {', '.join(others[:3])}.", field=str(path))
+    header = {
+        name.removeprefix(f"{family}."): header_value(path, name) for name in names if name.startswith(f"{family}.")
+    }
+    for key, value in header.items():
+        if key in _OFF_VALUES:
+            if value != _OFF_VALUES[key]:
+                raise UserError(
+                    f"{path}: {family}.{key}={value!r} is not supported; expected {_OFF_VALUES[key]!r}.",
+                    field=str(path),
+                )
+        elif key not in _READ_KEYS | _NEUTRAL_KEYS:
+            raise UserError(
+                f"{path}: {family}.{key}={value!r} is unknown and may change the model's results, so the file is not read. "
+                "Use the model's directory with config.json and safetensors instead.",
+                field=str(path),
+            )
+        elif key in _READ_KEYS and key != "rope.scaling.type" and not isinstance(value, int | float):
+            raise UserError(f"{path}: {family}.{key} must be one number, the same for all layers.", field=str(path))
+    return header
+
+
+def _check_attention(path: Path, family: str, header: dict[str, Any], head_size: int) -> None:
+    """Refuse partial rotary embedding, heads of several sizes, another scale and a window shorter than the context."""
+    context = header.get("context_length", 0)
+    supported = {
+        "rope.dimension_count": lambda value: value == head_size,
+        "attention.value_length": lambda value: value == head_size,
+        "attention.scale": lambda value: math.isclose(value, head_size**-0.5, rel_tol=1e-5),
+        "attention.sliding_window": lambda value: value == 0 or value >= context,
+    }
+    for key, is_supported in supported.items():
+        value = header.get(key)
+        if value is not None and not is_supported(value):
+            raise UserError(
+                f"{path}: {family}.{key}={value!r} is not supported with heads of size {head_size} and a context of {context}; "
+                "only full attention with rotary embedding of whole heads is.",
+                field=str(path),
+            )
+
+
+def _shortest_decimal(value: float) -> float:
+    """Return a float32 of the header as it was written: 1e-05 is stored as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    path: Path, family: str, header: dict[str, Any], divisors: Any, head_size: int, base: float
+) -> dict[str, Any] | None:
     """Return the value of `rope_scaling` in an equivalent config.json."""
+    # A factor without a type is that of linear scaling, also under its older name.
+    factor = header.get("rope.scaling.factor", header.get("rope.scale_linear", 0.0))
+    kind = header.get("rope.scaling.type", "linear" if factor else "none")
+    if kind == "linear" and factor in (0.0, 1.0):
+        kind = "none"
+    yarn_keys = sorted(key for key in header if key.startswith(("rope.scaling.yarn_beta", "rope.scaling.yarn_attn")))
+    attention_keys = [key for key in ("rope.scaling.attn_factor",) if header.get(key, 1.0) != 1.0]
+    ignored = [*yarn_keys, *attention_keys] if kind != "yarn" else []
+    if ignored or (divisors is not None and kind != "none"):
+        raise UserError(
+            f"{path}: {', '.join(f'{family}.{key}' for key in ignored) or _ROPE_DIVISORS} is not supported together with "
+            f"{family}.rope.scaling.type='{kind}'.",
+            field=str(path),
+        )
     if divisors is not None:
         return _llama3_scaling(path, np.asarray(divisors.data, np.float32), head_size, base)
-    scaling = f"{family}.rope.scaling"
-    kind = header_value(path, f"{scaling}.type", "none")
     if kind == "none":
         return None
-    fields = {"rope_type": kind, "factor": header_value(path, f"{scaling}.factor")}
+    fields = {"rope_type": kind, "factor": _shortest_decimal(factor)}
     if kind == "yarn":
-        fields["original_max_position_embeddings"] = header_value(path, f"{scaling}.original_context_length")
+        fields["original_max_position_embeddings"] = header.get(
+            "rope.scaling.original_context_length", header.get("context_length")
+        )
+        # Writers store `attention_factor` of config.json under either key; a bare attn_factor of 1 is the default, no factor.
+        attention_factor = header.get("rope.scaling.yarn_attn_factor")
+        if attention_factor is None and attention_keys:
+            attention_factor = header["rope.scaling.attn_factor"]
+        optional = {
+            "attention_factor": attention_factor,
+            "beta_fast": header.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": header.get("rope.scaling.yarn_beta_slow"),
+        }
+        fields |= {name: _shortest_decimal(value) for name, value in optional.items() if value is not None}
     return fields
 
 
@@ -124,7 +256,7 @@ def gguf_tensors(path: Path, config: ModelConfig) -> Tensors:
     """
     from gguf.quants import dequantize
 
-    tensors = {_hf_name(tensor.name): tensor for tensor in open_gguf(path).tensors if tensor.name != _ROPE_DIVISORS}
+    tensors = {_hf_name(tensor.name): tensor for tensor in open_tensors(path) if tensor.name != _ROPE_DIVISORS}
     interleaved = header_value(path, "general.architecture") == "llama"
 
     def fetch(name: str) -> np.ndarray:

@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rpt_jax.errors import UserError
-
-
-def is_gguf(source: str | Path) -> bool:
-    """Return whether `source` is the name of a GGUF file; the file need not exist."""
-    return Path(source).suffix == ".gguf"
+from rpt_jax.weights.model_files import split_parts, unreadable_hint
 
 
 def open_gguf(path: Path) -> Any:
@@ -21,14 +17,18 @@ def open_gguf(path: Path) -> Any:
     """
     # Cached, because parsing the header, which contains the vocabulary, takes a second, and several modules read it.
     try:
-        return _open(path, path.stat().st_mtime_ns)
+        return _open_cached(path, path.stat().st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", field=str(path)) from None
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: Path, modified_ns: int) -> Any:
+def _open_cached(path: Path, modified_ns: int) -> Any:
     """Open a file; `modified_ns` is part of the cache key, so that a changed file is read again."""
+    return _open(path)
+
+
+def _open(path: Path) -> Any:
     try:
         import gguf
     except ImportError:
@@ -37,12 +37,32 @@ def _open(path: Path, modified_ns: int) -> Any:
         ) from None
     try:
         return gguf.GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", field=str(path)) from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise _damaged(path, error) from None
 
 
+def open_tensors(path: Path) -> list[Any]:
+    """Return the tensors of a file and, if it is the first part of several, those of the other parts.
+
+    Raises: UserError if a part is missing or damaged.
+    """
+    first, *others = split_parts(path)
+    tensors = list(open_gguf(first).tensors)
+    for part in others:
+        tensors += _open(part).tensors
+    count = header_value(first, "split.tensors.count", len(tensors))
+    if len(tensors) != count:
+        raise UserError(
+            f"{first} and its other parts have {len(tensors)} tensors instead of {count}. Download all parts again.",
+            field=str(first),
+        )
+    return tensors
+
+
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a GGUF file, or it is damaged ({error}).", field=str(path))
+    return UserError(f"{path} is not a GGUF file, or it is damaged ({error}).{unreadable_hint(path)}", field=str(path))
 
 
 def header_value(path: Path, key: str, default: Any = None) -> Any:

@@ -19,22 +19,19 @@ from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.weights.gguf import gguf_model_config, gguf_tensors
-from rpt_jax.weights.gguf_header import is_gguf
-from rpt_jax.weights.hf_config import (
-    FINGERPRINT_KEY,
-    MODEL_CONFIG_FILE,
-    from_hf_config,
-    read_json_object,
-    to_hf_config,
-)
-from rpt_jax.weights.safetensors_io import (
+from rpt_jax.weights.hf_config import FINGERPRINT_KEY, from_hf_config, read_json_object, to_hf_config
+from rpt_jax.weights.model_files import (
+    GENERATION_CONFIG_FILE,
     INDEX_FILE,
+    MODEL_CONFIG_FILE,
+    SPECIAL_ID_KEYS,
     WEIGHTS_FILE,
-    Tensors,
-    TensorSpec,
-    open_safetensors,
-    write_safetensors,
+    find_gguf,
+    missing_hint,
+    parse_object,
+    split_parts,
 )
+from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors, write_safetensors
 
 # Parameter -> tensor on disk.
 _TOP_NAMES = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
@@ -66,9 +63,10 @@ def check_files(source: str | Path) -> None:
 
     Raises: UserError that lists all missing files.
     """
-    if is_gguf(source):
-        if not Path(source).is_file():
-            raise UserError(f"policy.path='{source}' does not exist.", field="policy.path")
+    if gguf := find_gguf(source):
+        for part in split_parts(gguf):
+            if not part.is_file():
+                raise UserError(f"policy.path='{source}': {part} does not exist.", field="policy.path")
         return
     required = {
         MODEL_CONFIG_FILE: (MODEL_CONFIG_FILE,),
@@ -83,7 +81,7 @@ def check_files(source: str | Path) -> None:
     if missing:
         raise UserError(
             f"policy.path='{source}' must be a directory in Hugging Face format or a .gguf file, but it has no "
-            f"{', no '.join(missing)}.",
+            f"{', no '.join(missing)}.{missing_hint(source)}",
             field="policy.path",
         )
 
@@ -96,15 +94,15 @@ def load_model_config(source: str | Path) -> tuple[ModelConfig, str]:
 
     Raises: UserError if config.json, or the header of the GGUF file, is missing, damaged or not supported.
     """
-    if is_gguf(source):
-        return gguf_model_config(Path(source)), ""
+    if gguf := find_gguf(source):
+        return gguf_model_config(gguf), ""
     path = Path(source) / MODEL_CONFIG_FILE
     try:
         content = read_json_object(path)
     except OSError:
         raise UserError(
             f"policy.path='{source}' has no {MODEL_CONFIG_FILE}. Expected a .gguf file, or a directory with "
-            f"{MODEL_CONFIG_FILE}, {WEIGHTS_FILE} and tokenizer.model or tokenizer.json.",
+            f"{MODEL_CONFIG_FILE}, {WEIGHTS_FILE} and tokenizer.model or tokenizer.json.{missing_hint(source)}",
             field="policy.path",
         ) from None
     return from_hf_config(content, path), str(content.get(FINGERPRINT_KEY, ""))
@@ -119,8 +117,8 @@ def open_weights(source: str | Path, config: ModelConfig) -> Tensors:
 
     Raises: UserError that names file and tensor, for a tensor that is missing, unknown or of another shape.
     """
-    path = Path(source)
-    tensors = gguf_tensors(path, config) if is_gguf(source) else open_safetensors(path)
+    gguf = find_gguf(source)
+    tensors = gguf_tensors(gguf, config) if gguf else open_safetensors(Path(source))
     head = _TOP_NAMES["head"]
     embedding = _TOP_NAMES["embedding"]
     if config.tied and head in tensors.specs and embedding in tensors.specs:
@@ -241,7 +239,7 @@ def save_policy(
       directory: where to write; created if necessary.
       config: architecture.
       params: parameters, on the host or sharded over devices.
-      tokenizer_files: content by file name (`tokenizers.files.read_tokenizer_files`).
+      tokenizer_files: content by file name (`tokenizers.export.exported_files`).
       fingerprint: of the tokenizer; it is recorded because the weights are meaningless with other token ids.
     """
     tensors = params_as_tensors(config, lambda path: functools.reduce(operator.getitem, path, params))
@@ -260,14 +258,18 @@ def write_policy(
 
     Args:
       directory: where to write; created if necessary.
-      hf_config: content of config.json.
+      hf_config: content of config.json; ids of special tokens that it lacks are added from generation_config.json.
       tensors: weights with Hugging Face's names.
-      tokenizer_files: content by file name.
+      tokenizer_files: content by file name (`tokenizers.export.exported_files`).
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory, tensors)
     for name, data in tokenizer_files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(data)
+    generation = parse_object(directory / GENERATION_CONFIG_FILE, tokenizer_files.get(GENERATION_CONFIG_FILE, b"{}"))
+    special = {key: generation[key] for key in SPECIAL_ID_KEYS if key in generation}
+    hf_config = hf_config | {key: value for key, value in special.items() if hf_config.get(key) is None}
     # Last, because a directory with config.json is taken for a complete policy.
     (directory / MODEL_CONFIG_FILE).write_text(json.dumps(hf_config, indent=2) + "\n")
 

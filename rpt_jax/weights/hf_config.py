@@ -3,27 +3,93 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from pathlib import Path
 from typing import Any
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.json_object import parse_json_object
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import SCALINGS, Scaling
+from rpt_jax.weights.model_files import parse_object
 
-MODEL_CONFIG_FILE = "config.json"
 # Key of the tokenizer's fingerprint in config.json. Only rpt_jax writes and reads it; other readers ignore it.
 FINGERPRINT_KEY = "tokenizer_sha256"
 # Supported values of `model_type` -> names of the models, for error messages.
 _FAMILIES = {"llama": "Llama 3 and SmolLM2", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3 without experts"}
+# Keys of config.json that are read.
+_READ_KEYS = {
+    FINGERPRINT_KEY,
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "layer_types",
+    "max_position_embeddings",
+    "max_window_layers",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "vocab_size",
+}
 # Options that are not supported: key of config.json -> values that turn the option off (or are the default).
 _UNSUPPORTED_OPTIONS = {
     "attention_bias": (None, False),
+    "hidden_act": (None, "swish", "silu"),  # Two names of one function; messages recommend the last.
+    "is_causal": (None, True),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
-    "hidden_act": (None, "swish", "silu"),  # Two names of one function; messages recommend the last.
+    "rope_interleaved": (None, False),
+    "use_mrope": (None, False),
 }
+# Keys without an effect on the logits: for training, sampling and bookkeeping. So are "*_token_id" and names with "_" in front.
+_NEUTRAL_KEYS = {
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "do_sample",
+    "dtype",
+    "finetuning_task",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "max_length",
+    "max_new_tokens",
+    "model_max_length",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "pretraining_tp",
+    "problem_type",
+    "repetition_penalty",
+    "return_dict",
+    "seq_length",
+    "task_specific_params",
+    "temperature",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+_QWEN3_HEAD_SIZE = 128  # Of a config.json of this family without `head_dim`.
+_QWEN2_FULL_LAYERS = 28  # Layers with full attention without `max_window_layers`.
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -31,7 +97,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises: UserError if the file contains something else; OSError if it cannot be read.
     """
-    return parse_json_object(path, path.read_bytes())
+    return parse_object(path, path.read_bytes())
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -89,13 +155,14 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
     _check_options(content, path)
 
     def number(name: str, expected: type, default: Any = None) -> Any:
-        return _check_number(path, name, content.get(name, default), expected)
+        value = content.get(name)
+        return _check_number(path, name, default if value is None else value, expected)
 
     # The sizes of attention, which depend on each other.
     width = number("hidden_size", int)
     heads = number("num_attention_heads", int)
     kv_heads = number("num_key_value_heads", int, heads)
-    head_size = width // heads if content.get("head_dim") is None else number("head_dim", int)
+    head_size = number("head_dim", int, _QWEN3_HEAD_SIZE if family == "qwen3" else max(1, width // heads))
     if heads % kv_heads or head_size % 2:
         raise UserError(
             f"{path}: num_attention_heads={heads} must be a multiple of num_key_value_heads={kv_heads}, and "
@@ -125,17 +192,44 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def _check_options(content: dict[str, Any], path: Path) -> None:
-    """Refuse options that are not implemented. Raises: UserError that names the file and the key."""
+    """Refuse options that are not implemented, and unknown ones. Raises: UserError that names the file and the key."""
     for name, supported in _UNSUPPORTED_OPTIONS.items():
         if content.get(name) not in supported:
+            expected = next(value for value in supported if value is not None) if len(supported) > 1 else None
             raise UserError(
-                f"{path}: {name}={content[name]!r} is not supported; expected {supported[-1]!r}.", field=str(path)
+                f"{path}: {name}={content[name]!r} is not supported; expected {expected!r}.", field=str(path)
             )
-    # Qwen2 config files have the first `max_window_layers` layers use full attention, and the others a sliding window.
-    full_layers = content.get("max_window_layers", 0)
-    has_sliding_layers = content.get("use_sliding_window") and full_layers < content.get("num_hidden_layers", 0)
-    if has_sliding_layers or "sliding_attention" in (content.get("layer_types") or ()):
-        raise UserError(f"{path}: layers with sliding-window attention are not supported.", field=str(path))
+    known = _READ_KEYS | _UNSUPPORTED_OPTIONS.keys() | _NEUTRAL_KEYS
+    unknown = [
+        name
+        for name, value in content.items()
+        if name not in known and value is not None and not name.startswith("_") and not name.endswith("_token_id")
+    ]
+    if unknown:
+        raise UserError(
+            f"{path}: {', '.join(unknown)} is unknown and may change the model's results, so the model is not read. If it has no "
+            f"effect on them, remove it from {path.name}.",
+            field=str(path),
+        )
+
+    # Layers with a window at least as long as the context have full attention.
+    window = content.get("sliding_window")
+    context = content.get("max_position_embeddings", ModelConfig.context)
+    if isinstance(window, int) and isinstance(context, int) and window >= context:
+        return
+    layer_types = content.get("layer_types") or []
+    other_layers = layer_types != ["full_attention"] * len(layer_types) if isinstance(layer_types, list) else True
+    # In Qwen models, the first layers have full attention, and the others a window if it is turned on; Llama has no switch.
+    full_layers = content.get("max_window_layers", _QWEN2_FULL_LAYERS)
+    layers = content.get("num_hidden_layers")
+    all_full = isinstance(full_layers, int) and isinstance(layers, int) and full_layers >= layers
+    has_window = content.get("use_sliding_window") and not all_full
+    if other_layers or has_window or (content["model_type"] == "llama" and window is not None):
+        raise UserError(
+            f"{path}: layers with sliding-window or other attention are not supported (sliding_window={window!r}, "
+            f"layer_types={layer_types!r}).",
+            field=str(path),
+        )
 
 
 def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float, Scaling | None]:
@@ -160,7 +254,12 @@ def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float
     if rope_type != "default":
         types = typing.get_type_hints(SCALINGS[rope_type])
         if "original_max_position_embeddings" in types:
+            # A value outside of the section takes precedence.
             fields.setdefault("original_max_position_embeddings", context)
+            fields |= {key: content[key] for key in ("original_max_position_embeddings",) if content.get(key)}
+
+    if rope_type == "yarn":
+        _read_yarn_factors(path, section, fields, context)
 
     # Refuse fields that would change the frequencies in a way that is not implemented.
     partial = fields.pop("partial_rotary_factor", content.get("partial_rotary_factor"))
@@ -186,6 +285,23 @@ def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float
             f"{path}: {section} with rope_type={rope_type!r} requires {', '.join(missing)}.", field=str(path)
         )
     return base, SCALINGS[rope_type](**values)
+
+
+def _read_yarn_factors(path: Path, section: str, fields: dict[str, Any], context: int) -> None:
+    """Set `factor` and `attention_factor` as `transformers` does; remove the fields that they are computed from."""
+
+    def number(name: str) -> float:
+        return _check_number(path, f"{section}.{name}", fields[name], float)
+
+    if "factor" in fields and fields["factor"] is None:
+        fields["factor"] = context / number("original_max_position_embeddings")
+    if fields.get("mscale") and fields.get("mscale_all_dim") and fields.get("attention_factor") is None:
+        log_factor = math.log(max(number("factor"), 1.0))
+        fields["attention_factor"] = (0.1 * number("mscale") * log_factor + 1) / (
+            0.1 * number("mscale_all_dim") * log_factor + 1
+        )
+    for name in ("mscale", "mscale_all_dim"):
+        fields.pop(name, None)
 
 
 def _check_rope_field(path: Path, name: str, value: Any, expected: Any) -> Any:

@@ -13,9 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rpt_jax.errors import UserError
+from rpt_jax.weights.model_files import INDEX_FILE, WEIGHTS_FILE, unreadable_hint
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -154,13 +153,13 @@ def _read_index(path: Path) -> dict[str, str]:
             raise ValueError("weight_map must contain names of files in the same directory")
         return file_of
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a valid safetensors index ({error}). Copy it again.", field=str(path)) from None
+        hint = unreadable_hint(path) or " Copy it again."
+        raise UserError(f"{path} is not a valid safetensors index ({error}).{hint}", field=str(path)) from None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path} cannot be read as safetensors ({error}). Write or copy the weights again.", field=str(path)
-    )
+    hint = unreadable_hint(path) or " Write or copy the weights again."
+    return UserError(f"{path} cannot be read as safetensors ({error}).{hint}", field=str(path))
 
 
 def write_safetensors(directory: Path, tensors: Tensors, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -71,6 +71,8 @@ REFUSED_VALUES = [
     ({"rollout__temperature": 0.0}, "rollout.temperature"),
     ({"rollout__temperature": float("nan")}, "rollout.temperature"),
     ({"rollout__top_k": 5}, "objective.importance"),
+    ({"prompt__box_reading": "to the end"}, "prompt.box_reading"),
+    ({"prompt__box_reading": "to_end", "rollout__stop_at_box": True}, "rollout.stop_at_box"),
     ({"training__total_steps": 0}, "training.total_steps"),
     ({"training__minibatches_per_step": 0}, "training.minibatches_per_step"),
     ({"training__prompts_per_step": 48, "training__minibatches_per_step": 5}, "training.minibatches_per_step"),

@@ -49,7 +49,7 @@ def test_scoring_all_shards_writes_a_manifest_and_a_plot(finished: Path, corpus:
     assert manifest["counts"]["rejected"] == {"empty": 3, "duplicate": 2}
     fractions = manifest["positions_above_nats"]
     assert 1 > fractions["0.5"] > fractions["1.0"] > fractions["1.5"] > 0
-    assert (finished / "entropy.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "plots" / "entropy.png").read_bytes().startswith(b"\x89PNG")
     opened = open_prepared(corpus, TOKENIZER, finished)
     assert len(opened.scores) == len(opened.corpus.tokens)
     for (ids, _), (renormalized, partial) in zip(opened.corpus.tokens, opened.scores, strict=True):

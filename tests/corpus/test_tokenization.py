@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus import tokenization
 from rpt_jax.corpus.documents import SPLITS
+from rpt_jax.corpus.gsm_symbolic import GsmSymbolicOptions
+from rpt_jax.corpus.store import document_names
 from rpt_jax.corpus.tokenization import parse_shard, shards_to_prepare, tokenize
 from rpt_jax.corpus.tokenized import NEAR_DUPLICATES, TokenizedCorpus, open_tokens, report_corpus
 from rpt_jax.errors import UserError
@@ -64,6 +67,26 @@ def test_every_document_is_in_its_split_with_its_bytes_unchanged(
         assert opened.token_count(split) == sum(map(len, windows))
     ids, lengths = opened.tokens[3]
     assert lengths.tolist() == [len(TOKENIZER.pieces[i]) for i in ids]
+
+
+def test_windows_of_a_document_are_one_cluster(corpus: DataConfig, tmp_path: Path) -> None:
+    opened = tokenize_shards(corpus, tmp_path, 2)
+    for split in ("train", "held_out"):
+        clusters = opened.clusters(split)
+        np.testing.assert_array_equal(clusters, opened.document_W[opened.windows(split).numbers_N])
+        assert len(set(clusters.tolist())) < len(clusters), "no document has several windows"
+
+
+def test_unseen_documents_of_one_template_are_one_cluster(tmp_path: Path) -> None:
+    options = GsmSymbolicOptions(documents=12, held_out_templates=3)
+    config = DataConfig(source_options=options, held_out_documents=36, max_document_tokens=64)
+    opened = tokenize_shards(config, tmp_path, 2)
+    documents = opened.document_W[opened.windows("unseen").numbers_N].tolist()
+    names = document_names(opened.directory, opened.shards, documents)
+    templates = [names[document].split(":")[1] for document in documents]
+    clusters = opened.clusters("unseen").tolist()
+    assert len(set(templates)) == len(set(clusters)) == len(set(zip(templates, clusters, strict=True))) == 3
+    assert len(set(documents)) == 12
 
 
 def test_rejected_records_are_listed_and_counted(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 
 import pytest
 
-from rpt_jax.distributed.hosts import Hosts, find_hosts
+from rpt_jax.distributed.hosts import Hosts, Names, find_hosts
 from rpt_jax.distributed.rendezvous import Connection, meet
 from rpt_jax.errors import ExitCode, UserError
+from tests.helpers.paths import ROOT
 from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, starter
 
 # --- detection ---
 
 SLURM = {"SLURM_JOB_ID": "41", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+NODES = {"SLURM_STEP_NODELIST": "a,b", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}
 TPU = {"TPU_WORKER_HOSTNAMES": "t-0.job,t-1.job", "TPU_WORKER_ID": "1"}
 MULTISLICE = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "s0-0.job:8080"}
 
@@ -42,13 +47,68 @@ MULTISLICE = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE
     ],
 )
 def test_processes_are_detected_from_the_environment(environ: Mapping[str, str], expected: Hosts | None) -> None:
-    assert find_hosts(None, None, None, environ) == expected
+    found = find_hosts(None, None, None, environ)
+    assert (found and found[:4]) == (expected and expected[:4])
 
 
 def test_flags_take_precedence_over_the_environment() -> None:
     environ = SLURM | {"SLURM_STEP_NODELIST": "node[003-006]"}
     assert find_hosts("h:5", 2, 1, environ) == Hosts("h", 5, 2, 1)
     assert find_hosts("h:5", 1, 0, environ) is None
+
+
+def test_a_flag_replaces_one_value_of_the_environment_and_leaves_the_others() -> None:
+    environ = SLURM | {"SLURM_STEP_NODELIST": "node[003-006]"}
+    found = find_hosts("h:5", None, None, environ)
+    assert found == Hosts("h", 5, 4, 3, names=Names("--coordinator", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}, (2, 3)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,3", "CUDA_VISIBLE_DEVICES": "4,5,6"}, (1,)),
+        # Each task sees only its own GPUs, as with --gpus-per-task.
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "CUDA_VISIBLE_DEVICES": "3"}, None),
+        # Slurm does not manage the GPUs.
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (1,)),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "JAX_LOCAL_DEVICE_IDS": "0,5"}, (0, 5)),
+    ],
+)
+def test_the_tasks_of_a_slurm_node_divide_its_gpus(
+    environ: Mapping[str, str], expected: tuple[int, ...] | None
+) -> None:
+    step = SLURM | {"SLURM_STEP_NODELIST": "node[003-006]", "SLURM_NODEID": "1", "SLURM_LOCALID": "1"}
+    found = find_hosts(None, None, None, step | environ)
+    assert found and found.local_devices == expected
+
+
+ALL_GPUS = """
+import sys, jax
+from rpt_jax.distributed.hosts import Hosts
+from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
+devices = (2, 3) if len(sys.argv) > 2 else None
+hosts = Hosts("127.0.0.1", int(sys.argv[1]), 1, 0, devices)
+with connect_processes(hosts, {}, Heartbeat(), 60.0, 60.0):
+    print(jax.config.values["jax_cuda_visible_devices"])
+"""
+
+
+@pytest.mark.parametrize(("more", "visible"), [((), "all"), (("some",), "2,3")])
+def test_jax_uses_the_gpus_of_hosts_and_not_one_per_slurm_task(more: tuple[str, ...], visible: str) -> None:
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "a",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    command = [sys.executable, "-c", ALL_GPUS, str(free_port()), *more]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | step, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{visible}\n"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +128,31 @@ def test_flags_take_precedence_over_the_environment() -> None:
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID", "TPU_WORKER_ID must be given"),
         ((None, None, None), TPU | {"TPU_WORKER_ID": "x"}, "TPU_WORKER_ID", "TPU_WORKER_ID=x must be an integer"),
         ((None, None, None), SLURM, "SLURM_STEP_NODELIST", "SLURM_STEP_NODELIST must be given"),
+        *(
+            ((None, None, None), SLURM | NODES | {name: value}, name, f"{name}={value} must be")
+            for name, value in {
+                "SLURM_JOB_ID": "41_3",
+                "SLURM_STEP_NUM_TASKS": "2(x2)",
+                "SLURM_PROCID": "first",
+                "SLURM_STEP_NODELIST": "[1-2]",
+                "SLURM_NODEID": "one",
+                "SLURM_LOCALID": "x",
+                "SLURM_STEP_TASKS_PER_NODE": "4(x",
+                "JAX_LOCAL_DEVICE_IDS": "a",
+            }.items()
+        ),
+        (
+            (None, None, None),
+            SLURM | NODES | {"SLURM_NODEID": "2"},
+            "SLURM_STEP_TASKS_PER_NODE",
+            "with one for node SLURM_NODEID=2",
+        ),
+        (
+            (None, None, None),
+            SLURM | NODES | {"SLURM_STEP_TASKS_PER_NODE": "3(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+            "SLURM_STEP_TASKS_PER_NODE",
+            "the nearest number of tasks that can is 2",
+        ),
     ],
 )
 def test_a_value_that_is_missing_or_out_of_range_is_named(flags, environ, field, sentence) -> None:
@@ -102,8 +187,8 @@ def test_a_process_that_does_not_connect_is_named_by_all_others() -> None:
     told = meet_all(*((Hosts("127.0.0.1", port, 4, process), {}) for process in (0, 2)), seconds=1.0)
     assert told[0] == told[1]
     assert told[0] == (
-        f"process 0 on {HERE} waited 1 s (--join_seconds) for processes 1, 3 of 4, which did not connect. Start all "
-        f"processes with --coordinator=127.0.0.1:{port}, or change --processes."
+        f"process 0 on {HERE} waited 1 s (--join_seconds) for processes 1, 3 of 4, which did not connect. Check that "
+        f"they were started (--processes=4) and can reach 127.0.0.1:{port} (--coordinator)."
     )
 
 
@@ -112,7 +197,7 @@ def test_a_process_that_does_not_connect_is_named_by_all_others() -> None:
     [
         (
             ((3, 1), {"seed": 0}),
-            f"process 1 on {HERE} was started as one of 3 processes, process 0 on {HERE} as one of 2",
+            f"process 1 on {HERE} was started as one of 3 processes, process 0 on {HERE} as one of 2 (--processes)",
         ),
         (((2, 1), {"seed": 1}), f"process 1 on {HERE} differs from process 0 on {HERE} (seed: 1 there, 0 here)"),
     ],
@@ -153,7 +238,7 @@ def test_a_blocked_second_port_is_reported_to_process_0() -> None:
     leader.join()
     server.close()
     assert f"for process 0 at 127.0.0.1:{port + 1} (Connection refused)" in told
-    assert received == [{"end": 2, "why": told}]
+    assert received == [{"end": 2, "why": told, "field": "--coordinator"}]
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -161,6 +246,18 @@ def test_a_port_in_use_is_named() -> None:
         port = server.getsockname()[1]
         [told] = meet_all((Hosts("127.0.0.1", port, 2, 0), {}))
     assert f"process 0 on {HERE} cannot listen on port {port} (Address already in use" in told
+
+
+def test_messages_name_the_variables_of_slurm_where_it_gave_the_values() -> None:
+    found = find_hosts(None, None, None, SLURM | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_PROCID": "0"})
+    assert found is not None
+    with pytest.raises(UserError) as raised:
+        meet(found._replace(port=free_port()), {}, 0.1)
+    assert raised.value.field == "SLURM_STEP_NUM_TASKS"
+    assert "--" not in str(raised.value).replace("--join_seconds", "")
+    with pytest.raises(UserError) as raised:
+        meet(found._replace(port=free_port(), process=1), {}, 0.1)
+    assert raised.value.field == "SLURM_STEP_NODELIST"
 
 
 def connect_when_ready(port: int) -> socket.socket:

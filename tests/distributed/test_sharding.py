@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -107,14 +108,30 @@ def test_a_step_keeps_the_shardings_of_the_state(results, mesh):
     assert results[mesh]["compiled_again"] == 0
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 1, 3), (-1, 3, 1), (0, 1, 1), (-1, -1, 1), (8, 8, 8), (-1, 0, 1)])
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
-    devices = list(range(8)) if sizes != (2, 1, 1) else None  # Only their number matters here.
+@pytest.mark.parametrize(
+    ("sizes", "devices", "nearest", "field"),
+    [
+        ((2, 1, 1), 1, (1, 1, 1), "mesh.data"),
+        ((1, 1, 3), 8, (4, 1, 2), "mesh.tensor"),
+        ((-1, 3, 1), 8, (4, 2, 1), "mesh.fsdp"),
+        ((0, 1, 1), 8, (8, 1, 1), "mesh.data"),
+        ((-1, -1, 1), 8, (8, 1, 1), "mesh.fsdp"),
+        ((8, 8, 8), 8, (1, 1, 8), "mesh.fsdp"),
+        ((-1, 0, 1), 8, (8, 1, 1), "mesh.fsdp"),
+        ((1, 16, 1), 8, (1, 8, 1), "mesh.fsdp"),
+        ((1, 4, 1), 8, (2, 4, 1), "mesh.data"),
+        ((1, -1, 8), 1, (1, 1, 1), "mesh.tensor"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_one_that_does(sizes, devices, nearest, field):
+    numbers = list(range(devices))  # Only the number of devices matters here.
     with pytest.raises(UserError) as error:
-        make_mesh(*sizes, devices=devices)
-    for axis, size in zip(FIELDS, sizes, strict=False):
+        make_mesh(*sizes, devices=numbers)
+    assert error.value.field == field
+    for axis, size, fitting in zip(FIELDS, sizes, nearest, strict=False):
         assert f"mesh.{axis}={size}" in str(error.value)
-    assert f"{8 if devices else jax.device_count()} devices" in str(error.value)
+        assert f"mesh.{axis}={fitting}" in str(error.value).partition("nearest")[2]
+    assert math.prod(nearest) == devices and f" {devices} device" in str(error.value)
 
 
 def test_minus_one_takes_all_remaining_devices():
@@ -152,8 +169,12 @@ def test_a_parameter_that_does_not_divide_evenly_is_refused():
         parameter_shardings(POLICY, abstract_mesh(*nearest))
     with pytest.raises(
         UserError, match=r"mesh.rollout_tensor=4 does not divide .* mesh.tensor=1, mesh.rollout_tensor=2"
-    ):
+    ) as raised:
         parameter_shardings(POLICY, abstract_mesh(1, 8, 1, 4), DECODING)
+    assert raised.value.field == "mesh.rollout_tensor"
+    with pytest.raises(UserError, match=r"mesh.data=3, mesh.fsdp=2, mesh.tensor=1, mesh.rollout_tensor=1\.") as raised:
+        parameter_shardings(POLICY, abstract_mesh(1, 6, 1, 3))
+    assert raised.value.field == "mesh.fsdp"
 
 
 def test_parameters_are_split_over_fsdp_and_tensor():
@@ -181,9 +202,12 @@ def test_decoding_can_use_another_tensor_parallel_size():
     assert narrower["layers"]["q"].spec == PartitionSpec()
 
 
-@pytest.mark.parametrize(("sizes", "rollout_tensor"), [((1, 4, 2), 3), ((4, 1, 2), 4), ((1, 2, 4), 3), ((1, 8, 1), 16)])
-def test_a_rollout_group_that_does_not_fit_the_mesh_is_refused(sizes, rollout_tensor):
-    message = rf"mesh.rollout_tensor={rollout_tensor} must divide mesh.tensor={sizes[2]}, or"
+@pytest.mark.parametrize(
+    ("sizes", "rollout_tensor", "nearest"),
+    [((1, 4, 2), 3, 2), ((4, 1, 2), 4, 2), ((1, 2, 4), 3, 2), ((1, 8, 1), 16, 8), ((1, 4, 2), 7, 8)],
+)
+def test_a_rollout_group_that_does_not_fit_the_mesh_is_refused(sizes, rollout_tensor, nearest):
+    message = rf"mesh.rollout_tensor={rollout_tensor} must divide mesh.tensor={sizes[2]}, or .* is {nearest}\."
     with pytest.raises(UserError, match=message) as raised:
         make_mesh(*sizes, devices=list(range(8)), rollout_tensor=rollout_tensor)
     assert raised.value.field == "mesh.rollout_tensor"

@@ -13,13 +13,32 @@ from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.tokenizer import byte_level_alphabet
 from rpt_jax.weights.hf import save_policy
-from rpt_jax.weights.safetensors_io import WEIGHTS_FILE
+from rpt_jax.weights.model_files import WEIGHTS_FILE
 from tests.helpers.policy_reference import random_params
 
 SHAPE = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, head_size=8, ffn=64, vocab=300)
 # The tokens: all bytes and one merge, then the special tokens.
 PLAIN = [*byte_level_alphabet(), "Ġt"]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+
+
+def hf_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """Return the content of a small config.json, with `changes`; None removes a key."""
+    content = {
+        "model_type": family,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "vocab_size": 300,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
+    return {key: value for key, value in (content | changes).items() if value is not None}
 
 
 def tokenizer_spec() -> dict[str, Any]:
@@ -44,6 +63,7 @@ def write_gguf(
     pre_tokenizer: str = "smollm",
     tokenizer_model: str = "gpt2",
     extra_tensors: dict[str, np.ndarray] | None = None,
+    extra_keys: dict[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Write a random policy as llama.cpp does, with the rows of Llama's query and key projections interleaved.
 
@@ -55,6 +75,7 @@ def write_gguf(
       pre_tokenizer: value of tokenizer.ggml.pre.
       tokenizer_model: value of tokenizer.ggml.model.
       extra_tensors: additional tensors by their GGUF names.
+      extra_keys: additional values of the header by key.
 
     Returns: the tensors by their Hugging Face names.
     """
@@ -83,6 +104,9 @@ def write_gguf(
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(258)
     writer.add_eot_token_id(259)
+    for key, value in (extra_keys or {}).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.layers)  # Includes the names of the other families.
     for name, tensor in weights.items():

@@ -26,7 +26,7 @@ REQUIREMENTS = {
 PYTHON = """#!{bash}
 [ "$1" != -P ] || shift
 [ "$1" != -c ] || exec "{real}" -I -S -c 'import sys
-sys.version_info = ({version}, 0)
+sys.version_info = ({version}, 0, "{level}", 0)
 sys.path.append("{packages}")
 sys.modules["pip"] = sys
 exec(sys.argv.pop(1))' "${{@:2}}"
@@ -80,16 +80,22 @@ class Clone:
             if found := shutil.which(tool):
                 (self.bin / tool).symlink_to(found)
 
-    def add_python(self, name: str, version: str = "3, 12", packages: Path | str = "") -> None:
+    def add_python(self, name: str, version: str = "3, 12", packages: Path | str = "", level: str = "final") -> None:
         """Put a stand-in for an interpreter on PATH.
 
         Args:
           name: the name of the command, such as "python3".
           version: the version that it claims to be, as "major, minor".
           packages: a directory that it imports packages from.
+          level: the release level that it claims, such as "candidate".
         """
         text = PYTHON.format(
-            bash=shutil.which("bash"), real=sys.executable, version=version, packages=packages, calls=self.calls
+            bash=shutil.which("bash"),
+            real=sys.executable,
+            version=version,
+            level=level,
+            packages=packages,
+            calls=self.calls,
         )
         self.add_tool(name, text)
 

@@ -24,7 +24,7 @@ def write_run(workdir: Path, steps: int, every: int, levels: Sequence[str] = tup
         line = {"step": step, "flops/train_total": 3e12 * step}
         if step:
             line |= {
-                "reward/mean": 0.3 * step / steps + 0.02 * rng.uniform(),
+                "reward/drawn_mean": 0.3 * step / steps + 0.02 * rng.uniform(),
                 "length/mean": 40.0 - rng.uniform(),
                 "ended/length": 0.1 * rng.uniform(),
             }

@@ -73,10 +73,10 @@ def encode(parts: list[bytes | int], rng: np.random.Generator | None = None) -> 
     return tokens
 
 
-def score(case: Case, end_think_id: int = THINK_END) -> tuple[np.ndarray, np.ndarray]:
+def score(case: Case, end_think_id: int = THINK_END, reading: str = "balanced") -> tuple[np.ndarray, np.ndarray]:
     """Return reward and status of the kernel."""
     arrays = [jnp.asarray(x) for x in (*case[:5], VOCAB_BYTES, VOCAB_LENGTHS)]
-    reward, status = prefix_match_reward(*arrays, end_think_id)
+    reward, status = prefix_match_reward(*arrays, end_think_id, reading=reading)
     assert reward.dtype == jnp.float32 and status.dtype == jnp.int32 and reward.shape == case.lengths.shape
     return np.asarray(reward), np.asarray(status)
 

@@ -176,26 +176,28 @@ def fuzz(vocab: Vocabulary, rng: np.random.Generator, prompts: int) -> Case:
     return Case(tokens, lengths, stopped, np.stack(references), np.stack(boundaries), continuations)
 
 
-def scores(vocab: Vocabulary, case: Case, marked: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scores(
+    vocab: Vocabulary, case: Case, marked: bool = True, reading: str = "balanced"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return reward, status and first tokens of the kernels, which know the special marker if `marked`."""
     end = vocab.end if marked else -1
     tokens, lengths, stopped, reference, boundaries = (jnp.asarray(x) for x in case[:5])
     table = tuple(jnp.asarray(x) for x in vocab_arrays(vocab.pieces))
-    reward, status = prefix_match_reward(tokens, lengths, stopped, reference, boundaries, *table, end)
-    first = predicted_first_token(tokens, lengths, stopped, *table, end)
+    reward, status = prefix_match_reward(tokens, lengths, stopped, reference, boundaries, *table, end, reading=reading)
+    first = predicted_first_token(tokens, lengths, stopped, *table, end, reading=reading)
     return np.asarray(reward), np.asarray(status), np.asarray(first)
 
 
-def count_agreeing(vocab: Vocabulary, seed: int, prompts: int) -> np.ndarray:
+def count_agreeing(vocab: Vocabulary, seed: int, prompts: int, reading: str = "balanced") -> np.ndarray:
     """Assert that kernels and reference agree on generated responses; return the number of each status."""
     case = fuzz(vocab, np.random.default_rng(seed), prompts)
     marked = bool(seed % 4)
-    reward, status, first = scores(vocab, case, marked)
+    reward, status, first = scores(vocab, case, marked, reading)
     end = vocab.end if marked else -1
     for p, g in np.ndindex(status.shape):
         rollout = case.tokens[p, g].tolist(), case.lengths[p, g], case.stopped[p, g]
-        expected = reward_reference.reward(*rollout, case.continuations[p], vocab.pieces, end)[1]
-        token = reward_reference.first_token(*rollout, vocab.pieces, end)
+        expected = reward_reference.reward(*rollout, case.continuations[p], vocab.pieces, end, reading)[1]
+        token = reward_reference.first_token(*rollout, vocab.pieces, end, reading)
         if (status[p, g], first[p, g]) != (expected, token):
             known = [vocab.pieces[t] if 0 <= t < len(vocab.pieces) else b"?" for t in rollout[0][: rollout[1]]]
             pytest.fail(

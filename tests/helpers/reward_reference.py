@@ -16,12 +16,13 @@ from rpt_jax.rewards.prefix_match import Status
 _COUNTING_BRACE = re.compile(rb"(?<!\\)(?:\\\\)*([{}])")
 
 
-def read_prediction(response: bytes, special_marker: int | None = None) -> bytes | None:
+def read_prediction(response: bytes, special_marker: int | None = None, reading: str = "balanced") -> bytes | None:
     """Return the bytes of the prediction, or None if there is none.
 
     Args:
         response: all bytes of the response.
         special_marker: number of bytes before the last end-of-thinking special token; None if there is none.
+        reading: "balanced" or "to_end".
     """
     byte_marker = response.rfind(b"</think>")
     ends = [byte_marker + len(b"</think>")] if byte_marker >= 0 else []
@@ -32,6 +33,8 @@ def read_prediction(response: bytes, special_marker: int | None = None) -> bytes
     _, opening, content = response[max(ends) :].rpartition(b"\\boxed{")
     if not opening:
         return None
+    if reading == "to_end":
+        return content[:-1] if content.endswith(b"}") else None
     if content.startswith(b"}"):
         return b"}" if content.startswith(b"}}") else b""
 
@@ -66,20 +69,26 @@ def _pieces(
     return pieces, sum(map(len, pieces[: markers[-1]])) if markers else None
 
 
-def first_token(tokens: Sequence[int], length: int, stopped: bool, vocab: Sequence[bytes], end_think_id: int) -> int:
+def first_token(
+    tokens: Sequence[int],
+    length: int,
+    stopped: bool,
+    vocab: Sequence[bytes],
+    end_think_id: int,
+    reading: str = "balanced",
+) -> int:
     """Return the token that the prediction starts with, or -1 if there is none or it ends outside the box."""
     pieces, special_marker = _pieces(tokens, length, vocab, end_think_id)
     response = b"".join(pieces)
-    prediction = read_prediction(response, special_marker)
+    prediction = read_prediction(response, special_marker, reading)
     if not stopped or not prediction:
         return -1
     begin = response.rfind(b"\\boxed{") + len(b"\\boxed{")
-    ends = list(itertools.accumulate(map(len, pieces)))
-    # The token after the one whose last byte is the opening brace.
-    after = [i + 1 for i, (end, piece) in enumerate(zip(ends, pieces, strict=True)) if piece and end == begin]
-    if not after or after[0] == len(pieces) or not 0 < len(pieces[after[0]]) <= len(prediction):
+    starts = itertools.accumulate(map(len, pieces), initial=0)
+    first = [i for i, (start, piece) in enumerate(zip(starts, pieces, strict=False)) if piece and start == begin]
+    if not first or len(pieces[first[0]]) > len(prediction):
         return -1
-    return int(tokens[after[0]])
+    return int(tokens[first[0]])
 
 
 def reward(
@@ -89,8 +98,9 @@ def reward(
     continuation: Sequence[bytes],
     vocab: Sequence[bytes],
     end_think_id: int,
+    reading: str = "balanced",
 ) -> tuple[float, Status]:
     """Return the reward and the status of one rollout; `vocab` has the bytes of each token, `b""` for special tokens."""
     pieces, special_marker = _pieces(tokens, length, vocab, end_think_id)
-    status = status_of(read_prediction(b"".join(pieces), special_marker), continuation, stopped)
+    status = status_of(read_prediction(b"".join(pieces), special_marker, reading), continuation, stopped)
     return float(status == Status.CORRECT), status

@@ -69,7 +69,7 @@ EVERYTHING = SHORT | {
     "objective.entropy_weight": 0.01,
     "objective.document_weight": 0.5,
     "training.minibatches_per_step": 2,
-    "optimizer.warmup_steps": 0,  # With warmup the first minibatch would change nothing.
+    "optimizer.warmup_steps": 0,  # These runs are short: every step has the full learning rate.
     "checkpoint.every_steps": 1,
 }
 # Changes of configs/pretrain_tiny.py, likewise.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import tokenizers
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
@@ -50,3 +52,50 @@ def write_hf(directory: Path, spec: dict[str, Any], **others: Any) -> Path:
     for name, content in others.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
     return directory
+
+
+def sentencepiece_model(**options: Any) -> bytes:
+    """Return a small sentencepiece model with the defaults of the library, which change texts.
+
+    Args:
+      options: of the trainer.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        model_type="bpe",
+        minloglevel=2,
+        **{"vocab_size": 330, "byte_fallback": True} | options,
+    )
+    return model.getvalue()
+
+
+def write_sentencepiece(directory: Path, model: bytes, **others: Any) -> Path:
+    """Write `model` as tokenizer.model, and other JSON files by name without extension; return the directory."""
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(model)
+    for name, content in others.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+def chatml_bpe(**changes: Any) -> dict[str, Any]:
+    """Return the content of a small tokenizer.json as Qwen's: the tokens of ChatML, NFC, and no begin-of-text token.
+
+    Args:
+      changes: values of the file's top-level keys that are replaced.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.add_tokens(["<think>", "</think>"])
+    return json.loads(backend.to_str()) | changes

@@ -13,14 +13,14 @@ from rpt_jax.errors import ExitCode
 from rpt_jax.infra.divergence import Diverged, DivergenceMonitor
 from tests.helpers.paths import CONFIGS
 
-GOOD = {"reward/mean": 0.5, "policy/entropy": 1.0, "mismatch/mean": 1e-4}
+GOOD = {"reward/drawn_mean": 0.5, "policy/entropy": 1.0, "mismatch/mean": 1e-4}
 RULES = DivergenceConfig(window=2, reward_collapse=0.5, entropy_floor=0.3, mismatch_ceiling=0.1)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "field"),
     [
-        ("reward/mean", 0.1, "reward_collapse"),
+        ("reward/drawn_mean", 0.1, "reward_collapse"),
         ("policy/entropy", 0.01, "entropy_floor"),
         ("mismatch/mean", 0.5, "mismatch_ceiling"),
     ],

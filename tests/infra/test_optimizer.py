@@ -6,15 +6,24 @@ import numpy as np
 import optax
 
 from rpt_jax.config import OptimizerConfig
+from rpt_jax.config.schema import SCHEDULES
 from rpt_jax.infra.optimizer import make_optimizer, make_schedule
 
 
 def test_constant_schedule_with_and_without_warmup():
     schedule = make_schedule(OptimizerConfig(learning_rate=0.3), 100)
     np.testing.assert_allclose([schedule(step) for step in (0, 1, 99, 500)], 0.3)
-    schedule = make_schedule(OptimizerConfig(learning_rate=0.3, warmup_steps=10), 100)
-    rates = [schedule(step) for step in (0, 1, 5, 10, 11, 99)]
-    np.testing.assert_allclose(rates, [0, 0.03, 0.15, 0.3, 0.3, 0.3], rtol=1e-6)
+    schedule = make_schedule(OptimizerConfig(learning_rate=0.3, warmup_steps=9), 100)
+    rates = [schedule(step) for step in (0, 1, 4, 8, 9, 10, 99)]
+    np.testing.assert_allclose(rates, [0.03, 0.06, 0.15, 0.27, 0.3, 0.3, 0.3], rtol=1e-6)
+
+
+def test_the_first_step_of_a_warmup_learns() -> None:
+    for schedule in SCHEDULES:
+        for warmup in (1, 2, 50):
+            config = OptimizerConfig(learning_rate=0.3, warmup_steps=warmup, schedule=schedule)
+            rates = [float(make_schedule(config, 100)(step)) for step in range(warmup + 1)]
+            np.testing.assert_allclose(rates, 0.3 * np.arange(1, warmup + 2) / (warmup + 1), rtol=1e-6)
 
 
 def test_cosine_schedule_ends_at_a_tenth():

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.plots import COLORS, PowerLaw, fit_power_law, moving_mean, write_plots
+from rpt_jax.infra.plots import COLORS, PowerLaw, fit_power_law, moving_mean, write_entropy_plot, write_plots
 from tests.helpers.plots import BASE_ACCURACY, PLOTS, keep_figures, write_run
 
 
@@ -22,7 +22,7 @@ from tests.helpers.plots import BASE_ACCURACY, PLOTS, keep_figures, write_run
     start=st.floats(1e6, 1e24),
     span=st.floats(5, 100),
     alpha=st.floats(0.1, 2.0),
-    p_star=st.floats(0.1, 1.0),
+    p_star=st.floats(0.1, 0.99),
     drop=st.floats(0.05, 0.9),
     count=st.integers(4, 12),
 )
@@ -63,28 +63,32 @@ def test_a_noisy_fit_is_the_least_squares_optimum() -> None:
 
 
 def test_r_squared_is_one_minus_residual_over_total() -> None:
-    flops_N = np.array([1.0, 2.0, 4.0, 8.0, 16.0]) * 1e15
-    accuracy_N = np.array([0.10, 0.30, 0.20, 0.35, 0.30])
+    flops_N = 2.0 ** np.arange(7) * 1e15
+    accuracy_N = np.array([0.10, 0.22, 0.255, 0.31, 0.31, 0.345, 0.335])
     law = fit_power_law(flops_N, accuracy_N)
     residual = sum((p - (law.A / c**law.alpha + law.p_star)) ** 2 for c, p in zip(flops_N, accuracy_N, strict=True))
-    total = sum((p - 0.25) ** 2 for p in accuracy_N)
+    total = sum((p - 1.875 / 7) ** 2 for p in accuracy_N)
     assert law.r_squared == pytest.approx(1 - residual / total, abs=1e-9)
-    assert 0.4 < law.r_squared < 0.9
+    assert 0.9 < law.r_squared < 0.999
 
 
-def test_p_star_stays_a_probability() -> None:
-    flops_N = np.geomspace(1e18, 1e21, 6)
-    rising = fit_power_law(flops_N, 0.05 * np.arange(1, 7) ** 1.5)  # Accelerates: the best fit has no ceiling.
-    falling = fit_power_law(flops_N, 0.4 - 0.015 * np.arange(6) ** 1.8)
-    assert rising.p_star == 1.0
-    assert rising.A < 0
-    assert falling.p_star == 0.0
-    assert falling.A > 0
+def test_points_that_do_not_determine_the_curve_have_no_fit() -> None:
+    flops_N = np.geomspace(1e18, 1e21, 8)
+    rng = np.random.default_rng(0)
+    assert fit_power_law(flops_N, 0.3 + 0.02 * rng.normal(size=8)) is None, "noise"
+    assert fit_power_law(flops_N, 0.3 + 0.03 * np.log10(flops_N / 1e18)) is None, "a straight line has no ceiling"
+    assert fit_power_law(flops_N, 0.05 * np.arange(1, 9) ** 1.3) is None, "an acceleration has no ceiling either"
+    assert fit_power_law(flops_N, 0.4 - 0.01 * np.arange(8) ** 1.8) is None, "nor a fall that accelerates a floor"
+    curve_N = 0.5 - 0.3 * (flops_N / 1e18) ** -0.5
+    law = fit_power_law(flops_N, curve_N + 0.01 * rng.normal(size=8))
+    assert law is not None
+    assert abs(law.p_star - 0.5) < 0.05
 
 
 def test_step_zero_is_left_out_and_too_few_points_have_no_fit() -> None:
     flops = [0.0, 1e20, 2e20, 4e20, 8e20]
     accuracy = [0.9, 0.1, 0.2, 0.25, 0.27]
+    assert fit_power_law(flops, accuracy) is not None
     assert fit_power_law(flops, accuracy) == fit_power_law(flops[1:], accuracy[1:])
     assert fit_power_law(flops[:4], accuracy[:4]) is None
     assert fit_power_law([1e20, 1e20, 2e20, 4e20], [0.1, 0.2, 0.3, 0.4]) is None
@@ -151,7 +155,7 @@ def test_a_short_run_gets_the_plots_that_its_metrics_allow(tmp_path: Path, monke
     write_plots(write_run(tmp_path / "few_evaluations", steps=30, every=10, levels=("easy", "hard")))
     assert sorted(figures) == sorted(PLOTS)
     labels = [label.split(":") for label in legend_of(figures["scaling"])]
-    assert [(level, text[:7]) for level, text in labels] == [("easy", " no fit"), ("hard", " no fit")]
+    assert [(level, text[:15]) for level, text in labels] == [("easy", " not determined"), ("hard", " not determined")]
     assert legend_of(figures["accuracy"]) == ["easy", "hard", "base policy, without reasoning"]
 
 
@@ -163,7 +167,9 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     assert raised.value.field == str(tmp_path / name)
 
 
-@pytest.mark.parametrize("key", ["reward/mean", "length/mean", "ended/length", "eval/reasoning", "flops/train_total"])
+@pytest.mark.parametrize(
+    "key", ["reward/drawn_mean", "length/mean", "ended/length", "eval/reasoning", "flops/train_total"]
+)
 def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
     path = write_run(tmp_path, steps=2, every=1) / "metrics.jsonl"
     path.write_text(path.read_text().replace(key, "other"))
@@ -192,3 +198,17 @@ def test_a_run_without_a_complete_step_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         write_plots(tmp_path)
     assert raised.value.field == str(tmp_path / "metrics.jsonl")
+
+
+def test_the_entropies_of_hard_positions_are_visible_beside_many_easy_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = keep_figures(monkeypatch)
+    counts_N = np.array([90_000, 5_000, 300, 20, 0, 1])
+    path = write_entropy_plot(tmp_path / "plots", counts_N, 0.5, {"0.5": 0.05, "1.0": 0.003, "1.5": 0.0002})
+    assert path == tmp_path / "plots" / "entropy.png"
+    (axes,) = figures["entropy"].axes
+    assert axes.get_yscale() == "log"
+    figures["entropy"].draw_without_rendering()
+    low, high = axes.get_ylim()
+    assert low < 100 * 1 / counts_N.sum() and high > 100 * 90_000 / counts_N.sum()

@@ -1,26 +1,27 @@
-"""SIGTERM and SIGINT in every phase, and runs that are killed again and again."""
+"""Stop signals in every phase."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from rpt_jax.errors import ExitCode
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import CHILD_SECONDS, WITH_SIGINT
 
 
 @pytest.fixture
 def child() -> Iterator[object]:
     started = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        run = [sys.executable, "-m", "tests.helpers.stopping_child", *arguments]
-        started.append(subprocess.Popen(run, cwd=ROOT, stdout=-1, stderr=-1, text=True))
+    def start(*arguments: str, wrapper: Sequence[str] = ()) -> subprocess.Popen[str]:
+        run = [*WITH_SIGINT, *wrapper, sys.executable, "-m", "tests.helpers.stopping_child", *arguments]
+        started.append(subprocess.Popen(run, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True))
         assert started[-1].stdout.readline() == "ready\n"
         return started[-1]
 
@@ -30,7 +31,7 @@ def child() -> Iterator[object]:
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_saves_while_the_main_thread_is_inside_xla(child, number):
     process = child("works", "60")
     process.send_signal(number)
@@ -47,6 +48,31 @@ def test_a_second_signal_exits_at_once(child, number):
     process.send_signal(number)
     assert process.wait(timeout=CHILD_SECONDS) == 128 + number
     assert "Stopped at once" in process.stderr.read()
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)])
+def test_a_warning_of_a_scheduler_and_one_sigterm_leave_time_to_save(child, signals):
+    process = child("hangs", "2")
+    for number in signals:
+        process.send_signal(number)
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
+    assert "Nothing was saved within checkpoint.grace_seconds=2" in process.stderr.read()
+
+
+def test_sighup_stays_ignored_under_nohup(child):
+    process = child("works", "60", wrapper=["bash", "-c", "trap '' HUP; exec \"$@\"", "bash"])
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == ExitCode.RESTART and err.startswith("SIGTERM: stopping")
+
+
+def test_the_sigint_of_a_terminal_saves_a_command_that_again_runs(child):
+    process = child("works", "60", wrapper=["bash", "launch/again.sh"])
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == ExitCode.RESTART and out == "saving\n"
+    assert err.startswith("SIGTERM: stopping") and "Stopped: step 7." in err
 
 
 def test_a_save_may_not_take_longer_than_the_grace_period(child):

@@ -23,6 +23,26 @@ def test_a_topology_has_a_kind_and_a_number_of_chips(text: str, kind: str, chips
 
 
 @pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("v6e-1", "v6e:1x1"),
+        ("v6e-8", "v6e:2x4"),
+        ("v6e-64", "v6e:8x8"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-256", "v5e:16x16"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-16", "v5p:2x2x2"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-256", "v5p:4x4x8"),
+        ("v5p-8192", "v5p:16x16x16"),
+        ("v4-32", "v4:2x2x4"),
+    ],
+)
+def test_an_accelerator_type_of_cloud_tpu_names_a_topology(text: str, name: str):
+    assert parse_topology(text).name == name
+
+
+@pytest.mark.parametrize(
     ("text", "hint"),
     [
         ("v5q:4x4x4", "Did you mean 'v5"),
@@ -30,6 +50,13 @@ def test_a_topology_has_a_kind_and_a_number_of_chips(text: str, kind: str, chips
         ("v5e:4x4x4", "v5e:4x4"),
         ("h100:2x4", "h100:8"),
         ("v6e:0x4", "v6e:4x4"),
+        ("v6e-48", "v6e:4x4"),
+        ("v6e-2", "v6e:4x4"),
+        ("v6e-512", "v6e:4x4"),
+        ("v5p-4", "v5p:2x2x4"),
+        ("v5p-129", "v5p:2x2x4"),
+        ("v6-64", "Did you mean 'v6e'"),
+        ("h100-8", "h100:8"),
     ],
 )
 def test_an_invalid_topology_is_refused_with_a_valid_example(text: str, hint: str):

@@ -97,10 +97,11 @@ def test_context_and_reference_are_bytes_of_any_document(
     for max_tokens in (size, len(ids) + 1):
         config = PromptConfig(max_tokens=max_tokens, prefill_think_token=False, reference_bytes=16)
         prompt = PromptBuilder(config, tokenizer).build(0, ids, Position(0, position, 1.0))
-        context = prompt.tokens_PxS[1 : prompt.lengths_P]
+        first = len(tokenizer.prefix_ids)  # BOS, or nothing.
+        context = prompt.tokens_PxS[first : prompt.lengths_P]
         assert before.endswith(tokenizer.token_bytes(context))
         assert context.tolist() == ids[position - len(context) : position].tolist()
-        assert len(context) == min(position, max_tokens - 1)
+        assert len(context) == min(position, max_tokens - first)
         length = int(np.flatnonzero(prompt.boundaries_PxRp1).max(initial=0))
         assert text.encode()[len(before) :].startswith(prompt.reference_PxR[:length].tobytes())
 

@@ -15,8 +15,8 @@ from rpt_jax.config import PromptConfig
 from rpt_jax.corpus.store import Records, ShardWriter
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
-from rpt_jax.prompts.pipeline import PromptStream, example_stream, position_order
-from rpt_jax.prompts.positions import EntropyRule, Position, PositionIndex
+from rpt_jax.prompts.pipeline import PromptStream, ShuffledEpochs, example_stream, position_order
+from rpt_jax.prompts.positions import Entropies, EntropyRule, Position, PositionIndex
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.paths import TINY
 from tests.helpers.processes import CHILD_SECONDS
@@ -35,8 +35,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> PositionIndex:
             writer.write((np.arange(len(ids)), np.arange(len(ids))), [len(ids)])
         writer.commit({})
     counts = np.array([len(ids) - 3 for ids in DOCUMENTS[1:]], np.uint32)
+    with ShardWriter(directory, "tokens", 0, 1) as writer:
+        for ids in DOCUMENTS:
+            writer.write((ids, np.ones(len(ids))), [len(ids)])
+        writer.commit({})
+    every_token_V = np.ones(TOKENIZER.vocab_size, bool)
     return PositionIndex(
-        scores=Records(directory, "scores", 1),
+        entropies=Entropies(Records(directory, "scores", 1), Records(directory, "tokens", 1), every_token_V),
         record_numbers_W=np.arange(len(DOCUMENTS)),
         rule=EntropyRule(low=2.0, min_context=0, renormalized=True, seed=0),
         windows_M=np.arange(1, len(DOCUMENTS), dtype=np.uint32),
@@ -44,7 +49,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> PositionIndex:
     )
 
 
-order = functools.partial(position_order, stage_prompts=0, batch=8, per_window=0, seed=0)
+order = functools.partial(position_order, batch=8, per_window=0, seed=(0,))
 
 
 def take(stream: collections.abc.Iterator, count: int) -> list:
@@ -69,7 +74,7 @@ def test_an_index_is_the_sequence_of_its_positions(index: PositionIndex) -> None
 def test_the_parts_of_all_processes_make_up_the_batch(index: PositionIndex, per_window: int, count: int) -> None:
     def batches(process: tuple[int, int]) -> list[PromptBatch]:
         positions = order([index], [], per_window=per_window)
-        return take(PromptStream(BUILDER, DOCUMENTS, positions, batch=8, process=process), 5)
+        return take(PromptStream(BUILDER, DOCUMENTS, [positions], batch=8, process=process), 5)
 
     parts = [batches((number, count)) for number in range(count)]
     for whole, *of_processes in zip(batches((0, 1)), *parts, strict=True):
@@ -80,14 +85,13 @@ def test_the_parts_of_all_processes_make_up_the_batch(index: PositionIndex, per_
 
 def test_a_batch_must_be_divisible_by_the_number_of_processes(index: PositionIndex) -> None:
     with pytest.raises(ValueError, match="8 cannot be split over 3"):
-        PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8, process=(0, 3))
+        PromptStream(BUILDER, DOCUMENTS, [order([index], [])], batch=8, process=(0, 3))
 
 
 def test_parts_of_a_mixture_are_sampled_by_their_weights(index: PositionIndex) -> None:
     even = np.arange(len(DOCUMENTS)) % 2 == 0
-    stream = PromptStream(
-        BUILDER, DOCUMENTS, order([index.restrict_to(even), index.restrict_to(~even)], [3.0, 1.0]), batch=8
-    )
+    mixture = order([index.restrict_to(even), index.restrict_to(~even)], [3.0, 1.0])
+    stream = PromptStream(BUILDER, DOCUMENTS, [mixture], batch=8)
     found = positions_of(take(stream, 200))
     fraction = sum(window % 2 == 0 for window, _ in found) / len(found)
     assert abs(fraction - 0.75) < 0.01
@@ -97,22 +101,58 @@ def test_parts_of_a_mixture_are_sampled_by_their_weights(index: PositionIndex) -
     assert len(set(first_epoch)) == size, "a position was repeated within an epoch"
 
 
-def test_the_stages_of_a_curriculum_follow_each_other(index: PositionIndex) -> None:
+def test_a_stream_takes_its_positions_from_the_stage_that_it_is_in(index: PositionIndex) -> None:
     stages = [list(index)[i::3] for i in range(3)]
-    stream = PromptStream(BUILDER, DOCUMENTS, order(stages, [], stage_prompts=24), batch=8)
-    found, sets = positions_of(take(stream, 20)), [{(p.window, p.position) for p in stage} for stage in stages]
-    assert set(found[:24]) <= sets[0]
-    assert set(found[24:48]) <= sets[1]
-    assert set(found[48:]) == sets[2]
-    even = np.arange(len(DOCUMENTS)) % 2 == 0
-    parts = [index.restrict_to(even), index.restrict_to(~even)] * 2
-    mixed = positions_of(take(PromptStream(BUILDER, DOCUMENTS, order(parts, [1.0, 1.0], stage_prompts=8), batch=8), 4))
-    assert sum(window % 2 for window, _ in mixed) == 16
+    sets = [{(p.window, p.position) for p in stage} for stage in stages]
+
+    def start() -> PromptStream:
+        return PromptStream(BUILDER, DOCUMENTS, [order([stage], []) for stage in stages], batch=8)
+
+    stream, found = start(), []
+    for stage, batches in enumerate((3, 1, 12)):
+        stream.enter_stage(stage)
+        found.append(take(stream, batches))
+    assert set(positions_of(found[0])) <= sets[0]
+    assert set(positions_of(found[1])) <= sets[1]
+    assert set(positions_of(found[2])) == sets[2]
+    assert concatenate(sum(found, []), "ids_P").tolist() == list(range(128))
+
+    # A restored stream continues within its stage, and its next stage begins where it is entered.
+    stream = start()
+    take(stream, 2)
+    stream.enter_stage(1)
+    take(stream, 1)
+    restored = start()
+    restored.set_state(json.loads(json.dumps(stream.get_state())))
+    for stage in (1, 1, 2, 2):
+        for each in (stream, restored):
+            each.enter_stage(stage)
+        assert_same_batches([next(stream)], [next(restored)])
+
+
+def test_epochs_and_seeds_have_independent_orders() -> None:
+    """A seed plus the number of an epoch would give the second epoch of a seed the order of the first of the next seed."""
+    items = list(range(50))
+    orders = [ShuffledEpochs(items, (seed,)) for seed in range(4)]
+    epochs = [tuple(order[i] for i in range(50 * epoch, 50 * (epoch + 1))) for order in orders for epoch in range(4)]
+    assert len(set(epochs)) == 16
+    assert all(sorted(epoch) == items for epoch in epochs)
+    assert orders[1][60] == orders[1][60] == epochs[5][10]
+    correlations = np.corrcoef(np.array(epochs))[np.triu_indices(16, k=1)]
+    assert abs(correlations).max() < 0.6  # Four standard deviations of 1 / sqrt(49).
+
+
+def test_the_parts_of_a_mixture_have_independent_orders() -> None:
+    parts = [[Position(part, i, 0.0) for i in range(40)] for part in range(2)]
+    mixture = order(parts, [1.0, 1.0])
+    first = [mixture[i] for i in range(80)]
+    orders = [[p.position for p in first if p.window == part] for part in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("per_window", [1, 2, 5])
 def test_a_batch_holds_at_most_a_given_number_of_positions_of_a_window(index: PositionIndex, per_window: int) -> None:
-    batches = take(PromptStream(BUILDER, DOCUMENTS, order([index], [], per_window=per_window), batch=8), 400)
+    batches = take(PromptStream(BUILDER, DOCUMENTS, [order([index], [], per_window=per_window)], batch=8), 400)
     for batch in batches:
         assert max(collections.Counter(batch.window_P.tolist()).values()) <= per_window
         assert len(set(positions_of([batch]))) == 8
@@ -129,11 +169,11 @@ def test_too_few_positions_for_a_batch_are_rejected(index: PositionIndex) -> Non
 
 def test_a_restored_stream_may_have_another_number_of_workers_and_processes(index: PositionIndex) -> None:
     """Worker processes build the same batches in the same order, here the second half of each batch."""
-    plain = PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8)
+    plain = PromptStream(BUILDER, DOCUMENTS, [order([index], [])], batch=8)
     take(plain, 3)
     state = json.loads(json.dumps(plain.get_state()))
     expected = take(plain, 5)
-    parallel = PromptStream(BUILDER, DOCUMENTS, order([index], []), batch=8, workers=2, process=(1, 2))
+    parallel = PromptStream(BUILDER, DOCUMENTS, [order([index], [])], batch=8, workers=2, process=(1, 2))
     parallel.set_state(state)
     for half, whole in zip(take(parallel, 5), expected, strict=True):
         for name in whole._fields:
@@ -158,7 +198,7 @@ def test_more_positions_than_can_be_shuffled_are_rejected() -> None:
 def open_stream(seed: int = 0, batch: int = 4, count: int = 10) -> PromptStream:
     """Open a stream over the first `count` of ten positions in three documents."""
     positions = [Position(i % 3, i, float(i)) for i in range(10)]
-    return PromptStream(BUILDER, DOCUMENTS, order([positions[:count]], [], batch=batch, seed=seed), batch=batch)
+    return PromptStream(BUILDER, DOCUMENTS, [order([positions[:count]], [], batch=batch, seed=(seed,))], batch=batch)
 
 
 def assert_same_batches(ours: list[PromptBatch], theirs: list[PromptBatch]) -> None:

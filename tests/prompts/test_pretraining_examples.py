@@ -17,6 +17,7 @@ from rpt_jax.tokenizers.tokenizer import END_THINK, load_tokenizer
 from tests.helpers.paths import TINY
 
 TOKENIZER = load_tokenizer(TINY)
+EVERY_TOKEN_V = np.ones(TOKENIZER.vocab_size, bool)
 DOCUMENT = (
     "Tom had 93 - 38 = 55 marbles, gave 12 away and has 55 - 12 = 43 marbles left. It is a good number of marbles."
 )
@@ -26,7 +27,7 @@ def make_example(**pretrain: object) -> dict[str, np.ndarray]:
     config = dataclasses.replace(
         PretrainConfig(traces="arithmetic", traces_per_document=6, rows_per_document=4, row_tokens=64), **pretrain
     )
-    maker = ExampleMaker(Experiment(pretrain=config), TOKENIZER, [np.array(TOKENIZER.encode(DOCUMENT))])
+    maker = ExampleMaker(Experiment(pretrain=config), TOKENIZER, [np.array(TOKENIZER.encode(DOCUMENT))], EVERY_TOKEN_V)
     return maker.make(0, np.random.default_rng(0))
 
 
@@ -75,7 +76,7 @@ def test_a_trace_follows_the_prompt_for_its_position(prompt: PromptConfig, known
         prompt=dataclasses.replace(prompt, max_tokens=512), pretrain=PretrainConfig(traces="arithmetic")
     )
     documents = [np.array(tokenizer.encode(DOCUMENT))]
-    arrays = ExampleMaker(experiment, tokenizer, documents).make(0, np.random.default_rng(0))
+    arrays = ExampleMaker(experiment, tokenizer, documents, EVERY_TOKEN_V).make(0, np.random.default_rng(0))
     builder, ids = PromptBuilder(experiment.prompt, tokenizer), tokenizer.encode(DOCUMENT)
     prompts = {}
     for position in range(len(ids)):
@@ -97,6 +98,16 @@ def test_a_trace_follows_the_prompt_for_its_position(prompt: PromptConfig, known
     first = len(builder.before) - 1
     np.testing.assert_array_equal(arrays["targets"][arrays["mask"]], [*ids, tokenizer.eos_id])
     assert not arrays["mask"][:first].any()
+
+
+def test_no_trace_predicts_a_token_that_no_box_can_hold() -> None:
+    ids = np.array(TOKENIZER.encode(DOCUMENT))
+    boxable_V = EVERY_TOKEN_V.copy()
+    boxable_V[ids[len(ids) // 2 :]] = False
+    experiment = Experiment(pretrain=PretrainConfig(traces_per_document=40, rows_per_document=40))
+    arrays = ExampleMaker(experiment, TOKENIZER, [ids], boxable_V).make(0, np.random.default_rng(0))
+    predicted = [trace["trace_targets"][-3] for trace in split_rows(arrays)]
+    assert predicted and boxable_V[predicted].all()
 
 
 def test_drills_do_without_the_document_and_their_question_is_not_learned() -> None:

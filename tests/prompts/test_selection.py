@@ -21,7 +21,8 @@ from rpt_jax.prompts.selection import (
     PolicyEntropies,
     rescoring_is_due,
     score_sample,
-    training_order,
+    training_orders,
+    training_stage,
     training_stream,
 )
 from rpt_jax.setup import Setup, set_up
@@ -72,7 +73,7 @@ def sample(experiment: Experiment, setup: Setup, step: int) -> PolicyEntropies:
 
 def open_stream(experiment: Experiment, setup: Setup) -> PromptStream:
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
-    return training_stream(experiment, setup.prepared, setup.train, builder)
+    return training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
 
 
 def with_data(experiment: Experiment, **fields: object) -> Experiment:
@@ -92,7 +93,7 @@ def test_a_policy_that_is_the_proxy_reproduces_the_stored_entropies(experiment: 
 def test_positions_are_the_hardest_of_the_sampled_windows(experiment: Experiment, setup: Setup) -> None:
     entropies = sample(experiment, setup, step=6)
     min_context = experiment.data.min_context
-    order = training_order(experiment, setup.prepared, setup.train, entropies)
+    [order] = training_orders(experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
     chosen = {order[i] for i in range(400)}
     assert {p.window for p in chosen} <= set(entropies.windows_M.tolist())
     every = np.sort(np.concatenate([record[0][min_context:] for record in entropies.records.values()]))
@@ -116,6 +117,31 @@ def test_samples_visit_all_windows_of_a_part_before_any_is_repeated(experiment: 
         whole_samples = int(np.sum(part_W == part)) // 4
         first_visit = np.concatenate(of_part[:whole_samples])
         assert len(set(first_visit.tolist())) == len(first_visit) >= 4
+
+
+def test_stages_of_training_last_equally_many_steps() -> None:
+    assert [training_stage(step, 10, 4) for step in range(1, 11)] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert [training_stage(step, 1000, 1) for step in (1, 1000)] == [0, 0]
+    assert training_stage(2, 2, 8) == 4
+
+
+def test_positions_that_no_box_can_hold_are_left_out_and_counted(
+    experiment: Experiment, setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here a box holds half of the tokens."""
+    boxable_V = np.arange(len(setup.boxable_V)) % 2 == 0
+    with caplog.at_level(logging.INFO, logger="rpt_jax"):
+        stream = training_stream(
+            with_data(experiment, positions="every"),
+            setup.prepared,
+            setup.train,
+            boxable_V,
+            PromptBuilder(experiment.prompt, setup.tokenizer),
+        )
+    batches = [next(stream) for _ in range(50)]
+    assert {int(i) % 2 for batch in batches for i in batch.reference_ids_PxR[:, 0]} == {0}
+    left_out = sum(int((ids[experiment.data.min_context :] % 2 == 1).sum()) for ids in setup.train)
+    assert f"{left_out:,} of {setup.prepared.corpus.token_count('train'):,} training positions" in caplog.text
 
 
 def test_rescoring_is_due_after_every_interval_but_not_before_the_first_step(experiment: Experiment) -> None:
@@ -144,20 +170,21 @@ def test_a_stream_with_a_switched_order_continues_after_a_restore(
     windows_M = np.sort(np.concatenate([np.flatnonzero(part_W == part)[:4] for part in (0, 1)])).astype(np.uint32)
     records = {int(n): tuple(setup.prepared.scores[int(n)]) for n in setup.train.numbers_N[windows_M]}
     entropies = PolicyEntropies(windows_M=windows_M, records=records, tokens=0)
-    order = training_order(dataclasses.replace(experiment, seed=3), setup.prepared, setup.train, entropies)
+    other_seed = dataclasses.replace(experiment, seed=3)
+    orders = training_orders(other_seed, setup.prepared, setup.train, setup.boxable_V, entropies)
 
     stream = open_stream(experiment, setup)
     for _ in range(3):
         next(stream)
     state = json.loads(json.dumps(stream.get_state()))
-    stream.switch_order(order)
+    stream.switch_orders(orders)
     expected = [next(stream) for _ in range(6)]
     assert np.concatenate([batch.ids_P for batch in expected]).tolist() == list(range(12, 36))
     assert set(np.concatenate([batch.window_P for batch in expected])) <= set(windows_M)
 
     restored = open_stream(with_data(experiment, workers=workers), setup)
     restored.set_state(state)
-    restored.switch_order(order)
+    restored.switch_orders(orders)
     for batch in expected:
         jax.tree.map(np.testing.assert_array_equal, next(restored), batch)
     assert restored.get_state() == stream.get_state()
@@ -180,9 +207,10 @@ def test_messages_about_positions_quote_the_fields_that_choose_them(
     chosen = with_data(experiment, positions=positions)
     quoted = ", ".join(filter(None, [f"data.positions='{positions}'", field]))
     with caplog.at_level(logging.INFO, logger="rpt_jax"):
-        training_order(chosen, setup.prepared, setup.train)
+        training_orders(chosen, setup.prepared, setup.train, setup.boxable_V)
     assert quoted + ", with the entropies of the proxy" in caplog.text
     training = dataclasses.replace(experiment.training, prompts_per_step=10**6)
     with pytest.raises(UserError, match=quoted) as raised:
-        training_order(dataclasses.replace(chosen, training=training), setup.prepared, setup.train)
+        too_few = dataclasses.replace(chosen, training=training)
+        training_orders(too_few, setup.prepared, setup.train, setup.boxable_V)
     assert raised.value.field == "training.prompts_per_step"

@@ -7,7 +7,6 @@ import numpy as np
 from rpt_jax.config import PretrainConfig, PromptConfig
 from rpt_jax.prompts.builder import PromptBuilder, stack
 from rpt_jax.prompts.positions import Position
-from rpt_jax.prompts.response_format import BOX
 from rpt_jax.prompts.traces import RecallTraces
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from rpt_jax.tokenizers.tokenizer import Tokenizer
@@ -29,14 +28,6 @@ def test_recall_has_no_preferred_positions_and_no_drills(tokenizer: Tokenizer, d
     writer = RecallTraces(tokenizer, documents[0], PretrainConfig(), max_tokens=64)
     assert writer.preferred_positions == []
     assert writer.drills(np.random.default_rng(0)) == []
-
-
-def test_a_token_that_opens_a_box_cannot_be_boxed(tiny_tokenizer: Tokenizer) -> None:
-    """The last box of a response counts, so a predicted one would hide the prediction and never be rewarded."""
-    ids = tiny_tokenizer.encode("a box \\boxed{5} here")
-    writer = RecallTraces(tiny_tokenizer, ids, PretrainConfig(), max_tokens=64)
-    refused = [i for i in range(len(ids)) if not writer.can_box(i)]
-    assert [tiny_tokenizer.token_bytes([ids[i]]) for i in refused] == [BOX.encode()]
 
 
 def test_every_trace_earns_the_full_reward(tokenizer: Tokenizer, documents: list[list[int]]) -> None:

@@ -62,6 +62,7 @@ def inputs() -> RewardInputs:
             template_prefix_tokens=PREFIX,
             template_suffix_tokens=SUFFIX,
             end_think_id=END,
+            box_reading="balanced",
             bridge_ids=BRIDGE,
             max_new_tokens=T,
             prompts_per_pass=1,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rpt_jax.rewards.boxed import predicted_first_token
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from tests.helpers import reward_reference
 from tests.helpers.reward_cases import (
@@ -18,6 +19,8 @@ from tests.helpers.reward_cases import (
     STOP,
     THINK_END,
     VOCAB,
+    VOCAB_BYTES,
+    VOCAB_LENGTHS,
     encode,
     make_case,
     reference_status,
@@ -120,6 +123,37 @@ def test_prediction_is_read_by_the_rule(response: bytes, prediction: bytes | Non
     assert status_of([response], right, stopped=False) == CUT
 
 
+@pytest.mark.parametrize(
+    "response, prediction",
+    [
+        (MARK + BOX + b"a}", b"a"),
+        (MARK + BOX + b"}{}", b"}{"),
+        (MARK + BOX + b"})}", b"})"),
+        (MARK + BOX + b"}\\}", b"}\\"),
+        (MARK + BOX + b" }}", b" }"),
+        (MARK + BOX + b"}}", b"}"),
+        (MARK + BOX + b"}}}", b"}}"),
+        (MARK + BOX + b"\\}}", b"\\}"),
+        (MARK + BOX + b"a} then " + BOX + b"b}", b"b"),
+        (MARK + BOX + b"a} then }", b"a} then "),
+        (MARK + BOX + b"}", b""),
+        (MARK + BOX + b"a", None),
+        (MARK + BOX + b"a}.", None),
+        (MARK + BOX + b"a}\n", None),
+        (MARK + BOX + b"a}" + MARK, None),
+        (BOX + b"a}", None),
+        (MARK + b"a}", None),
+        (MARK + BOX, None),
+    ],
+)
+def test_the_reading_to_the_end(response: bytes, prediction: bytes | None) -> None:
+    assert reward_reference.read_prediction(response, reading="to_end") == prediction
+    right, wrong = [prediction or b"a"], [b"\xff" + (prediction or b"a")[1:]]
+    case = make_case([[encode([response, STOP])]] * 2, [right, wrong])
+    expected = {None: (NO_BOX, NO_BOX), b"": (EMPTY, EMPTY)}.get(prediction, (RIGHT, WRONG))
+    assert tuple(score(case, reading="to_end")[1][:, 0].tolist()) == expected
+
+
 def test_special_tokens_have_no_bytes_and_one_ends_thinking() -> None:
     a = [b"a"]
     assert status_of([MARK + BOX, PAD, b"a", OTHER_SPECIAL, b"}"], a) == RIGHT
@@ -135,6 +169,16 @@ def test_special_tokens_have_no_bytes_and_one_ends_thinking() -> None:
     # A marker in bytes that is interrupted by the special token.
     assert status_of([b"</th", THINK_END, b"ink>" + BOX + b"a}"], a) == RIGHT
     assert status_of([b"</th", THINK_END, BOX + b"a}ink>"], a) == RIGHT
+
+
+@pytest.mark.parametrize("content", [[PAD, b"a"], [b"a", PAD], [PAD, OTHER_SPECIAL, len(VOCAB), b"a"]])
+def test_the_first_predicted_token_is_the_first_with_bytes(content: list[bytes | int]) -> None:
+    """Equation 3 reads bytes alone, so a token without bytes in the box changes nothing."""
+    case = make_case([[encode([MARK + BOX, *content, b"}"])]], [[b"a"]])
+    tokens, lengths, stopped = (jnp.asarray(x) for x in case[:3])
+    first = predicted_first_token(tokens, lengths, stopped, VOCAB_BYTES, VOCAB_LENGTHS, THINK_END)
+    assert score(case)[1].tolist() == [[RIGHT]]
+    assert np.asarray(first).tolist() == [[IDS[b"a"]]]
 
 
 def test_end_think_id_of_minus_one_matches_no_token() -> None:

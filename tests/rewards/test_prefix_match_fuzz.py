@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from rpt_jax.config.schema import BOX_READINGS
 from tests.helpers.reward_cases import Case, encode, make_case, reference_status, score
 from tests.helpers.reward_fuzz import (
     GROUP,
@@ -25,8 +26,9 @@ def vocab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return make_vocabulary(request.param, tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_kernel_equals_the_reference(vocab: Vocabulary) -> None:
-    counts = count_agreeing(vocab, seed=0, prompts=625) + count_agreeing(vocab, seed=1, prompts=625)
+@pytest.mark.parametrize("reading", BOX_READINGS)
+def test_kernel_equals_the_reference(vocab: Vocabulary, reading: str) -> None:
+    counts = sum(count_agreeing(vocab, seed, prompts=625, reading=reading) for seed in (0, 1))
     assert counts.sum() == 10_000
     assert counts.min() > 200, f"the generated responses hardly cover some outcome: {counts}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rpt_jax.rollout.metrics import distinct_fraction
+from rpt_jax.rollout.metrics import distinct_fraction, drawn_metrics, mean_over_rounds
 
 
 def test_distinct_n_equals_its_definition():
@@ -21,3 +21,13 @@ def test_distinct_n_equals_its_definition():
     assert fractions[1] == 1 and fractions[0] < 1
     np.testing.assert_allclose(distinct_fraction(tokens, lengths, n), np.mean(fractions), rtol=1e-6)
     assert distinct_fraction(tokens[..., :1], np.minimum(lengths, 1), 2) == 1.0
+
+
+def test_the_reward_of_all_drawn_groups_is_kept_beside_that_of_the_selected_ones():
+    """Two rounds of two groups: dynamic sampling selects the two groups with variance, whose mean is higher."""
+    rounds = [
+        np.array([[0.0, 0, 0, 0], [1, 1, 1, 0]], np.float32),
+        np.array([[1.0, 0, 1, 1], [0, 0, 0, 0]], np.float32),
+    ]
+    drawn = mean_over_rounds([drawn_metrics(reward_PxG) for reward_PxG in rounds])
+    assert drawn == {"reward/drawn_mean": 6 / 16, "groups/drawn_zero_variance": 0.5}

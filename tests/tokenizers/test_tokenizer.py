@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 
@@ -17,7 +16,16 @@ from tokenizers import pre_tokenizers
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import byte_level_alphabet, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
-from tests.helpers.tokenizers import FRAGILE, TEXTS, TOKEN_NAMES, any_text, byte_level_bpe, write_hf
+from tests.helpers.tokenizers import (
+    FRAGILE,
+    TEXTS,
+    TOKEN_NAMES,
+    any_text,
+    byte_level_bpe,
+    sentencepiece_model,
+    write_hf,
+    write_sentencepiece,
+)
 
 
 @pytest.fixture(scope="module")
@@ -142,19 +150,9 @@ def test_an_unsuitable_vocabulary_size_is_refused(tmp_path, size):
     train_sentencepiece(TEXTS, int(possible), tmp_path / "tokenizer.model")
 
 
-def train_foreign_sentencepiece(directory, **options):
-    """Train a model with the defaults of sentencepiece, which change texts; return the directory."""
-    model = io.BytesIO()
-    options = {"vocab_size": 330, "byte_fallback": True} | options
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe", minloglevel=2, **options
-    )
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
-    return directory
-
-
 def test_a_model_trained_with_normalization_keeps_every_byte(tmp_path):
-    train_foreign_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc_cf", user_defined_symbols=["<tool>"])
+    model = sentencepiece_model(normalization_rule_name="nmt_nfkc_cf", user_defined_symbols=["<tool>"])
+    write_sentencepiece(tmp_path, model)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert processor.decode(processor.encode("  \ufb01  ")) == "fi", "the library itself should change this text"
     tokenizer = load_tokenizer(tmp_path)
@@ -172,9 +170,9 @@ def assert_tokenizer_is_refused(path, message: str | None = None) -> None:
 
 def test_a_sentencepiece_model_that_cannot_be_used_is_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
-    train_foreign_sentencepiece(tmp_path, byte_fallback=False, vocab_size=60)
+    write_sentencepiece(tmp_path, sentencepiece_model(byte_fallback=False, vocab_size=60))
     assert_tokenizer_is_refused(path, "byte_fallback")
-    train_foreign_sentencepiece(tmp_path, eos_id=-1)
+    write_sentencepiece(tmp_path, sentencepiece_model(eos_id=-1))
     assert_tokenizer_is_refused(path, "eos_id")
     path.write_bytes(b"not a model")
     assert_tokenizer_is_refused(path)

@@ -1,0 +1,76 @@
+"""URLs in place of paths: refused by name in every field and by every tool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rpt_jax import convert, main, report
+from rpt_jax.bench import __main__ as bench
+from rpt_jax.config import from_config_dict
+from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.errors import UserError
+from rpt_jax.preflight import __main__ as preflight
+from rpt_jax.preflight import scaling
+
+URL = "gs://bucket/run"
+
+
+@pytest.mark.parametrize("field", ["policy.path", "data.path", "data.prepared", "pretrain.export"])
+def test_a_field_with_a_url_is_refused(field: str) -> None:
+    overrides = [f"{field}={URL}", *(["data.source=path"] if field == "data.path" else [])]
+    with pytest.raises(UserError) as raised:
+        from_config_dict({}, overrides)
+    assert raised.value.field == field
+    assert f"{field}={URL} is a URL" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "s3://bucket/texts",
+        Path("gs://bucket/run"),
+        "HF://org/model",
+        "https://host/a.jsonl",
+        "file:///data",
+        "0.7=/data/a,0.3=gs://bucket/b",
+        "/data/a, gs://bucket/b",
+        "abfss://container@account.dfs.core.windows.net/a",
+    ],
+)
+def test_urls_are_recognized(path: str | Path) -> None:
+    with pytest.raises(UserError) as raised:
+        check_local_path("data.path", path)
+    assert raised.value.field == "data.path"
+
+
+@pytest.mark.parametrize("path", [None, "", "runs/gs", "/data/a:b/c", "C:/data", "a=b/c", "10.0.0.2:/rpt", "~/x"])
+def test_other_paths_are_not_taken_for_urls(path: str | None) -> None:
+    check_local_path("data.path", path)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "flag"),
+    [
+        (main.main, ["--config=configs/rpt_tiny.py", f"--workdir={URL}"], "--workdir"),
+        (report.main, ["--workdir", URL], "--workdir"),
+        (convert.main, ["--from", URL, "--to", "new"], "--from"),
+        (convert.main, ["--from", "configs/tiny", "--to", URL], "--to"),
+        (
+            preflight.main,
+            ["--config=configs/rpt_tiny.py", "--topology=h100:8", "--json", URL],
+            "--json",
+        ),
+        (scaling.main, ["record.json", "--plot", URL], "--plot"),
+        (bench.main, ["rollout", "--model", URL, "--prompts", "p.npz"], "--model"),
+        (bench.main, ["rollout", "--model", "configs/tiny", "--prompts", URL], "--prompts"),
+        (bench.main, ["data", "--tokenizer", URL], "--tokenizer"),
+        (bench.main, ["reward", "--json", URL], "--json"),
+    ],
+)
+def test_a_tool_refuses_a_url_before_it_starts(tool, arguments, flag, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tool(["tool", *arguments]) == 2
+    assert f"error: {flag}=gs:/" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
