@@ -98,17 +98,19 @@ def test_an_update_with_repeated_prompts_has_the_same_gradient():
         "compile --depths 0",
         "reward --responses=0",
         "data --megabytes=inf",
-        "update --json=/no/such/folder/figures.json",
     ),
 )
-def test_an_impossible_number_or_file_is_refused_before_the_measurement(
-    arguments: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_impossible_number_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         bench.main(["bench", *arguments.split()])
     assert raised.value.code == 2
     option = arguments.split()[1].partition("=")[0]
     assert option in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["bench", "update", "--json=/no/such/folder/figures.json"]) == 2
+    assert "/no/such/folder" in capsys.readouterr().err
 
 
 def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.errors import ExitCode, UserError
@@ -41,7 +42,6 @@ def run_bench(argv: list[str]) -> int:
     import_jax()
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
     from rpt_jax.bench.measure import machine
-    from rpt_jax.bench.options import output_file
     from rpt_jax.infra.console import table
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
 
@@ -62,7 +62,7 @@ def run_bench(argv: list[str]) -> int:
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, description=module.__doc__, help=summary)
         module.add_options(command)
-        command.add_argument("--json", type=output_file, help="file to write the figures to")
+        command.add_argument("--json", type=Path, help="file to write the figures to")
     options, unknown = parser.parse_known_args(argv[1:])
     for argument in unknown:
         name = argument.partition("=")[0]
@@ -74,6 +74,8 @@ def run_bench(argv: list[str]) -> int:
     # Measure, and show the figures next to the machine that they depend on.
     for name, value in vars(options).items():
         check_local_path(f"--{name}", value)
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json={options.json}: the folder {options.json.parent} does not exist.", field="--json")
     check_platforms()
     with needed_jax_settings():
         columns, rows = benches[options.name].measure(options)

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-from pathlib import Path
 
 from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.model.model_config import ModelConfig, preset
@@ -35,14 +34,6 @@ def positive_number(text: str) -> float:
         if 0 < float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
-
-
-def output_file(text: str) -> Path:
-    """Parse the path of a file to write after the measurement. Raises: ArgumentTypeError, if its folder does not exist."""
-    path = Path(text).expanduser()
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: the folder {path.parent} does not exist")
-    return path
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
