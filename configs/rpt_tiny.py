@@ -3,7 +3,7 @@
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
 Time      7.7 minutes on a shared machine (24 November 2026)
-Results   hard held-out positions, accuracy by reasoning: 16.9 to 18.8 % before, 29.5 to 35.6 % after (three seeds; docs/results/tiny.md)
+Results   hard held-out positions, by reasoning: 18.1 % before, 33.1 % after (mean of three seeds; docs/results/tiny.md)
 """
 
 from pathlib import Path

@@ -19,7 +19,7 @@
 #
 # The repository, the environment (see setup.sh) and --workdir must be on a file system that all nodes share. 300 s before the
 # time limit, the run saves a checkpoint and the job is requeued; after the failure of a node the run restarts. To make a job do
-# so at any other time: scancel --batch --signal=TERM JOB.
+# so at any other time: scancel --batch --signal=TERM JOB. scancel JOB ends it for good.
 #
 #   RPT_GRACE      seconds that saving may take (default: 240; must be less than the time that --signal leaves)
 #   RPT_RESTARTS   see again.sh
@@ -59,9 +59,11 @@ fi
 set_up 1300 requirements.txt
 code=0
 again "${command[@]}" || code=$?
-# A run that was stopped has saved a checkpoint (75), or ended by the signal because it had nothing to save yet.
-case ${stopping:+stopped}$code in
-    stopped75 | stopped1[2-9][0-9])
+# A run that was stopped has saved a checkpoint (75), or ended by the signal because it had nothing to save yet. A job that was
+# canceled or preempted receives SIGTERM as well, but is not running any more: Slurm decides what becomes of it.
+state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") || true
+case ${stopping:+stopped}$code$state in
+    stopped75RUNNING | stopped1[2-9][0-9]RUNNING)
         echo "launch: job $SLURM_JOB_ID goes back to the queue, to resume later" >&2
         "${requeue[@]}"
         ;;

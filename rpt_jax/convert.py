@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.command_line import run_command
@@ -180,10 +181,10 @@ def convert(source: Path, target: Path) -> str:
 
 
 def _tokenizer_notes(policy: SourcePolicy) -> list[str]:
-    """Return notes about properties of the tokenizer that rpt_jax treats in its own way."""
+    """Return notes about the tokenizer: what ends a response, and what rpt_jax treats in its own way."""
     tokenizer = policy.tokenizer
     vocab_size = policy.hf_config["vocab_size"]
-    notes = []
+    notes = [tokenizer.describe_stop_ids()]
     if tokenizer.normalizer:
         notes.append(
             f"The tokenizer normalizes texts ({tokenizer.normalizer}); rpt_jax does not, and uses the exact bytes of a document."
@@ -207,12 +208,17 @@ def main(argv: list[str]) -> int:
         "--from",
         dest="source",
         metavar="SOURCE",
-        type=Path,
+        type=user_path,
         required=True,
         help="a Hugging Face directory, a .gguf file, an rpt_jax policy, the --workdir of a run or one of its checkpoints",
     )
     parser.add_argument(
-        "--to", dest="target", metavar="DIR", type=Path, required=True, help="directory to create; it must not exist"
+        "--to",
+        dest="target",
+        metavar="DIR",
+        type=user_path,
+        required=True,
+        help="directory to create; it must not exist",
     )
     options = parser.parse_args(argv[1:])
     try:

@@ -7,28 +7,42 @@ computes the sizes as typed fields; `render` and `print_description` only format
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.config import Experiment, MeshConfig
+from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
-from rpt_jax.distributed.mesh import resharding_axis_sizes
-from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
-from rpt_jax.model.model_config import ModelConfig, check_preset, preset
+from rpt_jax.model.flops import cache_flops, causal_pairs, forward_flops
+from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.registry import REWARDS
-from rpt_jax.rollout.memory import cache_bytes
-from rpt_jax.weights.hf import load_model_config
+from rpt_jax.rollout.memory import device_memory
+from rpt_jax.sizes.limits import short_response_warnings
+from rpt_jax.sizes.memory import (
+    FLOAT32_BYTES,
+    BackwardBytes,
+    PretrainMemory,
+    RptMemory,
+    pretrain_memory,
+    pretrain_tree,
+    rollout_tree,
+    rpt_memory,
+)
+from rpt_jax.sizes.mesh import MeshSizes, resolve_mesh
+from rpt_jax.sizes.plan import Plan, plan_memory
+from rpt_jax.sizes.policy import model_config_of
 
-_FLOAT32_BYTES = 4
+logger = logging.getLogger(__name__)
+
 # Bytes of a prepared corpus per token: 2 of window lengths, 4 of token ids, 8 of two entropies.
 _CORPUS_BYTES_PER_TOKEN = 2 + 4 + 8
+# Columns of the printed description: longer cells are wrapped.
+_COLUMN_WIDTHS = {"quantity": 44, "value": 30, "derived from": 36}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,46 +61,6 @@ class PolicySizes:
     vocab: int
     parameters: int
     matmul_parameters: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSizes:
-    """Devices along each mesh axis.
-
-    Attributes:
-      available: devices that the description was asked for; may differ from `devices`.
-      rollout_tensor: devices that share one copy of the policy during sampling.
-    """
-
-    data: int
-    fsdp: int
-    tensor: int
-    rollout_tensor: int
-    available: int
-
-    @property
-    def devices(self) -> int:
-        """Devices of the mesh."""
-        return self.data * self.fsdp * self.tensor
-
-    @property
-    def batch_shards(self) -> int:
-        """Shards of a training batch."""
-        return self.data * self.fsdp
-
-    @property
-    def weight_shards(self) -> int:
-        """Shards of each weight matrix."""
-        return self.fsdp * self.tensor
-
-    @property
-    def rollout_replicas(self) -> int:
-        """Shards of a batch during sampling."""
-        return self.batch_shards * self.tensor // self.rollout_tensor
-
-    def max_per_batch_shard(self, count: int) -> int:
-        """Return the largest number of `count` batch elements that a batch shard holds."""
-        return -(-count // self.batch_shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,12 +98,15 @@ class RptTokens:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RptFlops:
-    """FLOPs of one step of task "rpt" by stage, on all devices together, at full lengths.
+    """Model FLOPs of one step of task "rpt" by stage, on all devices together, at full lengths (see `model.flops`).
 
-    A forward pass takes 2 FLOPs per token and matmul parameter. Attention counts every pair of a query and a key that is
-    computed, masked ones included. Rematerialization, scoring and evaluation are not counted.
+    No prompts share a prefix in this count. Scoring and evaluation are not counted.
 
     Attributes:
+      sampling: FLOPs of one round of sampling.
+      sampling_attention: the part of attention in them.
+      update: FLOPs of the update on rollouts.
+      update_attention: the part of attention in them.
       update_forward_passes: forward passes that the update amounts to; the differentiated pass counts as three.
       reward: forward passes of the training reward beyond sampling.
       documents: the next-token loss on documents.
@@ -137,137 +114,25 @@ class RptFlops:
       total_steps: training steps.
     """
 
-    sampling_matmul: int
-    sampling_attention: int
-    update_matmul: int
-    update_attention: int
+    sampling: float
+    sampling_attention: float
+    update: float
+    update_attention: float
     update_forward_passes: int
-    reward: int
-    documents: int
-    dynamic_sampling: int
+    reward: float
+    documents: float
+    dynamic_sampling: float
     total_steps: int
 
     @property
-    def sampling(self) -> int:
-        """FLOPs of one round of sampling."""
-        return self.sampling_matmul + self.sampling_attention
-
-    @property
-    def update(self) -> int:
-        """FLOPs of the update on rollouts."""
-        return self.update_matmul + self.update_attention
-
-    @property
-    def step(self) -> int:
+    def step(self) -> float:
         """FLOPs of one step without dynamic sampling."""
         return self.sampling + self.update + self.reward + self.documents
 
     @property
-    def run(self) -> int:
+    def run(self) -> float:
         """FLOPs of all steps without dynamic sampling."""
         return self.total_steps * self.step
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StateBytes:
-    """Bytes per device of the training state.
-
-    Attributes:
-      parameters_and_reference: the parameters and those that the run started from.
-      moving_average: the moving average of the parameters, 0 if the reward does not need it.
-    """
-
-    parameters_and_reference: int
-    adam_moments: int
-    moving_average: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.parameters_and_reference + self.adam_moments + self.moving_average
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingBytes:
-    """Bytes per device that sampling needs in addition to the training state.
-
-    Attributes:
-      kv_per_token: keys and values of one token in all layers, unsharded.
-      prompt_kv: keys and values of the prompts.
-      response_kv: keys and values of the live responses.
-      prompt_attention_scores: attention scores of one layer during prefill, 0 unless all of them exist at once.
-      resharded_parameters: the copy of the parameters in the layout for decoding, 0 if decoding needs no copy.
-    """
-
-    kv_per_token: int
-    prompt_kv: int
-    response_kv: int
-    prompt_attention_scores: int
-    resharded_parameters: int
-
-    @property
-    def total(self) -> int:
-        # Prefill has ended before the cache of the responses is allocated.
-        return self.resharded_parameters + self.prompt_kv + max(self.response_kv, self.prompt_attention_scores)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardBytes:
-    """Bytes per device of what a forward and backward pass saves, without parameters and gradients.
-
-    Attributes:
-      attention_scores: attention scores saved for the backward pass.
-      other_activations: other activations saved for the backward pass.
-      logit_chunk: the logits that exist at once.
-    """
-
-    attention_scores: int
-    other_activations: int
-    logit_chunk: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.attention_scores + self.other_activations + self.logit_chunk
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UpdateBytes:
-    """Bytes per device that the update needs in addition to the training state.
-
-    Attributes:
-      gradients: the accumulated gradient and that of one microbatch.
-      state_before_step: a copy of the state, restored if a later minibatch is not finite; 0 with one minibatch.
-      backward: what the forward and backward pass saves.
-    """
-
-    gradients: int
-    state_before_step: int
-    backward: BackwardBytes
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.gradients + self.state_before_step + self.backward.total
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RptMemory:
-    """Bytes per device of task "rpt": lower bounds, to which XLA adds its temporaries."""
-
-    state: StateBytes
-    sampling: SamplingBytes
-    update: UpdateBytes
-
-    @property
-    def sampling_total(self) -> int:
-        """Bytes while rollouts are sampled."""
-        return self.state.total + self.sampling.total
-
-    @property
-    def update_total(self) -> int:
-        """Bytes while the policy is updated."""
-        return self.state.total + self.update.total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,21 +146,6 @@ class RptSizes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainMemory:
-    """Bytes per device of task "pretrain": lower bounds, to which XLA adds its temporaries."""
-
-    parameters: int
-    adam_moments: int
-    gradients: int
-    backward: BackwardBytes
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.parameters + self.adam_moments + self.gradients + self.backward.total
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainSizes:
     """Sizes of task "pretrain", or of the cold start of task "rpt"; tokens, traces and FLOPs are upper bounds."""
 
@@ -303,12 +153,12 @@ class PretrainSizes:
     documents_per_device: int
     traces_per_step: int
     tokens_per_step: int
-    flops_per_step: int
+    flops_per_step: float
     total_steps: int
     memory: PretrainMemory
 
     @property
-    def run_flops(self) -> int:
+    def run_flops(self) -> float:
         """FLOPs of all steps."""
         return self.total_steps * self.flops_per_step
 
@@ -326,7 +176,7 @@ class ScoreSizes:
     windows_per_batch: int
     windows_per_device: int
     tokens_per_batch: int
-    flops_per_batch: int
+    flops_per_batch: float
     corpus_bytes_per_token: int
     parameter_bytes: int
 
@@ -355,6 +205,8 @@ class Derived:
     """Sizes that follow from a config.
 
     Attributes:
+      memory: bytes per device that memory fields were planned with; may be infinite.
+      plan: the values of the memory fields.
       score: a scoring batch; set for every task but "pretrain".
       rpt: set for task "rpt".
       pretrain: set for task "pretrain".
@@ -365,6 +217,8 @@ class Derived:
     task: str
     policy: PolicySizes
     mesh: MeshSizes
+    memory: float
+    plan: Plan
     score: ScoreSizes | None = None
     rpt: RptSizes | None = None
     pretrain: PretrainSizes | None = None
@@ -388,42 +242,7 @@ class Row(NamedTuple):
     derived_from: str
 
 
-class _PrefixTree(NamedTuple):
-    """A shared prefix and branches that continue it: a prompt and its responses, or a document and its rows of traces.
-
-    The forward pass runs the prefix once for all branches.
-    """
-
-    prefix: int
-    branches: int
-    branch: int
-
-    @property
-    def tokens(self) -> int:
-        return self.prefix + self.branches * self.branch
-
-    @property
-    def pairs(self) -> int:
-        return self.prefix_size.pairs + self.branches_size.pairs
-
-    @property
-    def prefix_size(self) -> _AttentionSize:
-        return _AttentionSize(tokens=self.prefix, pairs=self.prefix**2)
-
-    @property
-    def branches_size(self) -> _AttentionSize:
-        tokens = self.branches * self.branch
-        return _AttentionSize(tokens=tokens, pairs=tokens * (self.prefix + self.branch))
-
-
-class _AttentionSize(NamedTuple):
-    """Tokens of a forward pass, and the query-key pairs whose attention scores it computes."""
-
-    tokens: int
-    pairs: int
-
-
-def derive(experiment: Experiment, devices: int) -> Derived:
+def derive(experiment: Experiment, devices: int, memory: float = math.inf) -> Derived:
     """Compute every size of an experiment on `devices` devices.
 
     Prompts and responses are taken at their length limits, so tokens, FLOPs and caches are upper bounds. Memory counts the
@@ -432,12 +251,15 @@ def derive(experiment: Experiment, devices: int) -> Derived:
     Args:
       experiment: a validated config.
       devices: number of devices; if they are too few for the mesh, the smallest mesh that fits the config is described.
+      memory: bytes per device, for the memory fields that the config leaves open; infinite for no limit.
 
     Raises:
       UserError: the mesh, the preset, the policy's config.json or the learning-rate schedule is invalid.
     """
     config, source = model_config_of(experiment)
-    mesh = _resolve_mesh(experiment.mesh, devices)
+    mesh = resolve_mesh(experiment.mesh, devices)
+    plan = plan_memory(experiment, config, mesh, memory)
+    experiment = plan.experiment
     task = experiment.task
     has_cold_start = task == "rpt" and experiment.cold_start.total_steps > 0
     return Derived(
@@ -451,6 +273,8 @@ def derive(experiment: Experiment, devices: int) -> Derived:
             matmul_parameters=config.matmul_parameters,
         ),
         mesh=mesh,
+        memory=memory,
+        plan=plan,
         score=None if task == "pretrain" else _score_sizes(experiment, config, mesh),
         rpt=_rpt_sizes(experiment, config, mesh) if task == "rpt" else None,
         pretrain=_pretrain_sizes(experiment, config, mesh) if task == "pretrain" else None,
@@ -459,59 +283,12 @@ def derive(experiment: Experiment, devices: int) -> Derived:
     )
 
 
-def attention_flops(config: ModelConfig, pairs: int) -> int:
-    """Return the forward FLOPs of attention over `pairs` query-key pairs, in all layers.
-
-    Each pair takes 2·C FLOPs for its score and 2·C for its weighted value in every head.
-    """
-    return 4 * config.layers * config.heads * config.head_size * pairs
-
-
-def model_config_of(experiment: Experiment) -> tuple[ModelConfig, str]:
-    """Return the policy's model config and its source: `policy.path` if that exists here, else `policy.preset`.
-
-    Raises:
-      UserError: the preset is unknown, or does not match the policy's config.json.
-    """
-    policy = experiment.policy
-    if experiment.task == "pretrain" or not policy.path:
-        return preset(policy.preset), f"policy.preset={policy.preset}"
-    if Path(policy.path).exists():
-        config = load_model_config(policy.path)[0]
-        check_preset(policy.path, policy.preset, config)
-        return config, f"policy.path={policy.path}"
-    return preset(policy.preset), f"policy.preset={policy.preset} (policy.path={policy.path} does not exist here)"
-
-
-def _resolve_mesh(config: MeshConfig, devices: int) -> MeshSizes:
-    """Replace the axis of size -1 and `rollout_tensor=0` by their values. Raises UserError for an invalid mesh."""
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    if list(sizes.values()).count(-1) > 1 or any(size < 1 for size in sizes.values() if size != -1):
-        named = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        raise UserError(f"{named}: every axis must be at least 1, except for at most one -1.", field="mesh")
-    # The other axes may need more devices than there are: then the free axis has size 1.
-    free = max(1, devices // abs(math.prod(sizes.values())))
-    sizes = {name: free if size == -1 else size for name, size in sizes.items()}
-    mesh = MeshSizes(**sizes, rollout_tensor=config.rollout_tensor or sizes["tensor"], available=devices)
-    resharding_axis_sizes(mesh.fsdp, mesh.tensor, mesh.rollout_tensor)
-    return mesh
-
-
-def _rollout_tree(experiment: Experiment) -> _PrefixTree:
-    rollout = experiment.rollout
-    return _PrefixTree(
-        prefix=experiment.prompt.max_tokens,
-        branches=rollout.samples_per_prompt,
-        branch=rollout.max_new_tokens,
-    )
-
-
 def _rpt_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> RptSizes:
     return RptSizes(
         batch=_rpt_batch(experiment, mesh),
         tokens=_rpt_tokens(experiment),
         flops=_rpt_flops(experiment, config),
-        memory=_rpt_memory(experiment, config, mesh),
+        memory=rpt_memory(experiment, config, mesh),
     )
 
 
@@ -534,7 +311,7 @@ def _rpt_batch(experiment: Experiment, mesh: MeshSizes) -> RptBatch:
 
 
 def _rpt_tokens(experiment: Experiment) -> RptTokens:
-    tree = _rollout_tree(experiment)
+    tree = rollout_tree(experiment)
     prompts = experiment.training.prompts_per_step
     return RptTokens(
         prompt_tokens_per_step=prompts * tree.prefix,
@@ -546,170 +323,96 @@ def _rpt_tokens(experiment: Experiment) -> RptTokens:
 
 def _rpt_flops(experiment: Experiment, config: ModelConfig) -> RptFlops:
     training = experiment.training
-    tree = _rollout_tree(experiment)
-    matmul = 2 * config.matmul_parameters * tree.tokens * training.prompts_per_step
-    attention = attention_flops(config, tree.pairs) * training.prompts_per_step
+    prompts = training.prompts_per_step
     # Forward and backward cost three forward passes. Several minibatches need the log-probabilities from before the first
     # update, and a KL term those of the reference policy: one forward pass each.
     passes = 3 + (training.minibatches_per_step > 1) + (experiment.objective.kl != "none")
-    reward = _reward_flops(experiment, config)
+    sampling = prompts * _sampling_flops(experiment, config)
+    reward = prompts * _reward_flops(experiment, config)
     dynamic_steps = max(0, training.total_steps + 1 - max(1, training.dynamic_sampling_from))
     extra_rounds = dynamic_steps * (training.dynamic_sampling_rounds - 1)
     return RptFlops(
-        sampling_matmul=matmul,
-        sampling_attention=attention,
-        update_matmul=passes * matmul,
-        update_attention=passes * attention,
+        sampling=sampling,
+        sampling_attention=sampling - prompts * _sampling_flops(experiment, config, with_attention=False),
+        update=prompts * passes * _update_flops(experiment, config),
+        update_attention=prompts
+        * passes
+        * (_update_flops(experiment, config) - _update_flops(experiment, config, with_attention=False)),
         update_forward_passes=passes,
         reward=reward,
-        documents=_document_flops(experiment, config),
-        dynamic_sampling=extra_rounds * (matmul + attention + reward),
+        documents=prompts * _document_flops(experiment, config),
+        dynamic_sampling=extra_rounds * (sampling + reward),
         total_steps=training.total_steps,
     )
 
 
-def _reward_flops(experiment: Experiment, config: ModelConfig) -> int:
-    """Return the FLOPs of the forward passes that the training reward takes beyond sampling."""
-    tree = _rollout_tree(experiment)
+def _sampling_flops(experiment: Experiment, config: ModelConfig, *, with_attention: bool = True) -> float:
+    """Return the FLOPs of sampling all responses to a prompt, as `rollout.cost.sampling_cost` counts them."""
+    tree = rollout_tree(experiment)
+    before = tree.prefix - 1
+    decoded = tree.branch - 1  # The last token of a response is never run.
+    return (
+        cache_flops(config, tokens=before, pairs=with_attention * causal_pairs(before))
+        + forward_flops(config, tokens=1, pairs=with_attention * tree.prefix, head_tokens=1)
+        + tree.branches
+        * forward_flops(
+            config, tokens=decoded, pairs=with_attention * causal_pairs(decoded, tree.prefix), head_tokens=decoded
+        )
+    )
+
+
+def _update_flops(experiment: Experiment, config: ModelConfig, *, with_attention: bool = True) -> float:
+    """Return the FLOPs of a forward pass over a prompt and its responses, as `objective.gradient.row_flops` counts them."""
+    tree = rollout_tree(experiment)
+    before = tree.prefix - 1  # The last token of the prompt is run with every response.
+    tokens = tree.branches * tree.branch
+    pairs = causal_pairs(before) + tree.branches * causal_pairs(tree.branch, before)
+    return forward_flops(config, tokens=before + tokens, pairs=with_attention * pairs, head_tokens=tokens)
+
+
+def _reward_flops(experiment: Experiment, config: ModelConfig) -> float:
+    """Return the FLOPs per prompt that the training reward takes beyond sampling, as `rewards.flops` counts them."""
+    tree = rollout_tree(experiment)
     requirements = REWARDS[experiment.objective.reward].requirements
-
-    def forward(size: _AttentionSize) -> int:
-        return 2 * config.matmul_parameters * size.tokens + attention_flops(config, size.pairs)
-
-    prompt = (requirements.prompt_passes - 1) * forward(tree.prefix_size)
-    responses = (requirements.response_passes - 1) * forward(tree.branches_size)
-    return (prompt + responses) * experiment.training.prompts_per_step
+    prompt = forward_flops(config, tokens=tree.prefix, pairs=causal_pairs(tree.prefix), head_tokens=0)
+    pairs = tree.branches * causal_pairs(tree.branch, tree.prefix)
+    responses = forward_flops(config, tokens=tree.branches * tree.branch, pairs=pairs, head_tokens=0)
+    return (requirements.prompt_passes - 1) * prompt + (requirements.response_passes - 1) * responses
 
 
-def _document_flops(experiment: Experiment, config: ModelConfig) -> int:
+def _document_flops(experiment: Experiment, config: ModelConfig) -> float:
     tokens = experiment.data.max_document_tokens if experiment.objective.document_weight else 0
-    document = 6 * config.matmul_parameters * tokens + 3 * attention_flops(config, tokens**2)
-    return document * experiment.training.prompts_per_step
-
-
-def _rpt_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> RptMemory:
-    parameters = _FLOAT32_BYTES * config.parameters // mesh.weight_shards
-    needs_average = REWARDS[experiment.objective.reward].requirements.average
-    state = StateBytes(
-        parameters_and_reference=2 * parameters,
-        adam_moments=2 * parameters,
-        moving_average=parameters if needs_average else 0,
-    )
-    training = experiment.training
-    row = _PrefixTree(prefix=training.microbatch_tokens, branches=0, branch=0)
-    update = UpdateBytes(
-        gradients=2 * parameters,
-        # The reference parameters never change, so the copy does not hold them.
-        state_before_step=state.total - parameters if training.minibatches_per_step > 1 else 0,
-        backward=_backward_bytes(experiment, config, mesh, row, count=1),
-    )
-    return RptMemory(state=state, sampling=_sampling_bytes(experiment, config, mesh), update=update)
-
-
-def _sampling_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> SamplingBytes:
-    tree = _rollout_tree(experiment)
-    kv_per_token = cache_bytes(config, experiment.policy.dtype)
-    # Each replica samples an equal part of the prompts, with an equal part of the decode slots.
-    prompts = -(-experiment.training.prompts_per_step // mesh.rollout_replicas)
-    rollouts = prompts * tree.branches
-    slots = min(-(-experiment.rollout.decode_slots // mesh.rollout_replicas) or rollouts, rollouts)
-    scores = _FLOAT32_BYTES * prompts * config.heads * tree.prefix**2 if _forms_all_scores(experiment) else 0
-    return SamplingBytes(
-        kv_per_token=kv_per_token,
-        prompt_kv=prompts * tree.prefix * kv_per_token // mesh.rollout_tensor,
-        response_kv=slots * tree.branch * kv_per_token // mesh.rollout_tensor,
-        prompt_attention_scores=scores // mesh.rollout_tensor,
-        resharded_parameters=_resharded_bytes(experiment, config, mesh),
-    )
-
-
-def _resharded_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> int:
-    """Return the bytes per device of the decoding copy of the parameters: gathered over fsdp, matrices in policy.dtype."""
-    dtype = jnp.dtype(experiment.policy.dtype)
-    if mesh.fsdp == 1 and mesh.tensor == mesh.rollout_tensor and dtype == jnp.float32:
-        return 0
-    matrices = config.matmul_parameters - config.vocab * config.width
-    size = matrices * dtype.itemsize + (config.parameters - matrices) * _FLOAT32_BYTES
-    return size // mesh.rollout_tensor
-
-
-def _forms_all_scores(experiment: Experiment) -> bool:
-    """Return whether all attention scores of a layer exist at once."""
-    return experiment.policy.attention == "reference"
-
-
-def _backward_bytes(
-    experiment: Experiment, config: ModelConfig, mesh: MeshSizes, tree: _PrefixTree, count: int
-) -> BackwardBytes:
-    """Return what a forward and backward pass over `count` trees per device saves, without parameters and gradients."""
-    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
-
-    # Saved per layer. Reference attention: its exponentials in float32 and its weights in the compute dtype. Everything else:
-    # input and output of both norms, which compute in float32, and six products of the feed-forward block.
-    pair_bytes = _forms_all_scores(experiment) * config.heads * (_FLOAT32_BYTES + itemsize) / mesh.tensor
-    token_bytes = config.width * (6 * _FLOAT32_BYTES + 2 * itemsize) + 6 * config.ffn * itemsize / mesh.tensor
-    saved = _AttentionSize(tokens=tree.tokens, pairs=tree.pairs)
-
-    # Without rematerialization, every layer saves all of this.
-    layers = config.layers
-    kept = 0
-    if experiment.policy.remat != "none":
-        # Every layer keeps its input and, with "dots", its projections and the output of blockwise attention. The rest is
-        # recomputed one layer at a time, for the prefix or for the branches, just before it is differentiated.
-        kept_per_token = config.width
-        if experiment.policy.remat == "dots":
-            attended = 0 if _forms_all_scores(experiment) else config.head_size * config.heads
-            projected = config.head_size * (config.heads + 2 * config.kv_heads) + 2 * config.ffn + attended
-            kept_per_token += 2 * config.width + projected / mesh.tensor
-        kept = config.layers * tree.tokens * kept_per_token * itemsize
-        layers = 1
-        parts = tree.prefix_size, tree.branches_size
-        saved = max(parts, key=lambda part: part.tokens * token_bytes + part.pairs * pair_bytes)
-    return BackwardBytes(
-        attention_scores=int(count * layers * saved.pairs * pair_bytes),
-        other_activations=int(count * (kept + layers * saved.tokens * token_bytes)),
-        logit_chunk=_FLOAT32_BYTES * experiment.training.logit_chunk_tokens * config.vocab // mesh.tensor,
-    )
+    return 3 * forward_flops(config, tokens=tokens, pairs=causal_pairs(tokens), head_tokens=tokens)
 
 
 def _pretrain_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> PretrainSizes:
     pretrain = experiment.pretrain
-    tree = _PrefixTree(
-        prefix=experiment.data.max_document_tokens,
-        branches=pretrain.rows_per_document,
-        branch=pretrain.row_tokens,
-    )
-    tokens = pretrain.documents_per_step * tree.tokens
-    attention = 3 * attention_flops(config, tree.pairs) * pretrain.documents_per_step
-    documents_per_device = mesh.max_per_batch_shard(pretrain.documents_per_step)
-    parameters = _FLOAT32_BYTES * config.parameters // mesh.weight_shards
+    tree = pretrain_tree(experiment)
+    pairs = causal_pairs(tree.prefix) + tree.branches * causal_pairs(tree.branch, tree.prefix)
+    document = 3 * forward_flops(config, tokens=tree.tokens, pairs=pairs, head_tokens=tree.tokens)
     return PretrainSizes(
         documents_per_step=pretrain.documents_per_step,
-        documents_per_device=documents_per_device,
+        documents_per_device=mesh.max_per_batch_shard(pretrain.documents_per_step),
         traces_per_step=pretrain.documents_per_step * pretrain.traces_per_document,
-        tokens_per_step=tokens,
-        flops_per_step=6 * config.matmul_parameters * tokens + attention,
+        tokens_per_step=pretrain.documents_per_step * tree.tokens,
+        flops_per_step=pretrain.documents_per_step * document,
         total_steps=experiment.training.total_steps,
-        memory=PretrainMemory(
-            parameters=parameters,
-            adam_moments=2 * parameters,
-            gradients=parameters,
-            backward=_backward_bytes(experiment, config, mesh, tree, documents_per_device),
-        ),
+        memory=pretrain_memory(experiment, config, mesh),
     )
 
 
 def _score_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> ScoreSizes:
     window_tokens = experiment.data.max_document_tokens
     windows = experiment.data.score_batch_windows
-    window_flops = 2 * config.matmul_parameters * window_tokens + attention_flops(config, window_tokens**2)
+    pairs = causal_pairs(window_tokens)
+    window_flops = forward_flops(config, tokens=window_tokens, pairs=pairs, head_tokens=window_tokens)
     return ScoreSizes(
         windows_per_batch=windows,
         windows_per_device=mesh.max_per_batch_shard(windows),
         tokens_per_batch=windows * window_tokens,
         flops_per_batch=windows * window_flops,
         corpus_bytes_per_token=_CORPUS_BYTES_PER_TOKEN,
-        parameter_bytes=_FLOAT32_BYTES * config.parameters // mesh.weight_shards,
+        parameter_bytes=FLOAT32_BYTES * config.parameters // mesh.weight_shards,
     )
 
 
@@ -724,7 +427,7 @@ def _run_sizes(experiment: Experiment, config: ModelConfig) -> RunSizes:
     return RunSizes(
         total_steps=steps,
         learning_rates=tuple((update + 1, float(np.asarray(schedule(update)))) for update in updates),
-        checkpoint_bytes=trees * _FLOAT32_BYTES * config.parameters * experiment.checkpoint.keep,
+        checkpoint_bytes=trees * FLOAT32_BYTES * config.parameters * experiment.checkpoint.keep,
     )
 
 
@@ -734,13 +437,19 @@ def print_description(experiment: Experiment, devices: int | None = None) -> Non
     Raises:
       UserError: as `derive` does.
     """
-    derived = derive(experiment, jax.device_count() if devices is None else devices)
-    table("Sizes derived from this config", ("quantity", "value", "derived from"), render(derived))
+    derived = derive(experiment, jax.device_count() if devices is None else devices, device_memory())
+    columns = tuple(_COLUMN_WIDTHS)
+    table("Sizes derived from this config", columns, render(derived), max_widths=tuple(_COLUMN_WIDTHS.values()))
+    runs_here = derived.mesh.devices == derived.mesh.available
+    warnings = derived.plan.warnings if runs_here else ()
+    for warning in (*warnings, *short_response_warnings(experiment, model_config_of(experiment)[0])):
+        logger.warning(warning)
 
 
 def render(derived: Derived) -> list[Row]:
     """Return the lines of the description; bytes are formatted with binary units."""
     rows = _policy_rows(derived)
+    rows += _plan_rows(derived)
     if derived.task == "score" and derived.score:
         rows += _score_rows(derived.score)
     if derived.rpt:
@@ -780,6 +489,16 @@ def _policy_rows(derived: Derived) -> list[Row]:
     ]
 
 
+def _plan_rows(derived: Derived) -> list[Row]:
+    """Return the memory fields that the config leaves open."""
+    if not derived.plan.fields:
+        return []
+    planned = [Row(field, value, f"planned: {reason}") for field, value, reason in derived.plan.fields]
+    if math.isinf(derived.memory):
+        return planned
+    return [_bytes_row("per device: memory to plan with", derived.memory, "nine tenths of a device's"), *planned]
+
+
 def _batch_rows(batch: RptBatch) -> list[Row]:
     return [
         Row("prompts per step", batch.prompts_per_step, _PROMPTS),
@@ -798,8 +517,8 @@ def _token_rows(tokens: RptTokens) -> list[Row]:
     return [
         Row("prompt tokens per step, at most", tokens.prompt_tokens_per_step, f"{_PROMPTS}, prompt.max_tokens"),
         Row("response tokens per step, at most", tokens.response_tokens_per_step, responses),
-        Row("tokens per prompt, shared by its samples: S + G*T", tokens.shared_tokens_per_prompt, lengths),
-        Row("tokens per prompt, without sharing: G*(S + T)", tokens.unshared_tokens_per_prompt, lengths),
+        Row("tokens per prompt, shared: S + G*T", tokens.shared_tokens_per_prompt, lengths),
+        Row("tokens per prompt, not shared: G*(S + T)", tokens.unshared_tokens_per_prompt, lengths),
         Row("tokens, shared / not shared", tokens.sharing_ratio, lengths),
     ]
 
@@ -807,26 +526,23 @@ def _token_rows(tokens: RptTokens) -> list[Row]:
 def _flops_rows(flops: RptFlops) -> list[Row]:
     step = f"policy, prompt, rollout, {_PROMPTS}"
     update = f"{step}, training.minibatches_per_step, objective.kl"
+    passes = f"FLOPs of the update, {flops.update_forward_passes} forward passes"
     rows = [
-        Row("FLOPs of sampling: 2*N per token", float(flops.sampling_matmul), step),
-        Row("FLOPs of sampling: attention", float(flops.sampling_attention), step),
-        Row(f"FLOPs of the update: {2 * flops.update_forward_passes}*N per token", float(flops.update_matmul), update),
-        Row("FLOPs of the update: attention", float(flops.update_attention), update),
+        Row("FLOPs of sampling", flops.sampling, step),
+        Row("FLOPs of sampling, attention alone", flops.sampling_attention, step),
+        Row(passes, flops.update, update),
+        Row("FLOPs of the update, attention alone", flops.update_attention, update),
     ]
     if flops.reward:
-        rows.append(Row("FLOPs of the reward: forward passes", float(flops.reward), f"{step}, objective.reward"))
+        rows.append(Row("FLOPs of the reward's forward passes", flops.reward, f"{step}, objective.reward"))
     if flops.documents:
         fields = f"policy, {_PROMPTS}, data.max_document_tokens, objective.document_weight"
-        rows.append(Row("FLOPs of the documents: 6*N per token, and attention", float(flops.documents), fields))
+        rows.append(Row("FLOPs of the documents", flops.documents, fields))
     return [
         *rows,
-        Row("FLOPs of a step, at most", float(flops.step), "all above"),
-        Row("FLOPs of all steps, at most", float(flops.run), "training.total_steps"),
-        Row(
-            "additional FLOPs of dynamic sampling, at most",
-            float(flops.dynamic_sampling),
-            "training.dynamic_sampling_*",
-        ),
+        Row("FLOPs of a step, at most", flops.step, "all above"),
+        Row("FLOPs of all steps, at most", flops.run, "training.total_steps"),
+        Row("FLOPs of dynamic sampling, at most", flops.dynamic_sampling, "training.dynamic_sampling_*"),
     ]
 
 
@@ -838,13 +554,11 @@ def _memory_rows(memory: RptMemory) -> list[Row]:
     minibatches = f"{_WEIGHTS}, training.minibatches_per_step"
     # Resident in the whole step.
     rows = [
-        _bytes_row("per device: parameters and reference parameters", state.parameters_and_reference, _WEIGHTS),
+        _bytes_row("per device: parameters and reference", state.parameters_and_reference, _WEIGHTS),
         _bytes_row("per device: Adam moments", state.adam_moments, _WEIGHTS),
     ]
     if state.moving_average:
-        rows.append(
-            _bytes_row("per device: moving average of the parameters", state.moving_average, "policy, objective.reward")
-        )
+        rows.append(_bytes_row("per device: moving average", state.moving_average, "policy, objective.reward"))
     return [
         *rows,
         # Sampling.
@@ -853,9 +567,9 @@ def _memory_rows(memory: RptMemory) -> list[Row]:
         _bytes_row(
             "per device: keys and values of responses", sampling.response_kv, f"policy, mesh, {_PROMPTS}, rollout"
         ),
-        _bytes_row("per device: attention scores of prompts, one layer", sampling.prompt_attention_scores, prompts),
+        _bytes_row("per device: attention scores of prompts", sampling.prompt_attention_scores, prompts),
         _bytes_row(
-            "per device: parameters resharded for decoding",
+            "per device: parameters for decoding",
             sampling.resharded_parameters,
             "policy, mesh.rollout_tensor",
         ),
@@ -865,7 +579,7 @@ def _memory_rows(memory: RptMemory) -> list[Row]:
             "state, resharded parameters, prompts, the larger of responses and scores",
         ),
         # Update.
-        _bytes_row("per device: gradients, accumulated and of a microbatch", update.gradients, _WEIGHTS),
+        _bytes_row("per device: gradients, sum and microbatch", update.gradients, _WEIGHTS),
         _bytes_row("per device: state before the step", update.state_before_step, minibatches),
         *_backward_rows(update.backward, _MICROBATCH),
         _bytes_row("per device: update in total, at least", memory.update_total, "state and the five above"),
@@ -876,8 +590,8 @@ def _backward_rows(backward: BackwardBytes, batch_field: str) -> list[Row]:
     fields = f"policy, mesh, {batch_field}"
     logits = "policy, mesh.tensor, training.logit_chunk_tokens"
     return [
-        _bytes_row("per device: attention scores saved for backward", backward.attention_scores, fields),
-        _bytes_row("per device: other activations saved for backward", backward.other_activations, fields),
+        _bytes_row("per device: saved attention scores", backward.attention_scores, fields),
+        _bytes_row("per device: other saved activations", backward.other_activations, fields),
         _bytes_row("per device: one chunk of logits", backward.logit_chunk, logits),
     ]
 
@@ -890,10 +604,8 @@ def _pretrain_rows(sizes: PretrainSizes) -> list[Row]:
         Row("documents per device", sizes.documents_per_device, f"{_DOCUMENTS}, mesh.data, mesh.fsdp"),
         Row("traces per step, at most", sizes.traces_per_step, f"{_DOCUMENTS}, pretrain.traces_per_document"),
         Row("tokens per step, at most", sizes.tokens_per_step, lengths),
-        Row(
-            "FLOPs of a step, at most: 6*N per token, and attention", float(sizes.flops_per_step), f"policy, {lengths}"
-        ),
-        Row("FLOPs of all steps, at most", float(sizes.run_flops), "training.total_steps"),
+        Row("FLOPs of a step, at most", sizes.flops_per_step, f"policy, {lengths}"),
+        Row("FLOPs of all steps, at most", sizes.run_flops, "training.total_steps"),
         _bytes_row("per device: parameters", memory.parameters, _WEIGHTS),
         _bytes_row("per device: Adam moments", memory.adam_moments, _WEIGHTS),
         _bytes_row("per device: gradients", memory.gradients, _WEIGHTS),
@@ -923,8 +635,8 @@ def _run_rows(sizes: RunSizes) -> list[Row]:
     ]
 
 
-def _bytes_row(quantity: str, size: int, derived_from: str) -> Row:
-    return Row(f"bytes {quantity}", _format_bytes(size), derived_from)
+def _bytes_row(quantity: str, size: float, derived_from: str) -> Row:
+    return Row(quantity, _format_bytes(size), derived_from)
 
 
 def _format_bytes(size: float) -> str:

@@ -12,7 +12,7 @@ import scipy.special
 from rpt_jax.config import Experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import Scorer, Scores
-from rpt_jax.corpus.sources import source_name
+from rpt_jax.corpus.mixture import source_name
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.errors import UserError

@@ -171,9 +171,11 @@ def run(
     from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.mesh import use_mesh
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
+    from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
+    from rpt_jax.sizes.plan import plan_run
 
     # Check what costs nothing, then set up the devices and the workdir.
     if replay:
@@ -188,7 +190,9 @@ def run(
         context.compile_times,
         jax.debug_nans(replay),
         jax.debug_infs(replay),
+        explain_out_of_memory("loading or evaluation", {"mesh.fsdp": experiment.mesh.fsdp}),
     ):
+        experiment = plan_run(experiment, mesh)
         if experiment.task == "rpt":
             train.train(experiment, workdir, mesh, context, replay=replay)
         elif experiment.task == "pretrain":

@@ -7,6 +7,7 @@ import functools
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.corpus.prepared import corpus_directory, open_and_report, open_prepared, tokenize_on_leader
 from rpt_jax.corpus.sources import training_texts
-from rpt_jax.corpus.tokenization import shards_to_prepare
+from rpt_jax.corpus.tokenization import ShardPlan, plan_shards
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.distributed.processes import is_leader, wait_for_all
@@ -30,13 +31,15 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import CHECKPOINTS
 from rpt_jax.model.model_config import preset
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
-from rpt_jax.objective.update import TrainState, if_finite
+from rpt_jax.objective.update import TrainState, if_finite, keep_if
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
 from rpt_jax.rewards.boxable import boxable_tokens
@@ -105,6 +108,7 @@ def mixed_loss(
     donate_argnames=("state",),
 )
 @jax.named_scope("update")
+@in_policy_precision
 def pretrain_step(
     policy: Transformer,
     optimizer: optax.GradientTransformation,
@@ -114,7 +118,9 @@ def pretrain_step(
     weights: tuple[float, float],
     logit_chunk_tokens: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one AdamW step on `mixed_loss`; return the state unchanged if a metric is not finite.
+    """Take one AdamW step on `mixed_loss`.
+
+    The state is returned unchanged if no token has a weight, or if a metric is not finite.
 
     Args:
       policy, optimizer, weights, logit_chunk_tokens: static.
@@ -127,10 +133,12 @@ def pretrain_step(
     loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, logit_chunk_tokens=logit_chunk_tokens)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    learns = (weights[0] > 0) & batch["mask"].any() | (weights[1] > 0) & batch["trace_mask"].any()
     metrics["gradient/norm"] = optax.tree.norm(grads)
-    metrics["update/norm"] = optax.tree.norm(updates)
+    metrics["update/norm"] = jnp.where(learns, optax.tree.norm(updates), 0.0)
+    metrics["update/skipped"] = 1.0 - learns
     params: Any = optax.apply_updates(state.params, updates)
-    new_state = TrainState(params=params, optimizer=optimizer_state)
+    new_state = keep_if(learns, TrainState(params=params, optimizer=optimizer_state), state)
     return if_finite(metrics, new_state, state), metrics
 
 
@@ -154,8 +162,10 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     config = experiment.pretrain
     total_steps = experiment.training.total_steps
     check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
-    policy, params, tokenizer = _load_or_init(experiment, workdir, mesh, context)
-    documents = _training_documents(experiment.data, workdir, tokenizer, context)
+    # The files of the corpus are listed once, if they are needed.
+    plan = functools.cache(functools.partial(plan_shards, experiment.data))
+    policy, params, tokenizer = _load_or_init(experiment, plan, workdir, mesh, context)
+    documents = _training_documents(experiment.data, plan, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
@@ -175,6 +185,11 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         "weights": (config.document_weight, config.trace_weight),
         "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
     }
+    memory_fields = {
+        "pretrain.documents_per_step": config.documents_per_step,
+        "policy.remat": experiment.policy.remat,
+        "training.logit_chunk_tokens": experiment.training.logit_chunk_tokens,
+    }
     last_step = recorded_step(workdir) if replay else total_steps
     with (
         MetricsWriter(workdir, start) as metrics,
@@ -188,7 +203,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             profile.begin_step(step)
             batch = shard_prompts(next(stream), mesh)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
-            with context.signals.defer():
+            with context.signals.defer(), explain_out_of_memory("the pre-training update", memory_fields):
                 try:
                     state, losses = pretrain_step(policy, optimizer, state, batch, **step_options)
                     scalars = as_floats(step, jax.device_get(losses))
@@ -204,6 +219,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                 checkpoints.stage(step, state, {"stream": stream.get_state()})
             for warning in take_recompiled():
                 logger.warning(warning)
+            if scalars["update/skipped"]:
+                logger.warning("Step %d: no token of the batch has a weight, so nothing was updated.", step)
 
             # --- 4. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
@@ -250,7 +267,7 @@ def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:
 
 
 def _load_or_init(
-    experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
+    experiment: Experiment, plan: Callable[[], ShardPlan], workdir: Path, mesh: Mesh, context: RunContext
 ) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, or initialize one and train a tokenizer on the documents. Raises: UserError."""
     if experiment.policy.path:
@@ -268,15 +285,14 @@ def _load_or_init(
     # Train the tokenizer in one process: the others, and a run that resumes, load its file.
     path = workdir / "tokenizer.model"
     if is_leader() and not path.exists():
-        all_shards = dataclasses.replace(experiment.data, shard="")
-        total = 2 * sum(shard.steps for shard in shards_to_prepare(all_shards))
-        with Progress("read for a tokenizer, file ranges", total) as progress:
+        whole = plan().whole
+        with Progress("read for a tokenizer, file ranges", 2 * whole.steps) as progress:
 
             def advance() -> None:
                 progress.advance()
                 context.heartbeat.beat("reading for a tokenizer")
 
-            texts = training_texts(all_shards, _TOKENIZER_BYTES, advance)
+            texts = training_texts(experiment.data, whole, _TOKENIZER_BYTES, advance)
             train_sentencepiece(texts, vocab_size, path)
     wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
@@ -284,11 +300,12 @@ def _load_or_init(
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
 
 
-def _training_documents(data: DataConfig, workdir: Path, tokenizer: Tokenizer, context: RunContext) -> Windows:
+def _training_documents(
+    data: DataConfig, plan: Callable[[], ShardPlan], workdir: Path, tokenizer: Tokenizer, context: RunContext
+) -> Windows:
     """Open the training documents of `data.prepared`, or tokenize them into `workdir/corpus`. Raises: UserError."""
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
-    data = dataclasses.replace(data, shard="")
-    directory = corpus_directory(workdir, data, tokenizer)
-    tokenize_on_leader(data, tokenizer, directory, context.heartbeat)
-    return open_and_report(data, directory).windows("train")
+    directory = corpus_directory(workdir, data, plan(), tokenizer)
+    tokenize_on_leader(data, plan(), tokenizer, directory, context.heartbeat)
+    return open_and_report(data, plan(), directory).windows("train")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.report", description=description)
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of the run")
+    parser.add_argument("--workdir", type=user_path, required=True, help="directory of the run")
     options = parser.parse_args(argv[1:])
     try:
         check_local_path("--workdir", options.workdir)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import plot_entropies, prepare
+from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
@@ -29,7 +30,8 @@ def score(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
     check_top_k(experiment.data.entropy_top_k, policy)
-    prepared = prepare(Scorer(policy, params, tokenizer, mesh, experiment), workdir, context)
+    scorer = Scorer(policy, params, tokenizer, mesh, experiment)
+    prepared = prepare(scorer, plan_shards(experiment.data), workdir, context)
     if prepared is None:
         logger.info("Shard %s is complete; other shards of %s are missing.", experiment.data.shard, workdir)
     else:

@@ -17,6 +17,7 @@ from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, plot_entropies, prepare
 from rpt_jax.corpus.sources import check_source
+from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import DECODING, TRAINING, check_batches, make_mesh, mesh_fields, num_batch_shards
 from rpt_jax.distributed.sharding import parameter_shardings
@@ -127,7 +128,7 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     """Return the transformer of a model config, computed as `config` says.
 
     Args:
-      config: dtype, rematerialization and attention implementation.
+      config: dtype, precision, rematerialization and attention implementation.
       model: layers and sizes.
       tokenizer: if given, ids of the vocabulary that it does not have get probability zero.
 
@@ -138,9 +139,11 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     return Transformer(
         config=model,
         dtype=jnp.dtype(config.dtype),
-        remat=config.remat,
+        remat="none" if config.remat == "auto" else config.remat,  # A run that differentiates has planned it.
         attention=attention,
         absent_ids=absent_ids,
+        precision=config.precision,
+        head_precision=config.head_precision,
     )
 
 
@@ -197,10 +200,10 @@ def open_or_prepare_corpus(
     check_top_k(data.entropy_top_k, policy)
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared))
-    all_shards = dataclasses.replace(experiment, data=dataclasses.replace(data, shard=""))
-    directory = corpus_directory(workdir, data, tokenizer, data.entropy_top_k, experiment.policy.path)
-    scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=all_shards)
-    prepared = prepare(scorer, directory, context)
+    plan = plan_shards(data)
+    directory = corpus_directory(workdir, data, plan, tokenizer, data.entropy_top_k, experiment.policy.path)
+    scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=experiment)
+    prepared = prepare(scorer, plan, directory, context)
     assert prepared is not None, "all shards were prepared, so none is missing"
     return prepared
 
@@ -211,7 +214,7 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
     Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
     """
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    logger.info("A response ends at %s.", " or ".join(f"{tokenizer.token_name(i)} ({i})" for i in tokenizer.stop_ids))
+    logger.info(tokenizer.describe_stop_ids())
     prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
     plot_entropies(prepared, workdir / PLOTS)
     return Setup(

@@ -6,6 +6,7 @@ rewarded if it matches the true continuation, and GRPO updates the policy on its
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.evaluate import Evaluator, evaluation_metrics
-from rpt_jax.infra.accounting import BatchSize, Clock, Counters
+from rpt_jax.infra.accounting import Clock, Counters, RolloutCost
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress, show_rollouts
 from rpt_jax.infra.divergence import DivergenceMonitor
@@ -32,10 +33,13 @@ from rpt_jax.infra.guards import guarded_loop
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import RESULT
+from rpt_jax.model.flops import causal_pairs, forward_flops
+from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
@@ -57,10 +61,11 @@ from rpt_jax.prompts.selection import (
 )
 from rpt_jax.registry import REWARDS
 from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
+from rpt_jax.rewards.flops import reward_flops
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rollout.cost import SamplingCost
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
 from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics
-from rpt_jax.rollout.rollouts import SlotUsage
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import Setup, check_sampling, set_up
 from rpt_jax.tokenizers.export import exported_files
@@ -125,7 +130,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh), average=average)
     limits = update_limits(experiment, rows=num_batch_shards(mesh))
     reference = setup.params if objective.kl != "none" else None
-    counters = make_counters(experiment, setup)
+    counters = Counters()
     divergence = DivergenceMonitor(experiment.divergence)
 
     def choose_positions(entropies: PolicyEntropies) -> list[grain.MapDataset]:
@@ -171,13 +176,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         }
         checkpoints.stage(step, state, run)
 
-    def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SlotUsage, BatchSize]:
-        """Return rollouts of `weights` with their rewards, the utilization of the decode slots, and the tokens."""
-        rollouts, slot_usage = sample(weights, prompts, step)
-        jax.block_until_ready(rollouts)
+    def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SamplingCost, RolloutCost]:
+        """Return rollouts of `weights` with their rewards, what sampling took, and the total cost, which is counted."""
+        rollouts, sampling = sample(weights, prompts, step)
         end_stage("rollout")
         rewarded = reward(state, prompts, rollouts, step)
-        return rewarded, slot_usage, counters.count_rollouts(rewarded.size())
+        cost = rollout_cost(setup.policy.config, objective, rewarded, sampling)
+        counters.count_rollouts(cost)
+        return rewarded, sampling, cost
 
     stage_checkpoint()
     with (
@@ -185,6 +191,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         Progress("rpt", training.total_steps, step) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
+        contextlib.closing(stream),
     ):
         while True:
             # --- 4. Evaluate the current policy, and write the metrics of the step before ----------
@@ -207,6 +214,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 
             step += 1
             flops_before = counters.flops
+            skipped_before = scalars.get("update/skipped", 0.0)
             profile.begin_step(step)
 
             # --- 5. Choose positions again with the current policy, if it is time ------------------
@@ -214,7 +222,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
                 policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
                 stream.switch_orders(choose_positions(policy_entropies))
-                counters.count_scored(policy_entropies.tokens)
+                counters.count_scored(scoring_flops(setup.policy.config, policy_entropies))
                 end_stage("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
@@ -223,7 +231,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("data")
             weights = sample.weights(state.params)
             end_stage("reshard")
-            rewarded, slot_usage, generated = sample_and_reward(weights, prompts)
+            rewarded, sampling, generated = sample_and_reward(weights, prompts)
             drawn = [drawn_metrics(rewarded.reward_PxG)]
 
             # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
@@ -231,14 +239,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             rounds = 1
             while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
                 end_stage("reward")
-                fresh, fresh_slot_usage, fresh_generated = sample_and_reward(weights, next(stream))
+                fresh, fresh_sampling, fresh_generated = sample_and_reward(weights, next(stream))
                 drawn.append(drawn_metrics(fresh.reward_PxG))
                 rewarded = prefer_variance(rewarded, fresh)
-                slot_usage = slot_usage.plus(fresh_slot_usage)
+                sampling = sampling.plus(fresh_sampling)
                 generated = generated.plus(fresh_generated)
                 rounds += 1
             del weights  # The update needs the memory.
-            rollout_scalars = jax.device_get(rollout_metrics(rewarded, slot_usage)) | {"groups/rounds": rounds}
+            rollout_scalars = jax.device_get(rollout_metrics(rewarded, sampling)) | {"groups/rounds": rounds}
             rollout_scalars |= mean_over_rounds(jax.device_get(drawn))
             end_stage("reward")
 
@@ -246,7 +254,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             documents = load_documents(experiment, setup, rewarded) if objective.document_weight else None
             batch = make_update_batch(objective, rewarded, only_informative=dynamic, documents=documents)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
-            with context.signals.defer():
+            with context.signals.defer(), explain_out_of_memory("the update", update_memory_fields(experiment)):
                 try:
                     as_floats(step, rollout_scalars)
                     state, losses = update_policy(setup.policy, optimizer, objective, limits, state, batch, reference)
@@ -259,10 +267,17 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                         checkpoints.replace_staged_state(state)
                         checkpoints.save_and_wait()
                     raise
-                count_update(counters, rewarded, generated, documents, scalars)
+                counters.count_update(
+                    used=rewarded.size(),
+                    generated=generated,
+                    learned=int(scalars["update/tokens"]),
+                    flops=scalars["update/flops"],
+                )
                 end_stage("update")
                 for warning in divergence.check(step, scalars) + take_recompiled():
                     logger.warning(warning)
+                if scalars["update/skipped"] and not skipped_before:
+                    logger.warning(skipped_updates(step, scalars["update/skipped"]))
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
 
@@ -357,31 +372,29 @@ def update_limits(experiment: Experiment, rows: int) -> UpdateLimits:
     )
 
 
-def make_counters(experiment: Experiment, setup: Setup) -> Counters:
-    """Return counters that know how many forward passes the config's objective makes."""
-    objective = experiment.objective
-    requirements = REWARDS[objective.reward].requirements
-    passes = BatchSize(prompt_tokens=requirements.prompt_passes, response_tokens=requirements.response_passes)
-    # Several minibatches need the log-probabilities from before the first one, and a KL term those of the reference policy.
-    update_forward = (experiment.training.minibatches_per_step > 1) + (objective.kl != "none")
-    return Counters(setup.policy.config.matmul_parameters, passes, update_forward)
+def update_memory_fields(experiment: Experiment) -> dict[str, int | str]:
+    """Return the config fields that bound the memory of an update, with their values."""
+    return {
+        "training.microbatch_tokens": experiment.training.microbatch_tokens,
+        "policy.remat": experiment.policy.remat,
+        "training.logit_chunk_tokens": experiment.training.logit_chunk_tokens,
+    }
 
 
-def count_update(
-    counters: Counters,
-    rewarded: RewardedRollouts,
-    generated: BatchSize,
-    documents: NextTokenBatch | None,
-    scalars: dict[str, float],
-) -> None:
-    """Count the tokens and FLOPs of the update that returned `scalars`."""
-    counters.count_update(
-        rewarded.size(),
-        learned=int(scalars["update/tokens"]),
-        trunk=int(scalars["update/trunk_tokens"]),
-        generated=generated,
-        document_tokens=int(jax.device_get(documents.mask_NxS.sum())) if documents else 0,
-    )
+def rollout_cost(
+    config: ModelConfig, objective: ObjectiveConfig, rewarded: RewardedRollouts, sampling: SamplingCost
+) -> RolloutCost:
+    """Return the tokens of rollouts, and the FLOPs of sampling and rewarding them, fetched from the devices."""
+    prompt_tokens, response_tokens = rewarded.size()
+    rewarding = reward_flops(config, objective, rewarded.prompts.lengths_P, rewarded.rollouts.lengths_PxG)
+    flops = sum(map(float, jax.device_get((sampling.flops, rewarding))))
+    return RolloutCost(prompt_tokens=prompt_tokens, response_tokens=response_tokens, flops=flops)
+
+
+def scoring_flops(config: ModelConfig, entropies: PolicyEntropies) -> float:
+    """Return the FLOPs of scoring windows with the current policy."""
+    pairs = sum(causal_pairs(len(record[0])) for record in entropies.records.values())
+    return forward_flops(config, tokens=entropies.tokens, pairs=pairs, head_tokens=entropies.tokens)
 
 
 def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollouts) -> NextTokenBatch:
@@ -412,6 +425,14 @@ def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup:
             f"{setup.prepared.fingerprint[:12]}… now): restore that corpus, or choose another --workdir.",
             field="data.prepared",
         )
+
+
+def skipped_updates(step: int, skipped: float) -> str:
+    """Return a sentence for the first of some steps that did not update the policy with each of their minibatches."""
+    return (
+        f"Step {step}: {skipped:.0f} of the step's updates were skipped, because no response had a gradient: all samples of each "
+        "prompt earned the same. update/skipped in metrics.jsonl counts them."
+    )
 
 
 def status(scalars: dict[str, Any], dynamic: bool) -> str:

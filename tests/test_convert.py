@@ -422,6 +422,17 @@ def test_every_key_of_a_gguf_header_that_changes_the_frequencies_is_read(gguf_fi
         ({"extra_keys": {"llama.rope.scaling.yarn_beta_fast": 16.0}}, "llama.rope.scaling.yarn_beta_fast"),
         ({"extra_keys": {"llama.rope.scaling.attn_factor": 1.5}}, "llama.rope.scaling.attn_factor"),
         ({"extra_keys": {"llama.rope.scaling.type": "longrope"}}, "longrope"),
+        (
+            {
+                "extra_keys": {
+                    "llama.rope.scaling.type": "yarn",
+                    "llama.rope.scaling.factor": 4.0,
+                    "llama.rope.scaling.attn_factor": 1.5,
+                    "llama.rope.scaling.yarn_attn_factor": 1.2,
+                }
+            },
+            "llama.rope.scaling.attn_factor",
+        ),
         ({"extra_keys": {"adapter.type": "lora"}}, "adapter.type"),
         ({"extra_tensors": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}}, "blk.0.attn_sinks.weight"),
     ],

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import yaml
 
-from rpt_jax.config import DataConfig
 from rpt_jax.corpus.tokenization import parse_shard
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.main import load_experiment, main
@@ -430,7 +429,7 @@ def test_prepare_job_covers_every_shard_of_a_corpus() -> None:
     options = dict(argument.removeprefix("--config.data.").partition("=")[::2] for argument in container["args"])
     for index in range(shards):
         shard = options["shard"].replace(f"$({variable['name']})", str(index))
-        assert parse_shard(DataConfig(shard=shard)) == ([index], shards)
+        assert parse_shard(shard) == (index, shards)
 
 
 def test_image_copies_files_that_exist() -> None:

@@ -123,6 +123,7 @@ def test_a_run_resumes_with_another_precision_and_more_steps(
     assert context.heartbeat.count >= 2 + 2 * 6 and context.heartbeat.stage == "evaluation"
     said = caplog.text
     assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in said
+    assert "A response ends at </s> (2)." in said
     assert "Resuming from step 4" in said, "the newest checkpoint; the last step writes a policy instead"
     # Sampler and trainer agree less well than in float32, which shows that the new precision is used.
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

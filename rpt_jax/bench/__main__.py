@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 
@@ -62,7 +62,7 @@ def run_bench(argv: list[str]) -> int:
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, description=module.__doc__, help=summary)
         module.add_options(command)
-        command.add_argument("--json", type=Path, help="file to write the figures to")
+        command.add_argument("--json", type=user_path, help="file to write the figures to")
     options, unknown = parser.parse_known_args(argv[1:])
     for argument in unknown:
         name = argument.partition("=")[0]

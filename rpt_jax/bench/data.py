@@ -10,6 +10,7 @@ there are several shards.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -27,10 +28,12 @@ import tokenizers
 
 from rpt_jax.bench.measure import interleaved
 from rpt_jax.bench.options import not_negative, positive, positive_number
-from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig
+from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig, TrainingConfig
 from rpt_jax.config.loading import packaged_configs
+from rpt_jax.config.user_paths import expand_home
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
+from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.corpus.tokenized import TokenizedCorpus
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.distributed.rendezvous import Heartbeat
@@ -51,6 +54,7 @@ _VOCABULARY_WORDS = 20_000
 _DOCUMENT_WORDS = 300
 _PROGRESS_BYTES = 16 * 10**6
 _PROMPTS_PER_BATCH = 256
+_LOGIT_CHUNK_TOKENS = 4096
 # Texts that the tokenizer alone encodes, in all and at a time; smaller batches are slower.
 _ALONE_TEXTS = 10_000
 _ALONE_BATCH = 4096
@@ -60,11 +64,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument(
         "--policy",
+        type=expand_home,
         default=str(packaged_configs() / "tiny"),
         help="directory of a policy with its tokenizer; default: configs/tiny",
     )
     parser.add_argument(
-        "--tokenizer", default="", help="directory of another tokenizer; only tokenizing is measured then"
+        "--tokenizer",
+        type=expand_home,
+        default="",
+        help="directory of another tokenizer; only tokenizing is measured then",
     )
     parser.add_argument("--megabytes", type=positive_number, default=4.0, help="size of the generated text")
     parser.add_argument("--score-batch-windows", type=positive, default=32, help="windows per batch of scoring")
@@ -106,9 +114,10 @@ def _measure_tokenizing(
     size = Path(data.path).stat().st_size
     alone = _measure_tokenizer_alone(Path(data.path), tokenizer)
     start = time.perf_counter()
-    tokenize_on_leader(data, tokenizer, directory, Heartbeat())
+    plan = plan_shards(data)
+    tokenize_on_leader(data, plan, tokenizer, directory, Heartbeat())
     tokenized = time.perf_counter()
-    corpus = open_and_report(data, directory)
+    corpus = open_and_report(data, plan, directory)
     opened = time.perf_counter()
     documents = len(corpus.sizes_D)
     rows = [
@@ -128,22 +137,23 @@ def _measure_scoring(options: argparse.Namespace, data: DataConfig, corpus: Toke
     """Score the tokenized corpus and build prompts from it."""
     mesh = make_mesh(-1, 1, 1)
     data = dataclasses.replace(data, score_batch_windows=options.score_batch_windows)
-    experiment = Experiment(data=data)
+    experiment = Experiment(data=data, training=TrainingConfig(logit_chunk_tokens=_LOGIT_CHUNK_TOKENS))
     with use_mesh(mesh):
         policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh)
         scorer = Scorer(policy, params, tokenizer, mesh, experiment)
+        plan = plan_shards(data)
         rows = _measure_full_batches(scorer)
         # Compile for every bucket of lengths.
         longest = options.max_document_tokens
         lengths = [longest >> i for i in range(longest.bit_length())]
         scorer.score([[0] * length for length in lengths])
         start = time.perf_counter()
-        score_tokens(scorer, corpus.directory, Heartbeat())
+        score_tokens(scorer, plan, corpus.directory, Heartbeat())
         seconds = time.perf_counter() - start
         tokens = int(corpus.sizes_D.sum())
         rows.append(["scoring the corpus, with reading and writing", seconds, tokens / seconds, "tokens/s"])
         # Only the manifest is missing by now.
-        prepared = prepare(scorer, corpus.directory, RunContext())
+        prepared = prepare(scorer, plan, corpus.directory, RunContext())
         if prepared is None:
             raise AssertionError("The generated corpus is not complete.")
         return [*rows, _measure_prompts(experiment, tokenizer, prepared, options.batches)]
@@ -218,9 +228,10 @@ def _measure_prompts(experiment: Experiment, tokenizer: Tokenizer, prepared: Pre
     longest = experiment.data.max_document_tokens
     builder = PromptBuilder(PromptConfig(prefill_think_token=False, max_tokens=longest), tokenizer)
     stream = PromptStream(builder, windows, [order], batch=_PROMPTS_PER_BATCH, workers=experiment.data.workers)
-    next(stream)  # Start the workers.
-    start = time.perf_counter()
-    for _ in range(batches):
-        next(stream)
-    seconds = time.perf_counter() - start
+    with contextlib.closing(stream):
+        next(stream)  # Start the workers.
+        start = time.perf_counter()
+        for _ in range(batches):
+            next(stream)
+        seconds = time.perf_counter() - start
     return ["building prompts", seconds, batches * _PROMPTS_PER_BATCH / seconds, "prompts/s"]

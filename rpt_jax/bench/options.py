@@ -60,7 +60,7 @@ def add_compute_options(parser: argparse.ArgumentParser, remat: str, dtype: bool
     if dtype:
         parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
-    parser.add_argument("--remat", choices=REMATS, default=remat)
+    parser.add_argument("--remat", choices=[remat for remat in REMATS if remat != "auto"], default=remat)
 
 
 def add_logit_chunk_option(parser: argparse.ArgumentParser) -> None:

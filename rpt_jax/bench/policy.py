@@ -21,10 +21,10 @@ import numpy as np
 from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
 from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model, positive
 from rpt_jax.config import PolicyConfig
-from rpt_jax.describe import attention_flops
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.distributed.sharding import init_parameters
 from rpt_jax.errors import UserError
+from rpt_jax.model.flops import attention_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs

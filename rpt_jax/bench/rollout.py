@@ -23,6 +23,7 @@ from rpt_jax.bench.measure import interleaved, round_to_4_digits
 from rpt_jax.bench.options import not_negative, positive, positive_number
 from rpt_jax.config import PolicyConfig
 from rpt_jax.config.loading import packaged_configs
+from rpt_jax.config.user_paths import expand_home, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import in_compute_dtype
 from rpt_jax.rollout.engine import decode_until, live_sizes, start_decoding
@@ -41,10 +42,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument(
         "--model",
+        type=expand_home,
         default=str(packaged_configs() / "tiny"),
         help="Hugging Face directory or .gguf file; default: configs/tiny",
     )
-    parser.add_argument("--prompts", type=Path, help=".npz file with `prompts` and `lengths`; default: random prompts")
+    parser.add_argument(
+        "--prompts", type=user_path, help=".npz file with `prompts` and `lengths`; default: random prompts"
+    )
     parser.add_argument("--random-prompts", type=positive, default=32, help="number of random prompts")
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="tokens of each random prompt")
     parser.add_argument(

@@ -20,11 +20,11 @@ from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
 from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model, positive
 from rpt_jax.bench.peer import transformers_update
 from rpt_jax.config import ObjectiveConfig, OptimizerConfig, PolicyConfig
-from rpt_jax.describe import attention_flops
 from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.model.flops import attention_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.update import TrainState, update_policy

@@ -19,6 +19,7 @@ import ml_collections
 from rpt_jax.config.config_file_values import ConfigFileValues
 from rpt_jax.config.dataclass_io import build, leaves, override, unknown_field
 from rpt_jax.config.schema import Experiment
+from rpt_jax.config.user_paths import expand_home, with_expanded_paths
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError
 from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
@@ -85,7 +86,7 @@ def load_config_file(path: str) -> Any:
 
     Raises: UserError, if there is no such file, and with file and line for any error in it.
     """
-    path = resolve_config_path(path)
+    path = resolve_config_path(expand_home(path))
     if not Path(path).is_file():
         raise _no_config_file(path)
     if Path(path).suffix != ".py":
@@ -145,7 +146,7 @@ def _from_values(config: Mapping[str, Any], overrides: list[str]) -> Experiment:
             fields[section][field] = None
         assignments = [a.removeprefix(f"{name}.") for a in overrides if a.startswith(f"{name}.")]
         fields[section][field] = _build_options(name, registry, chosen, fields[section][field], assignments)
-    experiment = build(Experiment, fields)
+    experiment = with_expanded_paths(build(Experiment, fields))
     check_experiment(experiment)
     return experiment
 

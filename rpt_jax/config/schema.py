@@ -16,9 +16,12 @@ LONG_CONTEXTS = ("cut", "cut_at_line")
 BOX_READINGS = ("balanced", "to_end")
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "dots", "full")
+PRECISIONS = ("tensorfloat32", "float32")
+HEAD_PRECISIONS = ("bfloat16", *PRECISIONS)
+REMATS = ("auto", "none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
 DIVERGENCE_ACTIONS = ("warn", "stop")
+TEMPLATE_SEPARATOR = "|||"  # Between the document templates of the parts of a mixture.
 
 # An instance of the options dataclass of the choice that the field above it names, or None for the defaults.
 Options = Any
@@ -32,10 +35,15 @@ class PolicyConfig:
     path: str = ""
     # Name of a model configuration in model/model_config.py; must match `path` where both are given, "" for no check.
     preset: str = "tiny"
-    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and the head stay float32.
+    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and logits stay float32.
     dtype: str = "float32"
-    # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full".
-    remat: str = "none"
+    # Products of the layers on a GPU or TPU if dtype is "float32": "tensorfloat32" (at least its precision) or "float32".
+    precision: str = "tensorfloat32"
+    # Products of the output head, in sampler and trainer alike: "bfloat16" (fastest; verl), "tensorfloat32" or "float32".
+    head_precision: str = "tensorfloat32"
+    # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full"; "auto" is the
+    # fastest of them that fits the device's memory.
+    remat: str = "auto"
     # [memory] Attention kernel: "reference", "blockwise", "cudnn", "splash", or "auto" for the best one of the platform.
     attention: str = "auto"
 
@@ -48,18 +56,23 @@ class DataConfig:
     source: str = "gsm_symbolic"
     # Options of the source, such as `data.source_options.documents` of "gsm_symbolic".
     source_options: Options = None
-    # File, folder or glob of source "path" (.txt, .jsonl, also .gz or .zst, .parquet, .arrow, .array_record); several are
-    # separated by commas, with sampling weights ("0.7=wiki/*.parquet,0.3=math.jsonl") or without.
+    # File, folder or glob of source "path" (.txt, .jsonl, .json, .csv, .tsv, also compressed, .parquet, .arrow, .array_record);
+    # several are separated by commas, with sampling weights ("0.7=wiki/*.parquet,0.3=math.jsonl") or without.
     path: str = ""
-    # Record field that holds the text of a document.
+    # Record field that holds the text of a document, such as "text", "doc.text" or "messages"; for a mixture, one for all of
+    # its parts or one for each, separated by commas.
     text_field: str = "text"
-    # Text with record fields in braces, such as "{problem}\n{solution}", that replaces `text_field`; "" for none.
+    # Text with record fields in braces, such as "{problem}\n{solution}", that replaces `text_field`; "" for none. For a
+    # mixture, one for all of its parts or one for each, separated by "|||".
     document_template: str = ""
+    # What is held out together: "auto" (the pieces of a text file; every record by itself), "file" (the records of a file too),
+    # or a record field whose value is the same in records that belong together; for a mixture, as `text_field`.
+    group_by: str = "auto"
     # Documents with more bytes than this are rejected.
     max_document_bytes: int = 16_777_216
     # Stop at the first rejected document; by default rejected documents are counted and listed.
     strict: bool = False
-    # Number of documents that are held out for evaluation, at most a fifth of the corpus (paper: 200).
+    # Number of documents held out for evaluation, in whole groups (`group_by`) and at most a fifth of the corpus (paper: 200).
     held_out_documents: int = 300
     # Part of the corpus that task "score" prepares, such as "3/64" (of "0/64" to "63/64"); "" for all of it.
     shard: str = ""
@@ -89,7 +102,7 @@ class DataConfig:
     workers: int = 0
     # Fraction of all positions that "quantile", "random" and "self_entropy" keep.
     keep_fraction: float = 0.2
-    # Entropy in nats above which "threshold" and "curriculum" keep a position, and evaluation too (the paper gives no value).
+    # Entropy in nats above which "threshold" and "curriculum" keep a training position (the paper gives no value).
     entropy_threshold: float = 0.5
 
 
@@ -130,7 +143,7 @@ class RolloutConfig:
     top_p: float = 1.0
     # End a response at the brace that closes its box after the reasoning.
     stop_at_box: bool = False
-    # [memory] Rollouts that are decoded at the same time; 0 for all, or for as many as fit.
+    # [memory] Rollouts that are decoded at the same time; 0 for all of them, or as many as fit the device's memory.
     decode_slots: int = 0
     # [memory] Prompt tokens that are prefilled at the same time.
     prefill_tokens: int = 4096
@@ -226,10 +239,11 @@ class TrainingConfig:
     dynamic_sampling_from: int = 500
     # Maximum number of rounds of generation in a step of dynamic sampling.
     dynamic_sampling_rounds: int = 3
-    # [memory] Tokens of a forward and backward pass on each device, prompts and responses together.
-    microbatch_tokens: int = 65536
-    # [memory] Tokens whose logits exist at the same time.
-    logit_chunk_tokens: int = 4096
+    # [memory] Tokens of a forward and backward pass on each device, prompts and responses together; 0 for 16,384, or more for
+    # a longer prompt and response, or fewer if the device's memory demands it.
+    microbatch_tokens: int = 0
+    # [memory] Tokens whose logits exist at the same time; 0 for up to 4,096, as the device's memory allows.
+    logit_chunk_tokens: int = 0
     # Steps between two prints of sampled responses.
     log_rollouts_every: int = 50
 
@@ -279,7 +293,7 @@ class EvaluationConfig:
 
     # Steps between evaluations (paper, section 4.2: 100).
     every_steps: int = 100
-    # Held-out positions above the entropy threshold, the same in every evaluation of a run.
+    # Held-out positions above 0.5 nats, the easiest level, the same in every evaluation of a run.
     positions: int = 600
     # The same for documents of a kind that training never sees, where the corpus has any.
     unseen_positions: int = 200

@@ -11,12 +11,16 @@ from rpt_jax.config.schema import (
     BOX_READINGS,
     DIVERGENCE_ACTIONS,
     DTYPES,
+    HEAD_PRECISIONS,
     LONG_CONTEXTS,
+    PRECISIONS,
     REMATS,
     SCHEDULES,
     TASKS,
+    TEMPLATE_SEPARATOR,
     Experiment,
     ObjectiveConfig,
+    PolicyConfig,
 )
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOICES, TRACE_WRITERS, Registry
@@ -25,6 +29,8 @@ from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOI
 _NAMES = {
     "task": TASKS,
     "policy.dtype": DTYPES,
+    "policy.precision": PRECISIONS,
+    "policy.head_precision": HEAD_PRECISIONS,
     "policy.remat": REMATS,
     "policy.attention": ATTENTIONS,
     "prompt.long_context": LONG_CONTEXTS,
@@ -100,8 +106,8 @@ _BOUNDS = {
     "training.prompts_per_step": (1, _UNBOUNDED),
     "training.minibatches_per_step": (1, _UNBOUNDED),
     "training.dynamic_sampling_rounds": (1, _UNBOUNDED),
-    "training.microbatch_tokens": (1, _UNBOUNDED),
-    "training.logit_chunk_tokens": (1, _UNBOUNDED),
+    "training.microbatch_tokens": (0, _UNBOUNDED),
+    "training.logit_chunk_tokens": (0, _UNBOUNDED),
     "training.log_rollouts_every": (1, _UNBOUNDED),
     "evaluation.every_steps": (1, _UNBOUNDED),
     "evaluation.positions": (1, _UNBOUNDED),
@@ -157,7 +163,9 @@ def check_experiment(experiment: Experiment) -> None:
             raise UserError(f"{name}={values[name]} must be at least 1, or -1 for all remaining devices.", field=name)
 
     # Fields that depend on each other.
+    _check_precision(experiment.policy)
     _check_weighted_terms(experiment.objective)
+    _check_data_fields(experiment)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
     _check_box_reading(experiment)
@@ -186,9 +194,32 @@ def _check_named_choice(section: Any, registry: Registry) -> None:
         if value != getattr(defaults, field) and chosen not in names:
             raise UserError(
                 f"{prefix}.{field}={value} has no effect with {registry.field}='{chosen}': "
-                f"it belongs to {', '.join(names)}.",
+                f"it belongs to {', '.join(names)}. Set {registry.field}, or leave {prefix}.{field} out.",
                 field=f"{prefix}.{field}",
             )
+
+
+def _check_data_fields(experiment: Experiment) -> None:
+    """Refuse fields of section "data" that have no effect. Raises: UserError."""
+    data = experiment.data
+    if data.shard and experiment.task != "score":
+        raise UserError(
+            f"data.shard='{data.shard}' has no effect with task='{experiment.task}': it belongs to task 'score'.",
+            field="data.shard",
+        )
+    if data.prepared and experiment.task == "score":
+        raise UserError(
+            f"data.prepared='{data.prepared}' has no effect with task='score', which prepares the corpus in --workdir.",
+            field="data.prepared",
+        )
+    # In a mixture, a part with an empty template uses its text field.
+    has_only_templates = all(data.document_template.split(TEMPLATE_SEPARATOR))
+    if has_only_templates and data.text_field != type(data)().text_field:
+        raise UserError(
+            f"data.text_field='{data.text_field}' has no effect with data.document_template={data.document_template!r}: give one "
+            "of the two.",
+            field="data.text_field",
+        )
 
 
 def _check_weighted_terms(config: ObjectiveConfig) -> None:
@@ -209,6 +240,15 @@ def _check_weighted_terms(config: ObjectiveConfig) -> None:
             )
 
 
+def _check_precision(policy: PolicyConfig) -> None:
+    """Refuse a precision of float32 products where the products are in bfloat16. Raises: UserError."""
+    if policy.dtype != "float32" and policy.precision != PolicyConfig.precision:
+        raise UserError(
+            f"policy.precision={policy.precision} has no effect with policy.dtype={policy.dtype}: it belongs to float32.",
+            field="policy.precision",
+        )
+
+
 def _check_sizes(experiment: Experiment) -> None:
     """Check sizes that depend on each other. Raises: UserError."""
     training = experiment.training
@@ -220,7 +260,7 @@ def _check_sizes(experiment: Experiment) -> None:
             field="training.minibatches_per_step",
         )
     longest = experiment.prompt.max_tokens + max_new_tokens
-    if experiment.task == "rpt" and training.microbatch_tokens < longest:
+    if experiment.task == "rpt" and 0 < training.microbatch_tokens < longest:
         raise UserError(
             f"training.microbatch_tokens={training.microbatch_tokens} must hold the longest prompt and response, "
             f"prompt.max_tokens + rollout.max_new_tokens = {longest}.",

@@ -7,7 +7,7 @@ import hashlib
 
 # The splits of a corpus. A source assigns documents of a kind that training never sees to "unseen"; most sources have none.
 SPLITS = ("train", "held_out", "unseen")
-# Fraction of the documents that is held out, before the limit of `data.held_out_documents`.
+# Largest fraction of the documents that is held out; `data.held_out_documents` may be less.
 HELD_OUT_FRACTION = 0.2
 
 # Special values in place of an index of SPLITS.
@@ -23,10 +23,13 @@ class Document:
       text: what is tokenized, unchanged.
       name: unique in the corpus, and enough to find the text again: "gsm_symbolic:17:4", "notes.jsonl:7".
       group: the kind of document, such as the template that generated it; "" = none.
-      key: string whose hash assigns the split; "" = `text`. Documents of "unseen" with the same key are of one kind, and not
-        independent of each other.
+      key: string whose hash assigns the split; documents with the same key share a split. "" = `text`. Documents of "unseen" with
+        the same key are of one kind, and not independent of each other.
       split: index of `SPLITS` if the source assigns it, else `UNASSIGNED`.
       mixture_part: index of the part of the mixture in `data.path` that it belongs to.
+      file: name of the file that it was read from; "" = none.
+      place: byte of its file where a piece of a longer text begins. Pieces with the same key can be held out from some place on,
+        if all of them are too many to be held out. -1 = not a piece.
     """
 
     text: str
@@ -35,6 +38,8 @@ class Document:
     key: str = ""
     split: int = UNASSIGNED
     mixture_part: int = 0
+    file: str = ""
+    place: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Rejected:
       line: line, row or record in it, from 1.
       reason: short category that it is counted under.
       detail: full sentence with the path, the line and the problem.
+      mixture_part: index of the part of the mixture in `data.path` that it belongs to.
     """
 
     file: str
     line: int
     reason: str
     detail: str
+    mixture_part: int = 0
 
 
 def hash64(seed: int, key: str) -> int:

@@ -23,6 +23,8 @@ from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
 from rpt_jax.tokenizers.tokenizer import Tokenizer
@@ -111,6 +113,7 @@ def top_k_values(values_MxV: jax.Array, k: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("policy", "top_k", "logit_chunk_tokens"))
 @jax.named_scope("score")
+@in_policy_precision
 def score_batch(
     policy: Transformer,
     params: Params,
@@ -248,22 +251,27 @@ class Scorer:
 
         # Launch the batches, with at most one more in flight while the results of a batch are fetched.
         lengths_N = np.array([len(ids) for ids in windows])
-        for length, numbers in length_buckets(lengths_N, data.max_document_tokens, data.score_batch_windows):
-            row_count = data.score_batch_windows * (data.max_document_tokens // length)
-            rows = next_token_rows([windows[n] for n in numbers], row_count, self.tokenizer.bos_id, length)
-            arrays = score_batch(
-                self.policy,
-                self.params,
-                *shard_prompts(rows, self.mesh),
-                top_k=data.entropy_top_k,
-                logit_chunk_tokens=self.config.training.logit_chunk_tokens,
-            )
-            in_flight.append((numbers, arrays))
-            if len(in_flight) > 1:
-                fetch_oldest()
+        memory_fields = {
+            "data.score_batch_windows": data.score_batch_windows,
+            "training.logit_chunk_tokens": self.config.training.logit_chunk_tokens,
+        }
+        with explain_out_of_memory("scoring", memory_fields):
+            for length, numbers in length_buckets(lengths_N, data.max_document_tokens, data.score_batch_windows):
+                row_count = data.score_batch_windows * (data.max_document_tokens // length)
+                rows = next_token_rows([windows[n] for n in numbers], row_count, self.tokenizer.bos_id, length)
+                arrays = score_batch(
+                    self.policy,
+                    self.params,
+                    *shard_prompts(rows, self.mesh),
+                    top_k=data.entropy_top_k,
+                    logit_chunk_tokens=self.config.training.logit_chunk_tokens,
+                )
+                in_flight.append((numbers, arrays))
+                if len(in_flight) > 1:
+                    fetch_oldest()
 
-        while in_flight:
-            fetch_oldest()
+            while in_flight:
+                fetch_oldest()
         return scores
 
     def score_shard(self, directory: Path, shard: int, shards: int, advance: Callable[[str], None]) -> None:

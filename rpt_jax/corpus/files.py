@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import glob
-import json
-import re
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rpt_jax.config import DataConfig
+from rpt_jax.corpus.folders import DANGLING_LINK, file_format, is_compressed, read_error, walk, why_not_read
+from rpt_jax.corpus.json_files import has_a_record_per_line
+from rpt_jax.corpus.mixture import configs_of_parts, parse_mixture
+from rpt_jax.corpus.records import check_fields
 from rpt_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Uncompressed text files are read in ranges of about this size, in parallel. A chunk of a .txt never crosses a range.
 RANGE_BYTES = 4 * 2**20
 _RANGE_RECORDS = 10_000
-_FORMATS = (".txt", ".jsonl", ".parquet", ".arrow", ".array_record")
-_EXPECTED = "a .txt, .jsonl (also .gz or .zst), .parquet, .arrow or .array_record file, a folder of them, or a glob"
-_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?)=(.+)")
+_EXPECTED = (
+    "a .txt, .jsonl, .json, .csv or .tsv file (also .gz, .zst, .xz or .bz2), a .parquet, .arrow or .array_record file, a "
+    "folder of them, or a glob"
+)
 
 
 class FileRange(NamedTuple):
@@ -38,38 +44,18 @@ class FileRange(NamedTuple):
     stop: int
 
 
-def parse_mixture(path: str) -> list[tuple[float, str]]:
-    """Parse `data.path`: a path or glob, or several separated by commas, all with or all without a weight (`weight=path`).
-
-    Returns: (weight, path) of each part; the weight is 0 if none is given. Raises: UserError.
-    """
-    if not path.strip():
-        raise UserError(f"data.path is empty: data.source='path' needs {_EXPECTED}.", field="data.path")
-    if Path(path).exists():  # The name of a file may contain "," and "=".
-        return [(0.0, path)]
-    parts = []
-    for part in path.split(","):
-        match = _WEIGHTED.fullmatch(part.strip())
-        parts.append((float(match[1]), match[2]) if match else (0.0, part.strip()))
-    weighted = sum(weight > 0 for weight, _ in parts)
-    if weighted not in (0, len(parts)):
-        raise UserError(
-            f"data.path='{path}': give every part of a mixture a weight above 0 (0.7=a,0.3=b), or none.",
-            field="data.path",
-        )
-    return parts
-
-
 def find_file_ranges(config: DataConfig) -> list[FileRange]:
-    """List the file ranges of the corpus in order, without reading any documents.
+    """List the file ranges of the corpus in order, without reading any documents, and log which files are not read.
 
-    Raises: UserError, if a path does not exist, matches no readable file or cannot be opened.
+    Raises: UserError, if a path does not exist, matches no readable file or cannot be opened, or if a field does not have one
+      value for each part of a mixture.
     """
-    mixture = parse_mixture(config.path)
+    mixture = _checked_mixture(config)
     file_ranges = []
+    unread: dict[str, list[Path]] = {}
     for mixture_part, (_, pattern) in enumerate(mixture):
         in_folder = len(mixture) == 1 and Path(pattern).is_dir()
-        for path in _find_files(pattern, is_mixture=len(mixture) > 1):
+        for path in _find_files(pattern, unread, is_mixture=len(mixture) > 1):
             if in_folder:
                 name = path.relative_to(pattern).as_posix()
             else:
@@ -82,58 +68,78 @@ def find_file_ranges(config: DataConfig) -> list[FileRange]:
                 FileRange(path=path, name=name, mixture_part=mixture_part, start=start, stop=stop)
                 for start, stop in limits
             ]
+    _log_unread(unread)
     return file_ranges
 
 
-def _find_files(pattern: str, is_mixture: bool) -> list[Path]:
-    root = Path(pattern)
+def check_path(config: DataConfig) -> None:
+    """Check that every part of `data.path` has a file to read, without listing all of them. Raises: UserError."""
+    mixture = _checked_mixture(config)
+    for _, pattern in mixture:
+        if not any(not reason for _, reason in _candidates(pattern)):
+            _find_files(pattern, {}, is_mixture=len(mixture) > 1)
+
+
+def _checked_mixture(config: DataConfig) -> list[tuple[float, str]]:
+    """Return the parts of `data.path`, and check the fields that say what their documents are. Raises: UserError."""
+    for part in configs_of_parts(config):
+        check_fields(part)
+    return parse_mixture(config.path)
+
+
+def _candidates(pattern: str) -> Iterator[tuple[Path, str]]:
+    """Yield the files that a part of `data.path` stands for, and why each is not read; "" if it is."""
+    if Path(pattern).is_dir():
+        yield from walk(Path(pattern))
+        return
+    matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+    for match in map(Path, matches):
+        if match.is_dir():
+            yield from walk(match)
+        else:
+            yield match, why_not_read(match)
+
+
+def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool) -> list[Path]:
+    """Return the files to read for a part of `data.path`, and add the others to `unread`, by reason. Raises: UserError."""
+    # A glob with `**` matches a folder and also the files in it.
+    candidates = dict(_candidates(pattern))
+    found = sorted(path for path, reason in candidates.items() if not reason)
+    for path, reason in candidates.items():
+        if reason:
+            unread.setdefault(reason, []).append(path)
+    if found:
+        return found
+
     where = f"data.path: part '{pattern}' of the mixture" if is_mixture else f"data.path='{pattern}'"
-    if root.is_dir():
-        found = _readable(path for path in root.rglob("*") if path.is_file())
-        problem = f"{where} is a folder without any readable file: give {_EXPECTED}."
-    elif root.exists():
-        found = _readable([root])
-        problem = f"{where} has an unknown file ending, neither .txt nor .jsonl: give {_EXPECTED}."
+    reasons = f" Not read: {describe_unread(unread)}." if candidates else ""
+    if not candidates and not Path(pattern).is_dir():
+        problem = "does not exist"
+    elif Path(pattern).is_dir():
+        problem = "is a folder without any readable file"
     else:
-        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
-        if not matches:
-            raise UserError(f"{where} does not exist. Give {_EXPECTED}.", field="data.path")
-        nested = [_find_files(str(match), is_mixture) if match.is_dir() else _readable([match]) for match in matches]
-        # `**` matches a folder and also the files in it.
-        found = list(dict.fromkeys(path for paths in nested for path in paths))
-        problem = f"{where} matches no readable file: give {_EXPECTED}."
-    if not found:
-        raise UserError(problem, field="data.path")
-    return found
+        problem = "matches no readable file"
+    raise UserError(f"{where} {problem}: give {_EXPECTED}.{reasons}", field="data.path")
 
 
-def _readable(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if file_format(path) in _FORMATS and not _is_dataset_cache(path))
+def describe_unread(unread: dict[str, list[Path]]) -> str:
+    """Return a list of files that are not read: a count and an example for each reason."""
+    return "; ".join(
+        f"{reason}: {len(paths):,} (such as {min(paths)})"
+        for reason, paths in sorted(unread.items(), key=lambda u: -len(u[1]))
+    )
 
 
-def _is_dataset_cache(path: Path) -> bool:
-    """Return whether an .arrow file is a cache in a folder that the `datasets` library saved, not one of its data files."""
-    state = path.with_name("state.json")
-    if file_format(path) != ".arrow" or not state.is_file():
-        return False
-    try:
-        return path.name not in {file["filename"] for file in json.loads(state.read_bytes())["_data_files"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise read_error(state, 1, error) from error
-
-
-def file_format(path: Path) -> str:
-    """Return the lower-case ending that names the format, such as ".jsonl" for "a.jsonl.gz"; "" if there is none."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] in ([".gz"], [".zst"]):
-        return suffixes[-2] if suffixes[-2:-1] in ([".txt"], [".jsonl"]) else ""
-    return suffixes[-1] if suffixes else ""
+def _log_unread(unread: dict[str, list[Path]]) -> None:
+    if dangling := unread.pop(DANGLING_LINK, []):
+        logger.warning("data.path: links that lead to nothing: %s", ", ".join(map(str, sorted(dangling))))
+    if unread:
+        logger.info("Not read of data.path: %s.", describe_unread(unread))
 
 
 def _range_limits(path: Path) -> Iterator[tuple[int, int]]:
     """Yield `start` and `stop` of the ranges of a file, see `FileRange`."""
     ending = file_format(path)
-    is_compressed = path.suffix.lower() != ending
     if ending == ".parquet":
         import pyarrow.parquet
 
@@ -141,20 +147,13 @@ def _range_limits(path: Path) -> Iterator[tuple[int, int]]:
     elif ending == ".array_record":
         count = open_array_record(path).num_records()
         yield from ((start, min(start + _RANGE_RECORDS, count)) for start in range(0, count, _RANGE_RECORDS))
-    elif ending == ".arrow" or is_compressed:
+    elif is_compressed(path) or ending in (".arrow", ".csv", ".tsv"):
+        yield 0, -1
+    elif ending == ".json" and not has_a_record_per_line(path):
         yield 0, -1
     else:
         size = path.stat().st_size
         yield from ((start, min(start + RANGE_BYTES, size)) for start in range(0, size, RANGE_BYTES))
-
-
-def read_error(path: Path, line: int, error: Exception) -> UserError:
-    """Return the `UserError` for a file that cannot be read beyond `line`."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return UserError(
-        f"data.path: cannot read {path}:{line}: {reason[:300]}. Repair the file or remove it from the corpus.",
-        field="data.path",
-    )
 
 
 def open_array_record(path: Path) -> Any:

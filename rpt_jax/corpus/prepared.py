@@ -13,14 +13,7 @@ from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import BIN_NATS, Scorer, fraction_above
 from rpt_jax.corpus.store import FORMAT, MANIFEST, Records, read_json, read_summaries, read_summary, write_json
-from rpt_jax.corpus.tokenization import (
-    check_made_from,
-    content_fields,
-    files_digest,
-    parse_shard,
-    shards_to_prepare,
-    tokenize,
-)
+from rpt_jax.corpus.tokenization import ShardPlan, check_made_from, content_fields, plan_shards, tokenize
 from rpt_jax.corpus.tokenized import TokenizedCorpus, open_tokens, report_corpus
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.distributed.rendezvous import Heartbeat
@@ -46,7 +39,7 @@ class PreparedCorpus(NamedTuple):
     fingerprint: str
 
 
-def corpus_directory(workdir: Path, data: DataConfig, tokenizer: Tokenizer, *scored_by: Any) -> Path:
+def corpus_directory(workdir: Path, data: DataConfig, plan: ShardPlan, tokenizer: Tokenizer, *scored_by: Any) -> Path:
     """Return the directory in `workdir` for the tokens of a corpus, or with `scored_by` also for its entropies.
 
     It is different for every combination of what the corpus is made from, so that a corpus that failed does not prevent a run
@@ -55,20 +48,22 @@ def corpus_directory(workdir: Path, data: DataConfig, tokenizer: Tokenizer, *sco
     Args:
       workdir: directory of the run.
       data: section `data`.
+      plan: the shards of the corpus.
       tokenizer: encodes the documents.
       scored_by: JSON values that determine the entropies.
     """
-    made_from = (FORMAT, content_fields(data), files_digest(data), tokenizer.fingerprint, *scored_by)
+    made_from = (FORMAT, content_fields(data), plan.files_digest, tokenizer.fingerprint, *scored_by)
     return workdir / "corpus" / digest(*made_from)[:12]
 
 
-def prepare(scorer: Scorer, directory: Path, context: RunContext) -> PreparedCorpus | None:
-    """Tokenize and score the shards that `data.shard` names, except those that are already complete.
+def prepare(scorer: Scorer, plan: ShardPlan, directory: Path, context: RunContext) -> PreparedCorpus | None:
+    """Tokenize and score the shards of a plan, except those that are already complete.
 
     With several processes on one file system, the leader tokenizes and writes, and all of them score.
 
     Args:
       scorer: the proxy, and the config that names the corpus.
+      plan: the shards.
       directory: where the corpus is stored.
       context: signals and heartbeats.
 
@@ -76,36 +71,36 @@ def prepare(scorer: Scorer, directory: Path, context: RunContext) -> PreparedCor
     """
     context.signals.set_save(lambda: f"the complete shards are in {directory}")
     data = scorer.config.data
-    tokenize_on_leader(data, scorer.tokenizer, directory, context.heartbeat)
-    score_tokens(scorer, directory, context.heartbeat)
+    tokenize_on_leader(data, plan, scorer.tokenizer, directory, context.heartbeat)
+    score_tokens(scorer, plan, directory, context.heartbeat)
     if is_leader() and not (directory / MANIFEST).exists():
-        _, shards = parse_shard(data)
-        if all(read_summaries(directory, kind, shards) is not None for kind in ("tokens", "scores")):
-            write_manifest(scorer.config, scorer.tokenizer, scorer.fingerprint, directory)
+        if all(read_summaries(directory, kind, plan.shards) is not None for kind in ("tokens", "scores")):
+            write_manifest(scorer.config, plan, scorer.tokenizer, scorer.fingerprint, directory)
     wait_for_all("prepared")
     if not (directory / MANIFEST).exists():
         return None
-    return open_prepared(data, scorer.tokenizer, directory, scorer.fingerprint)
+    return open_prepared(data, scorer.tokenizer, directory, scorer.fingerprint, plan)
 
 
-def tokenize_on_leader(data: DataConfig, tokenizer: Tokenizer, directory: Path, heartbeat: Heartbeat) -> None:
+def tokenize_on_leader(
+    data: DataConfig, plan: ShardPlan, tokenizer: Tokenizer, directory: Path, heartbeat: Heartbeat
+) -> None:
     """Run `tokenize` on the leader, with a progress bar; the other processes wait. Raises: UserError."""
     if is_leader():
-        steps = sum(shard.steps for shard in shards_to_prepare(data))
-        with Progress("tokenize, file ranges", steps) as progress:
+        with Progress("tokenize, file ranges", sum(shard.steps for shard in plan.to_prepare)) as progress:
 
             def advance(status: str) -> None:
                 progress.advance(status)
                 heartbeat.beat("tokenization")
 
-            tokenize(data, tokenizer, directory, advance)
+            tokenize(data, plan, tokenizer, directory, advance)
     wait_for_all("tokenized")
 
 
-def score_tokens(scorer: Scorer, directory: Path, heartbeat: Heartbeat) -> None:
-    """Score the tokenized shards that `data.shard` names, with a progress bar. Raises: UserError."""
-    numbers, shards = parse_shard(scorer.config.data)
-    batches = {number: scorer.count_batches(directory, number, shards) for number in numbers}
+def score_tokens(scorer: Scorer, plan: ShardPlan, directory: Path, heartbeat: Heartbeat) -> None:
+    """Score the tokenized shards of a plan, with a progress bar. Raises: UserError."""
+    shards = plan.shards
+    batches = {number: scorer.count_batches(directory, number, shards) for number in plan.numbers}
     done = sum(count for number, count in batches.items() if read_summary(directory, "scores", number, shards))
     with Progress("score, batches of windows", sum(batches.values()), done) as progress:
 
@@ -113,24 +108,24 @@ def score_tokens(scorer: Scorer, directory: Path, heartbeat: Heartbeat) -> None:
             progress.advance(status)
             heartbeat.beat("scoring")
 
-        for number in numbers:
+        for number in batches:
             scorer.score_shard(directory, number, shards, advance)
 
 
-def open_and_report(data: DataConfig, directory: Path) -> TokenizedCorpus:
+def open_and_report(data: DataConfig, plan: ShardPlan, directory: Path) -> TokenizedCorpus:
     """Open the tokens of all shards and log what was skipped. Raises: UserError, as `open_tokens` does."""
-    _, shards = parse_shard(data)
-    corpus = open_tokens(data, directory, shards)
+    corpus = open_tokens(data, directory, plan.shards)
     if is_leader():
         report_corpus(corpus)
     return corpus
 
 
-def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directory: Path) -> None:
+def write_manifest(config: Experiment, plan: ShardPlan, tokenizer: Tokenizer, proxy: str, directory: Path) -> None:
     """Complete a corpus whose shards are all tokenized and scored.
 
     Args:
       config: the experiment that scored it.
+      plan: its shards.
       tokenizer: encoded the documents.
       proxy: fingerprint of the policy that scored it.
       directory: of the corpus.
@@ -138,7 +133,7 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
     Raises: UserError, if a shard is missing or damaged.
     """
     data = config.data
-    _, shards = parse_shard(data)
+    shards = plan.shards
     counts = report_corpus(open_tokens(data, directory, shards))
     manifest = {
         "version": __version__,
@@ -146,7 +141,7 @@ def write_manifest(config: Experiment, tokenizer: Tokenizer, proxy: str, directo
             "format": FORMAT,
             **content_fields(data),
             "data.entropy_top_k": data.entropy_top_k,
-            "files": files_digest(data),
+            "files": plan.files_digest,
             "tokenizer": tokenizer.fingerprint,
             "proxy": proxy,
         },
@@ -180,7 +175,9 @@ def _summaries_digest(directory: Path, shards: int) -> str:
     return digest([read_summaries(directory, kind, shards) for kind in ("tokens", "scores")])
 
 
-def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy: str = "") -> PreparedCorpus:
+def open_prepared(
+    data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy: str = "", plan: ShardPlan | None = None
+) -> PreparedCorpus:
     """Open a prepared corpus.
 
     Args:
@@ -188,6 +185,7 @@ def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy
       tokenizer: must have encoded the documents.
       directory: of the corpus.
       proxy: fingerprint of the policy that must have scored it; "" = any.
+      plan: its shards; None = list its files, if they are present, to compare them.
 
     Raises: UserError, if the manifest or a shard is missing or damaged, has another format, or belongs to another corpus,
       tokenizer or proxy.
@@ -212,7 +210,7 @@ def open_prepared(data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy
         expected["proxy"] = proxy
     # A run can train from a prepared corpus alone, on a machine that does not have the text files.
     with contextlib.suppress(UserError):
-        expected["files"] = files_digest(data)
+        expected["files"] = (plan or plan_shards(data)).files_digest
     check_made_from(path, manifest.get("made_from"), expected)
 
     # Compare the shards with those that were complete when the manifest was written.

@@ -1,46 +1,49 @@
 """Corpus source "path": read files of text as a stream of documents and rejected records.
 
-Formats, by file ending: `.txt` and `.jsonl`, plain or compressed (`.gz`, `.zst`), `.parquet`, `.arrow` (a folder that the
-`datasets` library saved) and `.array_record` (each record is a JSON object, as a line of a `.jsonl` is). No file is held in
-memory as a whole. Text is never normalized: the bytes that are predicted later are the bytes of the file.
+Formats, by file ending: `.txt`, `.jsonl` (`.ndjson`), `.json`, `.csv` and `.tsv`, plain or compressed (`.gz`, `.zst`, `.xz`,
+`.bz2`), `.parquet`, `.arrow` (a folder that the `datasets` library saved) and `.array_record` (each record is a JSON object, as
+a line of a `.jsonl` is). No file is held in memory as a whole. Text is never normalized: the bytes that are predicted later are
+the bytes of the file.
 """
 
 from __future__ import annotations
 
 import collections
+import csv
 import functools
-import gzip
+import hashlib
 import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rpt_jax.config import DataConfig
+from rpt_jax.corpus.compression import DecompressedFile, open_binary
 from rpt_jax.corpus.documents import Document, Rejected
-from rpt_jax.corpus.files import RANGE_BYTES, FileRange, file_format, find_file_ranges, open_array_record, read_error
+from rpt_jax.corpus.files import RANGE_BYTES, FileRange, check_path, find_file_ranges, open_array_record
+from rpt_jax.corpus.folders import file_format, read_error
+from rpt_jax.corpus.json_files import BYTE_ORDER_MARK, has_a_record_per_line, read_json_values
+from rpt_jax.corpus.mixture import configs_of_parts
+from rpt_jax.corpus.records import (
+    BY_FILE,
+    InvalidRecordError,
+    RecordText,
+    columns,
+    not_utf8,
+    parse_record,
+    record_text,
+)
 from rpt_jax.corpus.text_splitting import LINE_END, block_boundary, split_text
-from rpt_jax.errors import UserError, nearest
+from rpt_jax.errors import UserError
 from rpt_jax.registry import CORPUS_SOURCES
 
-_BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE_ESCAPE = re.compile("[\udc80-\udcff]")  # How a byte that is not UTF-8 is decoded.
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _ROWS = 256  # Rows or records that are read at a time.
-
-
-class InvalidRecordError(Exception):
-    """A record that is not a valid document, with a short reason and a detailed description that follows its location."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
+_HEAD_BYTES = 2**16  # Files that begin with the same bytes are the same text for the split.
 
 # The location of a record (line, or line:column) and its text, or why it has none.
-RecordStream = Iterator[tuple[int | str, str | InvalidRecordError]]
+RecordStream = Iterator[tuple[int | str, RecordText | InvalidRecordError]]
 
 
 def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Document | Rejected]:
@@ -48,18 +51,31 @@ def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Docum
 
     Raises: UserError, naming the file, the line and the reason, if the file cannot be read to its end.
     """
+    config = configs_of_parts(config)[file_range.mixture_part]
     location: int | str = 0
     path = file_range.path
+    part = file_range.mixture_part
     try:
-        for location, text in read_records(file_range, config):
+        file_key = _file_key(path) if config.group_by == BY_FILE or file_format(path) == ".txt" else ""
+        for location, record in read_records(file_range, config):
             try:
-                checked = _check_text(text, config)
-                name = f"{_name_prefix(file_range)}:{location}"
-                yield Document(text=checked, name=name, mixture_part=file_range.mixture_part)
+                text, group, place = _check_text(record, config)
+                yield Document(
+                    text=text,
+                    name=f"{_name_prefix(file_range)}:{location}",
+                    key=file_key or group,
+                    mixture_part=part,
+                    file=file_range.name,
+                    place=place,
+                )
             except InvalidRecordError as error:
                 line = _line_in_file(file_range, location)
                 yield Rejected(
-                    file=file_range.name, line=line, reason=error.reason, detail=f"{path}:{line} {error.detail}"
+                    file=file_range.name,
+                    line=line,
+                    reason=error.reason,
+                    detail=f"{path}:{line} {error.detail}",
+                    mixture_part=part,
                 )
     except UserError:
         raise
@@ -70,14 +86,33 @@ def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Docum
 def read_records(file_range: FileRange, config: DataConfig) -> RecordStream:
     """Yield the location and the text of every record of a file range; the text is not checked yet.
 
-    Locations of `.txt` and `.jsonl` are counted from the beginning of the range, all others from that of the file.
+    Locations of `.txt`, `.jsonl` and JSON lines are counted from the beginning of the range, all others from that of the file.
+
+    Args:
+      file_range: the range.
+      config: section `data` of its part of the mixture.
     """
-    return _READERS[file_format(file_range.path)](file_range, config)
+    ending = file_format(file_range.path)
+    if ending in _TABLE_READERS:
+        yield from _TABLE_READERS[ending](file_range, config)
+        return
+    with open_binary(file_range.path) as file:
+        decompressed = getattr(file, "raw", None)
+        yield from _TEXT_READERS[ending](file, file_range, config)
+    if isinstance(decompressed, DecompressedFile) and decompressed.trailing_bytes:
+        detail = f"ends with {decompressed.trailing_bytes:,} bytes that are not compressed data."
+        yield 0, InvalidRecordError("behind compressed data", detail)
+
+
+def _file_key(path: Path) -> str:
+    """Return a key of a file's text that does not depend on the file's name: a hash of its beginning."""
+    with open_binary(path) as file:
+        return f"file {hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()}"
 
 
 def _name_prefix(file_range: FileRange) -> str:
     """Name the file and, for text, the byte where the range starts: counting lines before it would mean reading them."""
-    is_text = file_format(file_range.path) in (".txt", ".jsonl")
+    is_text = file_format(file_range.path) in _TEXT_READERS
     return f"{file_range.name}@{file_range.start}" if file_range.start and is_text else file_range.name
 
 
@@ -89,7 +124,7 @@ def _line_in_file(file_range: FileRange, location: int | str) -> int:
 @functools.lru_cache(maxsize=64)
 def _lines_before(path: Path, start: int, ending: str) -> int:
     """Count the lines of a text file before the first record of the range that starts at byte `start`."""
-    if ending not in (".txt", ".jsonl") or start == 0:
+    if ending not in _TEXT_READERS or start == 0:
         return 0
     with path.open("rb") as file:
         if ending == ".txt":
@@ -106,10 +141,11 @@ def _lines_before(path: Path, start: int, ending: str) -> int:
         return count
 
 
-def _check_text(text: str | InvalidRecordError, config: DataConfig) -> str:
-    """Return the text. Raises: InvalidRecordError."""
-    if isinstance(text, InvalidRecordError):
-        raise text
+def _check_text(record: RecordText | InvalidRecordError, config: DataConfig) -> RecordText:
+    """Return the record. Raises: InvalidRecordError."""
+    if isinstance(record, InvalidRecordError):
+        raise record
+    text = record.text
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
@@ -123,94 +159,77 @@ def _check_text(text: str | InvalidRecordError, config: DataConfig) -> str:
     if size > config.max_document_bytes:
         detail = f"has {size} bytes, more than data.max_document_bytes={config.max_document_bytes}."
         raise InvalidRecordError("too long", detail)
-    return text
-
-
-def _not_utf8(byte: int, offset: int | None = None) -> InvalidRecordError:
-    where = "" if offset is None else f" at byte {offset} of the record"
-    return InvalidRecordError("not UTF-8", f"is not UTF-8: byte 0x{byte:02x}{where}. Convert the file to UTF-8.")
-
-
-def _decode(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(data[error.start], error.start) from None
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix.lower() == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 2**20)
-    return path.open("rb")
+    return record
 
 
 # --- text files ---------------------------------------------------------------------------------------
 
 
-def _read_txt(file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_txt(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
     """Yield chunks of about 2,000 characters, at `line` or `line:column`."""
     del config
     line = 1
     column = 1
-    with _open(file_range.path) as file:
-        for number, block in enumerate(_blocks(file, file_range)):
-            # A byte that is not UTF-8 invalidates only the chunk that contains it.
-            text = block.decode("utf-8", "surrogateescape")
-            if number == 0 and file_range.start == 0:
-                text = text.removeprefix(_BYTE_ORDER_MARK)
-            for chunk in split_text(text):
-                location = line if column == 1 else f"{line}:{column}"
-                escaped = _SURROGATE_ESCAPE.search(chunk)
-                yield location, _not_utf8(ord(escaped[0]) - 0xDC00) if escaped else chunk
-                *ended, rest = LINE_END.split(chunk)
-                line += len(ended)
-                column = len(rest) + (1 if ended else column)
+    for number, (place, block) in enumerate(_blocks(file, file_range)):
+        # A byte that is not UTF-8 invalidates only the chunk that contains it.
+        text = block.decode("utf-8", "surrogateescape")
+        if number == 0 and file_range.start == 0:
+            text = text.removeprefix(BYTE_ORDER_MARK)
+        for chunk in split_text(text):
+            location = line if column == 1 else f"{line}:{column}"
+            escaped = _SURROGATE_ESCAPE.search(chunk)
+            yield location, not_utf8(ord(escaped[0]) - 0xDC00) if escaped else RecordText(chunk, place=place)
+            place += len(chunk.encode("utf-8", "surrogateescape"))
+            *ended, rest = LINE_END.split(chunk)
+            line += len(ended)
+            column = len(rest) + (1 if ended else column)
 
 
-def _blocks(file: io.BufferedIOBase, file_range: FileRange) -> Iterator[bytes]:
-    """Yield the bytes of a range, in blocks if it is a whole file of unknown size."""
+def _blocks(file: io.BufferedIOBase, file_range: FileRange) -> Iterator[tuple[int, bytes]]:
+    """Yield the bytes of a range and where they begin, in blocks if it is a whole file of unknown size."""
     if file_range.stop >= 0:
         start = block_boundary(file, file_range.start)
         stop = block_boundary(file, file_range.stop)
         file.seek(start)
-        yield file.read(stop - start)
+        yield start, file.read(stop - start)
         return
+    start = 0
     rest = b""
     while block := file.read(RANGE_BYTES):
         block = rest + block
         end = block_boundary(io.BytesIO(block), max(0, len(block) - 2**16))
         rest = block[end:]
-        yield block[:end]
-    yield rest
+        yield start, block[:end]
+        start += end
+    yield start, rest
 
 
-def _read_jsonl(file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_jsonl(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
+    limit = _longest_record(config)
+    offset = 0
+    if file_range.start:
+        # The previous range reads the line that crosses the boundary.
+        file.seek(file_range.start - 1)
+        _skip_line(file)
+        offset = file.tell()
+    number = 0
+    # Only "\n" ends a line of JSON: `str.splitlines` would also split at U+2028, which is allowed inside a string.
+    while (file_range.stop < 0 or offset < file_range.stop) and (raw := file.readline(limit)):
+        number += 1
+        offset += len(raw)
+        if len(raw) == limit and not raw.endswith(b"\n"):
+            offset += _skip_line(file)
+            yield number, InvalidRecordError("too long", f"is longer than {limit} bytes.")
+            continue
+        if number == 1 and file_range.start == 0:
+            raw = raw.removeprefix(BYTE_ORDER_MARK.encode())
+        if raw.strip():
+            yield number, parse_record(raw, config)
+
+
+def _longest_record(config: DataConfig) -> int:
     # JSON may need six bytes for a byte of text, and a record has other fields too.
-    limit = 8 * config.max_document_bytes + 2**16
-    with _open(file_range.path) as file:
-        offset = 0
-        if file_range.start:
-            # The previous range reads the line that crosses the boundary.
-            file.seek(file_range.start - 1)
-            _skip_line(file)
-            offset = file.tell()
-        number = 0
-        # Only "\n" ends a line of JSON: `str.splitlines` would also split at U+2028, which is allowed inside a string.
-        while (file_range.stop < 0 or offset < file_range.stop) and (raw := file.readline(limit)):
-            number += 1
-            offset += len(raw)
-            if len(raw) == limit and not raw.endswith(b"\n"):
-                offset += _skip_line(file)
-                yield number, InvalidRecordError("too long", f"is longer than {limit} bytes.")
-                continue
-            if number == 1 and file_range.start == 0:
-                raw = raw.removeprefix(_BYTE_ORDER_MARK.encode())
-            if raw.strip():
-                yield number, _parse_json(raw, config)
+    return 8 * config.max_document_bytes + 2**16
 
 
 def _skip_line(file: io.BufferedIOBase) -> int:
@@ -223,53 +242,63 @@ def _skip_line(file: io.BufferedIOBase) -> int:
     return skipped
 
 
-# --- records with fields ------------------------------------------------------------------------------
+def _read_json(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
+    """Yield the records of a file of JSON lines, at their lines, or those of an array or of several values, numbered."""
+    if file_range.stop >= 0 or has_a_record_per_line(file_range.path):
+        yield from _read_jsonl(file, file_range, config)
+        return
+    for number, (text, value) in enumerate(read_json_values(file, _longest_record(config)), start=1):
+        escaped = _SURROGATE_ESCAPE.search(text)
+        yield number, not_utf8(ord(escaped[0]) - 0xDC00) if escaped else record_text(value, config)
 
 
-def _parse_json(raw: bytes, config: DataConfig) -> str | InvalidRecordError:
-    try:
-        record = json.loads(_decode(raw))
-    except InvalidRecordError as error:
-        return error
-    except (ValueError, RecursionError) as error:
-        return InvalidRecordError("not JSON", f"is not JSON: {error}. A .jsonl file has one JSON object per line.")
-    if not isinstance(record, dict):
-        expected = f"the fields {', '.join(_fields(config))}"
-        if not config.document_template:
-            expected = f"the field '{config.text_field}'"
-        detail = f"is a JSON {type(record).__name__}: expected an object with {expected}."
-        return InvalidRecordError("not a JSON object", detail)
-    return _text_of_record(record, config)
+def _read_csv(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
+    """Yield the rows of a table whose first line names the columns, by row number."""
+    import pyarrow.csv
+
+    delimiter = "\t" if file_format(file_range.path) == ".tsv" else ","
+    header = file.readline().decode("utf-8", "replace").removeprefix(BYTE_ORDER_MARK)
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    if not names:
+        return
+    invalid: dict[int, Any] = {}
+
+    def keep_invalid(row: Any) -> str:
+        invalid[row.number] = row
+        return "skip"
+
+    batches = pyarrow.csv.open_csv(
+        file,
+        # Rows are numbered in one thread only. A row must fit in a block.
+        read_options=pyarrow.csv.ReadOptions(
+            column_names=names, use_threads=False, block_size=config.max_document_bytes + 2**20
+        ),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep_invalid
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(
+            check_utf8=False,
+            column_types=dict.fromkeys(names, pyarrow.binary()),
+            include_columns=columns(config, names),
+        ),
+    )
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            number += 1
+            while number in invalid:
+                yield number, _wrong_number_of_columns(invalid.pop(number))
+                number += 1
+            yield number, record_text(record, config)
+    yield from ((number, _wrong_number_of_columns(row)) for number, row in sorted(invalid.items()))
 
 
-def _text_of_record(record: Mapping[str, Any], config: DataConfig) -> str | InvalidRecordError:
-    """Return the field `data.text_field`, or `data.document_template` with its placeholders replaced by fields."""
-    values: dict[str, str] = {}
-    for field in _fields(config):
-        if field not in record:
-            expected = f"'{field}' of data.document_template"
-            if not config.document_template:
-                expected = f"data.text_field='{field}'"
-            detail = f"has no field {expected}; its fields: {', '.join(record) or 'none'}.{nearest(field, record)}"
-            return InvalidRecordError("no such field", detail)
-        value = record[field]
-        if isinstance(value, bytes):
-            try:
-                value = _decode(value)
-            except InvalidRecordError as error:
-                return error
-        if not isinstance(value, str):
-            detail = f"has a {type(value).__name__} in its field '{field}', expected a string."
-            return InvalidRecordError("not a string", detail)
-        values[field] = value
-    if not config.document_template:
-        return values[config.text_field]
-    # A placeholder's value may itself contain braces, so all are replaced in one pass.
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], config.document_template)
+def _wrong_number_of_columns(row: Any) -> InvalidRecordError:
+    detail = f"has {row.actual_columns} columns, and the first line has {row.expected_columns}."
+    return InvalidRecordError("wrong number of columns", detail)
 
 
-def _fields(config: DataConfig) -> Sequence[str]:
-    return list(dict.fromkeys(_PLACEHOLDER.findall(config.document_template))) or [config.text_field]
+# --- tables and records -------------------------------------------------------------------------------
 
 
 def _read_parquet(file_range: FileRange, config: DataConfig) -> RecordStream:
@@ -277,7 +306,7 @@ def _read_parquet(file_range: FileRange, config: DataConfig) -> RecordStream:
 
     with pyarrow.parquet.ParquetFile(file_range.path) as file:
         rows_before = sum(file.metadata.row_group(group).num_rows for group in range(file_range.start))
-        names = [name for name in file.schema_arrow.names if name in _fields(config)] or None
+        names = columns(config, file.schema_arrow.names)
         batches = file.iter_batches(_ROWS, range(file_range.start, file_range.stop), names)
         yield from _read_rows(batches, config, rows_before)
 
@@ -299,12 +328,42 @@ def _read_arrow(file_range: FileRange, config: DataConfig) -> RecordStream:
 def _read_rows(batches: Iterable[Any], config: DataConfig, rows_before: int) -> RecordStream:
     number = rows_before
     for batch in batches:
+        selected = _with_strings_as_bytes(batch.select(columns(config, batch.schema.names)))
         # Without validation, a damaged file may be read beyond its buffers, which crashes the process.
-        batch.validate(full=True)
-        names = [name for name in batch.schema.names if name in _fields(config)] or batch.schema.names
-        for record in batch.select(names).to_pylist():
+        selected.validate(full=True)
+        for record in selected.to_pylist():
             number += 1
-            yield number, _text_of_record(record, config)
+            yield number, record_text(record, config)
+
+
+def _with_strings_as_bytes(batch: Any) -> Any:
+    """Return a batch whose strings are bytes: a string that is not UTF-8 would make the whole batch invalid."""
+    import pyarrow
+
+    schema = pyarrow.schema([field.with_type(_bytes_type(field.type)) for field in batch.schema])
+    return batch if schema.equals(batch.schema) else batch.cast(schema)
+
+
+def _bytes_type(kind: Any) -> Any:
+    """Return an Arrow type with bytes in place of strings, in nested types too."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_string(kind):
+        return pyarrow.binary()
+    if types.is_large_string(kind):
+        return pyarrow.large_binary()
+    if types.is_string_view(kind):
+        return pyarrow.binary_view()
+    if types.is_dictionary(kind):
+        return _bytes_type(kind.value_type)
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_bytes_type(field.type)) for field in kind])
+    if types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_bytes_type(kind.value_type)))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_bytes_type(kind.value_type)))
+    return kind
 
 
 def _read_array_record(file_range: FileRange, config: DataConfig) -> RecordStream:
@@ -312,19 +371,28 @@ def _read_array_record(file_range: FileRange, config: DataConfig) -> RecordStrea
     for first in range(file_range.start, file_range.stop, _ROWS):
         records = reader.read(first, min(first + _ROWS, file_range.stop))
         for number, record in enumerate(records, start=first + 1):
-            yield number, _parse_json(record, config)
+            yield number, parse_record(record, config)
 
 
-_READERS: dict[str, Callable[[FileRange, DataConfig], RecordStream]] = {
+_TEXT_READERS: dict[str, Callable[[io.BufferedIOBase, FileRange, DataConfig], RecordStream]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
+_TABLE_READERS: dict[str, Callable[[FileRange, DataConfig], RecordStream]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".array_record": _read_array_record,
 }
 
 
-@CORPUS_SOURCES.register("path", check=find_file_ranges)
+@CORPUS_SOURCES.register(
+    "path",
+    check=check_path,
+    fields=("path", "text_field", "document_template", "group_by", "max_document_bytes"),
+)
 def read_files(config: DataConfig, skipped: collections.Counter) -> Iterator[Document | Rejected]:
     """Read the files that `data.path` names."""
     del skipped

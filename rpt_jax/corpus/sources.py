@@ -1,7 +1,6 @@
-"""Read a corpus from its source, log rejected records, and assign documents to splits.
+"""Read a corpus from its source and log rejected records.
 
-Sources are registered in `registry.CORPUS_SOURCES` (gsm_symbolic.py, champ.py, readers.py). Splits are a function of
-`data.seed` and of the documents' contents, so they do not change when files or lines are reordered.
+Sources are registered in `registry.CORPUS_SOURCES` (gsm_symbolic.py, champ.py, readers.py).
 """
 
 from __future__ import annotations
@@ -20,18 +19,10 @@ from typing import IO, Self, TypeVar
 import numpy as np
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus.documents import (
-    DUPLICATE,
-    HELD_OUT_FRACTION,
-    SPLITS,
-    UNASSIGNED,
-    Document,
-    Rejected,
-    hash64,
-)
+from rpt_jax.corpus.documents import SPLITS, Document, Rejected, hash64
 from rpt_jax.corpus.files import FileRange, find_file_ranges
 from rpt_jax.corpus.readers import read_file_range
-from rpt_jax.corpus.text_splitting import CHUNK_CHARACTERS
+from rpt_jax.corpus.splits import DocumentTable, assign_splits
 from rpt_jax.errors import UserError
 from rpt_jax.registry import CORPUS_SOURCES
 
@@ -74,12 +65,14 @@ class RejectLog:
 
     Attributes:
       counts: rejected records by reason.
-      first_detail: full description of the first rejected record; "" = none.
+      files: the same for each file, by its name.
+      first_details: full description of the first rejected record of each part of the mixture.
     """
 
     def __init__(self, strict: bool, path: Path | None = None):
         self.counts: collections.Counter = collections.Counter()
-        self.first_detail = ""
+        self.files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        self.first_details: dict[int, str] = {}
         self._strict = strict
         self._path = path
         self._file: IO[str] | None = None
@@ -100,7 +93,8 @@ class RejectLog:
 
     def _add(self, item: Rejected) -> None:
         self.counts[item.reason] += 1
-        self.first_detail = self.first_detail or item.detail
+        self.files[item.file][item.reason] += 1
+        self.first_details.setdefault(item.mixture_part, item.detail)
         if self._path is None:
             return
         if self._file is None:
@@ -124,38 +118,42 @@ def log_rejected(counts: dict[str, int], files: str) -> None:
         logger.info("Skipped records of the corpus: %s.%s", reasons, f" Listed in {files}." if files else "")
 
 
-def training_texts(config: DataConfig, max_bytes: int, advance: Callable[[], None]) -> Iterator[str]:
+def training_texts(
+    config: DataConfig, shard: CorpusShard, max_bytes: int, advance: Callable[[], None]
+) -> Iterator[str]:
     """Yield the texts of the training documents in order, or a random sample of them if the corpus is larger than `max_bytes`.
 
-    The sample depends on `data.seed` and the documents' contents. The corpus is read twice; memory holds 32 bytes a document.
+    The sample depends on the documents' contents only. The corpus is read twice; memory holds 48 bytes a document.
 
     Args:
       config: section `data`.
+      shard: the whole corpus.
       max_bytes: limit of the sum of the texts' sizes in UTF-8; at least one document is yielded.
       advance: see `read_corpus`; called twice as often.
 
-    Raises: UserError, as `read_corpus` and `assign_splits` do, and with `data.strict` for the first rejected record.
+    Raises: UserError, as `read_corpus` and `splits.assign_splits` do, and with `data.strict` for the first rejected record.
     """
-    # First pass: choose documents by their hashes and sizes. Each has a row of four numbers.
+    # First pass: choose documents by their hashes and sizes. Each has a row of six numbers.
     rejects = RejectLog(config.strict)
-    rows = array.array("Q")
-    for document in rejects.filter(read_corpus(config, collections.Counter(), advance=advance)):
-        # The numbers are unsigned, so a split, which may be UNASSIGNED = -1, is shifted.
-        shifted_split = document.split - UNASSIGNED
-        rows.extend((*document_hashes(document, config.seed), len(document.text.encode()), shifted_split))
-    keys_D, texts_D, sizes_D, shifted_D = np.frombuffer(rows, np.uint64).reshape(-1, 4).T
-    given_D = shifted_D.astype(np.int8) + np.int8(UNASSIGNED)
-    splits_D = assign_splits(keys_D, texts_D, given_D, config, rejects.first_detail)
+    rows = array.array("q")
+    for document in rejects.filter(read_corpus(config, collections.Counter(), shard, advance)):
+        hashes = (value - 2**63 for value in document_hashes(document, config.seed))
+        rows.extend((*hashes, document.split, document.mixture_part, document.place, len(document.text.encode())))
+    columns_D = np.frombuffer(rows, np.int64).reshape(-1, 6).T
+    keys_D, texts_D = columns_D[:2].astype(np.uint64) + np.uint64(2**63)
+    table = DocumentTable(keys_D, texts_D, *columns_D[2:5])
+    splits_D = assign_splits(table, config, rejects.first_details)
+    sizes_D = columns_D[5]
     train_M = np.flatnonzero(splits_D == SPLITS.index("train"))
-    by_key_M = train_M[np.argsort(keys_D[train_M], kind="stable")]
+    by_hash_M = train_M[np.argsort(texts_D[train_M], kind="stable")]
 
-    # Take documents in the order of their keys until the limit is reached.
-    count = max(1, np.searchsorted(np.cumsum(sizes_D[by_key_M]), max_bytes, side="right"))
+    # Take documents in the order of their texts' hashes until the limit is reached.
+    count = max(1, np.searchsorted(np.cumsum(sizes_D[by_hash_M]), max_bytes, side="right"))
     is_chosen_D = np.zeros(len(keys_D), bool)
-    is_chosen_D[by_key_M[:count]] = True
+    is_chosen_D[by_hash_M[:count]] = True
 
     # Second pass: yield them.
-    documents = RejectLog(strict=False).filter(read_corpus(config, collections.Counter(), advance=advance))
+    documents = RejectLog(strict=False).filter(read_corpus(config, collections.Counter(), shard, advance))
     for document, is_chosen in zip(documents, is_chosen_D, strict=True):
         if is_chosen:
             yield document.text
@@ -193,49 +191,6 @@ def read_corpus(
 def document_hashes(document: Document, seed: int) -> tuple[int, int]:
     """Return two 64-bit hashes: of the key that assigns the split, under `seed`, and of the text, to find duplicates."""
     return hash64(seed, document.key or document.text), hash64(0, document.text)
-
-
-def assign_splits(
-    keys_D: np.ndarray, texts_D: np.ndarray, splits_D: np.ndarray, config: DataConfig, first_rejected: str = ""
-) -> np.ndarray:
-    """Return the split of every document, int8 [D]: an index of `SPLITS`, or `DUPLICATE` for a repeated text.
-
-    Of the documents without a split, those with the lowest keys are held out: a fifth, at most `data.held_out_documents`.
-    Because ranks are used instead of a threshold, both splits get at least one document and all documents are used. The order
-    of the documents, and how they are distributed over files and shards, make no difference.
-
-    Args:
-      keys_D, texts_D: uint64, see `document_hashes`.
-      splits_D: int8, the splits that the source has assigned, else `UNASSIGNED`.
-      config: section `data`.
-      first_rejected: description of the first rejected record, for the error message.
-
-    Raises: UserError, if there are fewer than two documents.
-    """
-    # The first document of every distinct text; all others are duplicates.
-    first_U = np.unique(texts_D, return_index=True)[1]
-    result_D = np.full(len(texts_D), DUPLICATE, np.int8)
-    result_D[first_U] = splits_D[first_U]
-    unassigned_U = np.sort(first_U[splits_D[first_U] == UNASSIGNED])
-    if len(unassigned_U) < 2 and len(unassigned_U) == len(first_U):
-        rejected = f"The first rejected record: {first_rejected.rstrip('.')}. " if first_rejected else ""
-        raise UserError(
-            f"{source_name(config)} has {len(unassigned_U)} distinct document(s), and at least 2 are needed: one to train on and "
-            f"one to hold out. {rejected}A .txt is split into documents of about {CHUNK_CHARACTERS} characters, a .jsonl has one "
-            "document per line.",
-            field=f"data.{'path' if config.source == 'path' else 'source'}",
-        )
-
-    # Hold out the documents with the lowest keys.
-    count = min(config.held_out_documents, max(1, int(len(unassigned_U) * HELD_OUT_FRACTION)))
-    result_D[unassigned_U] = SPLITS.index("train")
-    result_D[unassigned_U[np.argsort(keys_D[unassigned_U], kind="stable")[:count]]] = SPLITS.index("held_out")
-    return result_D
-
-
-def source_name(config: DataConfig) -> str:
-    """Return the corpus' name in messages, such as "data.path='notes.jsonl'"."""
-    return f"data.path='{config.path}'" if config.source == "path" else f"data.source='{config.source}'"
 
 
 def check_source(config: DataConfig) -> None:

@@ -4,6 +4,7 @@ Files of shard 3 of 64, in the order in which they are written:
 
     tokens-00003-of-00064.array_record  a record of token ids and byte lengths for every window
     index-00003-of-00064.bin            a row of `INDEX` for every document
+    sketches-00003-of-00064.bin         hashes of some five-token runs of every document, 32 bits each
     names-00003-of-00064.txt            the name of every document, a JSON string a line
     tokens-00003-of-00064.json          summary: what the shard was made from, counts, sizes and checksums of its files
     scores-00003-of-00064.array_record  a record of entropies for every window
@@ -27,19 +28,20 @@ import numpy as np
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 
-FORMAT = 4  # Of all files of a prepared corpus; corpora of another format are refused.
+FORMAT = 5  # Of all files of a prepared corpus; corpora of another format are refused.
 MANIFEST = "manifest.json"
-SIGNATURE_BINS = 16
 INDEX = np.dtype(
     [
         ("text_hash", "<u8"),  # See sources.document_hashes.
         ("key_hash", "<u8"),
+        ("place", "<i8"),  # See documents.Document.
         ("tokens", "<u4"),
         ("split", "i1"),  # As the source assigned it, see documents.Document.
         ("mixture_part", "<u2"),
-        ("signature", "<u4", (SIGNATURE_BINS,)),  # See near_duplicates.minhash_signatures.
+        ("sketch", "<u4"),  # Number of hashes of the document, see near_duplicates.Sketches.
     ]
 )
+SKETCH = np.dtype("<u4")
 # The arrays of a record, each with an element for every token of its window: "tokens" are ids and lengths in bytes,
 # "scores" are entropies, renormalized and not.
 RECORD_DTYPES = {"tokens": ("<u4", "<u2"), "scores": ("<f4", "<f4")}
@@ -296,6 +298,12 @@ def read_index(directory: Path, shards: int, only: Iterable[int] | None = None) 
     """
     for shard in range(shards) if only is None else only:
         yield np.frombuffer(_read_checked(directory, "index", ".bin", shard, shards), INDEX)
+
+
+def read_sketches(directory: Path, shards: int) -> Iterator[np.ndarray]:
+    """Yield the hashes of the sketches of each shard, uint32. Raises: UserError, as `read_index` does."""
+    for shard in range(shards):
+        yield np.frombuffer(_read_checked(directory, "sketches", ".bin", shard, shards), SKETCH)
 
 
 def document_names(directory: Path, shards: int, numbers: Iterable[int]) -> dict[int, str]:

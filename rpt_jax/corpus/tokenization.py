@@ -20,9 +20,9 @@ from rpt_jax.config import DataConfig
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.corpus.documents import Document, Rejected
 from rpt_jax.corpus.files import FileRange, find_file_ranges
-from rpt_jax.corpus.near_duplicates import minhash_signatures
+from rpt_jax.corpus.near_duplicates import Sketches, make_sketches
 from rpt_jax.corpus.sources import CorpusShard, RejectLog, document_hashes, read_corpus
-from rpt_jax.corpus.store import FORMAT, INDEX, ShardWriter, read_summary, shard_name
+from rpt_jax.corpus.store import FORMAT, INDEX, SKETCH, ShardWriter, read_summary, shard_name
 from rpt_jax.errors import UserError
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.signals import end_with_parent
@@ -34,42 +34,77 @@ REJECTED = "rejected"  # Kind of the files that list rejected records, see `shar
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 2**21
 # The fields of every source that determine the tokens of a corpus and its windows.
-_CONTENT_FIELDS = ("source", "text_field", "document_template", "max_document_bytes", "seed", "max_document_tokens")
+_CONTENT_FIELDS = (
+    "source",
+    "text_field",
+    "document_template",
+    "group_by",
+    "max_document_bytes",
+    "seed",
+    "max_document_tokens",
+)
 
 
 # --- what is tokenized --------------------------------------------------------------------------------
 
 
-def parse_shard(config: DataConfig) -> tuple[list[int], int]:
-    """Return the numbers of the shards to prepare, and the number of shards of the corpus. Raises: UserError."""
-    if config.shard:
-        number, _, count = config.shard.partition("/")
-        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise UserError(
-                f"data.shard='{config.shard}' must be NUMBER/COUNT with NUMBER below COUNT, such as 0/64 or 63/64.",
-                field="data.shard",
+class ShardPlan(NamedTuple):
+    """The shards of a corpus, from one listing of its files.
+
+    Attributes:
+      numbers: of the shards that `data.shard` names.
+      shards: number of shards of the corpus.
+      file_ranges: of the whole corpus; None if it has no files.
+      files_digest: digest of the names and sizes of the files of each part of a mixture.
+    """
+
+    numbers: Sequence[int]
+    shards: int
+    file_ranges: Sequence[FileRange] | None
+    files_digest: str
+
+    @property
+    def whole(self) -> CorpusShard:
+        """The whole corpus as one shard."""
+        return CorpusShard(file_ranges=self.file_ranges)
+
+    @property
+    def to_prepare(self) -> list[CorpusShard]:
+        """The shards of `numbers`."""
+        return [
+            CorpusShard(
+                number=number,
+                shards=self.shards,
+                file_ranges=None if self.file_ranges is None else self.file_ranges[number :: self.shards],
             )
-        return [int(number)], int(count)
-    file_ranges = _file_ranges(config) or []
-    size = sum(path.stat().st_size for path in {file_range.path for file_range in file_ranges})
-    shards = max(1, min(len(file_ranges), -(-size // SHARD_BYTES)))
-    return list(range(shards)), shards
+            for number in self.numbers
+        ]
 
 
-def shards_to_prepare(config: DataConfig) -> list[CorpusShard]:
-    """Return the shards that `parse_shard` names, with their file ranges. Raises: UserError."""
-    numbers, shards = parse_shard(config)
-    file_ranges = _file_ranges(config)
-    return [
-        CorpusShard(
-            number=number, shards=shards, file_ranges=None if file_ranges is None else file_ranges[number::shards]
+def plan_shards(config: DataConfig) -> ShardPlan:
+    """List the files of the corpus and divide them into shards. Raises: UserError."""
+    file_ranges = find_file_ranges(config) if config.source == "path" else None
+    sizes = {(r.mixture_part, r.name): r.path.stat().st_size for r in file_ranges or []}
+    if config.shard:
+        number, shards = parse_shard(config.shard)
+        numbers = [number]
+    else:
+        shards = max(1, min(len(file_ranges or []), -(-sum(sizes.values()) // SHARD_BYTES)))
+        numbers = range(shards)
+    return ShardPlan(
+        numbers=numbers, shards=shards, file_ranges=file_ranges, files_digest=digest(sorted(sizes.items()))
+    )
+
+
+def parse_shard(shard: str) -> tuple[int, int]:
+    """Return the number and the count of `data.shard`. Raises: UserError."""
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(
+            f"data.shard='{shard}' must be NUMBER/COUNT with NUMBER below COUNT, such as 0/64 or 63/64.",
+            field="data.shard",
         )
-        for number in numbers
-    ]
-
-
-def _file_ranges(config: DataConfig) -> Sequence[FileRange] | None:
-    return find_file_ranges(config) if config.source == "path" else None
+    return int(number), int(count)
 
 
 def content_fields(config: DataConfig) -> dict[str, Any]:
@@ -80,12 +115,6 @@ def content_fields(config: DataConfig) -> dict[str, Any]:
     # A source that generates its documents may generate as many held-out ones as are requested.
     fields["data.held_out_documents"] = config.held_out_documents
     return fields | {f"data.source_options.{name}": value for name, value in leaves(config.source_options)}
-
-
-def files_digest(config: DataConfig) -> str:
-    """Return a digest of the names and sizes of the corpus' files. Raises: UserError, if they do not exist."""
-    file_ranges = _file_ranges(config) or []
-    return digest(sorted({(file_range.name, file_range.path.stat().st_size) for file_range in file_ranges}))
 
 
 def check_made_from(path: Path, found: Any, expected: Mapping[str, Any]) -> None:
@@ -119,22 +148,25 @@ def check_made_from(path: Path, found: Any, expected: Mapping[str, Any]) -> None
 # --- tokenize -----------------------------------------------------------------------------------------
 
 
-def tokenize(config: DataConfig, tokenizer: Tokenizer, directory: Path, advance: Callable[[str], None]) -> None:
-    """Tokenize the shards that `data.shard` names, in parallel processes if there are several.
+def tokenize(
+    config: DataConfig, plan: ShardPlan, tokenizer: Tokenizer, directory: Path, advance: Callable[[str], None]
+) -> None:
+    """Tokenize the shards of a plan, in parallel processes if there are several.
 
     Args:
       config: section `data`.
+      plan: the shards.
       tokenizer: encodes the documents.
       directory: of the corpus; created if necessary.
       advance: see `tokenize_shard`.
 
     Raises: UserError, as `tokenize_shard` does.
     """
-    shards = shards_to_prepare(config)
+    shards = plan.to_prepare
     made_from = {
         "format": FORMAT,
         **content_fields(config),
-        "files": files_digest(config),
+        "files": plan.files_digest,
         "tokenizer": tokenizer.fingerprint,
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -238,6 +270,7 @@ def tokenize_shard(
     # Steps are counted when a file range has been read, but reported after its documents are written, so that the status
     # counts them.
     counts: collections.Counter = collections.Counter(documents=0, tokens=0, text_bytes=0)
+    files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     unreported_steps = 0
 
     def count_step() -> None:
@@ -250,35 +283,45 @@ def tokenize_shard(
             advance(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens of shard {number}/{shards}")
         unreported_steps = 0
 
-    # Write the records, the index and the names. The summary, which is written last, completes the shard.
+    # Write the records, the index, the sketches and the names. The summary, which is written last, completes the shard.
     index_path = directory / f"{shard_name('index', number, shards)}.bin"
+    sketches_path = directory / f"{shard_name('sketches', number, shards)}.bin"
     names_path = directory / f"{shard_name('names', number, shards)}.txt"
     rejected_path = directory / f"{shard_name(REJECTED, number, shards)}.jsonl"
     with (
         ShardWriter(directory, "tokens", number, shards) as writer,
         RejectLog(config.strict, rejected_path) as rejects,
         index_path.open("wb") as index_file,
+        sketches_path.open("wb") as sketches_file,
         names_path.open("w", encoding="utf-8") as names_file,
     ):
         documents = rejects.filter(read_corpus(config, rejects.counts, shard, count_step))
         for batch in rejects.filter(_encode(tokenizer, documents)):
-            index_file.write(_index_rows(batch, config.seed).tobytes())
+            sketches = make_sketches(batch.ids_T, batch.sizes_D)
+            index_file.write(_index_rows(batch, sketches, config.seed).tobytes())
+            sketches_file.write(sketches.hashes.astype(SKETCH).tobytes())
             names_file.writelines(json.dumps(document.name) + "\n" for document in batch.documents)
             lengths_T = tokenizer.byte_vocab.lengths_V[batch.ids_T].astype(np.uint16)
             writer.write((batch.ids_T, lengths_T), window_ends(batch.sizes_D, config.max_document_tokens))
+            for document in batch.documents:
+                files[document.file]["documents"] += 1
             counts["documents"] += len(batch.documents)
             counts["tokens"] += len(lengths_T)
             counts["text_bytes"] += int(lengths_T.sum())
             report_steps()
         index_file.flush()
+        sketches_file.flush()
         names_file.flush()
+        for file, reasons in rejects.files.items():
+            files[file].update(reasons)
         summary = {
             "made_from": dict(made_from),
             **counts,
+            "files": files,
             "rejected": dict(rejects.counts),
-            "first_rejected": rejects.first_detail,
+            "first_rejected": rejects.first_details,
         }
-        writer.commit(summary, (index_path, names_path))
+        writer.commit(summary, (index_path, sketches_path, names_path))
     report_steps()
 
 
@@ -301,13 +344,13 @@ def _encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[_To
                 try:
                     yield _encode_batch(tokenizer, [document])
                 except UserError as error:
-                    file, _, location = document.name.partition(":")
-                    line = location.partition(":")[0]
+                    line = document.name.removeprefix(document.file).partition(":")[2].partition(":")[0]
                     yield Rejected(
-                        file=file,
+                        file=document.file,
                         line=int(line) if line.isdecimal() else 0,
                         reason="not in the tokenizer",
                         detail=f"{document.name}: {error}",
+                        mixture_part=document.mixture_part,
                     )
 
 
@@ -344,14 +387,15 @@ def window_ends(sizes_D: np.ndarray, max_tokens: int) -> list[int]:
     return ends
 
 
-def _index_rows(batch: _TokenizedBatch, seed: int) -> np.ndarray:
+def _index_rows(batch: _TokenizedBatch, sketches: Sketches, seed: int) -> np.ndarray:
     """Return the index of some documents, `INDEX` [D]."""
     rows_D = np.empty(len(batch.documents), INDEX)
     hashes_Dx2 = np.array([document_hashes(document, seed) for document in batch.documents], np.uint64)
     rows_D["key_hash"] = hashes_Dx2[:, 0]
     rows_D["text_hash"] = hashes_Dx2[:, 1]
+    rows_D["place"] = [document.place for document in batch.documents]
     rows_D["split"] = [document.split for document in batch.documents]
     rows_D["mixture_part"] = [document.mixture_part for document in batch.documents]
     rows_D["tokens"] = batch.sizes_D
-    rows_D["signature"] = minhash_signatures(batch.ids_T, batch.sizes_D)
+    rows_D["sketch"] = sketches.counts_D
     return rows_D

@@ -13,9 +13,10 @@ import numpy as np
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.documents import DUPLICATE, SPLITS
-from rpt_jax.corpus.near_duplicates import near_duplicates
-from rpt_jax.corpus.sources import assign_splits, log_rejected
-from rpt_jax.corpus.store import Records, document_names, read_index, read_summaries
+from rpt_jax.corpus.near_duplicates import MIN_SHARE, NearDuplicate, Sketches, contained_share, find_candidates
+from rpt_jax.corpus.sources import log_rejected
+from rpt_jax.corpus.splits import DocumentTable, assign_splits
+from rpt_jax.corpus.store import Records, document_names, read_index, read_sketches, read_summaries
 from rpt_jax.corpus.tokenization import REJECTED
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
@@ -23,7 +24,7 @@ from rpt_jax.infra.atomic_write import atomic_write
 logger = logging.getLogger(__name__)
 
 NEAR_DUPLICATES = "near_duplicates.jsonl"
-_INDEX_COLUMNS = ("key_hash", "text_hash", "split", "mixture_part", "tokens")
+_INDEX_COLUMNS = ("key_hash", "text_hash", "split", "mixture_part", "place", "tokens")
 
 
 class Windows(Sequence):
@@ -69,6 +70,11 @@ class TokenizedCorpus(NamedTuple):
         """Return the windows of the documents of a split."""
         return Windows(self.tokens, np.flatnonzero((self.split_D == SPLITS.index(split))[self.document_W]))
 
+    def document_ids(self, number: int) -> np.ndarray:
+        """Return the token ids of a document, uint32 [S]."""
+        first, end = np.searchsorted(self.document_W, [number, number + 1])
+        return np.concatenate([ids for ids, _ in self.tokens.read(range(first, end))])
+
     def clusters(self, split: str) -> np.ndarray:
         """Return integers that say which windows of a split depend on each other, [N].
 
@@ -112,10 +118,11 @@ def open_tokens(config: DataConfig, directory: Path, shards: int) -> TokenizedCo
             field=str(directory),
         )
 
-    first_rejected = (s["first_rejected"] for s in read_summaries(directory, "tokens", shards) or [])
-    split_D = assign_splits(
-        index["key_hash"], index["text_hash"], index["split"], config, next(filter(None, first_rejected), "")
-    )
+    first_rejected: dict[int, str] = {}
+    for summary in read_summaries(directory, "tokens", shards) or []:
+        first_rejected = {int(part): text for part, text in summary["first_rejected"].items()} | first_rejected
+    table = DocumentTable(*(index[name] for name in ("key_hash", "text_hash", "split", "mixture_part", "place")))
+    split_D = assign_splits(table, config, first_rejected)
     return TokenizedCorpus(
         directory=directory,
         shards=shards,
@@ -138,43 +145,89 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
     files = sorted(directory.glob(f"{REJECTED}-*.jsonl"))
     log_rejected(rejected, ", ".join(map(str, files[:3])) + ", …" * (len(files) > 3))
 
+    if useless := _files_without_documents(summaries):
+        logger.warning(
+            "%s files of data.path give no documents: %s.",
+            f"{len(useless):,}",
+            "; ".join(f"{file} ({reasons})" for file, reasons in useless[:3]) + "; …" * (len(useless) > 3),
+        )
+
+    if divided := _held_out_of_divided_texts(corpus):
+        logger.warning(
+            "%s held-out documents are the end of a text whose beginning is trained on: every text file is longer than a fifth "
+            "of the corpus, so that none is held out as a whole.",
+            f"{divided:,}",
+        )
+
     pairs = _find_near_duplicates(corpus)
+    held_out = int(np.sum(corpus.split_D == SPLITS.index("held_out")))
     if pairs:
         path = directory / NEAR_DUPLICATES
-        atomic_write(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
-        held_out = int(np.sum(corpus.split_D == SPLITS.index("held_out")))
+        names = document_names(
+            directory, corpus.shards, [number for pair in pairs for number in (pair.held_out, pair.train)]
+        )
+        lines = [{"held_out": names[p.held_out], "train": names[p.train], "share": p.share} for p in pairs]
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
         logger.info(
-            "%s of %s held-out documents are near-duplicates of a training document, see %s.",
+            "%s of %s held-out documents (%.0f %%) are near-duplicates: a training document has at least %.0f %% of their "
+            "five-token runs, see %s.",
             f"{len(pairs):,}",
             f"{held_out:,}",
+            100 * len(pairs) / held_out,
+            100 * MIN_SHARE,
             path,
         )
 
     counts = {name: sum(s[name] for s in summaries) for name in ("documents", "records", "tokens", "text_bytes")}
-    return {**counts, "rejected": dict(rejected), "near_duplicates": len(pairs)}
+    return {**counts, "rejected": dict(rejected), "held_out": held_out, "near_duplicates": len(pairs)}
 
 
-def _find_near_duplicates(corpus: TokenizedCorpus) -> list[dict[str, Any]]:
-    """Return the names and the similarity of held-out documents and the training documents that they nearly repeat."""
+def _files_without_documents(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the files all of whose records were rejected, and the counts by reason."""
+    files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for summary in summaries:
+        for file, counts in summary["files"].items():
+            files[file].update(counts)
+    return [
+        (file, ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common()))
+        for file, counts in files.items()
+        if file and not counts["documents"]
+    ]
+
+
+def _held_out_of_divided_texts(corpus: TokenizedCorpus) -> int:
+    """Return the number of held-out pieces of texts of which other pieces are trained on."""
+    index = list(read_index(corpus.directory, corpus.shards))
+    keys_D = np.concatenate([rows["key_hash"] for rows in index])
+    is_piece_D = np.concatenate([rows["place"] for rows in index]) >= 0
+    of_split = {split: keys_D[is_piece_D & (corpus.split_D == SPLITS.index(split))] for split in ("train", "held_out")}
+    return int(np.isin(of_split["held_out"], of_split["train"]).sum())
+
+
+def _find_near_duplicates(corpus: TokenizedCorpus) -> list[NearDuplicate]:
+    """Return the held-out documents that a training document contains, or nearly, by their numbers in the corpus."""
     held_out_H = np.flatnonzero(corpus.split_D == SPLITS.index("held_out"))
     train_T = np.flatnonzero(corpus.split_D == SPLITS.index("train"))
-    held_out_HxK = np.concatenate(list(_signatures(corpus, "held_out")))
-    pairs = [
-        (int(held_out_H[pair.held_out]), int(train_T[pair.train]), pair.similarity)
-        for pair in near_duplicates(held_out_HxK, _signatures(corpus, "train"))
-    ]
-    numbers = [number for held_out, train, _ in pairs for number in (held_out, train)]
-    names = document_names(corpus.directory, corpus.shards, numbers) if pairs else {}
-    return [
-        {"held_out": names[held_out], "train": names[train], "similarity": similarity}
-        for held_out, train, similarity in pairs
-    ]
+    parts = list(_sketches(corpus, "held_out"))
+    sketches = Sketches(
+        np.concatenate([part.hashes for part in parts]), np.concatenate([part.counts_D for part in parts])
+    )
+    pairs = []
+    for h, t in find_candidates(sketches, _sketches(corpus, "train")):
+        held_out, train = int(held_out_H[h]), int(train_T[t])
+        share = contained_share(corpus.document_ids(held_out), corpus.document_ids(train))
+        if share >= MIN_SHARE:
+            pairs.append(NearDuplicate(held_out=held_out, train=train, share=share))
+    return pairs
 
 
-def _signatures(corpus: TokenizedCorpus, split: str) -> Iterator[np.ndarray]:
-    """Yield the MinHash signatures of the documents of a split, shard by shard, uint32 [D, K]."""
+def _sketches(corpus: TokenizedCorpus, split: str) -> Iterator[Sketches]:
+    """Yield the sketches of the documents of a split, shard by shard."""
     documents_before = 0
-    for rows in read_index(corpus.directory, corpus.shards):
+    index = read_index(corpus.directory, corpus.shards)
+    for rows, hashes in zip(index, read_sketches(corpus.directory, corpus.shards), strict=True):
         split_D = corpus.split_D[documents_before : documents_before + len(rows)]
         documents_before += len(rows)
-        yield rows["signature"][split_D == SPLITS.index(split)]
+        is_chosen_D = split_D == SPLITS.index(split)
+        counts_D = rows["sketch"].astype(np.int64)
+        yield Sketches(hashes[np.repeat(is_chosen_D, counts_D)], counts_D[is_chosen_D])

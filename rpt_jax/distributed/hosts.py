@@ -64,31 +64,31 @@ def find_hosts(
     Raises:
       UserError: a value is missing or out of range.
     """
-    flags = (coordinator, processes, process)
-    if None not in flags:
-        names, values = _FLAGS, flags
-    else:
+    flags = _Values(coordinator, processes, process)
+    names, values = _FLAGS, flags
+    if None in flags:
         names, values = _from_environment(environ)
-        chosen = [
-            (flag, own) if own is not None else (name, value)
-            for flag, own, name, value in zip(_FLAGS, flags, names, values, strict=True)
-        ]
-        names = Names(*(name for name, _ in chosen))
-        values = tuple(value for _, value in chosen)
+        is_given = [flag is not None for flag in flags]
+        names = Names(*(new if given else old for given, new, old in zip(is_given, _FLAGS, names, strict=True)))
+        values = _Values(*(new if given else old for given, new, old in zip(is_given, flags, values, strict=True)))
     hosts = _parse_hosts(names, values)
     return hosts and hosts._replace(local_devices=_local_devices(environ))
 
 
-# The address of process 0, the number of processes and the index of this process, before they are parsed.
-_Values = tuple[str | int | None, str | int | None, str | int | None]
+class _Values(NamedTuple):
+    """The values of `Hosts` before they are parsed; None for those that are not given."""
+
+    address: str | int | None
+    processes: str | int | None
+    process: str | int | None
 
 
 def _from_environment(environ: Mapping[str, str]) -> tuple[Names, _Values]:
     """Return what the environment says of the processes of the run; flags without values if it says nothing."""
     if any(environ.get(name) for name in _JAX):
-        return _JAX, (environ.get(_JAX.address), environ.get(_JAX.processes), environ.get(_JAX.process))
+        return _JAX, _Values(*map(environ.get, _JAX))
     if _parse_int(_SLURM.processes, environ.get(_SLURM.processes) or 1) > 1:
-        return _SLURM, (_slurm_address(environ), environ[_SLURM.processes], environ.get(_SLURM.process))
+        return _SLURM, _Values(_slurm_address(environ), environ[_SLURM.processes], environ.get(_SLURM.process))
     return _from_tpu_slice(environ)
 
 
@@ -106,16 +106,16 @@ def _parse_hosts(names: Names, values: _Values) -> Hosts | None:
             f"{' and '.join(missing)} must be given as well: {', '.join(names)} are required together.",
             field=missing[0],
         )
-    processes = _parse_int(names.processes, values[1])
-    process = _parse_int(names.process, values[2])
+    processes = _parse_int(names.processes, values.processes)
+    process = _parse_int(names.process, values.process)
 
-    host, colon, port = str(values[0]).rpartition(":")
+    host, colon, port = str(values.address).rpartition(":")
     if not colon:
         host = port
         port = str(PORT)
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
         raise UserError(
-            f"{names.address}={values[0]} must be HOST:PORT of process 0, with a port from 1 to 65534.",
+            f"{names.address}={values.address} must be HOST:PORT of process 0, with a port from 1 to 65534.",
             field=names.address,
         )
     if processes < 1:
@@ -201,9 +201,8 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int:
     text = environ.get("SLURM_STEP_TASKS_PER_NODE")
     if not text:
         return 1
-    parts = [
-        re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")
-    ]  # "2(x3),1": three nodes with 2 each.
+    # "2(x3),1": two tasks on each of three nodes, and one on the fourth.
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
     counts = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
     node = _parse_int("SLURM_NODEID", environ.get("SLURM_NODEID"))
     if None in parts or not 0 <= node < len(counts):
@@ -223,10 +222,10 @@ def _from_tpu_slice(environ: Mapping[str, str]) -> tuple[Names, _Values]:
     hosts = [name for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     slices = _parse_int("MEGASCALE_NUM_SLICES", environ.get("MEGASCALE_NUM_SLICES") or 1)
     if len(hosts) * slices < 2:
-        return _FLAGS, (None, None, None)
+        return _FLAGS, _Values(None, None, None)
     names = _TPU_SLICES if slices > 1 else _TPU_SLICE
     address = environ.get(names.address, "") if slices > 1 else hosts[0]
     worker = environ.get(names.process)
     first_in_slice = _parse_int("MEGASCALE_SLICE_ID", environ.get("MEGASCALE_SLICE_ID")) * len(hosts)
     process = first_in_slice + _parse_int(names.process, worker) if worker else None
-    return names, (address.partition(":")[0], slices * len(hosts), process)
+    return names, _Values(address.partition(":")[0], slices * len(hosts), process)

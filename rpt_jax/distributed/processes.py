@@ -30,6 +30,14 @@ def in_any_process(flag: bool) -> bool:
         return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def least_of_all(value: int) -> int:
+    """Return the least `value` of all processes, below 2^31. A collective: every process must call it."""
+    if jax.process_count() == 1:
+        return value
+    with jax.transfer_guard("allow"):
+        return int(multihost_utils.process_allgather(np.array(value, np.int32)).min())
+
+
 def to_host(tree: Any) -> Any:
     """Return the global arrays of `tree` as NumPy arrays in every process. A collective: every process must call it."""
     if jax.process_count() == 1:

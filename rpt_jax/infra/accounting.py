@@ -96,15 +96,21 @@ class BatchSize(NamedTuple):
     prompt_tokens: int
     response_tokens: int
 
-    def plus(self, other: BatchSize) -> BatchSize:
-        """Return the size of both batches together."""
-        return BatchSize(
+
+class RolloutCost(NamedTuple):
+    """Tokens of rollouts, without padding, and the FLOPs of sampling and rewarding them."""
+
+    prompt_tokens: int
+    response_tokens: int
+    flops: float
+
+    def plus(self, other: RolloutCost) -> RolloutCost:
+        """Return the cost of both."""
+        return RolloutCost(
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             response_tokens=self.response_tokens + other.response_tokens,
+            flops=self.flops + other.flops,
         )
-
-
-_ONE_PASS = BatchSize(prompt_tokens=1, response_tokens=1)
 
 
 class Clock:
@@ -158,70 +164,49 @@ _SAVED_COUNTS = ("generated", "discarded", "learned", "flops", "discarded_flops"
 
 
 class Counters:
-    """Tokens and FLOPs of training so far; saved with every checkpoint.
+    """Tokens and model FLOPs (see `model.flops`) of training so far; saved with every checkpoint.
 
-    A forward pass costs 2 N FLOPs per token, with N the number of parameters in matrix products; forward plus backward costs 6 N.
-    Attention scores are not counted. Every rollout counts, including those that dynamic sampling discards, and so do documents
-    that the policy scores to choose positions. Evaluation and corpus preparation are not training and do not count.
-
-    Args:
-      matmul_parameters: N.
-      passes: forward passes over prompts and over responses before the update: sampling, and rewards that run the policy again.
-      update_forward: forward passes of the update in addition to the one that is differentiated.
+    Every rollout counts, including those that dynamic sampling discards, and so do documents that the policy scores to choose
+    positions. Evaluation and corpus preparation are not training and do not count.
 
     Attributes:
       generated: response tokens of all rollouts.
       discarded: those of rollouts that dynamic sampling discarded.
       learned: response tokens that had a gradient.
       flops: FLOPs of training.
-      discarded_flops: those of rollouts that dynamic sampling discarded.
+      discarded_flops: those of rollouts that dynamic sampling discarded, by their share of the tokens.
     """
 
-    def __init__(self, matmul_parameters: int, passes: BatchSize = _ONE_PASS, update_forward: int = 0):
-        self._matmul_parameters = matmul_parameters
-        self._passes = passes
-        self._update_flops_per_parameter = 6.0 + 2.0 * update_forward
+    def __init__(self) -> None:
         self.generated = 0
         self.discarded = 0
         self.learned = 0
         self.flops = 0.0
         self.discarded_flops = 0.0
 
-    def _rollout_flops(self, size: BatchSize) -> float:
-        tokens = self._passes.prompt_tokens * size.prompt_tokens + self._passes.response_tokens * size.response_tokens
-        return 2.0 * self._matmul_parameters * tokens
+    def count_rollouts(self, cost: RolloutCost) -> None:
+        """Count rollouts that were sampled and rewarded."""
+        self.generated += cost.response_tokens
+        self.flops += cost.flops
 
-    def count_rollouts(self, size: BatchSize) -> BatchSize:
-        """Count prompts that were prefilled once each, and their responses; return `size`."""
-        self.generated += size.response_tokens
-        self.flops += self._rollout_flops(size)
-        return size
-
-    def count_update(
-        self, size: BatchSize, learned: int, trunk: int, generated: BatchSize, document_tokens: int = 0
-    ) -> None:
+    def count_update(self, *, used: BatchSize, generated: RolloutCost, learned: int, flops: float) -> None:
         """Count one update.
 
         Args:
-          size: tokens of the batch of the update.
+          used: size of the batch of the update.
+          generated: all rollouts of the step; more than `used` if dynamic sampling replaced groups.
           learned: response tokens that have a gradient.
-          trunk: tokens that ran through the transformer's layers; shared prefixes count once.
-          generated: tokens of all rollouts of the step; more than `size` if dynamic sampling replaced groups.
-          document_tokens: tokens of documents in the next-token loss.
+          flops: FLOPs of the update.
         """
-        discarded = BatchSize(
-            prompt_tokens=generated.prompt_tokens - size.prompt_tokens,
-            response_tokens=generated.response_tokens - size.response_tokens,
-        )
-        self.discarded += discarded.response_tokens
-        self.discarded_flops += self._rollout_flops(discarded)
+        tokens = generated.prompt_tokens + generated.response_tokens
+        self.discarded += generated.response_tokens - used.response_tokens
+        self.discarded_flops += generated.flops * (1.0 - (used.prompt_tokens + used.response_tokens) / tokens)
         self.learned += learned
-        self.flops += self._update_flops_per_parameter * self._matmul_parameters * trunk
-        self.flops += 6.0 * self._matmul_parameters * document_tokens
+        self.flops += flops
 
-    def count_scored(self, tokens: int) -> None:
-        """Count documents that ran forward once."""
-        self.flops += 2.0 * self._matmul_parameters * tokens
+    def count_scored(self, flops: float) -> None:
+        """Count documents that were scored."""
+        self.flops += flops
 
     def scalars(self) -> dict[str, float]:
         """Return the totals by their names in metrics.jsonl."""

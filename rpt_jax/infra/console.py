@@ -183,20 +183,28 @@ def _duration(seconds: float | None) -> str:
 # --- tables ----------------------------------------------------------------------------------------
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table. If the output is not a terminal, print Markdown of unlimited width.
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], max_widths: Sequence[int | None] = ()
+) -> None:
+    """Print a table. If the output is not a terminal, print Markdown of any width.
 
     Args:
       title: printed above the table.
       columns: headings.
       rows: one cell per column. Numbers are right-aligned; integers get thousands separators, floats four significant digits.
+      max_widths: of the columns, in characters: longer cells are wrapped. Empty or None for no limit.
     """
     console = rich.get_console()
     terminal = console.is_interactive
     grid = Table(box=box.SIMPLE_HEAD if terminal else box.MARKDOWN, header_style="bold")
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], (int, float)) for row in rows)
-        grid.add_column(Text(_encodable(column)), justify="right" if rows and numeric else "left", overflow="fold")
+        grid.add_column(
+            Text(_encodable(column)),
+            justify="right" if rows and numeric else "left",
+            overflow="fold",
+            max_width=max_widths[index] if max_widths else None,
+        )
     for row in rows:
         grid.add_row(*(Text(_encodable(_cell(value))) for value in row))
     console.print(Text(_encodable(f"\n{title}"), style="bold"))

@@ -167,18 +167,24 @@ def write_entropy_plot(directory: Path, counts_N: np.ndarray, bin_width: float, 
       bin_width: width of a bin in nats.
       fractions: fraction of positions above each threshold (nats, as text).
     """
-    figure, (axes,) = _figure()
+    import matplotlib
+
     edges_N = bin_width * np.arange(len(counts_N))
-    axes.bar(edges_N, 100 * counts_N / max(1, counts_N.sum()), width=bin_width, align="edge", color=INK)
-    for (threshold, fraction), color in zip(fractions.items(), COLORS.values(), strict=True):
-        axes.axvline(float(threshold), color=color, linestyle=DASHES, label=f"{fraction:.1%} above {threshold} nats")
-    axes.set_yscale("log")
-    axes.set_xlim(0, float(edges_N[np.flatnonzero(counts_N).max(initial=0)]) + bin_width)
-    axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
-    _finish(axes, "How hard positions are", "fraction of positions (%)")
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "entropy.png"
-    figure.savefig(path)
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _figure()
+        axes.bar(edges_N, 100 * counts_N / max(1, counts_N.sum()), width=bin_width, align="edge", color=INK)
+        for (threshold, fraction), color in zip(fractions.items(), COLORS.values(), strict=True):
+            axes.axvline(
+                float(threshold), color=color, linestyle=DASHES, label=f"{fraction:.1%} above {threshold} nats"
+            )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(0, float(edges_N[np.flatnonzero(counts_N).max(initial=0)]) + bin_width)
+        axes.set_xlabel("entropy of the proxy's likeliest next tokens (nats)")
+        _finish(axes, "How hard positions are", "fraction of positions (%)")
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "entropy.png"
+        figure.savefig(path)
     return path
 
 

@@ -1,7 +1,7 @@
 """Stop signals: the first one saves the run and exits, a second SIGTERM or SIGINT exits at once.
 
-SIGUSR1, SIGUSR2 and SIGHUP are what schedulers send before a time limit, and what a closed terminal sends. They only ask to save:
-a scheduler may send SIGTERM after one of them, to which the save must not fall victim.
+Schedulers send SIGUSR1 or SIGUSR2 before a time limit, and a closed terminal sends SIGHUP. These only ask to save: a SIGTERM that
+follows one of them, as it does at the time limit itself, does not cut the saving short.
 
 A compilation or a rollout keeps the main thread inside XLA for minutes, and Python runs signal handlers only on the main thread.
 So a background thread waits for signals and saves the last complete state while the main thread is still busy.

@@ -52,6 +52,8 @@ _MAY_CHANGE = (
     "rollout.decode_slots",
     "rollout.prefill_tokens",
     "policy.dtype",
+    "policy.precision",
+    "policy.head_precision",
     "policy.remat",
     "policy.attention",
     "data.workers",

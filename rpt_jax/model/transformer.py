@@ -21,10 +21,11 @@ Parameters and activations carry logical axis names, which distributed/sharding.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +306,8 @@ class Transformer(nn.Module):
       remat: what layers save for the backward pass: "none" (everything), "dots" or "full" (only their input).
       attention: name of the attention implementation, as `choose_attention` returns it.
       absent_ids: ids of the vocabulary without a token, most of them padding; the head gives them no probability.
+      precision: of products of float32 numbers in the layers, where `dtype` is float32 (model/precision.py).
+      head_precision: of the head's products.
     """
 
     config: ModelConfig
@@ -312,6 +315,8 @@ class Transformer(nn.Module):
     remat: str = "none"
     attention: str = "reference"
     absent_ids: tuple[int, ...] = ()
+    precision: str = "tensorfloat32"
+    head_precision: str = "tensorfloat32"
 
     @nn.compact
     def __call__(
@@ -396,21 +401,27 @@ def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
 
 
 def in_compute_dtype(policy: Transformer, params: Params) -> Params:
-    """Return parameters for decoding, with the matrices of the layers already cast to `policy.dtype`, once for all steps."""
+    """Return parameters for decoding: matrices that each step would round to `policy.dtype` are rounded once for all steps."""
     layers = {k: x.astype(policy.dtype) if k in _MATRICES else x for k, x in params["layers"].items()}
-    return params | {"layers": layers}
+    rounded = ("embedding", "head") if policy.head_precision == jnp.dtype(policy.dtype).name == "bfloat16" else ()
+    tables = {name: params[name].astype(policy.dtype) for name in rounded if name in params}
+    return params | {"layers": layers} | tables
 
 
-class Head(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix_VxD", "absent_V"], meta_fields=["precision"])
+@dataclasses.dataclass(frozen=True)
+class Head:
     """Output head, which maps hidden states to logits.
 
     Attributes:
-      matrix_VxD: float32.
+      matrix_VxD: float32, or bfloat16 for decoding if that is the head's precision.
       absent_V: bool, ids without a token, which get no probability; None if every id has a token.
+      precision: of the products, as in model/precision.py.
     """
 
     matrix_VxD: jax.Array
     absent_V: np.ndarray | None = None
+    precision: str = "tensorfloat32"
 
 
 @jax.named_scope("head")
@@ -419,7 +430,7 @@ def head(policy: Transformer, params: Params) -> Head:
     # Gather the width. Hidden states are sharded by prompt only, and XLA would otherwise shard them by width.
     matrix_VxD = with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
     absent_V = np.isin(np.arange(policy.config.vocab), policy.absent_ids) if policy.absent_ids else None
-    return Head(matrix_VxD=matrix_VxD, absent_V=absent_V)
+    return Head(matrix_VxD=matrix_VxD, absent_V=absent_V, precision=policy.head_precision)
 
 
 def prefill(

@@ -11,6 +11,7 @@ import numpy as np
 
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.distributed.sharding import shard_map_batch
+from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.transformer import Head, Params, Transformer, head, prefill
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits
 from rpt_jax.objective.logprobs import over_row_chunks, scores, token_logprobs
@@ -43,22 +44,26 @@ class RowBatch(NamedTuple):
 
 
 @jax.named_scope("old_logprobs")
-def response_logprobs(policy: Transformer, limits: UpdateLimits, params: Params, batch: UpdateBatch) -> jax.Array:
-    """Return the log-probability of every response token at the sampling temperature, float32 [P, G, T].
+def response_logprobs(
+    policy: Transformer, limits: UpdateLimits, params: Params, batch: UpdateBatch
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability of every response token at the sampling temperature, float32 [P, G, T], and the FLOPs.
 
-    Values outside of the mask are undefined.
+    Log-probabilities outside of the mask are undefined.
     """
     size = batch.tokens_PxGxT.shape[-1]
     groups = _pack(batch, jnp.ones_like(batch.counted_P), limits)
 
-    def fill(index: jax.Array, logprobs_RxT: jax.Array) -> jax.Array:
+    def fill(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logprobs_RxT, flops = carry
         rows = groups.rows(index)
         responses_NxJ = jnp.where(rows.lengths_NxJ > 0, rows.responses_NxJ, len(logprobs_RxT))
         logprobs_NxJxT, _ = row_scores(policy, limits, params, rows, size)
-        return logprobs_RxT.at[responses_NxJ].set(logprobs_NxJxT, mode="drop")
+        return logprobs_RxT.at[responses_NxJ].set(logprobs_NxJxT, mode="drop"), flops + row_flops(policy, rows)
 
     zeros = jnp.zeros((batch.tokens_PxGxT[..., 0].size, size), jnp.float32)
-    return jax.lax.fori_loop(0, groups.passes, fill, zeros).reshape(batch.tokens_PxGxT.shape)
+    logprobs_RxT, flops = jax.lax.fori_loop(0, groups.passes, fill, (zeros, jnp.float32(0)))
+    return logprobs_RxT.reshape(batch.tokens_PxGxT.shape), flops
 
 
 @jax.named_scope("policy_gradient")
@@ -146,10 +151,12 @@ def loss_sums(
     Returns:
       Scalars, and the histogram of differences to the sampler's log-probabilities, int32 [len(_MISMATCH_EDGES) + 1].
     """
-    # Score the response tokens. With exactly on-policy updates, the old log-probabilities are the current ones.
+    # Score the response tokens, forward and backward. With exactly on-policy updates, the old log-probabilities are the
+    # current ones.
     mask = part.mask_NxJxT
     size = mask.shape[-1]
     logprobs, entropies = row_scores(policy, limits, params, part.rows, size, entropies=objective.entropy_weight > 0)
+    flops = 3 * row_flops(policy, part.rows)
     current = jax.lax.stop_gradient(logprobs)
     old = current if part.old_logprobs_NxJxT is None else part.old_logprobs_NxJxT
 
@@ -172,6 +179,7 @@ def loss_sums(
     if objective.kl != "none":
         assert reference is not None
         reference_logprobs, _ = row_scores(policy, limits, reference, part.rows, size)
+        flops += row_flops(policy, part.rows)
         kl = KL_ESTIMATORS[objective.kl].function(
             jnp.where(mask, logprobs, 0.0), jnp.where(mask, reference_logprobs, 0.0)
         )
@@ -183,7 +191,9 @@ def loss_sums(
 
     # Aggregate, and sum what the metrics need.
     token_weights, count = AGGREGATIONS[objective.aggregation].function(kept, limits.max_new_tokens)
-    mismatch = jnp.abs(jnp.where(mask, current - part.sampler_logprobs_NxJxT, 0.0))
+    # The sampler is compared with the policy that sampled: `current` has moved on after the first minibatch.
+    mismatch = jnp.abs(jnp.where(mask, old - part.sampler_logprobs_NxJxT, 0.0))
+    has_gradient = kept & (_has_terms_without_advantages(objective) | (part.advantages_NxJ != 0)[..., None])
     histogram = jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)
     return sums | {
         "loss": jnp.sum(jnp.where(kept, token_weights * terms, 0.0)),
@@ -194,8 +204,10 @@ def loss_sums(
         "mismatch_max": mismatch.max(),
         "mismatch_histogram": histogram.at[jnp.searchsorted(_MISMATCH_EDGES, mismatch)].add(mask),
         "kept": kept.sum(),
+        "learned": has_gradient.sum(),
         "tokens": mask.sum(),
         "trunk": part.rows.used,
+        "flops": flops,
     }
 
 
@@ -222,11 +234,19 @@ def row_scores(
     return jax.tree.map(lambda x_NxW: rows.split(x_NxW, size), results)
 
 
+def row_flops(policy: Transformer, rows: Rows) -> jax.Array:
+    """Return the FLOPs of a forward pass over packed rows, float32; only response tokens reach the head."""
+    used = rows.used.astype(jnp.float32)
+    # A token attends to as many earlier tokens as its position says, wherever they are in the row, and to itself.
+    pairs = rows.positions_NxW.astype(jnp.float32).sum() + used
+    return forward_flops(policy.config, tokens=used, pairs=pairs, head_tokens=rows.filled_N.sum().astype(jnp.float32))
+
+
 @jax.named_scope("document_gradient")
 def document_gradient(
     policy: Transformer, limits: UpdateLimits, params: Params, documents: NextTokenBatch
-) -> tuple[Params, jax.Array]:
-    """Return the gradient and the value of the mean next-token cross-entropy of documents (paper, Equation 1)."""
+) -> tuple[Params, jax.Array, jax.Array]:
+    """Return the gradient and value of the mean next-token cross-entropy of documents (paper, Equation 1), and the FLOPs."""
     count, size = documents.inputs_NxS.shape
     microbatch = fitting_divisor(count, maximum=limits.rows * limits.microbatch_tokens // size, multiple=limits.rows)
 
@@ -249,8 +269,11 @@ def document_gradient(
 
     zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
     loss, grads = jax.lax.fori_loop(0, count // microbatch, accumulate, zeros)
-    tokens = jnp.maximum(documents.mask_NxS.sum(), 1)
-    return jax.tree.map(lambda g: g / tokens, grads), loss / tokens
+    lengths_N = documents.mask_NxS.sum(axis=1).astype(jnp.float32)
+    tokens = lengths_N.sum()
+    flops = 3 * forward_flops(policy.config, tokens=tokens, pairs=causal_pairs(lengths_N).sum(), head_tokens=tokens)
+    tokens = jnp.maximum(tokens, 1)
+    return jax.tree.map(lambda g: g / tokens, grads), loss / tokens, flops
 
 
 def _pack(batch: UpdateBatch, used_P: jax.Array, limits: UpdateLimits) -> PackedGroups:
@@ -268,19 +291,23 @@ def _pack(batch: UpdateBatch, used_P: jax.Array, limits: UpdateLimits) -> Packed
 
 def _needs_all_groups(objective: ObjectiveConfig) -> bool:
     """Return whether groups without variance have a gradient, or must be scored to know which of their tokens count."""
-    return objective.kl != "none" or objective.entropy_weight > 0 or objective.importance == "mask"
+    return _has_terms_without_advantages(objective) or objective.importance == "mask"
+
+
+def _has_terms_without_advantages(objective: ObjectiveConfig) -> bool:
+    return objective.kl != "none" or objective.entropy_weight > 0
 
 
 def _zero_sums(objective: ObjectiveConfig) -> dict[str, jax.Array]:
     """Return the initial values of `loss_sums`, summed over passes."""
-    floats = ["loss", "ratio", "clipped", "mismatch", "mismatch_max"]
+    floats = ["loss", "ratio", "clipped", "mismatch", "mismatch_max", "flops"]
     if objective.kl != "none":
         floats.append("kl")
     if objective.entropy_weight > 0:
         floats.append("entropy")
     if objective.importance != "none":
         floats.append("weight")
-    integers = ("tokens", "kept", "count", "trunk")
+    integers = ("tokens", "kept", "learned", "count", "trunk")
     zeros: dict[str, jax.Array] = {name: jnp.float32(0) for name in floats}
     zeros |= {name: jnp.int32(0) for name in integers}
     zeros["mismatch_histogram"] = jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)
@@ -303,6 +330,9 @@ def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax
         "mismatch/max": sums["mismatch_max"],
         "update/tokens": sums["tokens"].astype(jnp.float32),
         "update/trunk_tokens": sums["trunk"].astype(jnp.float32),
+        "update/flops": sums["flops"],
+        # 1 if no token has a gradient.
+        "update/skipped": (sums["learned"] == 0).astype(jnp.float32),
     }
     if "weight" in sums:
         metrics["importance/mean"] = sums["weight"] / kept

@@ -9,6 +9,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from rpt_jax.model.precision import head_product
 from rpt_jax.model.transformer import Head
 
 Output = TypeVar("Output")
@@ -17,11 +18,10 @@ Output = TypeVar("Output")
 def scaled_logits(head: Head, hidden_MxD: jax.Array, temperature: float) -> jax.Array:
     """Return logits divided by the temperature, float32 [M, V], for hidden states of any dtype.
 
-    All sampling and scoring uses this function. A head in lower precision, a temperature on one side only, or ids that
-    only one side excludes would silently make training off-policy.
+    All sampling and scoring uses this function. A precision, a temperature or excluded ids on one side only would
+    silently make training off-policy.
     """
-    hidden_MxD = hidden_MxD.astype(jnp.float32)
-    logits = jnp.einsum("md,vd->mv", hidden_MxD, head.matrix_VxD, preferred_element_type=jnp.float32) / temperature
+    logits = head_product(hidden_MxD, head.matrix_VxD, head.precision) / temperature
     if head.absent_V is None:
         return logits
     # The probability is exactly zero. -inf would turn masked padding into NaN (0 · -inf).
@@ -58,7 +58,11 @@ def over_row_chunks(
       filled_N: number of tokens at the start of each row that are needed, or None for all. Chunks without a needed
         token are skipped, and their outputs are zeros.
       arrays: inputs of `fn` with the axes N and W in place of M.
+
+    Raises: ValueError, if the chunk has no tokens.
     """
+    if logit_chunk_tokens < 1:
+        raise ValueError("training.logit_chunk_tokens has not been planned.")
     rows, size = arrays[0].shape[:2]
     width = min(max(1, logit_chunk_tokens // rows), size)
     chunks = -(-size // width)

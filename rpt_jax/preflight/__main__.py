@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.loading import split_overrides
 from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.preflight.topology import parse_topology, prepare_process
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
         "--topology", required=True, help="chips and their arrangement: v5p:4x4x4, v6e:8x8, v6e-64, h100:8"
     )
     parser.add_argument("--sweep", action="store_true", help="try meshes and numbers of decode slots and recommend one")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=user_path, help="file to write all figures to")
     overrides, rest = split_overrides(argv[1:])
     options = parser.parse_args(rest)
     try:

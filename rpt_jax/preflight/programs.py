@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import score_batch
-from rpt_jax.describe import model_config_of
 from rpt_jax.distributed.mesh import DECODING, num_batch_shards
 from rpt_jax.distributed.sharding import (
     abstract_optimizer,
@@ -34,8 +33,9 @@ from rpt_jax.rewards.prefix_match import prefix_match_reward
 from rpt_jax.rewards.rewarder import RewardedRollouts, is_prefix_match, reward_layout, training_reward
 from rpt_jax.rollout.generate import sample_rollouts
 from rpt_jax.rollout.rollouts import Decoding, Rollouts
-from rpt_jax.rollout.sampler import find_shared_prefixes, max_tail_tokens, plan_decoding
+from rpt_jax.rollout.sampler import find_shared_prefixes, make_decoding, max_tail_tokens
 from rpt_jax.setup import make_policy
+from rpt_jax.sizes.policy import model_config_of
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.train import update_limits
 
@@ -88,16 +88,15 @@ class Step(NamedTuple):
     decoding: Decoding | None
 
 
-def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
+def make_step(experiment: Experiment, mesh: Mesh) -> Step:
     """Return the programs of a step; call it in the context of the mesh.
 
     Args:
-      experiment: a validated config.
+      experiment: a config whose memory fields are planned or set.
       mesh: devices that the programs are compiled for.
-      memory: bytes per device available to decode slots and everything that is resident with them.
 
     Raises:
-      UserError: the config does not fit the mesh, or `rollout.decode_slots` the memory.
+      UserError: the config does not fit the mesh.
     """
     config, _ = model_config_of(experiment)
     path = experiment.policy.path
@@ -113,7 +112,7 @@ def make_step(experiment: Experiment, mesh: Mesh, memory: int) -> Step:
     score = _score_program(experiment, policy, params, mesh)
     if experiment.task == "score":
         return Step(programs=(score,), policy=policy, params=params, mesh=mesh, decoding=None)
-    decoding = plan_decoding(experiment, policy, tokenizer, mesh, memory)
+    decoding = make_decoding(experiment, tokenizer)
     programs = (score, *_rpt_programs(experiment, policy, params, tokenizer, mesh, decoding))
     return Step(programs=programs, policy=policy, params=params, mesh=mesh, decoding=decoding)
 

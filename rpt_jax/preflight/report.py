@@ -19,6 +19,10 @@ from rpt_jax.preflight.programs import ProgramName, Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
 from rpt_jax.setup import check_sampling, mesh_from_config
+from rpt_jax.sizes.limits import short_response_warnings
+from rpt_jax.sizes.mesh import mesh_sizes
+from rpt_jax.sizes.plan import Plan, check_slots, plan_memory
+from rpt_jax.sizes.policy import model_config_of
 
 _BEFORE_FIRST_STEP = (ProgramName.SCORE,)  # Programs that do not run in every step.
 
@@ -32,6 +36,13 @@ def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     experiment = for_topology(experiment, topology)
     mesh = mesh_from_config(experiment.mesh, devices(topology))
     check_split(experiment, mesh)
+    plan = plan_for(experiment, topology, mesh)
+    experiment = plan.experiment
+    for field, value, reason in plan.fields:
+        print(f"Planned: {field}={value} ({reason})")
+    config, _ = model_config_of(experiment)
+    for warning in (*plan.warnings, *short_response_warnings(experiment, config)):
+        print(f"Warning: {warning}")
     step, reports = check_mesh(experiment, topology, mesh)
     show(experiment, topology, mesh, step, reports)
     return as_result(experiment, topology, mesh, step, reports)
@@ -72,16 +83,31 @@ def devices(topology: Topology) -> list[Any]:
         ) from None
 
 
+def plan_for(experiment: Experiment, topology: Topology, mesh: Mesh) -> Plan:
+    """Plan the memory fields that a config leaves open, for the chips of a topology.
+
+    Raises:
+      UserError: the decode slots do not fit.
+    """
+    config, _ = model_config_of(experiment)
+    sizes = mesh_sizes(mesh)
+    memory = int(USABLE * topology.chip.memory)
+    plan = plan_memory(experiment, config, sizes, memory)
+    if experiment.task == "rpt":
+        check_slots(plan.experiment, config, sizes, memory)
+    return plan
+
+
 def check_mesh(
     experiment: Experiment, topology: Topology, mesh: Mesh, only: str = ""
 ) -> tuple[Step, list[ProgramReport]]:
-    """Compile the programs of a step on a mesh, or only the program called `only`.
+    """Compile the programs of a step on a mesh, or only the program called `only`; the experiment is planned.
 
     Raises:
-      UserError: the config does not fit the mesh, or its decode slots do not fit the memory.
+      UserError: the config does not fit the mesh.
     """
     with use_mesh(mesh, experiment.mesh.split_rows):
-        step = make_step(experiment, mesh, int(USABLE * topology.chip.memory))
+        step = make_step(experiment, mesh)
         step = step._replace(programs=tuple(p for p in step.programs if only in ("", p.name)))
     # Outside of the mesh's context: this evaluates the learning-rate schedule, and the devices of the mesh may not exist here.
     flops = flops_per_chip(experiment, step)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.console import table
@@ -62,8 +63,8 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code: 0, or 2 after a user error."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight.scaling", description=description)
-    parser.add_argument("runs", type=Path, nargs="+", help="records written by preflight --json")
-    parser.add_argument("--plot", type=Path, help="image file to draw")
+    parser.add_argument("runs", type=user_path, nargs="+", help="records written by preflight --json")
+    parser.add_argument("--plot", type=user_path, help="image file to draw")
     options = parser.parse_args(argv[1:])
     try:
         check_local_path("--plot", options.plot)

@@ -9,14 +9,25 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.describe import derive, model_config_of
+from rpt_jax.describe import derive
 from rpt_jax.distributed.mesh import make_mesh, mesh_fields
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, ProgramReport
 from rpt_jax.preflight.programs import ProgramName, Step
-from rpt_jax.preflight.report import as_result, check_mesh, check_split, devices, fits, for_topology, step_seconds
+from rpt_jax.preflight.report import (
+    as_result,
+    check_mesh,
+    check_split,
+    devices,
+    fits,
+    for_topology,
+    plan_for,
+    step_seconds,
+)
 from rpt_jax.preflight.topology import Topology
+from rpt_jax.rollout.memory import USABLE
+from rpt_jax.sizes.policy import model_config_of
 
 # Values of mesh.data that are tried: replicas of the parameters.
 _REPLICAS = (1, 2, 4)
@@ -112,7 +123,7 @@ def meshes(experiment: Experiment, topology: Topology) -> Iterator[Mesh]:
 def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
     """Compile all programs for a mesh, and sampling again with fewer decode slots until it fits."""
     # Do not compile what is known to be too large.
-    needed = derive(experiment, mesh.size).peak_bytes_per_device
+    needed = derive(experiment, mesh.size, USABLE * topology.chip.memory).peak_bytes_per_device
     if needed > topology.chip.memory:
         return Trial(mesh=mesh, step=None, reports=[], note=f"needs {needed / GIB:.0f} GiB by arithmetic alone")
 
@@ -124,7 +135,7 @@ def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
         # Decode slots change the sampling program alone: keep the reports of the others.
         only = ProgramName.SAMPLE if trial.reports else ""
         try:
-            step, reports = check_mesh(candidate, topology, mesh, only)
+            step, reports = check_mesh(plan_for(candidate, topology, mesh).experiment, topology, mesh, only)
         except UserError as error:
             trial = trial._replace(note=str(error).split(":")[0])
             continue

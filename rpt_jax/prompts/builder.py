@@ -81,12 +81,12 @@ class PromptBuilder:
         # Let the response begin with reasoning, unless the template opens it already.
         reasoning = reasoning_marker(tokenizer, self.after, in_chat=config.chat_template)
         if reasoning == END_THINK:
-            field = "prompt.chat_template" if config.chat_template else "prompt.template"
+            field = "chat_template" if config.chat_template else "template"
             raise UserError(
-                f"{field}={getattr(config, field.partition('.')[2])}: the template ends the reasoning itself, with {END_THINK} in "
-                f"front of the response. No response could earn anything, because a prediction counts only after {END_THINK} in the "
-                "response. Use a template without it.",
-                field=field,
+                f"prompt.{field}={getattr(config, field)}: the template ends the reasoning itself, with {END_THINK} in front of the "
+                f"response. No response could earn anything, because a prediction counts only after {END_THINK} in the response. "
+                "Use a template without it.",
+                field=f"prompt.{field}",
             )
         if config.prefill_think_token:
             if tokenizer.think_id < 0:

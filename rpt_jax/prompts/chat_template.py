@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,31 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
 
     Raises: UserError, if there is no chat template, if it fails, or if it does not render the context exactly once.
     """
-    template = _find_template(tokenizer)
+    path = Path(tokenizer.source)
+    files = read_tokenizer_files(path)
+    template = _find_template(path, files)
     if template.startswith("\ufeff"):
         raise UserError(
             f"{_FIELD}: the template of {tokenizer.source} begins with a byte order mark, which would be part of every prompt. "
             "Save it as UTF-8 without one.",
             field=_FIELD,
         )
-    messages = [{"role": "user", "content": before + _CONTEXT + after}]
+    variables: dict[str, Any] = {
+        "messages": [{"role": "user", "content": before + _CONTEXT + after}],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+    }
     try:
-        text = (
-            _environment()
-            .from_string(template)
-            .render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **_token_names(tokenizer)
-            )
-        )
+        text = _environment().from_string(template).render(variables | _token_names(tokenizer, path, files))
         text.encode("utf-8")  # Fails for half of a surrogate pair, which JSON can contain.
     except Exception as error:  # noqa: BLE001 - the template is a program, which can fail in any way.
         reason = f"{type(error).__name__}: {error}".rstrip(".: ")
-        raise UserError(f"{_FIELD}: the template of {tokenizer.source} fails with {reason}.", field=_FIELD) from None
+        raise UserError(
+            f"{_FIELD}=True: the template of {tokenizer.source} fails with {reason}. Set it to False, or save a template that works "
+            f"as {_FILE} next to it.",
+            field=_FIELD,
+        ) from None
 
     opening, context, closing = text.partition(_CONTEXT)
     if not context or _CONTEXT in closing:
@@ -62,10 +68,8 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
     return opening, closing
 
 
-def _find_template(tokenizer: Tokenizer) -> str:
+def _find_template(path: Path, files: Mapping[str, bytes]) -> str:
     """Return the template in chat_template.jinja or in tokenizer_config.json. Raises: UserError if there is none."""
-    path = Path(tokenizer.source)
-    files = read_tokenizer_files(path)
     if _FILE in files:
         try:
             return files[_FILE].decode()
@@ -89,10 +93,9 @@ def _find_template(tokenizer: Tokenizer) -> str:
     return template
 
 
-def _token_names(tokenizer: Tokenizer) -> dict[str, str]:
+def _token_names(tokenizer: Tokenizer, path: Path, files: Mapping[str, bytes]) -> dict[str, str]:
     """Return the names of special tokens by variable; as in `transformers`, a token that does not exist stays undefined."""
-    path = Path(tokenizer.source)
-    declared = declared_names(path, read_tokenizer_files(path))
+    declared = declared_names(path, files)
     names = {f"{kind}_token": declared.get(f"{kind}_token") for kind in _TOKEN_KINDS}
     names["eos_token"] = names["eos_token"] or tokenizer.special_names[tokenizer.eos_id]
     if tokenizer.bos_id != tokenizer.eos_id:

@@ -60,7 +60,11 @@ class PromptStream:
         self._workers = workers
         self._local_part = slice(index * batch // count, (index + 1) * batch // count)
         self._next_batch = 0
-        self.switch_orders(orders)
+        self._stage = 0
+        self._first_batch = 0
+        self._orders = list(orders)
+        self.stages = len(self._orders)
+        self._iterator = self._make_iterator()
 
     def switch_orders(self, orders: Sequence[grain.MapDataset]) -> None:
         """Take the following batches from the beginning of the first of other orders."""
@@ -72,6 +76,10 @@ class PromptStream:
         """Take the following batches from the order of a stage: from its beginning, unless it is the current one."""
         if stage != self._stage:
             self._open_stage(stage)
+
+    def close(self) -> None:
+        """Stop the workers and free the shared memory of the batches that they have built ahead."""
+        self._iterator.close()
 
     def __iter__(self) -> PromptStream:
         return self
@@ -90,14 +98,18 @@ class PromptStream:
         self._stage = state["stage"]
         self._next_batch = state["batch"]
         self._first_batch = state["first"]
-        self._open_iterator()
+        self._replace_iterator()
 
     def _open_stage(self, stage: int) -> None:
         self._stage = stage
         self._first_batch = self._next_batch
-        self._open_iterator()
+        self._replace_iterator()
 
-    def _open_iterator(self) -> None:
+    def _replace_iterator(self) -> None:
+        self.close()
+        self._iterator = self._make_iterator()
+
+    def _make_iterator(self) -> grain.DatasetIterator:
         # Local variables, because workers receive these functions and `self` holds an iterator that cannot be pickled.
         builder = self._builder
         windows = self._windows
@@ -116,7 +128,7 @@ class PromptStream:
         if self._workers:
             options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
             remaining = remaining.mp_prefetch(options, worker_init_fn=lambda *_: end_with_parent())
-        self._iterator = iter(remaining)
+        return iter(remaining)
 
 
 def position_order(
@@ -176,7 +188,7 @@ class ShuffledEpochs:
     def __init__(self, items: Sequence[Any], seed: tuple[int, ...]):
         self._items = items
         self._seed = seed
-        self._cached_epoch: tuple[int, grain.MapDataset] | None = None
+        self._cached_epoch: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return sys.maxsize

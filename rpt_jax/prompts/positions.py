@@ -103,7 +103,7 @@ class Entropies:
             for record, (ids, _) in zip(found, tokens, strict=True)
         ]
 
-    def count_left_out(self, numbers: Sequence[int], min_context: int) -> int:
+    def count_left_out(self, numbers: np.ndarray, min_context: int) -> int:
         """Return the number of tokens that no box can hold, with at least `min_context` tokens of their window before them."""
         return sum(int((~self._boxable_V[ids[min_context:]]).sum()) for ids, _ in read_in_blocks(self._tokens, numbers))
 

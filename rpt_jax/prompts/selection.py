@@ -13,9 +13,8 @@ import numpy as np
 
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.corpus.entropy import Scores, stored_entropies
-from rpt_jax.corpus.files import parse_mixture
+from rpt_jax.corpus.mixture import parse_mixture, source_name
 from rpt_jax.corpus.prepared import PreparedCorpus
-from rpt_jax.corpus.sources import source_name
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
@@ -145,13 +144,20 @@ def training_orders(
     ]
 
     # Every stage and part must fill at least one batch.
-    if min(len(part) for parts in parts_of_stages for part in parts) < training.prompts_per_step:
+    smallest, stage, part = min(
+        (len(positions), stage, part)
+        for stage, parts in enumerate(parts_of_stages)
+        for part, positions in enumerate(parts)
+    )
+    if smallest < training.prompts_per_step:
+        where = f"part '{parse_mixture(data.path)[part][1]}' of the mixture has " if weights else ""
+        where += f"stage {stage + 1} of {len(stages)} has " if len(stages) > 1 else ""
         raise UserError(
-            f"{source_name(data)}: only {found:,} of {total:,} training positions are chosen by {_reported_fields(data)} and "
-            f"have data.min_context={data.min_context} tokens before them; training.prompts_per_step="
-            f"{training.prompts_per_step} needs at least as many in every stage and in every part of a mixture. Change one of "
-            "these fields, or use a longer corpus.",
-            field="training.prompts_per_step",
+            f"{source_name(data)}: {where}only {smallest:,} training positions that are chosen by "
+            f"{_reported_fields(data)} and have data.min_context={data.min_context} tokens before them, of {found:,} in all and "
+            f"{total:,} training tokens; training.prompts_per_step={training.prompts_per_step} needs at least as many. "
+            "Change one of these fields, or use more text.",
+            field="data.path" if weights else "training.prompts_per_step",
         )
     logger.info(
         f"{found:,} of {total:,} training positions are chosen by {_reported_fields(data)}, with the entropies of {scored_by} "

@@ -15,6 +15,8 @@ from rpt_jax.distributed.mesh import num_batch_shards
 from rpt_jax.distributed.sharding import constrain_batch, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import BatchSize
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.objective.advantage import has_variance
 from rpt_jax.objective.packing import fitting_divisor
@@ -78,6 +80,10 @@ class Rewarder:
         self._mesh = mesh
         self._vocab = jax.device_put(tokenizer.byte_vocab)
         self._end_think_id = tokenizer.end_think_id
+        self._memory_fields = {
+            "training.microbatch_tokens": experiment.training.microbatch_tokens,
+            "training.logit_chunk_tokens": experiment.training.logit_chunk_tokens,
+        }
         self._box_reading = experiment.prompt.box_reading
         self._budget = functools.partial(
             token_budget,
@@ -100,9 +106,19 @@ class Rewarder:
         if is_prefix_match(self._objective):
             return matched
         budget = jax.device_put(np.int32(self._budget(step)))
-        reward_PxG = training_reward(
-            self._policy, self._objective, self._layout, state.params, state.average, matched, self._vocab, budget
-        )
+        with explain_out_of_memory("the reward", self._memory_fields):
+            reward_PxG = jax.block_until_ready(
+                training_reward(
+                    self._policy,
+                    self._objective,
+                    self._layout,
+                    state.params,
+                    state.average,
+                    matched,
+                    self._vocab,
+                    budget,
+                )
+            )
         return matched._replace(reward_PxG=reward_PxG)
 
     def prefix_match(self, prompts: PromptBatch, rollouts: Rollouts) -> RewardedRollouts:
@@ -178,6 +194,7 @@ def match_batch(
 
 @functools.partial(jax.jit, static_argnames=("policy", "objective", "layout"))
 @jax.named_scope("training_reward")
+@in_policy_precision
 def training_reward(
     policy: Transformer,
     objective: ObjectiveConfig,

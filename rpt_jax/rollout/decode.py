@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ def prepare_decode_params(policy: Transformer, params: Params) -> Params:
 def decode_head(policy: Transformer, params: Params) -> Head:
     """Return the head of parameters from `prepare_decode_params`."""
     result = head(policy, params)
-    return result._replace(matrix_VxD=params["head_DxV"].T) if "head_DxV" in params else result
+    return dataclasses.replace(result, matrix_VxD=params["head_DxV"].T) if "head_DxV" in params else result
 
 
 @jax.named_scope("decode")

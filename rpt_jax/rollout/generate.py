@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from rpt_jax.distributed.mesh import DECODING, in_one_replica, prompt_axes
 from rpt_jax.distributed.sharding import constrain_batch
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.rollout.engine import decode_rollouts
 from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
@@ -50,6 +51,7 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "decoding"))
+@in_policy_precision
 def sample_rollouts(
     policy: Transformer,
     params: Params,

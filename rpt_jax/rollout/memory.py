@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from rpt_jax.model.model_config import ModelConfig
 # Fraction of a device's memory to plan with. The rest is for compiled programs, fragmentation and the host's data.
 USABLE = 0.9
 
+_CGROUP = Path("/sys/fs/cgroup")
 _FLOAT32 = 4
 # Arrays with an entry per possible token: ids, log-probabilities and noise.
 _TOKEN_ARRAYS = 3
@@ -78,8 +81,16 @@ def rollout_memory(
 def device_memory() -> int:
     """Return the bytes to plan with on each device: an accelerator's memory, or an equal part of the machine's."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
-    return int(USABLE * statistics.get("bytes_limit", machine))
+    return int(USABLE * statistics.get("bytes_limit", machine_memory() // jax.local_device_count()))
+
+
+def machine_memory(cgroup: Path = _CGROUP) -> int:
+    """Return the bytes of the machine's memory, or of the container's if `cgroup` limits it (version 2 or 1)."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # No such file, or "max".
+            limits.append(int((cgroup / name).read_text()))
+    return min(limits)
 
 
 def plan_slots(requested: int, rollouts: int, memory: RolloutMemory, resident: int, available: int) -> int:

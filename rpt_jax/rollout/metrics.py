@@ -11,12 +11,13 @@ import numpy as np
 from rpt_jax.objective.advantage import has_variance
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import RewardedRollouts
-from rpt_jax.rollout.rollouts import Ended, SlotUsage
+from rpt_jax.rollout.cost import SamplingCost
+from rpt_jax.rollout.rollouts import Ended
 
 
 @jax.jit
 @jax.named_scope("rollout_metrics")
-def rollout_metrics(batch: RewardedRollouts, usage: SlotUsage) -> dict[str, jax.Array]:
+def rollout_metrics(batch: RewardedRollouts, cost: SamplingCost) -> dict[str, jax.Array]:
     """Return scalars that describe the rollouts that the update learns from, by their names in metrics.jsonl."""
     rollouts = batch.rollouts
     status_PxG = batch.status_PxG
@@ -32,7 +33,7 @@ def rollout_metrics(batch: RewardedRollouts, usage: SlotUsage) -> dict[str, jax.
         "length/mean": lengths_PxG.mean(),
         "length/p90": jnp.percentile(lengths_PxG, 90),
         "length/max": lengths_PxG.max(),
-        "rollout/occupancy": usage.occupancy,
+        "rollout/occupancy": cost.occupancy,
         # The mean negative log-probability of sampled tokens estimates the policy's entropy (nats, at the sampling
         # temperature).
         "policy/entropy": -jnp.sum(rollouts.logprobs_PxGxT) / jnp.maximum(rollouts.mask_PxGxT.sum(), 1),

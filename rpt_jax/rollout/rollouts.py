@@ -60,40 +60,6 @@ class DecodeWork(NamedTuple):
     slots: jax.Array
 
 
-class SlotUsage(NamedTuple):
-    """Utilization of decode slots, int32 scalars summed over replicas.
-
-    Attributes:
-      decoded_tokens: tokens that decode steps produced.
-      slot_steps: tokens that they could have produced with every slot in use.
-    """
-
-    decoded_tokens: jax.Array
-    slot_steps: jax.Array
-
-    @property
-    def occupancy(self) -> jax.Array:
-        """The fraction of slots in use, float32."""
-        return self.decoded_tokens / jnp.maximum(self.slot_steps, 1)
-
-    def plus(self, other: SlotUsage) -> SlotUsage:
-        """Return the usage of both."""
-        return _sum_usage(self, other)
-
-
-@jax.jit
-def slot_usage(rollouts: Rollouts, work: DecodeWork) -> SlotUsage:
-    """Return the slot usage of a batch of rollouts."""
-    # The first token of each response comes from the prefill.
-    decoded_tokens = jnp.maximum(rollouts.lengths_PxG - 1, 0).sum()
-    return SlotUsage(decoded_tokens=decoded_tokens, slot_steps=work.slots.sum())
-
-
-@jax.jit
-def _sum_usage(a: SlotUsage, b: SlotUsage) -> SlotUsage:
-    return jax.tree.map(jnp.add, a, b)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
     """Sampling parameters. `slots` and `prefill_tokens` bound memory and do not change the result. Hashable.

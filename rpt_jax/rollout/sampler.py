@@ -9,14 +9,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
-from rpt_jax.distributed.sharding import abstract_parameters, make_reshard_fn, shard_prompts
+from rpt_jax.distributed.mesh import DECODING
+from rpt_jax.distributed.sharding import make_reshard_fn, shard_prompts
+from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.model.transformer import Params, Transformer, in_compute_dtype
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.rollout.cost import SamplingCost, sampling_cost
 from rpt_jax.rollout.generate import replica_count, sample_rollouts
-from rpt_jax.rollout.memory import device_memory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
-from rpt_jax.rollout.rollouts import Decoding, Rollouts, SlotUsage, slot_usage
+from rpt_jax.rollout.rollouts import Decoding, Rollouts
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -33,13 +34,16 @@ class Sampler:
           tokenizer: gives the stop tokens and, to end responses at their box, the bytes of tokens.
           mesh: the devices.
           builder: gives the length of the prompt template.
-
-        Raises: UserError, if the requested decode slots do not fit in memory.
         """
         self._max_tail_tokens = max_tail_tokens(experiment, builder)
         self._mesh = mesh
         self._policy = policy
-        self._decoding = plan_decoding(experiment, policy, tokenizer, mesh, device_memory())
+        self._decoding = make_decoding(experiment, tokenizer)
+        self._memory_fields = {
+            "rollout.decode_slots": self._decoding.slots,
+            "rollout.prefill_tokens": self._decoding.prefill_tokens,
+            "rollout.max_new_tokens": self._decoding.max_new_tokens,
+        }
         self._key = jax.random.key(experiment.seed)
         self._box_vocab = jax.device_put(tokenizer.byte_vocab) if experiment.rollout.stop_at_box else None
         self._reshard = make_reshard_fn(policy, mesh, functools.partial(in_compute_dtype, policy))
@@ -48,7 +52,7 @@ class Sampler:
         """Return parameters in the dtype and the sharding that decoding uses, the argument of `__call__`."""
         return jax.block_until_ready(self._reshard(params)) if self._reshard else params
 
-    def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> tuple[Rollouts, SlotUsage]:
+    def __call__(self, weights: Params, prompts: PromptBatch, step: int) -> tuple[Rollouts, SamplingCost]:
         """Sample G responses to each prompt.
 
         Args:
@@ -56,12 +60,17 @@ class Sampler:
           prompts: the prompts, on the host.
           step: determines the sampling noise, with the run's seed and the prompt ids.
 
-        Returns: the rollouts, sharded like the training batch, and the utilization of decode slots.
+        Returns: the rollouts, sharded like the training batch, and what they cost.
+
+        Raises: UserError, if a device runs out of memory.
         """
         shared = shard_prompts(find_shared_prefixes(prompts, self._max_tail_tokens), self._mesh, DECODING)
         key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
-        rollouts, work = sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
-        return rollouts, slot_usage(rollouts, work)
+        with explain_out_of_memory("sampling", self._memory_fields):
+            rollouts, work = jax.block_until_ready(
+                sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
+            )
+        return rollouts, sampling_cost(self._policy.config, shared, rollouts, work)
 
 
 def max_tail_tokens(experiment: Experiment, builder: PromptBuilder) -> int:
@@ -81,49 +90,14 @@ def find_shared_prefixes(prompts: PromptBatch, max_tail_tokens: int) -> Prompts:
     )
 
 
-def plan_decoding(
-    experiment: Experiment, policy: Transformer, tokenizer: Tokenizer, mesh: Mesh, memory: int
-) -> Decoding:
-    """Return the sampling parameters of the config, with as many decode slots as fit in memory.
+def make_decoding(experiment: Experiment, tokenizer: Tokenizer) -> Decoding:
+    """Return the sampling parameters of a config, whose decode slots are planned (0 for all rollouts).
 
     Args:
       experiment: the config.
-      policy: the decoder.
       tokenizer: gives the stop tokens and the end-of-thinking token.
-      mesh: the devices.
-      memory: bytes per device.
-
-    Raises: UserError, if the config requests more slots than fit.
     """
     rollout = experiment.rollout
-    training = experiment.training
-
-    # Each replica samples an equal part of the prompts.
-    replicas = num_batch_shards(mesh, DECODING)
-    tensor = mesh_fields(mesh)["rollout_tensor"]
-    prompts = -(-training.prompts_per_step // replicas)
-    rollout_bytes = rollout_memory(
-        policy.config,
-        experiment.policy.dtype,
-        prompts=prompts,
-        prompt_tokens=experiment.prompt.max_tokens,
-        samples=rollout.samples_per_prompt,
-        max_new_tokens=rollout.max_new_tokens,
-        tensor=tensor,
-    )
-
-    # Resident: current and initial parameters, two optimizer moments, and the copy of the parameters for decoding.
-    decode_params = jax.eval_shape(functools.partial(in_compute_dtype, policy), abstract_parameters(policy, mesh))
-    resident = 4 * 4 * policy.config.parameters // (mesh.size // mesh.shape["data"])
-    resident += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(decode_params)) // tensor
-    slots = plan_slots(
-        requested=-(-rollout.decode_slots // replicas),
-        rollouts=prompts * rollout.samples_per_prompt,
-        memory=rollout_bytes,
-        resident=resident,
-        available=memory,
-    )
-
     return Decoding(
         samples=rollout.samples_per_prompt,
         max_new_tokens=rollout.max_new_tokens,
@@ -132,6 +106,6 @@ def plan_decoding(
         top_k=rollout.top_k,
         top_p=rollout.top_p,
         end_think_id=tokenizer.end_think_id,
-        slots=slots * replicas,
+        slots=rollout.decode_slots,
         prefill_tokens=rollout.prefill_tokens,
     )

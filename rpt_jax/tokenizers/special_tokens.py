@@ -62,7 +62,7 @@ def read_special_ids(
 
     def find(kind: str) -> int | None:
         name = names.get(f"{kind}_token")
-        if name in ids:
+        if name and name in ids:
             return ids[name]
         if name:
             logger.warning("%s: %s_token='%s' is not a token of this tokenizer; it is not used.", path, kind, name)
@@ -96,20 +96,21 @@ def declared_names(path: Path, files: Mapping[str, bytes]) -> dict[str, str | No
     config = parse_file(path, files, TOKENIZER_CONFIG_FILE)
     token_map = parse_file(path, files, _TOKENS_MAP_FILE)
     merged = token_map | config if "added_tokens_decoder" in config else config | token_map
-
-    def name(value: Any) -> str | None:
-        value = value.get("content") if isinstance(value, dict) else value
-        return value if isinstance(value, str) and value else None
-
-    return {key: name(value) for key, value in merged.items() if key.endswith("_token")}
+    return {key: _token_name(value) for key, value in merged.items() if key.endswith("_token")}
 
 
 def _listed_names(path: Path, files: Mapping[str, bytes]) -> set[str]:
     """Return the names of special tokens that the tokenizer's files list without a purpose such as end of text."""
     contents = [parse_file(path, files, name) for name in (TOKENIZER_CONFIG_FILE, _TOKENS_MAP_FILE)]
     lists = [content.get(key) for content in contents for key in ("additional_special_tokens", "extra_special_tokens")]
-    entries = [entry for entries in lists if isinstance(entries, list) for entry in entries]
-    return {entry["content"] if isinstance(entry, dict) else entry for entry in entries}
+    names = [_token_name(entry) for entries in lists if isinstance(entries, list) for entry in entries]
+    return {name for name in names if name}
+
+
+def _token_name(value: Any) -> str | None:
+    """Return the name of a token that a file gives as such or with its properties; None if there is none."""
+    name = value.get("content") if isinstance(value, dict) else value
+    return name if isinstance(name, str) and name else None
 
 
 def _declared_ids(path: Path, files: Mapping[str, bytes], key: str, ids: Mapping[str, int]) -> list[int]:
@@ -144,16 +145,21 @@ def read_added_tokens(path: Path, files: Mapping[str, bytes]) -> dict[str, dict[
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     decoder = parse_file(path, files, TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
     named = {name for name in declared_names(path, files).values() if name} | _listed_names(path, files)
+    tokens: list[dict[str, Any]]
     try:
         if decoder is not None:
             tokens = [plain | {"special": False} | token | {"id": int(i)} for i, token in decoder.items()]
         else:
             added = parse_file(path, files, _ADDED_TOKENS_FILE)
             tokens = [plain | {"content": c, "id": int(i), "special": c in named} for c, i in added.items()]
+        if not all(
+            _token_name(token) and all(type(token[flag]) is bool for flag in (*plain, "special")) for token in tokens
+        ):
+            raise ValueError("a token needs a name, and its properties are true or false")
         return {token["content"]: token for token in tokens}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         file = path.with_name(TOKENIZER_CONFIG_FILE if decoder is not None else _ADDED_TOKENS_FILE)
-        raise UserError(f"{file}: the list of added tokens is damaged ({error!r}).", field=str(file)) from None
+        raise UserError(f"{file}: the list of added tokens is damaged ({error}).", field=str(file)) from None
 
 
 def parse_file(path: Path, files: Mapping[str, bytes], name: str) -> dict[str, Any]:

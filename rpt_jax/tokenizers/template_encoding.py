@@ -76,7 +76,7 @@ def added_tokens(backend: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
     }
 
 
-def check_added_id(path: Path, name: str, listed: int, expected: int) -> None:
+def check_added_id(path: Path, name: str, listed: int, expected: int | None) -> None:
     """Check the id that a file lists for an added token. Raises: UserError if it is not `expected`."""
     if listed != expected:
         raise UserError(
@@ -127,7 +127,7 @@ def sentencepiece_encoder(
 
     model = files[path.name]
     own = sentencepiece.SentencePieceProcessor(model_proto=model)
-    has_prefix = config.get("add_prefix_space") is not False if is_llama else own.normalize("a") != "a"
+    has_prefix = config.get("add_prefix_space") is not False if is_llama else own.normalize("a").startswith("\u2581")
     plain = sentencepiece.SentencePieceProcessor(model_proto=model + IDENTITY_NORMALIZER)
     prefixed = sentencepiece.SentencePieceProcessor(model_proto=model + IDENTITY_NORMALIZER + _DUMMY_PREFIX)
     legacy = bool(config.get("legacy", not is_llama))
@@ -145,7 +145,7 @@ def sentencepiece_encoder(
         end = 0
         for match in pattern.finditer(text):
             ids += encode_part(text[end : match.start()], is_start=is_start and end == 0, after_token=end > 0)
-            ids.append(tokens[names[match.lastindex - 1]]["id"])
+            ids.append(tokens[names[(match.lastindex or 0) - 1]]["id"])
             end = match.end()
         return ids + encode_part(text[end:], is_start=is_start and end == 0, after_token=end > 0)
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -185,9 +186,10 @@ class Tokenizer:
             raise IndexError(f"{min(ids)} is not a token id")
         return b"".join(map(self.pieces.__getitem__, ids))
 
-    def token_name(self, i: int) -> str:
-        """Return the name of a special token, or the quoted text of another one."""
-        return self.special_names.get(i) or repr(self.decode([i]))
+    def describe_stop_ids(self) -> str:
+        """Return a sentence with the names (or the quoted texts) and ids of the tokens that end a response."""
+        names = [f"{self.special_names.get(i) or repr(self.decode([i]))} ({i})" for i in self.stop_ids]
+        return f"A response ends at {' or '.join(names)}."
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of tokens, with U+FFFD for invalid UTF-8 and without special tokens."""
@@ -321,9 +323,13 @@ def _encode_sentencepiece(
     texts: Sequence[str],
 ) -> list[list[int]]:
     """Encode texts, with the ids of `symbols` for what `pattern` matches."""
+    parts_of_texts = [pattern.split(text) for text in texts]
+    plain = [part for parts in parts_of_texts for part in parts if part not in symbols]
+    # One call for all texts, which runs in several threads unless there is a process for every core already.
+    num_threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+    encoded = iter(processor.encode(plain, num_threads=num_threads))
     return [
-        [i for part in pattern.split(text) for i in (symbols[part] if part in symbols else processor.encode(part))]
-        for text in texts
+        [i for part in parts for i in (symbols[part] if part in symbols else next(encoded))] for parts in parts_of_texts
     ]
 
 
@@ -361,7 +367,7 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     add_tokens(path, backend, listed)
     beside = {name: token for name, token in listed.items() if name not in own}
     added = own | beside
-    spec = spec | {"added_tokens": sorted(added.values(), key=lambda token: token["id"])}
+    spec["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
     ids = vocab | {content: token["id"] for content, token in added.items()}
     special = read_special_ids(path, files, ids)
     special_ids = frozenset(

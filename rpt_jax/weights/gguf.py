@@ -199,13 +199,16 @@ def _rope_scaling(
     kind = header.get("rope.scaling.type", "linear" if factor else "none")
     if kind == "linear" and factor in (0.0, 1.0):
         kind = "none"
-    yarn_keys = sorted(key for key in header if key.startswith(("rope.scaling.yarn_beta", "rope.scaling.yarn_attn")))
-    attention_keys = [key for key in ("rope.scaling.attn_factor",) if header.get(key, 1.0) != 1.0]
-    ignored = [*yarn_keys, *attention_keys] if kind != "yarn" else []
+    # Writers store `attention_factor` of config.json under either key; an attn_factor of 1 is the default, no factor.
+    attention_keys = [key for key in ("rope.scaling.yarn_attn_factor",) if key in header]
+    if header.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        attention_keys.append("rope.scaling.attn_factor")
+    yarn_keys = [*attention_keys, *(key for key in header if key.startswith("rope.scaling.yarn_beta"))]
+    ignored = yarn_keys if kind != "yarn" else attention_keys[1:]
     if ignored or (divisors is not None and kind != "none"):
         raise UserError(
             f"{path}: {', '.join(f'{family}.{key}' for key in ignored) or _ROPE_DIVISORS} is not supported together with "
-            f"{family}.rope.scaling.type='{kind}'.",
+            f"{family}.rope.scaling.type='{kind}' and the header's other factors.",
             field=str(path),
         )
     if divisors is not None:
@@ -217,12 +220,8 @@ def _rope_scaling(
         fields["original_max_position_embeddings"] = header.get(
             "rope.scaling.original_context_length", header.get("context_length")
         )
-        # Writers store `attention_factor` of config.json under either key; a bare attn_factor of 1 is the default, no factor.
-        attention_factor = header.get("rope.scaling.yarn_attn_factor")
-        if attention_factor is None and attention_keys:
-            attention_factor = header["rope.scaling.attn_factor"]
         optional = {
-            "attention_factor": attention_factor,
+            "attention_factor": header[attention_keys[0]] if attention_keys else None,
             "beta_fast": header.get("rope.scaling.yarn_beta_fast"),
             "beta_slow": header.get("rope.scaling.yarn_beta_slow"),
         }

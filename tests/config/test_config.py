@@ -67,6 +67,10 @@ REFUSED_VALUES = [
     ({"task": "rtp"}, "task"),
     ({"policy__dtype": "float16"}, "policy.dtype"),
     ({"policy__remat": "ful"}, "policy.remat"),
+    ({"policy__precision": "bfloat16"}, "policy.precision"),
+    ({"policy__precision": "float32", "policy__dtype": "bfloat16"}, "policy.precision"),
+    ({"policy__head_precision": "float16"}, "policy.head_precision"),
+    ({"training__logit_chunk_tokens": -1}, "training.logit_chunk_tokens"),
     ({"rollout__samples_per_prompt": 1}, "rollout.samples_per_prompt"),
     ({"rollout__temperature": 0.0}, "rollout.temperature"),
     ({"rollout__temperature": float("nan")}, "rollout.temperature"),
@@ -91,6 +95,11 @@ REFUSED_VALUES = [
     ({"data__source": "path", "data__source_options": {"documents": 1}}, "data.source_options"),
     ({"data__positions": "treshold"}, "data.positions"),
     ({"data__keep_fraction": 0.5}, "data.keep_fraction"),
+    ({"data__path": "texts"}, "data.path"),
+    ({"data__text_field": "content"}, "data.text_field"),
+    ({"data__group_by": "id"}, "data.group_by"),
+    ({"data__shard": "0/2"}, "data.shard"),
+    ({"task": "score", "data__prepared": "runs/score"}, "data.prepared"),
     (
         {"pretrain__traces": "arithmetic", "pretrain__trace_options": {"calculation_fraction": 1.5}},
         "pretrain.trace_options.calculation_fraction",
@@ -190,7 +199,7 @@ def test_messages():
 def test_overrides_arrive_in_their_fields():
     experiment = overridden(
         "seed=7",
-        "data.path=a=b",
+        "policy.path=a=b",
         "data.source_options.documents=5",
         "optimizer.learning_rate=3e-4",
         "prompt.prefill_think_token=False",
@@ -200,7 +209,7 @@ def test_overrides_arrive_in_their_fields():
     different = {name: value for name, value in leaves(experiment) if DEFAULTS[name] != value}
     assert different == {
         "seed": 8,
-        "data.path": "a=b",
+        "policy.path": "a=b",
         "data.source_options.documents": 5,
         "optimizer.learning_rate": 3e-4,
         "prompt.prefill_think_token": False,
@@ -360,3 +369,25 @@ def test_every_field_has_a_sentence_of_documentation():
     for document in documents:
         assert document.text.endswith(".") and (document.text[0].isupper() or document.text[0] == '"'), document.name
     assert all(section_docs().values()) and section_docs().keys() == SECTIONS.keys()
+
+
+def test_the_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {
+        "data.path": ("0.7=~/a/*.txt, 0.3=~/b,c~", "0.7=/home/me/a/*.txt, 0.3=/home/me/b,c~"),
+        "data.prepared": ("~/corpus", "/home/me/corpus"),
+        "policy.path": ("~/policy", "/home/me/policy"),
+        "pretrain.export": ("~", "/home/me"),
+        "prompt.template": ("~/a.txt", "/home/me/a.txt"),
+    }
+    overrides = ["data.source=path", *(f"{name}={path}" for name, (path, _) in paths.items())]
+    values = dict(leaves(from_config_dict({}, overrides)))
+    assert {name: values[name] for name in paths} == {name: expected for name, (_, expected) in paths.items()}
+
+
+def test_a_text_field_beside_a_template_is_refused_unless_a_part_has_no_template():
+    overrides = ["data.source=path", "data.text_field=content"]
+    with pytest.raises(UserError) as raised:
+        from_config_dict({}, [*overrides, "data.document_template={content}"])
+    assert raised.value.field == "data.text_field"
+    assert from_config_dict({}, [*overrides, "data.document_template={content}|||"]).data.text_field == "content"

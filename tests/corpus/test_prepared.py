@@ -57,9 +57,15 @@ def test_scoring_all_shards_writes_a_manifest_and_a_plot(finished: Path, corpus:
         assert (renormalized >= 0).all() and (partial >= 0).all()
 
 
-def test_complete_shards_are_not_written_again(finished: Path, corpus: DataConfig) -> None:
+def test_complete_shards_are_not_written_again_and_the_files_are_listed_once(
+    finished: Path, corpus: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
+    list_files = tokenization.find_file_ranges
+    listed = []
+    monkeypatch.setattr(tokenization, "find_file_ranges", lambda data: listed.append(data) or list_files(data))
     main.run(scoring_experiment(Path(corpus.path), shard="0/2"), finished)
+    assert len(listed) == 1
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*.array_record")}
 
 
@@ -115,7 +121,7 @@ def test_another_corpus_tokenizer_or_proxy_is_refused(
 
 def test_a_manifest_of_an_older_format_is_refused(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
-    for older in ({"content": manifest["made_from"]}, {"made_from": manifest["made_from"] | {"format": 3}}):
+    for older in ({"content": manifest["made_from"]}, {"made_from": manifest["made_from"] | {"format": 4}}):
         (tmp_path / "manifest.json").write_text(json.dumps(older))
         with pytest.raises(UserError) as raised:
             open_prepared(corpus, TOKENIZER, tmp_path)

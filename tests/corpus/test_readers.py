@@ -16,6 +16,7 @@ from rpt_jax.corpus import files, text_splitting
 from rpt_jax.corpus.documents import Document, Rejected
 from rpt_jax.corpus.files import find_file_ranges, parse_mixture
 from rpt_jax.corpus.readers import read_file_range, read_records
+from rpt_jax.corpus.records import RecordText
 from rpt_jax.errors import UserError
 from tests.helpers.corpora import json_lines, write_every_format, write_jsonl, zstd
 from tests.helpers.whole_corpus import load_corpus
@@ -141,7 +142,7 @@ def test_documents_know_their_part_of_a_mixture(tmp_path: Path) -> None:
         ("{}/missing", "does not exist"),
         ("{}/*.txt", "does not exist"),
         ("{}/empty", "is a folder without any"),
-        ("{}/a.md", "unknown file ending"),
+        ("{}/a.md", r"matches no readable file: .* \.md files: 1 \(such as .*a\.md"),
         ("0.5={}/b.jsonl,{}/b.jsonl", "every part of a mixture a weight"),
         ("0=a,{}/b.jsonl,1=b", "every part of a mixture a weight"),
         ("{}/b.jsonl,{}/missing", "part '.*missing' of the mixture does not exist"),
@@ -269,12 +270,13 @@ def test_file_ranges_lose_nothing_and_split_no_character(
     txt = DataConfig(source="path", path=str(folder / "a.txt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "RANGE_BYTES", size)
-        chunks = [chunk for file_range in find_file_ranges(txt) for _, chunk in read_records(file_range, txt)]
+        records = [record for file_range in find_file_ranges(txt) for _, record in read_records(file_range, txt)]
         named = [item for item in read(folder / "a.txt") if isinstance(item, Document)]
         documents = read_documents(folder / "b.jsonl")
-        assert len(find_file_ranges(DataConfig(path=str(folder / "b.jsonl")))) >= len(lines) * 13 // size
-    assert all(isinstance(chunk, str) for chunk in chunks)
-    assert "".join(map(str, chunks)) == text
+        assert len(find_file_ranges(DataConfig(source="path", path=str(folder / "b.jsonl")))) >= len(lines) * 13 // size
+    chunks = [record for record in records if isinstance(record, RecordText)]
+    assert len(chunks) == len(records) and "".join(chunk.text for chunk in chunks) == text
+    assert all(text.encode()[chunk.place :].startswith(chunk.text.encode()) for chunk in chunks)
     assert texts_of(documents) == texts
     assert len({d.name for d in documents}) == len(documents)
     assert len({d.name for d in named}) == len(named)

@@ -11,7 +11,7 @@ import pytest
 from rpt_jax.config import DataConfig, from_config_dict
 from rpt_jax.corpus.documents import Document
 from rpt_jax.corpus.gsm_symbolic import GsmSymbolicOptions
-from rpt_jax.corpus.sources import check_source, training_texts
+from rpt_jax.corpus.sources import WHOLE_CORPUS, check_source, training_texts
 from rpt_jax.errors import UserError
 from tests.helpers.corpora import write_jsonl
 from tests.helpers.whole_corpus import load_corpus
@@ -72,7 +72,7 @@ def test_training_texts_are_the_training_documents_or_a_sample_of_them(tmp_path:
     advances = []
 
     def sample(config: DataConfig, max_bytes: int) -> list[str]:
-        return list(training_texts(config, max_bytes, lambda: advances.append(None)))
+        return list(training_texts(config, WHOLE_CORPUS, max_bytes, lambda: advances.append(None)))
 
     texts = [f"text {i} {'é' * (i % 7)}" for i in range(50)]
     config = write_jsonl(tmp_path / "a.jsonl", [*texts, "text 3 ééé", ""])

@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from rpt_jax.corpus import tokenization
 from rpt_jax.corpus.documents import SPLITS
 from rpt_jax.corpus.gsm_symbolic import GsmSymbolicOptions
 from rpt_jax.corpus.store import document_names
-from rpt_jax.corpus.tokenization import parse_shard, shards_to_prepare, tokenize
+from rpt_jax.corpus.tokenization import parse_shard, plan_shards, tokenize
 from rpt_jax.corpus.tokenized import NEAR_DUPLICATES, TokenizedCorpus, open_tokens, report_corpus
 from rpt_jax.errors import UserError
-from rpt_jax.tokenizers.tokenizer import load_tokenizer
+from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.corpora import write_jsonl, write_number_corpus
 from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import CHILD_SECONDS
@@ -38,10 +39,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return write_number_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+def tokenize_corpus(
+    config: DataConfig,
+    directory: Path,
+    advance: Callable[[str], None] = ignore_progress,
+    tokenizer: Tokenizer = TOKENIZER,
+) -> None:
+    tokenize(config, plan_shards(config), tokenizer, directory, advance)
+
+
 def tokenize_shards(config: DataConfig, directory: Path, shards: int) -> TokenizedCorpus:
     """Tokenize one shard after the other, as separate runs do."""
     for shard in range(shards):
-        tokenize(dataclasses.replace(config, shard=f"{shard}/{shards}"), TOKENIZER, directory, ignore_progress)
+        tokenize_corpus(dataclasses.replace(config, shard=f"{shard}/{shards}"), directory)
     return open_tokens(config, directory, shards)
 
 
@@ -112,18 +122,70 @@ def test_near_duplicates_of_training_documents_are_listed_by_name(tmp_path: Path
     # The two documents of a text are in consecutive lines.
     for pair in pairs:
         held_out, train = (int(pair[split].partition(":")[2]) - 1 for split in ("held_out", "train"))
-        assert held_out // 2 == train // 2 and 0.75 <= pair["similarity"] <= 1
+        assert held_out // 2 == train // 2 and 0.8 <= pair["share"] <= 1
+
+
+def test_a_part_of_a_training_document_counts_as_its_near_duplicate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [" ".join(str(97 * i + j) for j in range(200)) for i in range(0, 900, 30)]
+    halves = [text[half] for text in texts for half in (slice(len(text) // 2), slice(len(text) // 2, None))]
+    config = write_jsonl(tmp_path / "a.jsonl", [*texts, *halves])
+    opened = tokenize_shards(config, tmp_path / "tokens", 2)
+    with caplog.at_level(logging.INFO):
+        counts = report_corpus(opened)
+    expected = {
+        text
+        for text in load_corpus(config).held_out
+        if text.text in halves
+        and texts[halves.index(text.text) // 2] in {document.text for document in load_corpus(config).train}
+    }
+    pairs = [json.loads(line) for line in (tmp_path / "tokens" / NEAR_DUPLICATES).read_text().splitlines()]
+    assert {pair["held_out"] for pair in pairs} == {document.name for document in expected}
+    assert len(pairs) == counts["near_duplicates"] > 3 and counts["held_out"] == 18
+    assert min(pair["share"] for pair in pairs) > 0.95
+    assert f"{len(pairs)} of 18 held-out documents ({100 * len(pairs) / 18:.0f} %)" in caplog.text
+
+
+def test_files_all_of_whose_records_are_rejected_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
+    (tmp_path / "b.jsonl").write_text('{"problem": "1 + 1 = 2"}\n' * 700 + "x\n")
+    config = DataConfig(source="path", path=str(tmp_path))
+    report_corpus(tokenize_shards(config, tmp_path / "tokens", 2))
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "b.jsonl (700 no such field, 1 not JSON)" in record.getMessage() and "a.jsonl" not in record.getMessage()
+
+
+@pytest.mark.parametrize(("names", "warnings"), [("a", 1), ("abcdefghij", 0)])
+def test_a_text_that_is_divided_between_the_splits_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: str, warnings: int
+) -> None:
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} {'seven and five ' * 100}\n\n" for i in range(10)))
+    config = DataConfig(source="path", path=str(tmp_path))
+    report_corpus(tokenize_shards(config, tmp_path / "tokens", 1))
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == warnings and all(message.startswith("2 held-out documents") for message in messages)
+
+
+def test_the_cache_of_a_corpus_depends_on_the_order_of_a_mixture(corpus: DataConfig) -> None:
+    paths = [f"{corpus.path}/{name}.jsonl" for name in "ab"]
+    digests = {
+        plan_shards(dataclasses.replace(corpus, path=",".join(order))).files_digest for order in (paths, paths[::-1])
+    }
+    assert len(digests) == 2
 
 
 def test_several_shards_are_tokenized_in_processes(
     corpus: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenization, "SHARD_BYTES", 3000)
-    assert parse_shard(corpus) == ([0, 1, 2], 3)
+    plan = plan_shards(corpus)
+    assert (list(plan.numbers), plan.shards) == ([0, 1, 2], 3)
     for is_complete in (False, True):
         statuses: list[str] = []
-        tokenize(corpus, TOKENIZER, tmp_path / "a", statuses.append)
-        assert len(statuses) == sum(shard.steps for shard in shards_to_prepare(corpus)) == 3
+        tokenize_corpus(corpus, tmp_path / "a", statuses.append)
+        assert len(statuses) == sum(shard.steps for shard in plan.to_prepare) == 3
         assert all(("already complete" in status) == is_complete for status in statuses)
     tokenize_shards(corpus, tmp_path / "b", 3)
     for name in ("tokens-00001-of-00003.array_record", "index-00002-of-00003.bin", "names-00000-of-00003.txt"):
@@ -136,7 +198,7 @@ def test_an_error_of_a_process_is_raised(tmp_path: Path, monkeypatch: pytest.Mon
         write_jsonl(tmp_path / name, ["some text", "", "more text"])
     config = DataConfig(source="path", path=str(tmp_path), strict=True)
     with pytest.raises(UserError, match=r"\.jsonl:2 contains only white space"):
-        tokenize(config, TOKENIZER, tmp_path / "tokens", ignore_progress)
+        tokenize_corpus(config, tmp_path / "tokens")
 
 
 def test_the_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
@@ -146,10 +208,10 @@ def test_the_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path\n"
         "from rpt_jax.config import DataConfig\n"
-        "from rpt_jax.corpus.tokenization import tokenize\n"
+        "from rpt_jax.corpus.tokenization import plan_shards, tokenize\n"
         "from rpt_jax.tokenizers.tokenizer import load_tokenizer\n"
         f"config = DataConfig(source='path', path={str(tmp_path)!r})\n"
-        f"tokenize(config, load_tokenizer({str(TINY)!r}), Path({str(tmp_path / 'out')!r}), print)\n"
+        f"tokenize(config, plan_shards(config), load_tokenizer({str(TINY)!r}), Path({str(tmp_path / 'out')!r}), print)\n"
     )
     process = subprocess.Popen([sys.executable, "-u", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout and "documents" in process.stdout.readline()
@@ -183,7 +245,7 @@ def test_a_shard_of_another_corpus_or_tokenizer_is_refused(corpus: DataConfig, t
     else:
         tokenizer = dataclasses.replace(TOKENIZER, fingerprint="x")
     with pytest.raises(UserError) as raised:
-        tokenize(config, tokenizer, tmp_path, ignore_progress)
+        tokenize_corpus(config, tmp_path, tokenizer=tokenizer)
     assert raised.value.field == field
 
 
@@ -201,5 +263,5 @@ def test_a_shard_of_an_older_format_is_refused(corpus: DataConfig, tmp_path: Pat
 @pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/3", "1/"])
 def test_an_impossible_shard_is_refused(shard: str) -> None:
     with pytest.raises(UserError) as raised:
-        parse_shard(DataConfig(shard=shard))
+        parse_shard(shard)
     assert raised.value.field == "data.shard"

@@ -28,6 +28,9 @@ SMALL = [
     "training.prompts_per_step=2",
     "training.microbatch_tokens=64",
     "data.score_batch_windows=2",
+    "policy.remat=none",
+    "rollout.decode_slots=4",
+    "training.logit_chunk_tokens=4096",
 ]
 
 
@@ -44,7 +47,7 @@ def small_experiment(*overrides: str) -> Experiment:
 def make_small_step(*overrides: str) -> SmallStep:
     experiment, mesh = small_experiment(*overrides), make_mesh(1, 1, 1, jax.devices()[:1])
     with use_mesh(mesh):
-        return SmallStep(experiment, make_step(experiment, mesh, 10**9), mesh)
+        return SmallStep(experiment, make_step(experiment, mesh), mesh)
 
 
 def check_small_step(small: SmallStep, *names: str) -> dict[str, ProgramReport]:

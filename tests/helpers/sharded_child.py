@@ -95,7 +95,8 @@ def step(
     limits = dataclasses.replace(LIMITS, rows=rows)
     state, metrics = update_policy(SHALLOW, OPTIMIZER, ObjectiveConfig(), limits, state, batch)
     # These depend on how groups are packed, which depends on the mesh.
-    metrics = {name: value for name, value in metrics.items() if name not in ("update/filled", "update/trunk_tokens")}
+    packing = ("update/filled", "update/trunk_tokens", "update/flops")
+    metrics = {name: value for name, value in metrics.items() if name not in packing}
     return state, {"rollouts": rollouts._asdict(), "reward": reward, "status": status, "metrics": metrics}
 
 

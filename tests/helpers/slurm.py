@@ -22,15 +22,10 @@ from tests.helpers.paths import ROOT
 from tests.helpers.processes import free_port
 
 # Debian installs the daemons where only root's PATH looks.
-_PATH = f"{os.environ['PATH']}:/usr/sbin"
-
-needs_slurm = pytest.mark.skipif(
-    shutil.which("slurmctld", path=_PATH) is None,
-    reason="Slurm is not installed: on Debian and Ubuntu, run `apt-get install slurm-wlm` (no configuration is needed)",
-)
+PATH = f"{os.environ['PATH']}:/usr/sbin"
 
 # Both nodes are this machine. Process 0 runs on the first one, whose name must be one that this machine can look up.
-_CONFIG = """\
+CONFIG = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
@@ -58,16 +53,17 @@ class Slurm:
 
     Attributes:
       nodes: the names of its nodes.
+      environ: the environment of its commands.
     """
 
     def __init__(self, directory: Path, nodes: tuple[str, str]) -> None:
         self.nodes = nodes
-        self._environ = os.environ | {"PATH": _PATH, "SLURM_CONF": str(directory / "slurm.conf")}
+        self.environ = os.environ | {"PATH": PATH, "SLURM_CONF": str(directory / "slurm.conf")}
 
     def call(self, *command: str, **environ: str) -> str:
         """Run one of Slurm's commands in the repository root; return its output."""
         result = subprocess.run(
-            command, cwd=ROOT, env=self._environ | environ, capture_output=True, text=True, check=False
+            command, cwd=ROOT, env=self.environ | environ, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stderr
         return result.stdout
@@ -83,24 +79,33 @@ class Slurm:
 
 @contextlib.contextmanager
 def running_slurm(directory: Path) -> Iterator[Slurm]:
-    """Start a controller and two nodes in an empty directory, and stop them and their jobs at the end."""
+    """Start a controller and two nodes in an empty directory, and stop them and their jobs at the end.
+
+    Skips the test if Slurm is not installed.
+    """
+    if shutil.which("slurmctld", path=PATH) is None:
+        pytest.skip(
+            "Slurm is not installed: on Debian and Ubuntu, `apt-get install slurm-wlm` (it needs no configuration)"
+        )
     host = socket.gethostname().partition(".")[0]
     ports = {name: free_port() for name in ("port", "first_port", "second_port")}
     (directory / "state").mkdir()
     (directory / "slurm.conf").write_text(
-        _CONFIG.format(host=host, user=getpass.getuser(), directory=directory, **ports)
+        CONFIG.format(host=host, user=getpass.getuser(), directory=directory, **ports)
     )
     slurm = Slurm(directory, (host, f"{host}-b"))
     daemons = []
     try:
         for name, *options in (["slurmctld"], *(["slurmd", "-N", node] for node in slurm.nodes)):
             log = (directory / f"{'-'.join([name, *options[1:]])}.log").open("w")
-            command = [str(shutil.which(name, path=_PATH)), "-D", "-f", str(directory / "slurm.conf"), *options]
+            command = [str(shutil.which(name, path=PATH)), "-D", "-f", str(directory / "slurm.conf"), *options]
             daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
         wait_until(lambda: slurm_is_idle(slurm), f"idle nodes, see the logs in {directory}")
-        yield slurm
-        slurm.call("scancel", "--user", getpass.getuser())
-        wait_until(lambda: not slurm.call("squeue", "--noheader"), "the end of all jobs")
+        try:
+            yield slurm
+        finally:
+            slurm.call("scancel", "--user", getpass.getuser())
+            wait_until(lambda: not slurm.call("squeue", "--noheader"), "the end of all jobs")
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()

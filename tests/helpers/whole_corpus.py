@@ -9,7 +9,8 @@ import numpy as np
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.documents import DUPLICATE, SPLITS, Document
-from rpt_jax.corpus.sources import RejectLog, assign_splits, document_hashes, read_corpus
+from rpt_jax.corpus.sources import RejectLog, document_hashes, read_corpus
+from rpt_jax.corpus.splits import DocumentTable, assign_splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ def load_corpus(config: DataConfig, rejected_path: Path | None = None) -> Corpus
     with RejectLog(config.strict, rejected_path) as rejects:
         documents = list(rejects.filter(read_corpus(config, rejects.counts)))
     hashes_Dx2 = np.array([document_hashes(document, config.seed) for document in documents], np.uint64).reshape(-1, 2)
-    given_D = np.array([document.split for document in documents], np.int8)
-    split_D = assign_splits(hashes_Dx2[:, 0], hashes_Dx2[:, 1], given_D, config, rejects.first_detail)
+    columns_3xD = np.array([[d.split, d.mixture_part, d.place] for d in documents], np.int64).reshape(-1, 3).T
+    split_D = assign_splits(DocumentTable(*hashes_Dx2.T, *columns_3xD), config, rejects.first_details)
     if duplicates := int(np.sum(split_D == DUPLICATE)):
         rejects.counts["duplicate"] += duplicates
     by_split = {

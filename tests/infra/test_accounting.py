@@ -6,41 +6,37 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
-from rpt_jax.infra.accounting import BatchSize, Clock, CompileTimes, Counters
-
-N = 10
+from rpt_jax.infra.accounting import BatchSize, Clock, CompileTimes, Counters, RolloutCost
 
 
 def test_discarded_rollouts_are_counted_in_tokens_and_flops():
-    """Two rounds of generation for one batch: discarded groups cost their prefill and decoding."""
-    counters = Counters(N)
-    first = counters.count_rollouts(BatchSize(100, 50))
-    generated = first.plus(counters.count_rollouts(BatchSize(80, 40)))
-    assert generated == (180, 90)
-    counters.count_update(BatchSize(90, 60), learned=30, trunk=75, generated=generated)
+    """Two rounds of generation for one batch: discarded groups cost their share of the tokens."""
+    counters = Counters()
+    rounds = RolloutCost(100, 50, flops=7e6), RolloutCost(80, 40, flops=2e6)
+    for cost in rounds:
+        counters.count_rollouts(cost)
+    counters.count_update(used=BatchSize(90, 60), generated=rounds[0].plus(rounds[1]), learned=30, flops=5e6)
+    counters.count_scored(1e6)
     assert counters.scalars() == {
         "tokens/generated_total": 90,
         "tokens/discarded_total": 30,
         "tokens/learned_total": 30,
-        "flops/train_total": 2 * N * (180 + 90) + 6 * N * 75,
-        "flops/discarded_total": 2 * N * (90 + 30),
+        "flops/train_total": 15e6,
+        "flops/discarded_total": pytest.approx(9e6 * (270 - 150) / 270),
     }
 
 
-def test_the_passes_of_the_objective_are_counted():
-    """Three passes over prompts and two over responses before the update, two more forward passes in it, and documents."""
-    counters = Counters(N, BatchSize(3, 2), update_forward=2)
-    size = counters.count_rollouts(BatchSize(100, 50))
-    assert counters.flops == 2 * N * (300 + 100)
-    counters.count_update(size, learned=50, trunk=150, generated=size, document_tokens=7)
-    assert counters.flops == 2 * N * 400 + 10 * N * 150 + 6 * N * 7
+def test_nothing_is_discarded_without_dynamic_sampling():
+    counters = Counters()
+    counters.count_update(used=BatchSize(9, 6), generated=RolloutCost(9, 6, flops=7.0), learned=3, flops=5.0)
     assert counters.discarded == counters.discarded_flops == 0
 
 
 def test_counters_survive_a_checkpoint():
-    counters, again = Counters(N, BatchSize(2, 1)), Counters(N, BatchSize(2, 1))
-    counters.count_rollouts(BatchSize(3, 4))
+    counters, again = Counters(), Counters()
+    counters.count_rollouts(RolloutCost(3, 4, flops=1e9))
     again.restore(json.loads(json.dumps(counters.state())))
     assert again.scalars() == counters.scalars()
 

@@ -16,7 +16,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import PRESETS, check_preset, preset
 from rpt_jax.model.transformer import Transformer, branch_hidden, head, prefill, rms_norm, rotary_angles, rotate
 from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
-from rpt_jax.weights.safetensors_io import WEIGHTS_FILE
+from rpt_jax.weights.model_files import WEIGHTS_FILE
 from tests.helpers import policy_reference as reference
 from tests.helpers.policy_reference import POLICY, SHALLOW, SHAPE, random_params
 

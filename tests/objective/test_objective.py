@@ -14,6 +14,7 @@ import pytest
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.objective.batch import NextTokenBatch, UpdateLimits
 from rpt_jax.objective.gradient import document_gradient, policy_gradient, response_logprobs
+from rpt_jax.objective.minibatches import split_minibatches
 from rpt_jax.objective.update import TrainState, update_policy
 from tests.helpers import dense_objective
 from tests.helpers import policy_reference as reference
@@ -31,6 +32,7 @@ from tests.helpers.dense_objective import (
     S,
     T,
 )
+from tests.helpers.flops import token_flops
 from tests.helpers.policy_reference import SHALLOW, SHAPE, random_params
 
 OBJECTIVE = ObjectiveConfig(clip_low=LOW, clip_high=HIGH)
@@ -160,7 +162,7 @@ def test_uncounted_groups_are_in_neither_numerator_nor_denominator(params, batch
 def test_metrics_cover_groups_with_variance(params, batch, old, current, rows, microbatch_tokens):
     used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
     _, metrics = gradient(params, batch, old, rows=rows, microbatch_tokens=microbatch_tokens)
-    distance = np.abs(current - batch.sampler_logprobs_PxGxT)[used]
+    distance = np.abs(old - batch.sampler_logprobs_PxGxT)[used]
     np.testing.assert_allclose(metrics["mismatch/mean"], distance.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["mismatch/max"], distance.max(), rtol=1e-4)
     p99 = np.quantile(distance, 0.99, method="inverted_cdf")
@@ -172,7 +174,7 @@ def test_metrics_cover_groups_with_variance(params, batch, old, current, rows, m
 def test_response_logprobs_equal_the_dense_reference(params, batch, current):
     for rows, microbatch_tokens in ROWS[:2]:
         limits = dataclasses.replace(LIMITS, rows=rows, microbatch_tokens=microbatch_tokens)
-        ours = jax.jit(response_logprobs, static_argnums=(0, 1))(SHALLOW, limits, params, batch)
+        ours, _ = jax.jit(response_logprobs, static_argnums=(0, 1))(SHALLOW, limits, params, batch)
         np.testing.assert_allclose(np.where(batch.mask_PxGxT, ours - current, 0), 0, atol=1e-5)
 
 
@@ -247,8 +249,10 @@ def test_document_gradient_is_that_of_the_mean_cross_entropy(params):
         total -= reference.log_softmax(logits)[np.arange(length), row[1 : length + 1]].sum()
     jitted = jax.jit(document_gradient, static_argnums=(0, 1))
     results = [jitted(SHALLOW, dataclasses.replace(LIMITS, microbatch_tokens=S * m), params, documents) for m in (3, 8)]
-    for _, loss in results:
+    by_hand = 3 * sum(token_flops(SHALLOW.config, keys, head=True) for n in lengths for keys in range(1, n + 1))
+    for _, loss, flops in results:
         np.testing.assert_allclose(loss, total / lengths.sum(), rtol=1e-5)
+        np.testing.assert_allclose(flops, by_hand, rtol=1e-6)
     assert_close(results[0][0], results[1][0])
     assert optax.tree.norm(results[0][0]) > 0.1
 
@@ -272,7 +276,10 @@ def test_one_minibatch_is_one_step_of_reinforce(params, batch, expected):
 
 
 def test_two_minibatches_are_two_steps_with_the_same_old_logprobs(params, batch, current):
-    """The old log-probabilities are those before the first step, so the ratio of the second step is not 1."""
+    """The old log-probabilities are those before the first step, so the ratio of the second step is not 1.
+
+    They are also what the sampler's log-probabilities are compared with.
+    """
     limits = dataclasses.replace(LIMITS, minibatches=2)
     state, metrics = update_policy(SHALLOW, SGD, OBJECTIVE, limits, start(params), batch)
     by_hand, steps = start(params), []
@@ -287,6 +294,86 @@ def test_two_minibatches_are_two_steps_with_the_same_old_logprobs(params, batch,
     assert abs(steps[1]["ratio/mean"] - 1) > 1e-3
     for name in ("ratio/mean", "loss/policy"):
         np.testing.assert_allclose(metrics[name], np.mean([step[name] for step in steps]), rtol=1e-4, atol=1e-6)
+    used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
+    distance = np.where(used, np.abs(current - batch.sampler_logprobs_PxGxT), 0)  # Padding is -inf.
+    halves = [
+        half.sum() / used_half.sum() for half, used_half in zip(np.split(distance, 2), np.split(used, 2), strict=True)
+    ]
+    np.testing.assert_allclose(metrics["mismatch/mean"], np.mean(halves), rtol=1e-3)
+    np.testing.assert_allclose(metrics["mismatch/max"], distance.max(), rtol=1e-3)
+
+
+def moving_start(params, batch) -> TrainState:
+    """Return a state whose momentum is not zero, so that a step without a gradient would still move the parameters."""
+    state, _ = update_policy(SHALLOW, SGD, OBJECTIVE, LIMITS, start(params), batch)
+    return state
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVE, dataclasses.replace(OBJECTIVE, importance="mask")])
+def test_an_update_without_any_token_changes_nothing(params, batch, objective):
+    """Neither parameters nor optimizer state move, although momentum is left from the step before."""
+    nothing = [batch._replace(advantages_PxG=np.zeros((P, G), np.float32)), batch._replace(counted_P=np.zeros(P, bool))]
+    begin = moving_start(params, batch)
+    for part in nothing:
+        state, metrics = update_policy(SHALLOW, SGD, objective, LIMITS, jax.tree.map(jnp.copy, begin), part)
+        jax.tree.map(np.testing.assert_array_equal, state, begin)
+        assert metrics["update/skipped"] == 1 and metrics["update/norm"] == 0
+
+
+def test_a_minibatch_without_any_token_is_skipped(params, batch):
+    """With one counted group, one minibatch has it and the other is skipped: the step is that of the group alone."""
+    only = batch._replace(
+        counted_P=np.arange(P) == 0, advantages_PxG=np.where(np.arange(P)[:, None] == 0, 1.0, 0.0) * np.ones(G)
+    )
+    one, two = (
+        update_policy(
+            SHALLOW, SGD, OBJECTIVE, dataclasses.replace(LIMITS, minibatches=n), moving_start(params, batch), only
+        )
+        for n in (1, 2)
+    )
+    assert_close(two[0], one[0])
+    assert one[1]["update/skipped"] == 0 and two[1]["update/skipped"] == 1
+    np.testing.assert_allclose(two[1]["loss/policy"], one[1]["loss/policy"], atol=1e-6)
+
+
+def passes_by_hand(batch, groups) -> int:
+    """Return the FLOPs of a forward pass over some groups, each in one row: the prompt once, the head for responses only.
+
+    The last token of a prompt is run with every response, whose first token it predicts.
+    """
+    total = 0
+    for p in groups:
+        prompt = int(batch.lengths_P[p])
+        total += sum(token_flops(SHALLOW.config, keys, head=False) for keys in range(1, prompt))
+        for length in batch.mask_PxGxT[p].sum(axis=1):
+            total += sum(token_flops(SHALLOW.config, prompt + t, head=True) for t in range(length))
+    return total
+
+
+def test_flops_of_an_update_by_hand(params, batch):
+    """Groups without variance are not run, except for the old log-probabilities that two minibatches need of every group."""
+    alone = batch._replace(window_P=np.arange(P, dtype=np.int32))
+    used = passes_by_hand(alone, [p for p in range(P) if p not in ZERO_VARIANCE])
+    everything = passes_by_hand(alone, range(P))
+    for minibatches, expected in ((1, 3 * used), (2, 3 * used + everything)):
+        limits = dataclasses.replace(LIMITS, minibatches=minibatches, microbatch_tokens=1000)
+        _, metrics = update_policy(SHALLOW, SGD, OBJECTIVE, limits, start(params), alone)
+        assert float(metrics["update/flops"]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("counted", [0, 1, 2, 3, 5, 8, 12])
+def test_counted_groups_are_spread_over_the_minibatches(batch, counted):
+    """Dynamic sampling puts the counted groups first; every minibatch gets its share of them, in their order."""
+    groups = np.arange(12, dtype=np.int32)
+    first = jax.tree.map(lambda x: np.zeros((12, *x.shape[1:]), x.dtype), batch)
+    first = first._replace(window_P=groups, counted_P=groups < counted)
+    split = split_minibatches(first, 4)
+    counts = split.counted_P.sum(axis=1)
+    assert counts.max() - counts.min() <= 1 and counts.sum() == counted
+    assert sorted(split.window_P.reshape(-1).tolist()) == groups.tolist()
+    assert split.window_P[split.counted_P].tolist() == groups[:counted].tolist()
+    if counted == 12:
+        assert split.window_P.reshape(-1).tolist() == groups.tolist()
 
 
 def test_update_adds_the_document_gradient_and_updates_the_average(params, batch, current):
@@ -298,7 +385,7 @@ def test_update_adds_the_document_gradient_and_updates_the_average(params, batch
     begin = start(params)._replace(average=jax.tree.map(jnp.copy, average))
     state, metrics = update_policy(SHALLOW, SGD, objective, LIMITS, begin, batch._replace(documents=documents))
     policy_part, _ = gradient(params, batch, None)
-    document_part, loss = document_gradient(SHALLOW, LIMITS, params, documents)
+    document_part, loss, _ = document_gradient(SHALLOW, LIMITS, params, documents)
     stepped = jax.tree.map(lambda p, g, d: p - 0.5 * (g + 0.5 * d), params, policy_part, document_part)
     assert_close(state.params, stepped)
     assert_close(state.average, jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, stepped))

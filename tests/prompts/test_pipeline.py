@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import json
+import multiprocessing
 import threading
 
 import grain
@@ -179,6 +180,8 @@ def test_a_restored_stream_may_have_another_number_of_workers_and_processes(inde
         for name in whole._fields:
             np.testing.assert_array_equal(getattr(half, name), getattr(whole, name)[4:], err_msg=name)
     assert parallel.get_state() == plain.get_state()
+    parallel.close()
+    assert not [child for child in multiprocessing.active_children() if "grain" in child.name], "the workers have ended"
 
 
 def test_more_positions_than_can_be_shuffled_are_rejected() -> None:

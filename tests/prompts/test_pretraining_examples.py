@@ -100,6 +100,22 @@ def test_a_trace_follows_the_prompt_for_its_position(prompt: PromptConfig, known
     assert not arrays["mask"][:first].any()
 
 
+@pytest.mark.parametrize("prefill", [True, False])
+def test_a_document_without_bos_starts_with_its_own_first_token(prefill: bool) -> None:
+    """Nothing precedes that token, so it is not predicted; traces follow their prompts as ever."""
+    tokenizer = dataclasses.replace(TOKENIZER, prefix_ids=())
+    experiment = Experiment(prompt=PromptConfig(prefill_think_token=prefill), pretrain=PretrainConfig())
+    ids = tokenizer.encode(DOCUMENT)
+    arrays = ExampleMaker(experiment, tokenizer, [np.array(ids)], EVERY_TOKEN_V).make(0, np.random.default_rng(0))
+    np.testing.assert_array_equal(arrays["inputs"][: len(ids)], ids)
+    np.testing.assert_array_equal(arrays["targets"][arrays["mask"]], [*ids[1:], tokenizer.eos_id])
+    traces = split_rows(arrays)
+    assert traces
+    for trace in traces:
+        first = trace["trace_inputs"][0]
+        assert first == (tokenizer.think_id if prefill else ids[trace["trace_prefix"][0]])
+
+
 def test_no_trace_predicts_a_token_that_no_box_can_hold() -> None:
     ids = np.array(TOKENIZER.encode(DOCUMENT))
     boxable_V = EVERY_TOKEN_V.copy()

@@ -213,4 +213,17 @@ def test_messages_about_positions_quote_the_fields_that_choose_them(
     with pytest.raises(UserError, match=quoted) as raised:
         too_few = dataclasses.replace(chosen, training=training)
         training_orders(too_few, setup.prepared, setup.train, setup.boxable_V)
-    assert raised.value.field == "training.prompts_per_step"
+    assert raised.value.field == "data.path"
+
+
+def test_the_part_of_a_mixture_with_too_few_positions_is_named(experiment: Experiment, setup: Setup) -> None:
+    every = with_data(experiment, positions="every")
+    part_W = mixture_parts(setup, np.arange(len(setup.train)))
+    windows = [setup.train[i] for i in np.flatnonzero(part_W == 1)]
+    positions = sum(int(setup.boxable_V[ids[experiment.data.min_context :]].sum()) for ids in windows)
+    too_few = dataclasses.replace(
+        every, training=dataclasses.replace(experiment.training, prompts_per_step=positions + 1)
+    )
+    with pytest.raises(UserError, match=rf"part '.*b\.jsonl' .* has only {positions:,} training positions") as raised:
+        training_orders(too_few, setup.prepared, setup.train, setup.boxable_V)
+    assert raised.value.field == "data.path"

@@ -8,7 +8,7 @@ import numpy as np
 from rpt_jax.prompts.builder import PromptBatch
 from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.dynamic_sampling import first_prompts, prefer_variance
-from rpt_jax.rollout.rollouts import DecodeWork, Rollouts, slot_usage
+from rpt_jax.rollout.rollouts import Rollouts
 
 P, G, T = 4, 2, 3
 
@@ -57,11 +57,3 @@ def test_groups_with_variance_come_first_and_earlier_rounds_before_later_ones():
 def test_batch_size_counts_tokens_of_prompts_and_responses():
     size = batch([1, 2, 3, 4], [[0, 0]] * P).size()
     assert (size.prompt_tokens, size.response_tokens) == (10, 20)
-
-
-def test_slot_usage_is_summed_over_rounds():
-    """The first token of a response comes from the prefill and takes no decode step."""
-    rollouts = batch([1, 2, 3, 3], [[0, 0]] * P).rollouts
-    usage = slot_usage(rollouts, DecodeWork(steps=jnp.array([[2, 1]]), slots=jnp.array([20])))
-    assert int(usage.decoded_tokens) == 2 * (0 + 1 + 2 + 2) and int(usage.slot_steps) == 20
-    assert float(usage.plus(usage).occupancy) == 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from rpt_jax.rollout.generate import generate
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.generation import LIMIT, generate_with_transformers, write_stopping_policy
-from tests.helpers.hf_models import write_gguf
+from tests.helpers.hf_models import SHAPE, write_gguf
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,9 @@ def write_source(kind: str, directory):
     if kind == "shipped":
         return ROOT / "configs" / "tiny"
     if kind == "gguf":
-        write_gguf(directory / "a.gguf", extra_keys={"tokenizer.ggml.eom_token_id": 257})
+        # Without ids that have no token, which `transformers` would generate.
+        config = dataclasses.replace(SHAPE, vocab=260)
+        write_gguf(directory / "a.gguf", config=config, extra_keys={"tokenizer.ggml.eom_token_id": 257})
         return directory / "a.gguf"
     families = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
     return write_stopping_policy(directory / kind, **families[kind])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +21,14 @@ from rpt_jax.corpus.files import find_file_ranges
 from rpt_jax.corpus.prepared import open_prepared, write_manifest
 from rpt_jax.corpus.readers import read_file_range
 from rpt_jax.corpus.store import ShardWriter
-from rpt_jax.corpus.tokenization import tokenize
+from rpt_jax.corpus.tokenization import plan_shards, tokenize
 from rpt_jax.corpus.tokenized import open_tokens
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.files import read_tokenizer_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import load_model_config, open_weights, save_policy
-from rpt_jax.weights.safetensors_io import INDEX_FILE, WEIGHTS_FILE
+from rpt_jax.weights.model_files import INDEX_FILE, WEIGHTS_FILE
 from tests.helpers.corpora import write_every_format, write_jsonl
 from tests.helpers.fuzzing import altered, altered_json, many, values
 from tests.helpers.hf_models import SHAPE, tokenizer_spec, write_gguf
@@ -56,6 +57,9 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("corpora")
     write_every_format(folder, [{"text": text} for text in TEXTS])
     (folder / "h.txt").write_text("\n\n".join(TEXTS))
+    (folder / "i.json").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    (folder / "j.csv").write_text("text,id\n" + "".join(f'"{text}",1\n' for text in TEXTS))
+    (folder / "k.txt.xz").write_bytes(lzma.compress("\n\n".join(TEXTS).encode()))
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
@@ -108,8 +112,13 @@ BESIDE = {
         "eos_token": {"content": "<|im_end|>"},
         "bos_token": "<|im_start|>",
         "chat_template": "x",
+        "additional_special_tokens": ["<|im_start|>"],
+        "added_tokens_decoder": {"258": {"content": "<|im_end|>", "special": True}},
     },
+    "special_tokens_map.json": {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}},
+    "added_tokens.json": {"<|im_end|>": 258, "<|eot|>": 260},
     "generation_config.json": {"eos_token_id": [258, 259], "pad_token_id": 257},
+    "config.json": {"eos_token_id": 258, "bos_token_id": 257},
 }
 
 
@@ -168,6 +177,12 @@ def _with_length(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
+MORE_OPTIONS = (
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0}},
+    {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": ["full_attention"] * 2},
+)
+
+
 @many
 @given(st.data())
 def test_indices_of_safetensors_and_shapes(policy: Path, tmp_path: Path, data: st.DataObject) -> None:
@@ -179,7 +194,7 @@ def test_indices_of_safetensors_and_shapes(policy: Path, tmp_path: Path, data: s
     whole = json.dumps(index).encode()
     (tmp_path / INDEX_FILE).write_bytes(data.draw(st.just(whole) | altered_json(index) | altered(whole)))
     (tmp_path / "config.json").write_bytes(
-        data.draw(altered_json(config) | altered_json(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))
+        data.draw(st.one_of(altered_json(config), *(altered_json(config | options) for options in MORE_OPTIONS)))
     )
     refused_or(tmp_path, lambda: read_weights(tmp_path))
 
@@ -209,12 +224,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path
     directory = folder / "whole"
     config = dataclasses.replace(write_jsonl(folder / "a.jsonl", TEXTS), held_out_documents=1)
     tokenizer = load_tokenizer(TINY)
-    tokenize(config, tokenizer, directory, lambda status: None)
+    plan = plan_shards(config)
+    tokenize(config, plan, tokenizer, directory, lambda status: None)
     with ShardWriter(directory, "scores", 0, 1) as writer:
         for ids in open_tokens(config, directory, 1).tokens:
             writer.write([np.zeros(len(ids[0])), np.zeros(len(ids[0]))], [len(ids[0])])
         writer.commit({"made_from": {}, "histogram": [writer.records] + [0] * (BINS - 1)})
-    write_manifest(Experiment(data=config), tokenizer, "a fingerprint", directory)
+    write_manifest(Experiment(data=config), plan, tokenizer, "a fingerprint", directory)
     return config, directory
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.flops import token_flops
 from tests.helpers.preflight import check_small_step, make_small_step, run_preflight
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,12 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 def test_a_step_reads_its_weights_for_every_token():
     small = make_small_step()
     reports = check_small_step(small, "sample", "update")
-    assert reports["update"].flops == pytest.approx(3 * reports["sample"].flops)
+    # Two prompts of 16 tokens with two responses of 8 each. The head sees response positions only.
+    config = small.step.policy.config
+    prompt = sum(token_flops(config, keys, head=False) for keys in range(1, 16))
+    responses = 2 * sum(token_flops(config, keys, head=True) for keys in range(16, 24))
+    assert reports["update"].flops == pytest.approx(3 * 2 * (prompt + responses))
+    assert reports["update"].flops > 3 * reports["sample"].flops
     sample = reports["sample"].traffic
     assert sample is not None and not sample.unknown_loops
     # Seven decode steps follow the first token.

@@ -12,9 +12,9 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
 from tests.helpers.launchers import wait_until
 from tests.helpers.runs import SMALL
-from tests.helpers.slurm import Slurm, make_environment, needs_slurm, running_slurm
+from tests.helpers.slurm import Slurm, make_environment, running_slurm
 
-pytestmark = [pytest.mark.slow, needs_slurm]
+pytestmark = pytest.mark.slow
 
 JOB = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2"]
 RUN = SMALL | {
@@ -44,28 +44,29 @@ class Job:
         """
         self.slurm = slurm
         self.workdir = directory / "run"
-        self._log = directory / "job.log"
+        self.log_file = directory / "job.log"
         make_environment(directory / "venv")
         overrides = [f"--config.{name}={value}" for name, value in (RUN | fields).items()]
         script = ["launch/slurm_gpu.sh", "--config=configs/rpt_tiny.py", f"--workdir={self.workdir}", *overrides]
         environ = {"RPT_VENV": str(directory / "venv"), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        self.number = slurm.submit(*JOB, *options, f"--output={self._log}", *script, **environ)
+        self.number = slurm.submit(*JOB, *options, f"--output={self.log_file}", *script, **environ)
 
     def log(self) -> str:
-        return self._log.read_text() if self._log.exists() else ""
+        return self.log_file.read_text() if self.log_file.exists() else ""
 
     def field(self, name: str) -> str:
         return self.slurm.job(self.number)[name]
 
-    def last_step(self) -> int:
-        with contextlib.suppress(UserError, IndexError):
-            return int(read_metrics(self.workdir / "metrics.jsonl")[-1]["step"])
-        return -1
+    def steps(self) -> list[int]:
+        """Return the steps that the metrics have."""
+        with contextlib.suppress(UserError):
+            return [line["step"] for line in read_metrics(self.workdir / "metrics.jsonl")]
+        return []
 
     def wait_for_step(self, step: int) -> None:
         def has_come() -> bool:
             assert self.field("JobState") in ("PENDING", "RUNNING", "COMPLETING"), self.log()
-            return self.last_step() >= step
+            return step in self.steps()
 
         wait_until(has_come, f"step {step}", seconds=1800)
 
@@ -84,16 +85,17 @@ def test_a_time_limit_saves_and_the_requeued_job_resumes(slurm: Slurm, tmp_path:
     assert stopped.count("SIGUSR1: stopping after this step, together with the other processes") == 2, stopped
     assert "srun: forcing job termination" not in stopped
     [saved] = (job.workdir / "checkpoints").glob("[0-9]*")
-    assert int(saved.name) >= job.last_step() >= 2
+    assert int(saved.name) >= job.steps()[-1] >= 2
     assert f"Stopped: everything up to step {saved.name}" in stopped
 
     slurm.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     job.wait_for_step(int(saved.name) + 1)
     assert f"Resuming from step {saved.name}" in job.log().removeprefix(stopped)
-    assert [line["step"] for line in read_metrics(job.workdir / "metrics.jsonl")] == list(range(job.last_step() + 1))
+    steps = job.steps()
+    assert steps == list(range(len(steps)))
     slurm.call("scancel", job.number)
     job.wait_for_end()
-    assert job.field("JobState") == "CANCELLED"
+    assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "1")
 
 
 def test_a_job_ends_with_its_run(slurm: Slurm, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_wheel_holds_the_package_and_the_configs_only(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for config in CONFIGS.glob("*.py"):
         assert f"rpt_jax/configs/{config.name}" in names
-    for file in ("config.json", "model.safetensors", "tokenizer.model"):
+    policy = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json")
+    for file in policy:
         assert f"rpt_jax/configs/tiny/{file}" in names
     assert {name.partition("/")[0] for name in names} == {"rpt_jax", f"rpt_jax-{rpt_jax.__version__}.dist-info"}
 

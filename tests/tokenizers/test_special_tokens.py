@@ -79,7 +79,7 @@ def test_special_tokens_equal_those_of_transformers(tmp_path, name):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_id == eos_id and tokenizer.bos_id == (eos_id if bos_id is None else bos_id)
     assert set(tokenizer.stop_ids) == stop_ids and tokenizer.stop_ids[0] == eos_id
-    assert tokenizer.token_name(END) == "<|im_end|>" and tokenizer.token_name(PLAIN.index("a")) == "'a'"
+    assert f"<|im_end|> ({END})" in tokenizer.describe_stop_ids()
 
 
 def test_the_end_of_text_token_ends_a_response_beside_those_in_generation_config(tmp_path):
@@ -89,7 +89,17 @@ def test_the_end_of_text_token_ends_a_response_beside_those_in_generation_config
         tokenizer_config={"eos_token": "<|im_end|>"},
         generation_config={"eos_token_id": TEXT_END},
     )
-    assert load_tokenizer(tmp_path).stop_ids == (END, TEXT_END)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == (END, TEXT_END)
+    assert tokenizer.describe_stop_ids() == f"A response ends at <|im_end|> ({END}) or <|endoftext|> ({TEXT_END})."
+
+
+def test_an_ordinary_token_may_end_a_response(tmp_path):
+    newline = PLAIN.index("\u010a")
+    write_hf(tmp_path, tokenizer_spec(), generation_config={"eos_token_id": [END, newline]})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == (END, newline) and tokenizer.encode("\n") == [newline]
+    assert tokenizer.describe_stop_ids() == f"A response ends at <|im_end|> ({END}) or '\\n' ({newline})."
 
 
 @pytest.mark.parametrize("form", ["added_tokens_decoder", "added_tokens.json"])
@@ -122,7 +132,7 @@ def test_files_override_the_special_tokens_of_a_sentencepiece_model(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (5, 1, 3)
-    assert tokenizer.stop_ids == (5, 2) and tokenizer.token_name(5) == "</think>"
+    assert tokenizer.stop_ids == (5, 2) and "</think> (5) or </s> (2)" in tokenizer.describe_stop_ids()
 
 
 def test_a_declared_token_that_does_not_exist_is_named_in_a_warning(tmp_path, caplog):

@@ -1,0 +1,130 @@
+"""Which files of a folder are documents of a corpus, and why the others are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rpt_jax.corpus.compression import COMPRESSED_ENDINGS
+from rpt_jax.errors import UserError
+
+TEXT_FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # Those that may be compressed.
+FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow", ".array_record")
+_SYNONYMS = {".ndjson": ".jsonl"}
+
+# Why a file of a folder is not read.
+EVALUATION_SPLIT = "of an evaluation split (read if data.path names it)"
+DANGLING_LINK = "links to nowhere"
+_HIDDEN = "hidden"
+_DATASETS_FILE = "of the `datasets` library, without documents"
+
+# Files and folders of a split: test, test.jsonl, test-00000-of-00001.parquet, c4-validation.00000-of-00008.json.gz.
+_SPLIT = re.compile(
+    r"(?:(?P<prefix>.*)[-_.])?(?P<split>train|test|validation|valid|val|dev|eval)(?:[-.]\d{5}-of-\d{5}.*|(?:\.[a-z]\w*)*)",
+    re.IGNORECASE,
+)
+_DATASET_DICT = "dataset_dict.json"
+_STATE = "state.json"
+_DATASETS_FILES = (_STATE, _DATASET_DICT, "dataset_info.json", "dataset_infos.json")
+
+
+def file_format(path: Path) -> str:
+    """Return the ending that names the format, such as ".jsonl" for "a.JSONL.gz" and "a.ndjson"; "" if there is none."""
+    suffixes = [_SYNONYMS.get(suffix.lower(), suffix.lower()) for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED_ENDINGS:
+        return suffixes[-2] if suffixes[-2:-1] and suffixes[-2] in TEXT_FORMATS else ""
+    return suffixes[-1] if suffixes else ""
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a file is compressed, by its ending."""
+    return path.suffix.lower() in COMPRESSED_ENDINGS
+
+
+def why_not_read(path: Path) -> str:
+    """Return why a file is not read, whatever folder it is found in; "" if it is read."""
+    if not path.exists():
+        return DANGLING_LINK
+    if not path.is_file():
+        return "neither files nor folders"
+    if path.name in _DATASETS_FILES or _is_dataset_cache(path):
+        return _DATASETS_FILE
+    if file_format(path) in FORMATS:
+        return ""
+    return f"{''.join(path.suffixes[-1:])} files" if path.suffix else "files without an ending"
+
+
+def walk(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield everything below a folder and why it is not read, "" if it is. Hidden folders are yielded as a whole.
+
+    Links are followed; a folder that several links lead to is read once.
+
+    Raises: UserError, if a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"data.path: cannot list the folder {error.filename}: {error.strerror}. Make it readable or remove it from the "
+            "corpus.",
+            field="data.path",
+        )
+
+    visited = set()
+    evaluation_folders = set()
+    for name, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
+        folder = Path(name)
+        identity = folder.stat()
+        if (identity.st_dev, identity.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((identity.st_dev, identity.st_ino))
+
+        # Hidden folders are not entered.
+        yield from ((folder / subfolder, _HIDDEN) for subfolder in subfolders if _is_hidden(subfolder))
+        subfolders[:] = sorted(subfolder for subfolder in subfolders if not _is_hidden(subfolder))
+
+        evaluation_names = _evaluation_splits(subfolders, files)
+        is_evaluation = folder in evaluation_folders
+        evaluation_folders.update(folder / name for name in subfolders if is_evaluation or name in evaluation_names)
+        for file in files:
+            reason = _HIDDEN if _is_hidden(file) else why_not_read(folder / file)
+            if not reason and (is_evaluation or file in evaluation_names):
+                reason = EVALUATION_SPLIT
+            yield folder / file, reason
+
+
+def _evaluation_splits(subfolders: Sequence[str], files: Sequence[str]) -> set[str]:
+    """Return the files and subfolders that are evaluation splits next to a training split of the same name."""
+    splits = {name: match for name in (*subfolders, *files) if (match := _SPLIT.fullmatch(name))}
+    prefixes = {match["prefix"] for match in splits.values() if match["split"].lower() == "train"}
+    # The folder of a DatasetDict has a subfolder for each split, whatever those to train on are called.
+    if _DATASET_DICT in files and not splits.keys() >= set(subfolders):
+        prefixes.add(None)
+    return {name for name, match in splits.items() if match["split"].lower() != "train" and match["prefix"] in prefixes}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_dataset_cache(path: Path) -> bool:
+    """Return whether an .arrow file is a cache in a folder that the `datasets` library saved, not one of its data files."""
+    state = path.with_name(_STATE)
+    if file_format(path) != ".arrow" or not state.is_file():
+        return False
+    try:
+        return path.name not in {file["filename"] for file in json.loads(state.read_bytes())["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise read_error(state, 1, error) from error
+
+
+def read_error(path: Path, line: int, error: Exception) -> UserError:
+    """Return the `UserError` for a file that cannot be read beyond `line`."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        f"data.path: cannot read {path}:{line}: {reason[:300]}. Repair the file or remove it from the corpus.",
+        field="data.path",
+    )

@@ -1,0 +1,305 @@
+"""Bytes per device of a run's arrays, by arithmetic. They are lower bounds, to which XLA adds its temporaries."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from rpt_jax.config import Experiment
+from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.registry import REWARDS
+from rpt_jax.rollout.memory import RolloutMemory, cache_bytes, rollout_memory
+from rpt_jax.sizes.mesh import MeshSizes
+
+FLOAT32_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes per device of the training state.
+
+    Attributes:
+      parameters_and_reference: the parameters and those that the run started from.
+      moving_average: the moving average of the parameters, 0 if the reward does not need it.
+    """
+
+    parameters_and_reference: int
+    adam_moments: int
+    moving_average: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.parameters_and_reference + self.adam_moments + self.moving_average
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingBytes:
+    """Bytes per device that sampling needs in addition to the training state.
+
+    Attributes:
+      kv_per_token: keys and values of one token in all layers, unsharded.
+      prompt_kv: keys and values of the prompts.
+      response_kv: keys and values of the live responses.
+      prompt_attention_scores: attention scores of one layer during prefill, 0 unless all of them exist at once.
+      resharded_parameters: the copy of the parameters in the layout for decoding, 0 if decoding needs no copy.
+    """
+
+    kv_per_token: int
+    prompt_kv: int
+    response_kv: int
+    prompt_attention_scores: int
+    resharded_parameters: int
+
+    @property
+    def total(self) -> int:
+        # Prefill has ended before the cache of the responses is allocated.
+        return self.resharded_parameters + self.prompt_kv + max(self.response_kv, self.prompt_attention_scores)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardBytes:
+    """Bytes per device of what a forward and backward pass saves, without parameters and gradients.
+
+    Attributes:
+      attention_scores: attention scores saved for the backward pass.
+      other_activations: other activations saved for the backward pass.
+      logit_chunk: the logits that exist at once.
+    """
+
+    attention_scores: int
+    other_activations: int
+    logit_chunk: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.attention_scores + self.other_activations + self.logit_chunk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpdateBytes:
+    """Bytes per device that the update needs in addition to the training state.
+
+    Attributes:
+      gradients: the accumulated gradient and that of one microbatch.
+      state_before_step: a copy of the state, restored if a later minibatch is not finite; 0 with one minibatch.
+      backward: what the forward and backward pass saves.
+    """
+
+    gradients: int
+    state_before_step: int
+    backward: BackwardBytes
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.gradients + self.state_before_step + self.backward.total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RptMemory:
+    """Bytes per device of task "rpt": lower bounds, to which XLA adds its temporaries."""
+
+    state: StateBytes
+    sampling: SamplingBytes
+    update: UpdateBytes
+
+    @property
+    def sampling_total(self) -> int:
+        """Bytes while rollouts are sampled."""
+        return self.state.total + self.sampling.total
+
+    @property
+    def update_total(self) -> int:
+        """Bytes while the policy is updated."""
+        return self.state.total + self.update.total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainMemory:
+    """Bytes per device of task "pretrain": lower bounds, to which XLA adds its temporaries."""
+
+    parameters: int
+    adam_moments: int
+    gradients: int
+    backward: BackwardBytes
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.parameters + self.adam_moments + self.gradients + self.backward.total
+
+
+class PrefixTree(NamedTuple):
+    """A shared prefix and branches that continue it: a prompt and its responses, or a document and its rows of traces.
+
+    The forward pass runs the prefix once for all branches. Pairs are those of a query and a key whose attention scores
+    exist if all of them do, masked ones included.
+    """
+
+    prefix: int
+    branches: int
+    branch: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.branches * self.branch
+
+    @property
+    def pairs(self) -> int:
+        return self.prefix_size.pairs + self.branches_size.pairs
+
+    @property
+    def prefix_size(self) -> AttentionSize:
+        return AttentionSize(tokens=self.prefix, pairs=self.prefix**2)
+
+    @property
+    def branches_size(self) -> AttentionSize:
+        tokens = self.branches * self.branch
+        return AttentionSize(tokens=tokens, pairs=tokens * (self.prefix + self.branch))
+
+
+class AttentionSize(NamedTuple):
+    """Tokens of a forward pass, and its pairs of a query and a key, masked ones included."""
+
+    tokens: int
+    pairs: int
+
+
+def rollout_tree(experiment: Experiment) -> PrefixTree:
+    """Return a prompt with its responses, at full length."""
+    rollout = experiment.rollout
+    return PrefixTree(
+        prefix=experiment.prompt.max_tokens,
+        branches=rollout.samples_per_prompt,
+        branch=rollout.max_new_tokens,
+    )
+
+
+def rollout_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> RolloutMemory:
+    """Return the estimate of the memory of rollouts that decode slots are planned with.
+
+    Prompts of one document share their prefill, but each has its own copy of the keys and values.
+    """
+    return rollout_memory(
+        config,
+        experiment.policy.dtype,
+        prompts=-(-experiment.training.prompts_per_step // mesh.rollout_replicas),
+        prompt_tokens=experiment.prompt.max_tokens,
+        samples=experiment.rollout.samples_per_prompt,
+        max_new_tokens=experiment.rollout.max_new_tokens,
+        tensor=mesh.rollout_tensor,
+    )
+
+
+def rpt_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> RptMemory:
+    """Return the memory of task "rpt", whose memory fields are planned or set."""
+    parameters = FLOAT32_BYTES * config.parameters // mesh.weight_shards
+    needs_average = REWARDS[experiment.objective.reward].requirements.average
+    state = StateBytes(
+        parameters_and_reference=2 * parameters,
+        adam_moments=2 * parameters,
+        moving_average=parameters if needs_average else 0,
+    )
+    training = experiment.training
+    row = PrefixTree(prefix=training.microbatch_tokens, branches=0, branch=0)
+    update = UpdateBytes(
+        gradients=2 * parameters,
+        # The reference parameters never change, so the copy does not hold them.
+        state_before_step=state.total - parameters if training.minibatches_per_step > 1 else 0,
+        backward=backward_bytes(experiment, config, mesh, row, count=1),
+    )
+    return RptMemory(state=state, sampling=_sampling_bytes(experiment, config, mesh), update=update)
+
+
+def _sampling_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> SamplingBytes:
+    tree = rollout_tree(experiment)
+    kv_per_token = cache_bytes(config, experiment.policy.dtype)
+    # Each replica samples an equal part of the prompts, with an equal part of the decode slots.
+    prompts = -(-experiment.training.prompts_per_step // mesh.rollout_replicas)
+    rollouts = prompts * tree.branches
+    slots = min(-(-experiment.rollout.decode_slots // mesh.rollout_replicas) or rollouts, rollouts)
+    scores = FLOAT32_BYTES * prompts * config.heads * tree.prefix**2 if _forms_all_scores(experiment) else 0
+    return SamplingBytes(
+        kv_per_token=kv_per_token,
+        prompt_kv=prompts * tree.prefix * kv_per_token // mesh.rollout_tensor,
+        response_kv=slots * tree.branch * kv_per_token // mesh.rollout_tensor,
+        prompt_attention_scores=scores // mesh.rollout_tensor,
+        resharded_parameters=_resharded_bytes(experiment, config, mesh),
+    )
+
+
+def _resharded_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> int:
+    """Return the bytes per device of the decoding copy of the parameters: gathered over fsdp, matrices in policy.dtype."""
+    policy = experiment.policy
+    dtype = jnp.dtype(policy.dtype)
+    if mesh.fsdp == 1 and mesh.tensor == mesh.rollout_tensor and dtype == jnp.float32:
+        return 0
+    matrices = config.matmul_parameters - config.vocab * config.width
+    if policy.head_precision == policy.dtype == "bfloat16":
+        matrices += config.vocab * config.width * (1 if config.tied else 2)
+    size = matrices * dtype.itemsize + (config.parameters - matrices) * FLOAT32_BYTES
+    return size // mesh.rollout_tensor
+
+
+def _forms_all_scores(experiment: Experiment) -> bool:
+    """Return whether all attention scores of a layer exist at once."""
+    return experiment.policy.attention == "reference"
+
+
+def backward_bytes(
+    experiment: Experiment, config: ModelConfig, mesh: MeshSizes, tree: PrefixTree, count: int
+) -> BackwardBytes:
+    """Return what a forward and backward pass over `count` trees per device saves, without parameters and gradients."""
+    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+
+    # Saved per layer. Reference attention: its exponentials in float32 and its weights in the compute dtype. Everything else:
+    # input and output of both norms, which compute in float32, and six products of the feed-forward block.
+    pair_bytes = _forms_all_scores(experiment) * config.heads * (FLOAT32_BYTES + itemsize) / mesh.tensor
+    token_bytes = config.width * (6 * FLOAT32_BYTES + 2 * itemsize) + 6 * config.ffn * itemsize / mesh.tensor
+    saved = AttentionSize(tokens=tree.tokens, pairs=tree.pairs)
+
+    # Without rematerialization, every layer saves all of this.
+    layers = config.layers
+    kept = 0
+    if experiment.policy.remat != "none":
+        # Every layer keeps its input and, with "dots", its projections and the output of blockwise attention. The rest is
+        # recomputed one layer at a time, for the prefix or for the branches, just before it is differentiated.
+        kept_per_token = config.width
+        if experiment.policy.remat == "dots":
+            attended = 0 if _forms_all_scores(experiment) else config.head_size * config.heads
+            projected = config.head_size * (config.heads + 2 * config.kv_heads) + 2 * config.ffn + attended
+            kept_per_token += 2 * config.width + projected / mesh.tensor
+        kept = config.layers * tree.tokens * kept_per_token * itemsize
+        layers = 1
+        parts = tree.prefix_size, tree.branches_size
+        saved = max(parts, key=lambda part: part.tokens * token_bytes + part.pairs * pair_bytes)
+    return BackwardBytes(
+        attention_scores=int(count * layers * saved.pairs * pair_bytes),
+        other_activations=int(count * (kept + layers * saved.tokens * token_bytes)),
+        logit_chunk=FLOAT32_BYTES * experiment.training.logit_chunk_tokens * config.vocab // mesh.tensor,
+    )
+
+
+def pretrain_tree(experiment: Experiment) -> PrefixTree:
+    """Return a document with its rows of traces, at full length."""
+    return PrefixTree(
+        prefix=experiment.data.max_document_tokens,
+        branches=experiment.pretrain.rows_per_document,
+        branch=experiment.pretrain.row_tokens,
+    )
+
+
+def pretrain_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> PretrainMemory:
+    """Return the memory of task "pretrain", whose memory fields are planned or set."""
+    parameters = FLOAT32_BYTES * config.parameters // mesh.weight_shards
+    documents = mesh.max_per_batch_shard(experiment.pretrain.documents_per_step)
+    return PretrainMemory(
+        parameters=parameters,
+        adam_moments=2 * parameters,
+        gradients=parameters,
+        backward=backward_bytes(experiment, config, mesh, pretrain_tree(experiment), documents),
+    )
