@@ -53,7 +53,7 @@ def test_help_lists_the_flags_and_the_exit_codes(capsys: pytest.CaptureFixture[s
             ["--config=configs/rpt_tiny.py", "--config.data.source_options.documents=many"],
             "data.source_options.documents=many",
         ),
-        (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
+        (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean '--workdir'"),
         (
             ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],
             "no/such.txt",
