@@ -36,12 +36,12 @@ class ConfigFileValues(ml_collections.ConfigDict):
         values: Mapping[str, Any] | None = None,
         name: str = "",
         lines: dict[str, str] | None = None,
-        **options: Any,
+        **_: Any,
     ):
         # Private attributes, which are no fields; the base class sets its own in the same way.
         object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_lines", {} if lines is None else lines)
-        super().__init__(**(options | {"type_safe": False}))  # The schema says more about types than the defaults do.
+        super().__init__(type_safe=False)  # The schema says more about types than the defaults do.
         for key, value in dict(values or {}).items():
             is_section = isinstance(value, Mapping)
             self._fields[key] = ConfigFileValues(value, f"{name}{key}.", self._lines) if is_section else value
