@@ -18,6 +18,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
+from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.flops import cache_flops, causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.registry import REWARDS
@@ -442,7 +443,8 @@ def print_description(experiment: Experiment, devices: int | None = None) -> Non
     table("Sizes derived from this config", columns, render(derived), max_widths=tuple(_COLUMN_WIDTHS.values()))
     runs_here = derived.mesh.devices == derived.mesh.available
     warnings = derived.plan.warnings if runs_here else ()
-    for warning in (*warnings, *short_response_warnings(experiment, model_config_of(experiment)[0])):
+    config = model_config_of(experiment)[0]
+    for warning in (*warnings, *short_response_warnings(experiment, config), *context_warnings(experiment, config)):
         logger.warning(warning)
 
 

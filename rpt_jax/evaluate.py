@@ -16,6 +16,7 @@ from rpt_jax.corpus.mixture import source_name
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.errors import UserError
+from rpt_jax.infra.console import Progress
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position, choose_positions
@@ -161,10 +162,12 @@ def sample_predictions(
     Returns: reward, `Status` and response length in tokens, [n, G] each, without the padding of the last batch.
     """
     results = []
-    for prompts in evaluation.batches:
-        rollouts, _ = sample(weights, prompts, _EVALUATION_STEP)
-        matched = reward.prefix_match(prompts, rollouts)
-        results.append(to_host((matched.reward_PxG, matched.status_PxG, rollouts.lengths_PxG)))
+    with Progress("evaluate, batches", len(evaluation.batches), transient=True) as progress:
+        for prompts in evaluation.batches:
+            rollouts, _ = sample(weights, prompts, _EVALUATION_STEP)
+            matched = reward.prefix_match(prompts, rollouts)
+            results.append(to_host((matched.reward_PxG, matched.status_PxG, rollouts.lengths_PxG)))
+            progress.advance()
     count = len(evaluation.positions)
     reward_NxG, status_NxG, length_NxG = (np.concatenate(leaves)[:count] for leaves in zip(*results, strict=True))
     return reward_NxG, status_NxG, length_NxG
@@ -229,7 +232,7 @@ class Evaluator:
         scorer = Scorer(
             policy=setup.policy, params=params, tokenizer=setup.tokenizer, mesh=setup.mesh, config=self._experiment
         )
-        return scorer.score(windows)
+        return scorer.score_with_progress(windows)
 
     def _choose_part(self, split: str, windows: Windows, count: int) -> EvaluationPart:
         """Choose the positions of a split: a sample of those of the easiest difficulty, which includes the others."""
@@ -277,12 +280,14 @@ class Evaluator:
 def evaluation_metrics(reasoning: dict[str, Any], direct: dict[str, Any] | None = None) -> dict[str, float]:
     """Return scalars for metrics.jsonl: `eval/reasoning/<difficulty>` and, if given, `eval/direct/<difficulty>`.
 
-    A difficulty without positions has no accuracy and is left out.
+    The ends of their 95 % intervals have the same names with `/low` and `/high`. A difficulty without positions has no accuracy
+    and is left out.
     """
     modes = {"reasoning": reasoning, "direct": direct or {}}
     return {
-        f"eval/{mode}/{name}": result["accuracy"]
+        f"eval/{mode}/{name}{suffix}": result[key]
         for mode, results in modes.items()
         for name, result in results.items()
+        for key, suffix in (("accuracy", ""), ("low", "/low"), ("high", "/high"))
         if result["positions"]
     }

@@ -170,12 +170,14 @@ def run(
 
     from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.mesh import use_mesh
+    from rpt_jax.infra.compilation_progress import CompilationProgress
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
     from rpt_jax.setup import make_run_mesh
     from rpt_jax.sizes.plan import plan_run
+    from rpt_jax.startup import check_start, log_start
 
     # Check what costs nothing, then set up the devices and the workdir.
     if replay:
@@ -183,15 +185,18 @@ def run(
     context = context or RunContext()
     check_platforms()
     mesh = make_run_mesh(experiment)
+    check_start(experiment, workdir, mesh)
     with (
         needed_jax_settings(),
         claimed_workdir(workdir, experiment, force),
         use_mesh(mesh, experiment.mesh.split_rows),
         context.compile_times,
+        CompilationProgress(),
         jax.debug_nans(replay),
         jax.debug_infs(replay),
         explain_out_of_memory("loading or evaluation", {"mesh.fsdp": experiment.mesh.fsdp}),
     ):
+        log_start(experiment, workdir)
         experiment = plan_run(experiment, mesh)
         if experiment.task == "rpt":
             train.train(experiment, workdir, mesh, context, replay=replay)
@@ -257,7 +262,8 @@ def main(argv: list[str]) -> int:
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:
-            describe(experiment)
+            with console_logging():
+                describe(experiment)
             return ExitCode.COMPLETE
         # In --workdir=~/runs, the shell does not expand the tilde.
         workdir = Path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}").expanduser()

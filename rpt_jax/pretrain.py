@@ -21,16 +21,16 @@ from rpt_jax.corpus.prepared import corpus_directory, open_and_report, open_prep
 from rpt_jax.corpus.sources import training_texts
 from rpt_jax.corpus.tokenization import ShardPlan, plan_shards
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.guards import guarded_loop
+from rpt_jax.infra.learning_signal import LearningSignal
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
-from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
@@ -161,7 +161,6 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     # --- 1. Load the policy and the documents ------------------------------------------------------
     config = experiment.pretrain
     total_steps = experiment.training.total_steps
-    check_batches(mesh, {"pretrain.documents_per_step": config.documents_per_step})
     # The files of the corpus are listed once, if they are needed.
     plan = functools.cache(functools.partial(plan_shards, experiment.data))
     policy, params, tokenizer = _load_or_init(experiment, plan, workdir, mesh, context)
@@ -181,6 +180,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         stream.set_state(saved["stream"])
     checkpoints.stage(start, state, {"stream": stream.get_state()})
 
+    learning_rates = LearningRates(experiment.optimizer, total_steps)
+    signal = LearningSignal(experiment)
     step_options: dict[str, Any] = {
         "weights": (config.document_weight, config.trace_weight),
         "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
@@ -202,6 +203,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             began = time.monotonic()
             profile.begin_step(step)
             batch = shard_prompts(next(stream), mesh)
+            learning_rate = learning_rates.next(state.optimizer)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer(), explain_out_of_memory("the pre-training update", memory_fields):
                 try:
@@ -215,9 +217,10 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                         checkpoints.replace_staged_state(state)
                         checkpoints.save_and_wait()
                     raise
+                scalars["update/learning_rate"] = learning_rate
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
                 checkpoints.stage(step, state, {"stream": stream.get_state()})
-            for warning in take_recompiled():
+            for warning in take_recompiled() + signal.check_traces(step, scalars):
                 logger.warning(warning)
             if scalars["update/skipped"]:
                 logger.warning("Step %d: no token of the batch has a weight, so nothing was updated.", step)
@@ -266,21 +269,25 @@ def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:
 # --- loading ---------------------------------------------------------------------------------------
 
 
+def check_vocab_size(experiment: Experiment) -> None:
+    """Raise UserError if the tokenizer that is trained for random weights would not have the vocabulary of the preset."""
+    if experiment.policy.path:
+        return
+    vocab_size = experiment.pretrain.vocab_size
+    expected = preset(experiment.policy.preset).vocab
+    if vocab_size != expected:
+        raise UserError(
+            f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', {expected}.",
+            field="pretrain.vocab_size",
+        )
+
+
 def _load_or_init(
     experiment: Experiment, plan: Callable[[], ShardPlan], workdir: Path, mesh: Mesh, context: RunContext
 ) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, or initialize one and train a tokenizer on the documents. Raises: UserError."""
     if experiment.policy.path:
         return load_starting_policy(experiment.policy, mesh)
-
-    model_config = preset(experiment.policy.preset)
-    vocab_size = experiment.pretrain.vocab_size
-    if vocab_size != model_config.vocab:
-        raise UserError(
-            f"pretrain.vocab_size={vocab_size} must be the vocabulary of policy.preset='{experiment.policy.preset}', "
-            f"{model_config.vocab}.",
-            field="pretrain.vocab_size",
-        )
 
     # Train the tokenizer in one process: the others, and a run that resumes, load its file.
     path = workdir / "tokenizer.model"
@@ -293,10 +300,10 @@ def _load_or_init(
                 context.heartbeat.beat("reading for a tokenizer")
 
             texts = training_texts(experiment.data, whole, _TOKENIZER_BYTES, advance)
-            train_sentencepiece(texts, vocab_size, path)
+            train_sentencepiece(texts, experiment.pretrain.vocab_size, path)
     wait_for_all("tokenizer")
     tokenizer = load_tokenizer(workdir)
-    policy = make_policy(experiment.policy, model_config, tokenizer)
+    policy = make_policy(experiment.policy, preset(experiment.policy.preset), tokenizer)
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
 
 

@@ -73,10 +73,12 @@ class PositionRequirements(Requirements):
 
     Attributes:
       rescored: whether positions are chosen again during training, by the entropies of the current policy.
+      staged: whether the positions come in stages, each for an equal part of `training.total_steps`.
       reported_fields: fields of section "data" that determine the choice, quoted in messages about it.
     """
 
     rescored: bool = False
+    staged: bool = False
     reported_fields: tuple[str, ...] = ()
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from rpt_jax.config import Experiment
+from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.distributed.processes import to_host
-from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import RolloutText, table
-from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.infra.run_format import format_stamp
+from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.workdir import RESULT
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import RewardedRollouts
@@ -25,39 +27,31 @@ from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 logger = logging.getLogger(__name__)
 
 
-def is_complete(workdir: Path) -> bool:
-    """Return whether the run in `workdir` has its result. Raises: UserError, if that is damaged or of another format."""
-    path = workdir / RESULT
-    if not path.exists():
-        return False
-    try:
-        result = {**json.loads(path.read_bytes())}
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{path} is damaged. Move it away and rerun the same command to resume from the latest checkpoint.",
-            field="--workdir",
-        ) from None
-    check_format(result, path)
-    return "after" in result
-
-
-def write_result(workdir: Path, before: dict[str, Any], after: dict[str, Any], seconds: float, seed: int) -> None:
+def write_result(
+    workdir: Path, experiment: Experiment, before: dict[str, Any], after: dict[str, Any], seconds: float
+) -> None:
     """Write `result.json`, the last file of a complete run, and show its tables.
 
     Args:
       workdir: directory of the run.
+      experiment: the config.
       before: evaluation of the starting policy, from `Evaluator.full`.
       after: evaluation of the trained policy.
       seconds: wall-clock seconds, including interrupted runs.
-      seed: the seed of the run.
     """
     evaluations = {"before": before, "after": after}
     result = {
         **format_stamp(),
+        "commit": source_commit(),
         "jax": jax.__version__,
+        "platform": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
         "wall_seconds": seconds,
-        "seed": seed,
+        "steps": experiment.training.total_steps,
+        "seed": experiment.seed,
+        "config": dict(leaves(experiment)),
         "details": {name: evaluation.get("details") for name, evaluation in evaluations.items()},
         "unseen": {name: evaluation.get("unseen") for name, evaluation in evaluations.items()},
     }

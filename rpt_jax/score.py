@@ -11,10 +11,9 @@ from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import plot_entropies, prepare
 from rpt_jax.corpus.tokenization import plan_shards
-from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.setup import check_top_k, load_starting_policy
+from rpt_jax.setup import load_starting_policy
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +26,7 @@ def score(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     Raises:
       UserError: the corpus or the policy cannot be used.
     """
-    check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    check_top_k(experiment.data.entropy_top_k, policy)
     scorer = Scorer(policy, params, tokenizer, mesh, experiment)
     prepared = prepare(scorer, plan_shards(experiment.data), workdir, context)
     if prepared is None:

@@ -86,9 +86,10 @@ def make_run_mesh(experiment: Experiment) -> Mesh:
     def check_policy() -> None:
         if policy.path:
             check_files(policy.path)
-        elif experiment.task != "pretrain":
+        elif not starts_with_pretraining(experiment):
             raise UserError(
-                "policy.path is empty: give the directory of a policy, such as one that task 'pretrain' exports.",
+                "policy.path is empty, but random weights can only be pre-trained: give the directory of a policy, set "
+                "cold_start.total_steps, or choose task 'pretrain'.",
                 field="policy.path",
             )
 
@@ -100,11 +101,16 @@ def make_run_mesh(experiment: Experiment) -> Mesh:
     return make()
 
 
-def check_top_k(top_k: int, policy: Transformer) -> None:
+def starts_with_pretraining(experiment: Experiment) -> bool:
+    """Return whether the first steps of a run are next-token pre-training: task "pretrain", or a cold start."""
+    return experiment.task == "pretrain" or (experiment.task == "rpt" and experiment.cold_start.total_steps > 0)
+
+
+def check_top_k(top_k: int, model: ModelConfig) -> None:
     """Raise UserError if `data.entropy_top_k` exceeds the policy's vocabulary."""
-    if top_k > policy.config.vocab:
+    if top_k > model.vocab:
         raise UserError(
-            f"data.entropy_top_k={top_k} must be at most the policy's vocabulary size, {policy.config.vocab}.",
+            f"data.entropy_top_k={top_k} must be at most the policy's vocabulary size, {model.vocab}.",
             field="data.entropy_top_k",
         )
 
@@ -147,12 +153,8 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     )
 
 
-def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
-    """Load the policy of `policy.path`, with its parameters sharded for training, and its tokenizer.
-
-    Args:
-      config: section `policy`.
-      mesh: the device mesh.
+def read_architecture(config: PolicyConfig) -> tuple[ModelConfig, Tokenizer]:
+    """Read the architecture of the policy of `policy.path` and its tokenizer, without its parameters.
 
     Raises: UserError, if a file is missing or damaged, the architecture is not that of the preset, or the tokenizer is not the
       policy's.
@@ -168,6 +170,19 @@ def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer,
             f"{model.vocab} tokens and {(expected_fingerprint or 'unknown')[:12]}…. Put the policy's own tokenizer there.",
             field="policy.path",
         )
+    return model, tokenizer
+
+
+def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
+    """Load the policy of `policy.path`, with its parameters sharded for training, and its tokenizer.
+
+    Args:
+      config: section `policy`.
+      mesh: the device mesh.
+
+    Raises: UserError, as `read_architecture` does.
+    """
+    model, tokenizer = read_architecture(config)
     policy = make_policy(config, model, tokenizer)
     _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh))
     return policy, params, tokenizer
@@ -197,7 +212,6 @@ def open_or_prepare_corpus(
     Raises: UserError, as `open_prepared` and `prepare` do.
     """
     data = experiment.data
-    check_top_k(data.entropy_top_k, policy)
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared))
     plan = plan_shards(data)

@@ -7,6 +7,7 @@ rewarded if it matches the true continuation, and GRPO updates the policy on its
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.entropy import Scorer, next_token_rows
-from rpt_jax.distributed.mesh import check_batches, num_batch_shards
+from rpt_jax.distributed.mesh import num_batch_shards
 from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
 from rpt_jax.errors import UserError
@@ -30,14 +31,15 @@ from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress, show_rollouts
 from rpt_jax.infra.divergence import DivergenceMonitor
 from rpt_jax.infra.guards import guarded_loop
+from rpt_jax.infra.learning_signal import LearningSignal
 from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
-from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.workdir import RESULT
+from rpt_jax.infra.workdir import RESULT, finished_steps
 from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
@@ -59,15 +61,15 @@ from rpt_jax.prompts.selection import (
     training_stage,
     training_stream,
 )
-from rpt_jax.registry import REWARDS
-from rpt_jax.results import is_complete, rollout_texts, show_evaluation, write_result
+from rpt_jax.registry import POSITION_CHOICES, REWARDS
+from rpt_jax.results import rollout_texts, show_evaluation, write_result
 from rpt_jax.rewards.flops import reward_flops
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.cost import SamplingCost
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
 from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics
 from rpt_jax.rollout.sampler import Sampler
-from rpt_jax.setup import Setup, check_sampling, set_up
+from rpt_jax.setup import Setup, set_up
 from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.weights.hf import save_policy
 
@@ -89,20 +91,20 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
       FloatingPointError: a metric is NaN or infinite.
       Diverged: a rule of config section `divergence` is broken, and `divergence.action` is "stop".
     """
-    if is_complete(workdir):
-        logger.info("This run is complete: %s. Choose another --workdir to run it again.", workdir / RESULT)
+    if finished_steps(workdir) == experiment.training.total_steps:
+        logger.info(
+            "This run is complete: %s. Raise training.total_steps to continue it, or choose another --workdir to run it again.",
+            workdir / RESULT,
+        )
         return
     training = experiment.training
+    config = experiment  # As it was given: after a cold start, the experiment has another starting policy.
     clock = Clock(context.compile_times)
 
     def end_stage(stage: str) -> None:
         """Add the time since the last stage to `time/<stage>`, and tell the other processes that this one makes progress."""
         clock.lap(stage)
         context.heartbeat.beat(stage)
-
-    # Refuse batches that do not fit the mesh before anything is loaded.
-    check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
-    check_sampling(experiment, mesh)
 
     # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
     if experiment.cold_start.total_steps:
@@ -122,7 +124,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
     stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
     evaluator = Evaluator(experiment, setup, sample, reward, builder)
-    optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
+    updates = training.total_steps * training.minibatches_per_step
+    optimizer = make_optimizer(experiment.optimizer, updates)
+    learning_rates = LearningRates(experiment.optimizer, updates)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
     params = jax.tree.map(jnp.copy, setup.params)
     needs_average = REWARDS[objective.reward].requirements.average
@@ -132,6 +136,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     reference = setup.params if objective.kl != "none" else None
     counters = Counters()
     divergence = DivergenceMonitor(experiment.divergence)
+    signal = LearningSignal(experiment)
 
     def choose_positions(entropies: PolicyEntropies) -> list[grain.MapDataset]:
         """Return the orders of the positions that the policy's own entropies choose."""
@@ -148,7 +153,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     policy_entropies: PolicyEntropies | None = None  # Of the last rescoring, for data.positions="self_entropy".
     if restored := checkpoints.restore():
         step, state, saved = restored
-        check_saved(step, saved, experiment, setup)
+        check_saved(saved, setup)
         if saved["policy_entropies"]:
             policy_entropies = PolicyEntropies.from_state(saved["policy_entropies"])
             stream.switch_orders(choose_positions(policy_entropies))
@@ -188,7 +193,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     stage_checkpoint()
     with (
         MetricsWriter(workdir, step - 1) as metrics,
-        Progress("rpt", training.total_steps, step) as progress,
+        Progress(
+            "rpt", training.total_steps, step, interludes_left=functools.partial(interludes_left, experiment)
+        ) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
         contextlib.closing(stream),
@@ -196,10 +203,11 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         while True:
             # --- 4. Evaluate the current policy, and write the metrics of the step before ----------
             if before is None:
-                before = evaluator.full(setup.params)
+                with progress.interlude("full evaluation"):
+                    before = evaluator.full(setup.params)
                 show_evaluation("before", before)
                 stage_checkpoint()
-            evaluation, after = evaluate(experiment, evaluator, step, state.params, before)
+            evaluation, after = evaluate(experiment, evaluator, step, state.params, before, progress)
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if last_rewarded and step % training.log_rollouts_every == 0:
@@ -220,7 +228,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 5. Choose positions again with the current policy, if it is time ------------------
             if rescoring_is_due(experiment, step):
                 scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
-                policy_entropies = score_sample(experiment, setup.prepared, setup.train, scorer.score, step)
+                with progress.interlude("rescoring"):
+                    policy_entropies = score_sample(
+                        experiment, setup.prepared, setup.train, scorer.score_with_progress, step
+                    )
                 stream.switch_orders(choose_positions(policy_entropies))
                 counters.count_scored(scoring_flops(setup.policy.config, policy_entropies))
                 end_stage("rescore")
@@ -253,6 +264,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 7. Update the policy --------------------------------------------------------------
             documents = load_documents(experiment, setup, rewarded) if objective.document_weight else None
             batch = make_update_batch(objective, rewarded, only_informative=dynamic, documents=documents)
+            learning_rate = learning_rates.next(state.optimizer)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer(), explain_out_of_memory("the update", update_memory_fields(experiment)):
                 try:
@@ -274,7 +286,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                     flops=scalars["update/flops"],
                 )
                 end_stage("update")
-                for warning in divergence.check(step, scalars) + take_recompiled():
+                scalars["update/learning_rate"] = learning_rate
+                for warning in (
+                    divergence.check(step, scalars) + take_recompiled() + signal.check_rollouts(step, scalars)
+                ):
                     logger.warning(warning)
                 if scalars["update/skipped"] and not skipped_before:
                     logger.warning(skipped_updates(step, scalars["update/skipped"]))
@@ -284,7 +299,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 8. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
             context.stop_if_requested(checkpoints.save_and_wait)
-            if step % experiment.checkpoint.every_steps == 0 and step < training.total_steps:
+            if step % experiment.checkpoint.every_steps == 0 or step == training.total_steps:
                 checkpoints.save()
             end_stage("checkpoint")
             profile.end_step(step)
@@ -292,18 +307,24 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             last_rewarded = rewarded
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
+    checkpoints.wait()  # A finished run has its last step, so that it can be continued.
     files = exported_files(setup.tokenizer)
     save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
     if is_leader():
         assert after is not None
-        write_result(workdir, before, after, clock.seconds, experiment.seed)
+        write_result(workdir, config, before, after, clock.seconds)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
         logger.info("Complete in %.0f s: %s", clock.seconds, workdir / RESULT)
     checkpoints.close()
 
 
 def evaluate(
-    experiment: Experiment, evaluator: Evaluator, step: int, params: Params, before: dict[str, Any]
+    experiment: Experiment,
+    evaluator: Evaluator,
+    step: int,
+    params: Params,
+    before: dict[str, Any],
+    progress: Progress,
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Evaluate the policy if the step calls for it.
 
@@ -313,6 +334,7 @@ def evaluate(
       step: number of completed steps.
       params: the current policy.
       before: evaluation of the starting policy, which is that of step 0.
+      progress: of the training loop.
 
     Returns:
       Scalars for `metrics.jsonl` (empty if the step is not evaluated), and the full evaluation if this is the last step.
@@ -320,11 +342,28 @@ def evaluate(
     if step == 0:
         return evaluation_metrics(before["reasoning"], before["direct"]), None
     if step == experiment.training.total_steps:
-        after = evaluator.full(params)
+        with progress.interlude("full evaluation"):
+            after = evaluator.full(params)
         return evaluation_metrics(after["reasoning"], after["direct"]), after
     if step % experiment.evaluation.every_steps == 0:
-        return evaluation_metrics(evaluator.reasoning(params, evaluator.held_out)[0]), None
+        with progress.interlude("evaluation"):
+            return evaluation_metrics(evaluator.reasoning(params, evaluator.held_out)[0]), None
     return {}, None
+
+
+def interludes_left(experiment: Experiment, done: int) -> dict[str, int]:
+    """Return how many evaluations and rescorings are still to come when `done` steps have just been completed."""
+
+    def multiples(every: int) -> int:
+        """Return how many multiples of `every` there are from `done`, which is followed by its evaluation, to before the end."""
+        return (experiment.training.total_steps - 1) // every - (max(1, done) - 1) // every
+
+    is_rescored = POSITION_CHOICES[experiment.data.positions].requirements.rescored
+    return {
+        "evaluation": multiples(experiment.evaluation.every_steps),
+        "full evaluation": 1,
+        "rescoring": multiples(experiment.data.rescore_every_steps) if is_rescored else 0,
+    }
 
 
 def make_update_batch(
@@ -407,18 +446,8 @@ def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollo
     return NextTokenBatch(inputs_NxS=inputs, targets_NxS=targets, mask_NxS=mask)
 
 
-def check_saved(step: int, saved: dict[str, Any], experiment: Experiment, setup: Setup) -> None:
-    """Check that the run can resume from a checkpoint.
-
-    Raises:
-      UserError: it has more steps than `training.total_steps`, or was made on another corpus.
-    """
-    if step > experiment.training.total_steps:
-        raise UserError(
-            f"training.total_steps={experiment.training.total_steps} must be at least {step}, the number of steps that this run "
-            "has completed.",
-            field="training.total_steps",
-        )
+def check_saved(saved: dict[str, Any], setup: Setup) -> None:
+    """Check that a checkpoint was made on the corpus of this run. Raises: UserError."""
     if saved["corpus"] != setup.prepared.fingerprint:
         raise UserError(
             f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… there, "

@@ -373,3 +373,17 @@ def test_the_devices_of_this_machine_are_the_default(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rich, "get_console", Console)
     print_description(Experiment())
     assert "4 x 1 x 1 = 4 devices" in capsys.readouterr().out
+
+
+def test_a_context_that_is_too_short_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    experiment = from_config_dict({"prompt": {"max_tokens": 32_768}, "policy": {"preset": "tiny"}})
+    print_description(experiment, devices=1)
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("prompt.max_tokens + rollout.max_new_tokens = 32,816 tokens")
+
+
+def test_a_policy_that_is_missing_is_named_where_no_preset_is() -> None:
+    experiment = from_config_dict({"policy": {"path": "no/such", "preset": ""}})
+    with pytest.raises(UserError) as raised:
+        derive(experiment, devices=1)
+    assert raised.value.field == "policy.path"

@@ -8,7 +8,7 @@ import pytest
 
 from rpt_jax import main
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import COLD_START, PRETRAIN, comparable, experiment, interruption_after
+from tests.helpers.runs import COLD_START, PRETRAIN, assert_goes_on, comparable, experiment, interruption_after
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,10 @@ def test_pretraining_resumes_and_exports_a_policy(
     assert comparable(tmp_path) == comparable(pretrained)
     for name in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (tmp_path / "policy" / name).read_bytes() == (pretrained / "policy" / name).read_bytes()
+
+
+def test_finished_pretraining_goes_on_as_if_it_had_had_more_steps(tmp_path: Path, pretrained: Path) -> None:
+    assert_goes_on("pretrain_tiny", PRETRAIN, 2, pretrained, tmp_path)
 
 
 def test_a_cold_start_comes_first(tmp_path: Path) -> None:

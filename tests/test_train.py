@@ -15,6 +15,7 @@ import pytest
 import rpt_jax
 from rpt_jax import main, train
 from rpt_jax.config import Experiment
+from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.run_context import RunContext
@@ -56,9 +57,13 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
             assert set(splits) == {"easy", "medium", "hard"}
             assert splits["easy"]["positions"] >= splits["medium"]["positions"] >= splits["hard"]["positions"]
             assert all(s["low"] <= s["accuracy"] <= s["high"] for s in splits.values())
-    assert result["seed"] == 0 and result["wall_seconds"] > 0
+    assert result["seed"] == 0 and result["wall_seconds"] > 0 and result["steps"] == 5
     assert result["version"] == rpt_jax.__version__ and result["jax"] == jax.__version__
-    assert result["device_kind"] == jax.devices()[0].device_kind
+    assert result["device_kind"] == jax.devices()[0].device_kind and result["platform"] == "cpu"
+    # The config, with the memory fields that it leaves open as they were planned.
+    given = dict(leaves(experiment(**SMALL)))
+    assert result["config"].keys() == given.keys()
+    assert {name: result["config"][name] for name in SMALL} == {name: given[name] for name in SMALL}
     assert list((finished / "plots").glob("*.png")) and list((finished / "tensorboard").iterdir())
 
     shape, _, fingerprint = load_policy(finished / "policy")
@@ -102,33 +107,38 @@ def test_a_complete_run_is_left_alone_and_a_changed_config_is_refused(
 ) -> None:
     caplog.set_level(logging.INFO, logger="rpt_jax")
     before = (finished / "metrics.jsonl").read_bytes()
-    main.run(experiment(**SMALL), finished)
+    config = (finished / "run_config.json").read_bytes()
+    main.run(experiment(**SMALL | {"evaluation.positions": 17}), finished)
     assert "This run is complete" in caplog.text
+    assert "these changes have no effect: evaluation.positions: 16 there, 17 now" in caplog.text
     with pytest.raises(UserError) as raised:
         main.run(experiment(**SMALL | {"optimizer.learning_rate": 1e-5}), finished)
     assert raised.value.field == "optimizer.learning_rate"
+    assert (finished / "run_config.json").read_bytes() == config
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_resumes_with_another_precision_and_more_steps(
+def test_a_finished_run_goes_on_with_another_precision_and_more_steps(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="rpt_jax")
     shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()
+    result = (finished / "result.json").read_bytes()
     context = RunContext()
     longer = experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6})
     main.run(longer, tmp_path / "run", context=context)
-    # Two steps: each stage feeds the heartbeat that the other processes of a run watch.
-    assert context.heartbeat.count >= 2 + 2 * 6 and context.heartbeat.stage == "evaluation"
+    # One step: each stage feeds the heartbeat that the other processes of a run watch.
+    assert context.heartbeat.count >= 2 + 6 and context.heartbeat.stage == "evaluation"
     said = caplog.text
     assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in said
     assert "A response ends at </s> (2)." in said
-    assert "Resuming from step 4" in said, "the newest checkpoint; the last step writes a policy instead"
+    assert "optimizer.schedule='cosine', the learning rate of step 6" in said and "Resuming from step 5" in said
+    assert (tmp_path / "run" / "result_5.json").read_bytes() == result and (tmp_path / "run" / "policy_5").is_dir()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 6
     # Sampler and trainer agree less well than in float32, which shows that the new precision is used.
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(7))
-    assert lines[4]["mismatch/max"] < 1e-4 < lines[6]["mismatch/max"] < 1
+    assert lines[5]["mismatch/max"] < 1e-4 < lines[6]["mismatch/max"] < 1
 
 
 def test_a_nan_stops_the_run_before_the_update_and_can_be_replayed(

@@ -31,7 +31,8 @@ Options = Any
 class PolicyConfig:
     """The model that is trained."""
 
-    # Directory of a Hugging Face model (config.json, weights, tokenizer) or a .gguf file; "" for random weights of `preset`.
+    # Directory of a Hugging Face model (config.json, weights, tokenizer) or a .gguf file; "" for random weights of `preset` and a
+    # new tokenizer, for task "pretrain" or a cold start.
     path: str = ""
     # Name of a model configuration in model/model_config.py; must match `path` where both are given, "" for no check.
     preset: str = "tiny"

@@ -168,6 +168,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_data_fields(experiment)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
+    _check_effects(experiment)
     _check_box_reading(experiment)
 
 
@@ -283,6 +284,27 @@ def _check_sampling_distribution(experiment: Experiment) -> None:
             f"rollout.top_k={rollout.top_k} and rollout.top_p={rollout.top_p} sample from another distribution than the one "
             "that is trained: leave them at 0 and 1, or set objective.importance to 'truncate' or 'mask'.",
             field="objective.importance",
+        )
+
+
+def _check_effects(experiment: Experiment) -> None:
+    """Refuse pre-training that learns nothing, and a profile that never begins. Raises: UserError."""
+    cold_start_steps = experiment.cold_start.total_steps if experiment.task == "rpt" else 0
+    pretrain = experiment.pretrain
+    if (
+        (experiment.task == "pretrain" or cold_start_steps)
+        and not pretrain.document_weight
+        and not pretrain.trace_weight
+    ):
+        raise UserError(
+            "pretrain.document_weight=0 and pretrain.trace_weight=0 leave nothing to learn: set one of them to 1.",
+            field="pretrain.trace_weight",
+        )
+    last_step = max(experiment.training.total_steps, cold_start_steps)
+    if experiment.profile.start > last_step:
+        raise UserError(
+            f"profile.start={experiment.profile.start} is after the last step, {last_step}: nothing would be recorded.",
+            field="profile.start",
         )
 
 

@@ -21,6 +21,7 @@ from rpt_jax.corpus.store import Records, ShardWriter, read_index, read_summary
 from rpt_jax.corpus.tokenization import check_made_from, window_ends
 from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import shard_prompts
+from rpt_jax.infra.console import Progress
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
@@ -274,6 +275,12 @@ class Scorer:
                 fetch_oldest()
         return scores
 
+    def score_with_progress(self, windows: Sequence[TokenIds]) -> list[Scores]:
+        """Score as `score` does, with a progress bar."""
+        batches = self._count_batches(np.array([len(ids) for ids in windows]))
+        with Progress("score, batches of windows", batches, transient=True) as progress:
+            return self.score(windows, progress.advance)
+
     def score_shard(self, directory: Path, shard: int, shards: int, advance: Callable[[str], None]) -> None:
         """Write the entropies of a tokenized shard, unless they are already complete.
 
@@ -320,13 +327,12 @@ class Scorer:
         ends = window_ends(rows["tokens"].astype(np.int64), data.max_document_tokens)
         lengths_N = np.diff(ends, prepend=0)
         block = self._block_windows()
-        return sum(
-            1
-            for first in range(0, len(lengths_N), block)
-            for _ in length_buckets(
-                lengths_N[first : first + block], data.max_document_tokens, data.score_batch_windows
-            )
-        )
+        return sum(self._count_batches(lengths_N[first : first + block]) for first in range(0, len(lengths_N), block))
+
+    def _count_batches(self, lengths_N: np.ndarray) -> int:
+        """Return the number of batches that `score` computes for windows of these lengths."""
+        data = self.config.data
+        return sum(1 for _ in length_buckets(lengths_N, data.max_document_tokens, data.score_batch_windows))
 
     def _block_windows(self) -> int:
         return BLOCK_BATCHES * self.config.data.score_batch_windows

@@ -8,6 +8,7 @@ the bytes of the file.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import csv
 import functools
@@ -267,24 +268,25 @@ def _read_csv(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig
         invalid[row.number] = row
         return "skip"
 
+    # Rows that are invalid are passed to `keep_invalid` as strings, whatever their bytes: every byte is a character here.
     batches = pyarrow.csv.open_csv(
-        file,
+        codecs.EncodedFile(file, "utf-8", "latin-1"),
         # Rows are numbered in one thread only. A row must fit in a block.
         read_options=pyarrow.csv.ReadOptions(
-            column_names=names, use_threads=False, block_size=config.max_document_bytes + 2**20
+            column_names=names, use_threads=False, block_size=2 * config.max_document_bytes + 2**20
         ),
         parse_options=pyarrow.csv.ParseOptions(
             delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep_invalid
         ),
         convert_options=pyarrow.csv.ConvertOptions(
-            check_utf8=False,
             column_types=dict.fromkeys(names, pyarrow.binary()),
             include_columns=columns(config, names),
         ),
     )
     number = 0
     for batch in batches:
-        for record in batch.to_pylist():
+        for row in batch.to_pylist():
+            record = {name: value.decode("utf-8").encode("latin-1") for name, value in row.items()}
             number += 1
             while number in invalid:
                 yield number, _wrong_number_of_columns(invalid.pop(number))

@@ -90,13 +90,17 @@ class Checkpointer:
         if self._staged is None:
             return "no step was complete"
         self.save()
-        _raise_os_error(self._manager.wait_until_finished)
+        self.wait()
         return f"everything up to step {self._staged[0]} is in {self._directory}"
 
     def check_writes(self) -> None:
         """Raise an OSError if a write in the background failed. Call it in every step."""
         if not self._manager.is_saving_in_progress():
-            _raise_os_error(self._manager.wait_until_finished)
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write in the background. Raises: OSError, if it fails."""
+        _raise_os_error(self._manager.wait_until_finished)
 
     def restore(self) -> tuple[int, Any, dict[str, Any]] | None:
         """Return (step, state, run) of the newest checkpoint that is intact, or None if there is no checkpoint.
@@ -165,7 +169,7 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the last write. Raises: OSError, if it fails."""
         self._signals.set_save(None)
-        _raise_os_error(self._manager.wait_until_finished)
+        self.wait()
         self._manager.close()
 
 

@@ -10,7 +10,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import rich
@@ -84,20 +84,33 @@ def silent_console() -> Iterator[None]:
 class Progress:
     """Progress of a loop of known length: a live bar on a terminal, a plain line every few seconds elsewhere.
 
-    The remaining time is the median duration of the recent steps times the number of steps left. The first step is not counted,
-    because it compiles.
+    The remaining time is the median duration of the recent steps times the number of steps left, and the same for each kind of
+    interlude. The first step is not counted, because it compiles.
 
     Args:
       name: what the loop does, in a word or two.
       total: steps of the whole loop, including those of an earlier run.
       done: steps that an earlier run completed.
+      transient: for a loop inside another one: leave nothing on a terminal, and print lines elsewhere only if it takes long.
+      interludes_left: returns, for a number of completed steps, how many interludes of each kind are still to come.
       clock: returns seconds from any origin.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        done: int = 0,
+        *,
+        transient: bool = False,
+        interludes_left: Callable[[int], Mapping[str, int]] = lambda done: {},
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._name = _encodable(name)
         self._total = total
         self._done = done
+        self._transient = transient
+        self._interludes_left = interludes_left
         self._clock = clock
         self._console = rich.get_console()
         self._start = self._last_step = self._last_line = clock()
@@ -105,6 +118,7 @@ class Progress:
         self._status = ""
         self._has_unprinted_step = False
         self._durations: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
+        self._interludes: dict[str, list[float]] = {}  # Durations by kind.
         self._live: LiveProgress | None = None
         if self._console.is_interactive:
             self._live = LiveProgress(
@@ -116,17 +130,34 @@ class Progress:
                 console=self._console,
                 refresh_per_second=2,  # The default of 10 takes time from a run that computes on the same cores.
                 get_time=clock,
+                transient=transient,
             )
             self._task = self._live.add_task(self._name, total=total, completed=done, eta=_duration(None), status="")
             self._live.start()
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds until the end of the loop; None before the second step, unless the loop is finished."""
+        """Estimated seconds until the end of the loop; None before the second step, unless the loop is finished.
+
+        A kind of interlude that has not happened yet is not included.
+        """
         left = self._total - self._done
-        if left <= 0:
-            return 0.0
-        return left * statistics.median(self._durations) if self._durations else None
+        if left > 0 and not self._durations:
+            return None
+        steps = left * statistics.median(self._durations) if left > 0 else 0.0
+        interludes_left = self._interludes_left(self._done)
+        return steps + sum(
+            interludes_left.get(kind, 0) * statistics.median(durations) for kind, durations in self._interludes.items()
+        )
+
+    @contextlib.contextmanager
+    def interlude(self, kind: str) -> Iterator[None]:
+        """Count the time inside the block as an interlude, such as an evaluation, and not as a part of a step."""
+        start = self._clock()
+        yield
+        seconds = self._clock() - start
+        self._last_step += seconds
+        self._interludes.setdefault(kind, []).append(seconds)
 
     def advance(self, status: str = "") -> None:
         """Count one completed step.
@@ -145,7 +176,9 @@ class Progress:
         if self._live:
             eta = _duration(self.seconds_left)
             self._live.update(self._task, completed=self._done, eta=eta, status=self._status)
-        elif self._steps == 1 or self._done == self._total or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            return
+        is_first_or_last = self._steps == 1 or self._done == self._total
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or (is_first_or_last and not self._transient):
             self._print_line(now)
 
     def _print_line(self, now: float) -> None:
@@ -161,7 +194,7 @@ class Progress:
         """Stop the bar. If the loop was interrupted, print how far it came."""
         if self._live:
             self._live.stop()
-        elif self._has_unprinted_step:
+        elif self._has_unprinted_step and not self._transient:
             self._print_line(self._clock())
 
     def __enter__(self) -> Self:

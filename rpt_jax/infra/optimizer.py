@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import optax
 
 from rpt_jax.config import OptimizerConfig
@@ -22,6 +23,23 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         main = optax.constant_schedule(peak)
     warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, max(1, config.warmup_steps))
     return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+class LearningRates:
+    """Tells the learning rate of the next optimizer step.
+
+    Args:
+      config: section `optimizer`.
+      total_steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, config: OptimizerConfig, total_steps: int):
+        self._schedule = jax.jit(make_schedule(config, total_steps))
+
+    def next(self, state: optax.OptState) -> float:
+        """Return the learning rate that the next step of an optimizer with this state takes."""
+        _, count = optax.tree.get_all_with_path(state, "count")[0]
+        return float(jax.device_get(self._schedule(count)))
 
 
 # Cached, because compiled programs are keyed by the identity of their optimizer: equal arguments must return the same object, or

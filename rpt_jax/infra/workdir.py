@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -18,12 +19,14 @@ from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.infra.total_steps import consequences_of_total_steps
 
 logger = logging.getLogger(__name__)
 
 RUN_CONFIG = "run_config.json"
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
+POLICY = "policy"
 _FORMAT_1_CONFIG = "config.json"
 _LOCK = "lock"  # An empty file; it stays after the run.
 _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: look this many times, one second apart.
@@ -34,7 +37,7 @@ _OUTPUTS = (
     RESULT,
     "tokenizer.model",
     "tokenizer_config.json",
-    "policy",
+    POLICY,
     "cold_start",
 )
 # Fields and sections that may change when a run is resumed. None of them changes what is learned from which data, except for the
@@ -68,6 +71,9 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
     A new workdir is released again if a UserError ends the run before it has written anything: after a typo in a path, the user
     can fix the command and use the same workdir.
 
+    A finished run goes on if `training.total_steps` has grown; its result and its policy are kept as `result_<steps>.json` and
+    `policy_<steps>`. Otherwise it is left as it is.
+
     With several processes, process 0 does this and the others check that they see the same directory.
 
     Args:
@@ -76,7 +82,8 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
       force: accept changes of all fields. Without it, only fields that do not change the experiment may differ.
 
     Raises:
-      UserError: another run uses the workdir, its config differs in other fields, or it cannot be read or written.
+      UserError: another run uses the workdir, its config differs in other fields, it has completed more than
+        `training.total_steps` steps, or it cannot be read or written.
     """
     if not is_leader():
         wait_for_all("claimed")
@@ -129,6 +136,35 @@ def read_run_config(workdir: Path) -> dict[str, Any]:
         raise _damaged(path) from None
 
 
+def finished_steps(workdir: Path) -> int | None:
+    """Return the number of steps of the finished run in `workdir`, None if it has no result.
+
+    Raises: UserError, if the result is damaged or of another format.
+    """
+    path = workdir / RESULT
+    if not path.exists():
+        return None
+    try:
+        result = {**json.loads(path.read_bytes())}
+    except (TypeError, ValueError, RecursionError):
+        result = {}
+    if result:
+        check_format(result, path)
+    if not isinstance(result.get("steps"), int):
+        raise UserError(
+            f"{path} is damaged, or an early version wrote it. Move it away and rerun the same command to resume from the latest "
+            "checkpoint.",
+            field="--workdir",
+        )
+    return result["steps"]
+
+
+def _saved_step(workdir: Path) -> int | None:
+    """Return the step of the newest checkpoint, None if there is none."""
+    steps = [int(path.name) for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    return max(steps, default=None)
+
+
 def _damaged(path: Path) -> UserError:
     return UserError(f"{path} is damaged or not the config of a run; choose another --workdir.", field="--workdir")
 
@@ -155,7 +191,8 @@ def _check_shared(workdir: Path, experiment: Experiment) -> None:
     """Check that the config that process 0 wrote is visible here. Raises: UserError."""
     for _ in range(_SHARED_FILE_ATTEMPTS):
         with contextlib.suppress(OSError, UserError):
-            if read_run_config(workdir) == _values(experiment):
+            is_finished = finished_steps(workdir) == experiment.training.total_steps
+            if is_finished or read_run_config(workdir) == _values(experiment):
                 return
         time.sleep(1.0)
     raise UserError(
@@ -174,27 +211,86 @@ def _values(experiment: Experiment) -> dict[str, Any]:
 def _claim(workdir: Path, experiment: Experiment, force: bool) -> bool:
     """Write or compare the config; return whether the workdir is new."""
     path = workdir / RUN_CONFIG
-    ours = _values(experiment)
     try:
-        if not path.exists():
-            _check_unclaimed(workdir)
-            _write_config(path, ours)
-            return True
-        theirs = read_run_config(workdir)
-        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        refused = [name for name in differing if not force and not _may_change(name)]
-        if refused:
-            raise UserError(
-                f"--workdir={workdir} belongs to a run with another config ({_changes(refused, theirs, ours)}). Choose another "
-                "--workdir, or add --force to resume with the new values.",
-                field=refused[0],
-            )
-        if differing:
-            logger.info("The config changed: %s.", _changes(differing, theirs, ours))
-            _write_config(path, ours)
+        if path.exists():
+            _claim_existing(workdir, experiment, force)
+            return False
+        _check_unclaimed(workdir)
+        _write_config(path, _values(experiment))
+        return True
     except OSError as error:
         raise _unusable(workdir, error) from None
-    return False
+
+
+def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
+    """Compare the config with that of the run in `workdir`, and write it if the run goes on. Raises: UserError."""
+    # Refuse what the run cannot continue with.
+    ours = _values(experiment)
+    theirs = read_run_config(workdir)
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    refused = [name for name in differing if not force and not _may_change(name)]
+    if refused:
+        raise UserError(
+            f"--workdir={workdir} belongs to a run with another config ({_changes(refused, theirs, ours)}). Choose another "
+            "--workdir, or add --force to resume with the new values.",
+            field=refused[0],
+        )
+    total_steps = experiment.training.total_steps
+    finished = finished_steps(workdir)
+    completed = _check_total_steps(workdir, total_steps, finished)
+
+    # A complete run keeps the config that it was made with.
+    changes = _changes(differing, theirs, ours)
+    if finished == total_steps:
+        if differing:
+            logger.info("The run is complete, so these changes have no effect: %s.", changes)
+        return
+
+    # Any other run goes on with the new config.
+    if differing:
+        logger.info("The config changed: %s.", changes)
+        _write_config(workdir / RUN_CONFIG, ours)
+    earlier_total = theirs.get("training.total_steps", total_steps)
+    for consequence in consequences_of_total_steps(experiment, earlier_total, completed):
+        logger.warning(consequence)
+    if total_steps > completed:
+        _keep_outputs(workdir, completed)
+
+
+def _keep_outputs(workdir: Path, steps: int) -> None:
+    """Rename the result and the policy of a run that was finished after `steps` steps and goes on."""
+    for output, kept in ((RESULT, f"result_{steps}.json"), (POLICY, f"{POLICY}_{steps}")):
+        if (workdir / output).exists():
+            shutil.rmtree(workdir / kept, ignore_errors=True)
+            (workdir / output).replace(workdir / kept)
+            logger.info("The finished run goes on: %s is now called %s.", workdir / output, kept)
+
+
+def _check_total_steps(workdir: Path, total_steps: int, finished: int | None) -> int:
+    """Check that a run can go on to `total_steps` steps, and return how many it has completed.
+
+    Args:
+      workdir: directory of the run.
+      total_steps: of the config.
+      finished: number of steps of the run if it is finished.
+
+    Raises: UserError.
+    """
+    saved = _saved_step(workdir)
+    completed = max(saved or 0, finished or 0)
+    if total_steps < completed:
+        raise UserError(
+            f"training.total_steps={total_steps} must be at least {completed}, the number of steps that the run in "
+            f"--workdir={workdir} has completed.",
+            field="training.total_steps",
+        )
+    if finished is not None and total_steps > finished and saved is None:
+        raise UserError(
+            f"training.total_steps={total_steps}: the finished run of {finished} steps in --workdir={workdir} has no checkpoint "
+            f"left to continue from. Choose another --workdir, with policy.path={workdir / POLICY} to start from its policy.",
+            field="training.total_steps",
+        )
+    return completed
 
 
 def _check_unclaimed(workdir: Path) -> None:

@@ -41,9 +41,13 @@ def main(argv: list[str]) -> int:
         # JAX reads the environment that prepare_process sets.
         import_jax()
         from rpt_jax.infra.jax_settings import needed_jax_settings
+        from rpt_jax.model.context_length import context_warnings
         from rpt_jax.preflight.report import preflight
         from rpt_jax.preflight.sweep import sweep
+        from rpt_jax.sizes.policy import model_config_of
 
+        for warning in context_warnings(experiment, model_config_of(experiment)[0]):
+            print(f"warning: {warning}", file=sys.stderr)
         with needed_jax_settings():
             result = (sweep if options.sweep else preflight)(experiment, topology)
     except UserError as error:

@@ -134,12 +134,8 @@ def is_prefix_match(objective: ObjectiveConfig) -> bool:
     return objective.reward == "prefix" and not terms
 
 
-def reward_layout(experiment: Experiment, tokenizer: Tokenizer, mesh: Mesh, builder: PromptBuilder) -> RewardLayout:
-    """Return the layout that the training reward uses.
-
-    Raises: UserError, if the tokenizer lacks a token that the reward needs.
-    """
-    objective = experiment.objective
+def check_end_of_thinking(objective: ObjectiveConfig, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the training reward needs an end-of-thinking token that the tokenizer lacks."""
     needs_end_of_thinking = REWARDS[objective.reward].requirements.end_of_thinking
     if tokenizer.end_think_id < 0 and (needs_end_of_thinking or objective.budget_weight):
         field = "objective.reward" if needs_end_of_thinking else "objective.budget_weight"
@@ -147,6 +143,14 @@ def reward_layout(experiment: Experiment, tokenizer: Tokenizer, mesh: Mesh, buil
         raise UserError(
             f"{field}={value} needs a tokenizer with a </think> token, but {tokenizer.source} has none.", field=field
         )
+
+
+def reward_layout(experiment: Experiment, tokenizer: Tokenizer, mesh: Mesh, builder: PromptBuilder) -> RewardLayout:
+    """Return the layout that the training reward uses.
+
+    Raises: UserError, if the tokenizer lacks a token that the reward needs.
+    """
+    check_end_of_thinking(experiment.objective, tokenizer)
     return RewardLayout(
         bos_id=tokenizer.bos_id,
         template_prefix_tokens=len(builder.before),

@@ -28,6 +28,7 @@ def rollout_metrics(batch: RewardedRollouts, cost: SamplingCost) -> dict[str, ja
     metrics |= {f"distinct/{n}": distinct_fraction(rollouts.tokens_PxGxT, lengths_PxG, n) for n in (1, 2, 3)}
     return metrics | {
         "reward/mean": batch.reward_PxG.mean(),
+        "reward/deviation": batch.reward_PxG.std(axis=1).mean(),
         "format/rate": 1.0 - has_no_box_PxG.mean(),
         "groups/zero_variance": 1.0 - has_variance(batch.reward_PxG).mean(),
         "length/mean": lengths_PxG.mean(),

@@ -16,9 +16,9 @@ def model_config_of(experiment: Experiment) -> tuple[ModelConfig, str]:
       UserError: the preset is unknown, or does not match the policy's config.json.
     """
     policy = experiment.policy
-    if experiment.task == "pretrain" or not policy.path:
+    if not policy.path:
         return preset(policy.preset), f"policy.preset={policy.preset}"
-    if Path(policy.path).exists():
+    if Path(policy.path).exists() or not policy.preset:
         config = load_model_config(policy.path)[0]
         check_preset(policy.path, policy.preset, config)
         return config, f"policy.path={policy.path}"

@@ -120,6 +120,11 @@ REFUSED_VALUES = [
     ({"objective__overlong_weight": 1.0, "objective__overlong_tokens": 49}, "objective.overlong_tokens"),
     ({"objective__budget_min": 8}, "objective.budget_min"),
     ({"divergence__action": "stopp"}, "divergence.action"),
+    (
+        {"task": "pretrain", "pretrain__document_weight": 0.0, "pretrain__trace_weight": 0.0},
+        "pretrain.trace_weight",
+    ),
+    ({"training__total_steps": 20, "profile__start": 21}, "profile.start"),
 ]
 
 # Command-line assignments that are refused, and the field that the error is about.

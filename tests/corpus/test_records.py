@@ -107,7 +107,7 @@ def test_a_damaged_json_file_is_refused_where_it_is_damaged(tmp_path: Path, data
 
 
 def test_rows_of_a_table_with_another_number_of_columns_are_rejected_at_their_place(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b'text,id\na,1\nb\n\xff,2\n"c, d",3\ne,4,5\n')
+    (tmp_path / "a.csv").write_bytes(b'text,id\na,1\nb\n\xff,2\n"c, d",3\ne\xe4,4,5\n')
     items = read(tmp_path / "a.csv")
     found = [(item.text if isinstance(item, Document) else item.reason) for item in items]
     assert found == ["a", "wrong number of columns", "not UTF-8", "c, d", "wrong number of columns"]

@@ -82,6 +82,7 @@ PRETRAIN = {
     "evaluation.positions": 16,
     "evaluation.unseen_positions": 8,
     "training.total_steps": 3,
+    "optimizer.schedule": "constant",
     "checkpoint.every_steps": 1,
 }
 
@@ -140,3 +141,12 @@ def assert_resumes(
     mine, theirs = (json.loads((d / "result.json").read_text()) for d in (workdir, uninterrupted))
     del mine["wall_seconds"], theirs["wall_seconds"]
     assert mine == theirs
+
+
+def assert_goes_on(name: str, fields: dict[str, object], steps: int, whole: Path, workdir: Path) -> None:
+    """Assert that a finished run of `steps` steps, called again with those of `fields`, becomes the run in `whole`."""
+    main.run(experiment(name, **fields | {"training.total_steps": steps}), workdir)
+    main.run(experiment(name, **fields), workdir)
+    assert comparable(workdir) == comparable(whole)
+    for path in sorted((whole / "policy").iterdir()):
+        assert (workdir / "policy" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -43,6 +43,38 @@ def test_the_estimate_ignores_the_first_step_and_an_outlier() -> None:
     assert estimates == [None, 2.0 * 98, 2.0 * 97, 2.0 * 96, 2.0 * 95]
 
 
+def test_the_estimate_counts_evaluations_apart_from_steps() -> None:
+    """Nine steps of 2 s, of which every third is followed by an evaluation of 7 s, and the last by one of 30 s."""
+    clock = FakeClock()
+
+    def interludes_left(done: int) -> dict[str, int]:
+        return {"evaluation": 3 - -(-done // 3), "full evaluation": 1}
+
+    progress = Progress("train", total=9, clock=clock, interludes_left=interludes_left)
+    estimates = {}
+    with progress.interlude("full evaluation"):
+        clock.now += 30.0
+    for step in range(1, 10):
+        clock.now += 2.0
+        progress.advance()
+        estimates[step] = progress.seconds_left
+        if step % 3 == 0 and step < 9:
+            with progress.interlude("evaluation"):
+                clock.now += 7.0
+    assert estimates[1] is None and estimates[2] == 7 * 2.0 + 30.0, "no evaluation was measured yet"
+    assert estimates[4] == 5 * 2.0 + 7.0 + 30.0 and estimates[9] == 30.0
+
+
+def test_a_short_loop_inside_another_one_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = FakeClock()
+    for seconds in (1.0, 6.0):
+        with Progress("evaluate", total=3, transient=True, clock=clock) as progress:
+            for _ in range(3):
+                clock.now += seconds
+                progress.advance()
+    assert capsys.readouterr().out.splitlines() == ["evaluate 2/3  elapsed 0:12  ETA 0:06"]
+
+
 def test_plain_lines_are_printed_first_every_ten_seconds_and_last(capsys: pytest.CaptureFixture[str]) -> None:
     clock = FakeClock()
     with Progress("train", total=12, clock=clock) as progress:

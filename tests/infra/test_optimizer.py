@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rpt_jax.config import OptimizerConfig
 from rpt_jax.config.schema import SCHEDULES
-from rpt_jax.infra.optimizer import make_optimizer, make_schedule
+from rpt_jax.infra.optimizer import LearningRates, make_optimizer, make_schedule
 
 
 def test_constant_schedule_with_and_without_warmup():
@@ -55,3 +57,16 @@ def test_adamw_equals_the_textbook():
             mean, square = m[name] / (1 - config.beta1**step), v[name] / (1 - config.beta2**step)
             params[name] = x - 0.1 * (mean / (np.sqrt(square) + 1e-3) + 0.05 * x)
             np.testing.assert_allclose(ours[name], params[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_of_a_step_is_that_of_the_schedule() -> None:
+    """Steps that are skipped do not count: the rate follows the optimizer's own count."""
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=2, schedule="cosine")
+    optimizer = make_optimizer(config, 6)
+    rates = LearningRates(config, 6)
+    params = {"x": jnp.ones(3)}
+    state = optimizer.init(params)
+    schedule = make_schedule(config, 6)
+    for step in range(6):
+        assert rates.next(state) == pytest.approx(float(schedule(step)), rel=1e-6)
+        _, state = optimizer.update(params, state, params)

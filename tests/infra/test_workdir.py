@@ -14,7 +14,7 @@ from rpt_jax.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, 
 from rpt_jax.config.reference import field_docs
 from rpt_jax.errors import UserError
 from rpt_jax.infra.run_format import FORMAT, format_stamp
-from rpt_jax.infra.workdir import RUN_CONFIG, claimed_workdir, is_run_directory, read_run_config
+from rpt_jax.infra.workdir import RUN_CONFIG, claimed_workdir, finished_steps, is_run_directory, read_run_config
 
 # Of the right format, but without a config, or with something else in its place.
 STAMPED = json.dumps(format_stamp()).encode()
@@ -195,3 +195,51 @@ def test_the_config_of_a_model_is_not_mistaken_for_a_run(tmp_path):
     assert not is_run_directory(tmp_path)
     claim(tmp_path, Experiment())
     assert is_run_directory(tmp_path) and read_run_config(tmp_path)["seed"] == 0
+
+
+def finish(workdir: Path, steps: int, checkpoints: tuple[int, ...]) -> None:
+    """Leave what a finished run leaves."""
+    claim(workdir, Experiment(training=TrainingConfig(total_steps=steps)))
+    for step in checkpoints:
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    (workdir / "result.json").write_text(json.dumps({**format_stamp(), "steps": steps}))
+    (workdir / "policy").mkdir()
+    (workdir / "policy" / "config.json").write_text("{}")
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path):
+    finish(tmp_path, 5, checkpoints=(4, 5))
+    assert finished_steps(tmp_path) == 5
+    claim(tmp_path, Experiment(training=TrainingConfig(total_steps=7)))
+    assert finished_steps(tmp_path) is None and json.loads((tmp_path / "result_5.json").read_text())["steps"] == 5
+    assert not (tmp_path / "policy").exists() and (tmp_path / "policy_5" / "config.json").is_file()
+    assert read_run_config(tmp_path)["training.total_steps"] == 7
+
+
+@pytest.mark.parametrize(("checkpoints", "steps"), [((4, 5), 4), ((4,), 4), ((), 7)])
+def test_a_finished_run_is_neither_shortened_nor_started_again(tmp_path, checkpoints, steps):
+    """With fewer steps, and with more but no checkpoint, nothing is changed."""
+    finish(tmp_path, 5, checkpoints)
+    before = (tmp_path / RUN_CONFIG).read_bytes()
+    with pytest.raises(UserError) as raised:
+        claim(tmp_path, Experiment(training=TrainingConfig(total_steps=steps)))
+    assert raised.value.field == "training.total_steps"
+    assert (tmp_path / RUN_CONFIG).read_bytes() == before and finished_steps(tmp_path) == 5
+
+
+def test_an_unfinished_run_is_not_shortened_below_its_checkpoint(tmp_path):
+    claim(tmp_path, Experiment())
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    with pytest.raises(UserError) as raised:
+        claim(tmp_path, Experiment(training=TrainingConfig(total_steps=19)))
+    assert raised.value.field == "training.total_steps" and read_run_config(tmp_path)["training.total_steps"] == 1000
+    claim(tmp_path, Experiment(training=TrainingConfig(total_steps=20)))
+
+
+def test_a_result_without_its_number_of_steps_is_refused(tmp_path):
+    finish(tmp_path, 5, checkpoints=(5,))
+    for content in (b"", b"[3]", b'{"steps": 5', json.dumps(format_stamp()).encode()):
+        (tmp_path / "result.json").write_bytes(content)
+        with pytest.raises(UserError) as raised:
+            claim(tmp_path, Experiment(training=TrainingConfig(total_steps=5)))
+        assert raised.value.field == "--workdir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import pytest
 from rpt_jax import main
 from rpt_jax.infra.metrics import MetricsWriter
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import COLD_START, EVERYTHING, SELF_ENTROPY, SMALL, assert_resumes, comparable, experiment
+from tests.helpers.runs import (
+    COLD_START,
+    EVERYTHING,
+    SELF_ENTROPY,
+    SMALL,
+    assert_goes_on,
+    assert_resumes,
+    comparable,
+    experiment,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +36,24 @@ def test_an_interrupted_run_resumes_to_the_same_metrics(
     """Also with the state of options that are off by default: moving average, starting policy, scored windows."""
     main.run(experiment(**fields), tmp_path / "whole")
     assert_resumes(fields, step, tmp_path / "whole", tmp_path / "run", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [(SMALL, 3), (EVERYTHING | {"objective.budget_decay": 1.0}, 2)],
+    ids=["default", "everything"],
+)
+def test_a_finished_run_goes_on_as_if_it_had_had_more_steps(
+    tmp_path: Path, fields: dict[str, object], steps: int
+) -> None:
+    """With a constant learning rate, bit for bit: metrics, result and policy."""
+    fields = fields | {"optimizer.schedule": "constant"}
+    main.run(experiment(**fields), tmp_path / "whole")
+    assert_goes_on("rpt_tiny", fields, steps, tmp_path / "whole", tmp_path / "run")
+    mine, theirs = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole"))
+    del mine["wall_seconds"], theirs["wall_seconds"]
+    assert mine == theirs
+    assert json.loads((tmp_path / "run" / f"result_{steps}.json").read_text())["before"] == theirs["before"]
 
 
 def wait_for(path: Path, seconds: float = 600) -> None:

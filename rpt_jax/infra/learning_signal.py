@@ -1,0 +1,91 @@
+"""A warning when a run cannot learn anything, with the likely cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rpt_jax.config import Experiment
+
+STEPS_WITHOUT_SIGNAL = 5  # Consecutive steps without anything to learn from before the warning.
+
+
+class LearningSignal:
+    """Counts consecutive steps from which nothing can be learned, and warns once until there is a signal again.
+
+    Args:
+      experiment: the config, whose values the warning quotes.
+    """
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._silent_steps = 0
+
+    def check_rollouts(self, step: int, scalars: Mapping[str, float]) -> list[str]:
+        """Return the warning, if it is due after a step of reinforcement pre-training.
+
+        If all samples of every prompt earn the same, each advantage, and so the gradient of the policy loss, is 0.
+
+        Args:
+          step: number of the step.
+          scalars: its metrics.
+        """
+        if not self._is_due(scalars["groups/zero_variance"] == 1.0):
+            return []
+        mean = scalars["reward/mean"]
+        return [
+            f"step {step}: nothing can be learned: in {STEPS_WITHOUT_SIGNAL} steps, all samples of every prompt earned the same "
+            f"(mean reward {mean:.4g}). {self._likely_cause(scalars)}"
+        ]
+
+    def check_traces(self, step: int, scalars: Mapping[str, float]) -> list[str]:
+        """Return the warning, if it is due after a step of pre-training or a cold start: its batches have no trace.
+
+        Args:
+          step: number of the step.
+          scalars: its metrics.
+        """
+        pretrain = self._experiment.pretrain
+        if not self._is_due(pretrain.trace_weight > 0 and scalars["loss/trace"] == 0.0):
+            return []
+        return [
+            f"step {step}: no trace was learned in {STEPS_WITHOUT_SIGNAL} steps (loss/trace is 0): none fits into "
+            f"pretrain.row_tokens={pretrain.row_tokens} tokens with the end of the prompt template. Raise pretrain.row_tokens, "
+            "or set pretrain.trace_weight=0 to learn documents only."
+        ]
+
+    def _is_due(self, silent: bool) -> bool:
+        self._silent_steps = self._silent_steps + 1 if silent else 0
+        return self._silent_steps == STEPS_WITHOUT_SIGNAL
+
+    def _likely_cause(self, scalars: Mapping[str, float]) -> str:
+        """Return a sentence about the most frequent status of the rollouts."""
+        fractions = {name: value for name, value in scalars.items() if name.startswith("status/")}
+        status = max(fractions, key=lambda name: fractions[name])
+        cause = f"{fractions[status]:.0%} have {status}: "
+        experiment = self._experiment
+        cold_start_steps = experiment.cold_start.total_steps
+        match status.removeprefix("status/"):
+            case "not_finished":
+                advice = f"responses end at rollout.max_new_tokens={experiment.rollout.max_new_tokens}; raise it."
+            case "no_box" if cold_start_steps:
+                advice = (
+                    f"the cold start of cold_start.total_steps={cold_start_steps} has not taught the policy to answer in a box; "
+                    "raise it, or cold_start.learning_rate."
+                )
+            case "no_box" | "empty":
+                advice = (
+                    "the policy does not answer in a box. Explain the format with prompt.template='v0' (and "
+                    "prompt.chat_template=True for a chat model), or teach it with cold_start.total_steps."
+                )
+            case "correct":
+                advice = (
+                    "every prediction is right. Choose harder positions: raise data.entropy_threshold "
+                    f"({experiment.data.entropy_threshold:g})."
+                )
+            case _:
+                advice = (
+                    "the policy answers in the right format, but no prediction is right. Choose easier positions (lower "
+                    f"data.entropy_threshold={experiment.data.entropy_threshold:g}), raise rollout.samples_per_prompt="
+                    f"{experiment.rollout.samples_per_prompt}, or start from a stronger policy."
+                )
+        return cause + advice

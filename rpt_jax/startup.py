@@ -1,0 +1,144 @@
+"""The start of a run: checks that cost little, before anything is scored or compiled, and the lines that say what will run."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from rpt_jax import __version__
+from rpt_jax.config import Experiment
+from rpt_jax.config.derived import cold_start_experiment
+from rpt_jax.corpus.prepared import open_prepared
+from rpt_jax.describe import derive
+from rpt_jax.distributed.mesh import check_batches
+from rpt_jax.errors import check_all
+from rpt_jax.infra.devices import describe_devices, unused_accelerator
+from rpt_jax.infra.disk import check_free_space, check_writable
+from rpt_jax.infra.source_commit import source_commit
+from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.model.context_length import context_warnings
+from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.pretrain import COLD_START, check_vocab_size
+from rpt_jax.prompts.builder import PromptBuilder, read_template
+from rpt_jax.registry import REWARDS
+from rpt_jax.rewards.rewarder import check_end_of_thinking
+from rpt_jax.rollout.memory import device_memory
+from rpt_jax.setup import check_sampling, check_top_k, read_architecture, starts_with_pretraining
+from rpt_jax.sizes.policy import model_config_of
+from rpt_jax.tokenizers.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_FLOAT32_BYTES = 4
+
+
+def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
+    """Check everything about a run that takes neither a forward pass nor a compilation, before its workdir is touched.
+
+    These are the batch sizes, the policy's files and tokenizer, the prompt template, the prepared corpus and the disk.
+    `setup.make_run_mesh` has checked that the files exist, and `sizes.plan.plan_run` checks the memory.
+
+    Args:
+      experiment: a validated config.
+      workdir: directory of the run.
+      mesh: the device mesh.
+
+    Raises: UserError, which lists everything that is wrong.
+    """
+    if experiment.policy.path:
+        model, tokenizer = read_architecture(experiment.policy)
+        check_tokenizer = functools.partial(_check_tokenizer, experiment, tokenizer)
+    else:
+        # The tokenizer is trained in the run.
+        model = model_config_of(experiment)[0]
+        check_tokenizer = functools.partial(read_template, experiment.prompt.template)
+    check_all(
+        functools.partial(_check_sizes, experiment, model, mesh),
+        check_tokenizer,
+        functools.partial(_check_disk, experiment, model, workdir),
+    )
+
+
+def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None:
+    """Check that batches split evenly over the mesh, and sizes that the vocabulary limits. Raises: UserError."""
+    if experiment.task != "pretrain":
+        check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
+        check_top_k(experiment.data.entropy_top_k, model)
+    if experiment.task == "rpt":
+        check_sampling(experiment, mesh)
+    if starts_with_pretraining(experiment):
+        check_batches(mesh, {"pretrain.documents_per_step": experiment.pretrain.documents_per_step})
+        check_vocab_size(experiment)
+
+
+def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Check what depends on the tokenizer: prompts, the reward and a prepared corpus. Raises: UserError."""
+    if experiment.task != "score":
+        PromptBuilder(experiment.prompt, tokenizer)
+        if experiment.task == "rpt":
+            check_end_of_thinking(experiment.objective, tokenizer)
+    if experiment.task != "score" and experiment.data.prepared:
+        open_prepared(experiment.data, tokenizer, Path(experiment.data.prepared))
+
+
+def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> None:
+    """Check that the policy can be written, and that the disk has room for it and the checkpoints. Raises: UserError."""
+    if experiment.task == "score":
+        return
+    if experiment.task == "pretrain" and experiment.pretrain.export:
+        check_writable(Path(experiment.pretrain.export), "pretrain.export")
+    needed = _missing_bytes(experiment, model, workdir)
+    if experiment.task == "rpt" and experiment.cold_start.total_steps:
+        # The checkpoints of the cold start are deleted before those of the run are written.
+        cold_start = _missing_bytes(cold_start_experiment(experiment), model, workdir / COLD_START)
+        policy = _FLOAT32_BYTES * model.parameters
+        needed = max(cold_start, needed + policy)
+    check_free_space(workdir, needed, "checkpoints and the policy")
+
+
+def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) -> int:
+    """Return the bytes that a run will add to `workdir`, at most: checkpoints and the policy. Compression is not counted on."""
+    # Parameters, two moments and, for some rewards, the moving average.
+    has_average = experiment.task == "rpt" and REWARDS[experiment.objective.reward].requirements.average
+    checkpoint = (4 if has_average else 3) * _FLOAT32_BYTES * model.parameters
+    # A new checkpoint is complete before the oldest one is deleted.
+    saves = -(-experiment.training.total_steps // experiment.checkpoint.every_steps)
+    present = sum(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+    missing = max(0, min(experiment.checkpoint.keep + 1, saves) - present)
+    return missing * checkpoint + _FLOAT32_BYTES * model.parameters
+
+
+def log_start(experiment: Experiment, workdir: Path) -> None:
+    """Log what runs, on which devices, and where the results go; warn of an accelerator that is unused and of long sequences."""
+    sizes = derive(experiment, jax.device_count(), device_memory())
+    logger.info("Code: rpt_jax %s, commit %s", __version__, source_commit() or "unknown")
+    logger.info("Devices: %s", describe_devices())
+    logger.info(
+        "Policy: %s parameters, %s, %s", f"{sizes.policy.parameters:,}", experiment.policy.dtype, sizes.policy.source
+    )
+    if sizes.rpt:
+        batch = sizes.rpt.batch
+        tokens = sizes.rpt.tokens
+        logger.info(
+            "Step: %s prompts x %s responses, at most %s tokens of prompts and %s of responses",
+            f"{batch.prompts_per_step:,}",
+            experiment.rollout.samples_per_prompt,
+            f"{tokens.prompt_tokens_per_step:,}",
+            f"{tokens.response_tokens_per_step:,}",
+        )
+    pretraining = sizes.pretrain or sizes.cold_start
+    if pretraining:
+        logger.info(
+            "Step of %s: %s documents, at most %s tokens with their traces",
+            "the cold start" if sizes.cold_start else "pre-training",
+            f"{pretraining.documents_per_step:,}",
+            f"{pretraining.tokens_per_step:,}",
+        )
+    logger.info("Results: %s", workdir)
+    for warning in (unused_accelerator(), *context_warnings(experiment, model_config_of(experiment)[0])):
+        if warning:
+            logger.warning(warning)
