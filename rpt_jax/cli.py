@@ -7,6 +7,7 @@ import sys
 
 from rpt_jax import __version__
 from rpt_jax.errors import nearest
+from rpt_jax.infra.command_line import run_command
 
 # Subcommand: (module, summary). A module is imported only when its subcommand runs.
 COMMANDS = {
@@ -29,12 +30,12 @@ def usage() -> str:
     )
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Run the subcommand that the command line names, with the rest of the command line as its own.
 
     Returns: the exit code, unless the subcommand exits by itself.
     """
-    command, *arguments = sys.argv[1:] or ["--help"]
+    command, *arguments = argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
         return 0
@@ -50,5 +51,10 @@ def main() -> int:
     return 0
 
 
+def console_main() -> None:
+    """Run the command line of this process and exit."""
+    run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console_main()

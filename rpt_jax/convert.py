@@ -21,7 +21,6 @@ Exit codes: 0 converted, 2 error (one line on stderr).
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
+from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, is_run_directory, read_run_config
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.tokenizers.export import exported_files
@@ -232,5 +232,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.exit(main(sys.argv))
+    run_command(main)

@@ -34,8 +34,9 @@ class UserError(Exception):
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest of `choices`, or an empty string if none is close."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower_case[close[0]]}'?" if close else ""
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> str:

@@ -17,15 +17,19 @@ The same command resumes an interrupted run from its latest checkpoint. Exit cod
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import signal
 import sys
 import textwrap
+import threading
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -35,7 +39,8 @@ from rpt_jax.config.loading import split_overrides
 from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
-from rpt_jax.errors import ExitCode, UserError, check_choice
+from rpt_jax.errors import ExitCode, UserError, check_choice, nearest
+from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.infra.console import console_logging, silent_console
 from rpt_jax.infra.signals import StopSignals
 
@@ -66,6 +71,12 @@ _JOIN_SECONDS = flags.DEFINE_float(
 _STALL_SECONDS = flags.DEFINE_float(
     "stall_seconds", 3600.0, "Exit if no process makes progress for this many seconds.", lower_bound=1.0
 )
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Directory for compiled programs, which later runs load instead of compiling them again; 'off' for none. Default: rpt_jax in "
+    "your cache directory.",
+)
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that the config implies, and exit.")
 _FLAGS = (
     _CONFIG,
@@ -78,6 +89,7 @@ _FLAGS = (
     _PROCESS,
     _JOIN_SECONDS,
     _STALL_SECONDS,
+    _COMPILATION_CACHE,
 )
 
 
@@ -93,21 +105,43 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def unknown_flag(name: str) -> UserError:
+    """Return the error for a flag that does not exist, with the config field or the flag that may be meant."""
+    hint = field_hint(name) or nearest(f"--{name}", [f"--{flag.name}" for flag in _FLAGS])
+    return UserError(f"unknown flag --{name}.{hint} See --help.", field=f"--{name}")
+
+
+def field_hint(argument: str) -> str:
+    """Return a hint if `argument` names a config field without the --config. that belongs in front of it."""
+    name = argument.lstrip("-").removeprefix("config.").partition("=")[0]
+    return f" Did you mean --config.{name}=VALUE?" if name in dict(leaves(Experiment())) else ""
+
+
 def load_experiment(argv: list[str]) -> Experiment:
     """Parse the command line into a validated experiment. Raises: UserError, for invalid flags or config values."""
     overrides, others = split_overrides(argv)
     try:
         rest = flags.FLAGS(others)
+    except flags.UnrecognizedFlagError as error:
+        raise unknown_flag(error.flagname) from None
     except flags.Error as error:
-        flag = f"--{error.flagname}" if isinstance(error, flags.UnrecognizedFlagError) else ""
-        raise UserError(f"{error}. (Set a config field with --config.SECTION.FIELD=VALUE.)", field=flag) from None
+        # absl's text is "flag --NAME=VALUE: REASON", or "Missing value for flag --NAME."; a boolean flag's reason is a tuple.
+        given, _, reason = str(error).removeprefix("flag ").partition(": ")
+        expected = "expected true or false" if reason.startswith("(") else reason
+        [flag] = re.findall(r"--\w+", given)[:1]
+        raise UserError(f"{given}: {expected}." if reason else given, field=flag) from None
     if len(rest) > 1:
-        raise UserError(f"unexpected argument '{rest[1]}': expected options of the form --NAME=VALUE.", field=rest[1])
+        raise UserError(
+            f"unexpected argument '{rest[1]}': write --NAME=VALUE, without a space around '='.{field_hint(rest[1])}",
+            field=rest[1],
+        )
     if _CONFIG.value is None:
         raise UserError(
             "--config is missing: give a config file, such as --config=configs/rpt_tiny.py.", field="--config"
         )
     check_local_path("--workdir", _WORKDIR.value)
+    check_local_path("--compilation_cache", _COMPILATION_CACHE.value)
+    import_jax()  # The registered choices, which the config is checked against, load it.
     return from_config_dict(load_config_file(_CONFIG.value), overrides)
 
 
@@ -137,6 +171,7 @@ def run(
     from rpt_jax import pretrain, score, train
     from rpt_jax.distributed.mesh import use_mesh
     from rpt_jax.infra.compilation_progress import CompilationProgress
+    from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.workdir import claimed_workdir
@@ -148,9 +183,11 @@ def run(
     if replay:
         check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
     context = context or RunContext()
+    check_platforms()
     mesh = make_run_mesh(experiment)
     check_start(experiment, workdir, mesh)
     with (
+        needed_jax_settings(),
         claimed_workdir(workdir, experiment, force),
         use_mesh(mesh, experiment.mesh.split_rows),
         context.compile_times,
@@ -183,18 +220,38 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
     connected = connect_processes(hosts, facts, heartbeat, _JOIN_SECONDS.value, _STALL_SECONDS.value)
     is_silent = hosts is not None and hosts.process > 0
     with signals.handle(), connected as rendezvous, silent_console() if is_silent else contextlib.nullcontext():
+        from rpt_jax.infra.compilation_cache import compilation_cache
         from rpt_jax.infra.run_context import RunContext
 
         if rendezvous:
             signals.on_exit = rendezvous.announce_exit
         context = RunContext(signals=signals, heartbeat=heartbeat, rendezvous=rendezvous)
         try:
-            run(experiment, workdir, force=_FORCE.value, replay=_REPLAY.value, context=context)
+            with compilation_cache(cache_directory()):
+                run(experiment, workdir, force=_FORCE.value, replay=_REPLAY.value, context=context)
         except (Exception, KeyboardInterrupt) as error:
             if rendezvous:
                 code, message = exit_code_and_message(error)
                 rendezvous.exit_all(code, message)
             raise
+
+
+def describe(experiment: Experiment) -> None:
+    """Print every size that the config implies. Raises: UserError."""
+    from rpt_jax.describe import print_description
+    from rpt_jax.infra.jax_settings import check_platforms
+
+    check_platforms()
+    print_description(experiment)
+
+
+def cache_directory() -> Path | None:
+    """Return the directory for compiled programs that the flags choose; None for none."""
+    from rpt_jax.infra.compilation_cache import default_directory
+
+    if not _COMPILATION_CACHE.value:
+        return default_directory()
+    return None if _COMPILATION_CACHE.value == "off" else Path(_COMPILATION_CACHE.value).expanduser()
 
 
 def main(argv: list[str]) -> int:
@@ -205,10 +262,8 @@ def main(argv: list[str]) -> int:
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:
-            from rpt_jax.describe import print_description
-
             with console_logging():
-                print_description(experiment)
+                describe(experiment)
             return ExitCode.COMPLETE
         # In --workdir=~/runs, the shell does not expand the tilde.
         workdir = Path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}").expanduser()
@@ -243,26 +298,27 @@ def exit_code_and_message(error: BaseException) -> tuple[int, str]:
     return ExitCode.BUG, "".join(traceback.format_exception(error)).rstrip()
 
 
-def ignore_late_writes(failure: sys.UnraisableHookArgs) -> None:
-    """Report exceptions that cannot be raised, except for asyncio's when orbax writes on after a write has failed.
+def report_unless_late(report: Callable[[Any], object], failure: Any) -> None:
+    """Report an exception that Python cannot raise, unless it is asyncio's in a thread of orbax after a write has failed.
 
     The text is CPython's ("Event loop is closed", checked with Python 3.11 to 3.13).
+
+    Args:
+      report: `sys.unraisablehook` or `threading.excepthook`.
+      failure: its argument.
     """
     if str(failure.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(failure)
+        report(failure)
 
 
 def console_main() -> None:
     """Run the command line of this process and exit."""
     # Hide the log of the libraries: a failure in one of them also raises an exception, whose message is printed.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.unraisablehook = ignore_late_writes
-    exit_code = main(sys.argv)
-    sys.stdout.flush()
-    if exit_code == ExitCode.USER_ERROR:
-        os._exit(exit_code)  # At a normal exit, libraries would try again to write what could not be written.
-    sys.exit(exit_code)
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    sys.unraisablehook = functools.partial(report_unless_late, sys.unraisablehook)
+    threading.excepthook = functools.partial(report_unless_late, threading.excepthook)
+    run_command(main)
 
 
 if __name__ == "__main__":

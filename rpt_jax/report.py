@@ -12,7 +12,7 @@ import sys
 from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
-from rpt_jax.infra.plots import write_plots
+from rpt_jax.infra.command_line import import_jax, run_command
 
 
 def main(argv: list[str]) -> int:
@@ -23,6 +23,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv[1:])
     try:
         check_local_path("--workdir", options.workdir)
+        import_jax()
+        from rpt_jax.infra.plots import write_plots
+
         for path in write_plots(options.workdir):
             print(path)
     except UserError as error:
@@ -32,4 +35,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_command(main)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 # In the environment rather than in jax.config, so that the processes that tests start have them too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# The programs that tests compile are not for the developer's own compilation cache.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402

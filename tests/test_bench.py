@@ -87,6 +87,32 @@ def test_an_update_with_repeated_prompts_has_the_same_gradient():
     assert shared == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        "rollout --samples=0",
+        "rollout --max-new-tokens=0",
+        "rollout --decode-slots=-1",
+        "rollout --temperature=0",
+        "policy --layers=x",
+        "compile --depths 0",
+        "reward --responses=0",
+        "data --megabytes=inf",
+    ),
+)
+def test_an_impossible_number_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        bench.main(["bench", *arguments.split()])
+    assert raised.value.code == 2
+    option = arguments.split()[1].partition("=")[0]
+    assert option in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["bench", "update", "--json=/no/such/folder/figures.json"]) == 2
+    assert "/no/such/folder" in capsys.readouterr().err
+
+
 def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, head_size=8, ffn=16, vocab=32)
     params = random_params(Transformer(config), 0)
@@ -101,6 +127,11 @@ def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert figures["slots"] == 6
     assert 0.5 < figures["occupancy"] <= 1
     assert figures["decode_seconds"] > 0
+    random = ["--random-prompts=3", "--prompt-tokens=5", "--shared-tokens=2"]
+    (figures,) = run_bench(tmp_path, *arguments[:-1], "--decode-slots=12", *random)
+    assert figures["slots"] == 12 and figures["generated_tokens"] > 0
+    assert bench.main(["bench", *arguments, "--prompt-tokens=5", "--shared-tokens=6"]) == 2
+    assert "--shared-tokens=6" in capsys.readouterr().err
     np.savez(tmp_path / "bad.npz", prompts=prompts, lengths=lengths + 100)
     assert bench.main(["bench", *arguments, f"--prompts={tmp_path / 'bad.npz'}"]) == 2
     assert "bad.npz" in capsys.readouterr().err

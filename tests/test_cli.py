@@ -13,6 +13,7 @@ import pytest
 import rpt_jax
 from rpt_jax.cli import COMMANDS
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 
 def run_rpt(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +23,7 @@ def run_rpt(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=CHILD_SECONDS,
     )
 
 
@@ -47,6 +48,54 @@ def test_unknown_command_is_refused_with_the_nearest_one(tmp_path: Path) -> None
 def test_every_command_is_a_module_that_exists() -> None:
     for module, _ in COMMANDS.values():
         assert importlib.util.find_spec(module)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ("rpt_jax", *dict(COMMANDS.values()), "rpt_jax.preflight.scaling"),
+    ids=lambda name: name.rpartition(".")[2],
+)
+def test_help_suits_a_closed_pipe_and_an_ascii_console(module: str) -> None:
+    # The reader leaves at once, as `head` does; the notebook's backend and JAX's settings are not there.
+    environment = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "MPLBACKEND": "module://notebook.that_is_elsewhere",
+        "JAX_PLATFORMS": "elsewhere",
+        "COLUMNS": "80",
+    }
+    command = [sys.executable, "-m", module, "--help"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.read(1)
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate(timeout=CHILD_SECONDS)
+    assert (process.returncode, errors) == (0, b"")
+
+
+def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
+    # `>&-` closes it, so that Python has no sys.stdout.
+    command = f"{sys.executable} -m rpt_jax.cli train --help >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=CHILD_SECONDS, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), (("JAX_ENABLE_X64", "maybe"), ("JAX_PLATFORMS", "elsewhere"), ("JAX_PLATFORMS", "cuda"))
+)
+def test_a_setting_of_jax_that_cannot_be_used_is_named(tmp_path: Path, name: str, value: str) -> None:
+    command = [sys.executable, "-m", "rpt_jax", "train", "--config=configs/rpt_tiny.py", "--describe"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+        timeout=CHILD_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert name in done.stderr and value in done.stderr
 
 
 def test_options_and_exit_code_are_those_of_the_module(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors
 from tests.helpers.hf_models import PLAIN, SHAPE, SPECIAL, tokenizer_spec, write_gguf
 from tests.helpers.paths import ROOT
 from tests.helpers.policy_reference import random_params
+from tests.helpers.processes import CHILD_SECONDS
 
 
 @pytest.fixture
@@ -173,20 +174,23 @@ def test_a_finished_run_is_exported_as_its_final_policy(workdir, theirs, tmp_pat
 
 def test_a_missing_or_damaged_checkpoint_is_refused(workdir, tmp_path):
     path, _ = workdir
-    with pytest.raises(UserError, match="5, 10"):
+    with pytest.raises(UserError) as raised:
         convert(path / "checkpoints" / "7", tmp_path / "out")
+    assert raised.value.field == str(path / "checkpoints")
     for file in (path / "checkpoints" / "10" / "state").rglob("*"):
         if file.is_file() and "ocdbt" in str(file):
             file.write_bytes(b"")
-    with pytest.raises(UserError, match="10.*damaged"):
+    with pytest.raises(UserError) as raised:
         convert(path, tmp_path / "out")
+    assert raised.value.field == "--workdir"
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(workdir, theirs, tmp_path):
     path, _ = workdir
     edit(theirs / "config.json", lambda config: config.update(hidden_size=64))
-    with pytest.raises(UserError, match=r"\(300, 32\).*\(300, 64\)"):
+    with pytest.raises(UserError) as raised:
         convert(path / "checkpoints" / "5", tmp_path / "out")
+    assert raised.value.field == "embedding"
 
 
 # --- safetensors ---
@@ -239,8 +243,9 @@ def test_a_tied_head_may_be_stored_if_it_equals_the_embedding(theirs):
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}, theirs / WEIGHTS_FILE)
     assert "head" not in load_policy(theirs)[1]
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, theirs / WEIGHTS_FILE)
-    with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
+    with pytest.raises(UserError) as raised:
         load_policy(theirs)
+    assert raised.value.field == str(theirs / WEIGHTS_FILE)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -302,7 +307,9 @@ def test_loading_puts_only_its_own_shards_on_each_device(tmp_path):
     save_policy(tmp_path, config, random_params(Transformer(config), 0), {}, "")
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
     argv = [sys.executable, "-c", _LOAD_ON_EIGHT_DEVICES, str(tmp_path)]
-    done = subprocess.run(argv, cwd=ROOT, env=os.environ | devices, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        argv, cwd=ROOT, env=os.environ | devices, capture_output=True, text=True, timeout=CHILD_SECONDS
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.helpers.launchers import Clone
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 stand_in = pytest.mark.stand_in
 
@@ -136,7 +137,7 @@ def test_activated_environment_is_not_rebuilt_with_its_own_interpreter(clone: Cl
 def test_simultaneous_launches_install_once(clone: Clone) -> None:
     started = [clone.start("launch/local.sh", PIP_DOES="sleep 0.5") for _ in range(2)]
     for process in started:
-        process.communicate(timeout=600)
+        process.communicate(timeout=CHILD_SECONDS)
     assert [process.returncode for process in started] == [7, 7]
     assert len(clone.pip_calls()) == 1
 

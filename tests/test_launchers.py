@@ -24,7 +24,7 @@ from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.main import load_experiment, main
 from tests.helpers.launchers import Clone, wait_for_text, wait_until
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import WITH_SIGINT
+from tests.helpers.processes import CHILD_SECONDS, WITH_SIGINT
 
 stand_in = pytest.mark.stand_in
 
@@ -103,7 +103,7 @@ def run_again(tmp_path: Path, endings: str, restarts: str = "9") -> tuple[int, i
     command = f'n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) >n; set -- {endings}; shift $n; eval "$1"'
     script = ["bash", ROOT / "launch" / "again.sh", "bash", "-c", command]
     environ = os.environ | {"RPT_PAUSE": "0", "RPT_RESTARTS": restarts}
-    result = subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(script, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=CHILD_SECONDS)
     return result.returncode, int((tmp_path / "n").read_text()), result.stderr
 
 
@@ -141,7 +141,7 @@ def test_signal_stops_the_command_without_a_restart(tmp_path: Path, number: sign
     )
     wait_for_text(tmp_path / "here", "here")
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=600)
+    stdout, stderr = process.communicate(timeout=CHILD_SECONDS)
     assert (process.returncode, stdout, stderr) == (75, "saved\n", "")
 
 

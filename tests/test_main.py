@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rpt_jax import main
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.divergence import Diverged
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_help_lists_the_flags_and_the_exit_codes(capsys: pytest.CaptureFixture[s
             ["--config=configs/rpt_tiny.py", "--config.data.source_options.documents=many"],
             "data.source_options.documents=many",
         ),
-        (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean: workdir"),
+        (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean '--workdir'"),
         (
             ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],
             "no/such.txt",
@@ -88,7 +90,7 @@ def test_a_corpus_without_a_document_ends_with_one_sentence(
 
 def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", "--config=configs/rpt_14b.py"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     mesh, policy, corpus = done.stderr.strip().split("\n")
     assert "mesh.tensor=8 does not fit 1 device: expected a multiple of 8 devices," in mesh
@@ -96,3 +98,10 @@ def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:
         file in policy for file in ("config.json", "model.safetensors", "tokenizer")
     )
     assert "data.path='data/omnimath' does not exist" in corpus
+
+
+def test_only_the_failures_that_follow_a_failed_write_are_silent() -> None:
+    reported: list[threading.ExceptHookArgs] = []
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("something else")):
+        main.report_unless_late(reported.append, threading.ExceptHookArgs((type(error), error, None, None)))
+    assert [str(failure.exc_value) for failure in reported] == ["something else"]

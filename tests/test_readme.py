@@ -13,6 +13,7 @@ import pytest
 
 from rpt_jax.config.reference import field_docs
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -58,7 +59,7 @@ def test_the_reward_of_the_readme_is_a_config_that_loads(tmp_path: Path) -> None
     config.write_text(code)
     # In a process of its own, because it registers a reward.
     run = [sys.executable, "-m", "rpt_jax.main", f"--config={config}", "--describe"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 0, done.stderr
 
 

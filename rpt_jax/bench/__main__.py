@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 
 from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.user_paths import user_path
-from rpt_jax.errors import UserError
+from rpt_jax.errors import ExitCode, UserError
+from rpt_jax.infra.command_line import import_jax, run_command
 
 # Options of earlier versions, and what they are called now.
 _RENAMED = {
@@ -30,11 +30,20 @@ _RENAMED = {
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code: 0, or 2 after a user error."""
-    # Keep XLA's log lines out of the table.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return run_bench(argv)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+
+
+def run_bench(argv: list[str]) -> int:
+    """Parse the command line, measure, and show the figures. Raises: UserError or OSError."""
+    import_jax()
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.console import table
+    from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
 
     # One subcommand for each bench, with the options that its module adds.
     benches = {
@@ -63,13 +72,13 @@ def main(argv: list[str]) -> int:
         parser.error(f"unknown option: {unknown[0]}")
 
     # Measure, and show the figures next to the machine that they depend on.
-    try:
-        for name, value in vars(options).items():
-            check_local_path(f"--{name}", value)
+    for name, value in vars(options).items():
+        check_local_path(f"--{name}", value)
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json={options.json}: the folder {options.json.parent} does not exist.", field="--json")
+    check_platforms()
+    with needed_jax_settings():
         columns, rows = benches[options.name].measure(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     conditions = machine()
     table(f"bench {options.name}: {', '.join(f'{k} {v}' for k, v in conditions.items())}", columns, rows)
 
@@ -81,8 +90,8 @@ def main(argv: list[str]) -> int:
         if len(figures) == 1:
             record |= figures[0]
         options.json.write_text(json.dumps(record, indent=2) + "\n")
-    return 0
+    return ExitCode.COMPLETE
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_command(main)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rpt_jax.bench.options import add_compute_options
+from rpt_jax.bench.options import add_compute_options, positive
 from rpt_jax.config import PolicyConfig
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params, head, prefill
@@ -25,10 +25,10 @@ _LOGIT_CHUNK_TOKENS = 4096
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 48], help="numbers of layers")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--depths", type=positive, nargs="+", default=[2, 48], help="numbers of layers")
+    parser.add_argument("--width", type=positive, default=128)
+    parser.add_argument("--batch", type=positive, default=8, help="sequences")
+    parser.add_argument("--length", type=positive, default=256, help="tokens per sequence")
     add_compute_options(parser, remat="full", dtype=False)
 
 

@@ -27,7 +27,9 @@ import numpy as np
 import tokenizers
 
 from rpt_jax.bench.measure import interleaved
+from rpt_jax.bench.options import not_negative, positive, positive_number
 from rpt_jax.config import DataConfig, Experiment, PolicyConfig, PromptConfig, TrainingConfig
+from rpt_jax.config.loading import packaged_configs
 from rpt_jax.config.user_paths import expand_home
 from rpt_jax.corpus.entropy import Scorer
 from rpt_jax.corpus.prepared import PreparedCorpus, open_and_report, prepare, score_tokens, tokenize_on_leader
@@ -61,7 +63,10 @@ _ALONE_BATCH = 4096
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument(
-        "--policy", type=expand_home, default="configs/tiny", help="directory of a policy with its tokenizer"
+        "--policy",
+        type=expand_home,
+        default=str(packaged_configs() / "tiny"),
+        help="directory of a policy with its tokenizer; default: configs/tiny",
     )
     parser.add_argument(
         "--tokenizer",
@@ -69,11 +74,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="directory of another tokenizer; only tokenizing is measured then",
     )
-    parser.add_argument("--megabytes", type=float, default=4.0, help="size of the generated text")
-    parser.add_argument("--score-batch-windows", type=int, default=32, help="windows per batch of scoring")
-    parser.add_argument("--max-document-tokens", type=int, default=256, help="tokens per window")
-    parser.add_argument("--batches", type=int, default=20, help=f"batches of {_PROMPTS_PER_BATCH} prompts to build")
-    parser.add_argument("--workers", type=int, default=0, help="processes that build prompts")
+    parser.add_argument("--megabytes", type=positive_number, default=4.0, help="size of the generated text")
+    parser.add_argument("--score-batch-windows", type=positive, default=32, help="windows per batch of scoring")
+    parser.add_argument("--max-document-tokens", type=positive, default=256, help="tokens per window")
+    parser.add_argument(
+        "--batches", type=positive, default=20, help=f"batches of {_PROMPTS_PER_BATCH} prompts to build"
+    )
+    parser.add_argument("--workers", type=not_negative, default=0, help="processes that build prompts")
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:

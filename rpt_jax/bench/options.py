@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import math
 
 from rpt_jax.config.schema import ATTENTIONS, REMATS
 from rpt_jax.model.model_config import ModelConfig, preset
@@ -14,12 +16,32 @@ _DEFAULT_MODEL = ModelConfig(
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_size", "ffn", "vocab")
 
 
+def positive(text: str) -> int:
+    """Parse the value of an option that counts something. Raises: ArgumentTypeError, if it is not an integer above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be an integer, at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Parse the value of an option that may be 0. Raises: ArgumentTypeError, if it is not an integer of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def positive_number(text: str) -> float:
+    """Parse the value of an option. Raises: ArgumentTypeError, if it is not a finite number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add a preset, and sizes that replace the preset's."""
     help_text = "preset of policy.preset; default: 6 layers of width 384, vocabulary 4096"
     parser.add_argument("--preset", help=help_text)
     for name in _SIZES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"replaces the preset's {name}")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, help=f"replaces the preset's {name}")
 
 
 def chosen_model(options: argparse.Namespace) -> ModelConfig:
@@ -43,4 +65,4 @@ def add_compute_options(parser: argparse.ArgumentParser, remat: str, dtype: bool
 
 def add_logit_chunk_option(parser: argparse.ArgumentParser) -> None:
     """Add --logit-chunk-tokens."""
-    parser.add_argument("--logit-chunk-tokens", type=int, default=4096, help="tokens whose logits exist at once")
+    parser.add_argument("--logit-chunk-tokens", type=positive, default=4096, help="tokens whose logits exist at once")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
-from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model
+from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model, positive
 from rpt_jax.config import PolicyConfig
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.distributed.sharding import init_parameters
@@ -39,14 +39,14 @@ _PEAK = "peak matmul"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     add_model_options(parser)
-    parser.add_argument("--batch", type=int, default=64, help="sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--batch", type=positive, default=64, help="sequences")
+    parser.add_argument("--length", type=positive, default=256, help="tokens per sequence")
     parser.add_argument(
-        "--microbatch", type=int, help="sequences per pass; default: about 2,048 tokens on a CPU, else all of them"
+        "--microbatch", type=positive, help="sequences per pass; default: about 2,048 tokens on a CPU, else all of them"
     )
     add_compute_options(parser, remat="dots")
     add_logit_chunk_option(parser)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--compare", choices=("transformers",), help="baseline to measure in the same run")
 
 

@@ -1,10 +1,10 @@
 """Generated tokens per second of the rollout engine, and the time of its stages.
 
-Every run samples --samples responses to each prompt of --prompts, an .npz with `prompts` (int32 [P, S], padded on the
-right) and `lengths` (int32 [P]). Shared prefixes of prompts are found and prefilled once. Compilation is not counted.
-Tokens are response tokens. The tail begins when the queue is empty and the live batch has shrunk for the first time.
-The memory bound is the time to read, in each decode step, every weight once, the filled keys of every live rollout,
-and those of the prompts once, at the fastest rate at which a large array was read.
+Every run samples --samples responses to each prompt: of --prompts, an .npz with `prompts` (int32 [P, S], padded on the
+right) and `lengths` (int32 [P]), or random ones. Shared prefixes of prompts are found and prefilled once. Compilation
+is not counted. Tokens are response tokens. The tail begins when the queue is empty and the live batch has shrunk for
+the first time. The memory bound is the time to read, in each decode step, every weight once, the filled keys of every
+live rollout, and those of the prompts once, at the fastest rate at which a large array was read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, round_to_4_digits
+from rpt_jax.bench.options import not_negative, positive, positive_number
 from rpt_jax.config import PolicyConfig
+from rpt_jax.config.loading import packaged_configs
 from rpt_jax.config.user_paths import expand_home, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.model.transformer import in_compute_dtype
@@ -38,19 +40,33 @@ _READ_BYTES = 2**28
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--model", type=expand_home, required=True, help="Hugging Face directory or .gguf file")
-    parser.add_argument("--prompts", type=user_path, required=True, help=".npz file with `prompts` and `lengths`")
-    parser.add_argument("--samples", type=int, default=8, help="responses per prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="length limit of responses")
+    parser.add_argument(
+        "--model",
+        type=expand_home,
+        default=str(packaged_configs() / "tiny"),
+        help="Hugging Face directory or .gguf file; default: configs/tiny",
+    )
+    parser.add_argument(
+        "--prompts", type=user_path, help=".npz file with `prompts` and `lengths`; default: random prompts"
+    )
+    parser.add_argument("--random-prompts", type=positive, default=32, help="number of random prompts")
+    parser.add_argument("--prompt-tokens", type=positive, default=128, help="tokens of each random prompt")
+    parser.add_argument(
+        "--shared-tokens", type=not_negative, default=0, help="first tokens that all random prompts share"
+    )
+    parser.add_argument("--samples", type=positive, default=8, help="responses per prompt")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="length limit of responses")
     parser.add_argument(
         "--stop-ids", default="", help="token ids that end a response, as in 7,71; none: all have full length"
     )
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--temperature", type=positive_number, default=0.8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--decode-slots", type=int, default=0, help="rollouts that are live at once; 0: as many as fit")
-    parser.add_argument("--prefill-tokens", type=int, default=4096, help="tokens that are prefilled at once")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--decode-slots", type=not_negative, default=0, help="rollouts that are live at once; 0: as many as fit"
+    )
+    parser.add_argument("--prefill-tokens", type=positive, default=4096, help="tokens that are prefilled at once")
+    parser.add_argument("--seed", type=not_negative, default=0)
+    parser.add_argument("--repeats", type=positive, default=3)
 
 
 def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
@@ -60,8 +76,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
       UserError: a file or a number is invalid.
     """
     # Load the policy and the prompts.
-    prompts_PxS, lengths_P = read_prompts(options.prompts)
     config, params, _ = load_policy(options.model)
+    prompts_PxS, lengths_P = read_prompts(options.prompts) if options.prompts else random_prompts(options, config.vocab)
     if prompts_PxS.max() >= config.vocab:
         raise UserError(
             f"{options.prompts}: id {prompts_PxS.max()} is not in the vocabulary of {config.vocab} of {options.model}.",
@@ -143,6 +159,25 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     return list(figures), [[round_to_4_digits(value) if isinstance(value, float) else value for value in values]]
 
 
+def random_prompts(options: argparse.Namespace, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompts [P, S] of random ids, and their lengths [P], int32.
+
+    Raises:
+      UserError: more tokens are shared than there are.
+    """
+    count = options.random_prompts
+    length = options.prompt_tokens
+    if options.shared_tokens > length:
+        raise UserError(
+            f"--shared-tokens={options.shared_tokens} must be at most --prompt-tokens={length}.",
+            field="--shared-tokens",
+        )
+    rng = np.random.default_rng(options.seed)
+    prompts_PxS = rng.integers(0, vocab, (count, length), dtype=np.int32)
+    prompts_PxS[:, : options.shared_tokens] = prompts_PxS[0, : options.shared_tokens]
+    return prompts_PxS, np.full(count, length, np.int32)
+
+
 def read_prompts(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the prompts [P, S] and their lengths [P], int32.
 
@@ -154,7 +189,8 @@ def read_prompts(path: Path) -> tuple[np.ndarray, np.ndarray]:
             prompts_PxS = arrays["prompts"]
             lengths_P = arrays["lengths"]
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        # NumPy's ValueError recommends to load pickles.
+        reason = "no arrays can be read" if isinstance(error, ValueError) else str(error)
         raise UserError(
             f"--prompts={path}: {reason}. Expected an .npz with `prompts` [P, S] and `lengths` [P].", field="--prompts"
         ) from None

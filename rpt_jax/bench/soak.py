@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rpt_jax.bench.options import positive
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
 
@@ -41,7 +42,7 @@ _METRICS = ("memory/resident_mb", "memory/maps", "memory/open_files")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
-    parser.add_argument("--steps", type=int, default=1000, help="steps of the run, at least 50")
+    parser.add_argument("--steps", type=positive, default=1000, help="steps of the run, at least 50")
     parser.add_argument("--config", default="configs/rpt_tiny.py", help="config of the run, before it is made smaller")
 
 
@@ -54,7 +55,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     if options.steps < 50:
         raise UserError(f"--steps={options.steps} must be at least 50.", field="--steps")
     if not sys.platform.startswith("linux"):
-        raise UserError(f"bench soak runs on Linux only; this platform is {sys.platform}.")
+        raise UserError(f"bench soak runs on Linux only; this platform is {sys.platform}.", field="soak")
 
     # A separate process, so that the figures do not include the memory of this one.
     overrides = [f"--config.{field}" for field in (*_SMALLEST_RUN, f"training.total_steps={options.steps}")]

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
-from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model
+from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model, positive
 from rpt_jax.bench.peer import transformers_update
 from rpt_jax.config import ObjectiveConfig, OptimizerConfig, PolicyConfig
 from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
@@ -37,14 +37,14 @@ _BASELINE_MICROBATCH = 32  # Responses per forward and backward pass of the base
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     add_model_options(parser)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=8, help="responses per prompt")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="tokens per prompt")
-    parser.add_argument("--response-tokens", type=int, default=128, help="tokens per response")
-    parser.add_argument("--microbatch-tokens", type=int, default=4608, help="tokens per pass on each device")
+    parser.add_argument("--prompts", type=positive, default=32)
+    parser.add_argument("--samples", type=positive, default=8, help="responses per prompt")
+    parser.add_argument("--prompt-tokens", type=positive, default=128, help="tokens per prompt")
+    parser.add_argument("--response-tokens", type=positive, default=128, help="tokens per response")
+    parser.add_argument("--microbatch-tokens", type=positive, default=4608, help="tokens per pass on each device")
     add_compute_options(parser, remat="none")
     add_logit_chunk_option(parser)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--compare", choices=("transformers", "autocast"), help="baseline to measure in the same run")
 
 

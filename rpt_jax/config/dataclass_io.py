@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from rpt_jax.config.renamed import RENAMED
+from rpt_jax.config.renamed import RENAMED, USUAL_NAMES
 from rpt_jax.errors import UserError
 
 _LARGEST_EXACT = 10**12  # Integers up to this are accepted for a float field; a float represents them exactly.
@@ -49,7 +49,7 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str, defaults: Mappi
             raise unknown_field(full_name, defaults)
         expected = types[name]
         if not dataclasses.is_dataclass(expected):
-            arguments[name] = _checked_type(full_name, value, expected)
+            arguments[name] = checked_type(full_name, value, expected)
         elif isinstance(value, Mapping | ml_collections.ConfigDict):
             arguments[name] = _build(typing.cast(type, expected), dict(value), f"{full_name}.", defaults)
         else:
@@ -81,7 +81,7 @@ def override(schema: type, fields: dict[str, Any], assignment: str, prefix: str 
         raise UserError(
             f"{full_name} holds options: set them one by one, --config.{full_name}.NAME=VALUE.", field=full_name
         )
-    if not equals:
+    if not equals or (not text and not isinstance(defaults[full_name], str)):
         example = f"--config.{full_name}={defaults[full_name]}"
         raise UserError(f"--config.{full_name} has no value: write, e.g., {example}.", field=full_name)
     *sections, leaf = name.split(".")
@@ -111,16 +111,20 @@ def _nearest_fields(name: str, known: Mapping[str, Any]) -> str:
 
     def similarity(candidate: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, name.lower(), candidate).ratio()
-        # Compare the last components too, to find a field that was given with the wrong section.
+        # Compare the last components, because a section in common makes any two names similar, and to find a field that was
+        # given with the wrong section.
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2].lower(), candidate.rpartition(".")[2]).ratio()
-        if whole >= 0.8 and name.rpartition(".")[0] == candidate.rpartition(".")[0]:
+        if last >= 0.6 and name.rpartition(".")[0] == candidate.rpartition(".")[0]:
             # A similar field of the same section ranks above an equal one of another section.
-            return 1.0 + whole, whole
-        return max(whole, last), whole
+            return 1.0 + last, whole
+        return max(last, whole if whole >= 0.8 else 0.0), whole
 
     candidates = [*known, *([] if "." in name else sections)]
     scores = {candidate: similarity(candidate) for candidate in candidates}
     best = max(scores.values(), default=(0.0, 0.0))
+    usual = USUAL_NAMES.get(name.rpartition(".")[2].lower())
+    if usual and best[0] <= 1.0:
+        return f" Did you mean '{usual}'?"
     if best[0] >= 0.6:
         # Name all that are equally near: 'optimizer.beta' is one typo away from two fields.
         nearest = [repr(candidate) for candidate in candidates if scores[candidate] == best]
@@ -131,7 +135,8 @@ def _nearest_fields(name: str, known: Mapping[str, Any]) -> str:
     return f" The fields are: {', '.join(members or top_level)}."
 
 
-def _checked_type(name: str, value: Any, expected: Any) -> Any:
+def checked_type(name: str, value: Any, expected: Any) -> Any:
+    """Return `value` as the type that is expected of the field `name`. Raises: UserError, if it has another one."""
     if expected is Any:
         return value
     # bool is a subclass of int, and a float may be written without a point.

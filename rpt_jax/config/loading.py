@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import logging
 import re
@@ -15,12 +16,12 @@ from typing import Any
 
 import ml_collections
 
+from rpt_jax.config.config_file_values import ConfigFileValues
 from rpt_jax.config.dataclass_io import build, leaves, override, unknown_field
-from rpt_jax.config.renamed import RENAMED
 from rpt_jax.config.schema import Experiment
 from rpt_jax.config.user_paths import expand_home, with_expanded_paths
 from rpt_jax.config.validation import check_experiment
-from rpt_jax.errors import UserError, nearest
+from rpt_jax.errors import UserError
 from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def default_config() -> Any:
     for name in _OPTIONS:
         section, _, field = name.partition(".")
         values[section][field] = {}
-    config: Any = ml_collections.ConfigDict(values).lock()
+    config: Any = ConfigFileValues(values).lock()
     for name in _OPTIONS:
         section, _, field = name.partition(".")
         # The names of the options depend on the choice, so they are checked after the file has been read.
@@ -87,9 +88,12 @@ def load_config_file(path: str) -> Any:
     """
     path = resolve_config_path(expand_home(path))
     if not Path(path).is_file():
-        known = [str(file) for file in Path("configs").glob("*.py")]
-        known += [f"configs/{file.name}" for file in packaged_configs().glob("*.py")]
-        raise UserError(f"config file not found: {path}.{nearest(path, known)}", field="--config")
+        raise _no_config_file(path)
+    if Path(path).suffix != ".py":
+        raise UserError(
+            f"--config={path} is not a Python file: a config is a .py file with a function get_config().",
+            field="--config",
+        )
     try:
         module = _import_file(Path(path))
         config = module.get_config() if hasattr(module, "get_config") else None
@@ -113,8 +117,21 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
     Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
       wrong types and impossible values.
     """
-    fields = dataclasses.asdict(build(Experiment, dict(config)))
     overrides = list(overrides)
+    try:
+        return _from_values(config, overrides)
+    except UserError as error:
+        line = config.line_of(error.field) if isinstance(config, ConfigFileValues) else ""
+        # The file is not to blame for what the command line changed.
+        is_overridden = any(assignment.partition("=")[0] in str(error) for assignment in overrides)
+        if not line or is_overridden:
+            raise
+        raise UserError(f"{line}: {error}", field=error.field) from None
+
+
+def _from_values(config: Mapping[str, Any], overrides: list[str]) -> Experiment:
+    """Do what `from_config_dict` says; messages do not name the line of a config file."""
+    fields = dataclasses.asdict(build(Experiment, dict(config)))
     option_prefixes = tuple(f"{name}." for name in _OPTIONS)
     choices_of_file = {name: _chosen(fields, registry) for name, registry in _OPTIONS.items()}
     for assignment in overrides:
@@ -181,8 +198,7 @@ def _import_file(path: Path) -> ModuleType:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
+    assert spec and spec.loader, "there is a loader for .py"
     module = importlib.util.module_from_spec(spec)
     known = sys.modules.get(path.stem)
     if known is None or getattr(known, "__file__", None) == str(path.resolve()):
@@ -191,25 +207,34 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+def _no_config_file(path: str) -> UserError:
+    """Return the error for a `path` that is not a file, with the nearest config that exists or, if none is near, all of them."""
+    known = {str(file) for file in Path("configs").glob("*.py")}
+    known |= {f"configs/{file.name}" for file in packaged_configs().glob("*.py")}
+    names = {Path(file).stem: file for file in known}
+    # Compare the names alone: the same folder makes any two paths similar.
+    [near] = difflib.get_close_matches(Path(path).stem, names, n=1, cutoff=0.6) or [""]
+    hint = f"Did you mean '{names[near]}'?" if near else f"There are: {', '.join(sorted(known))}."
+    problem = (
+        f"--config={path} is a directory."
+        if path and Path(path).is_dir()
+        else f"config file not found: {path or '(none)'}."
+    )
+    return UserError(f"{problem} {hint}", field="--config")
+
+
 def _error_in_file(path: str, error: Exception) -> UserError:
     """Return the `UserError` for an exception in a config file, with the line."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     if isinstance(error, SyntaxError):
-        line = error.lineno
+        line = error.lineno or 1
     else:
         line = frames[-1].lineno if frames else 1
-    reason = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-    # ml_collections refuses an assignment without naming the section of the field.
-    if unknown := re.search(r'Key "(\w+)" does not exist', reason):
-        return UserError(f"{path}:{line}: {_unknown_assignment(unknown[1])}", field="--config")
-    if wrong := re.search(r"Could not override field '(\w+)'", reason):
-        types = {name: type(value).__name__ for name, value in leaves(Experiment()) if name.endswith(wrong[1])}
-        expected = " or ".join(f"{kind} ({name})" for name, kind in types.items())
-        return UserError(f"{path}:{line}: '{wrong[1]}' expects {expected or 'another type'}.", field="--config")
+    if isinstance(error, UserError):
+        return UserError(f"{path}:{line}: {error}", field=error.field)
+    # ml_collections raises AttributeError(KeyError(...)) where a section is read that does not exist.
+    if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):
+        [name] = re.findall(r"\w+", str(error.args[0]))[:1]
+        return UserError(f"{path}:{line}: {unknown_field(name, dict(leaves(Experiment())))}", field=name)
+    reason = " ".join(str(error.args[0] if error.args else error).split())
     return UserError(f"{path}:{line} raises {type(error).__name__}: {reason}", field="--config")
-
-
-def _unknown_assignment(name: str) -> str:
-    """Return a message for an assignment to a field called `name` that no section has."""
-    renamed = [f"{old} was renamed to {new}." for old, new in RENAMED.items() if old.rpartition(".")[2] == name]
-    return " ".join(renamed) or str(unknown_field(name, dict(leaves(Experiment()))))

@@ -1,4 +1,4 @@
-"""Config fields of earlier versions, and what they are called now."""
+"""Other names of config fields: those of earlier versions, and those that other projects use."""
 
 RENAMED = {
     "data.documents": "data.source_options.documents",
@@ -14,4 +14,20 @@ RENAMED = {
     "evaluation.template_positions": "evaluation.unseen_positions",
     "evaluation.score_documents": "data.score_batch_windows",
     "mesh.decode_tensor": "mesh.rollout_tensor",
+}
+
+# Names that people bring from other projects, without the section.
+USUAL_NAMES = {
+    "lr": "optimizer.learning_rate",
+    "steps": "training.total_steps",
+    "max_steps": "training.total_steps",
+    "num_steps": "training.total_steps",
+    "batch_size": "training.prompts_per_step",
+    "group_size": "rollout.samples_per_prompt",
+    "num_generations": "rollout.samples_per_prompt",
+    "model": "policy.path",
+    "model_path": "policy.path",
+    "dataset": "data.path",
+    "max_length": "rollout.max_new_tokens",
+    "beta": "objective.kl_weight",
 }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 
 from rpt_jax.config import from_config_dict, load_config_file
@@ -18,12 +17,12 @@ from rpt_jax.config.loading import split_overrides
 from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
+from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.preflight.topology import parse_topology, prepare_process
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     usage, _, description = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.preflight", description=description, usage=usage)
     parser.add_argument("--config", required=True, help="config file; --config.section.field=value overrides a field")
@@ -39,7 +38,9 @@ def main(argv: list[str]) -> int:
         experiment = from_config_dict(load_config_file(options.config), overrides)
         topology = parse_topology(options.topology)
         prepare_process(topology)
-        # These import JAX, which reads the environment that prepare_process sets.
+        # JAX reads the environment that prepare_process sets.
+        import_jax()
+        from rpt_jax.infra.jax_settings import needed_jax_settings
         from rpt_jax.model.context_length import context_warnings
         from rpt_jax.preflight.report import preflight
         from rpt_jax.preflight.sweep import sweep
@@ -47,7 +48,8 @@ def main(argv: list[str]) -> int:
 
         for warning in context_warnings(experiment, model_config_of(experiment)[0]):
             print(f"warning: {warning}", file=sys.stderr)
-        result = (sweep if options.sweep else preflight)(experiment, topology)
+        with needed_jax_settings():
+            result = (sweep if options.sweep else preflight)(experiment, topology)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         if error.field == "--json":
@@ -60,4 +62,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_command(main)

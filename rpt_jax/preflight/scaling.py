@@ -17,6 +17,7 @@ from typing import NamedTuple
 from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.user_paths import user_path
 from rpt_jax.errors import UserError
+from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.console import table
 
 # Programs that run in every step.
@@ -134,4 +135,4 @@ def largest_group(runs: list[Run], key: Callable[[Run], float]) -> list[Run]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    run_command(main)

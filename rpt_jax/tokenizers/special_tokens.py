@@ -11,14 +11,13 @@ Here, the tokenizer's end-of-text token ends a response, too, because it ends ev
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rpt_jax.errors import UserError
-from rpt_jax.weights.model_files import GENERATION_CONFIG_FILE, MODEL_CONFIG_FILE, unreadable_hint
+from rpt_jax.weights.model_files import GENERATION_CONFIG_FILE, MODEL_CONFIG_FILE, parse_object
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _TOKENS_MAP_FILE = "special_tokens_map.json"
@@ -174,15 +173,3 @@ def parse_file(path: Path, files: Mapping[str, bytes], name: str) -> dict[str, A
     Raises: UserError if the file contains something else.
     """
     return parse_object(path.with_name(name), files[name]) if name in files else {}
-
-
-def parse_object(path: Path, data: bytes) -> dict[str, Any]:
-    """Return the JSON object in `data`, the content of `path`. Raises: UserError if it contains something else."""
-    try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        hint = unreadable_hint(path) or " Download or export it again."
-        raise UserError(f"{path} is not valid JSON: {error}.{hint}", field=str(path)) from error
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path} must contain a JSON object, not a {type(parsed).__name__}.", field=str(path))
-    return parsed

@@ -24,7 +24,7 @@ import tokenizers
 
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.files import read_tokenizer_files, vocabulary_file
-from rpt_jax.tokenizers.special_tokens import parse_object, read_added_tokens, read_special_ids
+from rpt_jax.tokenizers.special_tokens import read_added_tokens, read_special_ids
 from rpt_jax.tokenizers.template_encoding import (
     IDENTITY_NORMALIZER,
     TOKENIZER_JSON,
@@ -37,7 +37,7 @@ from rpt_jax.tokenizers.template_encoding import (
     prefix_ids,
     sentencepiece_encoder,
 )
-from rpt_jax.weights.model_files import find_gguf, unreadable_hint
+from rpt_jax.weights.model_files import find_gguf, parse_object, unreadable_hint
 
 THINK, END_THINK = "<think>", "</think>"
 

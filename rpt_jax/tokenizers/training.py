@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -55,14 +56,22 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: str | Path)
         )
     except RuntimeError as error:
         raise UserError(
-            f"pretrain.vocab_size={vocab_size} does not suit the training texts: {str(error).rpartition('] ')[2]} Reduce it for "
-            "a small corpus; the minimum is 265 (256 bytes and 9 symbols) plus the number of frequent characters.",
+            f"pretrain.vocab_size={vocab_size} does not suit the training texts: {_possible_sizes(str(error))}.",
             field="pretrain.vocab_size",
         ) from error
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     # The model comes last, because its existence tells that both files are complete.
     Path(path).with_name(TOKENIZER_CONFIG_FILE).write_text(json.dumps(_CONFIG, indent=2) + "\n")
     Path(path).write_bytes(model.getvalue())
+
+
+def _possible_sizes(message: str) -> str:
+    """Say which sizes of the vocabulary are possible, by sentencepiece's message, which names its own options otherwise."""
+    if too_small := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"at least {too_small[1]} are needed, for 256 bytes, 9 symbols and every frequent character"
+    if too_large := re.search(r"<= (\d+)", message):
+        return f"they give at most {too_large[1]} tokens. Reduce it, or train on more text"
+    return message.rpartition("] ")[2].strip(" .") or "there is no text. Check the corpus"
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -28,6 +28,7 @@ from rpt_jax.weights.model_files import (
     WEIGHTS_FILE,
     find_gguf,
     missing_hint,
+    parse_object,
     split_parts,
 )
 from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors, write_safetensors
@@ -266,7 +267,7 @@ def write_policy(
     for name, data in tokenizer_files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(data)
-    generation = json.loads(tokenizer_files.get(GENERATION_CONFIG_FILE, b"{}"))
+    generation = parse_object(directory / GENERATION_CONFIG_FILE, tokenizer_files.get(GENERATION_CONFIG_FILE, b"{}"))
     special = {key: generation[key] for key in SPECIAL_ID_KEYS if key in generation}
     hf_config = hf_config | {key: value for key, value in special.items() if hf_config.get(key) is None}
     # Last, because a directory with config.json is taken for a complete policy.
@@ -292,7 +293,9 @@ def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]]
         array = get_param((parameter,) if layer is None else ("layers", parameter))
         expected = shapes[parameter] if layer is None else (config.layers, *shapes[parameter])
         if array.shape != expected:
-            raise UserError(f"parameter {parameter} has shape {array.shape}, expected {expected} for its policy.")
+            raise UserError(
+                f"parameter {parameter} has shape {array.shape}, expected {expected} for its policy.", field=parameter
+            )
         array = to_host(array if layer is None else array[layer])
         if layer is not None and _LAYER_NAMES[parameter][1]:
             return array.reshape(entry.shape[::-1]).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import typing
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import SCALINGS, Scaling
-from rpt_jax.weights.model_files import unreadable_hint
+from rpt_jax.weights.model_files import parse_object
 
 # Key of the tokenizer's fingerprint in config.json. Only rpt_jax writes and reads it; other readers ignore it.
 FINGERPRINT_KEY = "tokenizer_sha256"
@@ -45,7 +44,7 @@ _READ_KEYS = {
 # Options that are not supported: key of config.json -> values that turn the option off (or are the default).
 _UNSUPPORTED_OPTIONS = {
     "attention_bias": (None, False),
-    "hidden_act": (None, "silu", "swish"),
+    "hidden_act": (None, "swish", "silu"),  # Two names of one function; messages recommend the last.
     "is_causal": (None, True),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
@@ -98,13 +97,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises: UserError if the file contains something else; OSError if it cannot be read.
     """
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).{unreadable_hint(path)}", field=str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must contain a JSON object.", field=str(path))
-    return content
+    return parse_object(path, path.read_bytes())
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:

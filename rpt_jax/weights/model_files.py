@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from rpt_jax.errors import UserError
 
@@ -69,6 +71,18 @@ def unreadable_hint(path: Path) -> str:
     if not _starts_with(path, _LFS_POINTER):
         return ""
     return f" The file is a pointer of Git LFS, without its content: run `git lfs pull` in {path.parent}."
+
+
+def parse_object(path: Path, data: bytes) -> dict[str, Any]:
+    """Return the JSON object in `data`, the content of `path`. Raises: UserError if it contains something else."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        hint = unreadable_hint(path) or " Download or export it again."
+        raise UserError(f"{path} is not valid JSON: {error}.{hint}", field=str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must contain a JSON object, not a {type(content).__name__}.", field=str(path))
+    return content
 
 
 def missing_hint(source: str | Path) -> str:

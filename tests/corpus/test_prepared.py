@@ -23,6 +23,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.corpora import scoring_experiment, write_number_corpus
 from tests.helpers.paths import ROOT, TINY
+from tests.helpers.processes import CHILD_SECONDS
 
 TOKENIZER = load_tokenizer(TINY)
 
@@ -165,7 +166,7 @@ def test_two_processes_write_the_scores_of_one(finished: Path, corpus: DataConfi
         for number in range(2)
     ]
     for process in processes:
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=CHILD_SECONDS)
         assert process.returncode == 0, output
         assert "Complete, " in output
 

@@ -24,6 +24,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.corpora import write_jsonl, write_number_corpus
 from tests.helpers.paths import ROOT, TINY
+from tests.helpers.processes import CHILD_SECONDS
 from tests.helpers.whole_corpus import load_corpus
 
 TOKENIZER = load_tokenizer(TINY)
@@ -215,7 +216,7 @@ def test_the_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-u", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout and "documents" in process.stdout.readline()
     process.kill()
-    process.communicate(timeout=600)
+    process.communicate(timeout=CHILD_SECONDS)
     assert not list(tmp_path.glob("out/tokens-*.json"))
 
 

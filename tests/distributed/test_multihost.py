@@ -18,7 +18,7 @@ from rpt_jax.distributed.hosts import Hosts, Names, find_hosts
 from rpt_jax.distributed.rendezvous import Connection, meet
 from rpt_jax.errors import ExitCode, UserError
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import HERE, free_port, starter
+from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, starter
 
 # --- detection ---
 
@@ -262,7 +262,7 @@ def test_messages_name_the_variables_of_slurm_where_it_gave_the_values() -> None
 
 def connect_when_ready(port: int) -> socket.socket:
     """Connect to a port that a thread is about to listen on."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + CHILD_SECONDS
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port))
@@ -309,7 +309,7 @@ def test_all_processes_exit_with_the_one_that_failed_and_name_it(
 ) -> None:
     port = str(free_port())
     processes = start("tests.helpers.multihost_child", [[event, str(number), "3", port] for number in range(3)])
-    outputs = [process.communicate(timeout=600) for process in processes]
+    outputs = [process.communicate(timeout=CHILD_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == codes, outputs
     printed = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
     assert printed == ([["3 processes, sum 3"], [], []] if event == "nothing" else [[], [], []])
@@ -324,7 +324,7 @@ def test_the_loss_of_process_0_is_detected(start) -> None:
     """Process 0 also hosts JAX's service, so JAX may abort the other processes before they print the reason."""
     port = str(free_port())
     processes = start("tests.helpers.multihost_child", [["leader is killed", str(n), "2", port] for n in range(2)])
-    _, (_, err) = (process.communicate(timeout=600) for process in processes)
+    _, (_, err) = (process.communicate(timeout=CHILD_SECONDS) for process in processes)
     assert processes[1].returncode in (ExitCode.RESTART, -signal.SIGABRT)
     assert f"process 0 on {HERE} is gone" in err or "JAX distributed service" in err
 
@@ -332,7 +332,7 @@ def test_the_loss_of_process_0_is_detected(start) -> None:
 def test_a_frozen_process_0_is_detected(start) -> None:
     port = str(free_port())
     _, other = start("tests.helpers.multihost_child", [["leader is frozen", str(n), "2", port] for n in range(2)])
-    _, err = other.communicate(timeout=600)
+    _, err = other.communicate(timeout=CHILD_SECONDS)
     assert (
         other.returncode == ExitCode.RESTART
         and f"no progress for 4 s (--stall_seconds), and process 0 on {HERE}" in err

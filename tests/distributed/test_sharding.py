@@ -19,6 +19,7 @@ from rpt_jax.errors import UserError
 from tests.helpers import sharded_child
 from tests.helpers.paths import ROOT
 from tests.helpers.policy_reference import POLICY
+from tests.helpers.processes import CHILD_SECONDS
 
 FIELDS = ("data", "fsdp", "tensor", "rollout_tensor")
 
@@ -43,7 +44,7 @@ def results(tmp_path_factory):
     # The programs run for milliseconds; optimizing them is what would take time.
     environment = os.environ | {"XLA_FLAGS": f"{devices} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     child = [sys.executable, "-m", "tests.helpers.sharded_child", str(out)]
-    done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
     # XLA's warning when it can only change a sharding by replicating the array on every device. (Programs from the cache do not
     # warn, but those have not changed.)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 SCRIPTS = (".ci/run", "launch/local.sh", "launch/setup.sh", "launch/test.sh")
 TOOLS = ("bash", "cat", "cp", "df", "dirname", "flock", "head", "mkdir", "mktemp", "rm", "rmdir", "sed", "sleep")
@@ -121,7 +122,7 @@ class Clone:
     ) -> tuple[int, list[str], str]:
         """Run a script of the clone. Returns: the exit code, the lines of stdout, and stderr."""
         process = self.start(script, *arguments, cwd=cwd, **environment)
-        stdout, stderr = process.communicate(timeout=600)
+        stdout, stderr = process.communicate(timeout=CHILD_SECONDS)
         return process.returncode, stdout.splitlines(), stderr
 
     def pip_calls(self) -> list[str]:

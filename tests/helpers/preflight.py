@@ -17,6 +17,7 @@ from rpt_jax.preflight.costs import flops_per_chip
 from rpt_jax.preflight.programs import Step, make_step
 from rpt_jax.preflight.topology import parse_topology
 from tests.helpers.paths import CONFIGS, ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 SMALL = [
     "policy.path=",
@@ -62,4 +63,4 @@ def run_preflight(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_OPTIMIZATION_LEVEL": "O0"}
     overrides = [f"--config.{field}" for field in SMALL]
     command = [sys.executable, "-m", "rpt_jax.preflight", "--config=configs/rpt_tiny.py", *overrides, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)

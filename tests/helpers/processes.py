@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from tests.helpers.paths import ROOT
 
 HERE = socket.gethostname()
+# A limit for a process that hangs, as long as CI gives all quick tests together: how long a test takes depends on what else the
+# machine does, and is not what it tests.
+CHILD_SECONDS = 3600.0
 # Runs the command behind it with SIGINT not ignored, as it is if the tests run in the background of a script.
 WITH_SIGINT = [
     sys.executable,

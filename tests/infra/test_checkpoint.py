@@ -24,6 +24,7 @@ from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.run_format import FORMAT
 from rpt_jax.objective.update import TrainState
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 
 RUN = {"stream": {"next_index": 37, "nested": [1, 2.5, None]}, "counters": {"tokens": 2**40}, "fingerprint": "ab12"}
 
@@ -179,7 +180,7 @@ def test_a_checkpoint_without_one_of_its_items_is_set_aside(copy, item):
 def save_until_it_fails(checkpointer: Checkpointer) -> None:
     """Save as a loop does: an error is raised by the save itself, or in a later step."""
     checkpointer.save()
-    end = time.monotonic() + 600
+    end = time.monotonic() + CHILD_SECONDS
     while time.monotonic() < end:
         checkpointer.check_writes()
         time.sleep(0.01)
@@ -259,7 +260,9 @@ def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
     for action, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
         flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         run = [sys.executable, "-m", "tests.helpers.checkpoint_child", action, str(tmp_path), str(fsdp), str(tensor)]
-        done = subprocess.run(run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=CHILD_SECONDS
+        )
         assert done.stdout == f"{action} {devices}\n", done.stderr
 
 

@@ -43,6 +43,33 @@ def test_a_new_program_is_not_reported() -> None:
         assert again() == []
 
 
+def test_the_first_use_of_an_option_is_not_reported() -> None:
+    flipped = jax.jit(lambda x, flip: -x if flip else x, static_argnames="flip")
+    x = jax.device_put(np.ones(3))
+    with guarded_loop() as again:
+        flipped(x, flip=False)
+        again()
+        flipped(x, flip=True)
+        assert again() == []
+
+
+def test_operations_outside_of_programs_are_not_reported() -> None:
+    with guarded_loop() as again:
+        for size in (4, 5, 6):
+            jax.lax.neg(jax.device_put(np.ones(size)))
+            assert again() == []
+
+
+def test_another_sharding_is_reported() -> None:
+    x = jax.device_put(np.ones(3))
+    committed = jax.device_put(x, jax.devices()[0])
+    with guarded_loop() as again:
+        doubled(x, x)
+        again()
+        doubled(committed, x)
+        assert [sentence for sentence in again() if "doubled" in sentence and "other shardings" in sentence]
+
+
 def test_implicit_transfers_raise() -> None:
     with guarded_loop():
         x = jax.device_put(np.ones(3, np.float32))

@@ -12,7 +12,7 @@ import pytest
 
 from rpt_jax.errors import ExitCode
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import WITH_SIGINT
+from tests.helpers.processes import CHILD_SECONDS, WITH_SIGINT
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def child() -> Iterator[object]:
 def test_a_signal_saves_while_the_main_thread_is_inside_xla(child, number):
     process = child("works", "60")
     process.send_signal(number)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=CHILD_SECONDS)
     assert process.returncode == ExitCode.RESTART and out == "saving\n"
     assert f"{number.name}: stopping within 60 s" in err and "Stopped: step 7." in err
 
@@ -46,7 +46,7 @@ def test_a_second_signal_exits_at_once(child, number):
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM" in process.stderr.readline()
     process.send_signal(number)
-    assert process.wait(timeout=600) == 128 + number
+    assert process.wait(timeout=CHILD_SECONDS) == 128 + number
     assert "Stopped at once" in process.stderr.read()
 
 
@@ -55,7 +55,7 @@ def test_a_warning_of_a_scheduler_and_one_sigterm_leave_time_to_save(child, sign
     process = child("hangs", "2")
     for number in signals:
         process.send_signal(number)
-    assert process.wait(timeout=600) == ExitCode.RESTART
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
     assert "Nothing was saved within checkpoint.grace_seconds=2" in process.stderr.read()
 
 
@@ -63,14 +63,14 @@ def test_sighup_stays_ignored_under_nohup(child):
     process = child("works", "60", wrapper=["bash", "-c", "trap '' HUP; exec \"$@\"", "bash"])
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=CHILD_SECONDS)
     assert process.returncode == ExitCode.RESTART and err.startswith("SIGTERM: stopping")
 
 
 def test_the_sigint_of_a_terminal_saves_a_command_that_again_runs(child):
     process = child("works", "60", wrapper=["bash", "launch/again.sh"])
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=CHILD_SECONDS)
     assert process.returncode == ExitCode.RESTART and out == "saving\n"
     assert err.startswith("SIGTERM: stopping") and "Stopped: step 7." in err
 
@@ -78,18 +78,18 @@ def test_the_sigint_of_a_terminal_saves_a_command_that_again_runs(child):
 def test_a_save_may_not_take_longer_than_the_grace_period(child):
     process = child("hangs", "0.2")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=600) == ExitCode.RESTART
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
     assert "checkpoint.grace_seconds=0.2; the latest checkpoint remains" in process.stderr.read()
 
 
 def test_a_failed_save_exits_with_the_code_of_a_user_error(child):
     process = child("fails", "60")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=600) == ExitCode.USER_ERROR
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.USER_ERROR
     assert "could not be saved (OSError: No space left on device)" in process.stderr.read()
 
 
 def test_a_thread_that_cannot_write_exits_the_process(child):
     process = child("writes", "60")
-    assert process.wait(timeout=600) == ExitCode.USER_ERROR
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.USER_ERROR
     assert process.stderr.read().startswith("error: No space left on device. Fix this")

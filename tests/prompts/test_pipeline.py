@@ -20,6 +20,7 @@ from rpt_jax.prompts.pipeline import PromptStream, ShuffledEpochs, example_strea
 from rpt_jax.prompts.positions import Entropies, EntropyRule, Position, PositionIndex
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.paths import TINY
+from tests.helpers.processes import CHILD_SECONDS
 
 TOKENIZER = load_tokenizer(TINY)
 DOCUMENTS = [TOKENIZER.encode(f"Document {i} is of {i} words" + " and more" * i) for i in range(12)]
@@ -295,5 +296,5 @@ def test_few_batches_are_built_ahead() -> None:
     for consumed in range(1, 50):
         next(stream)
         with changed:
-            assert changed.wait_for(lambda n=consumed: built >= batch * (n + filled), timeout=600)
+            assert changed.wait_for(lambda n=consumed: built >= batch * (n + filled), timeout=CHILD_SECONDS)
             assert built <= batch * (consumed + most)

@@ -22,7 +22,7 @@ from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import HERE, free_port, starter
+from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, starter
 from tests.helpers.runs import SMALL, comparable
 
 
@@ -48,7 +48,7 @@ def finish(processes: Sequence[subprocess.Popen[str]], code: int = 0) -> list[tu
     outputs: list[tuple[str, str]] = [("", "")] * len(processes)
 
     def read(number: int) -> None:  # In parallel, because a full pipe would block a process.
-        outputs[number] = processes[number].communicate(timeout=1800)
+        outputs[number] = processes[number].communicate(timeout=CHILD_SECONDS)
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(len(processes))]
     for thread in threads:

@@ -15,6 +15,7 @@ import pytest
 from rpt_jax.errors import ExitCode
 from rpt_jax.infra.metrics import read_metrics
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import CHILD_SECONDS
 from tests.helpers.runs import SMALL, comparable, tensorboard_events
 
 KILLS = 50
@@ -32,7 +33,11 @@ def start_run(workdir: Path, cache: Path) -> subprocess.Popen[bytes]:
     overrides = [f"--config.{name}={value}" for name, value in SHORT.items()]
     run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={workdir}", "--config=configs/rpt_tiny.py", *overrides]
     # Later runs read compiled programs from this cache. Otherwise most of the kills would hit a compilation.
-    keep = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    keep = {
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     log = (workdir.parent / f"{workdir.name}.log").open("ab")
     return subprocess.Popen(run, cwd=ROOT, env=os.environ | keep, stdout=log, stderr=log)
 
@@ -52,7 +57,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path,
     directory = tmp_path_factory.mktemp("whole")
     for name in ("first", "second"):
         start = time.monotonic()
-        assert start_run(directory / name, directory / "cache").wait(timeout=1800) == 0, directory / f"{name}.log"
+        assert start_run(directory / name, directory / "cache").wait(timeout=CHILD_SECONDS) == 0, (
+            directory / f"{name}.log"
+        )
     return directory / "second", directory / "cache", time.monotonic() - start
 
 
@@ -69,7 +76,7 @@ def test_a_run_that_is_killed_at_random_equals_an_uninterrupted_one(uninterrupte
             code = process.wait(timeout=delay)
         except subprocess.TimeoutExpired:
             process.send_signal(kind)
-            code = process.wait(timeout=600)
+            code = process.wait(timeout=CHILD_SECONDS)
             kills += 1
         if code == 0 and kills < KILLS:
             # The run was complete before the last kill: compare it, and start another one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -143,6 +144,10 @@ def test_an_unsuitable_vocabulary_size_is_refused(tmp_path, size):
     with pytest.raises(UserError) as raised:
         train_sentencepiece(TEXTS, size, tmp_path / "tokenizer.model")
     assert raised.value.field == "pretrain.vocab_size"
+    # The message tells a size that works, and no option of sentencepiece.
+    assert "--" not in str(raised.value)
+    [possible] = re.findall(r"at (?:least|most) (\d+)", str(raised.value))
+    train_sentencepiece(TEXTS, int(possible), tmp_path / "tokenizer.model")
 
 
 def test_a_model_trained_with_normalization_keeps_every_byte(tmp_path):
