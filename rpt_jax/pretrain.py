@@ -222,8 +222,6 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                 checkpoints.stage(step, state, {"stream": stream.get_state()})
             for warning in take_recompiled() + signal.check_traces(step, scalars):
                 logger.warning(warning)
-            if scalars["update/skipped"]:
-                logger.warning("Step %d: no token of the batch has a weight, so nothing was updated.", step)
 
             # --- 4. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
