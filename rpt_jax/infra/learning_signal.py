@@ -43,8 +43,8 @@ class LearningSignal:
         # Some minibatches of a step can be without a gradient while others have one.
         if self._skipped and not silent and not skipped_before:
             return [
-                f"step {step}: {self._skipped:.0f} of the step's updates were skipped: all samples of each of their prompts earned "
-                "the same. update/skipped in metrics.jsonl counts them."
+                f"step {step}: {self._skipped:.0f} of the step's updates were skipped: all samples of each of their prompts "
+                "earned the same. update/skipped in metrics.jsonl counts them."
             ]
         return []
 

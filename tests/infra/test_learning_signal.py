@@ -72,6 +72,8 @@ def test_the_likely_cause_follows_from_the_most_frequent_status(status: str, col
 @pytest.mark.parametrize(("loss", "weight", "warns"), [(0.0, 1.0, True), (0.1, 1.0, False), (0.0, 0.0, False)])
 def test_a_cold_start_without_traces_is_reported(loss: float, weight: float, warns: bool) -> None:
     signal = LearningSignal(dataclasses.replace(Experiment(), pretrain=PretrainConfig(trace_weight=weight)))
-    said = [signal.check_traces(step, {"loss/trace": loss, "update/skipped": 0.0}) for step in range(STEPS_WITHOUT_SIGNAL)]
+    said = [
+        signal.check_traces(step, {"loss/trace": loss, "update/skipped": 0.0}) for step in range(STEPS_WITHOUT_SIGNAL)
+    ]
     assert bool(said[-1]) == warns and not any(said[:-1])
     assert not warns or "pretrain.row_tokens=64" in said[-1][0]
