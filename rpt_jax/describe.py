@@ -602,8 +602,8 @@ def _pretrain_rows(sizes: PretrainSizes) -> list[Row]:
     lengths = f"{_DOCUMENTS}, data.max_document_tokens, pretrain.rows_per_document, pretrain.row_tokens"
     memory = sizes.memory
     return [
-        Row("documents per step", sizes.documents_per_step, _DOCUMENTS),
-        Row("documents per device", sizes.documents_per_device, f"{_DOCUMENTS}, mesh.data, mesh.fsdp"),
+        Row("windows per step", sizes.documents_per_step, _DOCUMENTS),
+        Row("windows per device", sizes.documents_per_device, f"{_DOCUMENTS}, mesh.data, mesh.fsdp"),
         Row("traces per step, at most", sizes.traces_per_step, f"{_DOCUMENTS}, pretrain.traces_per_document"),
         Row("tokens per step, at most", sizes.tokens_per_step, lengths),
         Row("FLOPs of a step, at most", sizes.flops_per_step, f"policy, {lengths}"),

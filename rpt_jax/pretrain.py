@@ -1,4 +1,4 @@
-"""Next-token pre-training of a base policy on documents and on traces of next-token reasoning (the cold start)."""
+"""Next-token pre-training of a base policy on windows of documents and on traces of next-token reasoning (the cold start)."""
 
 from __future__ import annotations
 
@@ -65,15 +65,16 @@ def mixed_loss(
     weights: tuple[float, float],
     logit_chunk_tokens: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the weighted sum of the mean cross-entropies of document tokens and trace tokens (paper, Equation 1).
+    """Return the weighted sum of the mean cross-entropies of window tokens and trace tokens (paper, Equation 1).
 
-    Each document runs once, for its own loss and as the context of its traces; each trace attends to its own prefix of it.
+    Each window of a document runs once, for its own loss and as the context of its traces; each trace attends to its own prefix
+    of it.
 
     Args:
       policy: the model.
       params: its parameters.
       batch: arrays of `ExampleMaker.make`, stacked.
-      weights: of documents and of traces.
+      weights: of windows and of traces.
       logit_chunk_tokens: tokens whose logits exist at once.
 
     Returns:
@@ -158,18 +159,18 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
       UserError: something that the user can fix.
       FloatingPointError: a metric is NaN or infinite.
     """
-    # --- 1. Load the policy and the documents ------------------------------------------------------
+    # --- 1. Load the policy and the windows --------------------------------------------------------
     config = experiment.pretrain
     total_steps = experiment.training.total_steps
     # The files of the corpus are listed once, if they are needed.
     plan = functools.cache(functools.partial(plan_shards, experiment.data))
     policy, params, tokenizer = _load_or_init(experiment, plan, workdir, mesh, context)
-    documents = _training_documents(experiment.data, plan, workdir, tokenizer, context)
+    windows = _training_windows(experiment.data, plan, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
-    maker = ExampleMaker(experiment, tokenizer, documents, boxable_V)
-    stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
+    maker = ExampleMaker(experiment, tokenizer, windows, boxable_V)
+    stream = example_stream(maker.make, len(windows), batch=config.documents_per_step, seed=experiment.seed)
 
     # --- 2. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
@@ -228,7 +229,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             context.stop_if_requested(checkpoints.save_and_wait)
             context.heartbeat.beat(f"pretraining step {step}")
             profile.end_step(step)
-            progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats/token")
+            progress.advance(f"window {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats/token")
             if step % experiment.checkpoint.every_steps == 0 or step == total_steps:
                 checkpoints.save()
     checkpoints.close()
@@ -305,10 +306,10 @@ def _load_or_init(
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
 
 
-def _training_documents(
+def _training_windows(
     data: DataConfig, plan: Callable[[], ShardPlan], workdir: Path, tokenizer: Tokenizer, context: RunContext
 ) -> Windows:
-    """Open the training documents of `data.prepared`, or tokenize them into `workdir/corpus`. Raises: UserError."""
+    """Open the training windows of `data.prepared`, or tokenize them into `workdir/corpus`. Raises: UserError."""
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
     directory = corpus_directory(workdir, data, plan(), tokenizer)

@@ -133,7 +133,7 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
     pretraining = sizes.pretrain or sizes.cold_start
     if pretraining:
         logger.info(
-            "Step of %s: %s documents, at most %s tokens with their traces",
+            "Step of %s: %s windows of documents, at most %s tokens with their traces",
             "the cold start" if sizes.cold_start else "pre-training",
             f"{pretraining.documents_per_step:,}",
             f"{pretraining.tokens_per_step:,}",

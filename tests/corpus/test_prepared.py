@@ -142,8 +142,10 @@ def test_a_directory_without_a_manifest_is_refused(corpus: DataConfig, tmp_path:
 def test_a_corpus_of_invalid_records_is_refused_with_the_first_of_them(tmp_path: Path) -> None:
     """Such a shard has no records."""
     path = tmp_path / "none.jsonl"
-    path.write_text('{"problem": "1 + 1 = 2"}\n' * 3)
-    with pytest.raises(UserError, match="has 0 distinct .* needed: .* has no field data.text_field='text'"):
+    path.write_text('{"txt": "1 + 1 = 2"}\n' * 3)
+    with pytest.raises(
+        UserError, match="has 0 distinct .* needed: .* has no field data.text_field='text'.* mean 'txt'\\? A"
+    ):
         main.run(scoring_experiment(path), tmp_path / "run")
     assert len(Records(tmp_path / "run", "scores", 1)) == 0
 
