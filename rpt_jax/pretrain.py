@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import shutil
 import time
@@ -24,6 +25,7 @@ from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
+from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.guards import guarded_loop
@@ -34,7 +36,8 @@ from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.infra.run_format import format_stamp
+from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, POLICY, RESULT, finished_steps
 from rpt_jax.model.model_config import preset
 from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
@@ -52,7 +55,6 @@ from rpt_jax.weights.model_files import MODEL_CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
-COLD_START = "cold_start"  # The folder of the cold start in the workdir of a run.
 # Bytes of text to train a tokenizer on. The trainer needs many times this in memory.
 _TOKENIZER_BYTES = 2**26
 
@@ -146,7 +148,8 @@ def pretrain_step(
 def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext, *, replay: bool = False) -> None:
     """Train a base policy from random weights or from `policy.path`; resume from the newest checkpoint in `workdir`.
 
-    The policy is written to `pretrain.export`, or to `workdir/policy` if that is empty.
+    The policy is written to `pretrain.export`, or to `workdir/policy` if that is empty; then result.json says that the run is
+    complete.
 
     Args:
       experiment: the config.
@@ -159,6 +162,13 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
       UserError: something that the user can fix.
       FloatingPointError: a metric is NaN or infinite.
     """
+    directory = Path(experiment.pretrain.export or workdir / POLICY)
+    if finished_steps(workdir) == experiment.training.total_steps and (directory / MODEL_CONFIG_FILE).is_file():
+        logger.info(
+            "This pre-training is complete: the policy is in %s. Raise training.total_steps to continue it.", directory
+        )
+        return
+
     # --- 1. Load the policy and the windows --------------------------------------------------------
     config = experiment.pretrain
     total_steps = experiment.training.total_steps
@@ -238,9 +248,11 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     if replay:
         logger.info("Step %d was replayed, and all its metrics are finite.", last_step)
         return
-    directory = Path(config.export or workdir / "policy")
     files = exported_files(tokenizer)
     save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
+    if is_leader():
+        result = {**format_stamp(), "steps": total_steps, "policy": str(directory)}
+        atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     logger.info("The policy is in %s.", directory)
 
 
@@ -249,7 +261,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
 
 def cold_start_is_complete(workdir: Path) -> bool:
     """Return whether the cold start of the run in `workdir` has written its policy."""
-    return (workdir / COLD_START / "policy" / MODEL_CONFIG_FILE).is_file()
+    return (workdir / COLD_START / POLICY / MODEL_CONFIG_FILE).is_file()
 
 
 def delete_cold_start_checkpoints(workdir: Path) -> None:
@@ -261,7 +273,7 @@ def delete_cold_start_checkpoints(workdir: Path) -> None:
 
 def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:
     """Return the experiment with the policy of the cold start as its starting policy."""
-    policy = dataclasses.replace(experiment.policy, path=str(workdir / COLD_START / "policy"))
+    policy = dataclasses.replace(experiment.policy, path=str(workdir / COLD_START / POLICY))
     return dataclasses.replace(experiment, policy=policy)
 
 

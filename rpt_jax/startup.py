@@ -19,10 +19,10 @@ from rpt_jax.errors import check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
 from rpt_jax.infra.source_commit import source_commit
-from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START
 from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig
-from rpt_jax.pretrain import COLD_START, check_vocab_size
+from rpt_jax.pretrain import check_vocab_size
 from rpt_jax.prompts.builder import PromptBuilder, read_template
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking

@@ -39,14 +39,13 @@ from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.workdir import RESULT, finished_steps
+from rpt_jax.infra.workdir import COLD_START, RESULT, finished_steps
 from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.pretrain import (
-    COLD_START,
     cold_start_is_complete,
     delete_cold_start_checkpoints,
     pretrain,
