@@ -97,7 +97,7 @@ def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> No
         cold_start = _missing_bytes(cold_start_experiment(experiment), model, workdir / COLD_START)
         policy = _FLOAT32_BYTES * model.parameters
         needed = max(cold_start, needed + policy)
-    check_free_space(workdir, needed, "checkpoints and the policy")
+    check_free_space(workdir, needed, "checkpoints and the policy", "lower checkpoint.keep")
 
 
 def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) -> int:
