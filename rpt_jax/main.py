@@ -120,6 +120,8 @@ def field_hint(argument: str) -> str:
 def load_experiment(argv: list[str]) -> Experiment:
     """Parse the command line into a validated experiment. Raises: UserError, for invalid flags or config values."""
     overrides, others = split_overrides(argv)
+    for flag in _FLAGS:
+        flags.FLAGS[flag.name].unparse()  # A value that an earlier call in this process was given.
     try:
         rest = flags.FLAGS(others)
     except flags.UnrecognizedFlagError as error:
