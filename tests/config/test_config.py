@@ -98,6 +98,7 @@ REFUSED_VALUES = [
     ({"data__path": "texts"}, "data.path"),
     ({"data__text_field": "content"}, "data.text_field"),
     ({"data__group_by": "id"}, "data.group_by"),
+    ({"data__positions": "quantile", "data__entropy_threshold": 1.2}, "data.entropy_threshold"),
     ({"data__shard": "0/2"}, "data.shard"),
     ({"task": "score", "data__prepared": "runs/score"}, "data.prepared"),
     (

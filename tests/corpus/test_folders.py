@@ -101,6 +101,31 @@ def test_evaluation_splits_next_to_training_splits_are_read_only_if_they_are_nam
         assert texts_of(tmp_path / name) == [Path(name).name]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "read"),
+    [
+        ("data/*.jsonl", ["train-00000-of-00001.jsonl"]),
+        ("data/test-*.jsonl", ["test-00000-of-00001.jsonl"]),
+        ("dict/*", ["a.jsonl"]),
+        ("dict/**", ["a.jsonl"]),
+        ("dict/**/*.jsonl", ["a.jsonl"]),
+        ("*/t*/*.jsonl", ["a.jsonl"]),
+        ("dict/test/*.jsonl", ["b.jsonl"]),
+        ("*/test/*.jsonl", ["b.jsonl"]),
+    ],
+)
+def test_a_glob_matches_evaluation_splits_only_if_it_names_them(
+    tmp_path: Path, pattern: str, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
+        write(tmp_path / "data" / name)
+    for name in ("dataset_dict.json", "train/a.jsonl", "test/b.jsonl"):
+        write(tmp_path / "dict" / name)
+    assert texts_of(tmp_path / pattern) == read
+    monkeypatch.chdir(tmp_path)
+    assert texts_of(pattern) == read, "also below the current folder"
+
+
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.txt")
 

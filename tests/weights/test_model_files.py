@@ -104,6 +104,14 @@ def test_a_folder_stands_for_the_only_gguf_file_in_it(tmp_path):
     assert raised.value.field == str(folder)
 
 
+def test_a_folder_may_be_named_like_a_gguf_file(tmp_path):
+    write_gguf(tmp_path / "a.gguf")
+    folder = tmp_path / "model.gguf"
+    convert(tmp_path / "a.gguf", folder)
+    assert load_model_config(folder)[0] == load_model_config(tmp_path / "a.gguf")[0]
+    assert load_tokenizer(folder).source == str(folder / "tokenizer.json")
+
+
 # --- files that are missing, or in another form ---
 
 
