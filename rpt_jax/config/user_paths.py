@@ -9,13 +9,16 @@ from pathlib import Path
 
 from rpt_jax.config.schema import Experiment
 
+# Config fields that name a file or a directory.
+PATH_FIELDS = ("policy.path", "data.path", "data.prepared", "prompt.template", "pretrain.export")
+
 # A tilde at the beginning of a path: of the whole text, or of a part of the mixture in `data.path`.
 _HOME = re.compile(r"(^|,\s*|(?:^|,\s*)[\d.]+=)(~[^/,]*)")
 
 
 def user_path(text: str) -> Path:
-    """Return a path of a command line, with `~` expanded."""
-    return Path(text).expanduser()
+    """Return a path of a command line, with `~` expanded; unchanged if it names an unknown user, as in a shell."""
+    return Path(os.path.expanduser(text))
 
 
 def expand_home(text: str) -> str:
@@ -24,12 +27,10 @@ def expand_home(text: str) -> str:
 
 
 def with_expanded_paths(experiment: Experiment) -> Experiment:
-    """Return the experiment with `~` expanded in all of its fields that hold paths."""
-    data = experiment.data
-    return dataclasses.replace(
-        experiment,
-        policy=dataclasses.replace(experiment.policy, path=expand_home(experiment.policy.path)),
-        data=dataclasses.replace(data, path=expand_home(data.path), prepared=expand_home(data.prepared)),
-        prompt=dataclasses.replace(experiment.prompt, template=expand_home(experiment.prompt.template)),
-        pretrain=dataclasses.replace(experiment.pretrain, export=expand_home(experiment.pretrain.export)),
-    )
+    """Return the experiment with `~` expanded in `PATH_FIELDS`."""
+    for name in PATH_FIELDS:
+        section_name, _, field = name.partition(".")
+        section = getattr(experiment, section_name)
+        section = dataclasses.replace(section, **{field: expand_home(getattr(section, field))})
+        experiment = dataclasses.replace(experiment, **{section_name: section})
+    return experiment

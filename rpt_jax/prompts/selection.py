@@ -150,8 +150,9 @@ def training_orders(
         for part, positions in enumerate(parts)
     )
     if smallest < training.prompts_per_step:
-        where = f"part '{parse_mixture(data.path)[part][1]}' of the mixture has " if weights else ""
-        where += f"stage {stage + 1} of {len(stages)} has " if len(stages) > 1 else ""
+        places = [f"part '{parse_mixture(data.path)[part][1]}' of the mixture"] if weights else []
+        places += [f"stage {stage + 1} of {len(stages)}"] if len(stages) > 1 else []
+        where = f"{', '.join(places)} has " if places else ""
         raise UserError(
             f"{source_name(data)}: {where}only {smallest:,} training positions that are chosen by "
             f"{_reported_fields(data)} and have data.min_context={data.min_context} tokens before them, of {found:,} in all and "

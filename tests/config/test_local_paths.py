@@ -10,6 +10,7 @@ from rpt_jax import convert, main, report
 from rpt_jax.bench import __main__ as bench
 from rpt_jax.config import from_config_dict
 from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import PATH_FIELDS
 from rpt_jax.errors import UserError
 from rpt_jax.preflight import __main__ as preflight
 from rpt_jax.preflight import scaling
@@ -17,7 +18,7 @@ from rpt_jax.preflight import scaling
 URL = "gs://bucket/run"
 
 
-@pytest.mark.parametrize("field", ["policy.path", "data.path", "data.prepared", "pretrain.export"])
+@pytest.mark.parametrize("field", PATH_FIELDS)
 def test_a_field_with_a_url_is_refused(field: str) -> None:
     overrides = [f"{field}={URL}", *(["data.source=path"] if field == "data.path" else [])]
     with pytest.raises(UserError) as raised:
