@@ -365,6 +365,10 @@ def _bytes_type(kind: Any) -> Any:
         return pyarrow.list_(kind.value_field.with_type(_bytes_type(kind.value_type)))
     if types.is_large_list(kind):
         return pyarrow.large_list(kind.value_field.with_type(_bytes_type(kind.value_type)))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_bytes_type(kind.value_type)), kind.list_size)
+    if types.is_map(kind):
+        return pyarrow.map_(_bytes_type(kind.key_type), _bytes_type(kind.item_type))
     return kind
 
 

@@ -147,7 +147,7 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
 
     if useless := _files_without_documents(summaries):
         logger.warning(
-            "%s files of data.path give no documents: %s.",
+            "Files of data.path that give no documents: %s, %s.",
             f"{len(useless):,}",
             "; ".join(f"{file} ({reasons})" for file, reasons in useless[:3]) + "; …" * (len(useless) > 3),
         )

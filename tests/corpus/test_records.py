@@ -160,17 +160,19 @@ def invalid_utf8(values: Iterable[bytes]) -> Any:
     return pyarrow.StringArray.from_buffers(len(binary), *binary.buffers()[1:], binary.buffers()[0])
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_row_that_is_not_utf8_does_not_invalidate_the_others(tmp_path: Path, nested: bool) -> None:
+@pytest.mark.parametrize("form", ["string", "field", "list"])
+def test_a_row_that_is_not_utf8_does_not_invalidate_the_others(tmp_path: Path, form: str) -> None:
     column = invalid_utf8([b"a", b"\xff", b"c"])
-    if nested:
+    if form == "field":
         column = pyarrow.StructArray.from_arrays([column], ["text"])
+    if form == "list":
+        column = pyarrow.FixedSizeListArray.from_arrays(column, 1)
     table = pyarrow.table({"text": column})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table)
     for name in ("a.parquet", "a.arrow"):
-        found = texts_or_reasons(tmp_path / name, text_field="text.text" if nested else "text")
+        found = texts_or_reasons(tmp_path / name, text_field="text.text" if form == "field" else "text")
         assert found == ["a", "not UTF-8", "c"], name
 
 
