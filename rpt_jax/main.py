@@ -36,8 +36,7 @@ from absl import flags
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.loading import split_overrides
-from rpt_jax.config.local_paths import check_local_path
-from rpt_jax.config.user_paths import user_path
+from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
 from rpt_jax.errors import ExitCode, UserError, check_choice, nearest

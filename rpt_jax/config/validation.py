@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.schema import (
     ATTENTIONS,
     BOX_READINGS,
@@ -22,7 +21,7 @@ from rpt_jax.config.schema import (
     ObjectiveConfig,
     PolicyConfig,
 )
-from rpt_jax.config.user_paths import PATH_FIELDS
+from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOICES, TRACE_WRITERS, Registry
 

@@ -17,7 +17,6 @@ from rpt_jax.config import Experiment, default_config, from_config_dict, load_co
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.reference import field_docs, section_docs
 from rpt_jax.config.renamed import RENAMED
-from rpt_jax.config.user_paths import expand_home, user_path
 from rpt_jax.errors import UserError
 from tests.helpers.paths import ROOT
 from tests.helpers.snapshots import assert_matches_snapshot
@@ -376,25 +375,6 @@ def test_every_field_has_a_sentence_of_documentation():
     for document in documents:
         assert document.text.endswith(".") and (document.text[0].isupper() or document.text[0] == '"'), document.name
     assert all(section_docs().values()) and section_docs().keys() == SECTIONS.keys()
-
-
-def test_the_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    paths = {
-        "data.path": ("0.7=~/a/*.txt, 0.3=~/b,c~", "0.7=/home/me/a/*.txt, 0.3=/home/me/b,c~"),
-        "data.prepared": ("~/corpus", "/home/me/corpus"),
-        "policy.path": ("~/policy", "/home/me/policy"),
-        "pretrain.export": ("~", "/home/me"),
-        "prompt.template": ("~/a.txt", "/home/me/a.txt"),
-    }
-    overrides = ["data.source=path", *(f"{name}={path}" for name, (path, _) in paths.items())]
-    values = dict(leaves(from_config_dict({}, overrides)))
-    assert {name: values[name] for name in paths} == {name: expected for name, (_, expected) in paths.items()}
-
-
-def test_the_home_directory_of_an_unknown_user_is_not_expanded():
-    assert user_path("~no-such-user/runs") == Path("~no-such-user/runs")
-    assert expand_home("~no-such-user/texts") == "~no-such-user/texts"
 
 
 def test_a_text_field_beside_a_template_is_refused_unless_a_part_has_no_template():
