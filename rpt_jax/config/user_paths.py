@@ -64,7 +64,7 @@ def check_local_path(name: str, path: str | Path | None) -> None:
     url = _URL.search(str(path or ""))
     if not url:
         return
-    command = _COPY.get(url["scheme"].lower())
+    command = _COPY.get("hf" if "huggingface.co/" in str(path) else url["scheme"].lower())
     example = f", for example with `{command}`" if command else ""
     raise UserError(
         f"{name}={path} is a URL, which is not supported. Give a path of this machine: copy to or from the URL{example}, or "

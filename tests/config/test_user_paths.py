@@ -46,6 +46,11 @@ def test_urls_are_recognized(path: str | Path) -> None:
     assert raised.value.field == "data.path"
 
 
+def test_a_url_of_the_hub_is_answered_with_the_command_that_downloads_from_it() -> None:
+    with pytest.raises(UserError, match="hf download"):
+        check_local_path("policy.path", "https://huggingface.co/Qwen/Qwen2.5-0.5B")
+
+
 @pytest.mark.parametrize("path", [None, "", "runs/gs", "/data/a:b/c", "C:/data", "a=b/c", "10.0.0.2:/rpt", "~/x"])
 def test_other_paths_are_not_taken_for_urls(path: str | None) -> None:
     check_local_path("data.path", path)
