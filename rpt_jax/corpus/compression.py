@@ -115,7 +115,7 @@ class DecompressedFile(io.RawIOBase):
         super().close()
 
 
-def open_binary(path: Path) -> io.BufferedIOBase:
+def open_binary(path: Path) -> io.BufferedReader:
     """Open a file for reading its bytes, decompressed if its ending says that it is compressed."""
     if path.suffix.lower() in COMPRESSED_ENDINGS:
         return io.BufferedReader(DecompressedFile(path), 2**20)

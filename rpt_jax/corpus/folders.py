@@ -56,7 +56,7 @@ def why_not_read(path: Path) -> str:
     if path.name in _DATASETS_FILES or _is_dataset_cache(path):
         return _DATASETS_FILE
     if file_format(path) in FORMATS:
-        return ""
+        return "" if path.stat().st_size else "empty files"
     return f"{''.join(path.suffixes[-1:])} files" if path.suffix else "files without an ending"
 
 

@@ -183,13 +183,13 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
 
 
 def _files_without_documents(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the files all of whose records were rejected, and the counts by reason."""
+    """Return the files that have no records, or whose records were all rejected, and the counts by reason."""
     files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for summary in summaries:
         for file, counts in summary["files"].items():
             files[file].update(counts)
     return [
-        (file, ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common()))
+        (file, ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common()) or "no records")
         for file, counts in files.items()
         if file and not counts["documents"]
     ]

@@ -47,9 +47,15 @@ def test_files_that_are_not_read_are_counted_by_ending_with_an_example(
 ) -> None:
     for name in ("a.txt", "b.md", "sub/c.md", "LICENSE", "d.parquet.gz"):
         write(tmp_path / name)
+    (tmp_path / "e.jsonl").touch()
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path) == ["a.txt"]
-    for part in (f".md files: 2 (such as {tmp_path}/b.md)", "files without an ending: 1", ".gz files: 1"):
+    for part in (
+        f".md files: 2 (such as {tmp_path}/b.md)",
+        "files without an ending: 1",
+        ".gz files: 1",
+        "empty files: 1",
+    ):
         assert part in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 

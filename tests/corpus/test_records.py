@@ -115,6 +115,17 @@ def test_rows_of_a_table_with_another_number_of_columns_are_rejected_at_their_pl
     assert texts_or_reasons(tmp_path / "a.csv", text_field="problem")[0] == "no such field"
 
 
+@pytest.mark.parametrize("data", [b"\n", b"text,id", b"text,id\n", b"text,id\n\n\n"])
+def test_a_table_without_rows_has_no_documents(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(data)
+    assert texts_or_reasons(tmp_path / "a.csv") == []
+
+
+def test_blank_lines_in_front_of_a_table_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\n\r\ntext,id\na,1\n")
+    assert texts_or_reasons(tmp_path / "a.csv") == ["a"]
+
+
 def test_numbers_of_any_length_are_read(tmp_path: Path) -> None:
     numbers = ["1" * 5000, "-" + "9" * 100_000, "1." + "3" * 5000, "1e99999"]
     (tmp_path / "a.jsonl").write_text("".join(f'{{"id": {number}, "text": "t"}}\n' for number in numbers))

@@ -147,13 +147,18 @@ def test_a_part_of_a_training_document_counts_as_its_near_duplicate(
     assert f"{len(pairs)} of 18 held-out documents ({100 * len(pairs) / 18:.0f} %)" in caplog.text
 
 
-def test_files_all_of_whose_records_are_rejected_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
-    (tmp_path / "b.jsonl").write_text('{"problem": "1 + 1 = 2"}\n' * 700 + "x\n")
-    config = DataConfig(source="path", path=str(tmp_path))
+def test_files_without_documents_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    write_jsonl(texts / "a.jsonl", ["one", "two", ""])
+    (texts / "b.jsonl").write_text('{"problem": "1 + 1 = 2"}\n' * 700 + "x\n")
+    (texts / "c.csv").write_text("text,id\n")
+    config = DataConfig(source="path", path=str(texts))
     report_corpus(tokenize_shards(config, tmp_path / "tokens", 2))
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "b.jsonl (700 no such field, 1 not JSON)" in record.getMessage() and "a.jsonl" not in record.getMessage()
+    message = record.getMessage()
+    assert "b.jsonl (700 no such field, 1 not JSON)" in message and "c.csv (no records)" in message
+    assert "a.jsonl" not in message
 
 
 @pytest.mark.parametrize(("names", "warnings"), [("a", 1), ("abcdefghij", 0)])
