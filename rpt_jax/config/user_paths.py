@@ -19,7 +19,7 @@ PATH_FIELDS = ("policy.path", "data.path", "data.prepared", "prompt.template", "
 
 # A tilde at the beginning of a path: of the whole text, or of a part of the mixture in `data.path`.
 _HOME = re.compile(r"(^|,\s*|(?:^|,\s*)[\d.]+=)(~[^/,]*)")
-# "gs://bucket/run", and "gs:/bucket/run", which `Path` makes of it; also behind a weight or a comma, as in data.path.
+# "gs://bucket/run", and "gs:/bucket/run", which `Path` makes of it; also after a weight or a comma, as in data.path.
 _URL = re.compile(r"(?:^|[=,])\s*(?P<scheme>[a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 # The command that copies from and to what URLs of a scheme name.
 _COPY = {

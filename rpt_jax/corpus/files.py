@@ -118,7 +118,7 @@ def describe_unread(unread: dict[str, list[Path]]) -> str:
 
 def _log_unread(unread: dict[str, list[Path]]) -> None:
     if dangling := unread.pop(DANGLING_LINK, []):
-        logger.warning("data.path: links that lead to nothing: %s", ", ".join(map(str, sorted(dangling))))
+        logger.warning("data.path: broken links are not read: %s", ", ".join(map(str, sorted(dangling))))
     if unread:
         logger.info("Not read of data.path: %s.", describe_unread(unread))
 

@@ -19,7 +19,7 @@ _SYNONYMS = {".ndjson": ".jsonl"}
 
 # Why a file of a folder is not read.
 EVALUATION_SPLIT = "of an evaluation split (read if data.path names it)"
-DANGLING_LINK = "links to nowhere"
+DANGLING_LINK = "broken links"
 _HIDDEN = "hidden"
 _DATASETS_FILE = "of the `datasets` library, without documents"
 

@@ -102,7 +102,7 @@ def read_records(file_range: FileRange, config: DataConfig) -> RecordStream:
         yield from _TEXT_READERS[ending](file, file_range, config)
     if isinstance(decompressed, DecompressedFile) and decompressed.trailing_bytes:
         detail = f"ends with {decompressed.trailing_bytes:,} bytes that are not compressed data."
-        yield 0, InvalidRecordError("behind compressed data", detail)
+        yield 0, InvalidRecordError("after compressed data", detail)
 
 
 def _file_key(path: Path) -> str:

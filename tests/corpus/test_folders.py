@@ -76,7 +76,7 @@ def test_a_dangling_link_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert texts_of(tmp_path) == ["a.jsonl"]
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert str(link) in record.getMessage()
-    with pytest.raises(UserError, match=r"links to nowhere: 1 \(such as .*b\.jsonl") as raised:
+    with pytest.raises(UserError, match=r"broken links: 1 \(such as .*b\.jsonl") as raised:
         check_path(DataConfig(source="path", path=str(link)))
     assert raised.value.field == "data.path"
 
