@@ -27,8 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rpt_jax.config.local_paths import check_local_path
-from rpt_jax.config.user_paths import user_path
+from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.command_line import run_command
