@@ -16,6 +16,7 @@ import numpy as np
 
 from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
+from rpt_jax.corpus.prepared import CORPUS_BYTES_PER_TOKEN
 from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.model.context_length import context_warnings
@@ -40,8 +41,6 @@ from rpt_jax.sizes.policy import model_config_of
 
 logger = logging.getLogger(__name__)
 
-# Bytes of a prepared corpus per token: 2 of window lengths, 4 of token ids, 8 of two entropies.
-_CORPUS_BYTES_PER_TOKEN = 2 + 4 + 8
 # Columns of the printed description: longer cells are wrapped.
 _COLUMN_WIDTHS = {"quantity": 44, "value": 30, "derived from": 36}
 
@@ -412,7 +411,7 @@ def _score_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -
         windows_per_device=mesh.max_per_batch_shard(windows),
         tokens_per_batch=windows * window_tokens,
         flops_per_batch=windows * window_flops,
-        corpus_bytes_per_token=_CORPUS_BYTES_PER_TOKEN,
+        corpus_bytes_per_token=CORPUS_BYTES_PER_TOKEN,
         parameter_bytes=FLOAT32_BYTES * config.parameters // mesh.weight_shards,
     )
 
@@ -602,8 +601,8 @@ def _pretrain_rows(sizes: PretrainSizes) -> list[Row]:
     lengths = f"{_DOCUMENTS}, data.max_document_tokens, pretrain.rows_per_document, pretrain.row_tokens"
     memory = sizes.memory
     return [
-        Row("documents per step", sizes.documents_per_step, _DOCUMENTS),
-        Row("documents per device", sizes.documents_per_device, f"{_DOCUMENTS}, mesh.data, mesh.fsdp"),
+        Row("windows per step", sizes.documents_per_step, _DOCUMENTS),
+        Row("windows per device", sizes.documents_per_device, f"{_DOCUMENTS}, mesh.data, mesh.fsdp"),
         Row("traces per step, at most", sizes.traces_per_step, f"{_DOCUMENTS}, pretrain.traces_per_document"),
         Row("tokens per step, at most", sizes.tokens_per_step, lengths),
         Row("FLOPs of a step, at most", sizes.flops_per_step, f"policy, {lengths}"),

@@ -1,9 +1,10 @@
-"""Next-token pre-training of a base policy on documents and on traces of next-token reasoning (the cold start)."""
+"""Next-token pre-training of a base policy on windows of documents and on traces of next-token reasoning (the cold start)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import shutil
 import time
@@ -24,6 +25,7 @@ from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
+from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.guards import guarded_loop
@@ -34,7 +36,8 @@ from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.infra.run_format import format_stamp
+from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, POLICY, RESULT, finished_steps
 from rpt_jax.model.model_config import preset
 from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
@@ -52,7 +55,6 @@ from rpt_jax.weights.model_files import MODEL_CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
-COLD_START = "cold_start"  # The folder of the cold start in the workdir of a run.
 # Bytes of text to train a tokenizer on. The trainer needs many times this in memory.
 _TOKENIZER_BYTES = 2**26
 
@@ -65,15 +67,16 @@ def mixed_loss(
     weights: tuple[float, float],
     logit_chunk_tokens: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the weighted sum of the mean cross-entropies of document tokens and trace tokens (paper, Equation 1).
+    """Return the weighted sum of the mean cross-entropies of window tokens and trace tokens (paper, Equation 1).
 
-    Each document runs once, for its own loss and as the context of its traces; each trace attends to its own prefix of it.
+    Each window of a document runs once, for its own loss and as the context of its traces; each trace attends to its own prefix
+    of it.
 
     Args:
       policy: the model.
       params: its parameters.
       batch: arrays of `ExampleMaker.make`, stacked.
-      weights: of documents and of traces.
+      weights: of windows and of traces.
       logit_chunk_tokens: tokens whose logits exist at once.
 
     Returns:
@@ -145,7 +148,8 @@ def pretrain_step(
 def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext, *, replay: bool = False) -> None:
     """Train a base policy from random weights or from `policy.path`; resume from the newest checkpoint in `workdir`.
 
-    The policy is written to `pretrain.export`, or to `workdir/policy` if that is empty.
+    The policy is written to `pretrain.export`, or to `workdir/policy` if that is empty; then result.json says that the run is
+    complete.
 
     Args:
       experiment: the config.
@@ -158,18 +162,25 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
       UserError: something that the user can fix.
       FloatingPointError: a metric is NaN or infinite.
     """
-    # --- 1. Load the policy and the documents ------------------------------------------------------
+    directory = Path(experiment.pretrain.export or workdir / POLICY)
+    if finished_steps(workdir) == experiment.training.total_steps and (directory / MODEL_CONFIG_FILE).is_file():
+        logger.info(
+            "This pre-training is complete: the policy is in %s. Raise training.total_steps to continue it.", directory
+        )
+        return
+
+    # --- 1. Load the policy and the windows --------------------------------------------------------
     config = experiment.pretrain
     total_steps = experiment.training.total_steps
     # The files of the corpus are listed once, if they are needed.
     plan = functools.cache(functools.partial(plan_shards, experiment.data))
     policy, params, tokenizer = _load_or_init(experiment, plan, workdir, mesh, context)
-    documents = _training_documents(experiment.data, plan, workdir, tokenizer, context)
+    windows = _training_windows(experiment.data, plan, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
-    maker = ExampleMaker(experiment, tokenizer, documents, boxable_V)
-    stream = example_stream(maker.make, len(documents), batch=config.documents_per_step, seed=experiment.seed)
+    maker = ExampleMaker(experiment, tokenizer, windows, boxable_V)
+    stream = example_stream(maker.make, len(windows), batch=config.documents_per_step, seed=experiment.seed)
 
     # --- 2. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
@@ -222,15 +233,13 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                 checkpoints.stage(step, state, {"stream": stream.get_state()})
             for warning in take_recompiled() + signal.check_traces(step, scalars):
                 logger.warning(warning)
-            if scalars["update/skipped"]:
-                logger.warning("Step %d: no token of the batch has a weight, so nothing was updated.", step)
 
             # --- 4. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
             context.stop_if_requested(checkpoints.save_and_wait)
             context.heartbeat.beat(f"pretraining step {step}")
             profile.end_step(step)
-            progress.advance(f"document {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats/token")
+            progress.advance(f"window {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats/token")
             if step % experiment.checkpoint.every_steps == 0 or step == total_steps:
                 checkpoints.save()
     checkpoints.close()
@@ -239,9 +248,11 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     if replay:
         logger.info("Step %d was replayed, and all its metrics are finite.", last_step)
         return
-    directory = Path(config.export or workdir / "policy")
     files = exported_files(tokenizer)
     save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
+    if is_leader():
+        result = {**format_stamp(), "steps": total_steps, "policy": str(directory)}
+        atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     logger.info("The policy is in %s.", directory)
 
 
@@ -250,7 +261,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
 
 def cold_start_is_complete(workdir: Path) -> bool:
     """Return whether the cold start of the run in `workdir` has written its policy."""
-    return (workdir / COLD_START / "policy" / MODEL_CONFIG_FILE).is_file()
+    return (workdir / COLD_START / POLICY / MODEL_CONFIG_FILE).is_file()
 
 
 def delete_cold_start_checkpoints(workdir: Path) -> None:
@@ -262,7 +273,7 @@ def delete_cold_start_checkpoints(workdir: Path) -> None:
 
 def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:
     """Return the experiment with the policy of the cold start as its starting policy."""
-    policy = dataclasses.replace(experiment.policy, path=str(workdir / COLD_START / "policy"))
+    policy = dataclasses.replace(experiment.policy, path=str(workdir / COLD_START / POLICY))
     return dataclasses.replace(experiment, policy=policy)
 
 
@@ -307,10 +318,10 @@ def _load_or_init(
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer
 
 
-def _training_documents(
+def _training_windows(
     data: DataConfig, plan: Callable[[], ShardPlan], workdir: Path, tokenizer: Tokenizer, context: RunContext
 ) -> Windows:
-    """Open the training documents of `data.prepared`, or tokenize them into `workdir/corpus`. Raises: UserError."""
+    """Open the training windows of `data.prepared`, or tokenize them into `workdir/corpus`. Raises: UserError."""
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared)).corpus.windows("train")
     directory = corpus_directory(workdir, data, plan(), tokenizer)

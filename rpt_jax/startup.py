@@ -19,10 +19,10 @@ from rpt_jax.errors import check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
 from rpt_jax.infra.source_commit import source_commit
-from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START
 from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig
-from rpt_jax.pretrain import COLD_START, check_vocab_size
+from rpt_jax.pretrain import check_vocab_size
 from rpt_jax.prompts.builder import PromptBuilder, read_template
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking
@@ -97,7 +97,7 @@ def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> No
         cold_start = _missing_bytes(cold_start_experiment(experiment), model, workdir / COLD_START)
         policy = _FLOAT32_BYTES * model.parameters
         needed = max(cold_start, needed + policy)
-    check_free_space(workdir, needed, "checkpoints and the policy")
+    check_free_space(workdir, needed, "checkpoints and the policy", "lower checkpoint.keep")
 
 
 def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) -> int:
@@ -133,7 +133,7 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
     pretraining = sizes.pretrain or sizes.cold_start
     if pretraining:
         logger.info(
-            "Step of %s: %s documents, at most %s tokens with their traces",
+            "Step of %s: %s windows of documents, at most %s tokens with their traces",
             "the cold start" if sizes.cold_start else "pre-training",
             f"{pretraining.documents_per_step:,}",
             f"{pretraining.tokens_per_step:,}",

@@ -39,14 +39,13 @@ from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.workdir import RESULT, finished_steps
+from rpt_jax.infra.workdir import COLD_START, RESULT, finished_steps
 from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.pretrain import (
-    COLD_START,
     cold_start_is_complete,
     delete_cold_start_checkpoints,
     pretrain,
@@ -222,7 +221,6 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 
             step += 1
             flops_before = counters.flops
-            skipped_before = scalars.get("update/skipped", 0.0)
             profile.begin_step(step)
 
             # --- 5. Choose positions again with the current policy, if it is time ------------------
@@ -291,8 +289,6 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                     divergence.check(step, scalars) + take_recompiled() + signal.check_rollouts(step, scalars)
                 ):
                     logger.warning(warning)
-                if scalars["update/skipped"] and not skipped_before:
-                    logger.warning(skipped_updates(step, scalars["update/skipped"]))
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
 
@@ -454,14 +450,6 @@ def check_saved(saved: dict[str, Any], setup: Setup) -> None:
             f"{setup.prepared.fingerprint[:12]}… now): restore that corpus, or choose another --workdir.",
             field="data.prepared",
         )
-
-
-def skipped_updates(step: int, skipped: float) -> str:
-    """Return a sentence for the first of some steps that did not update the policy with each of their minibatches."""
-    return (
-        f"Step {step}: {skipped:.0f} of the step's updates were skipped, because no response had a gradient: all samples of each "
-        "prompt earned the same. update/skipped in metrics.jsonl counts them."
-    )
 
 
 def status(scalars: dict[str, Any], dynamic: bool) -> str:

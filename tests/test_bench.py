@@ -113,6 +113,11 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(capsys:
     assert "/no/such/folder" in capsys.readouterr().err
 
 
+def test_a_missing_model_is_named_by_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["bench", "rollout", "--model=nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("error: --model='nowhere' has no config.json")
+
+
 def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, head_size=8, ffn=16, vocab=32)
     params = random_params(Transformer(config), 0)

@@ -98,6 +98,29 @@ def test_a_setting_of_jax_that_cannot_be_used_is_named(tmp_path: Path, name: str
     assert name in done.stderr and value in done.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    (
+        ("convert", "--from=configs/tiny", "--to=nowhere/new"),
+        ("report", "--workdir=nowhere"),
+        ("preflight", "--config=configs/rpt_tiny.py", "--topology=h100:8"),
+        ("bench", "rollout"),
+    ),
+)
+def test_every_command_names_a_value_that_jax_refuses(tmp_path: Path, command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rpt_jax", *command],
+        cwd=ROOT,
+        env=os.environ | {"JAX_ENABLE_X64": "garbage"},
+        capture_output=True,
+        text=True,
+        timeout=CHILD_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2 and "garbage" in done.stderr and "JAX_ENABLE_X64" in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
 def test_options_and_exit_code_are_those_of_the_module(tmp_path: Path) -> None:
     described = run_rpt(tmp_path, "train", "--config=configs/rpt_tiny.py", "--config.seed=3", "--describe")
     assert described.returncode == 0, described.stderr

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from rpt_jax import convert as command
 from rpt_jax.config import Experiment, PolicyConfig
-from rpt_jax.convert import convert
+from rpt_jax.conversion import convert
 from rpt_jax.distributed.mesh import make_mesh
 from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError

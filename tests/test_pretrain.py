@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ def test_pretraining_resumes_and_exports_a_policy(
 
 def test_finished_pretraining_goes_on_as_if_it_had_had_more_steps(tmp_path: Path, pretrained: Path) -> None:
     assert_goes_on("pretrain_tiny", PRETRAIN, 2, pretrained, tmp_path)
+
+
+def test_finished_pretraining_is_left_as_it_is(tmp_path: Path, pretrained: Path) -> None:
+    shutil.copytree(pretrained, tmp_path / "run")
+    (tmp_path / "run" / "policy" / "model.safetensors").write_bytes(b"not exported again")
+    config = (tmp_path / "run" / "run_config.json").read_bytes()
+    main.run(experiment("pretrain_tiny", **PRETRAIN | {"checkpoint.keep": 7}), tmp_path / "run")
+    assert (tmp_path / "run" / "policy" / "model.safetensors").read_bytes() == b"not exported again"
+    assert (tmp_path / "run" / "run_config.json").read_bytes() == config
 
 
 def test_a_cold_start_comes_first(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_start_says_devices_sizes_and_where_results_go(tmp_path: Path, caplo
     said = caplog.text
     assert "x cpu, jax" in said and "918,656 parameters, float32" in said and f"Results: {tmp_path / 'run'}" in said
     assert "8 prompts x 4 responses, at most 1,024 tokens of prompts and 768 of responses" in said
-    assert "Step of the cold start: 16 documents" in said
+    assert "Step of the cold start: 16 windows of documents" in said
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 

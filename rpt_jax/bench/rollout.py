@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
       UserError: a file or a number is invalid.
     """
     # Load the policy and the prompts.
-    config, params, _ = load_policy(options.model)
+    config, params, _ = load_policy(options.model, field="--model")
     prompts_PxS, lengths_P = read_prompts(options.prompts) if options.prompts else random_prompts(options, config.vocab)
     if prompts_PxS.max() >= config.vocab:
         raise UserError(

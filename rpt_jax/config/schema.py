@@ -261,13 +261,13 @@ class ColdStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Next-token pre-training on documents and on cold-start traces."""
+    """Next-token pre-training on windows of documents, of `data.max_document_tokens` at most, and on cold-start traces."""
 
-    # Documents of a step, over all devices.
+    # Windows of documents of a step, over all devices.
     documents_per_step: int = 16
-    # Weight of the mean cross-entropy of the documents; 0 to learn traces only.
+    # Weight of the mean cross-entropy of the windows; 0 to learn traces only.
     document_weight: float = 1.0
-    # Traces that are learned with each document.
+    # Traces that are learned with each window.
     traces_per_document: int = 18
     # Kind of reasoning in the traces, by registered name: "recall" (repeat the end of the context) or "arithmetic" (also write
     # out the calculations of the document).
@@ -276,7 +276,7 @@ class PretrainConfig:
     trace_options: Options = None
     # Tokens of context that a recalling trace repeats.
     recalled_tokens: int = 4
-    # The traces of a document are packed into this many rows.
+    # The traces of a window are packed into this many rows.
     rows_per_document: int = 4
     # Tokens of such a row; a longer trace is left out.
     row_tokens: int = 64

@@ -20,9 +20,14 @@ from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.digest import digest
+from rpt_jax.infra.disk import check_free_space
 from rpt_jax.infra.plots import write_entropy_plot
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.tokenizers.tokenizer import Tokenizer
+
+# 2 bytes of window lengths, 4 of token ids, 8 of two entropies.
+CORPUS_BYTES_PER_TOKEN = 2 + 4 + 8
+_TEXT_BYTES_PER_TOKEN = 4  # About, with a large vocabulary.
 
 
 class PreparedCorpus(NamedTuple):
@@ -87,6 +92,7 @@ def tokenize_on_leader(
 ) -> None:
     """Run `tokenize` on the leader, with a progress bar; the other processes wait. Raises: UserError."""
     if is_leader():
+        _check_disk(plan, directory)
         with Progress("tokenize, file ranges", sum(shard.steps for shard in plan.to_prepare)) as progress:
 
             def advance(status: str) -> None:
@@ -95,6 +101,18 @@ def tokenize_on_leader(
 
             tokenize(data, plan, tokenizer, directory, advance)
     wait_for_all("tokenized")
+
+
+def _check_disk(plan: ShardPlan, directory: Path) -> None:
+    """Check that the disk has room for the shards that are not tokenized yet. Raises: UserError.
+
+    Their size is a rough estimate from that of the files, and too small if those are compressed.
+    """
+    sizes = {file_range.path: file_range.path.stat().st_size for file_range in plan.file_ranges or []}
+    missing = [number for number in plan.numbers if not read_summary(directory, "tokens", number, plan.shards)]
+    text_bytes = sum(sizes.values()) * len(missing) // plan.shards
+    needed = text_bytes // _TEXT_BYTES_PER_TOKEN * CORPUS_BYTES_PER_TOKEN
+    check_free_space(directory, needed, "the token ids and entropies of the corpus", "prepare fewer files")
 
 
 def score_tokens(scorer: Scorer, plan: ShardPlan, directory: Path, heartbeat: Heartbeat) -> None:

@@ -158,4 +158,5 @@ def _check_parts(
 
 def _rejected_sentence(first_rejected: Mapping[int, str]) -> str:
     detail = first_rejected.get(min(first_rejected, default=0), "")
-    return f"The first rejected record: {detail.rstrip('.')}. " if detail else ""
+    end = "" if detail.endswith((".", "?")) else "."
+    return f"The first rejected record: {detail}{end} " if detail else ""

@@ -24,13 +24,14 @@ def check_writable(directory: Path, field: str) -> None:
         )
 
 
-def check_free_space(directory: Path, needed: int, purpose: str) -> None:
+def check_free_space(directory: Path, needed: int, purpose: str, advice: str) -> None:
     """Check that the disk of the workdir has `needed` bytes free.
 
     Args:
-      directory: the workdir.
+      directory: the workdir, or a folder in it.
       needed: bytes.
       purpose: what is going to be written, for the message.
+      advice: what would make that smaller.
 
     Raises: UserError.
     """
@@ -39,6 +40,6 @@ def check_free_space(directory: Path, needed: int, purpose: str) -> None:
     if 0 < usage.total and usage.free < needed:
         raise UserError(
             f"--workdir={directory}: {purpose} need about {needed / 2**30:.2f} GiB, but {usage.free / 2**30:.2f} GiB are free. "
-            "Free some space, lower checkpoint.keep, or choose a --workdir on another disk.",
+            f"Free some space, {advice}, or choose a --workdir on another disk.",
             field="--workdir",
         )

@@ -20,6 +20,8 @@ _SHOWN_ARGUMENTS = 3  # A message spells out the change of this many arguments.
 # Names of JAX's own operations. One that runs outside of a program, as in the slices of a checkpoint, is compiled by itself,
 # within milliseconds, for each of its shapes.
 _OPERATIONS = {f"jit({getattr(primitives, name).name})" for name in dir(primitives) if name.endswith("_p")}
+# So are the programs with which `jax.device_put` and `multihost_utils` move arrays between devices and processes.
+_OPERATIONS |= {"jit(_device_put_reshard)", "jit(_identity_fn)", "jit(_psum)"}
 
 
 class _Inputs(NamedTuple):

@@ -19,23 +19,34 @@ class LearningSignal:
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
         self._silent_steps = 0
+        self._skipped = 0.0  # Updates that the last step skipped.
 
     def check_rollouts(self, step: int, scalars: Mapping[str, float]) -> list[str]:
-        """Return the warning, if it is due after a step of reinforcement pre-training.
+        """Return the warning, if one is due after a step of reinforcement pre-training.
 
-        If all samples of every prompt earn the same, each advantage, and so the gradient of the policy loss, is 0.
+        If all samples of every prompt earn the same, each advantage, and so the gradient of the policy loss, is 0. A single such
+        step is common, and only counted in `update/skipped`.
 
         Args:
           step: number of the step.
           scalars: its metrics.
         """
-        if not self._is_due(scalars["groups/zero_variance"] == 1.0):
-            return []
-        mean = scalars["reward/mean"]
-        return [
-            f"step {step}: nothing can be learned: in {STEPS_WITHOUT_SIGNAL} steps, all samples of every prompt earned the same "
-            f"(mean reward {mean:.4g}). {self._likely_cause(scalars)}"
-        ]
+        silent = scalars["groups/zero_variance"] == 1.0
+        skipped_before = self._skipped
+        self._skipped = scalars["update/skipped"]
+        if self._is_due(silent):
+            mean = scalars["reward/mean"]
+            return [
+                f"step {step}: nothing can be learned: in {STEPS_WITHOUT_SIGNAL} steps, all samples of every prompt earned the "
+                f"same (mean reward {mean:.4g}). {self._likely_cause(scalars)}{_skipped_updates(scalars)}"
+            ]
+        # Some minibatches of a step can be without a gradient while others have one.
+        if self._skipped and not silent and not skipped_before:
+            return [
+                f"step {step}: {self._skipped:.0f} of the step's updates were skipped: all samples of each of their prompts "
+                "earned the same. update/skipped in metrics.jsonl counts them."
+            ]
+        return []
 
     def check_traces(self, step: int, scalars: Mapping[str, float]) -> list[str]:
         """Return the warning, if it is due after a step of pre-training or a cold start: its batches have no trace.
@@ -50,7 +61,7 @@ class LearningSignal:
         return [
             f"step {step}: no trace was learned in {STEPS_WITHOUT_SIGNAL} steps (loss/trace is 0): none fits into "
             f"pretrain.row_tokens={pretrain.row_tokens} tokens with the end of the prompt template. Raise pretrain.row_tokens, "
-            "or set pretrain.trace_weight=0 to learn documents only."
+            f"or set pretrain.trace_weight=0 to learn documents only.{_skipped_updates(scalars)}"
         ]
 
     def _is_due(self, silent: bool) -> bool:
@@ -89,3 +100,8 @@ class LearningSignal:
                     f"{experiment.rollout.samples_per_prompt}, or start from a stronger policy."
                 )
         return cause + advice
+
+
+def _skipped_updates(scalars: Mapping[str, float]) -> str:
+    """Return a sentence to append if the steps were skipped, because not even another loss moved the policy; else ""."""
+    return " Their updates were skipped (update/skipped in metrics.jsonl)." if scalars["update/skipped"] else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
@@ -17,7 +17,9 @@ _SIZE = re.compile(r"(?:[Aa]llocat(?:e|ing)|Used)\D{0,20}?([\d.]+ ?(?:bytes|[KMG
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(program: str, fields: Mapping[str, object]) -> Iterator[None]:
+def explain_out_of_memory(
+    program: str, fields: Mapping[str, object], mesh_fields: Sequence[str] = ("mesh.fsdp", "mesh.tensor")
+) -> Iterator[None]:
     """Turn JAX's error for a device that is out of memory into a UserError.
 
     Run the program and wait for its results inside the block: devices report the error late.
@@ -25,6 +27,7 @@ def explain_out_of_memory(program: str, fields: Mapping[str, object]) -> Iterato
     Args:
       program: what runs, for the message.
       fields: the config fields that bound its memory, with their current values; the most useful first.
+      mesh_fields: the fields that split the policy over devices in this program.
 
     Raises:
       UserError: a device ran out of memory.
@@ -37,7 +40,7 @@ def explain_out_of_memory(program: str, fields: Mapping[str, object]) -> Iterato
         current = ", ".join(f"{field} (now {value})" for field, value in fields.items())
         raise UserError(
             f"a device ran out of memory in {program}{_asked(str(error))}. Change one of {current}, or split the policy over "
-            "more devices (mesh.fsdp, mesh.tensor).",
+            f"more devices ({', '.join(mesh_fields)}).",
             field=next(iter(fields)),
         ) from error
 

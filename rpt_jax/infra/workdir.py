@@ -27,6 +27,7 @@ RUN_CONFIG = "run_config.json"
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
 POLICY = "policy"
+COLD_START = "cold_start"  # The folder of the cold start.
 _FORMAT_1_CONFIG = "config.json"
 _LOCK = "lock"  # An empty file; it stays after the run.
 _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: look this many times, one second apart.
@@ -38,7 +39,7 @@ _OUTPUTS = (
     "tokenizer.model",
     "tokenizer_config.json",
     POLICY,
-    "cold_start",
+    COLD_START,
 )
 # Fields and sections that may change when a run is resumed. None of them changes what is learned from which data, except for the
 # number of steps and the precision, which are only ever changed on purpose.
@@ -250,6 +251,12 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
     if differing:
         logger.info("The config changed: %s.", changes)
         _write_config(workdir / RUN_CONFIG, ours)
+    in_vain = [name for name in differing if name.partition(".")[0] in ("cold_start", "pretrain")]
+    if in_vain and (workdir / COLD_START / POLICY).exists():
+        logger.warning(
+            "The cold start of this run is complete, so these changes have no effect: %s.",
+            _changes(in_vain, theirs, ours),
+        )
     earlier_total = theirs.get("training.total_steps", total_steps)
     for consequence in consequences_of_total_steps(experiment, earlier_total, completed):
         logger.warning(consequence)

@@ -34,11 +34,11 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(rest)
     try:
         check_local_path("--json", options.json)
-        experiment = from_config_dict(load_config_file(options.config), overrides)
         topology = parse_topology(options.topology)
         prepare_process(topology)
-        # JAX reads the environment that prepare_process sets.
+        # JAX reads the environment that prepare_process sets. Checking a config imports JAX, too.
         import_jax()
+        experiment = from_config_dict(load_config_file(options.config), overrides)
         from rpt_jax.infra.jax_settings import needed_jax_settings
         from rpt_jax.model.context_length import context_warnings
         from rpt_jax.preflight.report import preflight

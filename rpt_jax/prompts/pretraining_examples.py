@@ -1,7 +1,4 @@
-"""Pre-training examples: a window of a document, and reasoning traces that branch off from positions in it.
-
-Here, "document" means such a window: pre-training treats every window as a document of its own.
-"""
+"""Pre-training examples: a window of a document, and reasoning traces that branch off from positions in it."""
 
 from __future__ import annotations
 
@@ -32,20 +29,20 @@ class _Trace(NamedTuple):
 
 
 class ExampleMaker:
-    """Builds pre-training examples: the tokens of a document, and traces that continue prefixes of it, packed into rows.
+    """Builds pre-training examples: the tokens of a window, and traces that continue prefixes of it, packed into rows.
 
-    The document is placed in the prompt template, and every trace follows the prompt for its position, exactly as in
+    The window is placed in the prompt template, and every trace follows the prompt for its position, exactly as in
     sampling, except that contexts longer than `prompt.max_tokens` are not cut.
     """
 
     def __init__(
-        self, experiment: Experiment, tokenizer: Tokenizer, documents: Sequence[np.ndarray], boxable_V: np.ndarray
+        self, experiment: Experiment, tokenizer: Tokenizer, windows: Sequence[np.ndarray], boxable_V: np.ndarray
     ):
         """
         Args:
           experiment: the config.
           tokenizer: encodes the template and the traces.
-          documents: token ids of each document, at most `data.max_document_tokens`; read lazily.
+          windows: token ids of each window, at most `data.max_document_tokens`; read lazily.
           boxable_V: bool, the tokens that a box can hold; no trace predicts another.
         """
         self._config = experiment.pretrain
@@ -53,19 +50,19 @@ class ExampleMaker:
         self._min_context = experiment.data.min_context
         self._tokenizer = tokenizer
         self._prompt = PromptBuilder(experiment.prompt, tokenizer)
-        self._documents = documents
+        self._windows = windows
         self._boxable_V = boxable_V
 
-    def make(self, document: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Return the example of one document.
+    def make(self, window: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Return the example of one window.
 
         Args:
-          document: index into `documents`.
+          window: index into `windows`.
           rng: draws the positions of the traces and the numbers of the drills.
 
         Returns:
           `document`: int32, the index.
-          `inputs`, `targets`: int32 [S], the document after the beginning of the template, for next-token prediction.
+          `inputs`, `targets`: int32 [S], the window after the beginning of the template, for next-token prediction.
           `mask`: bool [S], the targets that count in the loss.
           `trace_inputs`, `trace_targets`, `trace_mask`: [K, T], K rows of T tokens of packed traces, template end included.
           `trace_segment`: int32 [K, T], which trace of its row a token belongs to; 0 = padding.
@@ -74,29 +71,29 @@ class ExampleMaker:
         """
         before = self._prompt.before
         after = self._prompt.after
-        ids = self._documents[document].tolist()
+        ids = self._windows[window].tolist()
 
-        # The document itself, as inputs and shifted targets.
+        # The window itself, as inputs and shifted targets.
         size = len(before) - 1 + self._max_document_tokens
         tokens = np.array([*before, *ids, self._tokenizer.eos_id], np.int32)[: size + 1]
         padded = np.pad(tokens, (0, size + 1 - len(tokens)))
         index = np.arange(size)
         mask = (index >= len(before) - 1) & (index < len(tokens) - 1)
 
-        # Traces at positions of the document, then drills, which do not need the document.
+        # Traces at positions of the window, then drills, which do not need the window.
         max_trace_tokens = self._config.row_tokens + 1 - max(1, len(after))
         writer = TRACE_WRITERS[self._config.traces].function(self._tokenizer, ids, self._config, max_trace_tokens)
         positions = [p for p in self._draw_positions(len(ids), writer, rng) if self._boxable_V[ids[p]]]
         traces = [_Trace(prompt=[*before, *ids[:p], *after], response=writer.write(p, rng), given=0) for p in positions]
         drills = [_Trace(prompt=after, response=response, given=given) for response, given in writer.drills(rng)]
 
-        document_arrays = {
-            "document": np.int32(document),
+        window_arrays = {
+            "document": np.int32(window),
             "inputs": padded[:-1],
             "targets": padded[1:],
             "mask": mask,
         }
-        return document_arrays | self._pack([*traces, *drills])
+        return window_arrays | self._pack([*traces, *drills])
 
     def _draw_positions(self, num_tokens: int, writer: TraceWriter, rng: np.random.Generator) -> list[int]:
         """Draw the positions of the traces: a fraction among the writer's preferred ones, the others uniformly."""
@@ -113,7 +110,7 @@ class ExampleMaker:
     def _pack(self, traces: Sequence[_Trace]) -> dict[str, np.ndarray]:
         """Put each trace into the first row with enough room; traces that fit into no row are dropped.
 
-        The part of a prompt that is a prefix of the document is not repeated: the model attends to the document instead.
+        The part of a prompt that is a prefix of the window is not repeated: the model attends to the window instead.
         """
         num_rows = self._config.rows_per_document
         row_tokens = self._config.row_tokens

@@ -66,7 +66,7 @@ class Sampler:
         """
         shared = shard_prompts(find_shared_prefixes(prompts, self._max_tail_tokens), self._mesh, DECODING)
         key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
-        with explain_out_of_memory("sampling", self._memory_fields):
+        with explain_out_of_memory("sampling", self._memory_fields, mesh_fields=["mesh.rollout_tensor"]):
             rollouts, work = jax.block_until_ready(
                 sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
             )

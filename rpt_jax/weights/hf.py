@@ -86,11 +86,12 @@ def check_files(source: str | Path) -> None:
         )
 
 
-def load_model_config(source: str | Path) -> tuple[ModelConfig, str]:
+def load_model_config(source: str | Path, field: str = "policy.path") -> tuple[ModelConfig, str]:
     """Read the architecture of a policy, and the fingerprint of its tokenizer ("" if it is not recorded).
 
     Args:
       source: a directory in Hugging Face format, or a GGUF file.
+      field: the config field or option that gives it, for errors.
 
     Raises: UserError if config.json, or the header of the GGUF file, is missing, damaged or not supported.
     """
@@ -101,9 +102,9 @@ def load_model_config(source: str | Path) -> tuple[ModelConfig, str]:
         content = read_json_object(path)
     except OSError:
         raise UserError(
-            f"policy.path='{source}' has no {MODEL_CONFIG_FILE}. Expected a .gguf file, or a directory with "
+            f"{field}='{source}' has no {MODEL_CONFIG_FILE}. Expected a .gguf file, or a directory with "
             f"{MODEL_CONFIG_FILE}, {WEIGHTS_FILE} and tokenizer.model or tokenizer.json.{missing_hint(source)}",
-            field="policy.path",
+            field=field,
         ) from None
     return from_hf_config(content, path), str(content.get(FINGERPRINT_KEY, ""))
 
@@ -132,7 +133,9 @@ def open_weights(source: str | Path, config: ModelConfig) -> Tensors:
     return tensors.select((entry.name, entry.shape) for entry in _tensor_entries(config))
 
 
-def load_policy(source: str | Path, shardings: Any = None) -> tuple[ModelConfig, Params, str]:
+def load_policy(
+    source: str | Path, shardings: Any = None, field: str = "policy.path"
+) -> tuple[ModelConfig, Params, str]:
     """Load architecture, float32 parameters and tokenizer fingerprint ("" if it is not recorded).
 
     The host holds one tensor at a time, in the dtype on disk, and each device only its own shards.
@@ -140,10 +143,11 @@ def load_policy(source: str | Path, shardings: Any = None) -> tuple[ModelConfig,
     Args:
       source: a directory in Hugging Face format, or a GGUF file.
       shardings: `NamedSharding`s in a tree with the structure of the parameters; None to put them on the default device.
+      field: the config field or option that gives the source, for errors.
 
     Raises: UserError that names the file and the tensor that cannot be loaded.
     """
-    config, fingerprint = load_model_config(source)
+    config, fingerprint = load_model_config(source, field)
     tensors = open_weights(source, config)
     shapes = _param_shapes(config)
     params: Params = {"layers": {}}

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ import pytest
 from rpt_jax import main
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus import entropy, prepared, tokenization
-from rpt_jax.corpus.prepared import PreparedCorpus, open_prepared
+from rpt_jax.corpus.prepared import PreparedCorpus, open_prepared, tokenize_on_leader
 from rpt_jax.corpus.store import Records
+from rpt_jax.corpus.tokenization import plan_shards
+from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.corpora import scoring_experiment, write_number_corpus
@@ -142,10 +145,26 @@ def test_a_directory_without_a_manifest_is_refused(corpus: DataConfig, tmp_path:
 def test_a_corpus_of_invalid_records_is_refused_with_the_first_of_them(tmp_path: Path) -> None:
     """Such a shard has no records."""
     path = tmp_path / "none.jsonl"
-    path.write_text('{"problem": "1 + 1 = 2"}\n' * 3)
-    with pytest.raises(UserError, match="has 0 distinct .* needed: .* has no field data.text_field='text'"):
+    path.write_text('{"txt": "1 + 1 = 2"}\n' * 3)
+    with pytest.raises(
+        UserError, match="has 0 distinct .* needed: .* has no field data.text_field='text'.* mean 'txt'\\? A"
+    ):
         main.run(scoring_experiment(path), tmp_path / "run")
     assert len(Records(tmp_path / "run", "scores", 1)) == 0
+
+
+def test_a_disk_without_room_for_the_corpus_is_found_before_it_is_tokenized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,000 bytes of text are about 1,000 tokens of 14 bytes."""
+    (tmp_path / "a.txt").write_text("x" * 3_999 + "\n")
+    data = DataConfig(source="path", path=str(tmp_path / "a.txt"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=13_999))
+    with pytest.raises(UserError) as raised:
+        tokenize_on_leader(data, plan_shards(data), TOKENIZER, tmp_path / "corpus", Heartbeat())
+    assert raised.value.field == "--workdir" and not (tmp_path / "corpus").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=14_000))
+    tokenize_on_leader(data, plan_shards(data), TOKENIZER, tmp_path / "corpus", Heartbeat())
 
 
 def test_two_processes_write_the_scores_of_one(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -163,6 +165,10 @@ def test_a_value_that_is_missing_or_out_of_range_is_named(flags, environ, field,
 
 # --- rendezvous ---
 
+# Limits that must pass in a test, in seconds. If a process of a busy machine came too late for one, the next is tried.
+JOIN_SECONDS = (1, 10, 100)
+STALL_SECONDS = (6, 60, 600)
+
 
 def meet_all(*members: tuple[Hosts, dict], seconds: float = 20.0) -> list[object]:
     """Call `meet` as several processes; return the host names or the error message of each."""
@@ -183,11 +189,15 @@ def meet_all(*members: tuple[Hosts, dict], seconds: float = 20.0) -> list[object
 
 
 def test_a_process_that_does_not_connect_is_named_by_all_others() -> None:
-    port = free_port()
-    told = meet_all(*((Hosts("127.0.0.1", port, 4, process), {}) for process in (0, 2)), seconds=1.0)
+    port, seconds, told = 0, 0, []
+    for seconds in JOIN_SECONDS:
+        port = free_port()
+        told = meet_all(*((Hosts("127.0.0.1", port, 4, process), {}) for process in (0, 2)), seconds=seconds)
+        if told[0] == told[1]:
+            break
     assert told[0] == told[1]
     assert told[0] == (
-        f"process 0 on {HERE} waited 1 s (--join_seconds) for processes 1, 3 of 4, which did not connect. Check that "
+        f"process 0 on {HERE} waited {seconds} s (--join_seconds) for processes 1, 3 of 4, which did not connect. Check that "
         f"they were started (--processes=4) and can reach 127.0.0.1:{port} (--coordinator)."
     )
 
@@ -260,26 +270,31 @@ def test_messages_name_the_variables_of_slurm_where_it_gave_the_values() -> None
     assert raised.value.field == "SLURM_STEP_NODELIST"
 
 
-def connect_when_ready(port: int) -> socket.socket:
-    """Connect to a port that a thread is about to listen on."""
-    deadline = time.monotonic() + CHILD_SECONDS
-    while True:
-        try:
+def connect_while_running(port: int, leader: Future[list[object]]) -> socket.socket | None:
+    """Connect to a port that `leader` is about to listen on; return None if it ends before."""
+    while not leader.done():
+        with contextlib.suppress(ConnectionRefusedError):
             return socket.create_connection(("127.0.0.1", port))
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        time.sleep(0.01)
+    return None
 
 
 def test_other_connections_to_the_port_are_ignored() -> None:
-    port, told = free_port(), []
-    leader = threading.Thread(target=lambda: told.extend(meet_all((Hosts("127.0.0.1", port, 2, 0), {}), seconds=3.0)))
-    leader.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process": 1}\n'):
-        with connect_when_ready(port) as stranger:
-            stranger.sendall(text)
-    leader.join()
-    assert "for process 1 of 2, which did not connect" in told[0]
+    told: list[object] = []
+    for seconds in JOIN_SECONDS:
+        hosts = Hosts("127.0.0.1", free_port(), 2, 0)
+        with ThreadPoolExecutor(1) as pool:
+            leader = pool.submit(meet_all, (hosts, {}), seconds=seconds)
+            connections = []
+            for text in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process": 1}\n'):
+                connections.append(connect_while_running(hosts.port, leader))
+                if connections[-1]:
+                    with connections[-1] as stranger:
+                        stranger.sendall(text)
+            told = leader.result()
+        if all(connections):
+            break
+    assert "for process 1 of 2, which did not connect" in str(told[0])
 
 
 # --- lost processes ---
@@ -291,26 +306,32 @@ def start() -> Iterator[object]:
         yield start_all
 
 
+def run_children(
+    start, event: str, processes: int, stall_seconds: int = 600
+) -> tuple[list[int], list[tuple[str, str]]]:
+    """Run `multihost_child` as several processes; return the exit code and the output of each that is not frozen."""
+    port = free_port()
+    arguments = [[event, *map(str, (number, processes, port, stall_seconds))] for number in range(processes)]
+    children = start("tests.helpers.multihost_child", arguments)
+    if event == "leader is frozen":
+        children = children[1:]
+    outputs = [child.communicate(timeout=CHILD_SECONDS) for child in children]
+    return [child.returncode for child in children], outputs
+
+
 @pytest.mark.parametrize(
     ("event", "codes", "sentence"),
     [
         ("nothing", [0, 0, 0], ""),
         ("another is killed", [ExitCode.RESTART, -signal.SIGKILL, ExitCode.RESTART], "process 1 on {} is gone: killed"),
         ("another fails", [2, 2, 2], "process 1 on {} ended: error: data.path does not exist."),
-        (
-            "another stalls",
-            [ExitCode.RESTART] * 3,
-            "no progress for 4 s (--stall_seconds): all wait for process 1 on {}, which stopped after stage data",
-        ),
     ],
 )
 def test_all_processes_exit_with_the_one_that_failed_and_name_it(
     start, event: str, codes: list[int], sentence: str
 ) -> None:
-    port = str(free_port())
-    processes = start("tests.helpers.multihost_child", [[event, str(number), "3", port] for number in range(3)])
-    outputs = [process.communicate(timeout=CHILD_SECONDS) for process in processes]
-    assert [process.returncode for process in processes] == codes, outputs
+    found, outputs = run_children(start, event, 3)
+    assert found == codes, outputs
     printed = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
     assert printed == ([["3 processes, sum 3"], [], []] if event == "nothing" else [[], [], []])
     for number, (_, err) in enumerate(outputs):
@@ -320,20 +341,36 @@ def test_all_processes_exit_with_the_one_that_failed_and_name_it(
             assert f"error: {sentence.format(HERE)}" in err, err
 
 
+def run_until_stall(start, event: str, processes: int) -> tuple[int, list[int], list[tuple[str, str]]]:
+    """Run `multihost_child` with a limit that does not strike during startup; return it, and what `run_children` does."""
+    limit, codes, outputs = 0, [], []
+    for limit in STALL_SECONDS:
+        codes, outputs = run_children(start, event, processes, limit)
+        if not any("after stage startup" in err for _, err in outputs):
+            break
+    return limit, codes, outputs
+
+
+def test_all_processes_name_the_one_that_stalls(start) -> None:
+    limit, codes, outputs = run_until_stall(start, "another stalls", 3)
+    assert codes == [ExitCode.RESTART] * 3, outputs
+    stalled = (
+        f"no progress for {limit} s (--stall_seconds): all wait for process 1 on {HERE}, which stopped after stage data"
+    )
+    for out, err in outputs:
+        assert f"error: {stalled}" in err, err
+        assert not [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+
+
 def test_the_loss_of_process_0_is_detected(start) -> None:
     """Process 0 also hosts JAX's service, so JAX may abort the other processes before they print the reason."""
-    port = str(free_port())
-    processes = start("tests.helpers.multihost_child", [["leader is killed", str(n), "2", port] for n in range(2)])
-    _, (_, err) = (process.communicate(timeout=CHILD_SECONDS) for process in processes)
-    assert processes[1].returncode in (ExitCode.RESTART, -signal.SIGABRT)
+    codes, outputs = run_children(start, "leader is killed", 2)
+    assert codes[1] in (ExitCode.RESTART, -signal.SIGABRT)
+    err = outputs[1][1]
     assert f"process 0 on {HERE} is gone" in err or "JAX distributed service" in err
 
 
 def test_a_frozen_process_0_is_detected(start) -> None:
-    port = str(free_port())
-    _, other = start("tests.helpers.multihost_child", [["leader is frozen", str(n), "2", port] for n in range(2)])
-    _, err = other.communicate(timeout=CHILD_SECONDS)
-    assert (
-        other.returncode == ExitCode.RESTART
-        and f"no progress for 4 s (--stall_seconds), and process 0 on {HERE}" in err
-    )
+    limit, codes, [(_, err)] = run_until_stall(start, "leader is frozen", 2)
+    assert codes == [ExitCode.RESTART]
+    assert f"no progress for {limit} s (--stall_seconds), and process 0 on {HERE}" in err

@@ -144,37 +144,38 @@ def test_minus_one_takes_all_remaining_devices():
 def test_a_batch_that_does_not_split_evenly_is_refused():
     mesh = abstract_mesh(2, 4, 2)
     check_batches(mesh, {"training.prompts_per_step": 8, "data.score_batch_windows": 32})
-    with pytest.raises(UserError, match=r"n=8 must be a multiple of devices / mesh.rollout_tensor = 16; .* is 16"):
+    with pytest.raises(UserError) as raised:
         check_batches(abstract_mesh(2, 4, 2, 1), {"n": 8}, DECODING)
+    assert raised.value.field == "n" and "mesh.rollout_tensor = 16" in str(raised.value)
     check_batches(abstract_mesh(2, 4, 2, 1), {"n": 8})
     for size, nearest in ((1, 8), (11, 8), (13, 16), (31, 32)):
-        with pytest.raises(
-            UserError, match=f"some.field={size} must be a multiple of .* = 8; .* is {nearest}"
-        ) as raised:
+        with pytest.raises(UserError) as raised:
             check_batches(mesh, {"fits": 16, "some.field": size})
         assert raised.value.field == "some.field"
+        assert f"some.field={size} " in str(raised.value) and str(raised.value).endswith(f" {nearest}.")
 
 
 def test_a_parameter_that_does_not_divide_evenly_is_refused():
     """Two kv heads over four devices; a width of 16 over three; both. The suggested mesh has as many devices, and works."""
     cases = {
-        (2, 1, 4): (r"mesh.tensor=4 does not divide the 2 of parameter layers.k", (4, 1, 2)),
-        (1, 3, 1): (r"mesh.fsdp=3 does not divide the 16 of parameter embedding", (3, 1, 1)),
-        (1, 6, 4): (r"mesh.fsdp=6 does not divide the 16 of parameter embedding", (6, 2, 2)),
+        (2, 1, 4): ("mesh.tensor", "layers.k", (4, 1, 2)),
+        (1, 3, 1): ("mesh.fsdp", "embedding", (3, 1, 1)),
+        (1, 6, 4): ("mesh.fsdp", "embedding", (6, 2, 2)),
     }
-    for requested, (problem, nearest) in cases.items():
-        suggested = ", ".join(f"mesh.{field}={size}" for field, size in zip(FIELDS, nearest, strict=False))
-        with pytest.raises(UserError, match=f"{problem}; the nearest mesh that works is {suggested}."):
+    for requested, (field, parameter, nearest) in cases.items():
+        suggested = ", ".join(f"mesh.{name}={size}" for name, size in zip(FIELDS, nearest, strict=False))
+        with pytest.raises(UserError) as raised:
             parameter_shardings(POLICY, abstract_mesh(*requested))
+        assert raised.value.field == field
+        assert parameter in str(raised.value) and suggested in str(raised.value)
         parameter_shardings(POLICY, abstract_mesh(*nearest))
-    with pytest.raises(
-        UserError, match=r"mesh.rollout_tensor=4 does not divide .* mesh.tensor=1, mesh.rollout_tensor=2"
-    ) as raised:
+    with pytest.raises(UserError) as raised:
         parameter_shardings(POLICY, abstract_mesh(1, 8, 1, 4), DECODING)
-    assert raised.value.field == "mesh.rollout_tensor"
-    with pytest.raises(UserError, match=r"mesh.data=3, mesh.fsdp=2, mesh.tensor=1, mesh.rollout_tensor=1\.") as raised:
+    assert raised.value.field == "mesh.rollout_tensor" and "mesh.tensor=1, mesh.rollout_tensor=2" in str(raised.value)
+    with pytest.raises(UserError) as raised:
         parameter_shardings(POLICY, abstract_mesh(1, 6, 1, 3))
     assert raised.value.field == "mesh.fsdp"
+    assert "mesh.data=3, mesh.fsdp=2, mesh.tensor=1, mesh.rollout_tensor=1." in str(raised.value)
 
 
 def test_parameters_are_split_over_fsdp_and_tensor():
@@ -207,10 +208,11 @@ def test_decoding_can_use_another_tensor_parallel_size():
     [((1, 4, 2), 3, 2), ((4, 1, 2), 4, 2), ((1, 2, 4), 3, 2), ((1, 8, 1), 16, 8), ((1, 4, 2), 7, 8)],
 )
 def test_a_rollout_group_that_does_not_fit_the_mesh_is_refused(sizes, rollout_tensor, nearest):
-    message = rf"mesh.rollout_tensor={rollout_tensor} must divide mesh.tensor={sizes[2]}, or .* is {nearest}\."
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError) as raised:
         make_mesh(*sizes, devices=list(range(8)), rollout_tensor=rollout_tensor)
     assert raised.value.field == "mesh.rollout_tensor"
+    assert f"mesh.rollout_tensor={rollout_tensor} " in str(raised.value)
+    assert str(raised.value).endswith(f" {nearest}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One of several processes of a run: `python -m tests.helpers.multihost_child EVENT PROCESS PROCESSES PORT`."""
+"""One of several processes of a run: `python -m tests.helpers.multihost_child EVENT PROCESS PROCESSES PORT STALL_SECONDS`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.guards import guarded_loop
 
-STALL_SECONDS = {"another stalls": 4.0, "leader is frozen": 4.0}
 
-
-def main(event: str, process: int, processes: int, port: int) -> int:
+def main(event: str, process: int, processes: int, port: int, stall_seconds: int) -> int:
     heartbeat = Heartbeat()
     hosts = Hosts(address="127.0.0.1", port=port, processes=processes, process=process)
-    with connect_processes(hosts, {"seed": 0}, heartbeat, 600.0, STALL_SECONDS.get(event, 600.0)) as rendezvous:
+    with connect_processes(hosts, {"seed": 0}, heartbeat, 600.0, stall_seconds) as rendezvous:
         assert rendezvous is not None
         try:
             run(event, process, heartbeat)

@@ -23,9 +23,9 @@ def test_a_directory_behind_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10, free=5))
-    check_free_space(tmp_path / "new", 5, "checkpoints")
+    check_free_space(tmp_path / "new", 5, "checkpoints", "keep fewer")
     with pytest.raises(UserError) as raised:
-        check_free_space(tmp_path / "new", 6, "checkpoints")
+        check_free_space(tmp_path / "new", 6, "checkpoints", "keep fewer")
     assert raised.value.field == "--workdir"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=0, free=0))
-    check_free_space(tmp_path, 6, "checkpoints")
+    check_free_space(tmp_path, 6, "checkpoints", "keep fewer")

@@ -60,6 +60,19 @@ def test_operations_outside_of_programs_are_not_reported() -> None:
             assert again() == []
 
 
+@pytest.mark.parametrize("program", ["jit(_device_put_reshard)", "jit(_identity_fn)", "jit(_psum)"])
+def test_the_programs_that_move_arrays_between_processes_are_not_reported(program: str) -> None:
+    """A run of several processes gathers arrays of many shapes."""
+    logger = logging.getLogger(COMPILATION_LOGGER)
+    with guarded_loop() as again:
+        for shape in ("float32[2]", "float32[3]", "int32[4,5]"):
+            logger.debug(f"{COMPILATION_MESSAGE} and types %s.", program, (shape,), ("sharding",))
+            assert again() == []
+        for shape, count in (("float32[2]", 0), ("float32[3]", 1)):
+            logger.debug(f"{COMPILATION_MESSAGE} and types %s.", "jit(ours)", (shape,), ("sharding",))
+            assert len(again()) == count
+
+
 def test_another_sharding_is_reported() -> None:
     x = jax.device_put(np.ones(3))
     committed = jax.device_put(x, jax.devices()[0])

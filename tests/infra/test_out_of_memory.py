@@ -39,6 +39,13 @@ def test_the_messages_of_every_backend_are_read(message: str, asked: str):
     assert f"in sampling, which asked for {asked}. " in str(raised.value)
 
 
+def test_the_mesh_fields_are_those_that_split_the_program():
+    """Rollouts have a tensor-parallel size of their own."""
+    with pytest.raises(UserError) as raised, explain_out_of_memory("sampling", FIELDS, ["mesh.rollout_tensor"]):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no numbers here")
+    assert "(mesh.rollout_tensor)" in str(raised.value) and "mesh.tensor" not in str(raised.value)
+
+
 def test_a_message_without_a_size_is_still_a_sentence_and_other_errors_are_raised():
     with pytest.raises(UserError, match=r"in sampling\. Change"), explain_out_of_memory("sampling", FIELDS):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no numbers here")

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from rpt_jax.config import DataConfig, Experiment, MeshConfig, OptimizerConfig, PolicyConfig, TrainingConfig
+from rpt_jax.config import (
+    ColdStartConfig,
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    TrainingConfig,
+)
 from rpt_jax.config.reference import field_docs
 from rpt_jax.errors import UserError
 from rpt_jax.infra.run_format import FORMAT, format_stamp
@@ -145,6 +153,18 @@ def test_some_fields_may_change_and_others_with_force(tmp_path, caplog):
     with claimed_workdir(tmp_path, other, force=True):
         pass
     claim(tmp_path, other)
+
+
+def test_changes_of_a_cold_start_that_is_complete_are_said_to_have_no_effect(tmp_path, caplog):
+    claim(tmp_path, Experiment(cold_start=ColdStartConfig(total_steps=5)))
+    with claimed_workdir(tmp_path, Experiment(cold_start=ColdStartConfig(total_steps=6)), force=True):
+        pass
+    assert not caplog.records
+    (tmp_path / "cold_start" / "policy").mkdir(parents=True)
+    with claimed_workdir(tmp_path, Experiment(cold_start=ColdStartConfig(total_steps=7)), force=True):
+        pass
+    [record] = caplog.records
+    assert "no effect: cold_start.total_steps: 6 there, 7 now" in record.getMessage()
 
 
 def test_two_runs_cannot_use_one_workdir_at_once(tmp_path):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from rpt_jax.convert import convert
+from rpt_jax.conversion import convert
 from rpt_jax.model.model_config import preset
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.rollout.generate import generate

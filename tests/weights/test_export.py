@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from rpt_jax.convert import convert
+from rpt_jax.conversion import convert
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.tokenizers.tokenizer import load_tokenizer

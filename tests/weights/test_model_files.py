@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rpt_jax import convert as command
-from rpt_jax.convert import convert
+from rpt_jax.conversion import convert
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import check_files, load_model_config, load_policy

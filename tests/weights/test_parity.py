@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
-from rpt_jax.convert import convert
+from rpt_jax.conversion import convert
 from rpt_jax.model.rope import rope_frequencies
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.rollout.generate import generate
