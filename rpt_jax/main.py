@@ -36,7 +36,7 @@ from absl import flags
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.loading import split_overrides
-from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
 from rpt_jax.errors import ExitCode, UserError, check_choice, nearest
@@ -120,6 +120,8 @@ def field_hint(argument: str) -> str:
 def load_experiment(argv: list[str]) -> Experiment:
     """Parse the command line into a validated experiment. Raises: UserError, for invalid flags or config values."""
     overrides, others = split_overrides(argv)
+    for flag in _FLAGS:
+        flags.FLAGS[flag.name].unparse()  # A value that an earlier call in this process was given.
     try:
         rest = flags.FLAGS(others)
     except flags.UnrecognizedFlagError as error:
@@ -251,7 +253,7 @@ def cache_directory() -> Path | None:
 
     if not _COMPILATION_CACHE.value:
         return default_directory()
-    return None if _COMPILATION_CACHE.value == "off" else Path(_COMPILATION_CACHE.value).expanduser()
+    return None if _COMPILATION_CACHE.value == "off" else user_path(_COMPILATION_CACHE.value)
 
 
 def main(argv: list[str]) -> int:
@@ -266,7 +268,7 @@ def main(argv: list[str]) -> int:
                 describe(experiment)
             return ExitCode.COMPLETE
         # In --workdir=~/runs, the shell does not expand the tilde.
-        workdir = Path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}").expanduser()
+        workdir = user_path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}")
         with console_logging():
             run_with_processes(experiment, workdir)
         return ExitCode.COMPLETE

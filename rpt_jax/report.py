@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rpt_jax.config.local_paths import check_local_path
-from rpt_jax.config.user_paths import user_path
+from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 

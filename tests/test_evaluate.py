@@ -121,11 +121,13 @@ def test_direct_accuracy_is_that_of_the_given_positions():
 
 
 def test_evaluation_metrics_omit_difficulties_without_positions():
-    empty = {"accuracy": 0.0, "positions": 0}
-    reasoning = {"easy": {"accuracy": 0.5, "positions": 2}, "hard": empty}
-    direct = {"easy": {"accuracy": 0.25, "positions": 2}, "hard": empty}
-    assert evaluation_metrics(reasoning) == {"eval/reasoning/easy": 0.5}
-    assert evaluation_metrics(reasoning, direct) == {"eval/reasoning/easy": 0.5, "eval/direct/easy": 0.25}
+    empty = {"accuracy": 0.0, "low": 0.0, "high": 1.0, "positions": 0}
+    reasoning = {"easy": {"accuracy": 0.5, "low": 0.1, "high": 0.9, "positions": 2}, "hard": empty}
+    direct = {"easy": {"accuracy": 0.25, "low": 0.0, "high": 0.7, "positions": 2}, "hard": empty}
+    of_reasoning = {"eval/reasoning/easy": 0.5, "eval/reasoning/easy/low": 0.1, "eval/reasoning/easy/high": 0.9}
+    of_direct = {"eval/direct/easy": 0.25, "eval/direct/easy/low": 0.0, "eval/direct/easy/high": 0.7}
+    assert evaluation_metrics(reasoning) == of_reasoning
+    assert evaluation_metrics(reasoning, direct) == of_reasoning | of_direct
 
 
 # --- the evaluation set ---

@@ -74,9 +74,7 @@ def test_invalid_input_ends_with_one_sentence_and_code_2(
     assert message in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), ((b"", "has 0 distinct document"), (b"abc \xff\xfe def\n", "corpus.txt"))
-)
+@pytest.mark.parametrize(("content", "message"), ((b"", "empty files: 1"), (b"abc \xff\xfe def\n", "corpus.txt")))
 def test_a_corpus_without_a_document_ends_with_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:

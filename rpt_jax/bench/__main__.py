@@ -9,8 +9,7 @@ import argparse
 import json
 import sys
 
-from rpt_jax.config.local_paths import check_local_path
-from rpt_jax.config.user_paths import user_path
+from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 

@@ -22,7 +22,7 @@ class ConfigFileValues(ml_collections.ConfigDict):
 
     Args:
       values: nested values by name, which need no check.
-      name: of the section with a point behind it, such as "training."; "" for the whole config.
+      name: of the section with a dot after it, such as "training."; "" for the whole config.
       lines: "FILE:LINE" of each assignment by field, shared by all sections.
     """
 

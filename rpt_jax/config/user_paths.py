@@ -1,4 +1,8 @@
-"""The home directory in paths: in `--config.data.path=~/texts`, the shell does not expand the tilde."""
+"""Paths that a user gives in a config or on a command line.
+
+`~` is expanded here, because in `--config.data.path=~/texts` the shell does not do it. URLs are refused: "gs://bucket/run" would
+become a folder called "gs:" on the local disk.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,28 @@ import re
 from pathlib import Path
 
 from rpt_jax.config.schema import Experiment
+from rpt_jax.errors import UserError
+
+# Config fields that name a file or a directory.
+PATH_FIELDS = ("policy.path", "data.path", "data.prepared", "prompt.template", "pretrain.export")
 
 # A tilde at the beginning of a path: of the whole text, or of a part of the mixture in `data.path`.
 _HOME = re.compile(r"(^|,\s*|(?:^|,\s*)[\d.]+=)(~[^/,]*)")
+# "gs://bucket/run", and "gs:/bucket/run", which `Path` makes of it; also after a weight or a comma, as in data.path.
+_URL = re.compile(r"(?:^|[=,])\s*(?P<scheme>[a-z][a-z0-9+.-]+):/", re.IGNORECASE)
+# The command that copies from and to what URLs of a scheme name.
+_COPY = {
+    "gs": "gcloud storage cp -r",
+    "s3": "aws s3 cp --recursive",
+    "hf": "hf download",
+    "http": "curl -O",
+    "https": "curl -O",
+}
 
 
 def user_path(text: str) -> Path:
-    """Return a path of a command line, with `~` expanded."""
-    return Path(text).expanduser()
+    """Return a path of a command line, with `~` expanded; unchanged if it names an unknown user, as in a shell."""
+    return Path(os.path.expanduser(text))
 
 
 def expand_home(text: str) -> str:
@@ -24,12 +42,32 @@ def expand_home(text: str) -> str:
 
 
 def with_expanded_paths(experiment: Experiment) -> Experiment:
-    """Return the experiment with `~` expanded in all of its fields that hold paths."""
-    data = experiment.data
-    return dataclasses.replace(
-        experiment,
-        policy=dataclasses.replace(experiment.policy, path=expand_home(experiment.policy.path)),
-        data=dataclasses.replace(data, path=expand_home(data.path), prepared=expand_home(data.prepared)),
-        prompt=dataclasses.replace(experiment.prompt, template=expand_home(experiment.prompt.template)),
-        pretrain=dataclasses.replace(experiment.pretrain, export=expand_home(experiment.pretrain.export)),
+    """Return the experiment with `~` expanded in `PATH_FIELDS`."""
+    for name in PATH_FIELDS:
+        section_name, _, field = name.partition(".")
+        section = getattr(experiment, section_name)
+        section = dataclasses.replace(section, **{field: expand_home(getattr(section, field))})
+        experiment = dataclasses.replace(experiment, **{section_name: section})
+    return experiment
+
+
+def check_local_path(name: str, path: str | Path | None) -> None:
+    """Check that `path` is not a URL.
+
+    Args:
+      name: the config field or flag that has this value.
+      path: its value; None if it is not set.
+
+    Raises:
+      UserError: it is a URL, or has one among its comma-separated parts.
+    """
+    url = _URL.search(str(path or ""))
+    if not url:
+        return
+    command = _COPY.get("hf" if "huggingface.co/" in str(path) else url["scheme"].lower())
+    example = f", for example with `{command}`" if command else ""
+    raise UserError(
+        f"{name}={path} is a URL, which is not supported. Give a path of this machine: copy to or from the URL{example}, or "
+        "mount it as a directory.",
+        field=name,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.config.local_paths import check_local_path
 from rpt_jax.config.schema import (
     ATTENTIONS,
     BOX_READINGS,
@@ -22,6 +21,7 @@ from rpt_jax.config.schema import (
     ObjectiveConfig,
     PolicyConfig,
 )
+from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOICES, TRACE_WRITERS, Registry
 
@@ -44,10 +44,6 @@ _WEIGHTED_TERMS = {
     "overlong_weight": ("overlong_tokens",),
     "budget_weight": ("budget_start", "budget_decay", "budget_min"),
 }
-
-
-# Fields that name a file or a directory.
-_PATHS = ("policy.path", "data.path", "data.prepared", "pretrain.export")
 
 _UNBOUNDED = 10**12  # An upper bound that excludes only typing errors.
 _SEEDS = 2**32 - 1  # The largest seed that grain accepts.
@@ -150,7 +146,7 @@ def check_experiment(experiment: Experiment) -> None:
     for registry in OBJECTIVE_REGISTRIES:
         _check_named_choice(experiment.objective, registry)
 
-    for name in _PATHS:
+    for name in PATH_FIELDS:
         check_local_path(name, values[name])
 
     # Numbers.

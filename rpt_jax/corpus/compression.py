@@ -51,7 +51,7 @@ class DecompressedFile(io.RawIOBase):
       path: a file with one of the `COMPRESSED_ENDINGS`.
 
     Attributes:
-      trailing_bytes: size of the data behind the last stream; set when the end is reached.
+      trailing_bytes: size of the data after the last stream; set when the end is reached.
 
     Raises, when it is read: ValueError, EOFError or the library's own error, if the file is damaged or truncated.
     """
@@ -115,7 +115,7 @@ class DecompressedFile(io.RawIOBase):
         super().close()
 
 
-def open_binary(path: Path) -> io.BufferedIOBase:
+def open_binary(path: Path) -> io.BufferedReader:
     """Open a file for reading its bytes, decompressed if its ending says that it is compressed."""
     if path.suffix.lower() in COMPRESSED_ENDINGS:
         return io.BufferedReader(DecompressedFile(path), 2**20)

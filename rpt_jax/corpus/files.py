@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rpt_jax.config import DataConfig
-from rpt_jax.corpus.folders import DANGLING_LINK, file_format, is_compressed, read_error, walk, why_not_read
+from rpt_jax.corpus.folders import DANGLING_LINK, file_format, is_compressed, read_error, walk_matches
 from rpt_jax.corpus.json_files import has_a_record_per_line
 from rpt_jax.corpus.mixture import configs_of_parts, parse_mixture
 from rpt_jax.corpus.records import check_fields
@@ -76,7 +75,7 @@ def check_path(config: DataConfig) -> None:
     """Check that every part of `data.path` has a file to read, without listing all of them. Raises: UserError."""
     mixture = _checked_mixture(config)
     for _, pattern in mixture:
-        if not any(not reason for _, reason in _candidates(pattern)):
+        if not any(not reason for _, reason in walk_matches(pattern)):
             _find_files(pattern, {}, is_mixture=len(mixture) > 1)
 
 
@@ -87,23 +86,10 @@ def _checked_mixture(config: DataConfig) -> list[tuple[float, str]]:
     return parse_mixture(config.path)
 
 
-def _candidates(pattern: str) -> Iterator[tuple[Path, str]]:
-    """Yield the files that a part of `data.path` stands for, and why each is not read; "" if it is."""
-    if Path(pattern).is_dir():
-        yield from walk(Path(pattern))
-        return
-    matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-    for match in map(Path, matches):
-        if match.is_dir():
-            yield from walk(match)
-        else:
-            yield match, why_not_read(match)
-
-
 def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool) -> list[Path]:
     """Return the files to read for a part of `data.path`, and add the others to `unread`, by reason. Raises: UserError."""
     # A glob with `**` matches a folder and also the files in it.
-    candidates = dict(_candidates(pattern))
+    candidates = dict(walk_matches(pattern))
     found = sorted(path for path, reason in candidates.items() if not reason)
     for path, reason in candidates.items():
         if reason:
@@ -132,7 +118,7 @@ def describe_unread(unread: dict[str, list[Path]]) -> str:
 
 def _log_unread(unread: dict[str, list[Path]]) -> None:
     if dangling := unread.pop(DANGLING_LINK, []):
-        logger.warning("data.path: links that lead to nothing: %s", ", ".join(map(str, sorted(dangling))))
+        logger.warning("data.path: broken links are not read: %s", ", ".join(map(str, sorted(dangling))))
     if unread:
         logger.info("Not read of data.path: %s.", describe_unread(unread))
 

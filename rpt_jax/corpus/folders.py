@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import os
 import re
@@ -17,7 +19,7 @@ _SYNONYMS = {".ndjson": ".jsonl"}
 
 # Why a file of a folder is not read.
 EVALUATION_SPLIT = "of an evaluation split (read if data.path names it)"
-DANGLING_LINK = "links to nowhere"
+DANGLING_LINK = "broken links"
 _HIDDEN = "hidden"
 _DATASETS_FILE = "of the `datasets` library, without documents"
 
@@ -26,6 +28,7 @@ _SPLIT = re.compile(
     r"(?:(?P<prefix>.*)[-_.])?(?P<split>train|test|validation|valid|val|dev|eval)(?:[-.]\d{5}-of-\d{5}.*|(?:\.[a-z]\w*)*)",
     re.IGNORECASE,
 )
+_SPLIT_WORD = re.compile(r"(?<![a-z])(?:test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _DATASET_DICT = "dataset_dict.json"
 _STATE = "state.json"
 _DATASETS_FILES = (_STATE, _DATASET_DICT, "dataset_info.json", "dataset_infos.json")
@@ -53,11 +56,11 @@ def why_not_read(path: Path) -> str:
     if path.name in _DATASETS_FILES or _is_dataset_cache(path):
         return _DATASETS_FILE
     if file_format(path) in FORMATS:
-        return ""
+        return "" if path.stat().st_size else "empty files"
     return f"{''.join(path.suffixes[-1:])} files" if path.suffix else "files without an ending"
 
 
-def walk(root: Path) -> Iterator[tuple[Path, str]]:
+def _walk(root: Path) -> Iterator[tuple[Path, str]]:
     """Yield everything below a folder and why it is not read, "" if it is. Hidden folders are yielded as a whole.
 
     Links are followed; a folder that several links lead to is read once.
@@ -94,6 +97,33 @@ def walk(root: Path) -> Iterator[tuple[Path, str]]:
             if not reason and (is_evaluation or file in evaluation_names):
                 reason = EVALUATION_SPLIT
             yield folder / file, reason
+
+
+def walk_matches(pattern: str) -> Iterator[tuple[Path, str]]:
+    """Yield what a file, folder or glob stands for and why it is not read, "" if it is.
+
+    A glob leaves out the evaluation splits that it matches, unless its own text names one.
+    """
+    is_glob = not Path(pattern).exists()
+    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+    names_split = bool(_SPLIT_WORD.search(pattern.removeprefix(str(root))))
+    splits_of: dict[Path, set[str]] = {}
+
+    def is_of_evaluation_split(path: Path) -> bool:
+        for entry in itertools.takewhile(lambda entry: entry != root, (path, *path.parents)):
+            folder = entry.parent
+            if folder not in splits_of:
+                is_folder = {item.name: item.is_dir() for item in folder.iterdir()}
+                subfolders = [name for name in is_folder if is_folder[name] and not _is_hidden(name)]
+                splits_of[folder] = _evaluation_splits(subfolders, [name for name in is_folder if not is_folder[name]])
+            if entry.name in splits_of[folder]:
+                return True
+        return False
+
+    for match in map(Path, sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]):
+        is_left_out = is_glob and not names_split and is_of_evaluation_split(match)
+        for path, reason in _walk(match) if match.is_dir() else [(match, why_not_read(match))]:
+            yield path, EVALUATION_SPLIT if is_left_out and not reason else reason
 
 
 def _evaluation_splits(subfolders: Sequence[str], files: Sequence[str]) -> set[str]:

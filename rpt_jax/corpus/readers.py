@@ -102,7 +102,7 @@ def read_records(file_range: FileRange, config: DataConfig) -> RecordStream:
         yield from _TEXT_READERS[ending](file, file_range, config)
     if isinstance(decompressed, DecompressedFile) and decompressed.trailing_bytes:
         detail = f"ends with {decompressed.trailing_bytes:,} bytes that are not compressed data."
-        yield 0, InvalidRecordError("behind compressed data", detail)
+        yield 0, InvalidRecordError("after compressed data", detail)
 
 
 def _file_key(path: Path) -> str:
@@ -166,7 +166,7 @@ def _check_text(record: RecordText | InvalidRecordError, config: DataConfig) -> 
 # --- text files ---------------------------------------------------------------------------------------
 
 
-def _read_txt(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_txt(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
     """Yield chunks of about 2,000 characters, at `line` or `line:column`."""
     del config
     line = 1
@@ -186,7 +186,7 @@ def _read_txt(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig
             column = len(rest) + (1 if ended else column)
 
 
-def _blocks(file: io.BufferedIOBase, file_range: FileRange) -> Iterator[tuple[int, bytes]]:
+def _blocks(file: io.BufferedReader, file_range: FileRange) -> Iterator[tuple[int, bytes]]:
     """Yield the bytes of a range and where they begin, in blocks if it is a whole file of unknown size."""
     if file_range.stop >= 0:
         start = block_boundary(file, file_range.start)
@@ -205,7 +205,7 @@ def _blocks(file: io.BufferedIOBase, file_range: FileRange) -> Iterator[tuple[in
     yield start, rest
 
 
-def _read_jsonl(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_jsonl(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
     limit = _longest_record(config)
     offset = 0
     if file_range.start:
@@ -233,7 +233,7 @@ def _longest_record(config: DataConfig) -> int:
     return 8 * config.max_document_bytes + 2**16
 
 
-def _skip_line(file: io.BufferedIOBase) -> int:
+def _skip_line(file: io.BufferedReader) -> int:
     """Skip to the end of the line and return the number of bytes skipped."""
     skipped = 0
     while block := file.readline(2**20):
@@ -243,7 +243,7 @@ def _skip_line(file: io.BufferedIOBase) -> int:
     return skipped
 
 
-def _read_json(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_json(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
     """Yield the records of a file of JSON lines, at their lines, or those of an array or of several values, numbered."""
     if file_range.stop >= 0 or has_a_record_per_line(file_range.path):
         yield from _read_jsonl(file, file_range, config)
@@ -253,14 +253,16 @@ def _read_json(file: io.BufferedIOBase, file_range: FileRange, config: DataConfi
         yield number, not_utf8(ord(escaped[0]) - 0xDC00) if escaped else record_text(value, config)
 
 
-def _read_csv(file: io.BufferedIOBase, file_range: FileRange, config: DataConfig) -> RecordStream:
-    """Yield the rows of a table whose first line names the columns, by row number."""
+def _read_csv(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
+    """Yield the rows of a table whose first line that is not blank names the columns, by row number."""
     import pyarrow.csv
 
     delimiter = "\t" if file_format(file_range.path) == ".tsv" else ","
-    header = file.readline().decode("utf-8", "replace").removeprefix(BYTE_ORDER_MARK)
+    header = ""
+    while not header.strip() and (line := file.readline()):
+        header = line.decode("utf-8", "replace").removeprefix(BYTE_ORDER_MARK)
     names = next(csv.reader([header], delimiter=delimiter), [])
-    if not names:
+    if not file.peek(1):
         return
     invalid: dict[int, Any] = {}
 
@@ -365,6 +367,10 @@ def _bytes_type(kind: Any) -> Any:
         return pyarrow.list_(kind.value_field.with_type(_bytes_type(kind.value_type)))
     if types.is_large_list(kind):
         return pyarrow.large_list(kind.value_field.with_type(_bytes_type(kind.value_type)))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_bytes_type(kind.value_type)), kind.list_size)
+    if types.is_map(kind):
+        return pyarrow.map_(_bytes_type(kind.key_type), _bytes_type(kind.item_type))
     return kind
 
 
@@ -376,7 +382,7 @@ def _read_array_record(file_range: FileRange, config: DataConfig) -> RecordStrea
             yield number, parse_record(record, config)
 
 
-_TEXT_READERS: dict[str, Callable[[io.BufferedIOBase, FileRange, DataConfig], RecordStream]] = {
+_TEXT_READERS: dict[str, Callable[[io.BufferedReader, FileRange, DataConfig], RecordStream]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".json": _read_json,

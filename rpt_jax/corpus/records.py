@@ -138,7 +138,7 @@ def _find_field(record: Mapping[str, Any], field: str, option: str) -> Any:
         else:
             expected = f"'{field}' of data.{option}" if option == "document_template" else f"data.{option}='{field}'"
             fields = list(value) if isinstance(value, Mapping) else []
-            where = "" if value is record else f": there is no '{name}' in it"
+            where = "" if value is record else f", because there is no '{name}' in it"
             detail = (
                 f"has no field {expected}{where}; its fields: {', '.join(fields) or 'none'}.{nearest(name, fields)}"
             )

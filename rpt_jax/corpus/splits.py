@@ -151,7 +151,7 @@ def _check_parts(
         rejected = {part: first_rejected[part]} if part in first_rejected else {}
         raise UserError(
             f"data.path: part '{path}' of the mixture has no document to train on: {len(of_part_D):,} were read, of which "
-            f"{repeated:,} repeat others. {_rejected_sentence(rejected)}Mend it, or leave it out.",
+            f"{repeated:,} repeat others. {_rejected_sentence(rejected)}Fix it, or leave it out.",
             field="data.path",
         )
 

@@ -309,6 +309,8 @@ def tokenize_shard(
             counts["tokens"] += len(lengths_T)
             counts["text_bytes"] += int(lengths_T.sum())
             report_steps()
+        for file_range in shard.file_ranges or ():
+            files[file_range.name].update()  # Also a file without records has an entry.
         index_file.flush()
         sketches_file.flush()
         names_file.flush()

@@ -78,14 +78,12 @@ class TokenizedCorpus(NamedTuple):
     def clusters(self, split: str) -> np.ndarray:
         """Return integers that say which windows of a split depend on each other, [N].
 
-        Windows of one document do. Of "unseen", all windows of one kind of document do: these documents have the key of their
-        kind, such as the template that generated them.
+        Windows of one document do, and of all documents with the same key: the records of a group (`data.group_by`), and in
+        "unseen" the documents of one kind, such as a template. Each piece of a text file is a document of its own.
         """
-        document_N = self.document_W[self.windows(split).numbers_N]
-        if split != "unseen":
-            return document_N
-        key_D = np.concatenate([rows["key_hash"] for rows in read_index(self.directory, self.shards)])
-        return key_D[document_N]
+        rows_D = np.concatenate(list(read_index(self.directory, self.shards)))
+        cluster_D = np.where(rows_D["place"] < 0, rows_D["key_hash"], np.arange(len(rows_D), dtype=np.uint64))
+        return cluster_D[self.document_W[self.windows(split).numbers_N]]
 
     def token_count(self, split: str) -> int:
         """Return the number of tokens of a split."""
@@ -147,7 +145,7 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
 
     if useless := _files_without_documents(summaries):
         logger.warning(
-            "%s files of data.path give no documents: %s.",
+            "Files of data.path that give no documents: %s, %s.",
             f"{len(useless):,}",
             "; ".join(f"{file} ({reasons})" for file, reasons in useless[:3]) + "; …" * (len(useless) > 3),
         )
@@ -183,13 +181,13 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
 
 
 def _files_without_documents(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the files all of whose records were rejected, and the counts by reason."""
+    """Return the files that have no records, or whose records were all rejected, and the counts by reason."""
     files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for summary in summaries:
         for file, counts in summary["files"].items():
             files[file].update(counts)
     return [
-        (file, ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common()))
+        (file, ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common()) or "no records")
         for file, counts in files.items()
         if file and not counts["documents"]
     ]

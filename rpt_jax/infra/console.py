@@ -30,7 +30,7 @@ REASONING_CHARACTERS = 800  # Shown of the reasoning, from each end.
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints messages below WARNING to stdout as they are, and others to stderr behind their level.
+    """Prints messages below WARNING to stdout as they are, and others to stderr after their level.
 
     Both are looked up for each message, so that messages appear above a live progress bar, and tests can capture them.
     """

@@ -46,7 +46,7 @@ class LearningRates:
 # every run in a process would compile its update again.
 @functools.cache
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Return AdamW behind a clip of the global gradient norm (paper, Table 5)."""
+    """Return AdamW after a clip of the global gradient norm (paper, Table 5)."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(

@@ -14,8 +14,7 @@ import sys
 
 from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.loading import split_overrides
-from rpt_jax.config.local_paths import check_local_path
-from rpt_jax.config.user_paths import user_path
+from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.preflight.topology import parse_topology, prepare_process

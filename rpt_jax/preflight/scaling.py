@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rpt_jax.config.local_paths import check_local_path
-from rpt_jax.config.user_paths import user_path
+from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.console import table

@@ -165,7 +165,7 @@ class PromptBuilder:
 
 
 def reasoning_marker(tokenizer: Tokenizer, after: Sequence[int], *, in_chat: bool) -> str:
-    """Return the marker that the response starts behind: <think>, </think>, or "" for none.
+    """Return the marker that the response begins after: <think>, </think>, or "" for none.
 
     Args:
       tokenizer: that of the prompt.

@@ -251,7 +251,7 @@ def every_position(config: DataConfig) -> EntropyRule:
     )
 
 
-@POSITION_CHOICES.register("threshold", reported_fields=("entropy_threshold",))
+@POSITION_CHOICES.register("threshold", fields=("entropy_threshold",), reported_fields=("entropy_threshold",))
 def above_threshold(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """Positions whose entropy is above `data.entropy_threshold` (paper, section 3.3)."""
     del entropies
@@ -279,7 +279,9 @@ def random_fraction(config: DataConfig, entropies: EntropyReader) -> list[Positi
     return [dataclasses.replace(every_position(config), fraction=config.keep_fraction)]
 
 
-@POSITION_CHOICES.register("curriculum", staged=True, reported_fields=("entropy_threshold",))
+@POSITION_CHOICES.register(
+    "curriculum", staged=True, fields=("entropy_threshold",), reported_fields=("entropy_threshold",)
+)
 def easy_to_hard(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """Positions above `data.entropy_threshold`, in eight stages of equal size from low to high entropy."""
     above = dataclasses.replace(every_position(config), low=config.entropy_threshold)

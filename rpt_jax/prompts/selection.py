@@ -19,7 +19,7 @@ from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, ShuffledEpochs, position_order
-from rpt_jax.prompts.positions import Entropies, index_positions
+from rpt_jax.prompts.positions import Entropies, PositionIndex, index_positions
 from rpt_jax.registry import POSITION_CHOICES
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,9 @@ def training_orders(
         for part, positions in enumerate(parts)
     )
     if smallest < training.prompts_per_step:
-        where = f"part '{parse_mixture(data.path)[part][1]}' of the mixture has " if weights else ""
-        where += f"stage {stage + 1} of {len(stages)} has " if len(stages) > 1 else ""
+        places = [f"part '{parse_mixture(data.path)[part][1]}' of the mixture"] if weights else []
+        places += [f"stage {stage + 1} of {len(stages)}"] if len(stages) > 1 else []
+        where = f"{', '.join(places)} has " if places else ""
         raise UserError(
             f"{source_name(data)}: {where}only {smallest:,} training positions that are chosen by "
             f"{_reported_fields(data)} and have data.min_context={data.min_context} tokens before them, of {found:,} in all and "
@@ -159,6 +160,8 @@ def training_orders(
             "Change one of these fields, or use more text.",
             field="data.path" if weights else "training.prompts_per_step",
         )
+    if not weights and policy_entropies is None:
+        _warn_of_small_parts(data, stages, part_W, training.prompts_per_step)
     logger.info(
         f"{found:,} of {total:,} training positions are chosen by {_reported_fields(data)}, with the entropies of {scored_by} "
         f"over its {data.entropy_top_k} most likely tokens."
@@ -173,6 +176,20 @@ def training_orders(
         )
         for stage, parts in enumerate(parts_of_stages)
     ]
+
+
+def _warn_of_small_parts(data: DataConfig, stages: Sequence[PositionIndex], part_W: np.ndarray, needed: int) -> None:
+    """Name the parts of a mixture without weights that have fewer positions than the `needed` ones of a step."""
+    mixture = parse_mixture(data.path) if data.source == "path" else []
+    for part, (_, path) in enumerate(mixture):
+        count = sum(len(stage.restrict_to(part_W == part)) for stage in stages)
+        if len(mixture) > 1 and count < needed:
+            logger.warning(
+                "data.path: part '%s' of the mixture has only %s training positions, fewer than the %s of a step.",
+                path,
+                f"{count:,}",
+                f"{needed:,}",
+            )
 
 
 def training_stage(step: int, total_steps: int, stages: int) -> int:

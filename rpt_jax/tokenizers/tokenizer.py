@@ -353,7 +353,11 @@ def _load_byte_level_bpe(path: Path, data: bytes, files: Files) -> Tokenizer:
     # Old files do not name the type of the model; only a BPE has merges.
     spec["model"].setdefault("type", "BPE" if "merges" in spec["model"] else None)
     if spec["model"]["type"] != "BPE" or not _has_byte_level(spec.get("pre_tokenizer")):
-        raise UserError(f"{path} is not a byte-level BPE, the only kind of tokenizer.json supported.", field=str(path))
+        raise UserError(
+            f"{path} is not a byte-level BPE, the only kind of tokenizer.json supported. If its tokenizer is one of "
+            "sentencepiece, copy tokenizer.model from the model's repository to the same directory.",
+            field=str(path),
+        )
     if missing := sum(character not in vocab for character, byte in alphabet.items() if byte not in _OPTIONAL_BYTES):
         raise UserError(
             f"{path} cannot represent every text: {missing} of the 256 bytes have no token.", field=str(path)

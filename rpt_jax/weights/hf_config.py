@@ -195,9 +195,8 @@ def _check_options(content: dict[str, Any], path: Path) -> None:
     """Refuse options that are not implemented, and unknown ones. Raises: UserError that names the file and the key."""
     for name, supported in _UNSUPPORTED_OPTIONS.items():
         if content.get(name) not in supported:
-            expected = next(value for value in supported if value is not None) if len(supported) > 1 else None
             raise UserError(
-                f"{path}: {name}={content[name]!r} is not supported; expected {expected!r}.", field=str(path)
+                f"{path}: {name}={content[name]!r} is not supported; expected {supported[-1]!r}.", field=str(path)
             )
     known = _READ_KEYS | _UNSUPPORTED_OPTIONS.keys() | _NEUTRAL_KEYS
     unknown = [

@@ -19,7 +19,7 @@ _GGUF_MAGIC = b"GGUF"
 # Name of a part of a GGUF file that was split: stem, number and count.
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_HUB_ID = re.compile(r"(?:https://huggingface\.co/)?([\w-][\w.-]*/[\w.-]+?)/?")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+?)/?")
 # Weights in other formats: pattern of the file names, and what is known about them.
 _OTHER_WEIGHTS = {
     "pytorch_model*.bin": "PyTorch's pickle format",
@@ -41,14 +41,14 @@ def find_gguf(source: str | Path) -> Path | None:
     Raises: UserError if a directory has several GGUF files and no other weights.
     """
     path = Path(source)
-    if path.suffix.lower() == ".gguf" or _starts_with(path, _GGUF_MAGIC):
+    is_directory = path.is_dir()
+    if (path.suffix.lower() == ".gguf" and not is_directory) or _starts_with(path, _GGUF_MAGIC):
         return split_parts(path)[0]
-    if not path.is_dir() or (path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists():
+    if not is_directory or (path / WEIGHTS_FILE).exists() or (path / INDEX_FILE).exists():
         return None
-    files = sorted({split_parts(file)[0] for file in path.iterdir() if file.suffix.lower() == ".gguf"})
-    models = [
-        file for file in files if not file.name.startswith("mmproj")
-    ]  # Projectors of images are no language models.
+    files = {split_parts(file)[0] for file in path.iterdir() if file.suffix.lower() == ".gguf"}
+    # Projectors of images are no language models.
+    models = sorted(file for file in files if not file.name.startswith("mmproj"))
     if len(models) > 1:
         raise UserError(
             f"'{source}' has several GGUF files: {', '.join(file.name for file in models)}. Give the path of one of them.",

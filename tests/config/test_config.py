@@ -98,6 +98,7 @@ REFUSED_VALUES = [
     ({"data__path": "texts"}, "data.path"),
     ({"data__text_field": "content"}, "data.text_field"),
     ({"data__group_by": "id"}, "data.group_by"),
+    ({"data__positions": "quantile", "data__entropy_threshold": 1.2}, "data.entropy_threshold"),
     ({"data__shard": "0/2"}, "data.shard"),
     ({"task": "score", "data__prepared": "runs/score"}, "data.prepared"),
     (
@@ -374,20 +375,6 @@ def test_every_field_has_a_sentence_of_documentation():
     for document in documents:
         assert document.text.endswith(".") and (document.text[0].isupper() or document.text[0] == '"'), document.name
     assert all(section_docs().values()) and section_docs().keys() == SECTIONS.keys()
-
-
-def test_the_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    paths = {
-        "data.path": ("0.7=~/a/*.txt, 0.3=~/b,c~", "0.7=/home/me/a/*.txt, 0.3=/home/me/b,c~"),
-        "data.prepared": ("~/corpus", "/home/me/corpus"),
-        "policy.path": ("~/policy", "/home/me/policy"),
-        "pretrain.export": ("~", "/home/me"),
-        "prompt.template": ("~/a.txt", "/home/me/a.txt"),
-    }
-    overrides = ["data.source=path", *(f"{name}={path}" for name, (path, _) in paths.items())]
-    values = dict(leaves(from_config_dict({}, overrides)))
-    assert {name: values[name] for name in paths} == {name: expected for name, (_, expected) in paths.items()}
 
 
 def test_a_text_field_beside_a_template_is_refused_unless_a_part_has_no_template():

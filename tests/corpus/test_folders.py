@@ -47,9 +47,15 @@ def test_files_that_are_not_read_are_counted_by_ending_with_an_example(
 ) -> None:
     for name in ("a.txt", "b.md", "sub/c.md", "LICENSE", "d.parquet.gz"):
         write(tmp_path / name)
+    (tmp_path / "e.jsonl").touch()
     with caplog.at_level(logging.INFO):
         assert texts_of(tmp_path) == ["a.txt"]
-    for part in (f".md files: 2 (such as {tmp_path}/b.md)", "files without an ending: 1", ".gz files: 1"):
+    for part in (
+        f".md files: 2 (such as {tmp_path}/b.md)",
+        "files without an ending: 1",
+        ".gz files: 1",
+        "empty files: 1",
+    ):
         assert part in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
@@ -70,7 +76,7 @@ def test_a_dangling_link_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert texts_of(tmp_path) == ["a.jsonl"]
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert str(link) in record.getMessage()
-    with pytest.raises(UserError, match=r"links to nowhere: 1 \(such as .*b\.jsonl") as raised:
+    with pytest.raises(UserError, match=r"broken links: 1 \(such as .*b\.jsonl") as raised:
         check_path(DataConfig(source="path", path=str(link)))
     assert raised.value.field == "data.path"
 
@@ -99,6 +105,31 @@ def test_evaluation_splits_next_to_training_splits_are_read_only_if_they_are_nam
     for name in evaluation:
         assert texts_of(tmp_path / Path(name).parts[0])[0]
         assert texts_of(tmp_path / name) == [Path(name).name]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "read"),
+    [
+        ("data/*.jsonl", ["train-00000-of-00001.jsonl"]),
+        ("data/test-*.jsonl", ["test-00000-of-00001.jsonl"]),
+        ("dict/*", ["a.jsonl"]),
+        ("dict/**", ["a.jsonl"]),
+        ("dict/**/*.jsonl", ["a.jsonl"]),
+        ("*/t*/*.jsonl", ["a.jsonl"]),
+        ("dict/test/*.jsonl", ["b.jsonl"]),
+        ("*/test/*.jsonl", ["b.jsonl"]),
+    ],
+)
+def test_a_glob_matches_evaluation_splits_only_if_it_names_them(
+    tmp_path: Path, pattern: str, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
+        write(tmp_path / "data" / name)
+    for name in ("dataset_dict.json", "train/a.jsonl", "test/b.jsonl"):
+        write(tmp_path / "dict" / name)
+    assert texts_of(tmp_path / pattern) == read
+    monkeypatch.chdir(tmp_path)
+    assert texts_of(pattern) == read, "also below the current folder"
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def test_file_ranges_lose_nothing_and_split_no_character(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], size: int, has_final_line_end: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("ranges")
-    text = "\n".join(lines) + "\n" * has_final_line_end
+    text = "\n".join(["x", *lines]) + "\n" * has_final_line_end  # An empty file is not read.
     (folder / "a.txt").write_bytes(text.encode())
     # Not empty, so that every one is a document.
     texts = [f"x{line}" for line in lines]

@@ -115,6 +115,17 @@ def test_rows_of_a_table_with_another_number_of_columns_are_rejected_at_their_pl
     assert texts_or_reasons(tmp_path / "a.csv", text_field="problem")[0] == "no such field"
 
 
+@pytest.mark.parametrize("data", [b"\n", b"text,id", b"text,id\n", b"text,id\n\n\n"])
+def test_a_table_without_rows_has_no_documents(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(data)
+    assert texts_or_reasons(tmp_path / "a.csv") == []
+
+
+def test_blank_lines_in_front_of_a_table_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\n\r\ntext,id\na,1\n")
+    assert texts_or_reasons(tmp_path / "a.csv") == ["a"]
+
+
 def test_numbers_of_any_length_are_read(tmp_path: Path) -> None:
     numbers = ["1" * 5000, "-" + "9" * 100_000, "1." + "3" * 5000, "1e99999"]
     (tmp_path / "a.jsonl").write_text("".join(f'{{"id": {number}, "text": "t"}}\n' for number in numbers))
@@ -138,7 +149,7 @@ def test_data_behind_compressed_data_are_rejected_and_the_rest_is_read(tmp_path:
         assert all(isinstance(item, Document) for item in read(path)), "several streams, padded with zeros"
         path.write_bytes(compress(data) + b"garbage")
         *texts, reason = texts_or_reasons(path)
-        assert texts == ["plain"] and reason == "behind compressed data"
+        assert texts == ["plain"] and reason == "after compressed data"
 
 
 def test_a_window_of_zstd_long_is_read(tmp_path: Path) -> None:
@@ -160,17 +171,19 @@ def invalid_utf8(values: Iterable[bytes]) -> Any:
     return pyarrow.StringArray.from_buffers(len(binary), *binary.buffers()[1:], binary.buffers()[0])
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_row_that_is_not_utf8_does_not_invalidate_the_others(tmp_path: Path, nested: bool) -> None:
+@pytest.mark.parametrize("form", ["string", "field", "list"])
+def test_a_row_that_is_not_utf8_does_not_invalidate_the_others(tmp_path: Path, form: str) -> None:
     column = invalid_utf8([b"a", b"\xff", b"c"])
-    if nested:
+    if form == "field":
         column = pyarrow.StructArray.from_arrays([column], ["text"])
+    if form == "list":
+        column = pyarrow.FixedSizeListArray.from_arrays(column, 1)
     table = pyarrow.table({"text": column})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
         file.write_table(table)
     for name in ("a.parquet", "a.arrow"):
-        found = texts_or_reasons(tmp_path / name, text_field="text.text" if nested else "text")
+        found = texts_or_reasons(tmp_path / name, text_field="text.text" if form == "field" else "text")
         assert found == ["a", "not UTF-8", "c"], name
 
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rpt_jax.config import DataConfig
@@ -82,9 +81,25 @@ def test_every_document_is_in_its_split_with_its_bytes_unchanged(
 def test_windows_of_a_document_are_one_cluster(corpus: DataConfig, tmp_path: Path) -> None:
     opened = tokenize_shards(corpus, tmp_path, 2)
     for split in ("train", "held_out"):
-        clusters = opened.clusters(split)
-        np.testing.assert_array_equal(clusters, opened.document_W[opened.windows(split).numbers_N])
-        assert len(set(clusters.tolist())) < len(clusters), "no document has several windows"
+        clusters = opened.clusters(split).tolist()
+        documents = opened.document_W[opened.windows(split).numbers_N].tolist()
+        assert len(set(clusters)) == len(set(documents)) == len(set(zip(clusters, documents, strict=True)))
+        assert len(set(clusters)) < len(clusters), "no document has several windows"
+
+
+def test_records_of_a_group_are_one_cluster_and_pieces_of_a_text_are_several(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    records = [{"text": f"solution {i}", "problem": i // 2} for i in range(20)]
+    (texts / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = DataConfig(source="path", path=str(texts), group_by="problem")
+    clusters = tokenize_shards(config, tmp_path / "tokens", 1).clusters("held_out").tolist()
+    assert len(clusters) == 4 and len(set(clusters)) == 2
+
+    (texts / "a.txt").write_text("".join(f"{i} {'seven and five ' * 100}\n\n" for i in range(20)))
+    config = DataConfig(source="path", path=str(texts / "a.txt"))
+    clusters = tokenize_shards(config, tmp_path / "pieces", 1).clusters("held_out").tolist()
+    assert len(set(clusters)) == 4
 
 
 def test_unseen_documents_of_one_template_are_one_cluster(tmp_path: Path) -> None:
@@ -147,13 +162,18 @@ def test_a_part_of_a_training_document_counts_as_its_near_duplicate(
     assert f"{len(pairs)} of 18 held-out documents ({100 * len(pairs) / 18:.0f} %)" in caplog.text
 
 
-def test_files_all_of_whose_records_are_rejected_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_jsonl(tmp_path / "a.jsonl", ["one", "two", ""])
-    (tmp_path / "b.jsonl").write_text('{"problem": "1 + 1 = 2"}\n' * 700 + "x\n")
-    config = DataConfig(source="path", path=str(tmp_path))
+def test_files_without_documents_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    write_jsonl(texts / "a.jsonl", ["one", "two", ""])
+    (texts / "b.jsonl").write_text('{"problem": "1 + 1 = 2"}\n' * 700 + "x\n")
+    (texts / "c.csv").write_text("text,id\n")
+    config = DataConfig(source="path", path=str(texts))
     report_corpus(tokenize_shards(config, tmp_path / "tokens", 2))
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "b.jsonl (700 no such field, 1 not JSON)" in record.getMessage() and "a.jsonl" not in record.getMessage()
+    message = record.getMessage()
+    assert "b.jsonl (700 no such field, 1 not JSON)" in message and "c.csv (no records)" in message
+    assert "a.jsonl" not in message
 
 
 @pytest.mark.parametrize(("names", "warnings"), [("a", 1), ("abcdefghij", 0)])

@@ -216,7 +216,9 @@ def test_messages_about_positions_quote_the_fields_that_choose_them(
     assert raised.value.field == "data.path"
 
 
-def test_the_part_of_a_mixture_with_too_few_positions_is_named(experiment: Experiment, setup: Setup) -> None:
+def test_the_part_of_a_mixture_with_too_few_positions_is_named(
+    experiment: Experiment, setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
     every = with_data(experiment, positions="every")
     part_W = mixture_parts(setup, np.arange(len(setup.train)))
     windows = [setup.train[i] for i in np.flatnonzero(part_W == 1)]
@@ -227,3 +229,9 @@ def test_the_part_of_a_mixture_with_too_few_positions_is_named(experiment: Exper
     with pytest.raises(UserError, match=rf"part '.*b\.jsonl' .* has only {positions:,} training positions") as raised:
         training_orders(too_few, setup.prepared, setup.train, setup.boxable_V)
     assert raised.value.field == "data.path"
+
+    # Without weights, the parts are drawn from together.
+    without_weights = with_data(too_few, path=experiment.data.path.replace("0.5=", ""))
+    training_orders(without_weights, setup.prepared, setup.train, setup.boxable_V)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"b.jsonl' of the mixture has only {positions:,} training positions" in warning

@@ -193,7 +193,8 @@ def trainer_logprobs(policy, params, tokens_PxGxT, mask_PxGxT, temperature):
         temperature=temperature,
         max_new_tokens=T,
     )
-    return jax.jit(response_logprobs, static_argnums=(0, 1))(policy, limits, params, batch)
+    logprobs_PxGxT, _ = jax.jit(response_logprobs, static_argnums=(0, 1))(policy, limits, params, batch)
+    return logprobs_PxGxT
 
 
 def test_logprobs_of_sampler_and_trainer_agree(params, rollouts):

@@ -93,6 +93,11 @@ def test_keys_that_may_change_the_results_are_refused(family, changes):
     assert raised.value.field == "config.json"
 
 
+def test_another_activation_is_answered_with_the_name_of_the_supported_one():
+    with pytest.raises(UserError, match="hidden_act='gelu' is not supported; expected 'silu'"):
+        from_hf_config(hf_config(hidden_act="gelu"), Path("config.json"))
+
+
 def test_a_qwen3_config_without_head_dim_has_the_default_of_transformers():
     content = hf_config("qwen3", head_dim=None)
     assert from_hf_config(content, Path("config.json")).head_size == transformers.Qwen3Config(**content).head_dim == 128

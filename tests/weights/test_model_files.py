@@ -104,13 +104,20 @@ def test_a_folder_stands_for_the_only_gguf_file_in_it(tmp_path):
     assert raised.value.field == str(folder)
 
 
+def test_a_folder_may_be_named_like_a_gguf_file(tmp_path):
+    write_gguf(tmp_path / "a.gguf")
+    folder = tmp_path / "model.gguf"
+    convert(tmp_path / "a.gguf", folder)
+    assert load_model_config(folder)[0] == load_model_config(tmp_path / "a.gguf")[0]
+    assert load_tokenizer(folder).source == str(folder / "tokenizer.json")
+
+
 # --- files that are missing, or in another form ---
 
 
 def test_a_hub_id_is_answered_with_the_command_that_downloads_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for source in ("Qwen/Qwen2.5-0.5B", "https://huggingface.co/Qwen/Qwen2.5-0.5B"):
-        assert_missing_files_message(source, "hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B")
+    assert_missing_files_message("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B")
     assert command.main(["convert", "--from=Qwen/Qwen2.5-0.5B", "--to=out"]) == 2
     assert "hf download Qwen/Qwen2.5-0.5B" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""URLs in place of paths: refused by name in every field and by every tool."""
+"""The home directory in paths, and URLs in place of them, which every field and every tool refuses by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from rpt_jax import convert, main, report
 from rpt_jax.bench import __main__ as bench
 from rpt_jax.config import from_config_dict
-from rpt_jax.config.local_paths import check_local_path
+from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path, expand_home, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.preflight import __main__ as preflight
 from rpt_jax.preflight import scaling
@@ -17,7 +18,7 @@ from rpt_jax.preflight import scaling
 URL = "gs://bucket/run"
 
 
-@pytest.mark.parametrize("field", ["policy.path", "data.path", "data.prepared", "pretrain.export"])
+@pytest.mark.parametrize("field", PATH_FIELDS)
 def test_a_field_with_a_url_is_refused(field: str) -> None:
     overrides = [f"{field}={URL}", *(["data.source=path"] if field == "data.path" else [])]
     with pytest.raises(UserError) as raised:
@@ -43,6 +44,11 @@ def test_urls_are_recognized(path: str | Path) -> None:
     with pytest.raises(UserError) as raised:
         check_local_path("data.path", path)
     assert raised.value.field == "data.path"
+
+
+def test_a_url_of_the_hub_is_answered_with_the_command_that_downloads_from_it() -> None:
+    with pytest.raises(UserError, match="hf download"):
+        check_local_path("policy.path", "https://huggingface.co/Qwen/Qwen2.5-0.5B")
 
 
 @pytest.mark.parametrize("path", [None, "", "runs/gs", "/data/a:b/c", "C:/data", "a=b/c", "10.0.0.2:/rpt", "~/x"])
@@ -74,3 +80,22 @@ def test_a_tool_refuses_a_url_before_it_starts(tool, arguments, flag, tmp_path, 
     assert tool(["tool", *arguments]) == 2
     assert f"error: {flag}=gs:/" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = {
+        "data.path": ("0.7=~/a/*.txt, 0.3=~/b,c~", "0.7=/home/me/a/*.txt, 0.3=/home/me/b,c~"),
+        "data.prepared": ("~/corpus", "/home/me/corpus"),
+        "policy.path": ("~/policy", "/home/me/policy"),
+        "pretrain.export": ("~", "/home/me"),
+        "prompt.template": ("~/a.txt", "/home/me/a.txt"),
+    }
+    overrides = ["data.source=path", *(f"{name}={path}" for name, (path, _) in paths.items())]
+    values = dict(leaves(from_config_dict({}, overrides)))
+    assert {name: values[name] for name in paths} == {name: expected for name, (_, expected) in paths.items()}
+
+
+def test_the_home_directory_of_an_unknown_user_is_not_expanded() -> None:
+    assert user_path("~no-such-user/runs") == Path("~no-such-user/runs")
+    assert expand_home("~no-such-user/texts") == "~no-such-user/texts"
