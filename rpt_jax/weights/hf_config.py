@@ -44,7 +44,7 @@ _READ_KEYS = {
 # Options that are not supported: key of config.json -> values that turn the option off (or are the default).
 _UNSUPPORTED_OPTIONS = {
     "attention_bias": (None, False),
-    "hidden_act": (None, "silu", "swish"),  # Two names of one function; messages recommend the first.
+    "hidden_act": (None, "swish", "silu"),  # Two names of one function; messages recommend the last.
     "is_causal": (None, True),
     "mlp_bias": (None, False),
     "quantization_config": (None,),
