@@ -206,4 +206,4 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
         main.run(
             dataclasses.replace(experiment(**SMALL), mesh=dataclasses.replace(Experiment().mesh, tensor=3)), tmp_path
         )
-    assert raised.value.field == "mesh"
+    assert raised.value.field == "mesh.tensor"
