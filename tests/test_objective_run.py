@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ def test_each_option_has_an_effect_on_the_metrics(finished: Path) -> None:
     lines = read_metrics(finished / "metrics.jsonl")[1:]
     names = ("policy/kl", "policy/entropy_exact", "importance/mean", "importance/rejected", "loss/document")
     assert all(name in line for line in lines for name in names)
-    # The exact entropy is close to the estimate from the sampled tokens, and the documents are text that the policy knows.
+    # The exact entropy is close to the estimate from the sampled tokens, and the policy knows more of the documents than the uniform
+    # distribution over its 1,024 tokens. Short windows from the middle of a document are hard.
     for line in lines:
         assert line["policy/entropy_exact"] == pytest.approx(line["policy/entropy"], rel=0.5)
-        assert 0 < line["loss/document"] < 5 and line["importance/mean"] == pytest.approx(1, abs=1e-3)
+        assert 0 < line["loss/document"] < math.log(1024) and line["importance/mean"] == pytest.approx(1, abs=1e-3)
     # In the second minibatch of the first step, the policy has already changed once.
     assert lines[0]["policy/kl"] > 0 and lines[-1]["policy/kl"] > lines[0]["policy/kl"]
     # Rewards other than 0 and 1.
