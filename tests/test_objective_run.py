@@ -24,8 +24,8 @@ def test_each_option_has_an_effect_on_the_metrics(finished: Path) -> None:
     lines = read_metrics(finished / "metrics.jsonl")[1:]
     names = ("policy/kl", "policy/entropy_exact", "importance/mean", "importance/rejected", "loss/document")
     assert all(name in line for line in lines for name in names)
-    # The exact entropy is close to the estimate from the sampled tokens, and the policy knows more of the documents than the uniform
-    # distribution over its 1,024 tokens. Short windows from the middle of a document are hard.
+    # The exact entropy is close to the estimate from the sampled tokens, and the policy predicts the documents better than the
+    # uniform distribution over its 1,024 tokens does.
     for line in lines:
         assert line["policy/entropy_exact"] == pytest.approx(line["policy/entropy"], rel=0.5)
         assert 0 < line["loss/document"] < math.log(1024) and line["importance/mean"] == pytest.approx(1, abs=1e-3)
