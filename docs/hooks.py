@@ -64,7 +64,7 @@ def choices_reference() -> str:
     registry = importlib.import_module("rpt_jax.registry")
     tables = []
     for choices in registry.ALL_REGISTRIES:
-        lines = [f"## {choices.field}", "", "| name | what it is | fields of its own |", "|---|---|---|"]
+        lines = [f"## {choices.field}", "", "| name | what it is | its fields |", "|---|---|---|"]
         for choice in choices.choices():
             schema = choice.requirements.options
             options = [f"`{option.name}` (option)" for option in dataclasses.fields(schema)] if schema else []

@@ -57,7 +57,7 @@ def test_the_reward_of_the_readme_is_a_config_that_loads(tmp_path: Path) -> None
     )
     config = tmp_path / "my_config.py"
     config.write_text(code)
-    # In a process of its own, because it registers a reward.
+    # In a separate process, because it registers a reward.
     run = [sys.executable, "-m", "rpt_jax.main", f"--config={config}", "--describe"]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 0, done.stderr

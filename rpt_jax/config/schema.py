@@ -40,7 +40,7 @@ class PolicyConfig:
     dtype: str = "float32"
     # Products of the layers on a GPU or TPU if dtype is "float32": "tensorfloat32" (at least its precision) or "float32".
     precision: str = "tensorfloat32"
-    # Products of the output head, in sampler and trainer alike: "bfloat16" (fastest; verl), "tensorfloat32" or "float32".
+    # Precision of the output head, in the sampler and the trainer: "bfloat16" (fastest; verl), "tensorfloat32" or "float32".
     head_precision: str = "tensorfloat32"
     # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full"; "auto" is the
     # fastest of them that fits the device's memory.

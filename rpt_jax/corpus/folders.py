@@ -48,7 +48,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def why_not_read(path: Path) -> str:
-    """Return why a file is not read, whatever folder it is found in; "" if it is read."""
+    """Return why a file is not read in any folder; "" if it is read."""
     if not path.exists():
         return DANGLING_LINK
     if not path.is_file():
@@ -130,7 +130,7 @@ def _evaluation_splits(subfolders: Sequence[str], files: Sequence[str]) -> set[s
     """Return the files and subfolders that are evaluation splits next to a training split of the same name."""
     splits = {name: match for name in (*subfolders, *files) if (match := _SPLIT.fullmatch(name))}
     prefixes = {match["prefix"] for match in splits.values() if match["split"].lower() == "train"}
-    # The folder of a DatasetDict has a subfolder for each split, whatever those to train on are called.
+    # The folder of a DatasetDict has a subfolder for each split; the training splits can have any name.
     if _DATASET_DICT in files and not splits.keys() >= set(subfolders):
         prefixes.add(None)
     return {name for name, match in splits.items() if match["split"].lower() != "train" and match["prefix"] in prefixes}

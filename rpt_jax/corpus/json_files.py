@@ -1,4 +1,4 @@
-"""Read JSON texts record by record, whatever their size."""
+"""Read JSON texts of any size, record by record."""
 
 from __future__ import annotations
 

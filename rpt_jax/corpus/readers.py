@@ -270,7 +270,7 @@ def _read_csv(file: io.BufferedReader, file_range: FileRange, config: DataConfig
         invalid[row.number] = row
         return "skip"
 
-    # Rows that are invalid are passed to `keep_invalid` as strings, whatever their bytes: every byte is a character here.
+    # Rows that are invalid are passed to `keep_invalid` as strings. Latin-1 maps every byte to a character, so this never fails.
     batches = pyarrow.csv.open_csv(
         codecs.EncodedFile(file, "utf-8", "latin-1"),
         # Rows are numbered in one thread only. A row must fit in a block.

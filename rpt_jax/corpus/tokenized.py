@@ -79,7 +79,7 @@ class TokenizedCorpus(NamedTuple):
         """Return integers that say which windows of a split depend on each other, [N].
 
         Windows of one document do, and of all documents with the same key: the records of a group (`data.group_by`), and in
-        "unseen" the documents of one kind, such as a template. Each piece of a text file is a document of its own.
+        "unseen" the documents of one kind, such as a template. Each piece of a text file counts as a document.
         """
         rows_D = np.concatenate(list(read_index(self.directory, self.shards)))
         cluster_D = np.where(rows_D["place"] < 0, rows_D["key_hash"], np.arange(len(rows_D), dtype=np.uint64))

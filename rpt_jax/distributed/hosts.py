@@ -185,7 +185,7 @@ def _slurm_local_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
     gpus = visible.count(",") + 1
     is_bound = gpus == 1 or gpus < _parse_int("SLURM_GPUS_ON_NODE", environ.get("SLURM_GPUS_ON_NODE"))
     if is_bound:
-        return None  # Slurm has given each task GPUs of its own.
+        return None  # Slurm has assigned separate GPUs to each task.
     if gpus % tasks:
         raise UserError(
             f"SLURM_STEP_TASKS_PER_NODE: {tasks} tasks on a node cannot divide its {gpus} GPUs evenly; the nearest number of "

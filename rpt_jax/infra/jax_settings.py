@@ -1,4 +1,4 @@
-"""JAX's own settings: those that a run needs, whatever the environment says."""
+"""JAX settings that a run needs; those of the environment are overridden."""
 
 from __future__ import annotations
 

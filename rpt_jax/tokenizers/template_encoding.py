@@ -111,7 +111,7 @@ def sentencepiece_encoder(
     """Return the encoder of a sentencepiece model.
 
     `transformers` splits a text at special and added tokens. What is in between gets a prefix space: all parts with
-    `legacy=true`, else only the start of the text. Its class LlamaTokenizer does so whatever the model itself says.
+    `legacy=true`, else only the start of the text. Its class LlamaTokenizer does so even if the model says otherwise.
 
     Args:
       path: of the model, for messages.

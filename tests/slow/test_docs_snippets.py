@@ -1,4 +1,4 @@
-"""The Python code of the pages runs as it stands, in a process of its own: it registers choices."""
+"""The Python code of the pages runs as it stands, in a separate process, because it registers choices."""
 
 from __future__ import annotations
 
