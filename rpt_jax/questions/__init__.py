@@ -1,0 +1,1 @@
+"""Questions with verifiable answers: sources, splits and difficulty."""
