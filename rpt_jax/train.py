@@ -25,7 +25,7 @@ from rpt_jax.distributed.mesh import num_batch_shards
 from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
 from rpt_jax.errors import UserError
-from rpt_jax.evaluate import Evaluator, evaluation_metrics
+from rpt_jax.evaluation.next_token import Evaluator, evaluation_metrics
 from rpt_jax.infra.accounting import Clock, Counters, RolloutCost
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress, show_rollouts

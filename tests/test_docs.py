@@ -15,7 +15,7 @@ import pytest
 
 from rpt_jax import main
 from rpt_jax.config import from_config_dict
-from rpt_jax.evaluate import DIFFICULTIES
+from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from tests.helpers.paths import ROOT

@@ -10,7 +10,7 @@ import scipy.stats
 
 from rpt_jax.config import PromptConfig
 from rpt_jax.corpus.entropy import Scores
-from rpt_jax.evaluate import (
+from rpt_jax.evaluation.next_token import (
     EvaluationSet,
     by_difficulty,
     choose_evaluation_set,

@@ -1,0 +1,1 @@
+"""Evaluation of a policy: next-token accuracy, questions, multiple choice and reasoning patterns."""
