@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
 
 from rpt_jax.config import Experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
@@ -16,6 +15,7 @@ from rpt_jax.corpus.mixture import source_name
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.errors import UserError
+from rpt_jax.evaluation.statistics import micro_average
 from rpt_jax.infra.console import Progress
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Used as the step number in the random key, so that all evaluations of a run use the same noise.
 _EVALUATION_STEP = 2**31 - 1
-_Z = 1.96  # Half width of a 95 % interval in standard errors of a normal distribution.
 
 
 class EvaluationSet(NamedTuple):
@@ -115,37 +114,14 @@ def by_difficulty(
     result = {}
     for name, threshold in DIFFICULTIES.items():
         kept = entropy_N > threshold
-        accuracy = float(right_N[kept].mean()) if kept.any() else 0.0
-        low, high = _confidence_interval(right_N[kept], cluster_N[kept], accuracy)
-        result[name] = {"accuracy": accuracy, "low": low, "high": high, "positions": int(kept.sum())}
+        average = micro_average(right_N[kept], cluster_N[kept])
+        result[name] = {
+            "accuracy": average.mean,
+            "low": average.low,
+            "high": average.high,
+            "positions": int(kept.sum()),
+        }
     return result
-
-
-def _confidence_interval(right_N: np.ndarray, cluster_N: np.ndarray, mean: float) -> tuple[float, float]:
-    """Return the 95 % confidence interval of `mean`, with clusters as the independent units.
-
-    Positions of one document are correlated, so an interval that treats them, or the document's windows, as independent would be
-    too narrow. This is the interval of Student's t distribution with the cluster-robust variance, and a degree of freedom less
-    than there are clusters. If all clusters have the same accuracy, or there is only one, that variance is 0 and says nothing
-    about others: the interval is then Wilson's, with one observation a cluster. Without any position it is [0, 1].
-
-    Args:
-      right_N: accuracy at each position, in [0, 1].
-      cluster_N: the cluster of each position.
-      mean: mean of `right_N`.
-    """
-    _, index_N = np.unique(cluster_N, return_inverse=True)
-    residuals_C = np.bincount(index_N, weights=right_N - mean)
-    count = len(residuals_C)
-    spread = float(np.sqrt(np.sum(residuals_C**2)))
-    if count > 1 and spread > 1e-9 * len(right_N):
-        center = mean
-        standard_error = np.sqrt(count / (count - 1)) * spread / len(right_N)
-        half_width = scipy.special.stdtrit(count - 1, 0.975) * standard_error
-    else:
-        center = (count * mean + _Z**2 / 2) / (count + _Z**2)
-        half_width = _Z * np.sqrt(count * mean * (1 - mean) + _Z**2 / 4) / (count + _Z**2)
-    return max(0.0, float(center - half_width)), min(1.0, float(center + half_width))
 
 
 def sample_predictions(
