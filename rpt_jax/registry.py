@@ -202,7 +202,7 @@ CORPUS_SOURCES = Registry(
 )
 QUESTION_SOURCES = Registry(
     "questions.source",
-    ("rpt_jax.questions.files", "rpt_jax.questions.published", "rpt_jax.questions.reasoning_gym_tasks"),
+    ("rpt_jax.questions.files", "rpt_jax.questions.published", "rpt_jax.questions.reasoning_gym_tasks", "rpt_jax.questions.worked_solutions"),
     SourceRequirements,
 )
 VERIFIERS = Registry("questions.verifier", "rpt_jax.rewards.verifiers", VerifierRequirements)

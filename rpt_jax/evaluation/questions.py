@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from rpt_jax.prompts.question_prompts import QuestionPrompts, question_batches
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, PendingBatch, VerifiedBatch
 from rpt_jax.rollout.rollouts import Ended, Rollouts
 from rpt_jax.rollout.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 # Used as the step number in the random key, so that all evaluations of a run use the same noise.
 _EVALUATION_STEP = 2**31 - 1

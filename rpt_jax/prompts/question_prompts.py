@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
+from rpt_jax.infra.digest import digest
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.pipeline import PromptStream, position_order
 from rpt_jax.prompts.positions import Position
@@ -34,6 +35,15 @@ class QuestionPrompts:
     def positions(self) -> list[Position]:
         """Return the end of every question, the position that a response is sampled at."""
         return [Position(window=i, position=len(ids), entropy=0.0) for i, ids in enumerate(self.token_ids)]
+
+    def without(self, ids: Container[str]) -> QuestionPrompts:
+        """Return the questions whose id is not among `ids`."""
+        kept = [i for i, question in enumerate(self.questions) if question.id not in ids]
+        return QuestionPrompts(
+            questions=[self.questions[i] for i in kept],
+            token_ids=[self.token_ids[i] for i in kept],
+            left_out=self.left_out,
+        )
 
     def of(self, prompts: PromptBatch) -> list[Question]:
         """Return the questions of a batch on the host."""
@@ -77,6 +87,11 @@ def question_text(question: Question) -> str:
         return question.text
     lines = [f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(question.choices)]
     return "\n".join([question.text, "Options:", *lines])
+
+
+def questions_fingerprint(questions: Sequence[Question]) -> str:
+    """Return a SHA-256 of the ids, texts and answers of questions, in their order."""
+    return digest([[question.id, question_text(question), question.answers] for question in questions])
 
 
 def question_stream(experiment: Experiment, prompts: QuestionPrompts, builder: PromptBuilder) -> PromptStream:
