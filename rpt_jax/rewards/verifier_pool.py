@@ -36,6 +36,7 @@ DONE, TIMED_OUT, CRASHED = "done", "timed_out", "crashed"
 _WORKER_BYTES = 4 * 2**30  # Memory that a worker may use for its answers, in addition to its libraries.
 _ATTEMPTS = 2  # A worker may also die because the machine is out of memory, for which its answer is not to blame.
 _START_SECONDS = 300.0
+_READY = "ready"
 
 
 class Verdict(NamedTuple):
@@ -133,7 +134,7 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         try:
             # Start the process before there is a job: importing libraries takes longer than most jobs.
-            with contextlib.suppress(OSError, RuntimeError):
+            with contextlib.suppress(OSError, UserError):
                 self._start_process()
             while job := self._jobs.get():
                 try:
@@ -151,7 +152,7 @@ class _Worker(threading.Thread):
         self._kill_process()
 
     def _verify(self, job: _Job) -> Verdict:
-        """Return the verdict of a job. Raises: RuntimeError, if no process can be started."""
+        """Return the verdict of a job. Raises: UserError, if no process can be started."""
         start = time.monotonic()
         for _ in range(_ATTEMPTS):
             if self._connection is None:
@@ -176,7 +177,7 @@ class _Worker(threading.Thread):
         return Verdict(score=0.0, outcome=CRASHED, seconds=time.monotonic() - start)
 
     def _start_process(self) -> None:
-        """Start a process and wait until it is ready. Raises: RuntimeError, if it ends before."""
+        """Start a process and wait until it is ready. Raises: UserError, if it ends before."""
         context = multiprocessing.get_context("spawn")  # Forking a process in which JAX runs threads may deadlock.
         connection, connection_of_process = context.Pipe()
         imports = self._verifier.requirements.imports
@@ -191,12 +192,15 @@ class _Worker(threading.Thread):
         self._process = process
         self._connection = connection
         try:
-            is_ready = connection.poll(_START_SECONDS) and connection.recv()
+            status = connection.recv() if connection.poll(_START_SECONDS) else "it takes too long"
         except (EOFError, OSError):
-            is_ready = False
-        if not is_ready:
+            status = "it ends at once"
+        if status != _READY:
             self._kill_process()
-            raise RuntimeError("a worker process of questions.verifier does not start")
+            raise UserError(
+                f"questions.verifier='{self._verifier.name}': a worker process does not start: {status}.",
+                field="questions.verifier",
+            )
 
     def _kill_process(self) -> None:
         process = self._process
@@ -213,10 +217,14 @@ class _Worker(threading.Thread):
 def _serve(connection: Connection, verifier: Any, imports: Sequence[str], seconds: float) -> None:
     """Verify the answers that arrive, until the connection is closed. The main function of a worker process."""
     end_with_parent()
-    for module in imports:
-        importlib.import_module(module)
+    try:
+        for module in imports:
+            importlib.import_module(module)
+    except ImportError as error:
+        connection.send(str(error))
+        return
     _limit_memory()
-    connection.send(True)
+    connection.send(_READY)
     while True:
         try:
             answer, question = connection.recv()
