@@ -60,8 +60,8 @@ class SourceRequirements(Requirements):
     """Requirements of a source of documents or questions.
 
     Attributes:
-      check: called with the source's config section before anything is read; raises `UserError` if a package or a file is missing.
-        None for no check.
+      check: called with the source's config section before anything is read; raises `UserError` if a package or a file is
+        missing. None for no check.
     """
 
     check: Callable[..., Any] | None = None
@@ -75,10 +75,12 @@ class VerifierRequirements(Requirements):
       box: whether it reads the last box of the answer, so that a response without a box is wrong; if not, it reads all that
         follows the end of thinking.
       choices: whether a question must have options.
+      imports: modules of other packages that it needs; a worker process imports them before its first answer.
     """
 
     box: bool = True
     choices: bool = False
+    imports: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,12 @@ CORPUS_SOURCES = Registry(
 )
 QUESTION_SOURCES = Registry(
     "questions.source",
-    ("rpt_jax.questions.files", "rpt_jax.questions.published", "rpt_jax.questions.reasoning_gym_tasks", "rpt_jax.questions.worked_solutions"),
+    (
+        "rpt_jax.questions.files",
+        "rpt_jax.questions.published",
+        "rpt_jax.questions.reasoning_gym_tasks",
+        "rpt_jax.questions.worked_solutions",
+    ),
     SourceRequirements,
 )
 VERIFIERS = Registry("questions.verifier", "rpt_jax.rewards.verifiers", VerifierRequirements)

@@ -6,16 +6,13 @@ batches on the device. A test compares the two.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rpt_jax.prompts.response_format import BOX
+from rpt_jax.questions.text import last_box
 from rpt_jax.tokenizers.tokenizer import END_THINK
 
-_BOX = BOX.encode()
 _END_THINK = END_THINK.encode()
-_BRACE_OR_ESCAPE = re.compile(rb"\\.|[{}]", re.DOTALL)
 
 
 class Response(NamedTuple):
@@ -64,18 +61,7 @@ class Response(NamedTuple):
             start = max(start, place + len(_END_THINK))
         return self.text[start:] if start >= 0 else None
 
-
-def last_box(answer: bytes) -> bytes | None:
-    r"""Return the content of the last `\boxed{` up to its balancing brace, or else up to the last brace; None if there is none."""
-    _, opening, content = answer.rpartition(_BOX)
-    if not opening:
-        return None
-    if content.startswith(b"}}"):
-        return b"}"  # A box with a closing brace in it.
-    depth = 1
-    for match in _BRACE_OR_ESCAPE.finditer(content):
-        depth += {b"{": 1, b"}": -1}.get(match[0], 0)
-        if depth == 0:
-            return content[: match.start()]
-    unbalanced, closing, _ = content.rpartition(b"}")
-    return unbalanced if closing else None
+    @property
+    def box(self) -> bytes | None:
+        r"""The content of the last `\boxed{}` of the answer; None if there is none."""
+        return None if self.answer is None else last_box(self.answer)

@@ -1,7 +1,7 @@
 r"""Verifiers: whether an answer to a question is correct.
 
-A verifier is a function of the text that it reads and the `Question`. It returns a score, 1 for a correct answer and 0 for a wrong
-one; a scorer of reasoning-gym may give partial credit. It reads the content of the last box or, if it is registered with
+A verifier is a function of the text that it reads and the `Question`. It returns a score, 1 for a correct answer and 0 for a
+wrong one; a scorer of reasoning-gym may give partial credit. It reads the content of the last box or, if it is registered with
 `box=False`, all that follows the end of thinking. It runs in a worker process with a time limit (`verifier_pool`), so it may be
 slow, and this module must not import JAX.
 """
@@ -16,8 +16,8 @@ from typing import Any
 
 from rpt_jax.questions.question import Question
 from rpt_jax.questions.reasoning_gym_tasks import score_entry
+from rpt_jax.questions.text import last_box
 from rpt_jax.registry import VERIFIERS
-from rpt_jax.rewards.responses import last_box
 
 _LONGEST_EXPRESSION = 2000  # Characters; a longer answer is only compared as text.
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
@@ -26,7 +26,7 @@ _LETTER = re.compile(r"[\s$(\[{]*([A-Za-z])[\s$)\]}.:,]*")
 _LETTER_BEFORE_TEXT = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)])\s*(.*)", re.DOTALL)
 
 
-@VERIFIERS.register("boxed_math")
+@VERIFIERS.register("boxed_math", imports=("math_verify",))
 def boxed_math(answer: str, question: Question) -> float:
     """Symbolic or numeric equality of the box and an accepted answer, by math-verify, or the same text (as Skywork-OR1 does).
 
@@ -104,7 +104,7 @@ def _contains_words(text: str, accepted: str) -> bool:
     return bool(words and re.search(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", text))
 
 
-@VERIFIERS.register("reasoning_gym", needs=(("source", "reasoning_gym"),))
+@VERIFIERS.register("reasoning_gym", needs=(("source", "reasoning_gym"),), imports=("reasoning_gym",))
 def reasoning_gym(answer: str, question: Question) -> float:
     """The score that the question's own task of reasoning-gym gives the box; it may be partial."""
     return score_entry(answer, question.data)
