@@ -60,7 +60,10 @@ def next_token_result(before: dict[str, Any], after: dict[str, Any]) -> dict[str
     return {
         "details": {name: evaluation.get("details") for name, evaluation in evaluations.items()},
         "unseen": {name: evaluation.get("unseen") for name, evaluation in evaluations.items()},
-        **{name: {mode: evaluation[mode] for mode in ("direct", "reasoning")} for name, evaluation in evaluations.items()},
+        **{
+            name: {mode: evaluation[mode] for mode in ("direct", "reasoning")}
+            for name, evaluation in evaluations.items()
+        },
     }
 
 

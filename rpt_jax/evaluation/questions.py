@@ -191,7 +191,8 @@ def show_question_results(name: str, results: dict[str, Any]) -> None:
     categories = results["accuracy"]["categories"]
     if len(categories) > 1:
         rows += [
-            (f"avg@{samples}, {category}", _format(average), average["count"]) for category, average in categories.items()
+            (f"avg@{samples}, {category}", _format(average), average["count"])
+            for category, average in categories.items()
         ]
     table(f"Accuracy on questions, {name} (%, 95 % interval)", ("measure", "accuracy", "questions"), rows)
     logger.info(

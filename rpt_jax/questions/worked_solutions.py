@@ -50,9 +50,7 @@ def generate_worked_solutions(config: QuestionsConfig) -> Iterator[SourceQuestio
     data = DataConfig(
         seed=config.seed,
         held_out_documents=options.test_documents,
-        source_options=GsmSymbolicOptions(
-            documents=options.documents, held_out_templates=options.held_out_templates
-        ),
+        source_options=GsmSymbolicOptions(documents=options.documents, held_out_templates=options.held_out_templates),
     )
     asked = set()
     for document in generate_gsm_symbolic(data, collections.Counter()):
