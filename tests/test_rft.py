@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 from rpt_jax import main
@@ -14,10 +17,20 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
+from tests.helpers.paths import ROOT
 from tests.helpers.questions import SMALL_RFT
 from tests.helpers.runs import comparable, experiment, interruption_after
 
 DIFFICULTY = {**SMALL_RFT, "task": "difficulty"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Most of the time is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +59,15 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
     assert len(list((finished / "plots").glob("*.png"))) == 3
     _, _, fingerprint = load_policy(finished / "policy")
     assert fingerprint == load_tokenizer(finished / "policy").fingerprint
+
+
+def test_the_page_of_metrics_explains_every_key(finished: Path) -> None:
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    [section] = re.findall(r"^## .*\{#rft\}$(.*?)^## ", page, flags=re.MULTILINE | re.DOTALL)
+    own = set(re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE))
+    everywhere = set(re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE))
+    written = set().union(*read_metrics(finished / "metrics.jsonl"))
+    assert own <= written <= everywhere
 
 
 def test_an_interrupted_run_resumes_to_the_same_metrics(

@@ -188,6 +188,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_question_fields(experiment.questions)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
+    _check_evaluation_temperature(experiment.evaluation.temperature)
     _check_effects(experiment)
     _check_box_reading(experiment)
 
@@ -329,6 +330,16 @@ def _check_sampling_distribution(experiment: Experiment) -> None:
             f"rollout.top_k={rollout.top_k} and rollout.top_p={rollout.top_p} sample from another distribution than the one "
             "that is trained: leave them at 0 and 1, or set objective.importance to 'truncate' or 'mask'.",
             field="objective.importance",
+        )
+
+
+def _check_evaluation_temperature(temperature: float) -> None:
+    """Refuse temperatures between 0, which stands for that of training, and the least one. Raises: UserError."""
+    least, _ = _BOUNDS["rollout.temperature"]
+    if 0 < temperature < least:
+        raise UserError(
+            f"evaluation.temperature={temperature:g} must be at least {least:g}, or 0 for that of training.",
+            field="evaluation.temperature",
         )
 
 

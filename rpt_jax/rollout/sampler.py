@@ -73,6 +73,12 @@ class Sampler:
         return rollouts, sampling_cost(self._policy.config, shared, rollouts, work)
 
 
+def sampling_numbers(experiment: Experiment) -> list[float]:
+    """Return the numbers that two evaluations must have in common to be comparable: samples, temperature and length limit."""
+    rollout = experiment.rollout
+    return [rollout.samples_per_prompt, rollout.temperature, rollout.max_new_tokens]
+
+
 def max_tail_tokens(experiment: Experiment, builder: PromptBuilder) -> int:
     """Return the most tokens of a prompt after the prefix it shares with another, or 0 if prompts share no prefixes.
 
