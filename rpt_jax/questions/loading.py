@@ -101,8 +101,8 @@ def load_questions(
     train = [question for question in _shuffled(rest, config.seed, TRAIN) if is_kept(question)]
     if len(train) < max(1 if for_training else 0, config.train_questions):
         raise UserError(
-            f"questions.train_questions={config.train_questions}: {_source_name(config)} has {len(train):,} questions to train on, "
-            f"besides {len(test):,} to test with{_difficulty_sentence(len(rest) - len(train))}.",
+            f"questions.train_questions={config.train_questions}: {_source_name(config)} has {len(train):,} questions to train "
+            f"on, besides {len(test):,} to test with{_difficulty_sentence(len(rest) - len(train))}.",
             field="questions.train_questions",
         )
     train = train[: config.train_questions or None]
@@ -191,11 +191,17 @@ def _has_surrogate(text: str) -> bool:
 def _problem_of_choices(question: Question) -> tuple[str, str]:
     letters = string.ascii_uppercase[: len(question.choices)]
     if not 2 <= len(question.choices) <= len(string.ascii_uppercase):
-        return "number of options", f"has {len(question.choices)} options, and 2 to {len(string.ascii_uppercase)} are needed."
+        return (
+            "number of options",
+            f"has {len(question.choices)} options, and 2 to {len(string.ascii_uppercase)} are needed.",
+        )
     if not all(choice.strip() for choice in question.choices):
         return "empty option", "has an option without text."
     if not set(question.answers) <= set(letters):
-        return "answer not an option", f"has the answer {', '.join(question.answers)}, and its options are A to {letters[-1]}."
+        return (
+            "answer not an option",
+            f"has the answer {', '.join(question.answers)}, and its options are A to {letters[-1]}.",
+        )
     return "", ""
 
 
@@ -265,6 +271,4 @@ def _near_duplicates(train: Sequence[Question], test: Sequence[Question]) -> lis
         for name, ids in ids_of.items()
     }
     pairs = find_candidates(sketches[TEST], [sketches[TRAIN]])
-    return [
-        (test[i], train[j]) for i, j in pairs if contained_share(ids_of[TEST][i], ids_of[TRAIN][j]) >= MIN_SHARE
-    ]
+    return [(test[i], train[j]) for i, j in pairs if contained_share(ids_of[TEST][i], ids_of[TRAIN][j]) >= MIN_SHARE]
