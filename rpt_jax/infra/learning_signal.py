@@ -24,7 +24,7 @@ class LearningSignal:
         self._skipped = 0.0  # Updates that the last step skipped.
 
     def check_rollouts(self, step: int, scalars: Mapping[str, float]) -> list[str]:
-        """Return the warning, if one is due after a step of reinforcement pre-training.
+        """Return the warning, if one is due after a step of reinforcement learning.
 
         If all samples of every prompt earn the same, each advantage, and so the gradient of the policy loss, is 0. A single such
         step is common, and only counted in `update/skipped`.
