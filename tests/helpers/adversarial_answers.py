@@ -26,7 +26,7 @@ _BOMBS = (
     r"x = x = x = x",
     r"\{x \in \mathbb{R} : x^x = x^{x^x}\}",
 )
-_ODD = (
+ODD_ANSWERS = (
     "",
     " ",
     "\x00",
@@ -157,6 +157,8 @@ def _text(rng: random.Random) -> str:
 def adversarial_answers(count: int, seed: int = 0) -> list[str]:
     """Return `count` answers, of which the first are the same for every seed."""
     rng = random.Random(seed)
-    fixed = [answer for pair in zip(_ODD, [*_BOMBS, *_ODD], strict=False) for answer in dict.fromkeys(pair)]
+    fixed = [
+        answer for pair in zip(ODD_ANSWERS, [*_BOMBS, *ODD_ANSWERS], strict=False) for answer in dict.fromkeys(pair)
+    ]
     drawn = [rng.choice((_nested, _digits, _pieces, _pieces, _text))(rng) for _ in range(count)]
     return [*fixed, *drawn][:count]

@@ -47,17 +47,6 @@ def entries() -> dict[str, Question]:
     return {question.data["task"]: question for question in questions if "Integral(" not in "".join(question.answers)}
 
 
-@pytest.mark.slow
-def test_questions_depend_on_the_seed_and_not_on_the_hashes_of_a_process(monkeypatch: pytest.MonkeyPatch):
-    """Problems of "ransom_note" are drawn from sets of strings."""
-    monkeypatch.setenv("PYTHONHASHSEED", "1")
-    first = generate(task="ransom_note", size=5)
-    monkeypatch.setenv("PYTHONHASHSEED", "2")
-    assert generate(task="ransom_note", size=5) == first
-    assert len({question.id for question in first}) == len({question.text for question in first}) == 5
-    assert first[0].text != generate(task="ransom_note", size=1, seed=6)[0].text
-
-
 def test_several_tasks_are_categories_and_have_the_same_parameters():
     questions = generate(task="chain_sum, decimal_chain_sum", size=2, parameters='{"min_terms": 9, "max_terms": 9}')
     assert [question.category for question in questions] == ["chain_sum"] * 2 + ["decimal_chain_sum"] * 2

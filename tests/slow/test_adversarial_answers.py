@@ -40,6 +40,5 @@ def test_no_answer_makes_a_verifier_hang_or_crash(verifier: str):
     accepted = [answer for (answer, _), verdict in zip(answers, verdicts, strict=True) if verdict.score >= 1.0]
     assert not accepted
     outcomes = collections.Counter(verdict.outcome for verdict in verdicts)
-    print(verifier, outcomes)
     # A worker is replaced for each of these; the run goes on.
     assert outcomes[TIMED_OUT] + outcomes[CRASHED] < 50
