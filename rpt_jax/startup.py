@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rpt_jax import __version__
 from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
+from rpt_jax.config.task_fields import unread_changes
 from rpt_jax.corpus.prepared import open_prepared
 from rpt_jax.describe import derive
 from rpt_jax.distributed.mesh import check_batches
@@ -138,6 +139,8 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
             f"{pretraining.documents_per_step:,}",
             f"{pretraining.tokens_per_step:,}",
         )
+    if unread := unread_changes(experiment):
+        logger.info("Without effect in this run: %s", ", ".join(unread))
     logger.info("Results: %s", workdir)
     for warning in (unused_accelerator(), *context_warnings(experiment, model_config_of(experiment)[0])):
         if warning:

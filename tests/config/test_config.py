@@ -232,7 +232,11 @@ def test_an_override_works_for_a_field_that_the_file_lacks():
 
 
 def test_options_follow_the_choice_that_an_override_makes():
-    overrides = ["pretrain.trace_options.drills_per_document=2", "pretrain.traces=arithmetic"]
+    overrides = [
+        "pretrain.trace_options.drills_per_document=2",
+        "pretrain.traces=arithmetic",
+        "cold_start.total_steps=1",
+    ]
     assert from_config_dict({}, overrides).pretrain.trace_options.drills_per_document == 2
     assert from_config_dict({}, ["data.source=champ"]).data.source_options is None
     file = {"data": {"source_options": {"documents": 5}}}

@@ -79,8 +79,6 @@ PRETRAIN = {
     "pretrain.documents_per_step": 2,
     "pretrain.rows_per_document": 2,
     "data.held_out_documents": 20,
-    "evaluation.positions": 16,
-    "evaluation.unseen_positions": 8,
     "training.total_steps": 3,
     "optimizer.schedule": "constant",
     "checkpoint.every_steps": 1,
