@@ -239,11 +239,17 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
 
 
 def describe(experiment: Experiment) -> None:
-    """Print every size that the config implies. Raises: UserError."""
+    """Print every size that the config implies. Raises: UserError, also for a config that no machine can run."""
     from rpt_jax.describe import print_description
     from rpt_jax.infra.jax_settings import check_platforms
+    from rpt_jax.pretrain import check_vocab_size
+    from rpt_jax.setup import check_random_weights, starts_with_pretraining
 
     check_platforms()
+    # A run refuses these on every machine.
+    check_random_weights(experiment)
+    if starts_with_pretraining(experiment):
+        check_vocab_size(experiment)
     print_description(experiment)
 
 

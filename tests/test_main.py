@@ -86,6 +86,22 @@ def test_a_corpus_without_a_document_ends_with_one_sentence(
     assert "Traceback" not in printed and message in printed.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["policy.path="], "policy.path"),
+        (["policy.path=", "task=score"], "policy.path"),
+        (["policy.path=", "task=pretrain", "pretrain.vocab_size=300"], "pretrain.vocab_size"),
+    ],
+)
+def test_describe_refuses_what_a_run_refuses_on_every_machine(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], field: str
+) -> None:
+    arguments = ["--config=configs/rpt_tiny.py", "--describe", *(f"--config.{override}" for override in overrides)]
+    assert main.main(["main", *arguments]) == ExitCode.USER_ERROR
+    assert field in capsys.readouterr().err
+
+
 def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "rpt_jax.main", f"--workdir={tmp_path / 'run'}", "--config=configs/rpt_14b.py"]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
