@@ -66,7 +66,9 @@ def unread_changes(experiment: Experiment) -> list[str]:
     """Return the fields that differ from their defaults without an effect on the run, in the order of the schema."""
     defaults = dict(leaves(Experiment()))
     unread = tuple(prefix for prefixes, _ in _unread(experiment) for prefix in prefixes)
-    return [name for name, value in leaves(experiment) if name.startswith(unread) and value != defaults.get(name, value)]
+    return [
+        name for name, value in leaves(experiment) if name.startswith(unread) and value != defaults.get(name, value)
+    ]
 
 
 def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
