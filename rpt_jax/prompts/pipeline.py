@@ -167,9 +167,9 @@ def _shuffle(
         return WindowOrder(positions, per_window=per_window, batch=batch, seed=seed)
     if len(positions) > _MAX_SHUFFLED:
         raise UserError(
-            f"{len(positions):,} positions were chosen, but at most {_MAX_SHUFFLED:,} can be shuffled: raise "
-            "data.entropy_threshold.",
-            field="data.entropy_threshold",
+            f"{len(positions):,} positions were chosen, but at most {_MAX_SHUFFLED:,} can be shuffled: choose fewer with "
+            "data.positions and its fields, or set data.positions_per_document, which shuffles windows.",
+            field="data.positions",
         )
     return ShuffledEpochs(positions, seed)
 

@@ -194,7 +194,7 @@ def test_more_positions_than_can_be_shuffled_are_rejected() -> None:
 
     with pytest.raises(UserError) as raised:
         order([TooMany()], [])
-    assert raised.value.field == "data.entropy_threshold"
+    assert raised.value.field == "data.positions"
     assert isinstance(order([[Position(0, 0, 0.0)]], []), grain.MapDataset)
 
 
