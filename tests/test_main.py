@@ -53,6 +53,10 @@ def test_help_lists_the_flags_and_the_exit_codes(capsys: pytest.CaptureFixture[s
             ["--config=configs/rpt_tiny.py", "--config.data.source_options.documents=many"],
             "data.source_options.documents=many",
         ),
+        (["--config=configs/rpt_tiny.py", "--join_seconds=0"], "--join_seconds=0 must be a number, at least 1."),
+        (["--config=configs/rpt_tiny.py", "--stall_seconds=x"], "--stall_seconds=x must be a number, at least 1."),
+        (["--config=configs/rpt_tiny.py", "--processes=x"], "--processes=x must be an integer."),
+        (["--config=configs/rpt_tiny.py", "--force=maybe"], "--force=maybe must be true or false."),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean '--workdir'"),
         (
             ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],
