@@ -73,7 +73,8 @@ class DataConfig:
     max_document_bytes: int = 16_777_216
     # Stop at the first rejected document; by default rejected documents are counted and listed.
     strict: bool = False
-    # Number of documents held out for evaluation, in whole groups (`group_by`) and at most a fifth of the corpus (paper: 200).
+    # Number of documents held out for evaluation, in whole groups (`group_by`) and at most a fifth of the corpus, or of
+    # each part of a mixture (paper: 200).
     held_out_documents: int = 300
     # Part of the corpus that task "score" prepares, such as "3/64" (of "0/64" to "63/64"); "" for all of it.
     shard: str = ""
