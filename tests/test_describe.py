@@ -307,9 +307,9 @@ def test_an_uneven_split_is_described_by_the_fullest_device():
 @pytest.mark.parametrize(
     ("mesh", "field"),
     [
-        (MeshConfig(-1, -1, 1), "mesh"),
-        (MeshConfig(0, 1, 1), "mesh"),
-        (MeshConfig(1, 1, -2), "mesh"),
+        (MeshConfig(-1, -1, 1), "mesh.fsdp"),
+        (MeshConfig(0, 1, 1), "mesh.data"),
+        (MeshConfig(1, 1, -2), "mesh.tensor"),
         (MeshConfig(1, 2, 2, 3), "mesh.rollout_tensor"),
     ],
 )
