@@ -72,7 +72,7 @@ def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None
     if experiment.task == "rpt":
         check_sampling(experiment, mesh)
     if starts_with_pretraining(experiment):
-        check_batches(mesh, {"pretrain.documents_per_step": experiment.pretrain.documents_per_step})
+        check_batches(mesh, {"pretrain.windows_per_step": experiment.pretrain.windows_per_step})
         check_vocab_size(experiment)
 
 
@@ -136,7 +136,7 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
         logger.info(
             "Step of %s: %s windows of documents, at most %s tokens with their traces",
             "the cold start" if sizes.cold_start else "pre-training",
-            f"{pretraining.documents_per_step:,}",
+            f"{pretraining.windows_per_step:,}",
             f"{pretraining.tokens_per_step:,}",
         )
     if unread := unread_changes(experiment):

@@ -134,11 +134,11 @@ def test_options_of_a_choice_come_from_the_config_and_the_command_line() -> None
             "data.source_options.held_out_templates=1",
             "cold_start.total_steps=1",
             "pretrain.traces=arithmetic",
-            "pretrain.trace_options.drills_per_document=3",
+            "pretrain.trace_options.drills_per_window=3",
         ],
     )
     assert experiment.data.source_options == GsmSymbolicOptions(documents=70, held_out_templates=1)
-    assert experiment.pretrain.trace_options == ArithmeticOptions(drills_per_document=3)
+    assert experiment.pretrain.trace_options == ArithmeticOptions(drills_per_window=3)
 
 
 def test_options_that_are_not_given_have_their_defaults() -> None:
@@ -171,7 +171,7 @@ def test_a_misspelled_option_gets_a_suggestion() -> None:
 
 def test_options_of_a_choice_that_has_none_are_rejected() -> None:
     with pytest.raises(UserError, match=r"pretrain\.traces='recall' has no options") as raised:
-        from_config_dict({}, ["pretrain.trace_options.drills_per_document=3"])
+        from_config_dict({}, ["pretrain.trace_options.drills_per_window=3"])
     assert raised.value.field.startswith("pretrain.trace_options")
 
 

@@ -16,7 +16,7 @@ _RPT_ONLY = (
     "data.positions",
     "data.rescore_every_steps",
     "data.rescore_windows",
-    "data.positions_per_document",
+    "data.positions_per_window",
     "data.workers",
     "data.keep_fraction",
     "data.entropy_threshold",

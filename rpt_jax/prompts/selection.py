@@ -171,7 +171,7 @@ def training_orders(
             parts,
             weights,
             batch=training.prompts_per_step,
-            per_window=data.positions_per_document,
+            per_window=data.positions_per_window,
             seed=(experiment.seed, stage),
         )
         for stage, parts in enumerate(parts_of_stages)

@@ -279,7 +279,7 @@ def pretrain_tree(experiment: Experiment) -> PrefixTree:
     """Return a document with its rows of traces, at full length."""
     return PrefixTree(
         prefix=experiment.data.max_document_tokens,
-        branches=experiment.pretrain.rows_per_document,
+        branches=experiment.pretrain.rows_per_window,
         branch=experiment.pretrain.row_tokens,
     )
 
@@ -287,7 +287,7 @@ def pretrain_tree(experiment: Experiment) -> PrefixTree:
 def pretrain_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> PretrainMemory:
     """Return the memory of task "pretrain", whose memory fields are planned or set."""
     parameters = FLOAT32_BYTES * config.parameters // mesh.weight_shards
-    documents = mesh.max_per_batch_shard(experiment.pretrain.documents_per_step)
+    documents = mesh.max_per_batch_shard(experiment.pretrain.windows_per_step)
     return PretrainMemory(
         parameters=parameters,
         adam_moments=2 * parameters,

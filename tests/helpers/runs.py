@@ -21,7 +21,7 @@ SMALL = {
     "data.source_options.documents": 60,
     "data.held_out_documents": 20,
     "data.source_options.held_out_templates": 2,
-    "data.positions_per_document": 4,
+    "data.positions_per_window": 4,
     "data.max_document_tokens": 128,
     "prompt.max_tokens": 128,
     "rollout.samples_per_prompt": 4,
@@ -41,9 +41,9 @@ SELF_ENTROPY = {"data.positions": "self_entropy", "data.rescore_every_steps": 2,
 # A cold start of three steps, then one step that changes nothing.
 COLD_START = SMALL | {
     "cold_start.total_steps": 3,
-    "pretrain.documents_per_step": 2,
+    "pretrain.windows_per_step": 2,
     "pretrain.document_weight": 0.0,
-    "pretrain.rows_per_document": 2,
+    "pretrain.rows_per_window": 2,
     "training.total_steps": 1,
     "optimizer.learning_rate": 0.0,  # The cold start has its own.
     "checkpoint.every_steps": 1,
@@ -76,8 +76,8 @@ EVERYTHING = SHORT | {
 PRETRAIN = {
     "data.source_options.documents": 200,
     "data.max_document_tokens": 64,
-    "pretrain.documents_per_step": 2,
-    "pretrain.rows_per_document": 2,
+    "pretrain.windows_per_step": 2,
+    "pretrain.rows_per_window": 2,
     "data.held_out_documents": 20,
     "training.total_steps": 3,
     "optimizer.schedule": "constant",

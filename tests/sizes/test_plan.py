@@ -103,7 +103,7 @@ def test_a_cold_start_has_a_say_in_what_is_recomputed():
         Experiment(), cold_start=dataclasses.replace(Experiment().cold_start, total_steps=5)
     )
     experiment = dataclasses.replace(
-        experiment, pretrain=dataclasses.replace(experiment.pretrain, documents_per_step=4096)
+        experiment, pretrain=dataclasses.replace(experiment.pretrain, windows_per_step=4096)
     )
     alone, both = (plan_memory(e, preset("tiny"), ONE_DEVICE, 8 * GIB) for e in (Experiment(), experiment))
     assert (alone.experiment.policy.remat, both.experiment.policy.remat) == ("none", "full")
