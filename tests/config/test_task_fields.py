@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_jax.config import from_config_dict
+from rpt_jax.config import Experiment, from_config_dict
+from rpt_jax.config.schema import TASKS
 from rpt_jax.config.task_fields import unread_changes
 from rpt_jax.errors import UserError
 
@@ -49,3 +50,8 @@ def test_a_typed_field_without_an_effect_is_refused(config: dict, override: str)
 )
 def test_a_field_that_the_task_reads_is_accepted(config: dict, overrides: list[str]) -> None:
     from_config_dict(config, overrides)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_says_what_it_does_not_read(task: str) -> None:
+    assert unread_changes(Experiment(task=task)) == []
