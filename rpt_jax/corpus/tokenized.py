@@ -152,8 +152,8 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
     if divided := _held_out_of_divided_texts(corpus):
         logger.warning(
             "%s held-out documents are the end of a text whose beginning is trained on: every file of the corpus, or of its part "
-            "of a mixture, is longer than a fifth of that. Intervals of accuracy count the pieces of a file as one document, and "
-            "are wide: more files make them narrower.",
+            "of a mixture, is longer than a fifth of that. Confidence intervals count the pieces of a file as one document, and "
+            "are wide where there are few.",
             f"{divided:,}",
         )
 
