@@ -106,9 +106,9 @@ def tokenize_on_leader(
 
 def _check_disk(data: DataConfig, plan: ShardPlan, directory: Path) -> None:
     """Check that the disk has room for the shards that are not tokenized yet, by a rough estimate. Raises: UserError."""
-    if plan.file_ranges is None:
-        return  # The source generates its documents.
     missing = [number for number in plan.numbers if not read_summary(directory, "tokens", number, plan.shards)]
+    if plan.file_ranges is None or not missing:
+        return  # The source generates its documents, or nothing is left to do.
     text_bytes = expanded_bytes(plan.file_ranges, data) * len(missing) // plan.shards
     needed = text_bytes // _TEXT_BYTES_PER_TOKEN * CORPUS_BYTES_PER_TOKEN
     check_free_space(directory, needed, "the token ids and entropies of the corpus", "prepare fewer files")
