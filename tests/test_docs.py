@@ -48,8 +48,8 @@ FIELDS = {
     "evaluation.unseen_positions": 4,
     "checkpoint.every_steps": 1,
     "cold_start.total_steps": 1,
-    "pretrain.documents_per_step": 2,
-    "pretrain.rows_per_document": 2,
+    "pretrain.windows_per_step": 2,
+    "pretrain.rows_per_window": 2,
 }
 
 
