@@ -193,3 +193,9 @@ TRACE_WRITERS = Registry(
 )
 OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS, IMPORTANCE_WEIGHTS)
 ALL_REGISTRIES = (*OBJECTIVE_REGISTRIES, POSITION_CHOICES, CORPUS_SOURCES, PROMPT_TEMPLATES, TRACE_WRITERS)
+
+
+def position_fields(data: Any) -> str:
+    """Return the fields of a `DataConfig` that determine the choice of positions, and their values, for messages."""
+    names = ["positions", *POSITION_CHOICES[data.positions].requirements.reported_fields]
+    return ", ".join(f"data.{name}={getattr(data, name)!r}" for name in names)
