@@ -6,13 +6,13 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
+import configs.rft_tiny
 from rpt_jax import main
+from rpt_jax.config import from_config_dict
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
@@ -22,15 +22,6 @@ from tests.helpers.questions import SMALL_RFT
 from tests.helpers.runs import comparable, experiment, interruption_after
 
 DIFFICULTY = {**SMALL_RFT, "task": "difficulty"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Most of the time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
@@ -115,27 +106,33 @@ def test_pass_rates_are_measured_resumed_and_used(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("field", "value"),
     [
-        {"objective.reward": "info_gain"},
-        {"objective.reward": "first_token"},
-        {"objective.document_weight": 0.1},
-        {"data.entropy_threshold": 1.0},
-        {"data.source": "champ"},
-        {"data.source_options.documents": 5},
-        {"cold_start.total_steps": 5},
-        {"pretrain.row_tokens": 32},
-        {"prompt.box_reading": "to_end"},
-        {"prompt.reference_bytes": 32},
-        {"evaluation.positions": 5},
+        ("objective.reward", "info_gain"),
+        ("objective.reward", "first_token"),
+        ("objective.document_weight", 0.1),
+        ("cold_start.total_steps", 5),
+        ("prompt.box_reading", "to_end"),
     ],
-    ids=lambda fields: next(iter(fields)),
 )
-def test_fields_of_text_are_refused(fields: dict[str, object]) -> None:
-    [field] = fields
-    with pytest.raises(UserError, match="has no effect with task='rft'") as raised:
-        experiment("rft_tiny", **fields)
-    assert raised.value.field == field.replace("source_options.documents", "source_options")
+def test_what_a_run_on_questions_cannot_do_is_refused(field: str, value: object) -> None:
+    """On the command line and in a config file."""
+    config = configs.rft_tiny.get_config().to_dict()
+    section, _, name = field.partition(".")
+    config[section][name] = value
+    for task in ("rft", "difficulty"):
+        with pytest.raises(UserError, match=f"has no effect with task='{task}'") as raised:
+            from_config_dict(config | {"task": task})
+        assert raised.value.field == field
+
+
+@pytest.mark.parametrize(
+    "field", ["data.entropy_threshold", "data.source_options.documents", "pretrain.row_tokens", "evaluation.positions"]
+)
+def test_fields_of_text_are_refused_on_the_command_line(field: str) -> None:
+    with pytest.raises(UserError) as raised:
+        experiment("rft_tiny", **{field: 5})
+    assert raised.value.field == field
 
 
 def test_fields_of_questions_are_refused_in_other_tasks() -> None:
