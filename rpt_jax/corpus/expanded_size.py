@@ -11,7 +11,7 @@ from rpt_jax.corpus.compression import DecompressedFile
 from rpt_jax.corpus.files import FileRange, open_array_record
 from rpt_jax.corpus.folders import file_format, is_compressed
 from rpt_jax.corpus.mixture import configs_of_parts
-from rpt_jax.corpus.records import columns
+from rpt_jax.corpus.records import document_parser
 
 _SAMPLED_FILES = 8  # Of each format and part of a mixture.
 _SAMPLED_BYTES = 2**20
@@ -68,7 +68,7 @@ def _parquet_bytes(path: Path, config: DataConfig) -> int:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        read = tuple(f"{name}." for name in columns(config, file.schema_arrow.names))
+        read = tuple(f"{name}." for name in document_parser(config).columns(file.schema_arrow.names))
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
     chunks = (group.column(number) for group in groups for number in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if f"{chunk.path_in_schema}.".startswith(read))
