@@ -21,7 +21,11 @@ from tests.helpers.paths import ROOT
 from tests.helpers.questions import SMALL_RFT
 from tests.helpers.runs import comparable, experiment, interruption_after
 
-DIFFICULTY = {**SMALL_RFT, "task": "difficulty"}
+READ_BY_DIFFICULTY = ("questions.", "prompt.", "rollout.", "training.prompts_per_step")
+DIFFICULTY = {
+    "task": "difficulty",
+    **{field: value for field, value in SMALL_RFT.items() if field.startswith(READ_BY_DIFFICULTY)},
+}
 
 
 @pytest.fixture(scope="module")
