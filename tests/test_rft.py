@@ -94,7 +94,7 @@ def test_pass_rates_are_measured_resumed_and_used(tmp_path: Path, caplog: pytest
     # A killed run left some whole lines and a part of one.
     path.write_text("\n".join(whole.splitlines()[:12]) + '\n{"id": "gsm')
     main.run(experiment("rft_tiny", **DIFFICULTY), tmp_path / "run")
-    assert {line["id"] for line in map(json.loads, path.read_text().splitlines())} == {line["id"] for line in lines}
+    assert path.read_text() == whole, "the noise of a response does not depend on where the run was interrupted"
     assert "12 of" in caplog.text
 
     # Another policy or other sampling is not mixed in.
