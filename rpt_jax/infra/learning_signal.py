@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rpt_jax.config import Experiment
+from rpt_jax.registry import position_fields
 
 STEPS_WITHOUT_SIGNAL = 5  # Consecutive steps without anything to learn from before the warning.
 
@@ -89,14 +90,11 @@ class LearningSignal:
                     "prompt.chat_template=True for a chat model), or teach it with cold_start.total_steps."
                 )
             case "correct":
-                advice = (
-                    "every prediction is right. Choose harder positions: raise data.entropy_threshold "
-                    f"({experiment.data.entropy_threshold:g})."
-                )
+                advice = f"every prediction is right. Choose harder positions than {position_fields(experiment.data)}."
             case _:
                 advice = (
-                    "the policy answers in the right format, but no prediction is right. Choose easier positions (lower "
-                    f"data.entropy_threshold={experiment.data.entropy_threshold:g}), raise rollout.samples_per_prompt="
+                    "the policy answers in the right format, but no prediction is right. Choose easier positions than "
+                    f"{position_fields(experiment.data)}, raise rollout.samples_per_prompt="
                     f"{experiment.rollout.samples_per_prompt}, or start from a stronger policy."
                 )
         return cause + advice

@@ -78,7 +78,7 @@ def max_tail_tokens(experiment: Experiment, builder: PromptBuilder) -> int:
 
     Of two positions of a document, one's context is a prefix of the other's; only the end of the template follows it.
     """
-    return max(1, len(builder.after)) if experiment.data.positions_per_document > 1 else 0
+    return max(1, len(builder.after)) if experiment.data.positions_per_window > 1 else 0
 
 
 def find_shared_prefixes(prompts: PromptBatch, max_tail_tokens: int) -> Prompts:

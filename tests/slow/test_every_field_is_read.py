@@ -57,7 +57,7 @@ REINFORCE = SMALL | {
     "training.dynamic_sampling_from": 1,
     "cold_start.total_steps": 1,
     "pretrain.traces": "arithmetic",
-    "pretrain.documents_per_step": 2,
+    "pretrain.windows_per_step": 2,
 }
 
 
@@ -68,9 +68,11 @@ def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
         schema = Experiment if section is None else type(getattr(Experiment(), section))
         monkeypatch.setattr(schema, "__getattribute__", _recorder(schema, f"{section}." if section else "", read))
     (tmp_path / "corpus.txt").write_text((ROOT / "docs" / "concepts" / "reward.md").read_text() * 20)
-    files = {"data.source": "path", "data.path": str(tmp_path / "corpus.txt"), "data.entropy_threshold": 0.1}
-    pretrain = {"policy.path": "", "data.source_options.documents": 60, "pretrain.documents_per_step": 2}
+    files = {"data.source": "path", "data.path": str(tmp_path / "corpus.txt")}
+    threshold = {"data.positions": "threshold", "data.entropy_threshold": 0.1, "training.total_steps": 1}
+    pretrain = {"policy.path": "", "data.source_options.documents": 60, "pretrain.windows_per_step": 2}
     _run(tmp_path / "rpt", **REINFORCE)
+    _run(tmp_path / "threshold", **SMALL | files | threshold)
     _run(tmp_path / "score", task="score", **SMALL | files)
     _run(tmp_path / "pretrain", task="pretrain", **SMALL | pretrain)
     every = {name for name, _ in leaves(from_config_dict({}))}

@@ -1,0 +1,80 @@
+"""Fields that a task does not read: refused on the command line, because whoever types one expects an effect.
+
+A config file may set them, because files of several tasks share a base (`configs/score_tiny.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.schema import Experiment
+from rpt_jax.errors import UserError
+
+# Fields, and whole sections, that neither task "pretrain" nor task "score" reads.
+_RPT_ONLY = (
+    "data.positions",
+    "data.rescore_every_steps",
+    "data.rescore_windows",
+    "data.positions_per_window",
+    "data.workers",
+    "data.keep_fraction",
+    "data.entropy_threshold",
+    "prompt.long_context",
+    "rollout.",
+    "objective.",
+    "training.prompts_per_step",
+    "training.minibatches_per_step",
+    "training.dynamic_sampling_from",
+    "training.dynamic_sampling_rounds",
+    "training.microbatch_tokens",
+    "training.log_rollouts_every",
+    "cold_start.",
+    "evaluation.",
+    "divergence.",
+    "mesh.rollout_tensor",
+)
+_UNREAD = {
+    "rpt": ("pretrain.export",),
+    "pretrain": (*_RPT_ONLY, "data.score_batch_windows"),
+    "score": (
+        *_RPT_ONLY,
+        "prompt.",
+        "optimizer.",
+        "training.total_steps",
+        "pretrain.",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "profile.",
+    ),
+}
+
+
+def check_overrides_are_read(experiment: Experiment, overrides: Iterable[str]) -> None:
+    """Refuse an assignment of the command line, `section.field=value`, whose field has no effect on the run.
+
+    Raises: UserError.
+    """
+    for assignment in overrides:
+        name = assignment.partition("=")[0]
+        for prefixes, reason in _unread(experiment):
+            if name.startswith(prefixes):
+                raise UserError(f"{name} has no effect {reason}: leave --config.{name} out.", field=name)
+
+
+def unread_changes(experiment: Experiment) -> list[str]:
+    """Return the fields that differ from their defaults without an effect on the run, in the order of the schema."""
+    defaults = dict(leaves(Experiment()))
+    unread = tuple(prefix for prefixes, _ in _unread(experiment) for prefix in prefixes)
+    return [
+        name for name, value in leaves(experiment) if name.startswith(unread) and value != defaults.get(name, value)
+    ]
+
+
+def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield fields and sections, as prefixes of names, that the run does not read, and why."""
+    yield _UNREAD[experiment.task], f"with task='{experiment.task}'"
+    if experiment.task == "rpt" and not experiment.cold_start.total_steps:
+        yield ("cold_start.learning_rate", "pretrain."), "with cold_start.total_steps=0"
+    if experiment.policy.path:
+        yield ("pretrain.vocab_size",), "with policy.path, which has a tokenizer"
