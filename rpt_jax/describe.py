@@ -275,11 +275,11 @@ def derive(experiment: Experiment, devices: int, memory: float = math.inf) -> De
         mesh=mesh,
         memory=memory,
         plan=plan,
-        score=None if task not in ("rpt", "score") else _score_sizes(experiment, config, mesh),
+        score=_score_sizes(experiment, config, mesh) if experiment.scores_corpus else None,
         rpt=_rpt_sizes(experiment, config, mesh) if experiment.reinforces else None,
         pretrain=_pretrain_sizes(experiment, config, mesh) if task == "pretrain" else None,
         cold_start=_pretrain_sizes(cold_start_experiment(experiment), config, mesh) if has_cold_start else None,
-        run=None if task in ("score", "difficulty") else _run_sizes(experiment, config),
+        run=None if task in ("score", "difficulty", "traces") else _run_sizes(experiment, config),
     )
 
 

@@ -29,7 +29,7 @@ from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.question_prompts import question_batches, tokenize_questions
 from rpt_jax.questions.difficulty import PASS_RATES
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
-from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.rollout.sampler import Sampler, sampling_values
 from rpt_jax.setup import load_starting_policy
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
     stamp = {
         "policy": fingerprint_arrays(params),
         "verifier": experiment.questions.verifier,
-        "sampling": digest(dataclasses.asdict(experiment.prompt), _sampling_values(experiment), experiment.seed),
+        "sampling": digest(dataclasses.asdict(experiment.prompt), sampling_values(experiment.rollout), experiment.seed),
     }
 
     # Leave out what an interrupted run has measured.
@@ -78,15 +78,6 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
     finally:
         verify.close()
     _show(list(measured.values()), path)
-
-
-def _sampling_values(experiment: Experiment) -> dict[str, Any]:
-    """Return the fields of section `rollout` that change what is sampled."""
-    return {
-        name: value
-        for name, value in dataclasses.asdict(experiment.rollout).items()
-        if name not in ("decode_slots", "prefill_tokens")
-    }
 
 
 def _passes(batch: SampledBatch) -> list[dict[str, int]]:

@@ -179,7 +179,7 @@ def run(
     # Imported here, so that a mistyped flag is reported before JAX is loaded.
     import jax
 
-    from rpt_jax import difficulty, pretrain, score, train
+    from rpt_jax import difficulty, pretrain, score, traces, train
     from rpt_jax.distributed.mesh import use_mesh
     from rpt_jax.infra.compilation_progress import CompilationProgress
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
@@ -215,8 +215,10 @@ def run(
             pretrain.pretrain(experiment, workdir, mesh, context, replay=replay)
         elif experiment.task == "score":
             score.score(experiment, workdir, mesh, context)
-        else:
+        elif experiment.task == "difficulty":
             difficulty.measure(experiment, workdir, mesh, context)
+        else:
+            traces.sample_traces(experiment, workdir, mesh, context)
 
 
 def run_with_processes(experiment: Experiment, workdir: Path) -> None:

@@ -100,6 +100,18 @@ class PositionRequirements(Requirements):
     reported_fields: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceRequirements(Requirements):
+    """Requirements of a trace writer.
+
+    Attributes:
+      check: called with section `pretrain` and the tokenizer before the first step; raises `UserError` if the traces cannot be
+        written. None for no check.
+    """
+
+    check: Callable[..., Any] | None = None
+
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 RequirementsT = TypeVar("RequirementsT", bound=Requirements)
 
@@ -218,7 +230,9 @@ VERIFIERS = Registry("questions.verifier", "rpt_jax.rewards.verifiers", Verifier
 POSITION_CHOICES = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)
 PROMPT_TEMPLATES = Registry("prompt.template", "rpt_jax.prompts.templates", Requirements)
 TRACE_WRITERS = Registry(
-    "pretrain.traces", ("rpt_jax.prompts.traces", "rpt_jax.prompts.arithmetic_traces"), Requirements
+    "pretrain.traces",
+    ("rpt_jax.prompts.traces", "rpt_jax.prompts.arithmetic_traces", "rpt_jax.prompts.sampled_traces"),
+    TraceRequirements,
 )
 OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS, IMPORTANCE_WEIGHTS)
 ALL_REGISTRIES = (

@@ -25,6 +25,7 @@ from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.pretrain import check_vocab_size
 from rpt_jax.prompts.builder import PromptBuilder, read_template
+from rpt_jax.prompts.traces import check_traces
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking
 from rpt_jax.rollout.memory import device_memory
@@ -66,10 +67,10 @@ def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
 
 def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None:
     """Check that batches split evenly over the mesh, and sizes that the vocabulary limits. Raises: UserError."""
-    if experiment.task in ("rpt", "score"):
+    if experiment.scores_corpus:
         check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
         check_top_k(experiment.data.entropy_top_k, model)
-    if experiment.reinforces or experiment.asks_questions:
+    if experiment.samples:
         check_sampling(experiment, mesh)
     if starts_with_pretraining(experiment):
         check_batches(mesh, {"pretrain.windows_per_step": experiment.pretrain.windows_per_step})
@@ -77,18 +78,20 @@ def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None
 
 
 def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
-    """Check what depends on the tokenizer: prompts, the reward and a prepared corpus. Raises: UserError."""
+    """Check what depends on the tokenizer: prompts, the reward, sampled traces and a prepared corpus. Raises: UserError."""
     if experiment.task != "score":
         PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
         if experiment.reinforces:
             check_end_of_thinking(experiment.objective, tokenizer)
+    if starts_with_pretraining(experiment):
+        check_traces(experiment.pretrain, tokenizer)
     if experiment.task != "score" and experiment.data.prepared:
         open_prepared(experiment.data, tokenizer, Path(experiment.data.prepared))
 
 
 def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> None:
     """Check that the policy can be written, and that the disk has room for it and the checkpoints. Raises: UserError."""
-    if experiment.task in ("score", "difficulty"):
+    if experiment.task in ("score", "difficulty", "traces"):
         return
     if experiment.task == "pretrain" and experiment.pretrain.export:
         check_writable(Path(experiment.pretrain.export), "pretrain.export")

@@ -17,6 +17,7 @@ from rpt_jax.config.schema import (
     PromptConfig,
     QuestionsConfig,
     RolloutConfig,
+    TracesConfig,
     TrainingConfig,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "PromptConfig",
     "QuestionsConfig",
     "RolloutConfig",
+    "TracesConfig",
     "TrainingConfig",
     "default_config",
     "from_config_dict",

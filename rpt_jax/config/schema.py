@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-TASKS = ("rpt", "rft", "pretrain", "score", "difficulty")
+TASKS = ("rpt", "rft", "pretrain", "score", "difficulty", "traces")
+TRACE_PROMPTS = ("text", "questions")
 LONG_CONTEXTS = ("cut", "cut_at_line")
 BOX_READINGS = ("balanced", "to_end")
 SCHEDULES = ("constant", "cosine")
@@ -320,8 +321,8 @@ class PretrainConfig:
     document_weight: float = 1.0
     # Traces that are learned with each window.
     traces_per_window: int = 18
-    # Kind of reasoning in the traces, by registered name: "recall" (repeat the end of the context) or "arithmetic" (also write
-    # out the calculations of the document).
+    # Kind of reasoning in the traces, by registered name: "recall" (repeat the end of the context), "arithmetic" (also write
+    # out the calculations of the document) or "sampled" (what runs of task "traces" have kept, with prompts of their own).
     traces: str = "recall"
     # Options of the traces, such as `pretrain.trace_options.calculation_fraction` of "arithmetic".
     trace_options: Options = None
@@ -337,6 +338,19 @@ class PretrainConfig:
     vocab_size: int = 1024
     # Directory that the finished policy is written to; "" for `policy/` in the run directory.
     export: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TracesConfig:
+    """Rejection sampling (task "traces"): responses of a policy that are accepted become traces to pre-train on."""
+
+    # What the policy responds to: "text" (positions of the corpus, accepted as task "rpt" rewards them by Equation 3) or
+    # "questions" (training questions, accepted by the verifier as in task "rft").
+    prompts: str = "text"
+    # Number of prompts, each used once: the first ones of the order that task "rpt" trains in, or the first training questions.
+    total_prompts: int = 1024
+    # Accepted responses that are kept of each prompt: the first distinct ones in the order of sampling, a random choice.
+    kept_per_prompt: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,7 +431,8 @@ class Experiment:
     """A whole experiment: the task, the seed and a section for each part."""
 
     # What to run: "rpt" (reinforcement pre-training on text), "rft" (reinforcement fine-tuning on questions), "pretrain"
-    # (next-token pre-training), "score" (prepare a corpus) or "difficulty" (how often a policy solves the training questions).
+    # (next-token pre-training), "score" (prepare a corpus), "difficulty" (how often a policy solves the training questions) or
+    # "traces" (sample responses and keep those that are accepted).
     task: str = "rpt"
     # Seed of everything random in the run but the corpus.
     seed: int = 0
@@ -431,6 +446,7 @@ class Experiment:
     training: TrainingConfig = TrainingConfig()
     cold_start: ColdStartConfig = ColdStartConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    traces: TracesConfig = TracesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     divergence: DivergenceConfig = DivergenceConfig()
@@ -443,9 +459,24 @@ class Experiment:
         return self.task in ("rpt", "rft")
 
     @property
+    def trains(self) -> bool:
+        """Whether the task updates a policy."""
+        return self.reinforces or self.task == "pretrain"
+
+    @property
+    def samples(self) -> bool:
+        """Whether the task samples responses to prompts."""
+        return self.reinforces or self.task in ("difficulty", "traces")
+
+    @property
     def asks_questions(self) -> bool:
         """Whether the prompts of the task are questions."""
-        return self.task in ("rft", "difficulty")
+        return self.task in ("rft", "difficulty") or (self.task == "traces" and self.traces.prompts == "questions")
+
+    @property
+    def scores_corpus(self) -> bool:
+        """Whether the task scores the entropies of a corpus, unless it is given a prepared one."""
+        return self.task in ("rpt", "score") or (self.task == "traces" and self.traces.prompts == "text")
 
     @property
     def prompt_slot(self) -> str:

@@ -15,6 +15,7 @@ from rpt_jax.errors import UserError
 # Fields, and whole sections, that neither task "pretrain" nor task "score" reads.
 _RPT_ONLY = (
     "questions.",
+    "traces.",
     "data.positions",
     "data.rescore_every_steps",
     "data.rescore_windows",
@@ -36,6 +37,23 @@ _RPT_ONLY = (
     "divergence.",
     "mesh.rollout_tensor",
 )
+# What a task that samples responses and does not train leaves unread.
+_TRAINING_ONLY = (
+    "objective.",
+    "optimizer.",
+    "training.total_steps",
+    "training.minibatches_per_step",
+    "training.dynamic_sampling_from",
+    "training.dynamic_sampling_rounds",
+    "training.microbatch_tokens",
+    "training.log_rollouts_every",
+    "data.workers",
+    "evaluation.",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "divergence.",
+    "profile.",
+)
 # What a task whose prompts are questions does not read.
 _TEXT_ONLY = (
     *(f"data.{field.name}" for field in dataclasses.fields(DataConfig) if field.name != "workers"),
@@ -52,25 +70,10 @@ _TEXT_ONLY = (
     "evaluation.unseen_positions",
 )
 _UNREAD = {
-    "rpt": ("pretrain.export", "questions."),
-    "rft": _TEXT_ONLY,
-    "difficulty": (
-        *_TEXT_ONLY,
-        "objective.",
-        "optimizer.",
-        "training.total_steps",
-        "training.minibatches_per_step",
-        "training.dynamic_sampling_from",
-        "training.dynamic_sampling_rounds",
-        "training.microbatch_tokens",
-        "training.log_rollouts_every",
-        "data.workers",
-        "evaluation.",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "divergence.",
-        "profile.",
-    ),
+    "rpt": ("pretrain.export", "questions.", "traces."),
+    "rft": (*_TEXT_ONLY, "traces."),
+    "difficulty": (*_TEXT_ONLY, *_TRAINING_ONLY, "traces."),
+    "traces": (*_TRAINING_ONLY, "cold_start.", "pretrain.", "data.rescore_every_steps", "data.rescore_windows"),
     "pretrain": (*_RPT_ONLY, "data.score_batch_windows"),
     "score": (
         *_RPT_ONLY,
@@ -111,5 +114,12 @@ def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
     yield _UNREAD[experiment.task], f"with task='{experiment.task}'"
     if experiment.task == "rpt" and not experiment.cold_start.total_steps:
         yield ("cold_start.learning_rate", "pretrain."), "with cold_start.total_steps=0"
+    if experiment.task == "traces":
+        unread = _TEXT_ONLY if experiment.asks_questions else ("questions.",)
+        yield unread, f"with traces.prompts='{experiment.traces.prompts}'"
+    if experiment.pretrain.traces == "sampled":
+        yield ("pretrain.recalled_tokens",), "with pretrain.traces='sampled', which does not write traces"
+        if experiment.task == "pretrain":
+            yield ("data.min_context",), "with pretrain.traces='sampled', whose prompts have been chosen"
     if experiment.policy.path:
         yield ("pretrain.vocab_size",), "with policy.path, which has a tokenizer"

@@ -17,6 +17,7 @@ from rpt_jax.config.schema import (
     SCHEDULES,
     TASKS,
     TEMPLATE_SEPARATOR,
+    TRACE_PROMPTS,
     Experiment,
     ObjectiveConfig,
     PolicyConfig,
@@ -46,6 +47,7 @@ _NAMES = {
     "prompt.box_reading": BOX_READINGS,
     "optimizer.schedule": SCHEDULES,
     "divergence.action": DIVERGENCE_ACTIONS,
+    "traces.prompts": TRACE_PROMPTS,
 }
 # Each weight of the objective, and the fields that have no effect while it is 0. A weight other than 0 needs the first of them.
 _WEIGHTED_TERMS = {
@@ -154,6 +156,8 @@ _BOUNDS = {
     "pretrain.row_tokens": (16, _UNBOUNDED),
     "pretrain.trace_weight": (0.0, _UNBOUNDED),
     "pretrain.vocab_size": (265, _UNBOUNDED),
+    "traces.total_prompts": (1, _UNBOUNDED),
+    "traces.kept_per_prompt": (1, _UNBOUNDED),
 }
 
 
@@ -191,6 +195,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_precision(experiment.policy)
     _check_weighted_terms(experiment.objective)
     _check_question_task(experiment)
+    _check_positions_of_traces(experiment)
     _check_data_fields(experiment)
     _check_question_fields(experiment.questions)
     _check_sizes(experiment)
@@ -263,6 +268,20 @@ def _check_question_task(experiment: Experiment) -> None:
                 f"{name}={values[name]!r} has no effect with task='{experiment.task}': {reason}. Leave it out.",
                 field=name,
             )
+
+
+def _check_positions_of_traces(experiment: Experiment) -> None:
+    """Refuse positions that change in the course of training: task "traces" does not train. Raises: UserError."""
+    if experiment.task != "traces" or experiment.asks_questions:
+        return
+    data = experiment.data
+    requirements = POSITION_CHOICES[data.positions].requirements
+    if requirements.staged or requirements.rescored:
+        raise UserError(
+            f"data.positions='{data.positions}' changes in the course of training, which task 'traces' does not do: choose "
+            "another, such as 'threshold'.",
+            field="data.positions",
+        )
 
 
 def _check_question_fields(questions: QuestionsConfig) -> None:
@@ -346,7 +365,7 @@ def _check_sampling_distribution(experiment: Experiment) -> None:
     """Refuse truncated sampling without a correction for it. Raises: UserError."""
     rollout = experiment.rollout
     truncated = rollout.top_k > 0 or rollout.top_p < 1.0
-    if truncated and experiment.objective.importance == "none":
+    if truncated and experiment.reinforces and experiment.objective.importance == "none":
         raise UserError(
             f"rollout.top_k={rollout.top_k} and rollout.top_p={rollout.top_p} sample from another distribution than the one "
             "that is trained: leave them at 0 and 1, or set objective.importance to 'truncate' or 'mask'.",

@@ -28,6 +28,7 @@ CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
 POLICY = "policy"
 COLD_START = "cold_start"  # The folder of the cold start.
+TRACES = "traces"  # The folder of task "traces".
 _FORMAT_1_CONFIG = "config.json"
 _LOCK = "lock"  # An empty file; it stays after the run.
 _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: look this many times, one second apart.
@@ -40,6 +41,7 @@ _OUTPUTS = (
     "tokenizer_config.json",
     POLICY,
     COLD_START,
+    TRACES,
 )
 # Fields and sections that may change when a run is resumed. None of them changes what is learned from which data, except for the
 # number of steps and the precision, which are only ever changed on purpose.
@@ -237,7 +239,7 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
             field=refused[0],
         )
     total_steps = experiment.training.total_steps
-    finished = finished_steps(workdir)
+    finished = finished_steps(workdir) if experiment.trains else None
     completed = _check_total_steps(workdir, total_steps, finished)
 
     # A complete run keeps the config that it was made with.
@@ -262,7 +264,7 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
     earlier_total = theirs.get("training.total_steps", total_steps)
     for consequence in consequences_of_total_steps(experiment, earlier_total, completed):
         logger.warning(consequence)
-    if total_steps > completed:
+    if experiment.trains and total_steps > completed:
         _keep_outputs(workdir, completed)
 
 

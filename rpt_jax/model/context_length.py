@@ -28,7 +28,7 @@ def context_warnings(experiment: Experiment, config: ModelConfig) -> list[str]:
     context = trained_context(config)
     data = experiment.data
     lengths = {}
-    if experiment.reinforces or experiment.asks_questions:
+    if experiment.samples:
         fields = "prompt.max_tokens + rollout.max_new_tokens"
         lengths[fields] = experiment.prompt.max_tokens + experiment.rollout.max_new_tokens
     if experiment.reinforces and experiment.evaluation.max_new_tokens > experiment.rollout.max_new_tokens:

@@ -54,7 +54,7 @@ def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
     Raises:
       UserError: preflight does not support the task.
     """
-    if experiment.task in ("pretrain", "difficulty"):
+    if experiment.task in ("pretrain", "difficulty", "traces"):
         raise UserError(f"task='{experiment.task}' has no preflight: choose 'rpt', 'rft' or 'score'.", field="task")
     if topology.has_compiler:
         return experiment

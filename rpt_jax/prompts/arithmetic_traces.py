@@ -19,7 +19,7 @@ import numpy as np
 
 from rpt_jax.config import PretrainConfig
 from rpt_jax.errors import UserError
-from rpt_jax.prompts.traces import RecallTraces
+from rpt_jax.prompts.traces import Drill, RecallTraces
 from rpt_jax.registry import TRACE_WRITERS
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
@@ -252,8 +252,8 @@ class ArithmeticTraces(RecallTraces):
                 return trace
         return super().write(position, rng)
 
-    def drills(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
-        """Return calculations similar to the document's, each as response ids and the number of ids that state it.
+    def drills(self, rng: np.random.Generator) -> list[Drill]:
+        """Return calculations similar to the document's, whose statement is given.
 
         Drills cover numbers that are rare in documents: one wrong digit makes a whole calculation wrong.
         """
@@ -261,12 +261,13 @@ class ArithmeticTraces(RecallTraces):
             return []
         return [self._drill(rng) for _ in range(self._options.drills_per_window)]
 
-    def _drill(self, rng: np.random.Generator) -> tuple[list[int], int]:
+    def _drill(self, rng: np.random.Generator) -> Drill:
         calculation, _ = self._calculations[int(rng.choice(self.preferred_positions))]
         steps = work_out(*draw_similar(calculation, rng))
         question = self._tokenizer.encode(steps.split(" ")[0])
         result = self._tokenizer.encode(steps.split(" ")[-1])
-        return self.format_response(self._tokenizer.encode(steps), result), len(question)
+        response = self.format_response(self._tokenizer.encode(steps), result)
+        return Drill(response=response, given=len(question))
 
     def _calculate(self, position: int) -> list[int]:
         calculation, end = self._calculations[position]

@@ -9,22 +9,24 @@ import numpy as np
 
 from rpt_jax.config import Experiment
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.traces import TraceWriter
+from rpt_jax.prompts.traces import TraceWriter, check_traces
 from rpt_jax.registry import TRACE_WRITERS
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 
 class _Trace(NamedTuple):
-    """A response with the prompt that precedes it.
+    """A response with what precedes it.
 
     Attributes:
-      prompt: token ids of the whole prompt, template included.
+      prefix: number of leading tokens of the window, template included, that the trace continues.
+      prompt: token ids between that prefix and the response.
       response: token ids of the response.
       given: number of leading response tokens that are excluded from the loss.
     """
 
-    prompt: list[int]
-    response: list[int]
+    prefix: int
+    prompt: Sequence[int]
+    response: Sequence[int]
     given: int
 
 
@@ -44,7 +46,10 @@ class ExampleMaker:
           tokenizer: encodes the template and the traces.
           windows: token ids of each window, at most `data.max_document_tokens`; read lazily.
           boxable_V: bool, the tokens that a box can hold; no trace predicts another.
+
+        Raises: UserError, if the traces cannot be written.
         """
+        check_traces(experiment.pretrain, tokenizer)
         self._config = experiment.pretrain
         self._max_document_tokens = experiment.data.max_document_tokens
         self._min_context = experiment.data.min_context
@@ -84,8 +89,11 @@ class ExampleMaker:
         max_trace_tokens = self._config.row_tokens + 1 - max(1, len(after))
         writer = TRACE_WRITERS[self._config.traces].function(self._tokenizer, ids, self._config, max_trace_tokens)
         positions = [p for p in self._draw_positions(len(ids), writer, rng) if self._boxable_V[ids[p]]]
-        traces = [_Trace(prompt=[*before, *ids[:p], *after], response=writer.write(p, rng), given=0) for p in positions]
-        drills = [_Trace(prompt=after, response=response, given=given) for response, given in writer.drills(rng)]
+        traces = [self._continue_window(ids[:p], writer.write(p, rng)) for p in positions]
+        drills = [
+            _Trace(prefix=0, prompt=after if prompt is None else prompt, response=response, given=given)
+            for response, given, prompt in writer.drills(rng)
+        ]
 
         window_arrays = {
             "document": np.int32(window),
@@ -95,11 +103,18 @@ class ExampleMaker:
         }
         return window_arrays | self._pack([*traces, *drills])
 
+    def _continue_window(self, context: list[int], response: list[int]) -> _Trace:
+        """Return the trace of a position. The context is not repeated: the model attends to the window instead."""
+        prompt = [*self._prompt.before, *context, *self._prompt.after]
+        # If the template ends with the context, the last context token is run again to predict the first of the trace.
+        prefix = max(0, len(prompt) - max(1, len(self._prompt.after)))
+        return _Trace(prefix=prefix, prompt=prompt[prefix:], response=response, given=0)
+
     def _draw_positions(self, num_tokens: int, writer: TraceWriter, rng: np.random.Generator) -> list[int]:
         """Draw the positions of the traces: a fraction among the writer's preferred ones, the others uniformly."""
         last = num_tokens - 1
         first = min(self._min_context, last)
-        count = self._config.traces_per_window
+        count = writer.num_positions
         positions = rng.integers(first, last + 1, size=count)
         preferred = [p for p in writer.preferred_positions if first <= p <= last]
         if preferred:
@@ -108,19 +123,14 @@ class ExampleMaker:
         return [int(p) for p in rng.permutation(positions)]
 
     def _pack(self, traces: Sequence[_Trace]) -> dict[str, np.ndarray]:
-        """Put each trace into the first row with enough room; traces that fit into no row are dropped.
-
-        The part of a prompt that is a prefix of the window is not repeated: the model attends to the window instead.
-        """
+        """Put each trace into the first row with enough room; traces that fit into no row are dropped."""
         num_rows = self._config.rows_per_window
         row_tokens = self._config.row_tokens
         names = ("inputs", "targets", "mask", "segment", "prefix", "position")
         rows = {name: np.zeros((num_rows, row_tokens), bool if name == "mask" else np.int32) for name in names}
         used = np.zeros(num_rows, int)
         for segment, trace in enumerate(traces, start=1):
-            # If the template ends with the context, the last context token is run again to predict the first of the trace.
-            prefix = max(0, len(trace.prompt) - max(1, len(self._prompt.after)))
-            tokens = [*trace.prompt[prefix:], *trace.response]
+            tokens = [*trace.prompt, *trace.response]
             size = len(tokens) - 1
             fitting = np.flatnonzero(used + size <= row_tokens)
             if not len(fitting):
@@ -132,6 +142,6 @@ class ExampleMaker:
             rows["targets"][row, columns] = tokens[1:]
             rows["mask"][row, columns] = np.arange(size) >= size - len(trace.response) + trace.given
             rows["segment"][row, columns] = segment
-            rows["prefix"][row, columns] = prefix
-            rows["position"][row, columns] = prefix + np.arange(size)
+            rows["prefix"][row, columns] = trace.prefix
+            rows["position"][row, columns] = trace.prefix + np.arange(size)
         return {f"trace_{name}": array for name, array in rows.items()}

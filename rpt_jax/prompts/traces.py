@@ -14,7 +14,7 @@ A trace writer is a class that follows the `TraceWriter` protocol and is registe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,11 +24,30 @@ from rpt_jax.registry import TRACE_WRITERS
 from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 
 
+class Drill(NamedTuple):
+    """A response that is learned without the document.
+
+    Attributes:
+      response: token ids.
+      given: number of leading response tokens that are excluded from the loss.
+      prompt: token ids of the whole prompt, template included; None for the end of the template, without a context.
+    """
+
+    response: Sequence[int]
+    given: int = 0
+    prompt: Sequence[int] | None = None
+
+
 class TraceWriter(Protocol):
-    """Writes traces for positions of one document.
+    """Writes the traces that are learned with one document.
 
     Constructed as `RecallTraces` is, with (tokenizer, ids, config, max_tokens).
     """
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions of the document at which a trace is written."""
+        ...
 
     @property
     def preferred_positions(self) -> list[int]:
@@ -44,12 +63,16 @@ class TraceWriter(Protocol):
         """Return the token ids of a response that reasons at `position` and boxes the true continuation."""
         ...
 
-    def drills(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
-        """Return responses that are learned without the document, each with the number of its leading tokens that are given.
-
-        Given tokens are excluded from the loss.
-        """
+    def drills(self, rng: np.random.Generator) -> list[Drill]:
+        """Return responses that are learned without the document."""
         ...
+
+
+def check_traces(config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    """Check that the traces of a run can be written. Raises: UserError."""
+    check = TRACE_WRITERS[config.traces].requirements.check
+    if check:
+        check(config, tokenizer)
 
 
 @TRACE_WRITERS.register("recall")
@@ -68,8 +91,14 @@ class RecallTraces:
         """
         self._tokenizer = tokenizer
         self._ids = list(ids)
+        self._num_positions = config.traces_per_window
         self._recalled_tokens = config.recalled_tokens
         self._max_tokens = max_tokens
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions of the document at which a trace is written: `pretrain.traces_per_window`."""
+        return self._num_positions
 
     @property
     def preferred_positions(self) -> list[int]:
@@ -82,7 +111,7 @@ class RecallTraces:
         reasoning = self._ids[max(0, position - self._recalled_tokens) : position]
         return self.format_response(reasoning, [self._ids[position]])
 
-    def drills(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
+    def drills(self, rng: np.random.Generator) -> list[Drill]:
         """Return responses that are learned without the document: none."""
         del rng
         return []

@@ -141,9 +141,9 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
             f"logits take at most {_LOGIT_SHARE:.3g} of the memory",
         )
 
-    if not experiment.rollout.decode_slots and experiment.task == "difficulty":
+    if not experiment.rollout.decode_slots and experiment.samples and not experiment.reinforces:
         set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
-    if experiment.task in ("score", "difficulty"):
+    if experiment.task in ("score", "difficulty", "traces"):
         return Plan(experiment=planned, fields=tuple(fields), warnings=())
 
     # The backward pass: the fastest rematerialization that fits, with rows that are not short.

@@ -271,7 +271,7 @@ def test_a_drill_states_a_similar_calculation_and_carries_it_out(tokenizer: Toke
     writer = arithmetic_traces(tokenizer, tokenizer.encode("He had 93 - 38 = 55 left."), calculation_fraction=0.0)
     questions = set()
     for seed in range(20):
-        [(ids, given_tokens)] = writer.drills(np.random.default_rng(seed))
+        [(ids, given_tokens, _)] = writer.drills(np.random.default_rng(seed))
         reasoning, prediction = split_trace(tokenizer, ids)
         question = tokenizer.decode(reasoning[:given_tokens])
         match = re.fullmatch(r"(\d\d)-(\d\d):", question)

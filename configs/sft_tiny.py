@@ -1,0 +1,26 @@
+"""Mixed supervised fine-tuning of the small policy that comes with rpt_jax: documents, and reasoning that was sampled and accepted.
+
+The baseline of configs/rpt_tiny.py that imitates right responses instead of being rewarded for them.
+
+Command   bash launch/local.sh --config=configs/sft_tiny.py
+Needs     runs/traces_tiny_seed0, from configs/traces_tiny.py
+Hardware  2 CPU cores, 4 GB of memory
+Time      not measured
+Results   not measured
+"""
+
+from typing import Any
+
+import ntp_tiny
+
+
+def get_config() -> Any:
+    config = ntp_tiny.get_config()
+    config.pretrain.trace_weight = 1.0
+    config.pretrain.traces = "sampled"
+    config.pretrain.trace_options.path = "runs/traces_tiny_seed0"
+    config.pretrain.traces_per_window = 2
+    # Two rows of a prompt and its response.
+    config.pretrain.rows_per_window = 2
+    config.pretrain.row_tokens = 320
+    return config

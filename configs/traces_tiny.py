@@ -1,0 +1,19 @@
+"""Rejection sampling with the small policy that comes with rpt_jax: correct next-token reasoning for configs/sft_tiny.py.
+
+Command   bash launch/local.sh --config=configs/traces_tiny.py
+Hardware  2 CPU cores, 4 GB of memory
+Time      not measured
+Results   not measured
+"""
+
+from typing import Any
+
+import rpt_tiny
+
+
+def get_config() -> Any:
+    config = rpt_tiny.get_config()
+    config.task = "traces"
+    config.traces.total_prompts = 1024
+    config.traces.kept_per_prompt = 2
+    return config

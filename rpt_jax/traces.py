@@ -1,0 +1,368 @@
+"""Task "traces": rejection sampling. Responses of a policy that are accepted become traces, for `pretrain.traces="sampled"`.
+
+The policy answers each prompt `rollout.samples_per_prompt` times, and at most `traces.kept_per_prompt` of the accepted responses
+are kept. Every batch of prompts is a file of `prompts.sampled_traces`, so that the same command resumes after the last one.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import Experiment
+from rpt_jax.distributed.processes import is_leader, to_host, wait_for_all
+from rpt_jax.distributed.sharding import shard_prompts
+from rpt_jax.errors import UserError
+from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.console import Progress, table
+from rpt_jax.infra.digest import digest
+from rpt_jax.infra.fingerprint import fingerprint_arrays
+from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.run_format import format_stamp
+from rpt_jax.infra.workdir import RESULT
+from rpt_jax.model.transformer import Params, Transformer
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
+from rpt_jax.prompts.positions import Position
+from rpt_jax.prompts.question_prompts import questions_fingerprint, tokenize_questions
+from rpt_jax.prompts.sampled_traces import TraceBatch, batch_path, first_distinct, read_batch, write_batch
+from rpt_jax.prompts.selection import training_orders
+from rpt_jax.rewards.boxable import boxable_tokens
+from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.rewards.rewarder import match_batch
+from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
+from rpt_jax.rollout.cost import SamplingCost
+from rpt_jax.rollout.rollouts import Rollouts
+from rpt_jax.rollout.sampler import Sampler, sampling_values
+from rpt_jax.setup import load_starting_policy, open_or_prepare_corpus
+from rpt_jax.tokenizers.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# What the header of a batch counts, and the result sums up.
+_COUNTS = ("prompts", "responses", "accepted", "solved", "kept", "prompt_tokens", "response_tokens", "flops", "seconds")
+
+
+class PromptSource(Protocol):
+    """Prompts, and how responses to them are judged.
+
+    Attributes:
+      positions: where the responses are sampled.
+      token_ids: of the windows or questions that positions refer to.
+      accepted_by: what decides on a response.
+      fingerprint: of the windows or questions.
+      statuses: the outcomes of a response; the one called "CORRECT" is accepted.
+    """
+
+    positions: Sequence[Position]
+    token_ids: Sequence[Sequence[int]]
+    accepted_by: str
+    fingerprint: str
+    statuses: type[enum.IntEnum]
+
+    def judge(self, prompts: PromptBatch, rollouts: Rollouts) -> Callable[[], np.ndarray]:
+        """Start to judge the responses to a batch of prompts; return a function that waits for their statuses, int32 [P, G]."""
+        ...
+
+    def origin(self, position: Position) -> dict[str, Any]:
+        """Return what says where a prompt is from, as JSON values."""
+        ...
+
+    def close(self) -> None:
+        """End the worker processes."""
+        ...
+
+
+class TextPositions:
+    """Positions of the training windows of a corpus; accepted is what Equation 3 rewards. Methods are those of `PromptSource`."""
+
+    accepted_by = "prefix"
+    statuses = Status
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        policy: Transformer,
+        params: Params,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        workdir: Path,
+        context: RunContext,
+    ):
+        """Open or prepare the corpus, and choose the positions. Raises: UserError."""
+        prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
+        self.token_ids = windows = prepared.corpus.windows("train")
+        [order] = training_orders(
+            experiment, prepared, windows, boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
+        )
+        # After an epoch the order repeats positions, but each of them is used once.
+        first: Iterator[Position] = (order[i] for i in range(experiment.traces.total_prompts))
+        self.positions = list({(p.window, p.position): p for p in first}.values())
+        self.fingerprint = prepared.fingerprint
+        self._mesh = mesh
+        self._vocab = jax.device_put(tokenizer.byte_vocab)
+        self._end_think_id = tokenizer.end_think_id
+        self._box_reading = experiment.prompt.box_reading
+
+    def judge(self, prompts: PromptBatch, rollouts: Rollouts) -> Callable[[], np.ndarray]:
+        sharded = shard_prompts(prompts, self._mesh)
+        _, status_PxG = match_batch(sharded, rollouts, self._vocab, self._end_think_id, self._box_reading)
+        return lambda: to_host(status_PxG)
+
+    def origin(self, position: Position) -> dict[str, Any]:
+        return {"window": int(position.window), "position": int(position.position)}
+
+    def close(self) -> None:
+        pass
+
+
+class TrainingQuestions:
+    """Training questions; accepted is what the verifier accepts. Methods and attributes are those of `PromptSource`."""
+
+    statuses = AnswerStatus
+
+    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, builder: PromptBuilder, workdir: Path):
+        """Load the questions, and start the verifiers. Raises: UserError."""
+        questions = load_verifiable_questions(experiment.questions, workdir).train
+        self._prompts = tokenize_questions(questions, builder, tokenizer, "training")
+        self.token_ids = self._prompts.token_ids
+        self.positions = self._prompts.positions()[: experiment.traces.total_prompts]
+        self.accepted_by = experiment.questions.verifier
+        self.fingerprint = questions_fingerprint(self._prompts.questions)
+        self._verify = BatchVerifier(experiment.questions, tokenizer)
+
+    def judge(self, prompts: PromptBatch, rollouts: Rollouts) -> Callable[[], np.ndarray]:
+        pending = self._verify.submit(self._prompts.of(prompts), rollouts)
+        return lambda: pending.result().status_PxG
+
+    def origin(self, position: Position) -> dict[str, Any]:
+        return {"question": self._prompts.questions[position.window].id}
+
+    def close(self) -> None:
+        self._verify.close()
+
+
+class JudgedBatch(NamedTuple):
+    """Responses to a batch of prompts, on the host.
+
+    Attributes:
+      prompts: the prompts; the last ones of the last batch repeat its last prompt, to fill it.
+      tokens_PxGxT, lengths_PxG: as of `Rollouts`.
+      status_PxG: int32, of the source's `statuses`.
+      flops: model FLOPs of sampling.
+    """
+
+    prompts: PromptBatch
+    tokens_PxGxT: np.ndarray
+    lengths_PxG: np.ndarray
+    status_PxG: np.ndarray
+    flops: float
+
+
+def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext) -> None:
+    """Sample responses to `traces.total_prompts` prompts, and write those that are accepted to `workdir/traces`.
+
+    Batches that an interrupted run has written are skipped. At the end, result.json has their totals.
+
+    Raises: UserError, if a file is damaged or of another policy or other sampling, or the policy or the prompts cannot be used.
+    """
+    # Load the policy and the prompts.
+    policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
+    builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
+    source: PromptSource
+    if experiment.asks_questions:
+        source = TrainingQuestions(experiment, tokenizer, builder, workdir)
+    else:
+        source = TextPositions(experiment, policy, params, tokenizer, mesh, workdir, context)
+    stamp = _stamp(experiment, source, params, tokenizer)
+
+    # Leave out the batches that an interrupted run has written.
+    size = experiment.training.prompts_per_step
+    parts = [source.positions[i : i + size] for i in range(0, len(source.positions), size)]
+    headers = {n: _read_header(batch_path(workdir, n), stamp) for n in range(len(parts))}
+    headers = {n: header for n, header in headers.items() if header}
+    wait_for_all("traces read")
+    remaining = [n for n in range(len(parts)) if n not in headers]
+    if headers:
+        logger.info("%s of %s batches are written already.", f"{len(headers):,}", f"{len(parts):,}")
+
+    # Sample, judge and write the others.
+    sample = Sampler(experiment, policy, tokenizer, mesh, builder)
+    batches = (_build(builder, source, parts[n], n * size, size) for n in remaining)
+    began = time.monotonic()
+    try:
+        with Progress("traces, batches", len(parts), len(headers)) as progress:
+            for n, judged in zip(remaining, sample_and_judge(sample, source, params, batches), strict=True):
+                batch = collect(judged, parts[n], source, experiment.traces.kept_per_prompt, tokenizer)
+                now = time.monotonic()
+                headers[n] = {**stamp, **batch.header, "seconds": now - began}
+                began = now
+                if is_leader():
+                    write_batch(batch_path(workdir, n), batch._replace(header=headers[n]))
+                context.heartbeat.beat("traces")
+                progress.advance(f"{headers[n]['accepted'] / headers[n]['responses']:.1%} accepted")
+    finally:
+        source.close()
+
+    result = summarize(list(headers.values()))
+    if is_leader():
+        atomic_write(workdir / RESULT, json.dumps({**format_stamp(), **result}, indent=1) + "\n")
+    _show(result, workdir)
+
+
+def sample_and_judge(
+    sample: Sampler, source: PromptSource, params: Params, batches: Iterator[PromptBatch]
+) -> Iterator[JudgedBatch]:
+    """Yield responses to batches of prompts. Those to a batch are judged while those to the next one are sampled.
+
+    Args:
+      sample: samples the responses.
+      source: judges them.
+      params: of the policy, sharded for training.
+      batches: the prompts.
+    """
+    weights = sample.weights(params)
+    waiting: tuple[PromptBatch, Rollouts, SamplingCost, Callable[[], np.ndarray]] | None = None
+    for prompts in batches:
+        rollouts, cost = sample(weights, prompts, 0)
+        judged = source.judge(prompts, rollouts)
+        if waiting:
+            yield _finish(*waiting)
+        waiting = prompts, rollouts, cost, judged
+    if waiting:
+        yield _finish(*waiting)
+
+
+def _finish(
+    prompts: PromptBatch, rollouts: Rollouts, cost: SamplingCost, judged: Callable[[], np.ndarray]
+) -> JudgedBatch:
+    tokens_PxGxT, lengths_PxG, flops = to_host((rollouts.tokens_PxGxT, rollouts.lengths_PxG, cost.flops))
+    return JudgedBatch(
+        prompts=prompts,
+        tokens_PxGxT=tokens_PxGxT,
+        lengths_PxG=lengths_PxG,
+        status_PxG=judged(),
+        flops=float(flops),
+    )
+
+
+def collect(
+    judged: JudgedBatch, positions: Sequence[Position], source: PromptSource, kept_per_prompt: int, tokenizer: Tokenizer
+) -> TraceBatch:
+    """Return the traces of a batch, and the counts of its header.
+
+    Args:
+      judged: responses to prompts at `positions`, and to what fills the batch.
+      positions: of the prompts.
+      source: of the prompts.
+      kept_per_prompt: most traces of a prompt.
+      tokenizer: decodes ids, for people who read the file.
+    """
+    count = len(positions)
+    status_PxG = judged.status_PxG[:count]
+    accepted_PxG = status_PxG == source.statuses["CORRECT"]
+    traces = []
+    for p, position in enumerate(positions):
+        prompt = judged.prompts.tokens_PxS[p, : judged.prompts.lengths_P[p]].tolist()
+        responses = (
+            judged.tokens_PxGxT[p, g, : judged.lengths_PxG[p, g]].tolist() for g in np.flatnonzero(accepted_PxG[p])
+        )
+        for response in first_distinct(responses, kept_per_prompt):
+            ids = {"prompt": prompt, "response": response, "length": len(response)}
+            texts = {"prompt_text": tokenizer.decode(prompt), "response_text": tokenizer.decode(response)}
+            traces.append({**source.origin(position), **ids, **texts})
+    header = {
+        "prompts": count,
+        "responses": status_PxG.size,
+        "accepted": int(accepted_PxG.sum()),
+        "solved": int(accepted_PxG.any(axis=1).sum()),
+        "kept": len(traces),
+        "status": {status.name.lower(): int((status_PxG == status).sum()) for status in source.statuses},
+        "prompt_tokens": int(judged.prompts.lengths_P[:count].sum()),
+        "response_tokens": int(judged.lengths_PxG[:count].sum()),
+        "flops": judged.flops,
+    }
+    return TraceBatch(header=header, traces=traces)
+
+
+def summarize(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what result.json says about a run, from the headers of its batches."""
+    totals = {name: sum(header[name] for header in headers) for name in _COUNTS}
+    status: collections.Counter[str] = collections.Counter()
+    for header in headers:
+        status.update(header["status"])
+    return {
+        "steps": len(headers),
+        **totals,
+        "accepted_share": totals["accepted"] / totals["responses"],
+        "prompts_without_accepted": totals["prompts"] - totals["solved"],
+        "status": dict(status),
+    }
+
+
+def _build(
+    builder: PromptBuilder, source: PromptSource, positions: Sequence[Position], first_id: int, size: int
+) -> PromptBatch:
+    """Return the prompts at some positions, the last one repeated until there are `size`."""
+    built = [builder.build(first_id + i, source.token_ids[p.window], p) for i, p in enumerate(positions)]
+    return stack(built + built[-1:] * (size - len(built)))
+
+
+def _stamp(experiment: Experiment, source: PromptSource, params: Params, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return what all batches of a run have in common."""
+    sampling = digest(
+        dataclasses.asdict(experiment.prompt),
+        sampling_values(experiment.rollout),
+        dataclasses.asdict(experiment.traces),
+        experiment.training.prompts_per_step,
+        experiment.seed,
+    )
+    positions = digest([[int(p.window), int(p.position)] for p in source.positions])
+    return {
+        "policy": fingerprint_arrays(params),
+        "tokenizer": tokenizer.fingerprint,
+        "accepted_by": source.accepted_by,
+        "sampling": sampling,
+        "prompts_from": digest(source.fingerprint, positions),
+    }
+
+
+def _read_header(path: Path, stamp: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the header of a batch that is written. Raises: UserError, if it is damaged, or sampled from something else."""
+    if not path.exists():
+        return None
+    header = read_batch(path, "--workdir").header
+    changed = [name for name in stamp if header.get(name) != stamp[name]]
+    if changed:
+        raise UserError(
+            f"{path} was sampled with another {', '.join(changed)}: choose another --workdir.", field="--workdir"
+        )
+    return header
+
+
+def _show(result: Mapping[str, Any], workdir: Path) -> None:
+    """Show the totals of a run, and the fields that use the traces."""
+    rows = [
+        ("prompts", f"{result['prompts']:,}"),
+        ("prompts without an accepted response", f"{result['prompts_without_accepted']:,}"),
+        ("responses", f"{result['responses']:,}"),
+        ("accepted", f"{result['accepted_share']:.1%}"),
+        ("response tokens", f"{result['response_tokens']:,}"),
+        ("FLOPs of sampling", f"{result['flops']:.3g}"),
+    ]
+    table("Rejection sampling", ("quantity", "value"), rows)
+    logger.info(
+        "%s traces are kept: pre-train on them with --config.pretrain.traces=sampled --config.pretrain.trace_options.path=%s",
+        f"{result['kept']:,}",
+        workdir,
+    )
