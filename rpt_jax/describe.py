@@ -393,7 +393,7 @@ def _pretrain_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
     return PretrainSizes(
         windows_per_step=pretrain.windows_per_step,
         windows_per_device=mesh.max_per_batch_shard(pretrain.windows_per_step),
-        traces_per_step=pretrain.windows_per_step * pretrain.traces_per_window,
+        traces_per_step=pretrain.windows_per_step * pretrain.traces_per_window if pretrain.trace_weight else 0,
         tokens_per_step=pretrain.windows_per_step * tree.tokens,
         flops_per_step=pretrain.windows_per_step * document,
         total_steps=experiment.training.total_steps,

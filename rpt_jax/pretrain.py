@@ -8,12 +8,13 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -38,7 +39,8 @@ from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, POLICY, RESULT, finished_steps
-from rpt_jax.model.model_config import preset
+from rpt_jax.model.flops import causal_pairs, forward_flops
+from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
@@ -80,15 +82,11 @@ def mixed_loss(
       logit_chunk_tokens: tokens whose logits exist at once.
 
     Returns:
-      The loss, and the metrics `loss/document` and `loss/trace` in nats per token.
+      The loss, and the metrics `loss/document` and `loss/trace` in nats per token; the latter is 0 if traces have no weight.
     """
     inputs_NxS = batch["inputs"]
     lengths_N = jnp.full(inputs_NxS.shape[:1], inputs_NxS.shape[1], jnp.int32)
     hidden_NxSxD, context, _ = prefill(policy, params, inputs_NxS, lengths_N)
-    context = context._replace(end_NxGxQ=batch["trace_prefix"])
-    traced_NxKxTxD, _ = policy.apply(
-        {"params": params}, batch["trace_inputs"], batch["trace_position"], (context,), batch["trace_segment"]
-    )
 
     def mean_nll(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         logprobs = token_logprobs(
@@ -101,8 +99,34 @@ def mixed_loss(
         return -jnp.sum(logprobs * mask.reshape(-1)) / jnp.maximum(mask.sum(), 1)
 
     document = mean_nll(hidden_NxSxD, batch["targets"], batch["mask"])
+    if not weights[1]:
+        return weights[0] * document, {"loss/document": document, "loss/trace": jnp.zeros(())}
+    context = context._replace(end_NxGxQ=batch["trace_prefix"])
+    traced_NxKxTxD, _ = policy.apply(
+        {"params": params}, batch["trace_inputs"], batch["trace_position"], (context,), batch["trace_segment"]
+    )
     trace = mean_nll(traced_NxKxTxD, batch["trace_targets"], batch["trace_mask"])
     return weights[0] * document + weights[1] * trace, {"loss/document": document, "loss/trace": trace}
+
+
+def update_flops(config: ModelConfig, batch: Mapping[str, np.ndarray], trace_weight: float) -> float:
+    """Return the model FLOPs of an update, without padding: a forward pass, and a backward pass of twice its FLOPs.
+
+    Args:
+      config: of the policy.
+      batch: arrays of `ExampleMaker.make`, stacked, on the host.
+      trace_weight: 0 if traces are left out.
+    """
+    mask_NxS = batch["mask"]
+    window_tokens_N = np.where(mask_NxS.any(axis=1), mask_NxS.shape[1] - mask_NxS[:, ::-1].argmax(axis=1), 0)
+    tokens = int(window_tokens_N.sum())
+    pairs = causal_pairs(window_tokens_N).sum()
+    if trace_weight:
+        is_trace = batch["trace_segment"] > 0
+        tokens += int(is_trace.sum())
+        # A token of a trace attends to its prefix of the window, to the trace before it and to itself.
+        pairs += (batch["trace_position"][is_trace] + 1).sum()
+    return 3.0 * forward_flops(config, tokens=tokens, pairs=float(pairs), head_tokens=tokens)
 
 
 @functools.partial(
@@ -186,10 +210,12 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
     checkpoints.register_with(context.signals)
     start = 0
+    flops = 0.0
     if restored := checkpoints.restore():
         start, state, saved = restored
         stream.set_state(saved["stream"])
-    checkpoints.stage(start, state, {"stream": stream.get_state()})
+        flops = saved["flops"]
+    checkpoints.stage(start, state, {"stream": stream.get_state(), "flops": flops})
 
     learning_rates = LearningRates(experiment.optimizer, total_steps)
     signal = LearningSignal(experiment)
@@ -213,7 +239,9 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             # --- 3. Update the policy on the next batch --------------------------------------------
             began = time.monotonic()
             profile.begin_step(step)
-            batch = shard_prompts(next(stream), mesh)
+            examples = next(stream)
+            flops += update_flops(policy.config, examples, config.trace_weight)
+            batch = shard_prompts(examples, mesh)
             learning_rate = learning_rates.next(state.optimizer)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer(), explain_out_of_memory("the pre-training update", memory_fields):
@@ -228,9 +256,9 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                         checkpoints.replace_staged_state(state)
                         checkpoints.save_and_wait()
                     raise
-                scalars["update/learning_rate"] = learning_rate
+                scalars |= {"update/learning_rate": learning_rate, "flops/train_total": flops}
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
-                checkpoints.stage(step, state, {"stream": stream.get_state()})
+                checkpoints.stage(step, state, {"stream": stream.get_state(), "flops": flops})
             for warning in take_recompiled() + signal.check_traces(step, scalars):
                 logger.warning(warning)
 
@@ -251,7 +279,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     files = exported_files(tokenizer)
     save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
     if is_leader():
-        result = {**format_stamp(), "steps": total_steps, "policy": str(directory)}
+        result = {**format_stamp(), "steps": total_steps, "flops": flops, "policy": str(directory)}
         atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     logger.info("The policy is in %s.", directory)
 

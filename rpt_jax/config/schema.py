@@ -332,7 +332,7 @@ class PretrainConfig:
     rows_per_window: int = 4
     # Tokens of such a row; a longer trace is left out.
     row_tokens: int = 64
-    # Weight of the mean cross-entropy of the traces.
+    # Weight of the mean cross-entropy of the traces; 0 to learn windows only (continual pre-training).
     trace_weight: float = 1.0
     # Vocabulary of the tokenizer that is trained where `policy.path` is empty.
     vocab_size: int = 1024

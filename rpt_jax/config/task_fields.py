@@ -69,6 +69,10 @@ _TEXT_ONLY = (
     "evaluation.positions",
     "evaluation.unseen_positions",
 )
+_TRACE_FIELDS = tuple(
+    f"pretrain.{field}"
+    for field in ("traces", "trace_options", "traces_per_window", "recalled_tokens", "rows_per_window", "row_tokens")
+)
 _UNREAD = {
     "rpt": ("pretrain.export", "questions.", "traces."),
     "rft": (*_TEXT_ONLY, "traces."),
@@ -117,7 +121,9 @@ def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
     if experiment.task == "traces":
         unread = _TEXT_ONLY if experiment.asks_questions else ("questions.",)
         yield unread, f"with traces.prompts='{experiment.traces.prompts}'"
-    if experiment.pretrain.traces == "sampled":
+    if not experiment.pretrain.trace_weight:
+        yield _TRACE_FIELDS, "with pretrain.trace_weight=0"
+    elif experiment.pretrain.traces == "sampled":
         yield ("pretrain.recalled_tokens",), "with pretrain.traces='sampled', which does not write traces"
         if experiment.task == "pretrain":
             yield ("data.min_context",), "with pretrain.traces='sampled', whose prompts have been chosen"

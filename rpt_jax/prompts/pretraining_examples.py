@@ -85,6 +85,15 @@ class ExampleMaker:
         index = np.arange(size)
         mask = (index >= len(before) - 1) & (index < len(tokens) - 1)
 
+        window_arrays = {
+            "document": np.int32(window),
+            "inputs": padded[:-1],
+            "targets": padded[1:],
+            "mask": mask,
+        }
+        if not self._config.trace_weight:
+            return window_arrays | self._pack([])
+
         # Traces at positions of the window, then drills, which do not need the window.
         max_trace_tokens = self._config.row_tokens + 1 - max(1, len(after))
         writer = TRACE_WRITERS[self._config.traces].function(self._tokenizer, ids, self._config, max_trace_tokens)
@@ -94,13 +103,6 @@ class ExampleMaker:
             _Trace(prefix=0, prompt=after if prompt is None else prompt, response=response, given=given)
             for response, given, prompt in writer.drills(rng)
         ]
-
-        window_arrays = {
-            "document": np.int32(window),
-            "inputs": padded[:-1],
-            "targets": padded[1:],
-            "mask": mask,
-        }
         return window_arrays | self._pack([*traces, *drills])
 
     def _continue_window(self, context: list[int], response: list[int]) -> _Trace:

@@ -69,9 +69,9 @@ class TraceWriter(Protocol):
 
 
 def check_traces(config: PretrainConfig, tokenizer: Tokenizer) -> None:
-    """Check that the traces of a run can be written. Raises: UserError."""
+    """Check that the traces of a run can be written, if it learns any. Raises: UserError."""
     check = TRACE_WRITERS[config.traces].requirements.check
-    if check:
+    if check and config.trace_weight:
         check(config, tokenizer)
 
 

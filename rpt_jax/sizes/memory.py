@@ -276,10 +276,11 @@ def backward_bytes(
 
 
 def pretrain_tree(experiment: Experiment) -> PrefixTree:
-    """Return a document with its rows of traces, at full length."""
+    """Return a document with its rows of traces, at full length. Without a weight, traces are left out."""
+    pretrain = experiment.pretrain
     return PrefixTree(
         prefix=experiment.data.max_document_tokens,
-        branches=experiment.pretrain.rows_per_window,
+        branches=pretrain.rows_per_window if pretrain.trace_weight else 0,
         branch=experiment.pretrain.row_tokens,
     )
 
