@@ -1,6 +1,6 @@
-"""Mixed supervised fine-tuning of the small policy that comes with rpt_jax: documents, and reasoning that was sampled and accepted.
+"""Mixed supervised fine-tuning of the small policy that comes with rpt_jax: documents, and right reasoning that it sampled.
 
-The baseline of configs/rpt_tiny.py that imitates right responses instead of being rewarded for them.
+The baseline of configs/rpt_tiny.py that imitates right responses, where RPT is rewarded for them.
 
 Command   bash launch/local.sh --config=configs/sft_tiny.py
 Needs     runs/traces_tiny_seed0, from configs/traces_tiny.py

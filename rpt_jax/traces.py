@@ -180,7 +180,7 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
     builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
     source: PromptSource
-    if experiment.asks_questions:
+    if experiment.traces.prompts == "questions":
         source = TrainingQuestions(experiment, tokenizer, builder, workdir)
     else:
         source = TextPositions(experiment, policy, params, tokenizer, mesh, workdir, context)

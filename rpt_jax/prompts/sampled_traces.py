@@ -127,8 +127,8 @@ def read_traces(paths: str, fingerprint: str, row_tokens: int) -> tuple[Drill, .
             batch = read_batch(path, _PATH)
             if batch.header.get("tokenizer") != fingerprint:
                 raise UserError(
-                    f"{_PATH}: {path} has the token ids of another tokenizer than the policy's. Sample traces with a policy that has "
-                    "the same one.",
+                    f"{_PATH}: {path} has the token ids of another tokenizer than the policy's. Sample traces with a policy that "
+                    "has the same one.",
                     field=_PATH,
                 )
             traces += [Drill(prompt=trace["prompt"], response=trace["response"]) for trace in batch.traces]

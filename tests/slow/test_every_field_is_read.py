@@ -87,6 +87,7 @@ def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
     _run(tmp_path / "rpt", **REINFORCE)
     _run(tmp_path / "threshold", **SMALL | files | threshold)
     _run(tmp_path / "score", task="score", **SMALL | files)
+    _run(tmp_path / "traces", task="traces", **SMALL | {"data.source_options.documents": 60, "traces.total_prompts": 8})
     _run(tmp_path / "pretrain", task="pretrain", **SMALL | pretrain)
     questions = QUESTIONS | {"questions.path": str(tmp_path / "questions.jsonl")}
     records = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(40)]
