@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rpt_jax import main
+from rpt_jax.model.model_config import preset
+from rpt_jax.pretrain import update_flops
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import COLD_START, PRETRAIN, assert_goes_on, comparable, experiment, interruption_after
 
@@ -53,3 +56,19 @@ def test_a_cold_start_comes_first(tmp_path: Path) -> None:
         for path in (ROOT / "configs" / "tiny", tmp_path / "cold_start" / "policy", tmp_path / "policy")
     )
     assert start != cold == end
+
+
+@pytest.mark.parametrize("trace_weight", [0.0, 1.0])
+def test_the_flops_of_an_update_are_those_of_its_tokens_without_padding(trace_weight: float) -> None:
+    """A window of four tokens, and a row with two traces that continue its first two tokens and its first one."""
+    batch = {
+        "mask": np.array([[False, True, True, True, False, False]]),
+        "trace_segment": np.array([[[1, 1, 1, 2, 0]]]),
+        "trace_position": np.array([[[2, 3, 4, 1, 0]]]),
+    }
+    config = preset("tiny")
+    # The number of tokens that each token attends to, itself included.
+    attended = [1, 2, 3, 4] + ([3, 4, 5, 2] if trace_weight else [])
+    matrices = 2 * config.matmul_parameters * len(attended)
+    attention = 4 * config.layers * config.heads * config.head_size * sum(attended)
+    assert update_flops(config, batch, trace_weight) == 3 * (matrices + attention)
