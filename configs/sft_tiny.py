@@ -19,8 +19,8 @@ def get_config() -> Any:
     config.pretrain.trace_weight = 1.0
     config.pretrain.traces = "sampled"
     config.pretrain.trace_options.path = "runs/traces_tiny_seed0"
-    config.pretrain.traces_per_window = 2
-    # Two rows of a prompt and its response.
-    config.pretrain.rows_per_window = 2
+    # Each window comes with one trace, for which there is room at any length.
+    config.pretrain.traces_per_window = 1
+    config.pretrain.rows_per_window = 1
     config.pretrain.row_tokens = 320
     return config

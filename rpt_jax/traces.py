@@ -57,18 +57,27 @@ class PromptSource(Protocol):
     """Prompts, and how responses to them are judged.
 
     Attributes:
-      positions: where the responses are sampled.
-      token_ids: of the windows or questions that positions refer to.
       accepted_by: what decides on a response.
       fingerprint: of the windows or questions.
-      statuses: the outcomes of a response; the one called "CORRECT" is accepted.
     """
 
-    positions: Sequence[Position]
-    token_ids: Sequence[Sequence[int]]
     accepted_by: str
     fingerprint: str
-    statuses: type[enum.IntEnum]
+
+    @property
+    def positions(self) -> Sequence[Position]:
+        """Where the responses are sampled."""
+        ...
+
+    @property
+    def token_ids(self) -> Sequence[Sequence[int]]:
+        """Token ids of the windows or questions that positions refer to."""
+        ...
+
+    @property
+    def statuses(self) -> type[enum.IntEnum]:
+        """The outcomes of a response; the one called "CORRECT" is accepted."""
+        ...
 
     def judge(self, prompts: PromptBatch, rollouts: Rollouts) -> Callable[[], np.ndarray]:
         """Start to judge the responses to a batch of prompts; return a function that waits for their statuses, int32 [P, G]."""
@@ -106,7 +115,7 @@ class TextPositions:
             experiment, prepared, windows, boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
         )
         # After an epoch the order repeats positions, but each of them is used once.
-        first: Iterator[Position] = (order[i] for i in range(experiment.traces.total_prompts))
+        first: list[Any] = [order[i] for i in range(experiment.traces.total_prompts)]
         self.positions = list({(p.window, p.position): p for p in first}.values())
         self.fingerprint = prepared.fingerprint
         self._mesh = mesh
@@ -209,6 +218,7 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
                 began = now
                 if is_leader():
                     write_batch(batch_path(workdir, n), batch._replace(header=headers[n]))
+                context.stop_if_requested(lambda: f"{len(headers)} batches of traces are in {workdir}")
                 context.heartbeat.beat("traces")
                 progress.advance(f"{headers[n]['accepted'] / headers[n]['responses']:.1%} accepted")
     finally:
