@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from rpt_jax.config import Experiment, PretrainConfig
+from rpt_jax.config import DataConfig, Experiment, PretrainConfig
 from rpt_jax.errors import UserError
+from rpt_jax.model.transformer import Transformer
+from rpt_jax.pretrain import mixed_loss
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
 from rpt_jax.prompts.sampled_traces import (
     SampledOptions,
@@ -23,6 +27,7 @@ from rpt_jax.prompts.sampled_traces import (
     write_batch,
 )
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
+from tests.helpers import policy_reference as reference
 from tests.helpers.paths import TINY
 
 TOKENIZER = load_tokenizer(TINY)
@@ -63,6 +68,27 @@ def test_the_loss_on_a_sampled_trace_covers_its_response_only(tmp_path: Path) ->
         assert mask[-len(learned) :].all()
         found.append((list(map(int, sequence[: -len(learned)])), learned))
     assert sorted(found) == sorted((trace["prompt"], trace["response"]) for trace in TRACES)
+
+
+def test_the_loss_is_that_of_each_prompt_with_its_response_alone(tmp_path: Path) -> None:
+    """In NumPy, one sequence at a time; the traces share a row and a window, which must not matter."""
+    policy = Transformer(dataclasses.replace(reference.SHAPE, layers=1, vocab=TOKENIZER.vocab_size))
+    params = reference.random_params(policy, 0)
+    experiment = Experiment(
+        data=DataConfig(max_document_tokens=12),
+        pretrain=config(write_run(tmp_path / "run"), rows_per_window=1, row_tokens=16),
+    )
+    boxable_V = np.ones(TOKENIZER.vocab_size, bool)
+    arrays = ExampleMaker(experiment, TOKENIZER, [np.arange(100, 112)], boxable_V).make(0, np.random.default_rng(0))
+    batch = {name: array[None] for name, array in arrays.items()}
+    loss = jax.jit(mixed_loss, static_argnames=("policy", "weights", "logit_chunk_tokens"))
+    _, metrics = loss(policy, params, batch, weights=(1.0, 1.0), logit_chunk_tokens=64)
+    nll = []
+    for trace in TRACES:
+        prompt, response = trace["prompt"], trace["response"]
+        logprobs = reference.log_softmax(reference.logits(params, policy.config, [*prompt, *response]))
+        nll += [-logprobs[len(prompt) - 1 + i, token] for i, token in enumerate(response)]
+    assert metrics["loss/trace"] == pytest.approx(np.mean(nll), rel=1e-5)
 
 
 def test_traces_of_several_runs_are_learned_together(tmp_path: Path) -> None:
