@@ -1,0 +1,106 @@
+"""The loop of an evaluation and the results that it keeps."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpt_jax.errors import UserError
+from rpt_jax.evaluation.batch_loop import DeviceClock, run_batches
+from rpt_jax.evaluation.stored_results import ResultStore, read_results
+
+SETTINGS = {"--suite": "questions", "rollout.temperature": 0.8}
+
+
+class Numbers:
+    """Batches of one number each, that note what is called; `fails` raises when that batch is verified."""
+
+    def __init__(self, count: int, fails: int = -1):
+        self.count = count
+        self.calls: list[str] = []
+        self._fails = fails
+
+    def launch(self, batch: int) -> Any:
+        self.calls.append(f"launch {batch}")
+        return {"number": batch}
+
+    def records(self, batch: int, arrays: Any) -> list[dict[str, Any]]:
+        self.calls.append(f"verify {batch}")
+        if batch == self._fails:
+            raise KeyboardInterrupt
+        return [{"id": str(batch), "square": arrays["number"] ** 2}]
+
+
+def test_a_batch_is_launched_before_the_one_in_front_of_it_is_verified(tmp_path: Path):
+    batches = Numbers(3)
+    share = run_batches("test", batches, ResultStore(tmp_path, SETTINGS))
+    assert batches.calls == ["launch 0", "launch 1", "verify 0", "launch 2", "verify 1", "verify 2"]
+    assert share is not None and 0 <= share <= 1
+
+
+def test_interrupted_evaluation_goes_on_after_its_last_batch(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        run_batches("test", Numbers(4, fails=2), ResultStore(tmp_path, SETTINGS))
+    rest = Numbers(4)
+    store = ResultStore(tmp_path, SETTINGS)
+    run_batches("test", rest, store)
+    assert [call for call in rest.calls if "launch" in call] == ["launch 2", "launch 3"]
+    assert [record["square"] for record in store.read(4)] == [0, 1, 4, 9]
+    assert run_batches("test", Numbers(4), store) is None
+
+
+def test_finished_evaluation_has_one_line_a_question_and_one_summary(tmp_path: Path):
+    store = ResultStore(tmp_path, SETTINGS)
+    run_batches("test", Numbers(2), store)
+    assert store.summary() is None
+    store.finish(store.read(2), {"accuracy": 0.5})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "records.jsonl", "settings.json"]
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == ResultStore(tmp_path, SETTINGS).summary()
+    assert read_results(tmp_path, "--results")[1][1] == {"id": "1", "square": 1}
+
+
+def test_results_of_other_settings_are_kept_unless_a_restart_is_asked_for(tmp_path: Path):
+    run_batches("test", Numbers(2), ResultStore(tmp_path, SETTINGS))
+    other = SETTINGS | {"rollout.temperature": 0.6}
+    with pytest.raises(UserError, match=r"rollout\.temperature: 0\.8 there, 0\.6 now") as raised:
+        ResultStore(tmp_path, other)
+    assert raised.value.field == "--workdir"
+    assert ResultStore(tmp_path, SETTINGS).has(1)
+    assert not ResultStore(tmp_path, other, restart=True).has(0)
+
+
+def test_results_of_an_unfinished_evaluation_cannot_be_read(tmp_path: Path):
+    ResultStore(tmp_path, SETTINGS)
+    with pytest.raises(UserError) as raised:
+        read_results(tmp_path, "--results")
+    assert raised.value.field == "--results"
+
+
+class Launch:
+    """An array that is ready at a given time of a clock that tests set."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+
+    def block_until_ready(self) -> None:
+        self.ready.wait()
+
+
+def test_share_of_the_time_in_which_devices_compute():
+    """Launches at 0 and 1; the devices compute from 0 to 4 and from 4 to 6; the host ends at 10. A third runs from 8 to 10."""
+    now = 0.0
+    clock = DeviceClock(lambda: now)
+    launches = [Launch() for _ in range(3)]
+    with clock:
+        for launch, start, end in ((launches[0], 0.0, 4.0), (launches[1], 1.0, 6.0), (launches[2], 8.0, 10.0)):
+            now = start
+            clock.launched(launch)
+            now = end
+            launch.ready.set()
+            clock.wait()
+        assert clock.busy_share() == pytest.approx((4 + 2 + 2) / 10)
