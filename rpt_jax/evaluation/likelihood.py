@@ -125,7 +125,7 @@ class LikelihoodScorer:
         groups: dict[tuple[int, int, int], list[int]] = collections.defaultdict(list)
         for index, request in enumerate(requests):
             longest = max(map(len, request.continuations))
-            prompt_tokens = min(len(request.prompt), max(1, self.max_tokens - longest))
+            prompt_tokens = min(len(request.prompt), self.prompt_limit(longest))
             sizes = (
                 _bucket(prompt_tokens, _MIN_PROMPT),
                 len(request.continuations),
@@ -152,6 +152,10 @@ class LikelihoodScorer:
                 )
         return LaunchedRequests(indices=indices, arrays=arrays)
 
+    def prompt_limit(self, continuation_tokens: int) -> int:
+        """Return how many tokens of a prompt fit in the context. The last token of the continuation is predicted, not read."""
+        return max(1, self.max_tokens - continuation_tokens + 1)
+
     def _pad(
         self, requests: Sequence[Request], sizes: tuple[int, int, int, int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -162,7 +166,7 @@ class LikelihoodScorer:
         continuations_PxGxT = np.zeros((rows, count, size), np.int32)
         for p, request in enumerate(requests):
             longest = max(map(len, request.continuations))
-            prompt = request.prompt[-max(1, self.max_tokens - longest) :]
+            prompt = request.prompt[-self.prompt_limit(longest) :]
             prompts_PxS[p, : len(prompt)] = prompt
             lengths_P[p] = len(prompt)
             for g, continuation in enumerate(request.continuations):

@@ -67,4 +67,4 @@ def test_prompt_beyond_the_context_loses_its_oldest_tokens():
     policy = dataclasses.replace(POLICY, config=dataclasses.replace(SHAPE, context=20))
     prompt, continuation = ids(50), ids(2)
     [[found]] = score([Request(prompt, [continuation])], policy)
-    assert found.logprob == pytest.approx(expected(prompt[-18:], continuation)[0], abs=1e-4)
+    assert found.logprob == pytest.approx(expected(prompt[-19:], continuation)[0], abs=1e-4)
