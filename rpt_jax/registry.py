@@ -30,7 +30,7 @@ class Requirements:
       fields: fields of the same config section that only have an effect with this choice, or with others that list them too.
       needs: (field, value) pairs of the same section that this choice requires.
       options: frozen dataclass of settings that only this choice has; None for no settings. A second config field holds its
-        instance: `data.source_options` for `data.source`, `pretrain.trace_options` for `pretrain.traces`.
+        instance, such as `data.source_options` for `data.source` and `pretrain.trace_options` for `pretrain.traces`.
     """
 
     fields: tuple[str, ...] = ()
@@ -57,14 +57,30 @@ class RewardRequirements(Requirements):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceRequirements(Requirements):
-    """Requirements of a corpus source.
+    """Requirements of a source of documents or questions.
 
     Attributes:
-      check: called with the `DataConfig` before anything is read; raises `UserError` if a package or a file is missing.
-        None for no check.
+      check: called with the source's config section before anything is read; raises `UserError` if a package or a file is
+        missing. None for no check.
     """
 
     check: Callable[..., Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifierRequirements(Requirements):
+    """Requirements of a verifier.
+
+    Attributes:
+      box: whether it reads the last box of the answer, so that a response without a box is wrong; if not, it reads all that
+        follows the end of thinking.
+      choices: whether a question must have options.
+      imports: modules of other packages that it needs; a worker process imports them before its first answer.
+    """
+
+    box: bool = True
+    choices: bool = False
+    imports: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,10 +202,24 @@ IMPORTANCE_WEIGHTS = Registry("objective.importance", "rpt_jax.objective.loss", 
 CORPUS_SOURCES = Registry(
     "data.source", ("rpt_jax.corpus.gsm_symbolic", "rpt_jax.corpus.champ", "rpt_jax.corpus.readers"), SourceRequirements
 )
+QUESTION_SOURCES = Registry(
+    "questions.source",
+    ("rpt_jax.questions.files", "rpt_jax.questions.published", "rpt_jax.questions.reasoning_gym_tasks"),
+    SourceRequirements,
+)
+VERIFIERS = Registry("questions.verifier", "rpt_jax.rewards.verifiers", VerifierRequirements)
 POSITION_CHOICES = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)
 PROMPT_TEMPLATES = Registry("prompt.template", "rpt_jax.prompts.templates", Requirements)
 TRACE_WRITERS = Registry(
     "pretrain.traces", ("rpt_jax.prompts.traces", "rpt_jax.prompts.arithmetic_traces"), Requirements
 )
 OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS, IMPORTANCE_WEIGHTS)
-ALL_REGISTRIES = (*OBJECTIVE_REGISTRIES, POSITION_CHOICES, CORPUS_SOURCES, PROMPT_TEMPLATES, TRACE_WRITERS)
+ALL_REGISTRIES = (
+    *OBJECTIVE_REGISTRIES,
+    POSITION_CHOICES,
+    CORPUS_SOURCES,
+    QUESTION_SOURCES,
+    VERIFIERS,
+    PROMPT_TEMPLATES,
+    TRACE_WRITERS,
+)

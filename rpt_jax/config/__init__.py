@@ -15,6 +15,7 @@ from rpt_jax.config.schema import (
     PretrainConfig,
     ProfileConfig,
     PromptConfig,
+    QuestionsConfig,
     RolloutConfig,
     TrainingConfig,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "PretrainConfig",
     "ProfileConfig",
     "PromptConfig",
+    "QuestionsConfig",
     "RolloutConfig",
     "TrainingConfig",
     "default_config",

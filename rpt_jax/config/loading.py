@@ -22,12 +22,16 @@ from rpt_jax.config.schema import Experiment
 from rpt_jax.config.user_paths import expand_home, with_expanded_paths
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError
-from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS, Choice, Registry
+from rpt_jax.registry import CORPUS_SOURCES, QUESTION_SOURCES, TRACE_WRITERS, Choice, Registry
 
 logger = logging.getLogger(__name__)
 
 # Fields that hold the options of a choice, and the registry of that choice.
-_OPTIONS = {"data.source_options": CORPUS_SOURCES, "pretrain.trace_options": TRACE_WRITERS}
+_OPTIONS = {
+    "data.source_options": CORPUS_SOURCES,
+    "questions.source_options": QUESTION_SOURCES,
+    "pretrain.trace_options": TRACE_WRITERS,
+}
 
 _OVERRIDE = "--config."
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rpt_jax.config.schema import Experiment
-from rpt_jax.registry import CORPUS_SOURCES, TRACE_WRITERS
+from rpt_jax.registry import CORPUS_SOURCES, QUESTION_SOURCES, TRACE_WRITERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,11 @@ class FieldDoc:
 def field_docs() -> list[FieldDoc]:
     """Return the documentation of every config field, in the order of the schema, then that of the options of choices."""
     docs = list(_docs_of(Experiment, ""))
-    for registry, prefix in ((CORPUS_SOURCES, "data.source_options."), (TRACE_WRITERS, "pretrain.trace_options.")):
+    for registry, prefix in (
+        (CORPUS_SOURCES, "data.source_options."),
+        (QUESTION_SOURCES, "questions.source_options."),
+        (TRACE_WRITERS, "pretrain.trace_options."),
+    ):
         for choice in registry.choices():
             if choice.requirements.options:
                 docs += _docs_of(choice.requirements.options, prefix)

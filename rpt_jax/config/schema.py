@@ -108,6 +108,56 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuestionsConfig:
+    """Questions with verifiable answers: where they come from, how they are split, and how an answer is verified."""
+
+    # Question source, by its registered name: "path" (your own files), "math", "gsm8k", "mmlu", "arc_easy", "arc_challenge",
+    # "reasoning_gym", or one that you register.
+    source: str = "path"
+    # Options of the source, such as `questions.source_options.task` of "reasoning_gym".
+    source_options: Options = None
+    # File, folder or glob of source "path" (.jsonl, .json, .csv, .tsv, also compressed, .parquet, .arrow, .array_record); several
+    # are separated by commas.
+    path: str = ""
+    # Files of the test questions, given as `path` is; "" to hold out test questions of `path`.
+    test_path: str = ""
+    # Record field that holds the question, such as "problem" or "messages.0.content".
+    question_field: str = "question"
+    # Text with record fields in braces, such as "{context}\n{question}", that replaces `question_field`; "" for none.
+    question_template: str = ""
+    # Record field with the accepted answer, or with a list of them; several fields are separated by commas. With options, the
+    # answer is a letter, the text of an option or its number from 0.
+    answer_field: str = "answer"
+    # Record field whose value names the question in results and is unique; "" to name it by its file and line.
+    id_field: str = ""
+    # Record field by whose values results are also reported, such as "subject"; "" for none.
+    category_field: str = ""
+    # Record field with the options of a multiple-choice question, a list of texts; "" for free answers.
+    choices_field: str = ""
+    # Stop at the first rejected question; by default rejected questions are counted and listed.
+    strict: bool = False
+    # Questions to train on, chosen by `seed`; 0 for all that are not test questions (paper, section 4.3: 256).
+    train_questions: int = 0
+    # Questions to test with, chosen by `seed`; 0 for all, where the source has a test part (paper, section 4.3: 200).
+    test_questions: int = 200
+    # Seed of generated questions and of the choice of questions, independent of the run's seed.
+    seed: int = 0
+    # How a response is verified, by registered name: "boxed_math" (symbolic and numeric equality), "boxed_exact", "choice",
+    # "contains" or "reasoning_gym".
+    verifier: str = "boxed_math"
+    # Worker processes that verify responses; 0 for one for each core.
+    verifier_workers: int = 0
+    # Seconds after which the verification of a response is abandoned, and the response counts as wrong.
+    verifier_seconds: float = 10.0
+    # File of pass rates that the difficulty filter has written; "" to train on questions of any difficulty.
+    pass_rates: str = ""
+    # Train on questions that the policy of `pass_rates` solved at least this many times (Skywork-OR1, the paper's source: 1).
+    min_passes: int = 1
+    # Train on questions that it solved at most this many times; -1 for all samples but one (Skywork-OR1: 15 of 16).
+    max_passes: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptConfig:
     """How a position becomes a prompt."""
 
@@ -365,6 +415,7 @@ class Experiment:
     seed: int = 0
     policy: PolicyConfig = PolicyConfig()
     data: DataConfig = DataConfig()
+    questions: QuestionsConfig = QuestionsConfig()
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -15,7 +15,16 @@ from rpt_jax.config.schema import Experiment
 from rpt_jax.errors import UserError
 
 # Config fields that name a file or a directory.
-PATH_FIELDS = ("policy.path", "data.path", "data.prepared", "prompt.template", "pretrain.export")
+PATH_FIELDS = (
+    "policy.path",
+    "data.path",
+    "data.prepared",
+    "questions.path",
+    "questions.test_path",
+    "questions.pass_rates",
+    "prompt.template",
+    "pretrain.export",
+)
 
 # A tilde at the beginning of a path: of the whole text, or of a part of the mixture in `data.path`.
 _HOME = re.compile(r"(^|,\s*|(?:^|,\s*)[\d.]+=)(~[^/,]*)")

@@ -20,10 +20,19 @@ from rpt_jax.config.schema import (
     Experiment,
     ObjectiveConfig,
     PolicyConfig,
+    QuestionsConfig,
 )
 from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path
 from rpt_jax.errors import UserError, check_choice
-from rpt_jax.registry import CORPUS_SOURCES, OBJECTIVE_REGISTRIES, POSITION_CHOICES, TRACE_WRITERS, Registry
+from rpt_jax.registry import (
+    CORPUS_SOURCES,
+    OBJECTIVE_REGISTRIES,
+    POSITION_CHOICES,
+    QUESTION_SOURCES,
+    TRACE_WRITERS,
+    VERIFIERS,
+    Registry,
+)
 
 # Fields with a fixed set of names. All other fields that name something are checked against their registry.
 _NAMES = {
@@ -64,6 +73,13 @@ _BOUNDS = {
     "data.rescore_every_steps": (1, _UNBOUNDED),
     "data.rescore_windows": (1, _UNBOUNDED),
     "data.keep_fraction": (1e-6, 1.0),
+    "questions.seed": (0, _SEEDS),
+    "questions.train_questions": (0, _UNBOUNDED),
+    "questions.test_questions": (0, _UNBOUNDED),
+    "questions.verifier_workers": (0, 1024),
+    "questions.verifier_seconds": (0.1, 3600.0),
+    "questions.min_passes": (0, _UNBOUNDED),
+    "questions.max_passes": (-1, _UNBOUNDED),
     "prompt.max_tokens": (2, _UNBOUNDED),
     "prompt.reference_bytes": (1, _UNBOUNDED),
     "rollout.samples_per_prompt": (2, _UNBOUNDED),
@@ -142,6 +158,8 @@ def check_experiment(experiment: Experiment) -> None:
         check_choice(name, values[name], allowed)
     _check_named_choice(experiment.data, CORPUS_SOURCES)
     _check_named_choice(experiment.data, POSITION_CHOICES)
+    _check_named_choice(experiment.questions, QUESTION_SOURCES)
+    _check_named_choice(experiment.questions, VERIFIERS)
     _check_named_choice(experiment.pretrain, TRACE_WRITERS)
     for registry in OBJECTIVE_REGISTRIES:
         _check_named_choice(experiment.objective, registry)
@@ -162,6 +180,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_precision(experiment.policy)
     _check_weighted_terms(experiment.objective)
     _check_data_fields(experiment)
+    _check_question_fields(experiment.questions)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
     _check_effects(experiment)
@@ -216,6 +235,31 @@ def _check_data_fields(experiment: Experiment) -> None:
             f"data.text_field='{data.text_field}' has no effect with data.document_template={data.document_template!r}: give one "
             "of the two.",
             field="data.text_field",
+        )
+
+
+def _check_question_fields(questions: QuestionsConfig) -> None:
+    """Refuse fields of section "questions" that have no effect, and bounds of passes that exclude all. Raises: UserError."""
+    defaults = QuestionsConfig()
+    if questions.question_template and questions.question_field != defaults.question_field:
+        raise UserError(
+            f"questions.question_field='{questions.question_field}' has no effect with "
+            f"questions.question_template={questions.question_template!r}: give one of the two.",
+            field="questions.question_field",
+        )
+    for name in ("min_passes", "max_passes"):
+        value = getattr(questions, name)
+        if value != getattr(defaults, name) and not questions.pass_rates:
+            raise UserError(
+                f"questions.{name}={value} has no effect without questions.pass_rates, the file that the difficulty filter "
+                "writes.",
+                field=f"questions.{name}",
+            )
+    if 0 <= questions.max_passes < questions.min_passes:
+        raise UserError(
+            f"questions.max_passes={questions.max_passes} is less than questions.min_passes={questions.min_passes}: no question "
+            "would be left.",
+            field="questions.max_passes",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,34 +49,50 @@ def find_file_ranges(config: DataConfig) -> list[FileRange]:
     Raises: UserError, if a path does not exist, matches no readable file or cannot be opened, or if a field does not have one
       value for each part of a mixture.
     """
-    mixture = _checked_mixture(config)
+    return list_file_ranges([pattern for _, pattern in _checked_mixture(config)], config.path, "data.path")
+
+
+def list_file_ranges(patterns: Sequence[str], value: str, field: str) -> list[FileRange]:
+    """List the file ranges of some paths in order, without reading them, and log which files are not read.
+
+    Args:
+      patterns: files, folders or globs; a range's `mixture_part` is an index of them.
+      value: the config value that they are from.
+      field: the config field that has it, for messages.
+
+    Raises: UserError, if a path does not exist, matches no readable file or cannot be opened.
+    """
     file_ranges = []
     unread: dict[str, list[Path]] = {}
-    for mixture_part, (_, pattern) in enumerate(mixture):
-        in_folder = len(mixture) == 1 and Path(pattern).is_dir()
-        for path in _find_files(pattern, unread, is_mixture=len(mixture) > 1):
+    for mixture_part, pattern in enumerate(patterns):
+        in_folder = len(patterns) == 1 and Path(pattern).is_dir()
+        for path in _find_files(pattern, unread, len(patterns) > 1, field):
             if in_folder:
                 name = path.relative_to(pattern).as_posix()
             else:
-                name = path.name if str(path) == config.path else path.as_posix()
+                name = path.name if str(path) == value else path.as_posix()
             try:
                 limits = list(_range_limits(path))
             except Exception as error:  # noqa: BLE001 - pyarrow and array_record raise exceptions of many classes.
-                raise read_error(path, 1, error) from error
+                raise read_error(path, 1, error, field) from error
             file_ranges += [
                 FileRange(path=path, name=name, mixture_part=mixture_part, start=start, stop=stop)
                 for start, stop in limits
             ]
-    _log_unread(unread)
+    _log_unread(unread, field)
     return file_ranges
 
 
 def check_path(config: DataConfig) -> None:
     """Check that every part of `data.path` has a file to read, without listing all of them. Raises: UserError."""
-    mixture = _checked_mixture(config)
-    for _, pattern in mixture:
+    check_patterns([pattern for _, pattern in _checked_mixture(config)], "data.path")
+
+
+def check_patterns(patterns: Sequence[str], field: str) -> None:
+    """Check that every path, given by the config field `field`, has a file to read. Raises: UserError."""
+    for pattern in patterns:
         if not any(not reason for _, reason in walk_matches(pattern)):
-            _find_files(pattern, {}, is_mixture=len(mixture) > 1)
+            _find_files(pattern, {}, len(patterns) > 1, field)
 
 
 def _checked_mixture(config: DataConfig) -> list[tuple[float, str]]:
@@ -86,8 +102,8 @@ def _checked_mixture(config: DataConfig) -> list[tuple[float, str]]:
     return parse_mixture(config.path)
 
 
-def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool) -> list[Path]:
-    """Return the files to read for a part of `data.path`, and add the others to `unread`, by reason. Raises: UserError."""
+def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool, field: str) -> list[Path]:
+    """Return the files to read for a part of `field`, and add the others to `unread`, by reason. Raises: UserError."""
     # A glob with `**` matches a folder and also the files in it.
     candidates = dict(walk_matches(pattern))
     found = sorted(path for path, reason in candidates.items() if not reason)
@@ -97,7 +113,7 @@ def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool) -
     if found:
         return found
 
-    where = f"data.path: part '{pattern}' of the mixture" if is_mixture else f"data.path='{pattern}'"
+    where = f"{field}: part '{pattern}' of the mixture" if is_mixture else f"{field}='{pattern}'"
     reasons = f" Not read: {describe_unread(unread)}." if candidates else ""
     if not candidates and not Path(pattern).is_dir():
         problem = "does not exist"
@@ -105,7 +121,7 @@ def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool) -
         problem = "is a folder without any readable file"
     else:
         problem = "matches no readable file"
-    raise UserError(f"{where} {problem}: give {_EXPECTED}.{reasons}", field="data.path")
+    raise UserError(f"{where} {problem}: give {_EXPECTED}.{reasons}", field=field)
 
 
 def describe_unread(unread: dict[str, list[Path]]) -> str:
@@ -116,11 +132,11 @@ def describe_unread(unread: dict[str, list[Path]]) -> str:
     )
 
 
-def _log_unread(unread: dict[str, list[Path]]) -> None:
+def _log_unread(unread: dict[str, list[Path]], field: str) -> None:
     if dangling := unread.pop(DANGLING_LINK, []):
-        logger.warning("data.path: broken links are not read: %s", ", ".join(map(str, sorted(dangling))))
+        logger.warning("%s: broken links are not read: %s", field, ", ".join(map(str, sorted(dangling))))
     if unread:
-        logger.info("Not read of data.path: %s.", describe_unread(unread))
+        logger.info("Not read of %s: %s.", field, describe_unread(unread))
 
 
 def _range_limits(path: Path) -> Iterator[tuple[int, int]]:

@@ -151,10 +151,10 @@ def _is_dataset_cache(path: Path) -> bool:
         raise read_error(state, 1, error) from error
 
 
-def read_error(path: Path, line: int, error: Exception) -> UserError:
-    """Return the `UserError` for a file that cannot be read beyond `line`."""
+def read_error(path: Path, line: int, error: Exception, field: str = "data.path") -> UserError:
+    """Return the `UserError` for a file, given by the config field `field`, that cannot be read beyond `line`."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return UserError(
-        f"data.path: cannot read {path}:{line}: {reason[:300]}. Repair the file or remove it from the corpus.",
-        field="data.path",
+        f"{field}: cannot read {path}:{line}: {reason[:300]}. Repair the file or leave it out.",
+        field=field,
     )

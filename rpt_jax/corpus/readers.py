@@ -29,11 +29,10 @@ from rpt_jax.corpus.mixture import configs_of_parts
 from rpt_jax.corpus.records import (
     BY_FILE,
     InvalidRecordError,
+    RecordParser,
     RecordText,
-    columns,
+    document_parser,
     not_utf8,
-    parse_record,
-    record_text,
 )
 from rpt_jax.corpus.text_splitting import LINE_END, block_boundary, split_text
 from rpt_jax.errors import UserError
@@ -43,8 +42,8 @@ _SURROGATE_ESCAPE = re.compile("[\udc80-\udcff]")  # How a byte that is not UTF-
 _ROWS = 256  # Rows or records that are read at a time.
 _HEAD_BYTES = 2**16  # Files that begin with the same bytes are the same text for the split.
 
-# The location of a record (line, or line:column) and its text, or why it has none.
-RecordStream = Iterator[tuple[int | str, RecordText | InvalidRecordError]]
+# The location of a record (line, or line:column) and what is made of it, or an `InvalidRecordError`.
+RecordStream = Iterator[tuple[int | str, Any]]
 
 
 def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Document | Rejected]:
@@ -53,53 +52,75 @@ def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Docum
     Raises: UserError, naming the file, the line and the reason, if the file cannot be read to its end.
     """
     config = configs_of_parts(config)[file_range.mixture_part]
-    location: int | str = 0
     path = file_range.path
-    part = file_range.mixture_part
     try:
         file_key = _file_key(path) if config.group_by == BY_FILE or file_format(path) == ".txt" else ""
-        for location, record in read_records(file_range, config):
+    except Exception as error:  # noqa: BLE001 - as in `parse_file_range`.
+        raise read_error(path, 1, error) from error
+    check = functools.partial(_check_text, config=config)
+    for record in parse_file_range(file_range, document_parser(config), check):
+        if isinstance(record, Rejected):
+            yield record
+            continue
+        location, (text, group, place) = record
+        yield Document(
+            text=text,
+            name=f"{name_prefix(file_range)}:{location}",
+            key=file_key or group,
+            mixture_part=file_range.mixture_part,
+            file=file_range.name,
+            place=place,
+        )
+
+
+def parse_file_range(
+    file_range: FileRange, parser: RecordParser, check: Callable[[Any], Any], field: str = "data.path"
+) -> Iterator[tuple[int | str, Any] | Rejected]:
+    """Yield what is made of the records of a file range, each after its location, and the rejected records, in order.
+
+    Args:
+      file_range: the range.
+      parser: what is made of a record.
+      check: called with it; returns it, or raises an `InvalidRecordError`.
+      field: the config field that names the file, for messages.
+
+    Raises: UserError, naming the file, the line and the reason, if the file cannot be read to its end.
+    """
+    location: int | str = 0
+    path = file_range.path
+    try:
+        for location, record in read_records(file_range, parser):
             try:
-                text, group, place = _check_text(record, config)
-                yield Document(
-                    text=text,
-                    name=f"{_name_prefix(file_range)}:{location}",
-                    key=file_key or group,
-                    mixture_part=part,
-                    file=file_range.name,
-                    place=place,
-                )
+                if isinstance(record, InvalidRecordError):
+                    raise record
+                yield location, check(record)
             except InvalidRecordError as error:
-                line = _line_in_file(file_range, location)
+                line = line_in_file(file_range, location)
                 yield Rejected(
                     file=file_range.name,
                     line=line,
                     reason=error.reason,
                     detail=f"{path}:{line} {error.detail}",
-                    mixture_part=part,
+                    mixture_part=file_range.mixture_part,
                 )
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - the libraries raise many classes; a broken gzip alone has three.
-        raise read_error(path, _line_in_file(file_range, location) + 1, error) from error
+        raise read_error(path, line_in_file(file_range, location) + 1, error, field) from error
 
 
-def read_records(file_range: FileRange, config: DataConfig) -> RecordStream:
-    """Yield the location and the text of every record of a file range; the text is not checked yet.
+def read_records(file_range: FileRange, parser: RecordParser) -> RecordStream:
+    """Yield the location of every record of a file range, and what `parser` makes of it.
 
     Locations of `.txt`, `.jsonl` and JSON lines are counted from the beginning of the range, all others from that of the file.
-
-    Args:
-      file_range: the range.
-      config: section `data` of its part of the mixture.
     """
     ending = file_format(file_range.path)
     if ending in _TABLE_READERS:
-        yield from _TABLE_READERS[ending](file_range, config)
+        yield from _TABLE_READERS[ending](file_range, parser)
         return
     with open_binary(file_range.path) as file:
         decompressed = getattr(file, "raw", None)
-        yield from _TEXT_READERS[ending](file, file_range, config)
+        yield from _TEXT_READERS[ending](file, file_range, parser)
     if isinstance(decompressed, DecompressedFile) and decompressed.trailing_bytes:
         detail = f"ends with {decompressed.trailing_bytes:,} bytes that are not compressed data."
         yield 0, InvalidRecordError("after compressed data", detail)
@@ -111,13 +132,14 @@ def _file_key(path: Path) -> str:
         return f"file {hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()}"
 
 
-def _name_prefix(file_range: FileRange) -> str:
+def name_prefix(file_range: FileRange) -> str:
     """Name the file and, for text, the byte where the range starts: counting lines before it would mean reading them."""
     is_text = file_format(file_range.path) in _TEXT_READERS
     return f"{file_range.name}@{file_range.start}" if file_range.start and is_text else file_range.name
 
 
-def _line_in_file(file_range: FileRange, location: int | str) -> int:
+def line_in_file(file_range: FileRange, location: int | str) -> int:
+    """Return the line, row or record of a file that a location in one of its ranges stands for, from 1."""
     line = int(str(location).partition(":")[0])
     return line + _lines_before(file_range.path, file_range.start, file_format(file_range.path))
 
@@ -142,10 +164,8 @@ def _lines_before(path: Path, start: int, ending: str) -> int:
         return count
 
 
-def _check_text(record: RecordText | InvalidRecordError, config: DataConfig) -> RecordText:
+def _check_text(record: RecordText, config: DataConfig) -> RecordText:
     """Return the record. Raises: InvalidRecordError."""
-    if isinstance(record, InvalidRecordError):
-        raise record
     text = record.text
     try:
         size = len(text.encode("utf-8"))
@@ -166,9 +186,9 @@ def _check_text(record: RecordText | InvalidRecordError, config: DataConfig) -> 
 # --- text files ---------------------------------------------------------------------------------------
 
 
-def _read_txt(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_txt(file: io.BufferedReader, file_range: FileRange, parser: RecordParser) -> RecordStream:
     """Yield chunks of about 2,000 characters, at `line` or `line:column`."""
-    del config
+    del parser
     line = 1
     column = 1
     for number, (place, block) in enumerate(_blocks(file, file_range)):
@@ -205,8 +225,8 @@ def _blocks(file: io.BufferedReader, file_range: FileRange) -> Iterator[tuple[in
     yield start, rest
 
 
-def _read_jsonl(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
-    limit = _longest_record(config)
+def _read_jsonl(file: io.BufferedReader, file_range: FileRange, parser: RecordParser) -> RecordStream:
+    limit = _longest_record(parser)
     offset = 0
     if file_range.start:
         # The previous range reads the line that crosses the boundary.
@@ -225,12 +245,12 @@ def _read_jsonl(file: io.BufferedReader, file_range: FileRange, config: DataConf
         if number == 1 and file_range.start == 0:
             raw = raw.removeprefix(BYTE_ORDER_MARK.encode())
         if raw.strip():
-            yield number, parse_record(raw, config)
+            yield number, parser.parse_json(raw)
 
 
-def _longest_record(config: DataConfig) -> int:
+def _longest_record(parser: RecordParser) -> int:
     # JSON may need six bytes for a byte of text, and a record has other fields too.
-    return 8 * config.max_document_bytes + 2**16
+    return 8 * parser.max_bytes + 2**16
 
 
 def _skip_line(file: io.BufferedReader) -> int:
@@ -243,17 +263,17 @@ def _skip_line(file: io.BufferedReader) -> int:
     return skipped
 
 
-def _read_json(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_json(file: io.BufferedReader, file_range: FileRange, parser: RecordParser) -> RecordStream:
     """Yield the records of a file of JSON lines, at their lines, or those of an array or of several values, numbered."""
     if file_range.stop >= 0 or has_a_record_per_line(file_range.path):
-        yield from _read_jsonl(file, file_range, config)
+        yield from _read_jsonl(file, file_range, parser)
         return
-    for number, (text, value) in enumerate(read_json_values(file, _longest_record(config)), start=1):
+    for number, (text, value) in enumerate(read_json_values(file, _longest_record(parser)), start=1):
         escaped = _SURROGATE_ESCAPE.search(text)
-        yield number, not_utf8(ord(escaped[0]) - 0xDC00) if escaped else record_text(value, config)
+        yield number, not_utf8(ord(escaped[0]) - 0xDC00) if escaped else parser.parse(value)
 
 
-def _read_csv(file: io.BufferedReader, file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_csv(file: io.BufferedReader, file_range: FileRange, parser: RecordParser) -> RecordStream:
     """Yield the rows of a table whose first line that is not blank names the columns, by row number."""
     import pyarrow.csv
 
@@ -275,14 +295,14 @@ def _read_csv(file: io.BufferedReader, file_range: FileRange, config: DataConfig
         codecs.EncodedFile(file, "utf-8", "latin-1"),
         # Rows are numbered in one thread only. A row must fit in a block.
         read_options=pyarrow.csv.ReadOptions(
-            column_names=names, use_threads=False, block_size=2 * config.max_document_bytes + 2**20
+            column_names=names, use_threads=False, block_size=2 * parser.max_bytes + 2**20
         ),
         parse_options=pyarrow.csv.ParseOptions(
             delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep_invalid
         ),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pyarrow.binary()),
-            include_columns=columns(config, names),
+            include_columns=parser.columns(names),
         ),
     )
     number = 0
@@ -293,7 +313,7 @@ def _read_csv(file: io.BufferedReader, file_range: FileRange, config: DataConfig
             while number in invalid:
                 yield number, _wrong_number_of_columns(invalid.pop(number))
                 number += 1
-            yield number, record_text(record, config)
+            yield number, parser.parse(record)
     yield from ((number, _wrong_number_of_columns(row)) for number, row in sorted(invalid.items()))
 
 
@@ -305,17 +325,17 @@ def _wrong_number_of_columns(row: Any) -> InvalidRecordError:
 # --- tables and records -------------------------------------------------------------------------------
 
 
-def _read_parquet(file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_parquet(file_range: FileRange, parser: RecordParser) -> RecordStream:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file_range.path) as file:
         rows_before = sum(file.metadata.row_group(group).num_rows for group in range(file_range.start))
-        names = columns(config, file.schema_arrow.names)
+        names = parser.columns(file.schema_arrow.names)
         batches = file.iter_batches(_ROWS, range(file_range.start, file_range.stop), names)
-        yield from _read_rows(batches, config, rows_before)
+        yield from _read_rows(batches, parser, rows_before)
 
 
-def _read_arrow(file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_arrow(file_range: FileRange, parser: RecordParser) -> RecordStream:
     import pyarrow
 
     with pyarrow.memory_map(str(file_range.path)) as file:
@@ -326,18 +346,18 @@ def _read_arrow(file_range: FileRange, config: DataConfig) -> RecordStream:
         else:
             file.seek(0)
             batches = pyarrow.ipc.open_stream(file)
-        yield from _read_rows(batches, config, 0)
+        yield from _read_rows(batches, parser, 0)
 
 
-def _read_rows(batches: Iterable[Any], config: DataConfig, rows_before: int) -> RecordStream:
+def _read_rows(batches: Iterable[Any], parser: RecordParser, rows_before: int) -> RecordStream:
     number = rows_before
     for batch in batches:
-        selected = _with_strings_as_bytes(batch.select(columns(config, batch.schema.names)))
+        selected = _with_strings_as_bytes(batch.select(parser.columns(batch.schema.names)))
         # Without validation, a damaged file may be read beyond its buffers, which crashes the process.
         selected.validate(full=True)
         for record in selected.to_pylist():
             number += 1
-            yield number, record_text(record, config)
+            yield number, parser.parse(record)
 
 
 def _with_strings_as_bytes(batch: Any) -> Any:
@@ -374,22 +394,22 @@ def _bytes_type(kind: Any) -> Any:
     return kind
 
 
-def _read_array_record(file_range: FileRange, config: DataConfig) -> RecordStream:
+def _read_array_record(file_range: FileRange, parser: RecordParser) -> RecordStream:
     reader = open_array_record(file_range.path)
     for first in range(file_range.start, file_range.stop, _ROWS):
         records = reader.read(first, min(first + _ROWS, file_range.stop))
         for number, record in enumerate(records, start=first + 1):
-            yield number, parse_record(record, config)
+            yield number, parser.parse_json(record)
 
 
-_TEXT_READERS: dict[str, Callable[[io.BufferedReader, FileRange, DataConfig], RecordStream]] = {
+_TEXT_READERS: dict[str, Callable[[io.BufferedReader, FileRange, RecordParser], RecordStream]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
 }
-_TABLE_READERS: dict[str, Callable[[FileRange, DataConfig], RecordStream]] = {
+_TABLE_READERS: dict[str, Callable[[FileRange, RecordParser], RecordStream]] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".array_record": _read_array_record,

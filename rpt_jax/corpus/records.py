@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rpt_jax.config import DataConfig
@@ -41,6 +42,43 @@ class RecordText(NamedTuple):
     place: int = -1
 
 
+class RecordParser(NamedTuple):
+    """What the readers of files make of a record.
+
+    Attributes:
+      fields: fields that are read, such as "doc.text"; other columns of a table are skipped.
+      parse: returns what is made of a record, its values by field name, or an `InvalidRecordError`.
+      max_bytes: limit of the text in a record, which a reader derives the limit of a whole record from.
+    """
+
+    fields: Sequence[str]
+    parse: Callable[[Any], Any]
+    max_bytes: int
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Return those of the columns `names` of a table that are read; all of them, if none is."""
+        needed = {field if field in names else field.partition(".")[0] for field in self.fields}
+        return [name for name in names if name in needed] or list(names)
+
+    def parse_json(self, raw: bytes) -> Any:
+        """Return what is made of a record that is a JSON object, or an `InvalidRecordError`."""
+        try:
+            record = parse_json(decode(raw))
+        except InvalidRecordError as error:
+            return error
+        except (ValueError, RecursionError) as error:
+            return InvalidRecordError("not JSON", f"is not JSON: {error}. A .jsonl file has one JSON object per line.")
+        return self.parse(record)
+
+
+def document_parser(config: DataConfig) -> RecordParser:
+    """Return the parser of documents; `config` is section `data` of their part of the mixture."""
+    fields = text_fields(config)
+    if config.group_by not in (AUTO, BY_FILE):
+        fields.append(config.group_by)
+    return RecordParser(fields, functools.partial(record_text, config=config), config.max_document_bytes)
+
+
 def check_fields(config: DataConfig) -> None:
     """Check the fields that say what a document is. Raises: UserError."""
     if config.document_template and not _PLACEHOLDER.search(config.document_template):
@@ -53,27 +91,17 @@ def check_fields(config: DataConfig) -> None:
 
 def text_fields(config: DataConfig) -> list[str]:
     """Return the fields whose values are the text of a document."""
-    return list(dict.fromkeys(_PLACEHOLDER.findall(config.document_template))) or [config.text_field]
+    return placeholders(config.document_template) or [config.text_field]
 
 
-def columns(config: DataConfig, names: Sequence[str]) -> list[str]:
-    """Return those of the columns `names` of a table that `record_text` reads; all of them, if it reads none."""
-    fields = text_fields(config)
-    if config.group_by not in (AUTO, BY_FILE):
-        fields.append(config.group_by)
-    needed = {field if field in names else field.partition(".")[0] for field in fields}
-    return [name for name in names if name in needed] or list(names)
+def placeholders(template: str) -> list[str]:
+    """Return the fields in braces of a template, each once."""
+    return list(dict.fromkeys(_PLACEHOLDER.findall(template)))
 
 
-def parse_record(raw: bytes, config: DataConfig) -> RecordText | InvalidRecordError:
-    """Return the text of a record that is a JSON object, or why it has none."""
-    try:
-        record = parse_json(decode(raw))
-    except InvalidRecordError as error:
-        return error
-    except (ValueError, RecursionError) as error:
-        return InvalidRecordError("not JSON", f"is not JSON: {error}. A .jsonl file has one JSON object per line.")
-    return record_text(record, config)
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Replace the placeholders of a template. All are replaced in one pass, because a value may itself contain braces."""
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def record_text(record: Any, config: DataConfig) -> RecordText | InvalidRecordError:
@@ -93,10 +121,10 @@ def record_text(record: Any, config: DataConfig) -> RecordText | InvalidRecordEr
             expected = f"the field '{config.text_field}'"
         detail = f"is a JSON {type(record).__name__}: expected an object with {expected}."
         return InvalidRecordError("not a JSON object", detail)
-    name = "document_template" if config.document_template else "text_field"
+    option = "data.document_template" if config.document_template else "data.text_field"
     try:
         values = {
-            field: _text_of_value(_find_field(record, field, name), field)
+            field: text_of_value(find_field(record, field, option), field)
             for field in dict.fromkeys(text_fields(config))
         }
         group = _group(record, config)
@@ -104,8 +132,7 @@ def record_text(record: Any, config: DataConfig) -> RecordText | InvalidRecordEr
         return error
     if not config.document_template:
         return RecordText(values[config.text_field], group)
-    # A placeholder's value may itself contain braces, so all are replaced in one pass.
-    return RecordText(_PLACEHOLDER.sub(lambda match: values[match[1]], config.document_template), group)
+    return RecordText(fill(config.document_template, values), group)
 
 
 def decode(data: bytes) -> str:
@@ -122,10 +149,10 @@ def not_utf8(byte: int, offset: int | None = None) -> InvalidRecordError:
     return InvalidRecordError("not UTF-8", f"is not UTF-8: byte 0x{byte:02x}{where}. Convert the file to UTF-8.")
 
 
-def _find_field(record: Mapping[str, Any], field: str, option: str) -> Any:
+def find_field(record: Mapping[str, Any], field: str, option: str) -> Any:
     """Return a field, such as "text", "doc.text" or "messages.0.content". Raises: InvalidRecordError, if there is none.
 
-    A field whose name has dots itself comes first. `option` names the config field, for the error.
+    A field whose name has dots itself comes first. `option` is the config field that names it, for the error.
     """
     if field in record:
         return record[field]
@@ -136,7 +163,7 @@ def _find_field(record: Mapping[str, Any], field: str, option: str) -> Any:
         elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
             value = value[int(name)]
         else:
-            expected = f"'{field}' of data.{option}" if option == "document_template" else f"data.{option}='{field}'"
+            expected = f"'{field}' of {option}" if option.endswith("_template") else f"{option}='{field}'"
             fields = list(value) if isinstance(value, Mapping) else []
             where = "" if value is record else f", because there is no '{name}' in it"
             detail = (
@@ -146,14 +173,14 @@ def _find_field(record: Mapping[str, Any], field: str, option: str) -> Any:
     return value
 
 
-def _text_of_value(value: Any, field: str) -> str:
+def text_of_value(value: Any, field: str) -> str:
     """Return a string, or the texts of a list. Raises: InvalidRecordError, for other values and bytes that are not UTF-8."""
     if isinstance(value, str):
         return value
     if isinstance(value, bytes):
         return decode(value)
     if isinstance(value, list):
-        return _MESSAGE_SEPARATOR.join(_text_of_value(_message_text(item), field) for item in value)
+        return _MESSAGE_SEPARATOR.join(text_of_value(_message_text(item), field) for item in value)
     detail = f"has a {type(value).__name__} in its field '{field}', expected a string or a list of messages."
     raise InvalidRecordError("not a string", detail)
 
@@ -169,7 +196,7 @@ def _group(record: Mapping[str, Any], config: DataConfig) -> str:
     """Return the value of the field `data.group_by` as a string; "" if it is null or no field is named."""
     if config.group_by in (AUTO, BY_FILE):
         return ""
-    value = _find_field(record, config.group_by, "group_by")
+    value = find_field(record, config.group_by, "data.group_by")
     if value is None:
         return ""
     if isinstance(value, bytes):

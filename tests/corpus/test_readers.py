@@ -16,7 +16,7 @@ from rpt_jax.corpus import files, text_splitting
 from rpt_jax.corpus.documents import Document, Rejected
 from rpt_jax.corpus.files import find_file_ranges, parse_mixture
 from rpt_jax.corpus.readers import read_file_range, read_records
-from rpt_jax.corpus.records import RecordText
+from rpt_jax.corpus.records import RecordText, document_parser
 from rpt_jax.errors import UserError
 from tests.helpers.corpora import json_lines, write_every_format, write_jsonl, zstd
 from tests.helpers.whole_corpus import load_corpus
@@ -270,7 +270,11 @@ def test_file_ranges_lose_nothing_and_split_no_character(
     txt = DataConfig(source="path", path=str(folder / "a.txt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "RANGE_BYTES", size)
-        records = [record for file_range in find_file_ranges(txt) for _, record in read_records(file_range, txt)]
+        records = [
+            record
+            for file_range in find_file_ranges(txt)
+            for _, record in read_records(file_range, document_parser(txt))
+        ]
         named = [item for item in read(folder / "a.txt") if isinstance(item, Document)]
         documents = read_documents(folder / "b.jsonl")
         assert len(find_file_ranges(DataConfig(source="path", path=str(folder / "b.jsonl")))) >= len(lines) * 13 // size
