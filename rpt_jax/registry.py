@@ -204,7 +204,12 @@ CORPUS_SOURCES = Registry(
 )
 QUESTION_SOURCES = Registry(
     "questions.source",
-    ("rpt_jax.questions.files", "rpt_jax.questions.published", "rpt_jax.questions.reasoning_gym_tasks"),
+    (
+        "rpt_jax.questions.files",
+        "rpt_jax.questions.published",
+        "rpt_jax.questions.multiple_choice_sources",
+        "rpt_jax.questions.reasoning_gym_tasks",
+    ),
     SourceRequirements,
 )
 VERIFIERS = Registry("questions.verifier", "rpt_jax.rewards.verifiers", VerifierRequirements)

@@ -74,9 +74,7 @@ class PolicyLM(TemplateLM):
         config = PolicyConfig(path=policy, preset="", dtype=dtype, precision="float32", head_precision="float32")
         with use_mesh(self._mesh):
             self._policy, self._params, self._tokenizer = load_starting_policy(config, self._mesh)
-            reshard = make_reshard_fn(
-                self._policy, self._mesh, functools.partial(in_compute_dtype, self._policy)
-            )
+            reshard = make_reshard_fn(self._policy, self._mesh, functools.partial(in_compute_dtype, self._policy))
             self._weights = reshard(self._params) if reshard else self._params
         self._scorer = LikelihoodScorer(
             self._policy,
@@ -194,7 +192,9 @@ class PolicyLM(TemplateLM):
         with use_mesh(self._mesh), Progress("lm_eval, batches of continuations", len(batches)) as progress:
             for members in batches:
                 contexts = [requests[index].args[0] for index in members]
-                for index, text in zip(members, self._continue(contexts, requests[members[0]].args[1], members), strict=True):
+                for index, text in zip(
+                    members, self._continue(contexts, requests[members[0]].args[1], members), strict=True
+                ):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 progress.advance()

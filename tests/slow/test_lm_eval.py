@@ -86,7 +86,11 @@ def evaluate(model: str, model_args: dict[str, Any], tasks: Path, names: list[st
     )
     assert output
     results = {
-        name: {key: value for key, value in values.items() if key.partition(",")[0] in ("acc", "acc_norm", "byte_perplexity")}
+        name: {
+            key: value
+            for key, value in values.items()
+            if key.partition(",")[0] in ("acc", "acc_norm", "byte_perplexity")
+        }
         for name, values in output["results"].items()
     }
     samples = [sample["filtered_resps"] for name in names for sample in output["samples"][name]]
