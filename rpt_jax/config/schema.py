@@ -119,7 +119,7 @@ class QuestionsConfig:
     # File, folder or glob of source "path" (.jsonl, .json, .csv, .tsv, also compressed, .parquet, .arrow, .array_record); several
     # are separated by commas.
     path: str = ""
-    # Files of the test questions, given as `path` is; "" to hold out test questions of `path`.
+    # Files of the test questions, given as `path` is; "" to hold out test questions of `path`. Alone, it is enough to evaluate.
     test_path: str = ""
     # Record field that holds the question, such as "problem" or "messages.0.content".
     question_field: str = "question"

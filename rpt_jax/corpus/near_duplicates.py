@@ -53,17 +53,18 @@ class NearDuplicate(NamedTuple):
     share: float
 
 
-def make_sketches(ids_T: np.ndarray, sizes_D: np.ndarray) -> Sketches:
+def make_sketches(ids_T: np.ndarray, sizes_D: np.ndarray, sampled_bits: int = _SAMPLED_BITS) -> Sketches:
     """Return the sketches of documents.
 
     Args:
       ids_T: token ids of all documents, concatenated.
       sizes_D: number of tokens of each document, at least 1.
+      sampled_bits: top bits that are zero in the hashes that are sampled; 0 to keep all hashes.
     """
     hashes_R, document_R = _hash_runs(ids_T, sizes_D)
-    is_sampled_R = hashes_R >> np.uint64(64 - _SAMPLED_BITS) == 0
+    is_sampled_R = hashes_R < 2 ** (64 - sampled_bits)
     # The bits below those are the value. Sort by document, and keep each value once.
-    values = hashes_R[is_sampled_R] >> np.uint64(32 - _SAMPLED_BITS) & np.uint64(0xFFFFFFFF)
+    values = hashes_R[is_sampled_R] >> np.uint64(32 - sampled_bits) & np.uint64(0xFFFFFFFF)
     pairs = np.unique(document_R[is_sampled_R].astype(np.uint64) << np.uint64(32) | values)
     counts_D = np.bincount((pairs >> np.uint64(32)).astype(np.int64), minlength=len(sizes_D))
     return Sketches(pairs.astype(np.uint32), counts_D)

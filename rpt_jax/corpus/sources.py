@@ -62,6 +62,7 @@ class RejectLog:
     Args:
       strict: raise `UserError` for the first rejected record instead.
       path: the file; None = none is written.
+      field: the config field that made it strict, for the error.
 
     Attributes:
       counts: rejected records by reason.
@@ -69,12 +70,13 @@ class RejectLog:
       first_details: full description of the first rejected record of each part of the mixture.
     """
 
-    def __init__(self, strict: bool, path: Path | None = None):
+    def __init__(self, strict: bool, path: Path | None = None, field: str = "data.strict"):
         self.counts: collections.Counter = collections.Counter()
         self.files: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.first_details: dict[int, str] = {}
         self._strict = strict
         self._path = path
+        self._field = field
         self._file: IO[str] | None = None
         self._exit_stack = contextlib.ExitStack()
 
@@ -85,8 +87,8 @@ class RejectLog:
                 yield item
             elif self._strict:
                 raise UserError(
-                    f"{item.detail} (data.strict=True; set it to False to skip and count such records.)",
-                    field="data.strict",
+                    f"{item.detail} ({self._field}=True; set it to False to skip and count such records.)",
+                    field=self._field,
                 )
             else:
                 self._add(item)
@@ -111,11 +113,11 @@ class RejectLog:
         self._exit_stack.close()
 
 
-def log_rejected(counts: dict[str, int], files: str) -> None:
+def log_rejected(counts: dict[str, int], files: str, of: str = "the corpus") -> None:
     """Log how many records were skipped, by reason, if any; `files` names where they are listed."""
     if counts:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda c: -c[1]))
-        logger.info("Skipped records of the corpus: %s.%s", reasons, f" Listed in {files}." if files else "")
+        logger.info("Skipped records of %s: %s.%s", of, reasons, f" Listed in {files}." if files else "")
 
 
 def training_texts(

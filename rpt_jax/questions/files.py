@@ -118,8 +118,8 @@ def question_values(record: Any, config: QuestionsConfig) -> dict[str, Any]:
 
 
 def _patterns(config: QuestionsConfig) -> dict[str, list[str]]:
-    """Return the paths that each field names. Raises: UserError, if `questions.path` is empty."""
-    if not config.path.strip():
+    """Return the paths that each field names. Raises: UserError, if both fields are empty."""
+    if not (config.path.strip() or config.test_path.strip()):
         raise UserError(
             "questions.path is empty: questions.source='path' needs a file of records, a folder of them, or a glob.",
             field="questions.path",
