@@ -10,6 +10,7 @@ from rpt_jax.config.schema import (
     BOX_READINGS,
     DIVERGENCE_ACTIONS,
     DTYPES,
+    EVALUATION_SPLITS,
     HEAD_PRECISIONS,
     LONG_CONTEXTS,
     PRECISIONS,
@@ -17,6 +18,7 @@ from rpt_jax.config.schema import (
     SCHEDULES,
     TASKS,
     TEMPLATE_SEPARATOR,
+    UNPARSED,
     Experiment,
     ObjectiveConfig,
     PolicyConfig,
@@ -46,6 +48,8 @@ _NAMES = {
     "prompt.box_reading": BOX_READINGS,
     "optimizer.schedule": SCHEDULES,
     "divergence.action": DIVERGENCE_ACTIONS,
+    "evaluation.split": EVALUATION_SPLITS,
+    "multiple_choice.unparsed": UNPARSED,
 }
 # Each weight of the objective, and the fields that have no effect while it is 0. A weight other than 0 needs the first of them.
 _WEIGHTED_TERMS = {
@@ -124,6 +128,9 @@ _BOUNDS = {
     "evaluation.every_steps": (1, _UNBOUNDED),
     "evaluation.positions": (1, _UNBOUNDED),
     "evaluation.unseen_positions": (1, _UNBOUNDED),
+    "multiple_choice.samples": (1, _UNBOUNDED),
+    "multiple_choice.temperature": (1e-3, 100.0),
+    "multiple_choice.max_new_tokens": (1, _UNBOUNDED),
     "checkpoint.every_steps": (1, _UNBOUNDED),
     "checkpoint.keep": (1, _UNBOUNDED),
     "checkpoint.grace_seconds": (0.0, _UNBOUNDED),

@@ -48,6 +48,7 @@ _MAY_CHANGE = (
     "divergence",
     "evaluation",
     "mesh",
+    "multiple_choice",
     "profile",
     "training.total_steps",
     "training.log_rollouts_every",

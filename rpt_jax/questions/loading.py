@@ -191,11 +191,17 @@ def _has_surrogate(text: str) -> bool:
 def _problem_of_choices(question: Question) -> tuple[str, str]:
     letters = string.ascii_uppercase[: len(question.choices)]
     if not 2 <= len(question.choices) <= len(string.ascii_uppercase):
-        return "number of options", f"has {len(question.choices)} options, and 2 to {len(string.ascii_uppercase)} are needed."
+        return (
+            "number of options",
+            f"has {len(question.choices)} options, and 2 to {len(string.ascii_uppercase)} are needed.",
+        )
     if not all(choice.strip() for choice in question.choices):
         return "empty option", "has an option without text."
     if not set(question.answers) <= set(letters):
-        return "answer not an option", f"has the answer {', '.join(question.answers)}, and its options are A to {letters[-1]}."
+        return (
+            "answer not an option",
+            f"has the answer {', '.join(question.answers)}, and its options are A to {letters[-1]}.",
+        )
     return "", ""
 
 
@@ -265,6 +271,4 @@ def _near_duplicates(train: Sequence[Question], test: Sequence[Question]) -> lis
         for name, ids in ids_of.items()
     }
     pairs = find_candidates(sketches[TEST], [sketches[TRAIN]])
-    return [
-        (test[i], train[j]) for i, j in pairs if contained_share(ids_of[TEST][i], ids_of[TRAIN][j]) >= MIN_SHARE
-    ]
+    return [(test[i], train[j]) for i, j in pairs if contained_share(ids_of[TEST][i], ids_of[TRAIN][j]) >= MIN_SHARE]

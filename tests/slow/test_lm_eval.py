@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 
 from rpt_jax.conversion import convert
-from tests.helpers.generation import write_stopping_policy
+from rpt_jax.model.transformer import Transformer
+from rpt_jax.weights.hf import save_policy
+from tests.helpers.hf_models import SHAPE, tokenizer_spec
 from tests.helpers.paths import TINY
+from tests.helpers.policy_reference import random_params
+from tests.helpers.tokenizers import write_hf
 
 pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason='an optional extra: pip install "rpt-jax[lm-eval]"')
@@ -99,10 +104,14 @@ def evaluate(model: str, model_args: dict[str, Any], tasks: Path, names: list[st
 
 def export(kind: str, directory: Path) -> Path:
     """Write a policy of a kind in Hugging Face format; return its directory."""
+    policy = directory / kind
     if kind == "tiny":
-        convert(TINY, directory / "tiny")
-        return directory / "tiny"
-    return write_stopping_policy(directory / kind, **({"qk_norm": True} if kind == "qwen3" else {}))
+        convert(TINY, policy)
+        return policy
+    config = dataclasses.replace(SHAPE, vocab=260, qk_norm=kind == "qwen3")
+    write_hf(policy, tokenizer_spec(), tokenizer_config={"eos_token": "<|im_end|>"})
+    save_policy(policy, config, random_params(Transformer(config), 0), {}, "")
+    return policy
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "tiny"])
