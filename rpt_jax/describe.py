@@ -275,11 +275,11 @@ def derive(experiment: Experiment, devices: int, memory: float = math.inf) -> De
         mesh=mesh,
         memory=memory,
         plan=plan,
-        score=None if task == "pretrain" else _score_sizes(experiment, config, mesh),
-        rpt=_rpt_sizes(experiment, config, mesh) if task == "rpt" else None,
+        score=None if task not in ("rpt", "score") else _score_sizes(experiment, config, mesh),
+        rpt=_rpt_sizes(experiment, config, mesh) if experiment.reinforces else None,
         pretrain=_pretrain_sizes(experiment, config, mesh) if task == "pretrain" else None,
         cold_start=_pretrain_sizes(cold_start_experiment(experiment), config, mesh) if has_cold_start else None,
-        run=None if task == "score" else _run_sizes(experiment, config),
+        run=None if task in ("score", "difficulty") else _run_sizes(experiment, config),
     )
 
 
@@ -421,7 +421,7 @@ def _run_sizes(experiment: Experiment, config: ModelConfig) -> RunSizes:
     schedule = make_schedule(experiment.optimizer, steps)
     last = steps - 1
     updates = sorted({0, min(experiment.optimizer.warmup_steps, last), last})
-    has_average = experiment.task == "rpt" and REWARDS[experiment.objective.reward].requirements.average
+    has_average = experiment.reinforces and REWARDS[experiment.objective.reward].requirements.average
     # Parameters, two moments and, for some rewards, the moving average.
     trees = 4 if has_average else 3
     return RunSizes(

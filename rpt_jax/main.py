@@ -170,7 +170,7 @@ def run(
     # Imported here, so that a mistyped flag is reported before JAX is loaded.
     import jax
 
-    from rpt_jax import pretrain, score, train
+    from rpt_jax import difficulty, pretrain, score, train
     from rpt_jax.distributed.mesh import use_mesh
     from rpt_jax.infra.compilation_progress import CompilationProgress
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
@@ -183,7 +183,7 @@ def run(
 
     # Check what costs nothing, then set up the devices and the workdir.
     if replay:
-        check_choice("--replay: task", experiment.task, ["rpt", "pretrain"])
+        check_choice("--replay: task", experiment.task, ["rpt", "rft", "pretrain"])
     context = context or RunContext()
     check_platforms()
     mesh = make_run_mesh(experiment)
@@ -200,12 +200,14 @@ def run(
     ):
         log_start(experiment, workdir)
         experiment = plan_run(experiment, mesh)
-        if experiment.task == "rpt":
+        if experiment.reinforces:
             train.train(experiment, workdir, mesh, context, replay=replay)
         elif experiment.task == "pretrain":
             pretrain.pretrain(experiment, workdir, mesh, context, replay=replay)
-        else:
+        elif experiment.task == "score":
             score.score(experiment, workdir, mesh, context)
+        else:
+            difficulty.measure(experiment, workdir, mesh, context)
 
 
 def run_with_processes(experiment: Experiment, workdir: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
@@ -19,7 +20,7 @@ from rpt_jax.infra.console import RolloutText, table
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.workdir import RESULT
-from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.prompts.builder import PromptBatch
 from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.dynamic_sampling import first_prompts
 from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
@@ -27,19 +28,15 @@ from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 logger = logging.getLogger(__name__)
 
 
-def write_result(
-    workdir: Path, experiment: Experiment, before: dict[str, Any], after: dict[str, Any], seconds: float
-) -> None:
-    """Write `result.json`, the last file of a complete run, and show its tables.
+def write_result(workdir: Path, experiment: Experiment, evaluations: dict[str, Any], seconds: float) -> None:
+    """Write `result.json`, the last file of a complete run.
 
     Args:
       workdir: directory of the run.
       experiment: the config.
-      before: evaluation of the starting policy, from `Evaluator.full`.
-      after: evaluation of the trained policy.
+      evaluations: what it says about the evaluations before and after training.
       seconds: wall-clock seconds, including interrupted runs.
     """
-    evaluations = {"before": before, "after": after}
     result = {
         **format_stamp(),
         "commit": source_commit(),
@@ -52,17 +49,25 @@ def write_result(
         "steps": experiment.training.total_steps,
         "seed": experiment.seed,
         "config": dict(leaves(experiment)),
+        **evaluations,
+    }
+    atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def next_token_result(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Return what `result.json` says about evaluations of `evaluation.next_token.Evaluator.full` before and after training."""
+    evaluations = {"before": before, "after": after}
+    return {
         "details": {name: evaluation.get("details") for name, evaluation in evaluations.items()},
         "unseen": {name: evaluation.get("unseen") for name, evaluation in evaluations.items()},
+        **{
+            name: {mode: evaluation[mode] for mode in ("direct", "reasoning")}
+            for name, evaluation in evaluations.items()
+        },
     }
-    for name, evaluation in evaluations.items():
-        result[name] = {mode: evaluation[mode] for mode in ("direct", "reasoning")}
-    atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
-    for name, evaluation in evaluations.items():
-        show_evaluation(name, evaluation)
 
 
-def show_evaluation(name: str, evaluation: dict[str, Any]) -> None:
+def show_next_token_evaluation(name: str, evaluation: dict[str, Any]) -> None:
     """Show a table of the accuracies of an evaluation with 95 % intervals and numbers of positions, by difficulty.
 
     Args:
@@ -90,24 +95,36 @@ def _format_accuracy(accuracy: dict[str, Any]) -> str:
     return f"{percent['accuracy']:.1f} ({percent['low']:.1f}-{percent['high']:.1f}), {accuracy['positions']}"
 
 
-def rollout_texts(rewarded: RewardedRollouts, tokenizer: Tokenizer, count: int) -> list[RolloutText]:
-    """Return the first sample of each of the first `count` prompts as text."""
+def rollout_texts(
+    rewarded: RewardedRollouts,
+    tokenizer: Tokenizer,
+    statuses: type[enum.IntEnum],
+    truths: Callable[[PromptBatch], list[bytes]],
+    count: int,
+) -> list[RolloutText]:
+    """Return the first sample of each of the first `count` prompts as text.
+
+    Args:
+      rewarded: the rollouts.
+      tokenizer: gives the bytes of tokens.
+      statuses: the values of `status_PxG`.
+      truths: returns what a right prediction is for each prompt.
+      count: number of prompts.
+    """
     rows = to_host(first_prompts(rewarded, count))
     texts = []
-    for i in range(count):
+    for i, truth in enumerate(truths(rows.prompts)):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
-        # The end of thinking is either the special token, which has no bytes, or its spelling. The reward accepts both.
-        pieces = (END_THINK.encode() if t == tokenizer.end_think_id else tokenizer.token_bytes([t]) for t in response)
-        reasoning, ended, prediction = b"".join(pieces).partition(END_THINK.encode())
-        first_token_bytes = int(np.flatnonzero(rows.prompts.boundaries_PxRp1[i])[0])
+        # The end of thinking is either the special token or its spelling. The reward accepts both.
+        reasoning, ended, prediction = tokenizer.response_bytes(response).partition(END_THINK.encode())
         texts.append(
             RolloutText(
                 prompt=tokenizer.token_bytes(rows.prompts.tokens_PxS[i, : rows.prompts.lengths_P[i]]),
                 reasoning=reasoning,
                 prediction=prediction if ended else None,
-                truth=rows.prompts.reference_PxR[i, :first_token_bytes].tobytes(),
+                truth=truth,
                 reward=float(rows.reward_PxG[i, 0]),
-                status=Status(rows.status_PxG[i, 0]).name.lower().replace("_", " "),
+                status=statuses(rows.status_PxG[i, 0]).name.lower().replace("_", " "),
             )
         )
     return texts

@@ -65,10 +65,10 @@ def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
 
 def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None:
     """Check that batches split evenly over the mesh, and sizes that the vocabulary limits. Raises: UserError."""
-    if experiment.task != "pretrain":
+    if experiment.task in ("rpt", "score"):
         check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
         check_top_k(experiment.data.entropy_top_k, model)
-    if experiment.task == "rpt":
+    if experiment.reinforces or experiment.asks_questions:
         check_sampling(experiment, mesh)
     if starts_with_pretraining(experiment):
         check_batches(mesh, {"pretrain.documents_per_step": experiment.pretrain.documents_per_step})
@@ -78,8 +78,8 @@ def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None
 def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
     """Check what depends on the tokenizer: prompts, the reward and a prepared corpus. Raises: UserError."""
     if experiment.task != "score":
-        PromptBuilder(experiment.prompt, tokenizer)
-        if experiment.task == "rpt":
+        PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
+        if experiment.reinforces:
             check_end_of_thinking(experiment.objective, tokenizer)
     if experiment.task != "score" and experiment.data.prepared:
         open_prepared(experiment.data, tokenizer, Path(experiment.data.prepared))
@@ -87,7 +87,7 @@ def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
 
 def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> None:
     """Check that the policy can be written, and that the disk has room for it and the checkpoints. Raises: UserError."""
-    if experiment.task == "score":
+    if experiment.task in ("score", "difficulty"):
         return
     if experiment.task == "pretrain" and experiment.pretrain.export:
         check_writable(Path(experiment.pretrain.export), "pretrain.export")
@@ -103,7 +103,7 @@ def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> No
 def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) -> int:
     """Return the bytes that a run will add to `workdir`, at most: checkpoints and the policy. Compression is not counted on."""
     # Parameters, two moments and, for some rewards, the moving average.
-    has_average = experiment.task == "rpt" and REWARDS[experiment.objective.reward].requirements.average
+    has_average = experiment.reinforces and REWARDS[experiment.objective.reward].requirements.average
     checkpoint = (4 if has_average else 3) * _FLOAT32_BYTES * model.parameters
     # A new checkpoint is complete before the oldest one is deleted.
     saves = -(-experiment.training.total_steps // experiment.checkpoint.every_steps)

@@ -1,7 +1,9 @@
-"""Reinforcement pre-training: the training loop.
+"""The reinforcement-learning loop: reinforcement pre-training on text, and fine-tuning on questions.
 
-Next-token positions of the corpus become prompts. The policy reasons about each and predicts what follows. A prediction is
-rewarded if it matches the true continuation, and GRPO updates the policy on its own rollouts (paper, Equation 4).
+In task "rpt", next-token positions of a corpus become prompts: the policy reasons about each and predicts what follows, and a
+prediction is rewarded if it matches the true continuation. In task "rft", prompts are questions, and a response is rewarded if
+its answer is verified. In both, GRPO updates the policy on its own rollouts (paper, Equation 4). What the tasks differ in is in
+`rpt_jax.tasks`.
 """
 
 from __future__ import annotations
@@ -12,20 +14,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.config.derived import cold_start_experiment
-from rpt_jax.corpus.entropy import Scorer, next_token_rows
 from rpt_jax.distributed.mesh import num_batch_shards
-from rpt_jax.distributed.processes import is_leader, to_host
-from rpt_jax.distributed.sharding import init_optimizer, shard_prompts
-from rpt_jax.errors import UserError
-from rpt_jax.evaluation.next_token import Evaluator, evaluation_metrics
+from rpt_jax.distributed.processes import is_leader
+from rpt_jax.distributed.sharding import init_optimizer
 from rpt_jax.infra.accounting import Clock, Counters, RolloutCost
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress, show_rollouts
@@ -40,7 +37,6 @@ from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import COLD_START, RESULT, finished_steps
-from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
@@ -51,24 +47,18 @@ from rpt_jax.pretrain import (
     pretrain,
     start_from_cold_start,
 )
-from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
-from rpt_jax.prompts.selection import (
-    PolicyEntropies,
-    rescoring_is_due,
-    score_sample,
-    training_orders,
-    training_stage,
-    training_stream,
-)
+from rpt_jax.prompts.builder import PromptBatch
+from rpt_jax.prompts.selection import training_stage
 from rpt_jax.registry import POSITION_CHOICES, REWARDS
-from rpt_jax.results import rollout_texts, show_evaluation, write_result
+from rpt_jax.results import rollout_texts, write_result
 from rpt_jax.rewards.flops import reward_flops
-from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.cost import SamplingCost
 from rpt_jax.rollout.dynamic_sampling import prefer_variance
-from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics
-from rpt_jax.rollout.sampler import Sampler
-from rpt_jax.setup import Setup, set_up
+from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics, status_metrics
+from rpt_jax.tasks.questions import QuestionTask
+from rpt_jax.tasks.task import Task
+from rpt_jax.tasks.text import TextTask
 from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.weights.hf import save_policy
 
@@ -76,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext, *, replay: bool = False) -> None:
-    """Run reinforcement pre-training in `workdir`; resume from the newest checkpoint there.
+    """Run task "rpt" or "rft" in `workdir`; resume from the newest checkpoint there.
 
     Args:
       experiment: the config.
@@ -114,32 +104,24 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         delete_cold_start_checkpoints(workdir)
         experiment = start_from_cold_start(experiment, workdir)
 
-    # --- 2. Load the policy and the corpus, and build what the loop needs --------------------------
+    # --- 2. Load the policy and the prompts, and build what the loop needs -------------------------
     objective = experiment.objective
     last_step = recorded_step(workdir) if replay else training.total_steps
-    setup = set_up(experiment, mesh, workdir, context)
-    builder = PromptBuilder(experiment.prompt, setup.tokenizer)
-    sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
-    reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
-    stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
-    evaluator = Evaluator(experiment, setup, sample, reward, builder)
+    task = make_task(experiment, mesh, workdir, context)
+    policy = task.policy
     updates = training.total_steps * training.minibatches_per_step
     optimizer = make_optimizer(experiment.optimizer, updates)
     learning_rates = LearningRates(experiment.optimizer, updates)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
-    params = jax.tree.map(jnp.copy, setup.params)
+    params = jax.tree.map(jnp.copy, task.params)
     needs_average = REWARDS[objective.reward].requirements.average
-    average = jax.tree.map(jnp.copy, setup.params) if needs_average else None
+    average = jax.tree.map(jnp.copy, task.params) if needs_average else None
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh), average=average)
     limits = update_limits(experiment, rows=num_batch_shards(mesh))
-    reference = setup.params if objective.kl != "none" else None
+    reference = task.params if objective.kl != "none" else None
     counters = Counters()
     divergence = DivergenceMonitor(experiment.divergence)
-    signal = LearningSignal(experiment)
-
-    def choose_positions(entropies: PolicyEntropies) -> list[grain.MapDataset]:
-        """Return the orders of the positions that the policy's own entropies choose."""
-        return training_orders(experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
+    signal = LearningSignal(experiment, task.advice)
 
     # --- 3. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
@@ -149,43 +131,37 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
     last_rewarded: RewardedRollouts | None = None  # Rollouts of the last step, until they are shown.
-    policy_entropies: PolicyEntropies | None = None  # Of the last rescoring, for data.positions="self_entropy".
     if restored := checkpoints.restore():
         step, state, saved = restored
-        check_saved(saved, setup)
-        if saved["policy_entropies"]:
-            policy_entropies = PolicyEntropies.from_state(saved["policy_entropies"])
-            stream.switch_orders(choose_positions(policy_entropies))
-        stream.set_state(saved["stream"])
+        task.restore(saved)
         counters.restore(saved["counters"])
         divergence.restore(saved["divergence"])
         clock.earlier = saved["seconds"]
         scalars = saved["scalars"]
-        before = saved["before"] if saved["evaluated"] == evaluator.counts else None
+        before = saved["before"] if saved["evaluated"] == task.evaluated else None
         logger.info("Resuming from step %d of %s.", step, workdir)
     end_stage("setup")
 
     def stage_checkpoint() -> None:
         """Stage the current step: after its update, and before its evaluation and its line of metrics."""
         run = {
-            "stream": stream.get_state(),
+            "stream": task.stream.get_state(),
             "counters": counters.state(),
             "divergence": divergence.state(),
             "seconds": clock.seconds,
-            "corpus": setup.prepared.fingerprint,
             "scalars": scalars,
             "before": before,
-            "evaluated": evaluator.counts,
-            "policy_entropies": policy_entropies.state() if policy_entropies else None,
+            "evaluated": task.evaluated,
+            **task.state(),
         }
         checkpoints.stage(step, state, run)
 
     def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SamplingCost, RolloutCost]:
         """Return rollouts of `weights` with their rewards, what sampling took, and the total cost, which is counted."""
-        rollouts, sampling = sample(weights, prompts, step)
+        rollouts, sampling = task.sample(weights, prompts, step)
         end_stage("rollout")
-        rewarded = reward(state, prompts, rollouts, step)
-        cost = rollout_cost(setup.policy.config, objective, rewarded, sampling)
+        rewarded = task.reward(state, prompts, rollouts, step)
+        cost = rollout_cost(policy.config, objective, rewarded, sampling)
         counters.count_rollouts(cost)
         return rewarded, sampling, cost
 
@@ -193,24 +169,26 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     with (
         MetricsWriter(workdir, step - 1) as metrics,
         Progress(
-            "rpt", training.total_steps, step, interludes_left=functools.partial(interludes_left, experiment)
+            experiment.task, training.total_steps, step, interludes_left=functools.partial(interludes_left, experiment)
         ) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
-        contextlib.closing(stream),
+        contextlib.closing(task),
     ):
         while True:
             # --- 4. Evaluate the current policy, and write the metrics of the step before ----------
             if before is None:
                 with progress.interlude("full evaluation"):
-                    before = evaluator.full(setup.params)
-                show_evaluation("before", before)
+                    before = task.evaluate(task.params, full=True)
+                task.show_evaluation("before", before)
                 stage_checkpoint()
-            evaluation, after = evaluate(experiment, evaluator, step, state.params, before, progress)
+            evaluation, after = evaluate(experiment, task, step, state.params, before, progress)
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if last_rewarded and step % training.log_rollouts_every == 0:
-                show_rollouts(f"step {step}", rollout_texts(last_rewarded, setup.tokenizer, count=2))
+                show_rollouts(
+                    f"step {step}", rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, 2)
+                )
             last_rewarded = None
             if step == training.total_steps:
                 break
@@ -223,22 +201,17 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             flops_before = counters.flops
             profile.begin_step(step)
 
-            # --- 5. Choose positions again with the current policy, if it is time ------------------
-            if rescoring_is_due(experiment, step):
-                scorer = Scorer(setup.policy, state.params, setup.tokenizer, mesh, experiment)
+            # --- 5. Choose prompts again with the current policy, if it is time --------------------
+            if task.rescoring_is_due(step):
                 with progress.interlude("rescoring"):
-                    policy_entropies = score_sample(
-                        experiment, setup.prepared, setup.train, scorer.score_with_progress, step
-                    )
-                stream.switch_orders(choose_positions(policy_entropies))
-                counters.count_scored(scoring_flops(setup.policy.config, policy_entropies))
+                    counters.count_scored(task.rescore(step, state.params))
                 end_stage("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
-            stream.enter_stage(training_stage(step, training.total_steps, stream.stages))
-            prompts = next(stream)
+            task.stream.enter_stage(training_stage(step, training.total_steps, task.stream.stages))
+            prompts = next(task.stream)
             end_stage("data")
-            weights = sample.weights(state.params)
+            weights = task.sample.weights(state.params)
             end_stage("reshard")
             rewarded, sampling, generated = sample_and_reward(weights, prompts)
             drawn = [drawn_metrics(rewarded.reward_PxG)]
@@ -248,7 +221,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             rounds = 1
             while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
                 end_stage("reward")
-                fresh, fresh_sampling, fresh_generated = sample_and_reward(weights, next(stream))
+                fresh, fresh_sampling, fresh_generated = sample_and_reward(weights, next(task.stream))
                 drawn.append(drawn_metrics(fresh.reward_PxG))
                 rewarded = prefer_variance(rewarded, fresh)
                 sampling = sampling.plus(fresh_sampling)
@@ -256,18 +229,19 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 rounds += 1
             del weights  # The update needs the memory.
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, sampling)) | {"groups/rounds": rounds}
-            rollout_scalars |= mean_over_rounds(jax.device_get(drawn))
+            rollout_scalars |= jax.device_get(status_metrics(rewarded.status_PxG, task.statuses))
+            rollout_scalars |= mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics()
             end_stage("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
-            documents = load_documents(experiment, setup, rewarded) if objective.document_weight else None
+            documents = task.documents(rewarded)
             batch = make_update_batch(objective, rewarded, only_informative=dynamic, documents=documents)
             learning_rate = learning_rates.next(state.optimizer)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer(), explain_out_of_memory("the update", update_memory_fields(experiment)):
                 try:
                     as_floats(step, rollout_scalars)
-                    state, losses = update_policy(setup.policy, optimizer, objective, limits, state, batch, reference)
+                    state, losses = update_policy(policy, optimizer, objective, limits, state, batch, reference)
                     scalars = as_floats(step, rollout_scalars | jax.device_get(losses))
                 except FloatingPointError as error:
                     # The update returned the state unchanged. Save it with a record of the step. In a replay, JAX's own check may
@@ -304,19 +278,27 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
     checkpoints.wait()  # A finished run has its last step, so that it can be continued.
-    files = exported_files(setup.tokenizer)
-    save_policy(workdir / "policy", setup.policy.config, state.params, files, setup.tokenizer.fingerprint)
+    files = exported_files(task.tokenizer)
+    save_policy(workdir / "policy", policy.config, state.params, files, task.tokenizer.fingerprint)
     if is_leader():
         assert after is not None
-        write_result(workdir, config, before, after, clock.seconds)
+        write_result(workdir, config, task.result(before, after), clock.seconds)
+        for name, evaluation in (("before", before), ("after", after)):
+            task.show_evaluation(name, evaluation)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
         logger.info("Complete in %.0f s: %s", clock.seconds, workdir / RESULT)
     checkpoints.close()
 
 
+def make_task(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext) -> Task:
+    """Return the task of an experiment, with its policy and data loaded. Raises: UserError."""
+    make = {"rpt": TextTask, "rft": QuestionTask}[experiment.task]
+    return make(experiment, mesh, workdir, context)
+
+
 def evaluate(
     experiment: Experiment,
-    evaluator: Evaluator,
+    task: Task,
     step: int,
     params: Params,
     before: dict[str, Any],
@@ -326,7 +308,7 @@ def evaluate(
 
     Args:
       experiment: the config.
-      evaluator: evaluates on held-out positions.
+      task: evaluates.
       step: number of completed steps.
       params: the current policy.
       before: evaluation of the starting policy, which is that of step 0.
@@ -336,14 +318,14 @@ def evaluate(
       Scalars for `metrics.jsonl` (empty if the step is not evaluated), and the full evaluation if this is the last step.
     """
     if step == 0:
-        return evaluation_metrics(before["reasoning"], before["direct"]), None
+        return task.evaluation_metrics(before), None
     if step == experiment.training.total_steps:
         with progress.interlude("full evaluation"):
-            after = evaluator.full(params)
-        return evaluation_metrics(after["reasoning"], after["direct"]), after
+            after = task.evaluate(params, full=True)
+        return task.evaluation_metrics(after), after
     if step % experiment.evaluation.every_steps == 0:
         with progress.interlude("evaluation"):
-            return evaluation_metrics(evaluator.reasoning(params, evaluator.held_out)[0]), None
+            return task.evaluation_metrics(task.evaluate(params, full=False)), None
     return {}, None
 
 
@@ -424,32 +406,6 @@ def rollout_cost(
     rewarding = reward_flops(config, objective, rewarded.prompts.lengths_P, rewarded.rollouts.lengths_PxG)
     flops = sum(map(float, jax.device_get((sampling.flops, rewarding))))
     return RolloutCost(prompt_tokens=prompt_tokens, response_tokens=response_tokens, flops=flops)
-
-
-def scoring_flops(config: ModelConfig, entropies: PolicyEntropies) -> float:
-    """Return the FLOPs of scoring windows with the current policy."""
-    pairs = sum(causal_pairs(len(record[0])) for record in entropies.records.values())
-    return forward_flops(config, tokens=entropies.tokens, pairs=pairs, head_tokens=entropies.tokens)
-
-
-def load_documents(experiment: Experiment, setup: Setup, rewarded: RewardedRollouts) -> NextTokenBatch:
-    """Return the window that each prompt is from, as a batch for next-token prediction."""
-    rows = [setup.train[i] for i in to_host(rewarded.prompts.window_P)]
-    size = experiment.data.max_document_tokens
-    inputs, targets, lengths = next_token_rows(rows, len(rows), setup.tokenizer.bos_id, size)
-    mask = np.arange(size) < lengths[:, None]
-    inputs, targets, mask = shard_prompts((inputs, targets, mask), setup.mesh)
-    return NextTokenBatch(inputs_NxS=inputs, targets_NxS=targets, mask_NxS=mask)
-
-
-def check_saved(saved: dict[str, Any], setup: Setup) -> None:
-    """Check that a checkpoint was made on the corpus of this run. Raises: UserError."""
-    if saved["corpus"] != setup.prepared.fingerprint:
-        raise UserError(
-            f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… there, "
-            f"{setup.prepared.fingerprint[:12]}… now): restore that corpus, or choose another --workdir.",
-            field="data.prepared",
-        )
 
 
 def status(scalars: dict[str, Any], dynamic: bool) -> str:

@@ -16,3 +16,18 @@ def cold_start_experiment(experiment: Experiment) -> Experiment:
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=experiment.cold_start.learning_rate),
         pretrain=dataclasses.replace(experiment.pretrain, export=""),
     )
+
+
+def evaluation_experiment(experiment: Experiment) -> Experiment:
+    """Return an experiment whose section `rollout` says how responses are sampled in evaluations."""
+    rollout = experiment.rollout
+    evaluation = experiment.evaluation
+    return dataclasses.replace(
+        experiment,
+        rollout=dataclasses.replace(
+            rollout,
+            samples_per_prompt=evaluation.samples or rollout.samples_per_prompt,
+            temperature=evaluation.temperature or rollout.temperature,
+            max_new_tokens=evaluation.max_new_tokens or rollout.max_new_tokens,
+        ),
+    )

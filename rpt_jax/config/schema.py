@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-TASKS = ("rpt", "pretrain", "score")
+TASKS = ("rpt", "rft", "pretrain", "score", "difficulty")
 LONG_CONTEXTS = ("cut", "cut_at_line")
 BOX_READINGS = ("balanced", "to_end")
 SCHEDULES = ("constant", "cosine")
@@ -342,7 +342,7 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Next-token accuracy on held-out documents; `rollout.samples_per_prompt` predictions are sampled at each position."""
+    """Accuracy on held-out documents or test questions, before, during and after training."""
 
     # Steps between evaluations (paper, section 4.2: 100).
     every_steps: int = 100
@@ -353,6 +353,12 @@ class EvaluationConfig:
     # Documents that the suite "next_token" of `rpt_jax.evaluate` takes its positions from: "held_out", "unseen", or "train" for a
     # corpus that was not trained on.
     split: str = "held_out"
+    # Responses that are sampled at each held-out position or to each question; 0 for as many as in training.
+    samples: int = 0
+    # Sampling temperature of evaluations (paper, section 4.3, for questions: 0.6); 0 for that of training.
+    temperature: float = 0.0
+    # Maximum number of tokens of a response in evaluations (paper, section 4.3, for questions: 32,000); 0 for that of training.
+    max_new_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,7 +435,8 @@ class MeshConfig:
 class Experiment:
     """A whole experiment: the task, the seed and a section for each part."""
 
-    # What to run: "rpt" (reinforcement pre-training), "pretrain" (next-token pre-training) or "score" (prepare a corpus).
+    # What to run: "rpt" (reinforcement pre-training on text), "rft" (reinforcement fine-tuning on questions), "pretrain"
+    # (next-token pre-training), "score" (prepare a corpus) or "difficulty" (how often a policy solves the training questions).
     task: str = "rpt"
     # Seed of everything random in the run but the corpus.
     seed: int = 0
@@ -449,3 +456,18 @@ class Experiment:
     divergence: DivergenceConfig = DivergenceConfig()
     profile: ProfileConfig = ProfileConfig()
     mesh: MeshConfig = MeshConfig()
+
+    @property
+    def reinforces(self) -> bool:
+        """Whether the task is reinforcement learning: "rpt" or "rft"."""
+        return self.task in ("rpt", "rft")
+
+    @property
+    def asks_questions(self) -> bool:
+        """Whether the prompts of the task are questions."""
+        return self.task in ("rft", "difficulty")
+
+    @property
+    def prompt_slot(self) -> str:
+        """What the prompt template has braces around: "context" or "question"."""
+        return "question" if self.asks_questions else "context"

@@ -24,6 +24,7 @@ from rpt_jax.config.schema import (
     PolicyConfig,
     QuestionsConfig,
 )
+from rpt_jax.config.task_fields import check_task_fields
 from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import (
@@ -128,6 +129,9 @@ _BOUNDS = {
     "evaluation.every_steps": (1, _UNBOUNDED),
     "evaluation.positions": (1, _UNBOUNDED),
     "evaluation.unseen_positions": (1, _UNBOUNDED),
+    "evaluation.samples": (0, _UNBOUNDED),
+    "evaluation.temperature": (0.0, 100.0),
+    "evaluation.max_new_tokens": (0, _UNBOUNDED),
     "multiple_choice.samples": (1, _UNBOUNDED),
     "multiple_choice.temperature": (1e-3, 100.0),
     "multiple_choice.max_new_tokens": (1, _UNBOUNDED),
@@ -186,6 +190,7 @@ def check_experiment(experiment: Experiment) -> None:
     # Fields that depend on each other.
     _check_precision(experiment.policy)
     _check_weighted_terms(experiment.objective)
+    check_task_fields(experiment)
     _check_data_fields(experiment)
     _check_question_fields(experiment.questions)
     _check_sizes(experiment)
@@ -308,7 +313,7 @@ def _check_sizes(experiment: Experiment) -> None:
             field="training.minibatches_per_step",
         )
     longest = experiment.prompt.max_tokens + max_new_tokens
-    if experiment.task == "rpt" and 0 < training.microbatch_tokens < longest:
+    if experiment.reinforces and 0 < training.microbatch_tokens < longest:
         raise UserError(
             f"training.microbatch_tokens={training.microbatch_tokens} must hold the longest prompt and response, "
             f"prompt.max_tokens + rollout.max_new_tokens = {longest}.",

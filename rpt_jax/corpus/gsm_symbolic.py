@@ -83,14 +83,14 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
     ]
 
 
-def load_templates() -> dict[int, Template]:
-    """Return the templates of GSM-Symbolic by number. Raises: UserError, if the package is missing."""
+def load_templates(field: str = "data.source") -> dict[int, Template]:
+    """Return the templates of GSM-Symbolic by number. Raises: UserError, if the package that the config field needs is missing."""
     try:
         from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
     except ImportError as error:
         raise UserError(
-            "data.source='gsm_symbolic' needs the package reasoning-gym: pip install reasoning-gym==0.1.25",
-            field="data.source",
+            f"{field}: the problems need the package reasoning-gym: pip install reasoning-gym==0.1.25",
+            field=field,
         ) from error
     dataset = gsm_symbolic.GSMSymbolicDataset(gsm_symbolic.GSMSymbolicDatasetConfig(seed=0, size=1))
     # The package lists the numbers of the templates that it has checked. Calling the generators directly, instead of the

@@ -50,3 +50,11 @@ def to_host(tree: Any) -> Any:
         return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
 
     return jax.device_get(jax.tree.map(replicate, tree))
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """Return the rows of all processes, in the order of the processes. A collective: every process must call it with as many."""
+    if jax.process_count() == 1:
+        return rows
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.process_allgather(rows, tiled=True))

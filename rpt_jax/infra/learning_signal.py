@@ -14,10 +14,12 @@ class LearningSignal:
 
     Args:
       experiment: the config, whose values the warning quotes.
+      advice: for the name of a status, what to do if most responses have it, where the task says more than this module.
     """
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, advice: Mapping[str, str] | None = None):
         self._experiment = experiment
+        self._task_advice = advice or {}
         self._silent_steps = 0
         self._skipped = 0.0  # Updates that the last step skipped.
 
@@ -76,6 +78,8 @@ class LearningSignal:
         experiment = self._experiment
         cold_start_steps = experiment.cold_start.total_steps
         match status.removeprefix("status/"):
+            case name if name in self._task_advice:
+                advice = self._task_advice[name]
             case "not_finished":
                 advice = f"responses end at rollout.max_new_tokens={experiment.rollout.max_new_tokens}; raise it."
             case "no_box" if cold_start_steps:

@@ -27,8 +27,8 @@ def consequences_of_total_steps(experiment: Experiment, earlier_total: int, comp
     )
     consequences = []
     if experiment.optimizer.schedule != "constant":
-        # Task "rpt" takes an optimizer step for each minibatch, and task "pretrain" one per step.
-        updates = training.minibatches_per_step if experiment.task == "rpt" else 1
+        # Reinforcement learning takes an optimizer step for each minibatch, and task "pretrain" one per step.
+        updates = training.minibatches_per_step if experiment.reinforces else 1
         before, now = (
             float(np.asarray(make_schedule(experiment.optimizer, total * updates)(completed * updates)))
             for total in (earlier_total, training.total_steps)
@@ -37,7 +37,7 @@ def consequences_of_total_steps(experiment: Experiment, earlier_total: int, comp
             f"{changed}: with optimizer.schedule='{experiment.optimizer.schedule}', the learning rate of step {completed + 1} is "
             f"{now:.3g} ({before:.3g} with the earlier total), and the steps before it followed the earlier schedule."
         )
-    if experiment.task != "rpt":
+    if not experiment.reinforces:
         return consequences
     if POSITION_CHOICES[experiment.data.positions].requirements.staged:
         consequences.append(

@@ -105,15 +105,16 @@ def make_step(experiment: Experiment, mesh: Mesh) -> Step:
     else:
         tokenizer = stand_in_tokenizer(config.vocab)
         # The stand-in encodes one byte per token, so a real template would take several times its tokens.
-        prompt = dataclasses.replace(experiment.prompt, template="plain", chat_template=False)
+        template = "question" if experiment.asks_questions else "plain"
+        prompt = dataclasses.replace(experiment.prompt, template=template, chat_template=False)
         experiment = dataclasses.replace(experiment, prompt=prompt)
     policy = make_policy(experiment.policy, config, tokenizer)
     params = abstract_parameters(policy, mesh)
-    score = _score_program(experiment, policy, params, mesh)
+    score = () if experiment.asks_questions else (_score_program(experiment, policy, params, mesh),)
     if experiment.task == "score":
-        return Step(programs=(score,), policy=policy, params=params, mesh=mesh, decoding=None)
+        return Step(programs=score, policy=policy, params=params, mesh=mesh, decoding=None)
     decoding = make_decoding(experiment, tokenizer)
-    programs = (score, *_rpt_programs(experiment, policy, params, tokenizer, mesh, decoding))
+    programs = (*score, *_rl_programs(experiment, policy, params, tokenizer, mesh, decoding))
     return Step(programs=programs, policy=policy, params=params, mesh=mesh, decoding=decoding)
 
 
@@ -149,10 +150,10 @@ def stand_in_tokenizer(vocab: int) -> Tokenizer:
     )
 
 
-def _rpt_programs(
+def _rl_programs(
     experiment: Experiment, policy: Transformer, params: Any, tokenizer: Tokenizer, mesh: Mesh, decoding: Decoding
 ) -> list[Program]:
-    """Return the programs of a step of task "rpt", in the order and with the array lifetimes of `train.train`."""
+    """Return the programs of a step of task "rpt" or "rft", in the order and with the array lifetimes of `train.train`."""
     training = experiment.training
     objective = experiment.objective
 
@@ -164,7 +165,7 @@ def _rpt_programs(
     rollout_params = _resharded_params(policy, params, mesh, reshard) if reshard else params
     sampled = _abstract_rollouts(experiment, mesh)
     vocab: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokenizer.byte_vocab)
-    builder = PromptBuilder(experiment.prompt, tokenizer)
+    builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
 
     def lower_sample() -> jax.stages.Lowered:
         prompts = find_shared_prefixes(_one_token_prompts(sampled.prompts), max_tail_tokens(experiment, builder))
@@ -213,7 +214,9 @@ def _rpt_programs(
     programs.append(
         Program(name=ProgramName.SAMPLE, lower=lower_sample, resident_bytes=run_bytes - (0 if reshard else param_bytes))
     )
-    programs.append(Program(name=ProgramName.REWARD, lower=lower_reward, resident_bytes=run_bytes + resharded_bytes))
+    if not experiment.asks_questions:  # Verifiers run on the host.
+        resident = run_bytes + resharded_bytes
+        programs.append(Program(name=ProgramName.REWARD, lower=lower_reward, resident_bytes=resident))
     if not is_prefix_match(objective):
         resident = run_bytes + resharded_bytes - bytes_per_device((params, average))
         programs.append(Program(name=ProgramName.TRAINING_REWARD, lower=lower_training_reward, resident_bytes=resident))

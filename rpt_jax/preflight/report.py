@@ -54,8 +54,8 @@ def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
     Raises:
       UserError: preflight does not support the task.
     """
-    if experiment.task == "pretrain":
-        raise UserError("task='pretrain' has no preflight: choose 'rpt' or 'score'.", field="task")
+    if experiment.task in ("pretrain", "difficulty"):
+        raise UserError(f"task='{experiment.task}' has no preflight: choose 'rpt', 'rft' or 'score'.", field="task")
     if topology.has_compiler:
         return experiment
     return dataclasses.replace(experiment, policy=dataclasses.replace(experiment.policy, attention="blockwise"))
@@ -93,7 +93,7 @@ def plan_for(experiment: Experiment, topology: Topology, mesh: Mesh) -> Plan:
     sizes = mesh_sizes(mesh)
     memory = int(USABLE * topology.chip.memory)
     plan = plan_memory(experiment, config, sizes, memory)
-    if experiment.task == "rpt":
+    if experiment.reinforces:
         check_slots(plan.experiment, config, sizes, memory)
     return plan
 
@@ -121,8 +121,9 @@ def check_split(experiment: Experiment, mesh: Mesh) -> None:
     Raises:
       UserError: one of them does not.
     """
-    check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
-    if experiment.task == "rpt":
+    if not experiment.asks_questions:
+        check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
+    if experiment.reinforces:
         check_sampling(experiment, mesh)
 
 
@@ -234,7 +235,7 @@ def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[
         print("It does not fit.")
         return
     seconds = step_seconds(reports)
-    print("It fits." + (f" A step takes at least {seconds:.4g} s (estimate)." if experiment.task == "rpt" else ""))
+    print("It fits." + (f" A step takes at least {seconds:.4g} s (estimate)." if experiment.reinforces else ""))
 
 
 def _gib(size: float) -> float:

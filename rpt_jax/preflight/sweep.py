@@ -129,7 +129,7 @@ def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
 
     rollouts = experiment.training.prompts_per_step * experiment.rollout.samples_per_prompt
     trial = Trial(mesh=mesh, step=None, reports=[], note="")
-    for divisor in _SLOT_DIVISORS if experiment.task == "rpt" else _SLOT_DIVISORS[:1]:
+    for divisor in _SLOT_DIVISORS if experiment.reinforces else _SLOT_DIVISORS[:1]:
         rollout = dataclasses.replace(experiment.rollout, decode_slots=rollouts // divisor)
         candidate = dataclasses.replace(experiment, rollout=rollout)
         # Decode slots change the sampling program alone: keep the reports of the others.

@@ -1,4 +1,7 @@
-"""Prompts as arrays: a context in the template's token ids, and the true continuation that a prediction is compared with."""
+"""Prompts as arrays: a context in the template's token ids, and the true continuation that a prediction is compared with.
+
+A question is a context too: one that is never cut, and that no continuation follows.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class PromptBatch(NamedTuple):
       reference_PxR: uint8, the true continuation; zeros after its last whole token.
       boundaries_PxRp1: bool, True at index l if the first l reference bytes are whole tokens; False at 0.
       reference_ids_PxR: int32, the token ids of the reference; zeros after the last.
-      window_P: int32, the index of the window that each prompt is taken from.
+      window_P: int32, the index of the window that each prompt is taken from, or of its question.
       position_P: int32, the position in that window of the token to predict.
       entropy_P: float32, the entropy at that position, in nats.
     """
@@ -47,13 +50,15 @@ class PromptBuilder:
 
     Attributes:
       before, after: token ids of the template before and after the context.
+      max_context_tokens: number of tokens that the template leaves for the context.
     """
 
-    def __init__(self, config: PromptConfig, tokenizer: Tokenizer):
+    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, slot: str = "context"):
         """
         Args:
           config: section `prompt`.
           tokenizer: encodes the template.
+          slot: what the template has braces around, where the context goes: "context" or "question".
 
         Raises: UserError, if the template is missing or malformed, if it leaves no room for a context, or if the tokenizer has no
           <think> token for `prompt.prefill_think_token`.
@@ -69,7 +74,7 @@ class PromptBuilder:
         self._ends_line_V = last_byte_V == ord("\n")
 
         # Encode the template. Outside of a chat template, which is complete, the tokenizer's own prefix comes first.
-        before, after = read_template(config.template)
+        before, after = read_template(config.template, slot)
         if config.chat_template:
             before, after = render_chat(tokenizer, before, after)
         self.before = tokenizer.encode_template(before, True)
@@ -99,10 +104,10 @@ class PromptBuilder:
 
         # The rest of the prompt is left for the context.
         template_tokens = len(self.before) + len(self.after)
-        self._max_context_tokens = self._max_tokens - template_tokens
-        if self._max_context_tokens < 1:
+        self.max_context_tokens = self._max_tokens - template_tokens
+        if self.max_context_tokens < 1:
             raise UserError(
-                f"prompt.max_tokens={self._max_tokens} leaves no room for a context: the template '{config.template}' alone "
+                f"prompt.max_tokens={self._max_tokens} leaves no room for a {slot}: the template '{config.template}' alone "
                 f"takes {template_tokens} tokens.",
                 field="prompt.max_tokens",
             )
@@ -133,9 +138,9 @@ class PromptBuilder:
 
     def _cut_context(self, ids: Sequence[int]) -> Sequence[int]:
         """Return the newest tokens of a context that fit into the prompt, cut as `prompt.long_context` says."""
-        if len(ids) <= self._max_context_tokens:
+        if len(ids) <= self.max_context_tokens:
             return ids
-        kept = ids[len(ids) - self._max_context_tokens :]
+        kept = ids[len(ids) - self.max_context_tokens :]
         if self._cut_at_line:
             line_ends = np.flatnonzero(self._ends_line_V[np.asarray(kept[: len(kept) // 2], np.int64)])
             if len(line_ends):
@@ -181,22 +186,32 @@ def reasoning_marker(tokenizer: Tokenizer, after: Sequence[int], *, in_chat: boo
     return last if last in text and (in_chat or text.endswith(last)) else ""
 
 
-def read_template(name: str) -> tuple[str, str]:
-    """Return the text of a template before and after its `{context}`.
+def read_template(name: str, slot: str = "context") -> tuple[str, str]:
+    """Return the text of a template before and after its `{context}` or `{question}`.
 
     Args:
       name: a registered template, or the path of a text file.
+      slot: the name in braces.
 
-    Raises: UserError, if it is neither, is not UTF-8, or does not contain `{context}` exactly once.
+    Raises: UserError, if it is neither, is not UTF-8, or does not contain the slot exactly once.
     """
     if name in PROMPT_TEMPLATES:
         text = PROMPT_TEMPLATES[name].function()
     else:
         text = _read_template_file(name)
-    before, slot, after = text.partition("{context}")
-    if not slot or "{context}" in after:
-        raise UserError(f"prompt.template='{name}' must contain {{context}} exactly once.", field="prompt.template")
+    before, found, after = text.partition(f"{{{slot}}}")
+    if not found or found in after:
+        fitting = [other for other, choice in _built_in_texts() if f"{{{slot}}}" in choice]
+        raise UserError(
+            f"prompt.template='{name}' must contain {{{slot}}} exactly once, as these do: {', '.join(fitting)}.",
+            field="prompt.template",
+        )
     return before, after
+
+
+def _built_in_texts() -> list[tuple[str, str]]:
+    """Return the names and texts of all registered templates."""
+    return [(choice.name, choice.function()) for choice in PROMPT_TEMPLATES.choices()]
 
 
 def _read_template_file(name: str) -> str:

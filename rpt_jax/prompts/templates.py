@@ -1,4 +1,4 @@
-"""Built-in prompt templates: functions that return a text with one `{context}`."""
+"""Built-in prompt templates: functions that return a text with one `{context}` or, for questions, one `{question}`."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def version_0() -> str:
         "most\nprobable, then put it inside \\boxed{}. The token may begin with a space: keep the space inside the box. "
         "Write the token as\nit is, without \\text{}.\n\n### Context\n{context}\n"
     )
+
+
+@PROMPT_TEMPLATES.register("question")
+def question() -> str:
+    """The question alone."""
+    return "{question}"
+
+
+@PROMPT_TEMPLATES.register("boxed_answer")
+def boxed_answer() -> str:
+    """The question, then the instruction to reason and to box the final answer."""
+    return "{question}\n\nReason step by step, and put your final answer in \\boxed{}."

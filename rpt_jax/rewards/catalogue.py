@@ -64,8 +64,8 @@ class RewardInputs:
       stopped_PxG: bool, False for a response that was cut by the length limit.
       reference_ids_PxR: int32 tokens of the true continuation.
       reference_lengths_P: int32 number of those tokens.
-      matched_PxG: float32 reward of Equation 3.
-      status_PxG: int32 `Status` under Equation 3.
+      matched_PxG: float32 reward of Equation 3 or, for questions, that of the verifier.
+      status_PxG: int32 `Status` under Equation 3, or `rewards.verified.AnswerStatus`.
       vocab: raw bytes of every token.
     """
 

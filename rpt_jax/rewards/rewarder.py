@@ -39,7 +39,7 @@ class RewardedRollouts(NamedTuple):
       prompts: the prompts.
       rollouts: the sampled responses.
       reward_PxG: float32 reward.
-      status_PxG: int32, one of `rewards.prefix_match.Status`, for any reward.
+      status_PxG: int32, one of `rewards.prefix_match.Status`, for any reward; of questions, one of `rewards.verified.AnswerStatus`.
     """
 
     prompts: PromptBatch
@@ -102,7 +102,15 @@ class Rewarder:
           rollouts: the sampled responses.
           step: number of the step, which decides on the token budget.
         """
-        matched = self.prefix_match(prompts, rollouts)
+        return self.complete(state, self.prefix_match(prompts, rollouts), step)
+
+    def complete(self, state: TrainState, matched: RewardedRollouts, step: int) -> RewardedRollouts:
+        """Return rollouts with the configured reward, all terms included.
+
+        Args:
+          state, step: as of `__call__`.
+          matched: the rollouts, with the reward of Equation 3 or, for questions, that of the verifier.
+        """
         if is_prefix_match(self._objective):
             return matched
         budget = jax.device_put(np.int32(self._budget(step)))

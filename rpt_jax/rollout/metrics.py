@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -20,16 +22,12 @@ from rpt_jax.rollout.rollouts import Ended
 def rollout_metrics(batch: RewardedRollouts, cost: SamplingCost) -> dict[str, jax.Array]:
     """Return scalars that describe the rollouts that the update learns from, by their names in metrics.jsonl."""
     rollouts = batch.rollouts
-    status_PxG = batch.status_PxG
     lengths_PxG = rollouts.lengths_PxG
-    has_no_box_PxG = jnp.isin(status_PxG, jnp.array([Status.NO_BOX, Status.NOT_FINISHED]))
-    metrics = {f"status/{status.name.lower()}": (status_PxG == status).mean() for status in Status}
-    metrics |= {f"ended/{ended.name.lower()}": (rollouts.ended_PxG == ended).mean() for ended in Ended}
+    metrics = {f"ended/{ended.name.lower()}": (rollouts.ended_PxG == ended).mean() for ended in Ended}
     metrics |= {f"distinct/{n}": distinct_fraction(rollouts.tokens_PxGxT, lengths_PxG, n) for n in (1, 2, 3)}
     return metrics | {
         "reward/mean": batch.reward_PxG.mean(),
         "reward/deviation": batch.reward_PxG.std(axis=1).mean(),
-        "format/rate": 1.0 - has_no_box_PxG.mean(),
         "groups/zero_variance": 1.0 - has_variance(batch.reward_PxG).mean(),
         "length/mean": lengths_PxG.mean(),
         "length/p90": jnp.percentile(lengths_PxG, 90),
@@ -39,6 +37,19 @@ def rollout_metrics(batch: RewardedRollouts, cost: SamplingCost) -> dict[str, ja
         # temperature).
         "policy/entropy": -jnp.sum(rollouts.logprobs_PxGxT) / jnp.maximum(rollouts.mask_PxGxT.sum(), 1),
     }
+
+
+@functools.partial(jax.jit, static_argnames="statuses")
+def status_metrics(status_PxG: jax.Array, statuses: type[enum.IntEnum]) -> dict[str, jax.Array]:
+    """Return the fraction of rollouts with each status, and of those with a box, by their names in metrics.jsonl.
+
+    Args:
+      status_PxG: int32, the status of each rollout.
+      statuses: static; all statuses, with those of `rewards.prefix_match.Status` for responses without a box.
+    """
+    has_no_box_PxG = jnp.isin(status_PxG, jnp.array([Status.NO_BOX, Status.NOT_FINISHED]))
+    metrics = {f"status/{status.name.lower()}": (status_PxG == status).mean() for status in statuses}
+    return metrics | {"format/rate": 1.0 - has_no_box_PxG.mean()}
 
 
 @jax.jit

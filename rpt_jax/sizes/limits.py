@@ -14,7 +14,7 @@ def short_response_warnings(experiment: Experiment, config: ModelConfig) -> list
     """Return a sentence if a policy that may reason at length has no room for it."""
     limit = experiment.rollout.max_new_tokens
     taught_format = experiment.cold_start.total_steps > 0
-    if experiment.task != "rpt" or taught_format:
+    if not experiment.reinforces or taught_format:
         return []
     if config.parameters < _REASONING_PARAMETERS or limit >= _SHORT_RESPONSE_TOKENS:
         return []

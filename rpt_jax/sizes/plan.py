@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.config.derived import cold_start_experiment
+from rpt_jax.config.derived import cold_start_experiment, evaluation_experiment
 from rpt_jax.distributed.processes import least_of_all
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.rollout.memory import device_memory, plan_slots
@@ -76,9 +76,9 @@ def plan_run(experiment: Experiment, mesh: Mesh) -> Experiment:
     """
     config, _ = model_config_of(experiment)
     sizes = mesh_sizes(mesh)
-    memory = least_of_all(device_memory() // 2**20) * 2**20
+    memory = _usable_memory()
     plan = plan_memory(experiment, config, sizes, memory)
-    if experiment.task == "rpt":
+    if experiment.reinforces:
         check_slots(plan.experiment, config, sizes, memory)
     if plan.fields:
         values = "; ".join(f"{field}={value}, {reason}" for field, value, reason in plan.fields)
@@ -86,6 +86,29 @@ def plan_run(experiment: Experiment, mesh: Mesh) -> Experiment:
     for warning in (*plan.warnings, *short_response_warnings(experiment, config)):
         logger.warning(warning)
     return plan.experiment
+
+
+def plan_evaluation(experiment: Experiment, mesh: Mesh) -> Experiment:
+    """Return the experiment with the sampling of its evaluations, see `evaluation_experiment`.
+
+    Responses that are longer in evaluations than in training take more memory, so fewer of them may be decoded at the same time.
+
+    Args:
+      experiment: a config whose memory fields are planned.
+      mesh: the mesh.
+    """
+    evaluation = evaluation_experiment(experiment)
+    if evaluation.rollout.max_new_tokens <= experiment.rollout.max_new_tokens:
+        return evaluation
+    config, _ = model_config_of(experiment)
+    fitting, _ = _plan_decode_slots(evaluation, config, mesh_sizes(mesh), _usable_memory())
+    slots = min(fitting, experiment.rollout.decode_slots)
+    return dataclasses.replace(evaluation, rollout=dataclasses.replace(evaluation.rollout, decode_slots=slots))
+
+
+def _usable_memory() -> int:
+    """Return the bytes of the device with the least memory. A collective: every process must call it."""
+    return least_of_all(device_memory() // 2**20) * 2**20
 
 
 def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, memory: float) -> Plan:
@@ -118,7 +141,9 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
             f"logits take at most {_LOGIT_SHARE:.3g} of the memory",
         )
 
-    if experiment.task == "score":
+    if not experiment.rollout.decode_slots and experiment.task == "difficulty":
+        set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
+    if experiment.task in ("score", "difficulty"):
         return Plan(experiment=planned, fields=tuple(fields), warnings=())
 
     # The backward pass: the fastest rematerialization that fits, with rows that are not short.
@@ -130,7 +155,7 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
     reason = f"the update needs {needed / GIB:.3g} GiB of {memory / GIB:.4g}"
     if experiment.policy.remat == "auto":
         set_field("policy.remat", remat, reason)
-    if not experiment.training.microbatch_tokens and experiment.task == "rpt":
+    if not experiment.training.microbatch_tokens and experiment.reinforces:
         set_field("training.microbatch_tokens", row, reason)
     if needed > memory:
         warnings.append(
@@ -138,7 +163,7 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
             "more devices (mesh.fsdp, mesh.tensor), or shorten prompts and responses (prompt.max_tokens, rollout.max_new_tokens)."
         )
 
-    if not experiment.rollout.decode_slots and experiment.task == "rpt":
+    if not experiment.rollout.decode_slots and experiment.reinforces:
         set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
     return Plan(experiment=planned, fields=tuple(fields), warnings=tuple(warnings))
 

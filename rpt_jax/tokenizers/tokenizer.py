@@ -186,6 +186,10 @@ class Tokenizer:
             raise IndexError(f"{min(ids)} is not a token id")
         return b"".join(map(self.pieces.__getitem__, ids))
 
+    def response_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the raw bytes of a response, with its end-of-thinking tokens, which have no bytes, as they are spelled."""
+        return b"".join(END_THINK.encode() if i == self.end_think_id else self.token_bytes([i]) for i in ids)
+
     def describe_stop_ids(self) -> str:
         """Return a sentence with the names (or the quoted texts) and ids of the tokens that end a response."""
         names = [f"{self.special_names.get(i) or repr(self.decode([i]))} ({i})" for i in self.stop_ids]

@@ -1,0 +1,209 @@
+"""Accuracy on questions with verifiable answers: avg@k, pass@k, length, format and what verifying took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rpt_jax.distributed.processes import to_host
+from rpt_jax.evaluation.statistics import averages, micro_average, pass_at_k, powers_of_two
+from rpt_jax.infra.console import Progress, table
+from rpt_jax.model.transformer import Params
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.prompts.question_prompts import QuestionPrompts, question_batches
+from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, PendingBatch, VerifiedBatch
+from rpt_jax.rollout.rollouts import Ended, Rollouts
+from rpt_jax.rollout.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+# Used as the step number in the random key, so that all evaluations of a run use the same noise.
+_EVALUATION_STEP = 2**31 - 1
+
+
+class SampledBatch(NamedTuple):
+    """G responses to each of P questions.
+
+    Attributes:
+      prompts: the prompts, on the host.
+      verified: what the verifiers found out.
+      lengths_PxG: int32 response lengths in tokens.
+      truncated_PxG: bool, whether the length limit cut the response.
+      sampling_seconds: seconds that the devices took to sample the responses.
+    """
+
+    prompts: PromptBatch
+    verified: VerifiedBatch
+    lengths_PxG: np.ndarray
+    truncated_PxG: np.ndarray
+    sampling_seconds: float
+
+
+def sample_and_verify(
+    sample: Sampler, verify: BatchVerifier, params: Params, questions: QuestionPrompts, batches: Sequence[PromptBatch]
+) -> Iterator[SampledBatch]:
+    """Yield responses to batches of questions. The responses to a batch are verified while those to the next one are sampled.
+
+    Args:
+      sample: samples the responses.
+      verify: verifies them.
+      params: of the policy, sharded for training.
+      questions: that the prompts ask.
+      batches: the prompts.
+    """
+    weights = sample.weights(params)
+    waiting: tuple[PromptBatch, Rollouts, PendingBatch, float] | None = None
+    for prompts in batches:
+        start = time.monotonic()
+        rollouts, _ = sample(weights, prompts, _EVALUATION_STEP)
+        seconds = time.monotonic() - start
+        pending = verify.submit(questions.of(prompts), rollouts)
+        if waiting:
+            yield _finish(*waiting)
+        waiting = prompts, rollouts, pending, seconds
+    if waiting:
+        yield _finish(*waiting)
+
+
+def _finish(prompts: PromptBatch, rollouts: Rollouts, pending: PendingBatch, seconds: float) -> SampledBatch:
+    lengths_PxG, ended_PxG = to_host((rollouts.lengths_PxG, rollouts.ended_PxG))
+    return SampledBatch(
+        prompts=prompts,
+        verified=pending.result(),
+        lengths_PxG=lengths_PxG,
+        truncated_PxG=ended_PxG == Ended.LENGTH,
+        sampling_seconds=seconds,
+    )
+
+
+class QuestionEvaluator:
+    """Measures the accuracy of policies on the same questions, with the same noise."""
+
+    def __init__(
+        self, sample: Sampler, verify: BatchVerifier, questions: QuestionPrompts, builder: PromptBuilder, batch: int
+    ):
+        """
+        Args:
+          sample: samples the responses.
+          verify: verifies them.
+          questions: the test questions.
+          builder: builds their prompts.
+          batch: prompts in a batch.
+        """
+        self._sample = sample
+        self._verify = verify
+        self._questions = questions
+        self._batches = question_batches(questions, builder, batch)
+
+    def __call__(self, params: Params) -> dict[str, Any]:
+        """Return the results of a policy as JSON values, see `question_results`.
+
+        Args:
+          params: of the policy, sharded for training.
+        """
+        start = time.monotonic()
+        done = []
+        with Progress("evaluate, batches", len(self._batches), transient=True) as progress:
+            for batch in sample_and_verify(self._sample, self._verify, params, self._questions, self._batches):
+                done.append(batch)
+                progress.advance()
+        return question_results(self._questions, done, time.monotonic() - start)
+
+
+def question_results(questions: QuestionPrompts, batches: Sequence[SampledBatch], seconds: float) -> dict[str, Any]:
+    """Return the accuracy of responses and what describes them, as JSON values.
+
+    Args:
+      questions: the N questions.
+      batches: responses to all of them, in their order; what pads the last batch is ignored.
+      seconds: that it took to sample and verify the responses.
+
+    Returns: "accuracy" (avg@k: the mean score, with "micro", "macro" and "categories" as of `statistics.averages`) and "pass", by
+      k, each with "mean", "low" and "high"; the numbers of "questions", "samples" a question and of questions "left_out"; the
+      fractions "truncated", "format_rate" and "status", by name; the mean "response_length" in tokens; the numbers of
+      verifications that "timed_out" or "crashed"; "seconds", "verification_seconds" of all workers, "waited_seconds" for them,
+      and "device_busy", the fraction of the seconds that the devices were sampling.
+    """
+    count = len(questions.questions)
+
+    def join(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays)[:count]
+
+    score_NxG = join([batch.verified.score_PxG for batch in batches])
+    status_NxG = join([batch.verified.status_PxG for batch in batches])
+    correct_NxG = (status_NxG == AnswerStatus.CORRECT).astype(int)
+    samples = score_NxG.shape[1]
+    has_box_NxG = ~np.isin(status_NxG, (AnswerStatus.NO_BOX, AnswerStatus.NOT_FINISHED))
+    categories = [question.category for question in questions.questions]
+    verified = [batch.verified for batch in batches]
+    return {
+        "accuracy": averages(score_NxG.mean(axis=1), categories),
+        "pass": {str(k): micro_average(pass_at_k(correct_NxG, k))._asdict() for k in powers_of_two(samples)},
+        "questions": count,
+        "samples": samples,
+        "left_out": questions.left_out,
+        "response_length": float(join([batch.lengths_PxG for batch in batches]).mean()),
+        "truncated": float(join([batch.truncated_PxG for batch in batches]).mean()),
+        "format_rate": float(has_box_NxG.mean()),
+        "status": {status.name.lower(): float((status_NxG == status).mean()) for status in AnswerStatus},
+        "timed_out": sum(batch.timed_out for batch in verified),
+        "crashed": sum(batch.crashed for batch in verified),
+        "seconds": seconds,
+        "verification_seconds": sum(batch.seconds for batch in verified),
+        "waited_seconds": sum(batch.waited for batch in verified),
+        "device_busy": sum(batch.sampling_seconds for batch in batches) / max(seconds, 1e-9),
+    }
+
+
+def question_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """Return the scalars of `question_results` for metrics.jsonl."""
+    accuracy = results["accuracy"]["micro"]
+    best = results["pass"][str(results["samples"])]
+    scalars = {
+        "accuracy": accuracy["mean"],
+        "accuracy/low": accuracy["low"],
+        "accuracy/high": accuracy["high"],
+        "pass": best["mean"],
+        "pass/low": best["low"],
+        "pass/high": best["high"],
+        "length": results["response_length"],
+        "truncated": results["truncated"],
+        "format_rate": results["format_rate"],
+        "timed_out": results["timed_out"],
+        "crashed": results["crashed"],
+    }
+    seconds = {"verification": results["waited_seconds"], "device_busy": results["device_busy"]}
+    return {f"eval/questions/{name}": float(value) for name, value in scalars.items()} | {
+        f"time/evaluation_{name}": value for name, value in seconds.items()
+    }
+
+
+def show_question_results(name: str, results: dict[str, Any]) -> None:
+    """Show a table of accuracies with 95 % intervals, and what describes the responses; `name` says whose they are."""
+    samples = results["samples"]
+    rows = [(f"avg@{samples}", _format(results["accuracy"]["micro"]), results["questions"])]
+    rows += [(f"pass@{k}", _format(average), results["questions"]) for k, average in results["pass"].items()]
+    categories = results["accuracy"]["categories"]
+    if len(categories) > 1:
+        rows += [
+            (f"avg@{samples}, {category}", _format(average), average["count"])
+            for category, average in categories.items()
+        ]
+    table(f"Accuracy on questions, {name} (%, 95 % interval)", ("measure", "accuracy", "questions"), rows)
+    logger.info(
+        "format rate %.1f%%, response length %.1f tokens, %.1f%% truncated, %d verifications timed out and %d crashed",
+        100 * results["format_rate"],
+        results["response_length"],
+        100 * results["truncated"],
+        results["timed_out"],
+        results["crashed"],
+    )
+
+
+def _format(average: dict[str, float]) -> str:
+    return f"{100 * average['mean']:.1f} ({100 * average['low']:.1f}-{100 * average['high']:.1f})"

@@ -1,0 +1,117 @@
+"""Prompts of questions: tokenized once, in a shuffled order for training and in whole batches for evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Container, Sequence
+
+from rpt_jax.config import Experiment
+from rpt_jax.errors import UserError
+from rpt_jax.infra.digest import digest
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
+from rpt_jax.prompts.pipeline import PromptStream, position_order
+from rpt_jax.prompts.positions import Position
+from rpt_jax.questions.question import Question
+from rpt_jax.tokenizers.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionPrompts:
+    """Questions that fit in a prompt. The index of a question is `PromptBatch.window_P`.
+
+    Attributes:
+      questions: the questions.
+      token_ids: of each question, without the template.
+      left_out: number of questions that are left out, because they are too long.
+    """
+
+    questions: Sequence[Question]
+    token_ids: Sequence[Sequence[int]]
+    left_out: int
+
+    def positions(self) -> list[Position]:
+        """Return the end of every question, the position that a response is sampled at."""
+        return [Position(window=i, position=len(ids), entropy=0.0) for i, ids in enumerate(self.token_ids)]
+
+    def without(self, ids: Container[str]) -> QuestionPrompts:
+        """Return the questions whose id is not among `ids`."""
+        kept = [i for i, question in enumerate(self.questions) if question.id not in ids]
+        return QuestionPrompts(
+            questions=[self.questions[i] for i in kept],
+            token_ids=[self.token_ids[i] for i in kept],
+            left_out=self.left_out,
+        )
+
+    def of(self, prompts: PromptBatch) -> list[Question]:
+        """Return the questions of a batch on the host."""
+        return [self.questions[i] for i in prompts.window_P]
+
+
+def tokenize_questions(
+    questions: Sequence[Question], builder: PromptBuilder, tokenizer: Tokenizer, name: str
+) -> QuestionPrompts:
+    """Tokenize questions, and leave out those that are too long for a prompt: a question cannot be cut.
+
+    Args:
+      questions: the questions.
+      builder: of the prompts.
+      tokenizer: encodes the questions.
+      name: of the questions in messages, such as "training".
+
+    Raises: UserError, if none is left.
+    """
+    token_ids = [tokenizer.encode(question_text(question)) for question in questions]
+    limit = builder.max_context_tokens
+    kept = [i for i, ids in enumerate(token_ids) if len(ids) <= limit]
+    left_out = len(questions) - len(kept)
+    if left_out:
+        longest = max(map(len, token_ids))
+        message = (
+            f"{left_out:,} of {len(questions):,} {name} questions are left out: they have more than the {limit:,} tokens that "
+            f"the template leaves of prompt.max_tokens (the longest has {longest:,})."
+        )
+        if not kept:
+            raise UserError(f"{message} None is left: raise prompt.max_tokens.", field="prompt.max_tokens")
+        logger.info(message)
+    return QuestionPrompts(
+        questions=[questions[i] for i in kept], token_ids=[token_ids[i] for i in kept], left_out=left_out
+    )
+
+
+def question_text(question: Question) -> str:
+    """Return the text of a question, followed by a line for each of its options."""
+    if not question.choices:
+        return question.text
+    lines = [f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(question.choices)]
+    return "\n".join([question.text, "Options:", *lines])
+
+
+def questions_fingerprint(questions: Sequence[Question]) -> str:
+    """Return a SHA-256 of the ids, texts and answers of questions, in their order."""
+    return digest([[question.id, question_text(question), question.answers] for question in questions])
+
+
+def question_stream(experiment: Experiment, prompts: QuestionPrompts, builder: PromptBuilder) -> PromptStream:
+    """Return the stream of training prompts: every question once an epoch, shuffled anew in each.
+
+    Raises: UserError, if there are fewer questions than prompts in a step.
+    """
+    batch = experiment.training.prompts_per_step
+    if len(prompts.questions) < batch:
+        raise UserError(
+            f"training.prompts_per_step={batch} is more than the {len(prompts.questions):,} training questions: lower it, or "
+            "give more questions (questions.train_questions).",
+            field="training.prompts_per_step",
+        )
+    order = position_order([prompts.positions()], [], batch=batch, per_window=0, seed=(experiment.seed, 0))
+    return PromptStream(builder, prompts.token_ids, [order], batch=batch, workers=experiment.data.workers)
+
+
+def question_batches(prompts: QuestionPrompts, builder: PromptBuilder, batch: int) -> list[PromptBatch]:
+    """Return the prompts of all questions in whole batches; the last one is padded by repeating the last prompt."""
+    built = [builder.build(i, prompts.token_ids[i], position) for i, position in enumerate(prompts.positions())]
+    built += [built[-1]] * (-len(built) % batch)
+    return [stack(built[i : i + batch]) for i in range(0, len(built), batch)]

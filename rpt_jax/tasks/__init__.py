@@ -1,0 +1,1 @@
+"""What the tasks of the training loop differ in: prompts, reward and evaluation."""

@@ -1,0 +1,138 @@
+"""Task "rft": prompts are questions, and a response is rewarded if a verifier accepts its answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from rpt_jax.config import Experiment
+from rpt_jax.distributed.sharding import shard_prompts
+from rpt_jax.errors import UserError
+from rpt_jax.evaluation.questions import (
+    QuestionEvaluator,
+    question_metrics,
+    show_question_results,
+)
+from rpt_jax.infra.run_context import RunContext
+from rpt_jax.model.transformer import Params
+from rpt_jax.objective.batch import NextTokenBatch
+from rpt_jax.objective.update import TrainState
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.prompts.question_prompts import question_stream, questions_fingerprint, tokenize_questions
+from rpt_jax.questions.splits import load_questions
+from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
+from rpt_jax.rollout.rollouts import Rollouts
+from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.setup import load_starting_policy
+from rpt_jax.sizes.plan import plan_evaluation
+
+
+class QuestionTask:
+    """Prompts, rewards and evaluation of reinforcement fine-tuning. Methods and attributes are those of `tasks.task.Task`."""
+
+    statuses = AnswerStatus
+
+    def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext):
+        """Load the policy and the questions, and start the verifiers. Raises: UserError."""
+        del workdir, context
+        self._mesh = mesh
+        self.policy, self.params, self.tokenizer = load_starting_policy(experiment.policy, mesh)
+        builder = PromptBuilder(experiment.prompt, self.tokenizer, experiment.prompt_slot)
+        train, test = load_questions(experiment.questions)
+        self._train = tokenize_questions(train, builder, self.tokenizer, "training")
+        self._test = tokenize_questions(test, builder, self.tokenizer, "test")
+        self._fingerprint = questions_fingerprint(self._train.questions)
+        self.stream = question_stream(experiment, self._train, builder)
+        self.sample = Sampler(experiment, self.policy, self.tokenizer, mesh, builder)
+        self._rewarder = Rewarder(experiment, self.policy, self.tokenizer, mesh, builder)
+        evaluation = plan_evaluation(experiment, mesh)
+        self._verify = BatchVerifier(experiment.questions, self.tokenizer)
+        self._evaluator = QuestionEvaluator(
+            Sampler(evaluation, self.policy, self.tokenizer, mesh, builder),
+            self._verify,
+            self._test,
+            builder,
+            experiment.training.prompts_per_step,
+        )
+        rollout = evaluation.rollout
+        self.evaluated = [len(self._test.questions), rollout.samples_per_prompt, rollout.max_new_tokens]
+        self.advice = _advice(experiment)
+        self._metrics = dict.fromkeys(("verification/timed_out", "verification/crashed", "time/verification"), 0.0)
+
+    def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
+        pending = self._verify.submit(self._train.of(prompts), rollouts)
+        sharded = shard_prompts(prompts, self._mesh)
+        verified = pending.result()
+        self._metrics["verification/timed_out"] += verified.timed_out
+        self._metrics["verification/crashed"] += verified.crashed
+        self._metrics["time/verification"] += verified.waited
+        reward_PxG, status_PxG = shard_prompts((verified.score_PxG, verified.status_PxG), self._mesh)
+        matched = RewardedRollouts(prompts=sharded, rollouts=rollouts, reward_PxG=reward_PxG, status_PxG=status_PxG)
+        return self._rewarder.complete(state, matched, step)
+
+    def reward_metrics(self) -> dict[str, float]:
+        metrics = dict(self._metrics)
+        self._metrics = dict.fromkeys(metrics, 0.0)
+        return metrics
+
+    def rescoring_is_due(self, step: int) -> bool:
+        return False
+
+    def rescore(self, step: int, params: Params) -> float:
+        raise NotImplementedError("questions are not chosen again")
+
+    def documents(self, rewarded: RewardedRollouts) -> NextTokenBatch | None:
+        return None
+
+    def truths(self, prompts: PromptBatch) -> list[bytes]:
+        """Return the accepted answers of each question."""
+        return [" or ".join(question.answers).encode() for question in self._train.of(prompts)]
+
+    def evaluate(self, params: Params, *, full: bool) -> dict[str, Any]:
+        return self._evaluator(params)
+
+    def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
+        return question_metrics(evaluation)
+
+    def show_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
+        show_question_results(name, evaluation)
+
+    def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        return {"before": before, "after": after}
+
+    def state(self) -> dict[str, Any]:
+        return {"questions": self._fingerprint}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        if saved["questions"] != self._fingerprint:
+            raise UserError(
+                f"the checkpoint was made with other training questions (fingerprint {saved['questions'][:12]}… there, "
+                f"{self._fingerprint[:12]}… now): restore those questions, or choose another --workdir.",
+                field="questions.source",
+            )
+        self.stream.set_state(saved["stream"])
+
+    def close(self) -> None:
+        self.stream.close()
+        self._verify.close()
+
+
+def _advice(experiment: Experiment) -> dict[str, str]:
+    """Return what to do if most responses have a status and nothing can be learned, by the name of the status."""
+    filtered = "train on questions that the policy sometimes solves: measure pass rates with task='difficulty'"
+    format_advice = (
+        "the policy does not answer in a box. Ask for one with prompt.template='boxed_answer' (and prompt.chat_template=True for a "
+        "chat model), or teach it in a run of task 'rpt' with cold_start.total_steps, whose policy this one starts from."
+    )
+    return {
+        "no_box": format_advice,
+        "empty": format_advice,
+        "correct": f"every answer is right; {filtered} and questions.max_passes.",
+        "wrong": f"the policy answers in the right format, but no answer is right; {filtered} and questions.min_passes.",
+        "unverified": (
+            f"answers could not be verified in questions.verifier_seconds={experiment.questions.verifier_seconds:g}; raise it."
+        ),
+    }

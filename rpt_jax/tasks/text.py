@@ -1,0 +1,135 @@
+"""Task "rpt": positions of a corpus become prompts, and a prediction is rewarded if it matches the true continuation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from jax.sharding import Mesh
+
+from rpt_jax.config import Experiment
+from rpt_jax.corpus.entropy import Scorer, next_token_rows
+from rpt_jax.distributed.processes import to_host
+from rpt_jax.distributed.sharding import shard_prompts
+from rpt_jax.errors import UserError
+from rpt_jax.evaluation.next_token import Evaluator, evaluation_metrics
+from rpt_jax.infra.run_context import RunContext
+from rpt_jax.model.flops import causal_pairs, forward_flops
+from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.model.transformer import Params
+from rpt_jax.objective.batch import NextTokenBatch
+from rpt_jax.objective.update import TrainState
+from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.prompts.selection import PolicyEntropies, rescoring_is_due, score_sample, training_orders, training_stream
+from rpt_jax.results import next_token_result, show_next_token_evaluation
+from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rollout.rollouts import Rollouts
+from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.setup import set_up
+
+
+class TextTask:
+    """Prompts, rewards and evaluation of reinforcement pre-training. Methods and attributes are those of `tasks.task.Task`."""
+
+    statuses = Status
+    advice: Mapping[str, str] = {}
+
+    def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext):
+        """Load the policy, and load the corpus or prepare it in `workdir`. Raises: UserError, as `setup.set_up` does."""
+        self._experiment = experiment
+        self._mesh = mesh
+        self._setup = setup = set_up(experiment, mesh, workdir, context)
+        self.policy = setup.policy
+        self.params = setup.params
+        self.tokenizer = setup.tokenizer
+        builder = PromptBuilder(experiment.prompt, setup.tokenizer)
+        self.sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
+        self._reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
+        self.stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
+        self._evaluator = Evaluator(experiment, setup, self.sample, self._reward, builder)
+        self.evaluated = self._evaluator.counts
+        self._policy_entropies: PolicyEntropies | None = None  # Of the last rescoring.
+
+    def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
+        return self._reward(state, prompts, rollouts, step)
+
+    def reward_metrics(self) -> dict[str, float]:
+        return {}
+
+    def rescoring_is_due(self, step: int) -> bool:
+        return rescoring_is_due(self._experiment, step)
+
+    def rescore(self, step: int, params: Params) -> float:
+        setup = self._setup
+        scorer = Scorer(setup.policy, params, setup.tokenizer, self._mesh, self._experiment)
+        entropies = score_sample(self._experiment, setup.prepared, setup.train, scorer.score_with_progress, step)
+        self._policy_entropies = entropies
+        self.stream.switch_orders(self._orders(entropies))
+        return scoring_flops(setup.policy.config, entropies)
+
+    def documents(self, rewarded: RewardedRollouts) -> NextTokenBatch | None:
+        if not self._experiment.objective.document_weight:
+            return None
+        rows = [self._setup.train[i] for i in to_host(rewarded.prompts.window_P)]
+        size = self._experiment.data.max_document_tokens
+        inputs, targets, lengths = next_token_rows(rows, len(rows), self.tokenizer.bos_id, size)
+        mask = np.arange(size) < lengths[:, None]
+        inputs, targets, mask = shard_prompts((inputs, targets, mask), self._mesh)
+        return NextTokenBatch(inputs_NxS=inputs, targets_NxS=targets, mask_NxS=mask)
+
+    def truths(self, prompts: PromptBatch) -> list[bytes]:
+        """Return the bytes of the next token of each prompt."""
+        ends_P = prompts.boundaries_PxRp1.argmax(axis=1)
+        return [reference_R[:end].tobytes() for reference_R, end in zip(prompts.reference_PxR, ends_P, strict=True)]
+
+    def evaluate(self, params: Params, *, full: bool) -> dict[str, Any]:
+        if full:
+            return self._evaluator.full(params)
+        return {"reasoning": self._evaluator.reasoning(params, self._evaluator.held_out)[0]}
+
+    def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
+        return evaluation_metrics(evaluation["reasoning"], evaluation.get("direct"))
+
+    def show_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
+        show_next_token_evaluation(name, evaluation)
+
+    def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        return next_token_result(before, after)
+
+    def state(self) -> dict[str, Any]:
+        entropies = self._policy_entropies
+        return {
+            "corpus": self._setup.prepared.fingerprint,
+            "policy_entropies": entropies.state() if entropies else None,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        fingerprint = self._setup.prepared.fingerprint
+        if saved["corpus"] != fingerprint:
+            raise UserError(
+                f"the checkpoint was made on another prepared corpus (fingerprint {saved['corpus'][:12]}… there, "
+                f"{fingerprint[:12]}… now): restore that corpus, or choose another --workdir.",
+                field="data.prepared",
+            )
+        if saved["policy_entropies"]:
+            self._policy_entropies = PolicyEntropies.from_state(saved["policy_entropies"])
+            self.stream.switch_orders(self._orders(self._policy_entropies))
+        self.stream.set_state(saved["stream"])
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def _orders(self, entropies: PolicyEntropies) -> list[grain.MapDataset]:
+        """Return the orders of the positions that the policy's own entropies choose."""
+        setup = self._setup
+        return training_orders(self._experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
+
+
+def scoring_flops(config: ModelConfig, entropies: PolicyEntropies) -> float:
+    """Return the FLOPs of scoring windows with the current policy."""
+    pairs = sum(causal_pairs(len(record[0])) for record in entropies.records.values())
+    return forward_flops(config, tokens=entropies.tokens, pairs=pairs, head_tokens=entropies.tokens)
