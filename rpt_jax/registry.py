@@ -90,10 +90,12 @@ class SuiteRequirements(Requirements):
     Attributes:
       policy: whether it runs a policy; if not, it reads the results of finished evaluations.
       questions: whether it asks questions, of section `questions`.
+      sampling: returns the experiment with the section `rollout` that the suite samples with; None for that of evaluations.
     """
 
     policy: bool = True
     questions: bool = False
+    sampling: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rpt_jax.errors import UserError
 from rpt_jax.infra.digest import digest
 from rpt_jax.questions.question import Question
 
@@ -24,23 +23,18 @@ _BOX = re.compile(r"\\boxed\{((?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+)\}")
 _FINAL_ANSWER = re.compile("Final Answer:|The answer is:")
 
 
-def check_choices(question: Question) -> None:
-    """Check that a question has options and that its answers are letters of them. Raises: UserError, which says where it is."""
-    place = question.place or question.id
+def why_unusable(question: Question) -> str:
+    """Return why a question cannot be asked as multiple choice, to follow its place; "" if it can."""
     if not 2 <= len(question.choices) <= len(LETTERS):
-        raise UserError(
-            f"{place}: the question '{question.id}' has {len(question.choices)} options; a multiple-choice suite needs 2 to "
-            f"{len(LETTERS)}. Name the field that holds them with questions.choices_field.",
-            field="questions.choices_field",
+        return (
+            f"has {len(question.choices)} options, and multiple choice needs 2 to {len(LETTERS)} "
+            "(questions.choices_field names the field that holds them)."
         )
     valid = LETTERS[: len(question.choices)]
     wrong = [answer for answer in question.answers if len(answer) != 1 or answer not in valid]
     if wrong or not question.answers:
-        raise UserError(
-            f"{place}: the answer of the question '{question.id}' must be a letter from {valid[0]} to {valid[-1]}, but is "
-            f"{wrong[0] if wrong else ''!r}.",
-            field="questions.answer_field",
-        )
+        return f"has the answer {wrong[0] if wrong else ''!r}, and its options are {valid[0]} to {valid[-1]}."
+    return ""
 
 
 # --- generative ---------------------------------------------------------------------------------------

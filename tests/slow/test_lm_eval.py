@@ -109,7 +109,8 @@ def export(kind: str, directory: Path) -> Path:
         convert(TINY, policy)
         return policy
     config = dataclasses.replace(SHAPE, vocab=260, qk_norm=kind == "qwen3")
-    write_hf(policy, tokenizer_spec(), tokenizer_config={"eos_token": "<|im_end|>"})
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    write_hf(policy, tokenizer_spec() | {"decoder": decoder}, tokenizer_config={"eos_token": "<|im_end|>"})
     save_policy(policy, config, random_params(Transformer(config), 0), {}, "")
     return policy
 
