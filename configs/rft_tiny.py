@@ -47,6 +47,5 @@ def get_config() -> Any:
     config.optimizer.warmup_steps = 10
 
     config.evaluation.every_steps = 50
-    config.evaluation.samples = 4
     config.checkpoint.every_steps = 50
     return config

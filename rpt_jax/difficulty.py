@@ -26,14 +26,12 @@ from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.question_prompts import question_batches, tokenize_questions
-from rpt_jax.questions.splits import load_questions
-from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
+from rpt_jax.questions.difficulty import PASS_RATES
+from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import load_starting_policy
 
 logger = logging.getLogger(__name__)
-
-PASS_RATES = "pass_rates.jsonl"
 
 
 def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext) -> None:
@@ -44,8 +42,8 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
     # Load the policy and the questions.
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
     builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
-    train, _ = load_questions(experiment.questions)
-    prompts = tokenize_questions(train, builder, tokenizer, "training")
+    questions = load_verifiable_questions(experiment.questions, workdir)
+    prompts = tokenize_questions(questions.train, builder, tokenizer, "training")
     stamp = {
         "policy": fingerprint_arrays(params),
         "verifier": experiment.questions.verifier,

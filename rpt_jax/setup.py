@@ -28,7 +28,7 @@ from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.model_config import ModelConfig, check_preset
 from rpt_jax.model.transformer import Params, Transformer
-from rpt_jax.questions.splits import check_question_source
+from rpt_jax.questions.loading import check_question_source
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.weights.hf import check_files, load_model_config, load_policy

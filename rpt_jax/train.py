@@ -186,9 +186,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_stage("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if last_rewarded and step % training.log_rollouts_every == 0:
-                show_rollouts(
-                    f"step {step}", rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, 2)
-                )
+                texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
+                show_rollouts(f"step {step}", texts)
             last_rewarded = None
             if step == training.total_steps:
                 break

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_QUESTION_ACCURACY = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
 PLOTS = "plots"  # Directory of the plots in that of the run.
 # Distinguishable by color-blind readers (Okabe and Ito), and by marker when printed in gray.
 COLORS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
@@ -128,7 +129,7 @@ def _relative_error_of_alpha(jacobian_Nx3: np.ndarray, residual: float) -> float
 def write_plots(workdir: Path) -> list[Path]:
     """Write the plots of a run to `workdir/plots/` and return their paths.
 
-    These are `reward.png`, `accuracy.png`, `response_length.png` and, if there is an evaluation after the first update,
+    These are `reward.png`, `accuracy.png`, `response_length.png` and, if positions of text were evaluated after the first update,
     `scaling.png`. A difficulty without positions is left out, and so is a fit that the evaluations do not determine.
 
     Raises:
@@ -138,15 +139,16 @@ def write_plots(workdir: Path) -> list[Path]:
 
     workdir = Path(workdir)
     metrics = _Metrics(workdir / FILE_NAME)
-    direct = _base_accuracy(workdir / RESULT)
+    on_questions = bool(metrics.columns(*_QUESTION_ACCURACY).size)
+    direct = {} if on_questions else _base_accuracy(workdir / RESULT)
     directory = workdir / PLOTS
     directory.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figures = {
-            "reward": _plot_reward(metrics),
-            "accuracy": _plot_accuracy(metrics, direct),
+            "reward": _plot_reward(metrics, "questions" if on_questions else "positions"),
+            "accuracy": _plot_question_accuracy(metrics) if on_questions else _plot_accuracy(metrics, direct),
             "response_length": _plot_response_length(metrics),
-            "scaling": _plot_scaling(metrics),
+            "scaling": None if on_questions else _plot_scaling(metrics),
         }
         paths = []
         for name, figure in figures.items():
@@ -243,7 +245,7 @@ class _Metrics:
         columns_KxN = self.columns(*keys)
         if not columns_KxN.size:
             raise UserError(
-                f"{self._path} has no line with {' and '.join(keys)}. Only runs of task 'rpt' have plots.",
+                f"{self._path} has no line with {' and '.join(keys)}. Only runs of tasks 'rpt' and 'rft' have plots.",
                 field=str(self._path),
             )
         return columns_KxN
@@ -311,11 +313,11 @@ def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) ->
     axes.set_ylim(0, 1.08 * (values_N.max() or 1.0))
 
 
-def _plot_reward(metrics: _Metrics) -> Figure:
+def _plot_reward(metrics: _Metrics, prompts: str) -> Figure:
     figure, (axes,) = _figure()
     _curve(axes, *metrics.required("step", "reward/drawn_mean"), color=INK)
     _step_axis(axes, metrics)
-    _finish(axes, "Reward on training positions", "mean reward per rollout")
+    _finish(axes, f"Reward on training {prompts}", "mean reward per rollout")
     return figure
 
 
@@ -331,6 +333,18 @@ def _plot_accuracy(metrics: _Metrics, direct: Mapping[str, float]) -> Figure:
     axes.set_ylim(0, 1.08 * top)
     _step_axis(axes, metrics)
     _finish(axes, "Next-token accuracy by reasoning, on held-out positions", "accuracy (%)", columns=4)
+    return figure
+
+
+def _plot_question_accuracy(metrics: _Metrics) -> Figure:
+    figure, (axes,) = _figure()
+    steps_N, *fractions = metrics.required("step", *_QUESTION_ACCURACY)
+    mean_N, low_N, high_N = (100 * fraction_N for fraction_N in fractions)
+    axes.fill_between(steps_N, low_N, high_N, color=INK, alpha=0.2, label="95 % interval")
+    axes.plot(steps_N, mean_N, color=INK, marker="o", clip_on=False, label="mean over samples")
+    axes.set_ylim(0, 1.08 * max(high_N.max(), 1.0))
+    _step_axis(axes, metrics)
+    _finish(axes, "Accuracy on test questions", "accuracy (%)")
     return figure
 
 

@@ -6,21 +6,31 @@ The verifiers run in worker processes on the host while the devices go on: `subm
 from __future__ import annotations
 
 import enum
+import functools
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 
 from rpt_jax.config import QuestionsConfig
-from rpt_jax.distributed.processes import gather_rows, to_host
+from rpt_jax.distributed.processes import gather_rows, is_leader, to_host
+from rpt_jax.questions.difficulty import DifficultyFilter
+from rpt_jax.questions.loading import QuestionSets, load_questions
 from rpt_jax.questions.question import Question
 from rpt_jax.registry import VERIFIERS
 from rpt_jax.rewards.responses import Response, last_box
-from rpt_jax.rewards.verifier_pool import Verdict, VerifierPool
-from rpt_jax.rollout.rollouts import Ended, Rollouts
+from rpt_jax.rewards.verifier_pool import CRASHED, DONE, TIMED_OUT, Verdict, VerifierPool
+from rpt_jax.rewards.verifiers import why_unreadable
 from rpt_jax.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rpt_jax.rollout.rollouts import Rollouts
+
+REJECTED_QUESTIONS = "rejected_questions.jsonl"
 
 
 class AnswerStatus(enum.IntEnum):
@@ -60,10 +70,24 @@ class VerifiedBatch(NamedTuple):
     waited: float
 
 
+def load_verifiable_questions(config: QuestionsConfig, workdir: Path) -> QuestionSets:
+    """Load the questions whose answers the verifier accepts, those to train on of the right difficulty.
+
+    Args:
+      config: section `questions`.
+      workdir: rejected questions are listed in its `rejected_questions.jsonl`.
+
+    Raises: UserError, as `questions.loading.load_questions` does.
+    """
+    is_kept = DifficultyFilter(config) if config.pass_rates else lambda question: True
+    listing = workdir / REJECTED_QUESTIONS if is_leader() else None
+    return load_questions(config, functools.partial(why_unreadable, config.verifier), is_kept, listing)
+
+
 class PendingBatch:
     """Responses that are being verified."""
 
-    def __init__(self, status_RxG: np.ndarray, verdicts: Any, count: int):
+    def __init__(self, status_RxG: np.ndarray, verdicts: Sequence[Future[Verdict]], count: int):
         """
         Args:
           status_RxG: int32, the status of the responses to the R questions of this process; `WRONG` where a verifier decides.
@@ -78,14 +102,15 @@ class PendingBatch:
         """Wait for the verifiers and return the batch. A collective: every process must call it."""
         start = time.monotonic()
         verdicts = [verdict.result() for verdict in self._verdicts]
+        # Equal answers to a question are verified once, and have the same verdict.
+        seconds = sum(verdict.result().seconds for verdict in set(self._verdicts))
         waited = time.monotonic() - start
         score_RxG = np.zeros(self._status_RxG.shape, np.float32)
         status_RxG = self._status_RxG.copy()
         read_RxG = status_RxG == AnswerStatus.WRONG
         score_RxG[read_RxG] = [verdict.score for verdict in verdicts]
         status_RxG[read_RxG] = [_status(verdict) for verdict in verdicts]
-        counts = [sum(verdict.outcome == outcome for verdict in verdicts) for outcome in ("timed_out", "crashed")]
-        seconds = sum(verdict.seconds for verdict in verdicts)
+        counts = [sum(verdict.outcome == outcome for verdict in verdicts) for outcome in (TIMED_OUT, CRASHED)]
         totals = gather_rows(np.array([[*counts, seconds]], np.float32)).sum(axis=0)
         return VerifiedBatch(
             score_PxG=gather_rows(score_RxG)[: self._count],
@@ -98,7 +123,7 @@ class PendingBatch:
 
 
 def _status(verdict: Verdict) -> AnswerStatus:
-    if verdict.outcome != "done":
+    if verdict.outcome != DONE:
         return AnswerStatus.UNVERIFIED
     return AnswerStatus.CORRECT if verdict.score >= 1.0 else AnswerStatus.WRONG
 
@@ -123,8 +148,8 @@ class BatchVerifier:
           questions: the P questions.
           rollouts: G responses to each of them.
         """
-        tokens_PxGxT, lengths_PxG, ended_PxG = to_host(
-            (rollouts.tokens_PxGxT, rollouts.lengths_PxG, rollouts.ended_PxG)
+        tokens_PxGxT, lengths_PxG, stopped_PxG = to_host(
+            (rollouts.tokens_PxGxT, rollouts.lengths_PxG, rollouts.stopped_PxG)
         )
         # Every process has as many rows, of which the last ones may be empty.
         part = -(-len(questions) // jax.process_count())
@@ -137,7 +162,7 @@ class BatchVerifier:
                     tokens_PxGxT[p, g, :length].tolist(),
                     self._tokenizer.pieces,
                     self._tokenizer.end_think_id,
-                    finished=ended_PxG[p, g] != Ended.LENGTH,
+                    finished=bool(stopped_PxG[p, g]),
                 )
                 answer = self._read(response)
                 if isinstance(answer, AnswerStatus):

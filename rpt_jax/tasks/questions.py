@@ -21,9 +21,8 @@ from rpt_jax.objective.batch import NextTokenBatch
 from rpt_jax.objective.update import TrainState
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.prompts.question_prompts import question_stream, questions_fingerprint, tokenize_questions
-from rpt_jax.questions.splits import load_questions
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
-from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
+from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
 from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import load_starting_policy
@@ -37,13 +36,13 @@ class QuestionTask:
 
     def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext):
         """Load the policy and the questions, and start the verifiers. Raises: UserError."""
-        del workdir, context
+        del context
         self._mesh = mesh
         self.policy, self.params, self.tokenizer = load_starting_policy(experiment.policy, mesh)
         builder = PromptBuilder(experiment.prompt, self.tokenizer, experiment.prompt_slot)
-        train, test = load_questions(experiment.questions)
-        self._train = tokenize_questions(train, builder, self.tokenizer, "training")
-        self._test = tokenize_questions(test, builder, self.tokenizer, "test")
+        questions = load_verifiable_questions(experiment.questions, workdir)
+        self._train = tokenize_questions(questions.train, builder, self.tokenizer, "training")
+        self._test = tokenize_questions(questions.test, builder, self.tokenizer, "test")
         self._fingerprint = questions_fingerprint(self._train.questions)
         self.stream = question_stream(experiment, self._train, builder)
         self.sample = Sampler(experiment, self.policy, self.tokenizer, mesh, builder)

@@ -1,0 +1,122 @@
+"""Small runs of tasks "rft" and "difficulty": what they leave, how they resume, and that the tasks share the loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rpt_jax import main
+from rpt_jax.errors import UserError
+from rpt_jax.infra.metrics import read_metrics
+from rpt_jax.tokenizers.tokenizer import load_tokenizer
+from rpt_jax.weights.hf import load_policy
+from tests.helpers.questions import SMALL_RFT
+from tests.helpers.runs import comparable, experiment, interruption_after
+
+DIFFICULTY = {**SMALL_RFT, "task": "difficulty"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("finished")
+    main.run(experiment("rft_tiny", **SMALL_RFT), workdir)
+    return workdir
+
+
+def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all("eval/questions/accuracy" in lines[i] for i in (0, 2, 3)) and "eval/questions/accuracy" not in lines[1]
+    for line in lines[1:]:
+        assert line["reward/mean"] == pytest.approx(line["status/correct"]) and line["mismatch/max"] < 1e-4
+        statuses = [value for name, value in line.items() if name.startswith("status/")]
+        assert sum(statuses) == pytest.approx(1) and "status/inside_token" not in line
+        assert line["verification/timed_out"] == line["verification/crashed"] == 0 <= line["time/verification"]
+    result = json.loads((finished / "result.json").read_text())
+    for when in ("before", "after"):
+        evaluation = result[when]
+        average = evaluation["accuracy"]["micro"]
+        assert average["low"] <= average["mean"] <= average["high"]
+        assert evaluation["pass"]["1"]["mean"] == pytest.approx(average["mean"])
+        assert list(evaluation["pass"]) == ["1", "2", "4"] and evaluation["questions"] == 8
+    assert len(list((finished / "plots").glob("*.png"))) == 3
+    _, _, fingerprint = load_policy(finished / "policy")
+    assert fingerprint == load_tokenizer(finished / "policy").fingerprint
+
+
+def test_an_interrupted_run_resumes_to_the_same_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    with interruption_after(2, monkeypatch):
+        main.run(experiment("rft_tiny", **SMALL_RFT), tmp_path)
+    main.run(experiment("rft_tiny", **SMALL_RFT), tmp_path)
+    assert comparable(tmp_path) == comparable(finished)
+
+
+def test_other_questions_are_refused_when_a_run_resumes(tmp_path: Path, finished: Path) -> None:
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    changes = {"questions.source_options.documents": 70, "training.total_steps": 4}
+    with pytest.raises(UserError) as raised:
+        main.run(experiment("rft_tiny", **SMALL_RFT | changes), workdir, force=True)
+    assert raised.value.field == "questions.source"
+
+
+def test_pass_rates_are_measured_resumed_and_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="rpt_jax")
+    main.run(experiment("rft_tiny", **DIFFICULTY), tmp_path / "run")
+    path = tmp_path / "run" / "pass_rates.jsonl"
+    whole = path.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines) > 16
+    assert all(0 <= line["passes"] <= line["samples"] == 4 for line in lines)
+
+    # A killed run left some whole lines and a part of one.
+    path.write_text("\n".join(whole.splitlines()[:12]) + '\n{"id": "gsm')
+    main.run(experiment("rft_tiny", **DIFFICULTY), tmp_path / "run")
+    assert {line["id"] for line in map(json.loads, path.read_text().splitlines())} == {line["id"] for line in lines}
+    assert "12 of" in caplog.text
+
+    # Another policy or other sampling is not mixed in.
+    with pytest.raises(UserError) as raised:
+        main.run(experiment("rft_tiny", **DIFFICULTY | {"rollout.temperature": 0.5}), tmp_path / "run", force=True)
+    assert raised.value.field == "--workdir"
+
+    kept = [line for line in lines if 1 <= line["passes"] <= 3]
+    fields = {"questions.pass_rates": path, "training.prompts_per_step": len(kept) + 1}
+    with pytest.raises(UserError, match=f"the {len(kept)} training questions") as raised:
+        main.run(experiment("rft_tiny", **SMALL_RFT | fields), tmp_path / "filtered")
+    assert raised.value.field == "training.prompts_per_step"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objective.reward": "info_gain"},
+        {"objective.reward": "first_token"},
+        {"objective.document_weight": 0.1},
+        {"data.entropy_threshold": 1.0},
+        {"data.source": "champ"},
+        {"data.source_options.documents": 5},
+        {"cold_start.total_steps": 5},
+        {"pretrain.row_tokens": 32},
+        {"prompt.box_reading": "to_end"},
+        {"prompt.reference_bytes": 32},
+        {"evaluation.positions": 5},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_fields_of_text_are_refused(fields: dict[str, object]) -> None:
+    [field] = fields
+    with pytest.raises(UserError, match="has no effect with task='rft'") as raised:
+        experiment("rft_tiny", **fields)
+    assert raised.value.field == field.replace("source_options.documents", "source_options")
+
+
+def test_fields_of_questions_are_refused_in_other_tasks() -> None:
+    with pytest.raises(UserError, match="has no effect with task='rpt'") as raised:
+        experiment("rpt_tiny", **{"questions.verifier": "boxed_exact"})
+    assert raised.value.field == "questions.verifier"
