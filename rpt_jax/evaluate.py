@@ -15,8 +15,8 @@ Suites that read the --workdir of two finished evaluations:
     compare                     paired differences of two policies on the same questions
     patterns                    keywords of reasoning in the responses of each
 
-An evaluation writes evaluation.json, a table, and records.jsonl with a line for each question or position. The same command goes on
-with an evaluation that was interrupted. Exit codes: 0 complete, 2 something to fix, 75 interrupted.
+An evaluation writes evaluation.json, a table, and records.jsonl with a line for each question or position. The same command
+resumes an evaluation that was interrupted. Exit codes: 0 complete, 2 something to fix, 75 interrupted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy",
         default="",
-        help="policy to evaluate: a Hugging Face directory, a .gguf file, or the policy/ of a run; default: policy.path of the config",
+        help="policy to evaluate: a Hugging Face directory, a .gguf file, or policy/ of a run; default: the config's policy.path",
     )
     parser.add_argument("--results", default="", help="the --workdir of two finished evaluations, separated by a comma")
     parser.add_argument("--workdir", help="directory of the results; default: runs/evaluate_<config>_<suite>")

@@ -200,9 +200,9 @@ class NextTokenSuite:
         )
         if not positions:
             raise UserError(
-                f"{source_name(data)}: the {len(self._windows)} windows of evaluation.split='{inputs.experiment.evaluation.split}' "
-                f"have no position above {min(DIFFICULTIES.values())} nats to evaluate, and {left_out} that no box can hold. "
-                "Choose another split, or another corpus.",
+                f"{source_name(data)}: the {len(self._windows)} windows of evaluation.split="
+                f"'{inputs.experiment.evaluation.split}' have no position above {min(DIFFICULTIES.values())} nats to evaluate, "
+                f"and {left_out} that no box can hold. Choose another split, or another corpus.",
                 field="evaluation.split",
             )
         return positions
@@ -221,8 +221,9 @@ def open_corpus(inputs: SuiteInputs) -> PreparedCorpus:
     proxy, params, tokenizer = load_starting_policy(experiment.policy, inputs.mesh)
     if tokenizer.fingerprint != inputs.tokenizer.fingerprint:
         raise UserError(
-            f"the evaluated policy has another tokenizer ({inputs.tokenizer.source}) than policy.path='{experiment.policy.path}', "
-            "whose entropies choose the positions. Set policy.path to a policy with the same tokenizer.",
+            f"the evaluated policy has another tokenizer ({inputs.tokenizer.source}) than policy.path="
+            f"'{experiment.policy.path}', whose entropies choose the positions. Set policy.path to a policy with the same "
+            "tokenizer.",
             field="policy.path",
         )
     return open_or_prepare_corpus(experiment, proxy, params, tokenizer, inputs.mesh, inputs.workdir, inputs.context)

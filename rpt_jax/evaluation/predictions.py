@@ -1,4 +1,4 @@
-"""The prediction in a response, read on the host by the rule of `rewards.boxed`: its bytes, to count votes, and its first token."""
+"""The prediction in a response, read on the host by the rule of `rewards.boxed`: its bytes and its first token."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ class ResultStore:
                 f"{name}: {stored.get(name)!r} there, {self._settings.get(name)!r} now" for name in names
             )
             raise UserError(
-                f"--workdir={self._directory} has results of other settings ({changes}). Give --restart to delete them, or another "
-                "--workdir.",
+                f"--workdir={self._directory} has results of other settings ({changes}). Give --restart to delete them, or "
+                "another --workdir.",
                 field="--workdir",
             )
 

@@ -46,8 +46,8 @@ class SuiteInputs(NamedTuple):
 class Suite(Batches, Protocol):
     """What the command evaluates.
 
-    Each record has an "id", a "category" ("" for none), a "cluster" (an integer, where records depend on each other) and "scores",
-    by the name of a measure, in [0, 1].
+    Each record has an "id", a "category" ("" for none), a "cluster" (an integer, where records depend on each other) and
+    "scores": numbers in [0, 1] by the name of the measure.
     """
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:

@@ -108,14 +108,14 @@ def export(kind: str, directory: Path) -> Path:
     if kind == "tiny":
         convert(TINY, policy)
         return policy
-    config = dataclasses.replace(SHAPE, vocab=260, qk_norm=kind == "qwen3")
+    config = dataclasses.replace(SHAPE, vocab=260)
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     write_hf(policy, tokenizer_spec() | {"decoder": decoder}, tokenizer_config={"eos_token": "<|im_end|>"})
     save_policy(policy, config, random_params(Transformer(config), 0), {}, "")
     return policy
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "tiny"])
+@pytest.mark.parametrize("kind", ["llama", "tiny"])
 def test_numbers_equal_those_of_the_harness_own_model(kind: str, tasks: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     policy = str(export(kind, tmp_path))
@@ -135,4 +135,4 @@ def test_numbers_equal_those_of_the_harness_own_model(kind: str, tasks: Path, tm
             np.testing.assert_allclose(mine, other, atol=1e-3, rtol=1e-5)  # The sum over a whole text.
     for name in names:
         for key, value in theirs[name].items():
-            assert ours[name][key] == pytest.approx(value, abs=0 if key.startswith("acc") else 1e-4), (name, key)
+            assert ours[name][key] == pytest.approx(value, rel=0 if key.startswith("acc") else 1e-5), (name, key)
