@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
         for flag in ("policy", "workdir"):
             check_local_path(f"--{flag}", getattr(options, flag))
         import_jax()
+        from rpt_jax.evaluation.suite import SUITES
         from rpt_jax.infra.console import console_logging
-        from rpt_jax.registry import SUITES
 
         SUITES.check(options.suite)
         with console_logging():
@@ -122,7 +122,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _read_results(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run a suite that reads finished evaluations. Raises: UserError."""
-    from rpt_jax.registry import SUITES
+    from rpt_jax.evaluation.suite import SUITES
 
     unused = [f"--{flag}" for flag in ("config", "policy", "restart") if getattr(options, flag)]
     unused += [override.partition("=")[0] for override in overrides]

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
                 field="lm_eval",
             )
         import_jax()
-        import lm_eval.__main__
+        import lm_eval.__main__  # pyright: ignore[reportMissingImports]
 
         import rpt_jax.evaluation.lm_eval_model  # noqa: F401 - registers the model.
 

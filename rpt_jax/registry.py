@@ -84,21 +84,6 @@ class VerifierRequirements(Requirements):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SuiteRequirements(Requirements):
-    """Requirements of a suite of the command `evaluate`.
-
-    Attributes:
-      policy: whether it runs a policy; if not, it reads the results of finished evaluations.
-      questions: whether it asks questions, of section `questions`.
-      sampling: returns the experiment with the section `rollout` that the suite samples with; None for that of evaluations.
-    """
-
-    policy: bool = True
-    questions: bool = False
-    sampling: Callable[..., Any] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionRequirements(Requirements):
     """Requirements of a choice of positions.
 
@@ -229,15 +214,6 @@ QUESTION_SOURCES = Registry(
     SourceRequirements,
 )
 VERIFIERS = Registry("questions.verifier", "rpt_jax.rewards.verifiers", VerifierRequirements)
-SUITES = Registry(
-    "--suite",
-    (
-        "rpt_jax.evaluation.next_token_suite",
-        "rpt_jax.evaluation.question_suites",
-        "rpt_jax.evaluation.comparisons",
-    ),
-    SuiteRequirements,
-)
 POSITION_CHOICES = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)
 PROMPT_TEMPLATES = Registry("prompt.template", "rpt_jax.prompts.templates", Requirements)
 TRACE_WRITERS = Registry(

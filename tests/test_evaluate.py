@@ -8,35 +8,14 @@ from pathlib import Path
 import pytest
 
 from rpt_jax import evaluate
+from tests.helpers.evaluation import question_flags
 from tests.helpers.paths import CONFIGS, TINY
 
-QUESTIONS = [
-    {"question": "What is 2 + 2?", "options": ["3", "4"], "answer": "B", "subject": "sums"},
-    {"question": "What is 2 + 3?", "options": ["3", "5"], "answer": 1, "subject": "sums"},
-    {"question": "What is 3 * 3?", "options": ["9", "4"], "answer": "9", "subject": "products"},
-    {"question": "What is 0 * 3?", "options": [], "answer": "9", "subject": "products"},
-]
 CONFIG = f"--config={CONFIGS / 'rft_tiny.py'}"
 
 
 def run(*arguments: str) -> int:
     return evaluate.main(["evaluate", *arguments])
-
-
-def question_flags(directory: Path) -> list[str]:
-    """Write the questions; return the flags that name them."""
-    path = directory / "questions.jsonl"
-    path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    fields = {
-        "questions.source": "path",
-        "questions.test_path": path,
-        "questions.choices_field": "options",
-        "questions.category_field": "subject",
-        "questions.test_questions": 0,
-        "questions.verifier": "choice",
-        "training.prompts_per_step": 2,
-    }
-    return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ from rpt_jax.errors import UserError
 from rpt_jax.evaluation.patterns import KEYWORDS, MATCHES, distinct_n, pattern_shares, template_share
 from rpt_jax.evaluation.statistics import compare, micro_average
 from rpt_jax.evaluation.stored_results import Record, read_results
-from rpt_jax.evaluation.suite import clusters_of, measures, percent, scores_of
+from rpt_jax.evaluation.suite import SUITES, clusters_of, measures, percent, scores_of
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import table
 from rpt_jax.infra.disk import check_writable
 from rpt_jax.infra.plots import write_bar_plot
 from rpt_jax.infra.run_format import format_stamp
-from rpt_jax.registry import SUITES
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import (  # pyright: ignore[reportMissingImports]
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from rpt_jax.config import PolicyConfig
 from rpt_jax.distributed.mesh import DECODING, make_mesh, num_batch_shards, use_mesh
@@ -128,7 +132,7 @@ class PolicyLM(TemplateLM):
         return render_messages(self._tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is the greedy one."""
         # The options of a question have the same context, which then runs once for all of them. But what is left of a context
@@ -159,7 +163,7 @@ class PolicyLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows of the policy's context."""
-        windows = [
+        windows: list[list[tuple[Any, list[int], list[int]]]] = [
             [
                 (None, *make_disjoint_window(window))
                 for window in get_rolling_token_windows(

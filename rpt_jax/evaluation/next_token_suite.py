@@ -23,10 +23,9 @@ from rpt_jax.evaluation.next_token import by_difficulty, choose_evaluation_set
 from rpt_jax.evaluation.predictions import Prediction, direct_prediction, read_prediction
 from rpt_jax.evaluation.statistics import majority_correct, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
-from rpt_jax.evaluation.suite import EVALUATION_STEP, SuiteInputs, measures, scores_of
+from rpt_jax.evaluation.suite import EVALUATION_STEP, SUITES, SuiteInputs, measures, scores_of
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.positions import Position, choose_positions
-from rpt_jax.registry import SUITES
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.rollout.rollouts import Ended
 from rpt_jax.rollout.sampler import Sampler

@@ -24,13 +24,12 @@ from rpt_jax.evaluation.multiple_choice import (
 )
 from rpt_jax.evaluation.statistics import majority_correct, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
-from rpt_jax.evaluation.suite import EVALUATION_STEP, SuiteInputs
+from rpt_jax.evaluation.suite import EVALUATION_STEP, SUITES, SuiteInputs
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position
 from rpt_jax.prompts.question_prompts import question_text
 from rpt_jax.questions.loading import load_questions
 from rpt_jax.questions.question import Question
-from rpt_jax.registry import SUITES
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
 from rpt_jax.rewards.verifiers import why_unreadable
 from rpt_jax.rollout.rollouts import Ended

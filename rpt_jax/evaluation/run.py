@@ -19,13 +19,12 @@ from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.batch_loop import run_batches
 from rpt_jax.evaluation.stored_results import RECORDS, SUMMARY, ResultStore
-from rpt_jax.evaluation.suite import SuiteInputs, percent, score_averages, summary_rows
+from rpt_jax.evaluation.suite import SUITES, SuiteInputs, percent, score_averages, summary_rows
 from rpt_jax.infra.console import table
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.source_commit import source_commit
-from rpt_jax.registry import SUITES
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.sizes.plan import plan_run
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,10 +16,37 @@ from rpt_jax.evaluation.statistics import averages
 from rpt_jax.evaluation.stored_results import Record
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.transformer import Params, Transformer
+from rpt_jax.registry import Registry, Requirements
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 # Used as the step number in the random key of samples, so that all evaluations use the same noise.
 EVALUATION_STEP = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuiteRequirements(Requirements):
+    """Requirements of a suite of the command `evaluate`.
+
+    Attributes:
+      policy: whether it runs a policy; if not, it reads the results of finished evaluations.
+      questions: whether it asks questions, of section `questions`.
+      sampling: returns the experiment with the section `rollout` that the suite samples with; None for that of evaluations.
+    """
+
+    policy: bool = True
+    questions: bool = False
+    sampling: Callable[[Experiment], Experiment] | None = None
+
+
+SUITES = Registry(
+    "--suite",
+    (
+        "rpt_jax.evaluation.next_token_suite",
+        "rpt_jax.evaluation.question_suites",
+        "rpt_jax.evaluation.comparisons",
+    ),
+    SuiteRequirements,
+)
 
 
 class SuiteInputs(NamedTuple):

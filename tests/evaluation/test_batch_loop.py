@@ -22,7 +22,7 @@ class Numbers:
     def __init__(self, count: int, fails: int = -1):
         self.count = count
         self.calls: list[str] = []
-        self._fails = fails
+        self.fails = fails
 
     def launch(self, batch: int) -> Any:
         self.calls.append(f"launch {batch}")
@@ -30,7 +30,7 @@ class Numbers:
 
     def records(self, batch: int, arrays: Any) -> list[dict[str, Any]]:
         self.calls.append(f"verify {batch}")
-        if batch == self._fails:
+        if batch == self.fails:
             raise KeyboardInterrupt
         return [{"id": str(batch), "square": arrays["number"] ** 2}]
 

@@ -22,9 +22,9 @@ from rpt_jax.rewards.rewarder import Rewarder
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import mesh_from_config, set_up
 from rpt_jax.sizes.plan import plan_run
+from tests.helpers.evaluation import question_flags
 from tests.helpers.paths import CONFIGS
 from tests.helpers.runs import SMALL
-from tests.test_evaluate import question_flags
 
 pytestmark = pytest.mark.slow
 

@@ -47,7 +47,7 @@ metric_list: [{metric: byte_perplexity}]
 output_type: generate_until
 doc_to_text: "Question: {{question}}\\nAnswer:"
 doc_to_target: "{{choices[answer]}}"
-generation_kwargs: {until: ["t", "."], max_gen_toks: 80, do_sample: false}
+generation_kwargs: {until: ["x", "."], max_gen_toks: 80, do_sample: false}
 metric_list: [{metric: exact_match}]
 """,
 }
