@@ -17,13 +17,13 @@ def get_config() -> Any:
     config.seed = 1  # The documents of the first stage, with traces at other positions.
     config.policy.path = "runs/pretrain_tiny_seed0/policy"
     # Predicting after a trace is another skill than predicting directly; many short traces train it.
-    config.pretrain.traces_per_document = 40
+    config.pretrain.traces_per_window = 40
     config.pretrain.recalled_tokens = 2
     config.pretrain.trace_options.calculation_position_fraction = 0.2
     # Rare enough that reinforcement learning has to find out that calculating pays.
     config.pretrain.trace_options.calculation_fraction = 0.3
-    config.pretrain.trace_options.drills_per_document = 10
-    config.pretrain.rows_per_document = 12
+    config.pretrain.trace_options.drills_per_window = 10
+    config.pretrain.rows_per_window = 12
     config.training.total_steps = 4000
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50

@@ -20,13 +20,13 @@ def get_config() -> Any:
     config.data.source_options.documents = 12_000
     config.data.max_document_tokens = 256
 
-    config.pretrain.documents_per_step = 8
-    config.pretrain.traces_per_document = 18
+    config.pretrain.windows_per_step = 8
+    config.pretrain.traces_per_window = 18
     config.pretrain.traces = "arithmetic"
     config.pretrain.trace_options.calculation_position_fraction = 0.5
     config.pretrain.trace_options.calculation_fraction = 0.4
-    config.pretrain.trace_options.drills_per_document = 8
-    config.pretrain.rows_per_document = 8
+    config.pretrain.trace_options.drills_per_window = 8
+    config.pretrain.rows_per_window = 8
     config.pretrain.row_tokens = 64
 
     config.training.total_steps = 3000

@@ -25,20 +25,19 @@ def get_config() -> Any:
     config.questions.source_options.documents = 1200
     config.questions.source_options.test_documents = 300
     config.questions.verifier = "boxed_exact"
-    config.questions.train_questions = 0
     config.questions.test_questions = 256
     config.questions.verifier_workers = 1
 
     config.prompt.template = "question"
     config.prompt.prefill_think_token = True
-    config.prompt.max_tokens = 224
+    config.prompt.max_tokens = 256
 
     config.rollout.samples_per_prompt = 8
     config.rollout.temperature = 0.8
     config.rollout.max_new_tokens = 64
 
     config.training.prompts_per_step = 32
-    config.training.total_steps = 100
+    config.training.total_steps = 60
     config.training.dynamic_sampling_from = 1
     config.training.dynamic_sampling_rounds = 1
     config.training.microbatch_tokens = 512
@@ -46,6 +45,6 @@ def get_config() -> Any:
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10
 
-    config.evaluation.every_steps = 50
-    config.checkpoint.every_steps = 50
+    config.evaluation.every_steps = 20
+    config.checkpoint.every_steps = 20
     return config

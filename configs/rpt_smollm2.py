@@ -55,10 +55,10 @@ def get_config() -> Any:
     # Learn the format only: of the documents, just the tokens in the boxes.
     config.cold_start.total_steps = 40
     config.cold_start.learning_rate = 1e-4
-    config.pretrain.documents_per_step = 4
+    config.pretrain.windows_per_step = 4
     config.pretrain.document_weight = 0.0
     config.pretrain.traces = "arithmetic"
-    config.pretrain.rows_per_document = 6
+    config.pretrain.rows_per_window = 6
 
     # Scaled to the small policy and to two CPU cores. Everything else has its default, which is the paper's value.
     config.rollout.max_new_tokens = 128

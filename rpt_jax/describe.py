@@ -149,8 +149,8 @@ class RptSizes:
 class PretrainSizes:
     """Sizes of task "pretrain", or of the cold start of task "rpt"; tokens, traces and FLOPs are upper bounds."""
 
-    documents_per_step: int
-    documents_per_device: int
+    windows_per_step: int
+    windows_per_device: int
     traces_per_step: int
     tokens_per_step: int
     flops_per_step: float
@@ -391,11 +391,11 @@ def _pretrain_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
     pairs = causal_pairs(tree.prefix) + tree.branches * causal_pairs(tree.branch, tree.prefix)
     document = 3 * forward_flops(config, tokens=tree.tokens, pairs=pairs, head_tokens=tree.tokens)
     return PretrainSizes(
-        documents_per_step=pretrain.documents_per_step,
-        documents_per_device=mesh.max_per_batch_shard(pretrain.documents_per_step),
-        traces_per_step=pretrain.documents_per_step * pretrain.traces_per_document,
-        tokens_per_step=pretrain.documents_per_step * tree.tokens,
-        flops_per_step=pretrain.documents_per_step * document,
+        windows_per_step=pretrain.windows_per_step,
+        windows_per_device=mesh.max_per_batch_shard(pretrain.windows_per_step),
+        traces_per_step=pretrain.windows_per_step * pretrain.traces_per_window,
+        tokens_per_step=pretrain.windows_per_step * tree.tokens,
+        flops_per_step=pretrain.windows_per_step * document,
         total_steps=experiment.training.total_steps,
         memory=pretrain_memory(experiment, config, mesh),
     )
@@ -473,7 +473,7 @@ def render(derived: Derived) -> list[Row]:
 _SAMPLES = "rollout.samples_per_prompt"
 _PROMPTS = "training.prompts_per_step"
 _MICROBATCH = "training.microbatch_tokens"
-_DOCUMENTS = "pretrain.documents_per_step"
+_DOCUMENTS = "pretrain.windows_per_step"
 _WEIGHTS = "policy, mesh.fsdp, mesh.tensor"
 
 
@@ -598,12 +598,12 @@ def _backward_rows(backward: BackwardBytes, batch_field: str) -> list[Row]:
 
 
 def _pretrain_rows(sizes: PretrainSizes) -> list[Row]:
-    lengths = f"{_DOCUMENTS}, data.max_document_tokens, pretrain.rows_per_document, pretrain.row_tokens"
+    lengths = f"{_DOCUMENTS}, data.max_document_tokens, pretrain.rows_per_window, pretrain.row_tokens"
     memory = sizes.memory
     return [
-        Row("windows per step", sizes.documents_per_step, _DOCUMENTS),
-        Row("windows per device", sizes.documents_per_device, f"{_DOCUMENTS}, mesh.data, mesh.fsdp"),
-        Row("traces per step, at most", sizes.traces_per_step, f"{_DOCUMENTS}, pretrain.traces_per_document"),
+        Row("windows per step", sizes.windows_per_step, _DOCUMENTS),
+        Row("windows per device", sizes.windows_per_device, f"{_DOCUMENTS}, mesh.data, mesh.fsdp"),
+        Row("traces per step, at most", sizes.traces_per_step, f"{_DOCUMENTS}, pretrain.traces_per_window"),
         Row("tokens per step, at most", sizes.tokens_per_step, lengths),
         Row("FLOPs of a step, at most", sizes.flops_per_step, f"policy, {lengths}"),
         Row("FLOPs of all steps, at most", sizes.run_flops, "training.total_steps"),

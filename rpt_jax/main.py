@@ -117,6 +117,16 @@ def field_hint(argument: str) -> str:
     return f" Did you mean --config.{name}=VALUE?" if name in dict(leaves(Experiment())) else ""
 
 
+def _expected_value(flag: str) -> str:
+    """Return what the value of a flag, such as "--processes", must be."""
+    parser = flags.FLAGS[flag.removeprefix("--")].parser
+    if isinstance(parser, flags.BooleanParser):
+        return "true or false"
+    kind = "an integer" if isinstance(parser, flags.IntegerParser) else "a number"
+    least = getattr(parser, "lower_bound", None)
+    return kind if least is None else f"{kind}, at least {least:g}"
+
+
 def load_experiment(argv: list[str]) -> Experiment:
     """Parse the command line into a validated experiment. Raises: UserError, for invalid flags or config values."""
     overrides, others = split_overrides(argv)
@@ -127,11 +137,10 @@ def load_experiment(argv: list[str]) -> Experiment:
     except flags.UnrecognizedFlagError as error:
         raise unknown_flag(error.flagname) from None
     except flags.Error as error:
-        # absl's text is "flag --NAME=VALUE: REASON", or "Missing value for flag --NAME."; a boolean flag's reason is a tuple.
+        # absl's text is "flag --NAME=VALUE: REASON", or "Missing value for flag --NAME."
         given, _, reason = str(error).removeprefix("flag ").partition(": ")
-        expected = "expected true or false" if reason.startswith("(") else reason
         [flag] = re.findall(r"--\w+", given)[:1]
-        raise UserError(f"{given}: {expected}." if reason else given, field=flag) from None
+        raise UserError(f"{given} must be {_expected_value(flag)}." if reason else given, field=flag) from None
     if len(rest) > 1:
         raise UserError(
             f"unexpected argument '{rest[1]}': write --NAME=VALUE, without a space around '='.{field_hint(rest[1])}",
@@ -241,11 +250,17 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
 
 
 def describe(experiment: Experiment) -> None:
-    """Print every size that the config implies. Raises: UserError."""
+    """Print every size that the config implies. Raises: UserError, also for a config that no machine can run."""
     from rpt_jax.describe import print_description
     from rpt_jax.infra.jax_settings import check_platforms
+    from rpt_jax.pretrain import check_vocab_size
+    from rpt_jax.setup import check_random_weights, starts_with_pretraining
 
     check_platforms()
+    # A run refuses these on every machine.
+    check_random_weights(experiment)
+    if starts_with_pretraining(experiment):
+        check_vocab_size(experiment)
     print_description(experiment)
 
 

@@ -180,7 +180,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
     maker = ExampleMaker(experiment, tokenizer, windows, boxable_V)
-    stream = example_stream(maker.make, len(windows), batch=config.documents_per_step, seed=experiment.seed)
+    stream = example_stream(maker.make, len(windows), batch=config.windows_per_step, seed=experiment.seed)
 
     # --- 2. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
@@ -198,7 +198,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
     }
     memory_fields = {
-        "pretrain.documents_per_step": config.documents_per_step,
+        "pretrain.windows_per_step": config.windows_per_step,
         "policy.remat": experiment.policy.remat,
         "training.logit_chunk_tokens": experiment.training.logit_chunk_tokens,
     }

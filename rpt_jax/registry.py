@@ -229,3 +229,9 @@ ALL_REGISTRIES = (
     PROMPT_TEMPLATES,
     TRACE_WRITERS,
 )
+
+
+def position_fields(data: Any) -> str:
+    """Return the fields of a `DataConfig` that determine the choice of positions, and their values, for messages."""
+    names = ["positions", *POSITION_CHOICES[data.positions].requirements.reported_fields]
+    return ", ".join(f"data.{name}={getattr(data, name)!r}" for name in names)

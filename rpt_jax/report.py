@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv[1:])
     try:
         check_local_path("--workdir", options.workdir)
+        if not options.workdir.is_dir():
+            raise UserError(f"--workdir={options.workdir} is not the directory of a run.", field="--workdir")
         import_jax()
         from rpt_jax.infra.plots import write_plots
 

@@ -85,14 +85,9 @@ def make_run_mesh(experiment: Experiment) -> Mesh:
         choose_attention(policy.attention, target_platform(), policy.dtype)
 
     def check_policy() -> None:
+        check_random_weights(experiment)
         if policy.path:
             check_files(policy.path)
-        elif not starts_with_pretraining(experiment):
-            raise UserError(
-                "policy.path is empty, but random weights can only be pre-trained: give the directory of a policy, set "
-                "cold_start.total_steps, or choose task 'pretrain'.",
-                field="policy.path",
-            )
 
     def check_data() -> None:
         if experiment.asks_questions:
@@ -102,6 +97,16 @@ def make_run_mesh(experiment: Experiment) -> Mesh:
 
     check_all(make, check_attention, check_policy, check_data)
     return make()
+
+
+def check_random_weights(experiment: Experiment) -> None:
+    """Raise UserError if a run would begin with random weights and not pre-train them."""
+    if not experiment.policy.path and not starts_with_pretraining(experiment):
+        raise UserError(
+            "policy.path is empty, but random weights can only be pre-trained: give the directory of a policy, set "
+            "cold_start.total_steps, or choose task 'pretrain'.",
+            field="policy.path",
+        )
 
 
 def starts_with_pretraining(experiment: Experiment) -> bool:

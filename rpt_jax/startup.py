@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rpt_jax import __version__
 from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
+from rpt_jax.config.task_fields import unread_changes
 from rpt_jax.corpus.prepared import open_prepared
 from rpt_jax.describe import derive
 from rpt_jax.distributed.mesh import check_batches
@@ -71,7 +72,7 @@ def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None
     if experiment.reinforces or experiment.asks_questions:
         check_sampling(experiment, mesh)
     if starts_with_pretraining(experiment):
-        check_batches(mesh, {"pretrain.documents_per_step": experiment.pretrain.documents_per_step})
+        check_batches(mesh, {"pretrain.windows_per_step": experiment.pretrain.windows_per_step})
         check_vocab_size(experiment)
 
 
@@ -135,9 +136,11 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
         logger.info(
             "Step of %s: %s windows of documents, at most %s tokens with their traces",
             "the cold start" if sizes.cold_start else "pre-training",
-            f"{pretraining.documents_per_step:,}",
+            f"{pretraining.windows_per_step:,}",
             f"{pretraining.tokens_per_step:,}",
         )
+    if unread := unread_changes(experiment):
+        logger.info("Without effect in this run: %s", ", ".join(unread))
     logger.info("Results: %s", workdir)
     for warning in (unused_accelerator(), *context_warnings(experiment, model_config_of(experiment)[0])):
         if warning:

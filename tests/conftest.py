@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 # In the environment rather than in jax.config, so that the processes that tests start have them too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# The programs that tests compile are not for the developer's own compilation cache.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+# Tests spend most of their time in XLA's compiler. A program that several tests use, in this process, in another worker or in a
+# process that a test starts, is compiled once. A directory of your own in this variable is kept, for the next tests.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpt_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# The programs of tests run for milliseconds; optimizing them would take most of the time.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -113,9 +113,15 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_measurement(capsys:
     assert "/no/such/folder" in capsys.readouterr().err
 
 
-def test_a_missing_model_is_named_by_its_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["bench", "rollout", "--model=nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("error: --model='nowhere' has no config.json")
+def test_what_is_missing_is_named_by_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, arguments in {
+        "--model='nowhere'": ["rollout", "--model=nowhere"],
+        "--policy='nowhere'": ["data", "--policy=nowhere"],
+        "--tokenizer='nowhere'": ["data", "--tokenizer=nowhere"],
+        "--preset='nowhere'": ["update", "--preset=nowhere"],
+    }.items():
+        assert bench.main(["bench", *arguments]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {option} ")
 
 
 def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

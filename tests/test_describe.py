@@ -172,12 +172,12 @@ def test_a_cold_start_is_described_like_pretraining():
 def test_pretraining_by_hand():
     experiment = replaced(with_task("pretrain"), "data", max_document_tokens=100)
     experiment = replaced(
-        experiment, "pretrain", documents_per_step=16, traces_per_document=9, rows_per_document=3, row_tokens=20
+        experiment, "pretrain", windows_per_step=16, traces_per_window=9, rows_per_window=3, row_tokens=20
     )
     sizes = derive(experiment, 8).pretrain
     n = 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 384) + 1024 * 128
     pairs = 100 * 101 // 2 + 3 * (20 * 100 + 20 * 21 // 2)
-    assert sizes.documents_per_device == 2
+    assert sizes.windows_per_device == 2
     assert sizes.traces_per_step == 144
     assert sizes.tokens_per_step == 16 * 160
     step = 16 * (6 * n * 160 + 3 * 4 * 4 * 128 * pairs)
@@ -307,9 +307,9 @@ def test_an_uneven_split_is_described_by_the_fullest_device():
 @pytest.mark.parametrize(
     ("mesh", "field"),
     [
-        (MeshConfig(-1, -1, 1), "mesh"),
-        (MeshConfig(0, 1, 1), "mesh"),
-        (MeshConfig(1, 1, -2), "mesh"),
+        (MeshConfig(-1, -1, 1), "mesh.fsdp"),
+        (MeshConfig(0, 1, 1), "mesh.data"),
+        (MeshConfig(1, 1, -2), "mesh.tensor"),
         (MeshConfig(1, 2, 2, 3), "mesh.rollout_tensor"),
     ],
 )

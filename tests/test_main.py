@@ -53,6 +53,10 @@ def test_help_lists_the_flags_and_the_exit_codes(capsys: pytest.CaptureFixture[s
             ["--config=configs/rpt_tiny.py", "--config.data.source_options.documents=many"],
             "data.source_options.documents=many",
         ),
+        (["--config=configs/rpt_tiny.py", "--join_seconds=0"], "--join_seconds=0 must be a number, at least 1."),
+        (["--config=configs/rpt_tiny.py", "--stall_seconds=x"], "--stall_seconds=x must be a number, at least 1."),
+        (["--config=configs/rpt_tiny.py", "--processes=x"], "--processes=x must be an integer."),
+        (["--config=configs/rpt_tiny.py", "--force=maybe"], "--force=maybe must be true or false."),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean '--workdir'"),
         (
             ["--config=configs/rpt_tiny.py", "--config.data.source=path", "--config.data.path=no/such.txt"],
@@ -84,6 +88,22 @@ def test_a_corpus_without_a_document_ends_with_one_sentence(
     assert main.main(["main", f"--workdir={tmp_path / 'run'}", *arguments]) == ExitCode.USER_ERROR
     printed = capsys.readouterr().err
     assert "Traceback" not in printed and message in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["policy.path="], "policy.path"),
+        (["policy.path=", "task=score"], "policy.path"),
+        (["policy.path=", "task=pretrain", "pretrain.vocab_size=300"], "pretrain.vocab_size"),
+    ],
+)
+def test_describe_refuses_what_a_run_refuses_on_every_machine(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], field: str
+) -> None:
+    arguments = ["--config=configs/rpt_tiny.py", "--describe", *(f"--config.{override}" for override in overrides)]
+    assert main.main(["main", *arguments]) == ExitCode.USER_ERROR
+    assert field in capsys.readouterr().err
 
 
 def test_everything_that_is_missing_is_reported_at_once(tmp_path: Path) -> None:

@@ -132,12 +132,13 @@ def test_options_of_a_choice_come_from_the_config_and_the_command_line() -> None
         config,
         [
             "data.source_options.held_out_templates=1",
+            "cold_start.total_steps=1",
             "pretrain.traces=arithmetic",
-            "pretrain.trace_options.drills_per_document=3",
+            "pretrain.trace_options.drills_per_window=3",
         ],
     )
     assert experiment.data.source_options == GsmSymbolicOptions(documents=70, held_out_templates=1)
-    assert experiment.pretrain.trace_options == ArithmeticOptions(drills_per_document=3)
+    assert experiment.pretrain.trace_options == ArithmeticOptions(drills_per_window=3)
 
 
 def test_options_that_are_not_given_have_their_defaults() -> None:
@@ -170,7 +171,7 @@ def test_a_misspelled_option_gets_a_suggestion() -> None:
 
 def test_options_of_a_choice_that_has_none_are_rejected() -> None:
     with pytest.raises(UserError, match=r"pretrain\.traces='recall' has no options") as raised:
-        from_config_dict({}, ["pretrain.trace_options.drills_per_document=3"])
+        from_config_dict({}, ["pretrain.trace_options.drills_per_window=3"])
     assert raised.value.field.startswith("pretrain.trace_options")
 
 
@@ -238,7 +239,7 @@ def load_in_a_new_process(folder: Path, *overrides: str) -> subprocess.Completed
 
 
 def test_a_module_next_to_the_config_file_may_register_choices(tmp_path: Path) -> None:
-    loaded = load_in_a_new_process(tmp_path, "pretrain.trace_options.volume=5")
+    loaded = load_in_a_new_process(tmp_path, "cold_start.total_steps=1", "pretrain.trace_options.volume=5")
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip() == """above_two_nats LoudOptions(volume=5) ("'", "'")"""
 

@@ -31,8 +31,13 @@ def test_unexpected_arguments_are_refused() -> None:
 
 
 def test_a_missing_file_is_named_without_a_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rpt_jax.report", f"--workdir={tmp_path / 'absent'}"]
+    command = [sys.executable, "-m", "rpt_jax.report", f"--workdir={tmp_path}"]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ") and "metrics.jsonl is missing" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_missing_folder_is_named_by_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["report", f"--workdir={tmp_path / 'absent'}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --workdir={tmp_path / 'absent'}")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import configs.rft_tiny
 from rpt_jax import main
+from rpt_jax.config import from_config_dict
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
+from tests.helpers.paths import ROOT
 from tests.helpers.questions import SMALL_RFT
 from tests.helpers.runs import comparable, experiment, interruption_after
 
@@ -46,6 +50,15 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
     assert len(list((finished / "plots").glob("*.png"))) == 3
     _, _, fingerprint = load_policy(finished / "policy")
     assert fingerprint == load_tokenizer(finished / "policy").fingerprint
+
+
+def test_the_page_of_metrics_explains_every_key(finished: Path) -> None:
+    page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
+    [section] = re.findall(r"^## .*\{#rft\}$(.*?)^## ", page, flags=re.MULTILINE | re.DOTALL)
+    own = set(re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE))
+    everywhere = set(re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE))
+    written = set().union(*read_metrics(finished / "metrics.jsonl"))
+    assert own <= written <= everywhere
 
 
 def test_an_interrupted_run_resumes_to_the_same_metrics(
@@ -93,27 +106,33 @@ def test_pass_rates_are_measured_resumed_and_used(tmp_path: Path, caplog: pytest
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("field", "value"),
     [
-        {"objective.reward": "info_gain"},
-        {"objective.reward": "first_token"},
-        {"objective.document_weight": 0.1},
-        {"data.entropy_threshold": 1.0},
-        {"data.source": "champ"},
-        {"data.source_options.documents": 5},
-        {"cold_start.total_steps": 5},
-        {"pretrain.row_tokens": 32},
-        {"prompt.box_reading": "to_end"},
-        {"prompt.reference_bytes": 32},
-        {"evaluation.positions": 5},
+        ("objective.reward", "info_gain"),
+        ("objective.reward", "first_token"),
+        ("objective.document_weight", 0.1),
+        ("cold_start.total_steps", 5),
+        ("prompt.box_reading", "to_end"),
     ],
-    ids=lambda fields: next(iter(fields)),
 )
-def test_fields_of_text_are_refused(fields: dict[str, object]) -> None:
-    [field] = fields
-    with pytest.raises(UserError, match="has no effect with task='rft'") as raised:
-        experiment("rft_tiny", **fields)
-    assert raised.value.field == field.replace("source_options.documents", "source_options")
+def test_what_a_run_on_questions_cannot_do_is_refused(field: str, value: object) -> None:
+    """On the command line and in a config file."""
+    config = configs.rft_tiny.get_config().to_dict()
+    section, _, name = field.partition(".")
+    config[section][name] = value
+    for task in ("rft", "difficulty"):
+        with pytest.raises(UserError, match=f"has no effect with task='{task}'") as raised:
+            from_config_dict(config | {"task": task})
+        assert raised.value.field == field
+
+
+@pytest.mark.parametrize(
+    "field", ["data.entropy_threshold", "data.source_options.documents", "pretrain.row_tokens", "evaluation.positions"]
+)
+def test_fields_of_text_are_refused_on_the_command_line(field: str) -> None:
+    with pytest.raises(UserError) as raised:
+        experiment("rft_tiny", **{field: 5})
+    assert raised.value.field == field
 
 
 def test_fields_of_questions_are_refused_in_other_tasks() -> None:

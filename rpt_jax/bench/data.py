@@ -38,6 +38,7 @@ from rpt_jax.corpus.tokenized import TokenizedCorpus
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.distributed.sharding import shard_prompts
+from rpt_jax.errors import UserError
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.model.transformer import Params, head, prefill
@@ -48,6 +49,8 @@ from rpt_jax.prompts.positions import Entropies, index_positions
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.weights.hf import check_files
+from rpt_jax.weights.model_files import missing_hint
 
 # The generated corpus.
 _VOCABULARY_WORDS = 20_000
@@ -89,6 +92,12 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     Raises:
       UserError: the policy or the tokenizer cannot be loaded.
     """
+    if not options.tokenizer:
+        check_files(options.policy, field="--policy")
+    elif not Path(options.tokenizer).exists():
+        hint = missing_hint(options.tokenizer)
+        raise UserError(f"--tokenizer='{options.tokenizer}' does not exist.{hint}", field="--tokenizer")
+    tokenizer = load_tokenizer(options.tokenizer or options.policy)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.jsonl"
         _generate_corpus(path, int(options.megabytes * 1e6))
@@ -98,7 +107,6 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
             max_document_tokens=options.max_document_tokens,
             workers=options.workers,
         )
-        tokenizer = load_tokenizer(options.tokenizer or options.policy)
         rows, corpus = _measure_tokenizing(data, tokenizer, Path(folder) / "prepared")
         if not options.tokenizer:
             rows += _measure_scoring(options, data, corpus)

@@ -50,7 +50,7 @@ def chosen_model(options: argparse.Namespace) -> ModelConfig:
     Raises:
       UserError: the preset is unknown.
     """
-    config = preset(options.preset) if options.preset else _DEFAULT_MODEL
+    config = preset(options.preset, field="--preset") if options.preset else _DEFAULT_MODEL
     sizes = {name: getattr(options, name) for name in _SIZES}
     return dataclasses.replace(config, **{name: size for name, size in sizes.items() if size is not None})
 

@@ -66,7 +66,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
       UserError: the preset is unknown.
     """
     # The responses, on the devices and as Python values.
-    config = preset(options.preset)
+    config = preset(options.preset, field="--preset")
     count = min(options.python, options.responses)
     responses = make_responses(options.responses, options.length, options.vocab)
     arrays = responses._asdict()

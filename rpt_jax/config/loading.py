@@ -19,6 +19,7 @@ import ml_collections
 from rpt_jax.config.config_file_values import ConfigFileValues
 from rpt_jax.config.dataclass_io import build, leaves, override, unknown_field
 from rpt_jax.config.schema import Experiment
+from rpt_jax.config.task_fields import check_overrides_are_read
 from rpt_jax.config.user_paths import expand_home, with_expanded_paths
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError
@@ -119,7 +120,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
         `data.source=path`, drops the options that the file gives to its own choice.
 
     Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
-      wrong types and impossible values.
+      wrong types, impossible values, and overrides that have no effect on the run.
     """
     overrides = list(overrides)
     try:
@@ -152,6 +153,7 @@ def _from_values(config: Mapping[str, Any], overrides: list[str]) -> Experiment:
         fields[section][field] = _build_options(name, registry, chosen, fields[section][field], assignments)
     experiment = with_expanded_paths(build(Experiment, fields))
     check_experiment(experiment)
+    check_overrides_are_read(experiment, overrides)
     return experiment
 
 

@@ -75,7 +75,8 @@ class DataConfig:
     max_document_bytes: int = 16_777_216
     # Stop at the first rejected document; by default rejected documents are counted and listed.
     strict: bool = False
-    # Number of documents held out for evaluation, in whole groups (`group_by`) and at most a fifth of the corpus (paper: 200).
+    # Number of documents held out for evaluation, in whole groups (`group_by`) and at most a fifth of the corpus, or of
+    # each part of a mixture (paper: 200).
     held_out_documents: int = 300
     # Part of the corpus that task "score" prepares, such as "3/64" (of "0/64" to "63/64"); "" for all of it.
     shard: str = ""
@@ -100,7 +101,7 @@ class DataConfig:
     # Windows that are scored for each such choice ("self_entropy").
     rescore_windows: int = 1024
     # Maximum number of positions of one window in a step's batch; 0 for no limit.
-    positions_per_document: int = 0
+    positions_per_window: int = 0
     # Worker processes that build prompts ahead; 0 for a thread of the training process.
     workers: int = 0
     # Fraction of all positions that "quantile", "random" and "self_entropy" keep.
@@ -316,11 +317,11 @@ class PretrainConfig:
     """Next-token pre-training on windows of documents, of `data.max_document_tokens` at most, and on cold-start traces."""
 
     # Windows of documents of a step, over all devices.
-    documents_per_step: int = 16
+    windows_per_step: int = 16
     # Weight of the mean cross-entropy of the windows; 0 to learn traces only.
     document_weight: float = 1.0
     # Traces that are learned with each window.
-    traces_per_document: int = 18
+    traces_per_window: int = 18
     # Kind of reasoning in the traces, by registered name: "recall" (repeat the end of the context) or "arithmetic" (also write
     # out the calculations of the document).
     traces: str = "recall"
@@ -329,7 +330,7 @@ class PretrainConfig:
     # Tokens of context that a recalling trace repeats.
     recalled_tokens: int = 4
     # The traces of a window are packed into this many rows.
-    rows_per_document: int = 4
+    rows_per_window: int = 4
     # Tokens of such a row; a longer trace is left out.
     row_tokens: int = 64
     # Weight of the mean cross-entropy of the traces.

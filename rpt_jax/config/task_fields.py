@@ -1,59 +1,115 @@
-"""Fields that have no effect in a task."""
+"""Fields that a task does not read: refused on the command line, because whoever types one expects an effect.
+
+A config file may set them, because files of several tasks share a base (`configs/score_tiny.py`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-from rpt_jax.config.schema import Experiment
+from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.schema import DataConfig, Experiment
 from rpt_jax.errors import UserError
 
-_TEXT_SECTIONS = ("data", "cold_start", "pretrain")
-_WORKERS = "data.workers"  # They build prompts of either kind.
-# Fields about the true continuation of a text, which a question does not have, and why they have no effect.
-_CONTINUATION = "a question has no true continuation"
-_TEXT_FIELDS = {
-    "objective.reward": "the reward is that of questions.verifier",
-    "objective.reference_tokens": _CONTINUATION,
-    "objective.baseline_decay": _CONTINUATION,
-    "objective.document_weight": "a question has no document",
-    "prompt.box_reading": "verifiers read the box up to the brace that balances it",
-    "prompt.reference_bytes": _CONTINUATION,
-    "prompt.long_context": "a question is not cut; one that is too long is left out",
-    "evaluation.positions": "questions.test_questions says how many questions are evaluated",
-    "evaluation.unseen_positions": "questions.test_questions says how many questions are evaluated",
+# Fields, and whole sections, that neither task "pretrain" nor task "score" reads.
+_RPT_ONLY = (
+    "questions.",
+    "data.positions",
+    "data.rescore_every_steps",
+    "data.rescore_windows",
+    "data.positions_per_window",
+    "data.workers",
+    "data.keep_fraction",
+    "data.entropy_threshold",
+    "prompt.long_context",
+    "rollout.",
+    "objective.",
+    "training.prompts_per_step",
+    "training.minibatches_per_step",
+    "training.dynamic_sampling_from",
+    "training.dynamic_sampling_rounds",
+    "training.microbatch_tokens",
+    "training.log_rollouts_every",
+    "cold_start.",
+    "evaluation.",
+    "divergence.",
+    "mesh.rollout_tensor",
+)
+# What a task whose prompts are questions does not read.
+_TEXT_ONLY = (
+    *(f"data.{field.name}" for field in dataclasses.fields(DataConfig) if field.name != "workers"),
+    "prompt.long_context",
+    "prompt.box_reading",
+    "prompt.reference_bytes",
+    "objective.reward",
+    "objective.reference_tokens",
+    "objective.baseline_decay",
+    "objective.document_weight",
+    "cold_start.",
+    "pretrain.",
+    "evaluation.positions",
+    "evaluation.unseen_positions",
+)
+_UNREAD = {
+    "rpt": ("pretrain.export", "questions."),
+    "rft": _TEXT_ONLY,
+    "difficulty": (
+        *_TEXT_ONLY,
+        "objective.",
+        "optimizer.",
+        "training.total_steps",
+        "training.minibatches_per_step",
+        "training.dynamic_sampling_from",
+        "training.dynamic_sampling_rounds",
+        "training.microbatch_tokens",
+        "training.log_rollouts_every",
+        "data.workers",
+        "evaluation.",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "divergence.",
+        "profile.",
+    ),
+    "pretrain": (*_RPT_ONLY, "data.score_batch_windows"),
+    "score": (
+        *_RPT_ONLY,
+        "prompt.",
+        "optimizer.",
+        "training.total_steps",
+        "pretrain.",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "profile.",
+    ),
 }
 
 
-def check_task_fields(experiment: Experiment) -> None:
-    """Refuse fields that were changed from their default but have no effect in the task. Raises: UserError."""
-    for name, value in _changed_fields(experiment):
-        if reason := _why_without_effect(experiment, name):
-            raise UserError(
-                f"{name}={value!r} has no effect with task='{experiment.task}': {reason}. Leave it out.", field=name
-            )
+def check_overrides_are_read(experiment: Experiment, overrides: Iterable[str]) -> None:
+    """Refuse an assignment of the command line, `section.field=value`, whose field has no effect on the run.
+
+    Raises: UserError.
+    """
+    for assignment in overrides:
+        name = assignment.partition("=")[0]
+        for prefixes, reason in _unread(experiment):
+            if name.startswith(prefixes):
+                raise UserError(f"{name} has no effect {reason}: leave --config.{name} out.", field=name)
 
 
-def _changed_fields(experiment: Experiment) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every field of a section that does not have its default."""
-    for section in dataclasses.fields(experiment):
-        config = getattr(experiment, section.name)
-        if not dataclasses.is_dataclass(config):
-            continue
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            # The options of a choice are an instance of their own class.
-            default = type(value)() if dataclasses.is_dataclass(value) else field.default
-            if value != default:
-                yield f"{section.name}.{field.name}", value
+def unread_changes(experiment: Experiment) -> list[str]:
+    """Return the fields that differ from their defaults without an effect on the run, in the order of the schema."""
+    defaults = dict(leaves(Experiment()))
+    unread = tuple(prefix for prefixes, _ in _unread(experiment) for prefix in prefixes)
+    return [
+        name for name, value in leaves(experiment) if name.startswith(unread) and value != defaults.get(name, value)
+    ]
 
 
-def _why_without_effect(experiment: Experiment, name: str) -> str:
-    """Return why a field has no effect; "" if it has one."""
-    section = name.partition(".")[0]
-    if not experiment.asks_questions:
-        return "it belongs to tasks 'rft' and 'difficulty'" if section == "questions" else ""
-    if section in _TEXT_SECTIONS and name != _WORKERS:
-        return "it belongs to tasks that read a corpus"
-    return _TEXT_FIELDS.get(name, "")
+def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield fields and sections, as prefixes of names, that the run does not read, and why."""
+    yield _UNREAD[experiment.task], f"with task='{experiment.task}'"
+    if experiment.task == "rpt" and not experiment.cold_start.total_steps:
+        yield ("cold_start.learning_rate", "pretrain."), "with cold_start.total_steps=0"
+    if experiment.policy.path:
+        yield ("pretrain.vocab_size",), "with policy.path, which has a tokenizer"

@@ -24,7 +24,6 @@ from rpt_jax.config.schema import (
     PolicyConfig,
     QuestionsConfig,
 )
-from rpt_jax.config.task_fields import check_task_fields
 from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import (
@@ -59,6 +58,14 @@ _WEIGHTED_TERMS = {
     "budget_weight": ("budget_start", "budget_decay", "budget_min"),
 }
 
+# Fields that must keep their default where the prompts are questions, and why.
+_NOT_OF_QUESTIONS = {
+    "objective.reward": "a question has no true continuation, and the reward is that of questions.verifier",
+    "objective.document_weight": "a question has no document",
+    "prompt.box_reading": "verifiers read the box up to the brace that balances it",
+    "cold_start.total_steps": "it pre-trains on a corpus; start from the policy of a run of task 'rpt' or 'pretrain' instead",
+}
+
 _UNBOUNDED = 10**12  # An upper bound that excludes only typing errors.
 _SEEDS = 2**32 - 1  # The largest seed that grain accepts.
 # Least and greatest value of each number.
@@ -73,7 +80,7 @@ _BOUNDS = {
     "data.score_batch_windows": (1, _UNBOUNDED),
     "data.entropy_top_k": (2, _UNBOUNDED),
     "data.entropy_threshold": (0.0, 100.0),
-    "data.positions_per_document": (0, _UNBOUNDED),
+    "data.positions_per_window": (0, _UNBOUNDED),
     "data.workers": (0, 1024),
     "data.rescore_every_steps": (1, _UNBOUNDED),
     "data.rescore_windows": (1, _UNBOUNDED),
@@ -146,11 +153,11 @@ _BOUNDS = {
     "profile.steps": (1, 1000),
     "cold_start.total_steps": (0, _UNBOUNDED),
     "cold_start.learning_rate": (0.0, 1.0),
-    "pretrain.documents_per_step": (1, _UNBOUNDED),
+    "pretrain.windows_per_step": (1, _UNBOUNDED),
     "pretrain.document_weight": (0.0, _UNBOUNDED),
-    "pretrain.traces_per_document": (1, _UNBOUNDED),
+    "pretrain.traces_per_window": (1, _UNBOUNDED),
     "pretrain.recalled_tokens": (0, _UNBOUNDED),
-    "pretrain.rows_per_document": (1, _UNBOUNDED),
+    "pretrain.rows_per_window": (1, _UNBOUNDED),
     "pretrain.row_tokens": (16, _UNBOUNDED),
     "pretrain.trace_weight": (0.0, _UNBOUNDED),
     "pretrain.vocab_size": (265, _UNBOUNDED),
@@ -190,11 +197,12 @@ def check_experiment(experiment: Experiment) -> None:
     # Fields that depend on each other.
     _check_precision(experiment.policy)
     _check_weighted_terms(experiment.objective)
-    check_task_fields(experiment)
+    _check_question_task(experiment)
     _check_data_fields(experiment)
     _check_question_fields(experiment.questions)
     _check_sizes(experiment)
     _check_sampling_distribution(experiment)
+    _check_evaluation_temperature(experiment.evaluation.temperature)
     _check_effects(experiment)
     _check_box_reading(experiment)
 
@@ -248,6 +256,20 @@ def _check_data_fields(experiment: Experiment) -> None:
             "of the two.",
             field="data.text_field",
         )
+
+
+def _check_question_task(experiment: Experiment) -> None:
+    """Refuse what a run on questions would do otherwise than the config says. Raises: UserError."""
+    if not experiment.asks_questions:
+        return
+    values = dict(leaves(experiment))
+    defaults = dict(leaves(Experiment()))
+    for name, reason in _NOT_OF_QUESTIONS.items():
+        if values[name] != defaults[name]:
+            raise UserError(
+                f"{name}={values[name]!r} has no effect with task='{experiment.task}': {reason}. Leave it out.",
+                field=name,
+            )
 
 
 def _check_question_fields(questions: QuestionsConfig) -> None:
@@ -336,6 +358,16 @@ def _check_sampling_distribution(experiment: Experiment) -> None:
             f"rollout.top_k={rollout.top_k} and rollout.top_p={rollout.top_p} sample from another distribution than the one "
             "that is trained: leave them at 0 and 1, or set objective.importance to 'truncate' or 'mask'.",
             field="objective.importance",
+        )
+
+
+def _check_evaluation_temperature(temperature: float) -> None:
+    """Refuse temperatures between 0, which stands for that of training, and the least one. Raises: UserError."""
+    least, _ = _BOUNDS["rollout.temperature"]
+    if 0 < temperature < least:
+        raise UserError(
+            f"evaluation.temperature={temperature:g} must be at least {least:g}, or 0 for that of training.",
+            field="evaluation.temperature",
         )
 
 

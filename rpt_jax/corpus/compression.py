@@ -52,6 +52,7 @@ class DecompressedFile(io.RawIOBase):
 
     Attributes:
       trailing_bytes: size of the data after the last stream; set when the end is reached.
+      produced_bytes: size of the data that were decompressed so far, in part ahead of what was read.
 
     Raises, when it is read: ValueError, EOFError or the library's own error, if the file is damaged or truncated.
     """
@@ -59,6 +60,7 @@ class DecompressedFile(io.RawIOBase):
     def __init__(self, path: Path):
         super().__init__()
         self.trailing_bytes = 0
+        self.produced_bytes = 0
         self._ending = path.suffix.lower()
         self._format = _FORMATS[self._ending]
         self._size = path.stat().st_size
@@ -67,6 +69,11 @@ class DecompressedFile(io.RawIOBase):
         self._input = b""
         self._output = memoryview(b"")
         self._at_end = False
+
+    @property
+    def consumed_bytes(self) -> int:
+        """Size of the compressed data that `produced_bytes` are from."""
+        return self._file.tell() - len(self._input)
 
     def readable(self) -> bool:
         return True
@@ -91,6 +98,7 @@ class DecompressedFile(io.RawIOBase):
             return b""
         output = self._decompressor.decompress(data)
         self._input = self._decompressor.unused_data
+        self.produced_bytes += len(output)
         return output
 
     def _is_between_streams(self) -> bool:

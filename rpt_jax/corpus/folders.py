@@ -102,7 +102,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
 def walk_matches(pattern: str) -> Iterator[tuple[Path, str]]:
     """Yield what a file, folder or glob stands for and why it is not read, "" if it is.
 
-    A glob leaves out the evaluation splits that it matches, unless its own text names one.
+    A glob leaves out the hidden folders and the evaluation splits that it matches, unless its own text names one.
     """
     is_glob = not Path(pattern).exists()
     root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
@@ -120,7 +120,16 @@ def walk_matches(pattern: str) -> Iterator[tuple[Path, str]]:
                 return True
         return False
 
+    def hidden_part(path: Path) -> Path | None:
+        """Return the outermost hidden file or folder on the way from the root to `path`."""
+        entries = itertools.takewhile(lambda entry: entry != root, (path, *path.parents))
+        hidden = [entry for entry in entries if _is_hidden(entry.name) and entry.name not in Path(pattern).parts]
+        return hidden[-1] if hidden else None
+
     for match in map(Path, sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]):
+        if is_glob and (hidden := hidden_part(match)):
+            yield hidden, _HIDDEN
+            continue
         is_left_out = is_glob and not names_split and is_of_evaluation_split(match)
         for path, reason in _walk(match) if match.is_dir() else [(match, why_not_read(match))]:
             yield path, EVALUATION_SPLIT if is_left_out and not reason else reason

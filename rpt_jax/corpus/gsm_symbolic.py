@@ -84,7 +84,7 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
 
 
 def load_templates(field: str = "data.source") -> dict[int, Template]:
-    """Return the templates of GSM-Symbolic by number. Raises: UserError, if the package that the config field needs is missing."""
+    """Return the templates of GSM-Symbolic by number. Raises: UserError, about the config field, if the package is missing."""
     try:
         from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic
     except ImportError as error:

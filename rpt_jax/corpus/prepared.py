@@ -12,6 +12,7 @@ from rpt_jax import __version__
 from rpt_jax.config import DataConfig, Experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.corpus.entropy import BIN_NATS, Scorer, fraction_above
+from rpt_jax.corpus.expanded_size import expanded_bytes
 from rpt_jax.corpus.store import FORMAT, MANIFEST, Records, read_json, read_summaries, read_summary, write_json
 from rpt_jax.corpus.tokenization import ShardPlan, check_made_from, content_fields, plan_shards, tokenize
 from rpt_jax.corpus.tokenized import TokenizedCorpus, open_tokens, report_corpus
@@ -92,7 +93,7 @@ def tokenize_on_leader(
 ) -> None:
     """Run `tokenize` on the leader, with a progress bar; the other processes wait. Raises: UserError."""
     if is_leader():
-        _check_disk(plan, directory)
+        _check_disk(data, plan, directory)
         with Progress("tokenize, file ranges", sum(shard.steps for shard in plan.to_prepare)) as progress:
 
             def advance(status: str) -> None:
@@ -103,14 +104,12 @@ def tokenize_on_leader(
     wait_for_all("tokenized")
 
 
-def _check_disk(plan: ShardPlan, directory: Path) -> None:
-    """Check that the disk has room for the shards that are not tokenized yet. Raises: UserError.
-
-    Their size is a rough estimate from that of the files, and too small if those are compressed.
-    """
-    sizes = {file_range.path: file_range.path.stat().st_size for file_range in plan.file_ranges or []}
+def _check_disk(data: DataConfig, plan: ShardPlan, directory: Path) -> None:
+    """Check that the disk has room for the shards that are not tokenized yet, by a rough estimate. Raises: UserError."""
     missing = [number for number in plan.numbers if not read_summary(directory, "tokens", number, plan.shards)]
-    text_bytes = sum(sizes.values()) * len(missing) // plan.shards
+    if plan.file_ranges is None or not missing:
+        return  # The source generates its documents, or nothing is left to do.
+    text_bytes = expanded_bytes(plan.file_ranges, data) * len(missing) // plan.shards
     needed = text_bytes // _TEXT_BYTES_PER_TOKEN * CORPUS_BYTES_PER_TOKEN
     check_free_space(directory, needed, "the token ids and entropies of the corpus", "prepare fewer files")
 

@@ -355,7 +355,7 @@ def _read_rows(batches: Iterable[Any], parser: RecordParser, rows_before: int) -
         selected = _with_strings_as_bytes(batch.select(parser.columns(batch.schema.names)))
         # Without validation, a damaged file may be read beyond its buffers, which crashes the process.
         selected.validate(full=True)
-        for record in selected.to_pylist():
+        for record in selected.to_pylist(maps_as_pydicts="lossy"):
             number += 1
             yield number, parser.parse(record)
 
@@ -390,7 +390,7 @@ def _bytes_type(kind: Any) -> Any:
     if types.is_fixed_size_list(kind):
         return pyarrow.list_(kind.value_field.with_type(_bytes_type(kind.value_type)), kind.list_size)
     if types.is_map(kind):
-        return pyarrow.map_(_bytes_type(kind.key_type), _bytes_type(kind.item_type))
+        return pyarrow.map_(kind.key_type, _bytes_type(kind.item_type))  # The keys are names of fields.
     return kind
 
 

@@ -105,8 +105,8 @@ def _choose_held_out(table: DocumentTable, config: DataConfig) -> np.ndarray:
         groups = len(np.unique(table.keys_D))
         raise UserError(
             f"{source_name(config)}: the {len(table.keys_D):,} documents form {groups:,} groups, each of which is more than "
-            f"a fifth of them, so that none can be held out. data.group_by='{config.group_by}' must be a field with more values "
-            f"or '{AUTO}'.",
+            "a fifth of them, or of its part of a mixture, so that none can be held out. "
+            f"data.group_by='{config.group_by}' must be a field with more values or '{AUTO}'.",
             field="data.group_by",
         )
     return np.concatenate(chosen)

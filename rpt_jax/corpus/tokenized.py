@@ -78,11 +78,10 @@ class TokenizedCorpus(NamedTuple):
     def clusters(self, split: str) -> np.ndarray:
         """Return integers that say which windows of a split depend on each other, [N].
 
-        Windows of one document do, and of all documents with the same key: the records of a group (`data.group_by`), and in
-        "unseen" the documents of one kind, such as a template. Each piece of a text file counts as a document.
+        Windows of one document do, and of all documents with the same key: the pieces of a text file, the records of a group
+        (`data.group_by`), and in "unseen" the documents of one kind, such as a template.
         """
-        rows_D = np.concatenate(list(read_index(self.directory, self.shards)))
-        cluster_D = np.where(rows_D["place"] < 0, rows_D["key_hash"], np.arange(len(rows_D), dtype=np.uint64))
+        cluster_D = np.concatenate([rows["key_hash"] for rows in read_index(self.directory, self.shards)])
         return cluster_D[self.document_W[self.windows(split).numbers_N]]
 
     def token_count(self, split: str) -> int:
@@ -152,8 +151,9 @@ def report_corpus(corpus: TokenizedCorpus) -> dict[str, Any]:
 
     if divided := _held_out_of_divided_texts(corpus):
         logger.warning(
-            "%s held-out documents are the end of a text whose beginning is trained on: every text file is longer than a fifth "
-            "of the corpus, so that none is held out as a whole.",
+            "%s held-out documents are the end of a text whose beginning is trained on: every file of the corpus, or of its part "
+            "of a mixture, is longer than a fifth of that. Confidence intervals count the pieces of a file as one document, and "
+            "are wide where there are few.",
             f"{divided:,}",
         )
 

@@ -95,7 +95,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
       UserError: the sizes do not multiply to the number of devices, or `rollout_tensor` does not fit them.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _resolve_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
+    sizes = resolve_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
 
     # Split off the axis that changes its role between training and rollouts.
     rollout_tensor = rollout_tensor or sizes["tensor"]
@@ -106,16 +106,22 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     return Mesh(_arrange_devices(shape, devices, rollout_tensor), MESH_AXES, axis_types=axis_types)
 
 
-def _resolve_sizes(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Return the sizes of data, fsdp and tensor with -1 replaced by what the others leave.
+def resolve_sizes(sizes: Mapping[str, int], devices: int, *, exact: bool = True) -> dict[str, int]:
+    """Return the sizes of data, fsdp and tensor with -1 replaced by what the others leave, at least 1.
+
+    Args:
+      sizes: by name; one of them may be -1.
+      devices: number of devices.
+      exact: refuse sizes that do not multiply to `devices`.
 
     Raises:
-      UserError: they do not multiply to `devices`; the message gives the nearest sizes that do.
+      UserError: the sizes do not fit; the message gives the nearest ones that do.
     """
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
-    resolved = {name: devices // max(known, 1) if size == -1 else size for name, size in sizes.items()}
-    if len(free) < 2 and math.prod(resolved.values()) == devices:
+    resolved = {name: max(1, devices // max(known, 1)) if size == -1 else size for name, size in sizes.items()}
+    fits = math.prod(resolved.values()) == devices if exact else min(resolved.values()) > 0
+    if len(free) < 2 and fits:
         return resolved
 
     # Complete the nearest mesh: each size becomes the largest divisor of the devices left that does not exceed it.

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import os
 import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
-
-# JAX has no public way to give it a cache. These two modules are private to JAX (checked with jax 0.10.2, 0.11.2 and 0.12.0);
-# tests/infra/test_compilation_cache.py fails if a release changes them.
-from jax._src import compilation_cache as jax_cache
-from jax._src.compilation_cache_interface import CacheInterface
 
 from rpt_jax.infra.atomic_write import atomic_write
 
@@ -32,8 +29,10 @@ _CHECKSUM_BYTES = 32
 _ABANDONED_SECONDS = 3600.0  # A file that has been unfinished for so long belongs to a process that was killed.
 
 
-class ProgramFiles(CacheInterface):
+class ProgramFiles:
     """Files of compiled programs, with their checksums; any number of processes may use a directory at once.
+
+    It has the interface that JAX expects of a cache.
 
     Args:
       directory: of the files; it exists.
@@ -119,12 +118,29 @@ def compilation_cache(directory: Path | None) -> Iterator[None]:
         logger.info("Compiled programs are not kept: %s (%s).", error.strerror, directory)
         yield
         return
-    earlier = jax_cache._cache
-    jax_cache._cache = ProgramFiles(directory)
+    with _jax_cache(ProgramFiles(directory)):
+        yield
+
+
+@contextlib.contextmanager
+def _jax_cache(programs: ProgramFiles) -> Iterator[None]:
+    """Make `programs` the cache of JAX inside the block; if that is impossible, warn and go on without a cache.
+
+    JAX has no public way to be given a cache, only a directory. This module and its variable are private to JAX (checked with
+    jax 0.10.2, 0.11.2 and 0.12.0); tests/infra/test_compilation_cache.py fails if a release changes them.
+    """
+    try:
+        module: Any = importlib.import_module("jax._src.compilation_cache")
+        earlier = module._cache
+    except (ImportError, AttributeError):
+        logger.warning("Compiled programs are not kept: jax %s holds its cache elsewhere.", jax.__version__)
+        yield
+        return
+    module._cache = programs
     try:
         yield
     finally:
-        jax_cache._cache = earlier
+        module._cache = earlier
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rpt_jax.config import Experiment
+from rpt_jax.registry import position_fields
 
 STEPS_WITHOUT_SIGNAL = 5  # Consecutive steps without anything to learn from before the warning.
 
@@ -24,7 +25,7 @@ class LearningSignal:
         self._skipped = 0.0  # Updates that the last step skipped.
 
     def check_rollouts(self, step: int, scalars: Mapping[str, float]) -> list[str]:
-        """Return the warning, if one is due after a step of reinforcement pre-training.
+        """Return the warning, if one is due after a step of reinforcement learning.
 
         If all samples of every prompt earn the same, each advantage, and so the gradient of the policy loss, is 0. A single such
         step is common, and only counted in `update/skipped`.
@@ -93,14 +94,11 @@ class LearningSignal:
                     "prompt.chat_template=True for a chat model), or teach it with cold_start.total_steps."
                 )
             case "correct":
-                advice = (
-                    "every prediction is right. Choose harder positions: raise data.entropy_threshold "
-                    f"({experiment.data.entropy_threshold:g})."
-                )
+                advice = f"every prediction is right. Choose harder positions than {position_fields(experiment.data)}."
             case _:
                 advice = (
-                    "the policy answers in the right format, but no prediction is right. Choose easier positions (lower "
-                    f"data.entropy_threshold={experiment.data.entropy_threshold:g}), raise rollout.samples_per_prompt="
+                    "the policy answers in the right format, but no prediction is right. Choose easier positions than "
+                    f"{position_fields(experiment.data)}, raise rollout.samples_per_prompt="
                     f"{experiment.rollout.samples_per_prompt}, or start from a stronger policy."
                 )
         return cause + advice

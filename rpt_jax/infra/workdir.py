@@ -249,11 +249,13 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
         return
 
     # Any other run goes on with the new config.
+    if _saved_step(workdir) is not None:
+        _check_beginning(workdir, theirs, ours)
     if differing:
         logger.info("The config changed: %s.", changes)
         _write_config(workdir / RUN_CONFIG, ours)
     in_vain = [name for name in differing if name.partition(".")[0] in ("cold_start", "pretrain")]
-    if in_vain and (workdir / COLD_START / POLICY).exists():
+    if in_vain and ours["cold_start.total_steps"] and (workdir / COLD_START / POLICY).exists():
         logger.warning(
             "The cold start of this run is complete, so these changes have no effect: %s.",
             _changes(in_vain, theirs, ours),
@@ -263,6 +265,20 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
         logger.warning(consequence)
     if total_steps > completed:
         _keep_outputs(workdir, completed)
+
+
+def _check_beginning(workdir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Check that a run with a checkpoint keeps its task, and began with a cold start if the config has one. Raises: UserError."""
+    for name, is_same in (
+        ("task", theirs.get("task") == ours["task"]),
+        ("cold_start.total_steps", bool(theirs.get("cold_start.total_steps")) == bool(ours["cold_start.total_steps"])),
+    ):
+        if not is_same:
+            raise UserError(
+                f"{_changes([name], theirs, ours)}: the run in --workdir={workdir} has a checkpoint already, so that --force "
+                "cannot change how it began. Choose another --workdir, with policy.path to start from a policy of this run.",
+                field=name,
+            )
 
 
 def _keep_outputs(workdir: Path, steps: int) -> None:

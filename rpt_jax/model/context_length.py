@@ -28,9 +28,12 @@ def context_warnings(experiment: Experiment, config: ModelConfig) -> list[str]:
     context = trained_context(config)
     data = experiment.data
     lengths = {}
-    if experiment.task != "pretrain" and experiment.task != "score":
+    if experiment.reinforces or experiment.asks_questions:
         fields = "prompt.max_tokens + rollout.max_new_tokens"
         lengths[fields] = experiment.prompt.max_tokens + experiment.rollout.max_new_tokens
+    if experiment.reinforces and experiment.evaluation.max_new_tokens > experiment.rollout.max_new_tokens:
+        fields = "prompt.max_tokens + evaluation.max_new_tokens"
+        lengths[fields] = experiment.prompt.max_tokens + experiment.evaluation.max_new_tokens
     if experiment.task == "pretrain" or (experiment.task == "rpt" and experiment.cold_start.total_steps):
         fields = "data.max_document_tokens + pretrain.row_tokens"
         lengths[fields] = data.max_document_tokens + experiment.pretrain.row_tokens

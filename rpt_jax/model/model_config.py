@@ -181,9 +181,12 @@ PRESETS |= {
 }
 
 
-def preset(name: str) -> ModelConfig:
-    """Return the preset called `name`. Raises: UserError with the nearest name if there is none."""
-    return PRESETS[check_choice("policy.preset", name, PRESETS)]
+def preset(name: str, field: str = "policy.preset") -> ModelConfig:
+    """Return the preset called `name`, which the config field or option `field` gives.
+
+    Raises: UserError with the nearest name if there is none.
+    """
+    return PRESETS[check_choice(field, name, PRESETS)]
 
 
 def check_preset(path: str, name: str, config: ModelConfig) -> None:

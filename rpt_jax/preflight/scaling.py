@@ -102,7 +102,9 @@ def read_run(path: Path) -> Run:
             terabytes_sent=sum(sent) / _TERA,
             seconds=record["estimated_step_seconds"],
         )
-    except (OSError, KeyError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", field=str(path)) from None
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a record written by preflight --json for a config that compiles ({error!r}).",
             field=str(path),

@@ -197,7 +197,7 @@ class ArithmeticOptions:
     # Fraction of the traces at those positions that write the calculation out; the others recall.
     calculation_fraction: float = 0.4
     # Number of calculations similar to the document's that are learned without the document.
-    drills_per_document: int = 0
+    drills_per_window: int = 0
 
     def __post_init__(self) -> None:
         for name in ("calculation_position_fraction", "calculation_fraction"):
@@ -205,9 +205,9 @@ class ArithmeticOptions:
             if not 0.0 <= value <= 1.0:
                 field = f"pretrain.trace_options.{name}"
                 raise UserError(f"{field}={value} must be between 0 and 1.", field=field)
-        if self.drills_per_document < 0:
-            field = "pretrain.trace_options.drills_per_document"
-            raise UserError(f"{field}={self.drills_per_document} must be at least 0.", field=field)
+        if self.drills_per_window < 0:
+            field = "pretrain.trace_options.drills_per_window"
+            raise UserError(f"{field}={self.drills_per_window} must be at least 0.", field=field)
 
 
 @TRACE_WRITERS.register("arithmetic", options=ArithmeticOptions)
@@ -259,7 +259,7 @@ class ArithmeticTraces(RecallTraces):
         """
         if not self._calculations:
             return []
-        return [self._drill(rng) for _ in range(self._options.drills_per_document)]
+        return [self._drill(rng) for _ in range(self._options.drills_per_window)]
 
     def _drill(self, rng: np.random.Generator) -> tuple[list[int], int]:
         calculation, _ = self._calculations[int(rng.choice(self.preferred_positions))]

@@ -167,9 +167,9 @@ def _shuffle(
         return WindowOrder(positions, per_window=per_window, batch=batch, seed=seed)
     if len(positions) > _MAX_SHUFFLED:
         raise UserError(
-            f"{len(positions):,} positions were chosen, but at most {_MAX_SHUFFLED:,} can be shuffled: raise "
-            "data.entropy_threshold.",
-            field="data.entropy_threshold",
+            f"{len(positions):,} positions were chosen, but at most {_MAX_SHUFFLED:,} can be shuffled: choose fewer with "
+            "data.positions and its fields, or set data.positions_per_window, which shuffles windows.",
+            field="data.positions",
         )
     return ShuffledEpochs(positions, seed)
 
@@ -220,9 +220,9 @@ class WindowOrder:
         self._cached_epoch: tuple[int, np.ndarray, np.ndarray] | None = None
         if not self._epoch_prompts:
             raise UserError(
-                f"data.positions_per_document={per_window} leaves {total} prompts in all windows together, fewer than "
+                f"data.positions_per_window={per_window} leaves {total} prompts in all windows together, fewer than "
                 f"training.prompts_per_step={batch}: raise it, or use a longer corpus.",
-                field="data.positions_per_document",
+                field="data.positions_per_window",
             )
 
     def __len__(self) -> int:

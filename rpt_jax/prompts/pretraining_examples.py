@@ -99,7 +99,7 @@ class ExampleMaker:
         """Draw the positions of the traces: a fraction among the writer's preferred ones, the others uniformly."""
         last = num_tokens - 1
         first = min(self._min_context, last)
-        count = self._config.traces_per_document
+        count = self._config.traces_per_window
         positions = rng.integers(first, last + 1, size=count)
         preferred = [p for p in writer.preferred_positions if first <= p <= last]
         if preferred:
@@ -112,7 +112,7 @@ class ExampleMaker:
 
         The part of a prompt that is a prefix of the window is not repeated: the model attends to the window instead.
         """
-        num_rows = self._config.rows_per_document
+        num_rows = self._config.rows_per_window
         row_tokens = self._config.row_tokens
         names = ("inputs", "targets", "mask", "segment", "prefix", "position")
         rows = {name: np.zeros((num_rows, row_tokens), bool if name == "mask" else np.int32) for name in names}

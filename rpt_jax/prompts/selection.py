@@ -20,7 +20,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, ShuffledEpochs, position_order
 from rpt_jax.prompts.positions import Entropies, PositionIndex, index_positions
-from rpt_jax.registry import POSITION_CHOICES
+from rpt_jax.registry import POSITION_CHOICES, position_fields
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def training_orders(
         where = f"{', '.join(places)} has " if places else ""
         raise UserError(
             f"{source_name(data)}: {where}only {smallest:,} training positions that are chosen by "
-            f"{_reported_fields(data)} and have data.min_context={data.min_context} tokens before them, of {found:,} in all and "
+            f"{position_fields(data)} and have data.min_context={data.min_context} tokens before them, of {found:,} in all and "
             f"{total:,} training tokens; training.prompts_per_step={training.prompts_per_step} needs at least as many. "
             "Change one of these fields, or use more text.",
             field="data.path" if weights else "training.prompts_per_step",
@@ -163,7 +163,7 @@ def training_orders(
     if not weights and policy_entropies is None:
         _warn_of_small_parts(data, stages, part_W, training.prompts_per_step)
     logger.info(
-        f"{found:,} of {total:,} training positions are chosen by {_reported_fields(data)}, with the entropies of {scored_by} "
+        f"{found:,} of {total:,} training positions are chosen by {position_fields(data)}, with the entropies of {scored_by} "
         f"over its {data.entropy_top_k} most likely tokens."
     )
     return [
@@ -171,7 +171,7 @@ def training_orders(
             parts,
             weights,
             batch=training.prompts_per_step,
-            per_window=data.positions_per_document,
+            per_window=data.positions_per_window,
             seed=(experiment.seed, stage),
         )
         for stage, parts in enumerate(parts_of_stages)
@@ -201,12 +201,6 @@ def training_stage(step: int, total_steps: int, stages: int) -> int:
       stages: number of stages.
     """
     return min((step - 1) * stages // total_steps, stages - 1)
-
-
-def _reported_fields(data: DataConfig) -> str:
-    """Return the fields that determine the choice of positions, and their values, for messages."""
-    names = ["positions", *POSITION_CHOICES[data.positions].requirements.reported_fields]
-    return ", ".join(f"data.{name}={getattr(data, name)!r}" for name in names)
 
 
 def rescoring_is_due(experiment: Experiment, step: int) -> bool:

@@ -31,3 +31,9 @@ def question() -> str:
 def boxed_answer() -> str:
     """The question, then the instruction to reason and to box the final answer."""
     return "{question}\n\nReason step by step, and put your final answer in \\boxed{}."
+
+
+@PROMPT_TEMPLATES.register("think_then_box")
+def think_then_box() -> str:
+    """The question, then the same instruction for a policy that has no thinking of its own."""
+    return "{question}\n\nReason step by step. Then write </think>, and after it your final answer in \\boxed{}."

@@ -101,8 +101,8 @@ def load_questions(
     train = [question for question in _shuffled(rest, config.seed, TRAIN) if is_kept(question)]
     if len(train) < max(1 if for_training else 0, config.train_questions):
         raise UserError(
-            f"questions.train_questions={config.train_questions}: {_source_name(config)} has {len(train):,} questions to train on, "
-            f"besides {len(test):,} to test with{_difficulty_sentence(len(rest) - len(train))}.",
+            f"questions.train_questions={config.train_questions}: {_source_name(config)} has {len(train):,} questions to train "
+            f"on, besides {len(test):,} to test with{_difficulty_sentence(len(rest) - len(train))}.",
             field="questions.train_questions",
         )
     train = train[: config.train_questions or None]

@@ -1,7 +1,7 @@
 """Question source "worked_solutions": a grade-school problem with its worked solution up to the result of the last calculation.
 
-The documents are those of the corpus source "gsm_symbolic". A small policy that was trained on them can be asked such a question in
-the form that it knows.
+The documents are those of the corpus source "gsm_symbolic". A small policy that was trained on them can be asked such a question
+in the form that it knows.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class RewardedRollouts(NamedTuple):
       prompts: the prompts.
       rollouts: the sampled responses.
       reward_PxG: float32 reward.
-      status_PxG: int32, one of `rewards.prefix_match.Status`, for any reward; of questions, one of `rewards.verified.AnswerStatus`.
+      status_PxG: int32, one of `rewards.prefix_match.Status` for any reward, or of `rewards.verified.AnswerStatus` for questions.
     """
 
     prompts: PromptBatch

@@ -148,9 +148,10 @@ class BatchVerifier:
           questions: the P questions.
           rollouts: G responses to each of them.
         """
-        tokens_PxGxT, lengths_PxG, stopped_PxG = to_host(
-            (rollouts.tokens_PxGxT, rollouts.lengths_PxG, rollouts.stopped_PxG)
+        tokens_PxGxT, lengths_PxG, ended_PxG = to_host(
+            (rollouts.tokens_PxGxT, rollouts.lengths_PxG, rollouts.ended_PxG)
         )
+        stopped_PxG = rollouts._replace(ended_PxG=ended_PxG).stopped_PxG
         # Every process has as many rows, of which the last ones may be empty.
         part = -(-len(questions) // jax.process_count())
         first = jax.process_index() * part

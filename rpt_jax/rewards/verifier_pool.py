@@ -179,6 +179,7 @@ class _Worker(threading.Thread):
     def _start_process(self) -> None:
         """Start a process and wait until it is ready. Raises: UserError, if it ends before."""
         context = multiprocessing.get_context("spawn")  # Forking a process in which JAX runs threads may deadlock.
+        connection: Any
         connection, connection_of_process = context.Pipe()
         imports = self._verifier.requirements.imports
         process = context.Process(

@@ -9,6 +9,7 @@ slow, and this module must not import JAX.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 import string
@@ -19,7 +20,11 @@ from rpt_jax.questions.reasoning_gym_tasks import score_entry
 from rpt_jax.questions.text import last_box
 from rpt_jax.registry import VERIFIERS
 
-_LONGEST_EXPRESSION = 2000  # Characters; a longer answer is only compared as text.
+# What is longer or nested deeper is compared as text only, because parsing it takes seconds. The longest answer of MATH has 81
+# characters, the deepest three levels of brackets.
+_LONGEST_EXPRESSION = 500
+_DEEPEST_EXPRESSION = 10
+_BRACKETS = dict.fromkeys("([{", 1) | dict.fromkeys(")]}", -1)
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 # "B", "(B)", "B." or "$B$"; and a letter before the text of its option: "B: text", "(B) text".
 _LETTER = re.compile(r"[\s$(\[{]*([A-Za-z])[\s$)\]}.:,]*")
@@ -31,10 +36,11 @@ def boxed_math(answer: str, question: Question) -> float:
     """Symbolic or numeric equality of the box and an accepted answer, by math-verify, or the same text (as Skywork-OR1 does).
 
     `\\frac{1}{2}`, `0.5` and `x = 1/2` are equal. Letters are variables, so that words with the same letters are equal too.
+    An answer of more than 500 characters or ten levels of brackets is compared as text only.
     """
     if boxed_exact(answer, question):
         return 1.0
-    if len(answer) > _LONGEST_EXPRESSION:
+    if not _is_small_expression(answer):
         return 0.0
     import math_verify
 
@@ -46,6 +52,13 @@ def boxed_math(answer: str, question: Question) -> float:
             for accepted in question.answers
         )
     )
+
+
+def _is_small_expression(text: str) -> bool:
+    if len(text) > _LONGEST_EXPRESSION:
+        return False
+    depths = itertools.accumulate(_BRACKETS.get(character, 0) for character in text)
+    return max(depths, default=0) <= _DEEPEST_EXPRESSION
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,12 +134,8 @@ def why_unreadable(verifier: str, question: Question) -> str:
     if registered.requirements.choices and not question.choices:
         return f"has no options, which the verifier '{verifier}' needs."
     for answer in question.answers:
-        text = answer
-        if registered.requirements.box:
-            content = last_box(f"\\boxed{{{answer}}}".encode())
-            if content != answer.encode():
-                return f"has the answer {answer!r}, which no box can hold: its braces are not balanced."
-            text = content.decode()
-        if registered.function(text, question) < 1.0:
+        if registered.requirements.box and last_box(f"\\boxed{{{answer}}}".encode()) != answer.encode():
+            return f"has the answer {answer!r}, which no box can hold: its braces are not balanced."
+        if registered.function(answer, question) < 1.0:
             return f"has the answer {answer!r}, which the verifier '{verifier}' does not accept as correct."
     return ""

@@ -82,12 +82,18 @@ class Sampler:
         return shared, rollouts, work
 
 
+def sampling_numbers(experiment: Experiment) -> list[float]:
+    """Return the numbers that two evaluations must have in common to be comparable: samples, temperature and length limit."""
+    rollout = experiment.rollout
+    return [rollout.samples_per_prompt, rollout.temperature, rollout.max_new_tokens]
+
+
 def max_tail_tokens(experiment: Experiment, builder: PromptBuilder) -> int:
     """Return the most tokens of a prompt after the prefix it shares with another, or 0 if prompts share no prefixes.
 
     Of two positions of a document, one's context is a prefix of the other's; only the end of the template follows it.
     """
-    return max(1, len(builder.after)) if experiment.data.positions_per_document > 1 else 0
+    return max(1, len(builder.after)) if experiment.data.positions_per_window > 1 else 0
 
 
 def find_shared_prefixes(prompts: PromptBatch, max_tail_tokens: int) -> Prompts:

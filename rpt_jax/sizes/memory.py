@@ -17,7 +17,18 @@ FLOAT32_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StateBytes:
+class _Parts:
+    """Bytes per device, by what they are for."""
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return sum(part.total if isinstance(part, _Parts) else part for part in parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateBytes(_Parts):
     """Bytes per device of the training state.
 
     Attributes:
@@ -28,11 +39,6 @@ class StateBytes:
     parameters_and_reference: int
     adam_moments: int
     moving_average: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.parameters_and_reference + self.adam_moments + self.moving_average
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +66,7 @@ class SamplingBytes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BackwardBytes:
+class BackwardBytes(_Parts):
     """Bytes per device of what a forward and backward pass saves, without parameters and gradients.
 
     Attributes:
@@ -73,14 +79,9 @@ class BackwardBytes:
     other_activations: int
     logit_chunk: int
 
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.attention_scores + self.other_activations + self.logit_chunk
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UpdateBytes:
+class UpdateBytes(_Parts):
     """Bytes per device that the update needs in addition to the training state.
 
     Attributes:
@@ -92,11 +93,6 @@ class UpdateBytes:
     gradients: int
     state_before_step: int
     backward: BackwardBytes
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.gradients + self.state_before_step + self.backward.total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,18 +115,13 @@ class RptMemory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainMemory:
+class PretrainMemory(_Parts):
     """Bytes per device of task "pretrain": lower bounds, to which XLA adds its temporaries."""
 
     parameters: int
     adam_moments: int
     gradients: int
     backward: BackwardBytes
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return self.parameters + self.adam_moments + self.gradients + self.backward.total
 
 
 class PrefixTree(NamedTuple):
@@ -288,7 +279,7 @@ def pretrain_tree(experiment: Experiment) -> PrefixTree:
     """Return a document with its rows of traces, at full length."""
     return PrefixTree(
         prefix=experiment.data.max_document_tokens,
-        branches=experiment.pretrain.rows_per_document,
+        branches=experiment.pretrain.rows_per_window,
         branch=experiment.pretrain.row_tokens,
     )
 
@@ -296,7 +287,7 @@ def pretrain_tree(experiment: Experiment) -> PrefixTree:
 def pretrain_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> PretrainMemory:
     """Return the memory of task "pretrain", whose memory fields are planned or set."""
     parameters = FLOAT32_BYTES * config.parameters // mesh.weight_shards
-    documents = mesh.max_per_batch_shard(experiment.pretrain.documents_per_step)
+    documents = mesh.max_per_batch_shard(experiment.pretrain.windows_per_step)
     return PretrainMemory(
         parameters=parameters,
         adam_moments=2 * parameters,

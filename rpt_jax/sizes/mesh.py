@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from jax.sharding import Mesh
 
 from rpt_jax.config import MeshConfig
-from rpt_jax.distributed.mesh import mesh_fields, resharding_axis_sizes
-from rpt_jax.errors import UserError
+from rpt_jax.distributed.mesh import mesh_fields, resharding_axis_sizes, resolve_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,14 +51,11 @@ class MeshSizes:
 
 
 def resolve_mesh(config: MeshConfig, devices: int) -> MeshSizes:
-    """Replace the axis of size -1 and `rollout_tensor=0` by their values. Raises UserError for an invalid mesh."""
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    if list(sizes.values()).count(-1) > 1 or any(size < 1 for size in sizes.values() if size != -1):
-        named = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        raise UserError(f"{named}: every axis must be at least 1, except for at most one -1.", field="mesh")
-    # The other axes may need more devices than there are: then the free axis has size 1.
-    free = max(1, devices // abs(math.prod(sizes.values())))
-    sizes = {name: free if size == -1 else size for name, size in sizes.items()}
+    """Replace the axis of size -1 and `rollout_tensor=0` by their values; the mesh may need more devices than there are.
+
+    Raises: UserError for an invalid mesh.
+    """
+    sizes = resolve_sizes({"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}, devices, exact=False)
     mesh = MeshSizes(**sizes, rollout_tensor=config.rollout_tensor or sizes["tensor"], available=devices)
     resharding_axis_sizes(mesh.fsdp, mesh.tensor, mesh.rollout_tensor)
     return mesh

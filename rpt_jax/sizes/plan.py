@@ -163,8 +163,16 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
             "more devices (mesh.fsdp, mesh.tensor), or shorten prompts and responses (prompt.max_tokens, rollout.max_new_tokens)."
         )
 
-    if not experiment.rollout.decode_slots and experiment.reinforces:
-        set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
+    if experiment.reinforces:
+        slots = experiment.rollout.decode_slots
+        rollouts = _rollouts_per_replica(experiment, mesh) * mesh.rollout_replicas
+        if not slots:
+            set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
+        elif slots > rollouts:
+            warnings.append(
+                f"rollout.decode_slots={slots:,} is more than the {rollouts:,} rollouts of a step (training.prompts_per_step × "
+                f"rollout.samples_per_prompt): only {rollouts:,} slots are used. Lower it, or set it to 0."
+            )
     return Plan(experiment=planned, fields=tuple(fields), warnings=tuple(warnings))
 
 
@@ -173,7 +181,7 @@ def check_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
     replicas = mesh.rollout_replicas
     plan_slots(
         requested=-(-experiment.rollout.decode_slots // replicas),
-        rollouts=-(-experiment.training.prompts_per_step // replicas) * experiment.rollout.samples_per_prompt,
+        rollouts=_rollouts_per_replica(experiment, mesh),
         memory=rollout_bytes(experiment, config, mesh),
         resident=_resident(rpt_memory(experiment, config, mesh)),
         available=memory,
@@ -182,8 +190,7 @@ def check_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
 
 def _plan_decode_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, memory: float) -> tuple[int, str]:
     """Return as many decode slots as fit, over all replicas and at least one for each, and the reason."""
-    per_replica = -(-experiment.training.prompts_per_step // mesh.rollout_replicas)
-    rollouts = per_replica * experiment.rollout.samples_per_prompt
+    rollouts = _rollouts_per_replica(experiment, mesh)
     rollout = rollout_bytes(experiment, config, mesh)
     free = memory - _resident(rpt_memory(experiment, config, mesh))
     fitting = rollouts if math.isinf(free) else rollout.slots_within(int(free))
@@ -191,6 +198,11 @@ def _plan_decode_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSi
         return rollouts * mesh.rollout_replicas, "all rollouts of a step fit"
     reason = f"{rollout.per_slot / GIB:.3g} GiB each, {rollout.fixed / GIB:.3g} for prompts, {free / GIB:.4g} free"
     return max(fitting, 1) * mesh.rollout_replicas, reason
+
+
+def _rollouts_per_replica(experiment: Experiment, mesh: MeshSizes) -> int:
+    prompts = -(-experiment.training.prompts_per_step // mesh.rollout_replicas)
+    return prompts * experiment.rollout.samples_per_prompt
 
 
 def _resident(memory: RptMemory) -> int:

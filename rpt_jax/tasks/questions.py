@@ -24,7 +24,7 @@ from rpt_jax.prompts.question_prompts import question_stream, questions_fingerpr
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
 from rpt_jax.rollout.rollouts import Rollouts
-from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.rollout.sampler import Sampler, sampling_numbers
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.sizes.plan import plan_evaluation
 
@@ -48,18 +48,16 @@ class QuestionTask:
         self.sample = Sampler(experiment, self.policy, self.tokenizer, mesh, builder)
         self._rewarder = Rewarder(experiment, self.policy, self.tokenizer, mesh, builder)
         evaluation = plan_evaluation(experiment, mesh)
+        same = evaluation.rollout == experiment.rollout
+        sample = self.sample if same else Sampler(evaluation, self.policy, self.tokenizer, mesh, builder)
         self._verify = BatchVerifier(experiment.questions, self.tokenizer)
         self._evaluator = QuestionEvaluator(
-            Sampler(evaluation, self.policy, self.tokenizer, mesh, builder),
-            self._verify,
-            self._test,
-            builder,
-            experiment.training.prompts_per_step,
+            sample, self._verify, self._test, builder, experiment.training.prompts_per_step
         )
-        rollout = evaluation.rollout
-        self.evaluated = [len(self._test.questions), rollout.samples_per_prompt, rollout.max_new_tokens]
+        self.evaluated = [len(self._test.questions), *sampling_numbers(evaluation)]
         self.advice = _advice(experiment)
-        self._metrics = dict.fromkeys(("verification/timed_out", "verification/crashed", "time/verification"), 0.0)
+        names = ("verification/timed_out", "verification/crashed", "time/verification")
+        self._metrics: dict[str, float] = dict.fromkeys(names, 0.0)
 
     def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
         pending = self._verify.submit(self._train.of(prompts), rollouts)
@@ -123,8 +121,8 @@ def _advice(experiment: Experiment) -> dict[str, str]:
     """Return what to do if most responses have a status and nothing can be learned, by the name of the status."""
     filtered = "train on questions that the policy sometimes solves: measure pass rates with task='difficulty'"
     format_advice = (
-        "the policy does not answer in a box. Ask for one with prompt.template='boxed_answer' (and prompt.chat_template=True for a "
-        "chat model), or teach it in a run of task 'rpt' with cold_start.total_steps, whose policy this one starts from."
+        "the policy does not answer in a box. Ask for one with prompt.template='boxed_answer' (and prompt.chat_template=True for "
+        "a chat model), or start from the policy of a run of task 'rpt' that has learned it with cold_start.total_steps."
     )
     return {
         "no_box": format_advice,

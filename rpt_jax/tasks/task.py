@@ -28,7 +28,7 @@ class Task(Protocol):
       stream: batches of training prompts.
       statuses: the values of `RewardedRollouts.status_PxG`, among them correct, no box and not finished.
       advice: for the name of a status in lower case, what to do if most responses have it and nothing can be learned.
-      evaluated: numbers of what is evaluated, as JSON values; evaluations with other numbers are not comparable.
+      evaluated: numbers of what is evaluated and how; evaluations with other numbers are not comparable.
     """
 
     policy: Transformer
@@ -38,7 +38,7 @@ class Task(Protocol):
     stream: PromptStream
     statuses: type[enum.IntEnum]
     advice: Mapping[str, str]
-    evaluated: list[int]
+    evaluated: list[float]
 
     def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
         """Return the rollouts of training step `step` with the training reward; arguments as of `rewards.rewarder.Rewarder`."""

@@ -28,8 +28,9 @@ from rpt_jax.results import next_token_result, show_next_token_evaluation
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.rollouts import Rollouts
-from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.rollout.sampler import Sampler, sampling_numbers
 from rpt_jax.setup import set_up
+from rpt_jax.sizes.plan import plan_evaluation
 
 
 class TextTask:
@@ -50,8 +51,11 @@ class TextTask:
         self.sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
         self._reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
         self.stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
-        self._evaluator = Evaluator(experiment, setup, self.sample, self._reward, builder)
-        self.evaluated = self._evaluator.counts
+        evaluation = plan_evaluation(experiment, mesh)
+        same = evaluation.rollout == experiment.rollout
+        sample = self.sample if same else Sampler(evaluation, setup.policy, setup.tokenizer, mesh, builder)
+        self._evaluator = Evaluator(experiment, setup, sample, self._reward, builder)
+        self.evaluated = [*self._evaluator.counts, *sampling_numbers(evaluation)]
         self._policy_entropies: PolicyEntropies | None = None  # Of the last rescoring.
 
     def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:

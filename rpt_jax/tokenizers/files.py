@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from rpt_jax.errors import UserError
 from rpt_jax.weights.gguf_header import header_value, open_gguf
 from rpt_jax.weights.model_files import GENERATION_CONFIG_FILE, MODEL_CONFIG_FILE, find_gguf, other_tokenizer_hint
+
+logger = logging.getLogger(__name__)
 
 # Files of a tokenizer in a Hugging Face directory, and the two others with ids of special tokens.
 _FILE_NAMES = (
@@ -32,6 +35,7 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _CONTROL = 3
 _USER_DEFINED = 4
 _UNUSED = 5
+_NO_TOKEN = (-1, 2**32 - 1)  # As a signed and an unsigned number.
 
 # Parts of the regular expressions with which tokenizers split a text, and pre-tokenizers in the form of tokenizer.json.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -116,6 +120,21 @@ def vocabulary_file(source: Path, files: dict[str, bytes]) -> str:
     )
 
 
+def _special_ids_of_gguf(path: Path, vocab: int) -> dict[str, int]:
+    """Return the ids of special tokens in the header, by kind; warn of one that is not a token. Raises: UserError."""
+    ids = {}
+    for kind in ("bos", "eos", "padding", "eot", "eom"):
+        key = f"tokenizer.ggml.{kind}_token_id"
+        i = header_value(path, key, -1)
+        if type(i) is not int:
+            raise UserError(f"{path}: {key}={i!r} must be a token id.", field=str(path))
+        if 0 <= i < vocab:
+            ids[kind] = i
+        elif i not in _NO_TOKEN:
+            logger.warning("%s: %s=%s is not one of its %s tokens; it is not used.", path, key, i, f"{vocab:,}")
+    return ids
+
+
 def _files_of_gguf(path: Path) -> dict[str, bytes]:
     def value(key: str, default: Any = None) -> Any:
         return header_value(path, f"tokenizer.ggml.{key}", default)
@@ -139,8 +158,7 @@ def _files_of_gguf(path: Path) -> dict[str, bytes]:
     types = value("token_type")
 
     # generation_config.json: ids of the special tokens, with all that end a response.
-    kinds = ("bos", "eos", "padding", "eot", "eom")
-    ids = {kind: i for kind in kinds if 0 <= (i := value(f"{kind}_token_id", -1)) < len(names)}
+    ids = _special_ids_of_gguf(path, len(names))
     named_ends = [i for i, name in enumerate(names) if name in _END_NAMES and types[i] in (_CONTROL, _USER_DEFINED)]
     stop_ids = list(dict.fromkeys([*(ids[kind] for kind in ("eos", "eot", "eom") if kind in ids), *named_ends]))
     generation: dict[str, Any] = {"eos_token_id": stop_ids}

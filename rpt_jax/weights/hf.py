@@ -55,18 +55,19 @@ _LAYER_NAMES = {
 }
 
 
-def check_files(source: str | Path) -> None:
+def check_files(source: str | Path, field: str = "policy.path") -> None:
     """Check that the files of a policy exist.
 
     Args:
-      source: value of `policy.path`: a directory in Hugging Face format, or a GGUF file.
+      source: a directory in Hugging Face format, or a GGUF file.
+      field: the config field or option that gives it, for errors.
 
     Raises: UserError that lists all missing files.
     """
     if gguf := find_gguf(source):
         for part in split_parts(gguf):
             if not part.is_file():
-                raise UserError(f"policy.path='{source}': {part} does not exist.", field="policy.path")
+                raise UserError(f"{field}='{source}': {part} does not exist.", field=field)
         return
     required = {
         MODEL_CONFIG_FILE: (MODEL_CONFIG_FILE,),
@@ -80,9 +81,9 @@ def check_files(source: str | Path) -> None:
     ]
     if missing:
         raise UserError(
-            f"policy.path='{source}' must be a directory in Hugging Face format or a .gguf file, but it has no "
+            f"{field}='{source}' must be a directory in Hugging Face format or a .gguf file, but it has no "
             f"{', no '.join(missing)}.{missing_hint(source)}",
-            field="policy.path",
+            field=field,
         )
 
 

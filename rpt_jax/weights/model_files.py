@@ -19,7 +19,7 @@ _GGUF_MAGIC = b"GGUF"
 # Name of a part of a GGUF file that was split: stem, number and count.
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+?)/?")
+_HUB_ID = re.compile(r"([\w-][\w.-]*?(?:/[\w.-]+?)?)/?")
 # Weights in other formats: pattern of the file names, and what is known about them.
 _OTHER_WEIGHTS = {
     "pytorch_model*.bin": "PyTorch's pickle format",

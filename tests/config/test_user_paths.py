@@ -8,7 +8,7 @@ import pytest
 
 from rpt_jax import convert, main, report
 from rpt_jax.bench import __main__ as bench
-from rpt_jax.config import from_config_dict
+from rpt_jax.config import default_config, from_config_dict
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path, expand_home, user_path
 from rpt_jax.errors import UserError
@@ -91,8 +91,10 @@ def test_the_home_directory_is_expanded_in_every_path(monkeypatch: pytest.Monkey
         "pretrain.export": ("~", "/home/me"),
         "prompt.template": ("~/a.txt", "/home/me/a.txt"),
     }
-    overrides = ["data.source=path", *(f"{name}={path}" for name, (path, _) in paths.items())]
-    values = dict(leaves(from_config_dict({}, overrides)))
+    config = default_config()
+    config.data.source = "path"
+    config.update_from_flattened_dict({name: path for name, (path, _) in paths.items()})
+    values = dict(leaves(from_config_dict(config)))
     assert {name: values[name] for name in paths} == {name: expected for name, (_, expected) in paths.items()}
 
 

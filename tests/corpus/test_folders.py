@@ -42,6 +42,18 @@ def test_hidden_files_and_folders_are_counted_and_not_read(tmp_path: Path, caplo
     assert texts_of(root / "._a.jsonl") == ["._a.jsonl"], "it is named"
 
 
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "**", "*/*.jsonl", "*"])
+def test_a_glob_does_not_match_hidden_folders_that_it_does_not_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    for name in ("b/a.jsonl", "__MACOSX/a.jsonl", "__MACOSX/b/._a.jsonl"):
+        write(tmp_path / name)
+    with caplog.at_level(logging.INFO):
+        assert texts_of(f"{tmp_path}/{pattern}") == ["a.jsonl"]
+    assert f"hidden: 1 (such as {tmp_path}/__MACOSX)" in caplog.text
+    assert texts_of(f"{tmp_path}/__MACOSX/*.jsonl") == texts_of(f"{tmp_path}/**/__MACOSX/*.jsonl") == ["a.jsonl"]
+
+
 def test_files_that_are_not_read_are_counted_by_ending_with_an_example(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

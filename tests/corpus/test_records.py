@@ -187,6 +187,15 @@ def test_a_row_that_is_not_utf8_does_not_invalidate_the_others(tmp_path: Path, f
         assert found == ["a", "not UTF-8", "c"], name
 
 
+def test_a_column_of_maps_has_named_fields(tmp_path: Path) -> None:
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    rows = [[("text", "a"), ("id", "1")], [("id", "2")]]
+    columns = {"meta": pyarrow.array(rows, kind), "turns": pyarrow.array([[row] for row in rows], pyarrow.list_(kind))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert texts_or_reasons(tmp_path / "a.parquet", text_field="meta.text") == ["a", "no such field"]
+    assert texts_or_reasons(tmp_path / "a.parquet", document_template="{turns.0.id}") == ["1", "2"]
+
+
 # --- fields ---
 
 MESSAGES = [

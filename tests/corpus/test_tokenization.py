@@ -87,7 +87,7 @@ def test_windows_of_a_document_are_one_cluster(corpus: DataConfig, tmp_path: Pat
         assert len(set(clusters)) < len(clusters), "no document has several windows"
 
 
-def test_records_of_a_group_are_one_cluster_and_pieces_of_a_text_are_several(tmp_path: Path) -> None:
+def test_records_of_a_group_are_one_cluster_and_pieces_of_a_text_are_another(tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     records = [{"text": f"solution {i}", "problem": i // 2} for i in range(20)]
@@ -99,7 +99,7 @@ def test_records_of_a_group_are_one_cluster_and_pieces_of_a_text_are_several(tmp
     (texts / "a.txt").write_text("".join(f"{i} {'seven and five ' * 100}\n\n" for i in range(20)))
     config = DataConfig(source="path", path=str(texts / "a.txt"))
     clusters = tokenize_shards(config, tmp_path / "pieces", 1).clusters("held_out").tolist()
-    assert len(set(clusters)) == 4
+    assert len(clusters) >= 4 and len(set(clusters)) == 1
 
 
 def test_unseen_documents_of_one_template_are_one_cluster(tmp_path: Path) -> None:

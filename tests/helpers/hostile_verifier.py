@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import signal
 import sys
 import threading
 import time
@@ -25,8 +25,8 @@ def unusable(answer: str, question: Question) -> float:
 def hostile(answer: str, question: Question) -> float:
     """Do what the answer says, and else accept `right`."""
     action, _, argument = answer.partition(" ")
-    if action == "exit":
-        os._exit(3)
+    if action == "die":
+        signal.raise_signal(signal.SIGKILL)
     if action == "segfault":
         ctypes.string_at(0)
     if action == "allocate":
@@ -35,9 +35,9 @@ def hostile(answer: str, question: Question) -> float:
         raise ValueError("as requested")
     if action == "hang":
         return float(str(9 ** (9**9)) == "")  # In C code, which no signal handler of Python interrupts.
-    if action == "exit_once" and not Path(argument).exists():
+    if action == "die_once" and not Path(argument).exists():
         Path(argument).touch()
-        os._exit(3)
+        signal.raise_signal(signal.SIGKILL)
     if action == "wait":
         while not Path(argument).exists():
             time.sleep(0.01)
@@ -45,4 +45,4 @@ def hostile(answer: str, question: Question) -> float:
         return float(argument in sys.modules)
     if action == "main_thread":
         return float(threading.current_thread() is threading.main_thread())
-    return float(answer == "right" or action in ("exit_once", "wait"))
+    return float(answer == "right" or action in ("die_once", "wait"))

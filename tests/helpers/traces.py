@@ -14,7 +14,7 @@ def arithmetic_traces(
     tokenizer: Tokenizer, ids: Sequence[int], calculation_fraction: float, max_tokens: int = 500
 ) -> ArithmeticTraces:
     """Return the trace writer of a document, with one drill."""
-    options = ArithmeticOptions(calculation_fraction=calculation_fraction, drills_per_document=1)
+    options = ArithmeticOptions(calculation_fraction=calculation_fraction, drills_per_window=1)
     return ArithmeticTraces(tokenizer, ids, PretrainConfig(traces="arithmetic", trace_options=options), max_tokens)
 
 

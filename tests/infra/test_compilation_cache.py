@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from rpt_jax.infra.compilation_cache import ProgramFiles, compilation_cache, def
 
 @pytest.fixture(autouse=True)
 def every_program_is_kept() -> Iterator[None]:
-    """Allow the cache, and keep programs that compile faster than JAX's limit of a second, too."""
-    settings = {"jax_enable_compilation_cache": True, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    """Turn the cache of the other tests off, and keep programs that compile faster than JAX's limit of a second, too."""
+    settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0}
     earlier = {name: getattr(jax.config, name) for name in settings}
     for values in (settings, earlier):
         for name, value in values.items():
@@ -109,6 +111,16 @@ def test_a_directory_that_cannot_be_written_is_told_once(tmp_path: Path, caplog:
     programs.put("a", b"1")
     programs.put("b", b"2")
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+
+
+@pytest.mark.parametrize("module", [None, types.ModuleType("changed")], ids=["gone", "changed"])
+def test_a_release_of_jax_that_holds_its_cache_elsewhere_runs_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: types.ModuleType | None
+) -> None:
+    monkeypatch.setitem(sys.modules, "jax._src.compilation_cache", module)
+    with compilation_cache(tmp_path):
+        assert "Compiled programs are not kept" in caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_users_own_cache_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from rpt_jax.config import ColdStartConfig, Experiment, PretrainConfig
+from rpt_jax.config import ColdStartConfig, DataConfig, Experiment, PretrainConfig
 from rpt_jax.infra.learning_signal import STEPS_WITHOUT_SIGNAL, LearningSignal
 
 
@@ -56,9 +56,9 @@ def test_a_skipped_minibatch_of_a_step_that_learns_is_reported_once() -> None:
         ("no_box", 0, "prompt.template='v0'"),
         ("no_box", 7, "cold_start.total_steps=7"),
         ("empty", 0, "prompt.template='v0'"),
-        ("wrong_bytes", 0, "lower data.entropy_threshold=0.5"),
-        ("inside_token", 0, "lower data.entropy_threshold=0.5"),
-        ("correct", 0, "raise data.entropy_threshold"),
+        ("wrong_bytes", 0, "easier positions than data.positions='threshold', data.entropy_threshold=0.5"),
+        ("inside_token", 0, "easier positions than data.positions='threshold', data.entropy_threshold=0.5"),
+        ("correct", 0, "harder positions than data.positions='threshold', data.entropy_threshold=0.5"),
     ],
 )
 def test_the_likely_cause_follows_from_the_most_frequent_status(status: str, cold_start_steps: int, field: str) -> None:
@@ -67,6 +67,14 @@ def test_the_likely_cause_follows_from_the_most_frequent_status(status: str, col
     said = [signal.check_rollouts(step, rollouts(status)) for step in range(STEPS_WITHOUT_SIGNAL)]
     [warning] = said[-1]
     assert not any(said[:-1]) and f"80% have status/{status}" in warning and field in warning
+
+
+@pytest.mark.parametrize(("positions", "fields"), [("quantile", "data.keep_fraction=0.2"), ("every", "")])
+def test_the_advice_names_the_fields_of_the_choice_of_positions(positions: str, fields: str) -> None:
+    experiment = dataclasses.replace(Experiment(), data=DataConfig(positions=positions))
+    signal = LearningSignal(experiment)
+    [warning] = [signal.check_rollouts(step, rollouts("correct")) for step in range(STEPS_WITHOUT_SIGNAL)][-1]
+    assert f"data.positions='{positions}'" in warning and fields in warning and "entropy_threshold" not in warning
 
 
 @pytest.mark.parametrize(("loss", "weight", "warns"), [(0.0, 1.0, True), (0.1, 1.0, False), (0.0, 0.0, False)])

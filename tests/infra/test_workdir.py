@@ -167,6 +167,26 @@ def test_changes_of_a_cold_start_that_is_complete_are_said_to_have_no_effect(tmp
     assert "no effect: cold_start.total_steps: 6 there, 7 now" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "field"),
+    [
+        (Experiment(), Experiment(cold_start=ColdStartConfig(total_steps=5)), "cold_start.total_steps"),
+        (Experiment(cold_start=ColdStartConfig(total_steps=5)), Experiment(), "cold_start.total_steps"),
+        (Experiment(task="pretrain"), Experiment(), "task"),
+    ],
+)
+def test_the_beginning_of_a_run_cannot_change_once_it_has_a_checkpoint(tmp_path, before, after, field):
+    claim(tmp_path, before)
+    with claimed_workdir(tmp_path, after, force=True):
+        pass
+    with claimed_workdir(tmp_path, before, force=True):
+        (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    with pytest.raises(UserError) as raised, claimed_workdir(tmp_path, after, force=True):
+        pass
+    assert raised.value.field == field
+    claim(tmp_path, before)
+
+
 def test_two_runs_cannot_use_one_workdir_at_once(tmp_path):
     with claimed_workdir(tmp_path, Experiment()):
         with pytest.raises(UserError) as raised:

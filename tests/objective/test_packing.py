@@ -43,7 +43,7 @@ def pack_all(arrays, rows, microbatch_tokens):
     return jax.jit(run)(arrays)
 
 
-@pytest.mark.parametrize(("rows", "microbatch_tokens"), [(1, S - 1 + T), (2, 17), (1, 60), (3, 1000)])
+@pytest.mark.parametrize(("rows", "microbatch_tokens"), [(1, S - 1 + T), (2, 17), (1, 60), (3, 200)])
 def test_every_token_attends_to_its_own_past_only(rows, microbatch_tokens):
     """Each used response is in one row, where its tokens attend to the prompt and the response so far, in order."""
     for seed in range(8):

@@ -39,5 +39,5 @@ def test_files_that_preflight_did_not_write_are_refused(tmp_path: Path, capsys: 
     path.write_text("{}")
     assert scaling.main(["scaling", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="missing.json cannot be read: No such file"):
         scaling.read_run(tmp_path / "missing.json")

@@ -290,7 +290,7 @@ def test_a_document_without_calculations_has_no_drills(tokenizer: Tokenizer) -> 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("calculation_position_fraction", 1.1), ("calculation_fraction", -0.1), ("drills_per_document", -1)],
+    [("calculation_position_fraction", 1.1), ("calculation_fraction", -0.1), ("drills_per_window", -1)],
 )
 def test_options_out_of_range_are_rejected(name: str, value: float) -> None:
     with pytest.raises(UserError) as raised:

@@ -165,7 +165,7 @@ def test_too_few_positions_for_a_batch_are_rejected(index: PositionIndex) -> Non
     assert order([index], [], per_window=2, batch=22)  # Two of each of 11 windows.
     with pytest.raises(UserError) as raised:
         order([index], [], per_window=2, batch=23)
-    assert raised.value.field == "data.positions_per_document"
+    assert raised.value.field == "data.positions_per_window"
 
 
 def test_a_restored_stream_may_have_another_number_of_workers_and_processes(index: PositionIndex) -> None:
@@ -194,7 +194,7 @@ def test_more_positions_than_can_be_shuffled_are_rejected() -> None:
 
     with pytest.raises(UserError) as raised:
         order([TooMany()], [])
-    assert raised.value.field == "data.entropy_threshold"
+    assert raised.value.field == "data.positions"
     assert isinstance(order([[Position(0, 0, 0.0)]], []), grain.MapDataset)
 
 

@@ -25,7 +25,7 @@ DOCUMENT = (
 
 def make_example(**pretrain: object) -> dict[str, np.ndarray]:
     config = dataclasses.replace(
-        PretrainConfig(traces="arithmetic", traces_per_document=6, rows_per_document=4, row_tokens=64), **pretrain
+        PretrainConfig(traces="arithmetic", traces_per_window=6, rows_per_window=4, row_tokens=64), **pretrain
     )
     maker = ExampleMaker(Experiment(pretrain=config), TOKENIZER, [np.array(TOKENIZER.encode(DOCUMENT))], EVERY_TOKEN_V)
     return maker.make(0, np.random.default_rng(0))
@@ -120,14 +120,14 @@ def test_no_trace_predicts_a_token_that_no_box_can_hold() -> None:
     ids = np.array(TOKENIZER.encode(DOCUMENT))
     boxable_V = EVERY_TOKEN_V.copy()
     boxable_V[ids[len(ids) // 2 :]] = False
-    experiment = Experiment(pretrain=PretrainConfig(traces_per_document=40, rows_per_document=40))
+    experiment = Experiment(pretrain=PretrainConfig(traces_per_window=40, rows_per_window=40))
     arrays = ExampleMaker(experiment, TOKENIZER, [ids], boxable_V).make(0, np.random.default_rng(0))
     predicted = [trace["trace_targets"][-3] for trace in split_rows(arrays)]
     assert predicted and boxable_V[predicted].all()
 
 
 def test_drills_do_without_the_document_and_their_question_is_not_learned() -> None:
-    arrays = make_example(trace_options=ArithmeticOptions(drills_per_document=3))
+    arrays = make_example(trace_options=ArithmeticOptions(drills_per_window=3))
     drills = [trace for trace in split_rows(arrays) if trace["trace_prefix"][0] == 0]
     assert len(drills) == 3
     for drill in drills:

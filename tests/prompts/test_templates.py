@@ -13,8 +13,9 @@ from rpt_jax.registry import PROMPT_TEMPLATES
 
 def test_built_in_templates_are_readable() -> None:
     assert {"plain", "v0"} <= set(PROMPT_TEMPLATES)
-    for name in PROMPT_TEMPLATES:
-        assert len(read_template(name)) == 2
+    for choice in PROMPT_TEMPLATES.choices():
+        slot = "question" if "{question}" in choice.function() else "context"
+        assert len(read_template(choice.name, slot)) == 2
     assert read_template("plain") == ("", "")
 
 

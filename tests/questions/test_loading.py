@@ -82,7 +82,7 @@ def test_questions_with_other_options_are_different(tmp_path: Path):
 
 
 def test_near_duplicates_are_reported(tmp_path: Path):
-    story = "A farmer has a red barn with many brown cows and he sells every one of them at the market of the next town on a cold day"
+    story = "A farmer has a red barn with many brown cows and he sells every one of them at the market of the next town in May"
     train = [{"question": f"{story}. How many of them are left?", "answer": 1}, *RECORDS[:9]]
     test = [
         {"question": f"{story}. How many of them remain?", "answer": 1},

@@ -42,13 +42,13 @@ def test_verdicts_come_in_the_order_of_the_answers(pool: VerifierPool):
 
 
 def test_a_crash_costs_the_answer_at_fault_only(pool: VerifierPool):
-    answers = ("right", "exit", "right 2", "segfault", "raise", "allocate", "right")
+    answers = ("right", "die", "right 2", "segfault", "raise", "allocate", "right")
     crashed = (0.0, CRASHED)
     assert verify(pool, *answers) == [(1.0, DONE), crashed, (0.0, DONE), crashed, crashed, crashed, (1.0, DONE)]
 
 
 def test_an_answer_is_tried_again_if_its_worker_dies(pool: VerifierPool, tmp_path: Path):
-    assert verify(pool, f"exit_once {tmp_path / 'died'}") == [(1.0, DONE)]
+    assert verify(pool, f"die_once {tmp_path / 'died'}") == [(1.0, DONE)]
 
 
 def test_an_answer_that_hangs_is_abandoned_after_the_time_limit():

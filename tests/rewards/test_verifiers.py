@@ -7,6 +7,7 @@ import pytest
 from rpt_jax.questions.question import Question
 from rpt_jax.registry import VERIFIERS
 from rpt_jax.rewards.verifiers import why_unreadable
+from tests.helpers.adversarial_answers import ODD_ANSWERS
 
 
 def question(*answers: str, choices: tuple[str, ...] = (), **attributes: object) -> Question:
@@ -113,6 +114,21 @@ def test_contained_answers_may_have_several_words_and_signs():
     assert accepts("contains", "They met in NEW\n  york (city).", question("New York"))
     assert accepts("contains", "It costs $3.50.", question("$3.50"))
     assert not accepts("contains", "anything", question(" "))
+
+
+@pytest.mark.parametrize("verifier", ["boxed_exact", "boxed_math", "choice", "contains"])
+def test_odd_answers_are_wrong(verifier: str):
+    asked = question("B", choices=PLANETS) if verifier == "choice" else question(r"\frac{17}{3}")
+    assert not [answer for answer in ODD_ANSWERS if accepts(verifier, answer, asked)]
+
+
+def test_a_long_or_deep_expression_is_compared_as_a_text():
+    long = "1" + " + 1" * 999
+    deep = "(" * 30 + "5" + ")" * 30
+    for expression in (long, deep):
+        assert accepts("boxed_math", f" {expression}", question(expression))
+    assert not accepts("boxed_math", long, question("1000"))
+    assert not accepts("boxed_math", deep, question("5"))
 
 
 def test_only_a_verifier_of_boxes_needs_one():

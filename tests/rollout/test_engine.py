@@ -95,7 +95,7 @@ def test_rollouts_of_a_policy_with_many_layers_equal_numpy(params):
     """Many layers run in a loop instead of being unrolled."""
     deep = Transformer(dataclasses.replace(SHAPE, layers=7))
     weights, prompts = random_params(deep, 1), nested()
-    ours, _ = run(weights, deep)
+    ours, _ = run(weights, deep, slots=5)
     p, g = 2, int(ours.lengths_PxG[2].argmax())
     prompt, response = prompts[0][p, : prompts[1][p]], ours.tokens_PxGxT[p, g, : ours.lengths_PxG[p, g]]
     logits = reference.logits(weights, deep.config, [*prompt, *response])[len(prompt) - 1 : -1]
@@ -114,7 +114,8 @@ def test_rollouts_do_not_depend_on_shared_prefixes_and_prefill_chunks(params, ex
 
 def test_rollouts_do_not_depend_on_prompt_order_with_shared_prefixes(params, expected):
     order = np.random.default_rng(1).permutation(P)
-    ours = generate(POLICY, params, *(x[order] for x in nested()), KEY, **dataclasses.asdict(DECODING))
+    decoding = dataclasses.replace(DECODING, slots=5)
+    ours = generate(POLICY, params, *(x[order] for x in nested()), KEY, **dataclasses.asdict(decoding))
     assert_same(jax.device_get(ours), select(expected, order))
 
 
@@ -124,7 +125,8 @@ def test_bfloat16_weights_give_the_same_rollouts_as_rounding_in_each_layer(param
     rounded = in_compute_dtype(policy, params)
     assert {str(x.dtype) for x in jax.tree.leaves(rounded["layers"])} == {"bfloat16", "float32"}
     assert rounded["embedding"].dtype == jnp.float32
-    jax.tree.map(np.testing.assert_array_equal, run(params, policy)[0], run(rounded, policy)[0])
+    ours, theirs = (run(weights, policy, slots=5)[0] for weights in (rounded, params))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 # --- shared prefixes ---
@@ -326,7 +328,7 @@ def test_responses_end_at_their_box(params, expected):
     vocab = [words[i % len(words)] for i in range(SHAPE.vocab)]
     sizes = np.array([len(word) for word in vocab], np.int32)
     table = np.array([list(word.ljust(sizes.max(), b"\0")) for word in vocab], np.uint8)
-    endless, _ = run(params, stop_ids=())
+    endless, _ = run(params, stop_ids=(), slots=5)
     ours, _ = run(params, stop_ids=(), vocab=ByteVocab(bytes_VxX=table, lengths_V=sizes), slots=5)
     ends = set()
     for p, g in np.ndindex(P, G):

@@ -130,7 +130,8 @@ def params():
 
 
 def roll(params, prompts=PROMPTS, lengths=LENGTHS, ids=IDS, key=KEY, **changes) -> Rollouts:
-    static = {"samples": G, "max_new_tokens": T, "temperature": TEMPERATURE, "stop_ids": STOPS} | changes
+    # With few slots, the decode loop is compiled for one batch size only.
+    static = {"samples": G, "max_new_tokens": T, "temperature": TEMPERATURE, "stop_ids": STOPS, "slots": 4} | changes
     return jax.device_get(generate(POLICY, params, prompts, lengths, ids, key, **static))
 
 
@@ -208,7 +209,7 @@ def test_absent_ids_are_neither_sampled_nor_scored(params):
     absent = 0, 5, *range(40, SHAPE.vocab)
     policy = dataclasses.replace(POLICY, absent_ids=absent)
     arguments = params, PROMPTS, LENGTHS, IDS, KEY
-    ours = generate(policy, *arguments, samples=64, max_new_tokens=T, temperature=10.0, stop_ids=STOPS)
+    ours = generate(policy, *arguments, samples=64, max_new_tokens=T, temperature=10.0, stop_ids=STOPS, slots=8)
     tokens, mask = jax.device_get((ours.tokens_PxGxT, ours.mask_PxGxT))
     assert set(tokens[mask].tolist()) == set(range(SHAPE.vocab)) - set(absent)
     trainer = trainer_logprobs(policy, params, tokens, mask, 10.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rpt_jax.config import Experiment, from_config_dict, load_config_file
+from rpt_jax.config import Experiment, RolloutConfig, from_config_dict, load_config_file
 from rpt_jax.errors import UserError
 from rpt_jax.infra.chips import CHIPS
 from rpt_jax.model.model_config import preset
@@ -103,7 +103,7 @@ def test_a_cold_start_has_a_say_in_what_is_recomputed():
         Experiment(), cold_start=dataclasses.replace(Experiment().cold_start, total_steps=5)
     )
     experiment = dataclasses.replace(
-        experiment, pretrain=dataclasses.replace(experiment.pretrain, documents_per_step=4096)
+        experiment, pretrain=dataclasses.replace(experiment.pretrain, windows_per_step=4096)
     )
     alone, both = (plan_memory(e, preset("tiny"), ONE_DEVICE, 8 * GIB) for e in (Experiment(), experiment))
     assert (alone.experiment.policy.remat, both.experiment.policy.remat) == ("none", "full")
@@ -114,6 +114,14 @@ def test_rows_hold_a_prompt_and_a_response_and_divide_over_a_tensor_group():
     planned = plan(12 * GIB, mesh=mesh)
     assert planned.experiment.training.microbatch_tokens % 6 == 0
     assert planned.experiment.training.microbatch_tokens >= 2048 + 4096
+
+
+@pytest.mark.parametrize(("slots", "warns"), [(2048, False), (2049, True)])
+def test_slots_beyond_the_rollouts_of_a_step_are_announced(slots: int, warns: bool):
+    """256 prompts of 8 responses each are 2,048 rollouts."""
+    experiment = dataclasses.replace(Experiment(), rollout=RolloutConfig(decode_slots=slots))
+    warnings = plan_memory(experiment, preset("tiny"), ONE_DEVICE, 64 * GIB).warnings
+    assert ["rollout.decode_slots" in warning for warning in warnings] == [True] * warns
 
 
 def test_a_policy_that_does_not_fit_is_announced():

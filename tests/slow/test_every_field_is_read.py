@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from tests.helpers.paths import ROOT, TINY
 GENERIC = (
     "rpt_jax.config.schema",
     "rpt_jax.config.validation",
+    "rpt_jax.config.task_fields",
     "rpt_jax.config.loading",
     "rpt_jax.config.dataclass_io",
     "dataclasses",
     "copy",
 )
+OPTIONS = ("data.source_options.", "questions.source_options.", "pretrain.trace_options.")
 SMALL = {
     "policy.path": str(TINY),
     "data.held_out_documents": 20,
@@ -57,7 +60,17 @@ REINFORCE = SMALL | {
     "training.dynamic_sampling_from": 1,
     "cold_start.total_steps": 1,
     "pretrain.traces": "arithmetic",
-    "pretrain.documents_per_step": 2,
+    "pretrain.windows_per_step": 2,
+}
+
+
+QUESTIONS = {
+    name: value for name, value in SMALL.items() if name.partition(".")[0] != "data" and "positions" not in name
+} | {
+    "questions.verifier": "boxed_exact",
+    "questions.verifier_workers": 1,
+    "questions.test_questions": 8,
+    "prompt.template": "question",
 }
 
 
@@ -68,13 +81,21 @@ def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
         schema = Experiment if section is None else type(getattr(Experiment(), section))
         monkeypatch.setattr(schema, "__getattribute__", _recorder(schema, f"{section}." if section else "", read))
     (tmp_path / "corpus.txt").write_text((ROOT / "docs" / "concepts" / "reward.md").read_text() * 20)
-    files = {"data.source": "path", "data.path": str(tmp_path / "corpus.txt"), "data.entropy_threshold": 0.1}
-    pretrain = {"policy.path": "", "data.source_options.documents": 60, "pretrain.documents_per_step": 2}
+    files = {"data.source": "path", "data.path": str(tmp_path / "corpus.txt")}
+    threshold = {"data.positions": "threshold", "data.entropy_threshold": 0.1, "training.total_steps": 1}
+    pretrain = {"policy.path": "", "data.source_options.documents": 60, "pretrain.windows_per_step": 2}
     _run(tmp_path / "rpt", **REINFORCE)
+    _run(tmp_path / "threshold", **SMALL | files | threshold)
     _run(tmp_path / "score", task="score", **SMALL | files)
     _run(tmp_path / "pretrain", task="pretrain", **SMALL | pretrain)
+    questions = QUESTIONS | {"questions.path": str(tmp_path / "questions.jsonl")}
+    records = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(40)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    _run(tmp_path / "difficulty", task="difficulty", **questions)
+    pass_rates = str(tmp_path / "difficulty" / "pass_rates.jsonl")
+    _run(tmp_path / "rft", task="rft", **questions, **{"questions.pass_rates": pass_rates, "questions.min_passes": 0})
     every = {name for name, _ in leaves(from_config_dict({}))}
-    unread = {name for name in every - read if not name.startswith(("data.source_options.", "pretrain.trace_options."))}
+    unread = {name for name in every - read if not name.startswith(OPTIONS)}
     assert not unread
 
 

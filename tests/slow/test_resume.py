@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 
 import pytest
 
 from rpt_jax import main
-from rpt_jax.infra.metrics import MetricsWriter
+from rpt_jax.infra.metrics import MetricsWriter, read_metrics
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import (
     COLD_START,
@@ -54,6 +55,16 @@ def test_a_finished_run_goes_on_as_if_it_had_had_more_steps(
     del mine["wall_seconds"], theirs["wall_seconds"]
     assert mine == theirs
     assert json.loads((tmp_path / "run" / f"result_{steps}.json").read_text())["before"] == theirs["before"]
+
+
+def test_a_finished_run_goes_on_in_another_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Sampler and trainer agree less well than in float32, which shows that the new precision is used."""
+    caplog.set_level(logging.INFO, logger="rpt_jax")
+    main.run(experiment(**SMALL), tmp_path)
+    main.run(experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6}), tmp_path)
+    assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in caplog.text
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[5]["mismatch/max"] < 1e-4 < lines[6]["mismatch/max"] < 1
 
 
 def wait_for(path: Path, seconds: float = 600) -> None:

@@ -21,7 +21,7 @@ FIELDS = {
     "data.source_options.documents": 60,
     "data.held_out_documents": 20,
     "data.source_options.held_out_templates": 2,
-    "data.positions_per_document": 4,
+    "data.positions_per_window": 4,
     "data.max_document_tokens": 128,
     "prompt.max_tokens": 128,
     "rollout.samples_per_prompt": 2,

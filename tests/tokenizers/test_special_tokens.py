@@ -174,6 +174,22 @@ def test_all_end_tokens_of_a_gguf_header_end_a_response(tmp_path):
     assert load_tokenizer(tmp_path / "b.gguf").stop_ids == (END, TEXT_END, START)
 
 
+@pytest.mark.parametrize("key", ["eom_token_id", "padding_token_id"])
+@pytest.mark.parametrize(("value", "warns"), [(9999, True), (2**32 - 1, False)])
+def test_an_id_of_a_gguf_header_that_is_not_a_token_is_announced(tmp_path, caplog, key, value, warns):
+    write_gguf(tmp_path / "a.gguf", extra_keys={f"tokenizer.ggml.{key}": value})
+    tokenizer = load_tokenizer(tmp_path / "a.gguf")
+    assert tokenizer.stop_ids == (END, TEXT_END) and tokenizer.pad_id == END
+    assert [f"tokenizer.ggml.{key}=9999" in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+def test_an_id_of_a_gguf_header_that_is_no_number_is_refused(tmp_path):
+    write_gguf(tmp_path / "a.gguf", extra_keys={"tokenizer.ggml.eom_token_id": "258"})
+    with pytest.raises(UserError) as raised:
+        load_tokenizer(tmp_path / "a.gguf")
+    assert raised.value.field == str(tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize(("header", "begins"), [({}, False), ({"add_bos_token": True}, True)], ids=str)
 def test_a_gguf_header_says_whether_texts_begin_with_the_begin_of_text_token(tmp_path, header, begins):
     write_gguf(tmp_path / "a.gguf", extra_keys={f"tokenizer.ggml.{key}": value for key, value in header.items()})

@@ -117,6 +117,7 @@ def test_a_folder_may_be_named_like_a_gguf_file(tmp_path):
 
 def test_a_hub_id_is_answered_with_the_command_that_downloads_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    assert_missing_files_message("gpt2", "hf download gpt2 --local-dir models/gpt2")
     assert_missing_files_message("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B")
     assert command.main(["convert", "--from=Qwen/Qwen2.5-0.5B", "--to=out"]) == 2
     assert "hf download Qwen/Qwen2.5-0.5B" in capsys.readouterr().err
