@@ -1,15 +1,15 @@
 """The paper's zero-shot evaluation (arXiv 2506.08007, section 4.4): multiple choice after reasoning, with a 14B policy.
 
 Command   python -m rpt_jax.evaluate --config=configs/evaluate_14b.py --suite=multiple_choice --policy=POLICY
-Needs     POLICY, a Hugging Face directory or policy/ of a run; data/mmlu_pro, the published parquet files of MMLU-Pro. For SuperGPQA:
-          --config.questions.source=super_gpqa --config.questions.path=data/SuperGPQA-all.jsonl
+Needs     POLICY, a Hugging Face directory or policy/ of a run; data/mmlu_pro, the published parquet files of MMLU-Pro. For
+          SuperGPQA: --config.questions.source=super_gpqa --config.questions.path=data/SuperGPQA-all.jsonl
 Hardware  not run
 Time      not measured
 Results   not measured. The paper's: MMLU-Pro 71.1 % (macro average of 14 categories), SuperGPQA 39.0 %; before, by reasoning,
           68.9 % and 36.1 %
 
-Labels: "P" is the paper, "GR" the harness that it refers to (General-Reasoner, arXiv 2505.14652), "ours" is neither. The paper does
-not say which questions it asks; its table suggests about 200 of each category.
+Labels: "P" is the paper, "GR" the harness that it refers to (General-Reasoner, arXiv 2505.14652), "ours" is neither. The paper
+does not say which questions it asks; its table suggests about 200 of each category.
 """
 
 from typing import Any

@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy",
         default="",
-        help="policy to evaluate: a Hugging Face directory, a .gguf file, or policy/ of a run; default: the config's policy.path",
+        help="policy to evaluate: a Hugging Face directory, a .gguf file, or a run; default: the config's policy.path",
     )
     parser.add_argument("--results", default="", help="the --workdir of two finished evaluations, separated by a comma")
     parser.add_argument("--workdir", help="directory of the results; default: runs/evaluate_<config>_<suite>")
@@ -89,6 +89,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.signals import StopSignals
+    from rpt_jax.infra.workdir import POLICY, is_run_directory
     from rpt_jax.setup import mesh_from_config
     from rpt_jax.weights.hf import check_files
 
@@ -103,6 +104,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     policy = str(user_path(options.policy)) if options.policy else experiment.policy.path
     if not policy:
         raise UserError("--policy is missing, and policy.path of the config is empty: give a policy.", field="--policy")
+    if is_run_directory(Path(policy)):
+        policy = str(Path(policy) / POLICY)
     check_files(policy)
     check_platforms()
     mesh = mesh_from_config(experiment.mesh)

@@ -24,6 +24,7 @@ from rpt_jax.evaluation.predictions import Prediction, direct_prediction, read_p
 from rpt_jax.evaluation.statistics import majority_correct, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
 from rpt_jax.evaluation.suite import EVALUATION_STEP, SUITES, SuiteInputs, measures, scores_of
+from rpt_jax.infra.digest import digest
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.rewards.boxable import boxable_tokens
@@ -51,6 +52,7 @@ class NextTokenSuite:
         self._reference_bytes = experiment.prompt.reference_bytes
         self._batch = experiment.training.prompts_per_step
         prepared = open_corpus(inputs)
+        self._corpus_fingerprint = prepared.fingerprint
         split = experiment.evaluation.split
         self._windows = prepared.corpus.windows(split)
         self._cluster_W = prepared.corpus.clusters(split)
@@ -77,6 +79,11 @@ class NextTokenSuite:
     def count(self) -> int:
         """Number of batches."""
         return len(self._set.batches)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the corpus and the positions."""
+        return digest(self._corpus_fingerprint, self._set.positions)
 
     def launch(self, batch: int) -> Any:
         """Start to sample predictions, and to score the true tokens without reasoning."""

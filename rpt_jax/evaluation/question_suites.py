@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,15 +26,17 @@ from rpt_jax.evaluation.multiple_choice import (
 from rpt_jax.evaluation.statistics import majority_correct, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
 from rpt_jax.evaluation.suite import EVALUATION_STEP, SUITES, SuiteInputs
-from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
+from rpt_jax.prompts.builder import PromptBuilder, stack
 from rpt_jax.prompts.positions import Position
-from rpt_jax.prompts.question_prompts import question_text
+from rpt_jax.prompts.question_prompts import question_text, questions_fingerprint
 from rpt_jax.questions.loading import load_questions
 from rpt_jax.questions.question import Question
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
 from rpt_jax.rewards.verifiers import why_unreadable
 from rpt_jax.rollout.rollouts import Ended
 from rpt_jax.rollout.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 class _AskedQuestions:
@@ -55,17 +58,20 @@ class _AskedQuestions:
           template: prompt template.
           slot: what the template has braces around.
 
-        Raises: UserError, if a question is too long for a prompt.
+        Raises: UserError, if all questions are too long for a prompt.
         """
         experiment = inputs.experiment
         prompt = dataclasses.replace(experiment.prompt, template=template)
         builder = PromptBuilder(prompt, inputs.tokenizer, slot)
         self.tokenizer = inputs.tokenizer
-        self.questions = questions
         self._batch = experiment.training.prompts_per_step
+        token_ids = [inputs.tokenizer.encode(text_of(question)) for question in questions]
+        kept = _fitting(questions, token_ids, builder.max_context_tokens)
+        self.questions = [questions[i] for i in kept]
+        self.left_out = len(questions) - len(kept)
         self._prompts = [
-            _build_prompt(builder, inputs, number, question, text_of(question))
-            for number, question in enumerate(self.questions)
+            builder.build(number, token_ids[i], Position(window=number, position=len(token_ids[i]), entropy=0.0))
+            for number, i in enumerate(kept)
         ]
         self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, builder)
         self._weights = self._sample.weights(inputs.params)
@@ -99,19 +105,28 @@ class _AskedQuestions:
         }
 
 
-def _build_prompt(
-    builder: PromptBuilder, inputs: SuiteInputs, number: int, question: Question, text: str
-) -> PromptBatch:
-    """Return the prompt of a question. Raises: UserError, if it is too long."""
-    ids = inputs.tokenizer.encode(text)
-    if len(ids) > builder.max_context_tokens:
-        raise UserError(
-            f"{question.place or question.id}: the question has {len(ids):,} tokens with its options, but prompt.max_tokens="
-            f"{inputs.experiment.prompt.max_tokens} leaves only {builder.max_context_tokens:,}. Raise prompt.max_tokens by at "
-            f"least {len(ids) - builder.max_context_tokens:,}.",
-            field="prompt.max_tokens",
+def _fitting(questions: Sequence[Question], token_ids: Sequence[Sequence[int]], limit: int) -> list[int]:
+    """Return the indices of the questions that fit in a prompt, and warn of the others: a question cannot be cut.
+
+    Args:
+      questions: the questions.
+      token_ids: of each, with its options.
+      limit: tokens that the template leaves of `prompt.max_tokens`.
+
+    Raises: UserError, if none fits.
+    """
+    kept = [i for i, ids in enumerate(token_ids) if len(ids) <= limit]
+    if len(kept) < len(questions):
+        longest = max(range(len(questions)), key=lambda i: len(token_ids[i]))
+        message = (
+            f"{len(questions) - len(kept):,} of {len(questions):,} questions have more than the {limit:,} tokens that the template "
+            f"leaves of prompt.max_tokens; the longest, {questions[longest].place or questions[longest].id}, has "
+            f"{len(token_ids[longest]):,}."
         )
-    return builder.build(number, ids, Position(window=number, position=len(ids), entropy=0.0))
+        if not kept:
+            raise UserError(f"{message} None is left: raise prompt.max_tokens.", field="prompt.max_tokens")
+        logger.warning("%s They are left out: raise prompt.max_tokens to ask them.", message)
+    return kept
 
 
 def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> list[Question]:
@@ -128,9 +143,10 @@ def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> 
     return sorted(sets.test, key=lambda question: question.id)
 
 
-def response_summary(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the share of truncated responses and the mean length."""
+def response_summary(records: Sequence[Record], left_out: int) -> dict[str, Any]:
+    """Return the number of questions that were left out, the share of truncated responses and the mean length."""
     return {
+        "left_out": left_out,
         "truncated": 1.0 - float(np.mean([record["finished"] for record in records])),
         "response_length": float(np.mean([record["lengths"] for record in records])),
     }
@@ -177,6 +193,11 @@ class QuestionSuite:
         """Number of batches."""
         return self._asked.count
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the questions."""
+        return questions_fingerprint(self._asked.questions)
+
     def launch(self, batch: int) -> Any:
         """Start to sample responses."""
         return self._asked.launch(batch)
@@ -208,7 +229,7 @@ class QuestionSuite:
         """Return the share of each outcome, of truncated responses, and the mean length."""
         statuses = [status for record in records for status in record["status"]]
         shares = {status.name.lower(): statuses.count(status.name.lower()) / len(statuses) for status in AnswerStatus}
-        return response_summary(records) | {"status": shares}
+        return response_summary(records, self._asked.left_out) | {"status": shares}
 
     def close(self) -> None:
         """End the worker processes of the verifier."""
@@ -238,6 +259,11 @@ class MultipleChoiceSuite:
         """Number of batches."""
         return self._asked.count
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the questions."""
+        return questions_fingerprint(self._asked.questions)
+
     def launch(self, batch: int) -> Any:
         """Start to sample responses."""
         return self._asked.launch(batch)
@@ -252,7 +278,7 @@ class MultipleChoiceSuite:
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return the shares of responses without a letter, with one that is no option, and truncated ones, and the length."""
         letters = [(letter, record["options"]) for record in records for letter in record["letters"]]
-        return response_summary(records) | {
+        return response_summary(records, self._asked.left_out) | {
             "unparsed": float(np.mean([letter is None for letter, _ in letters])),
             "not_an_option": float(np.mean([bool(letter) and letter not in options for letter, options in letters])),
         }
@@ -306,6 +332,11 @@ class LikelihoodSuite:
     def count(self) -> int:
         """Number of batches."""
         return -(-len(self._questions) // self._batch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the questions."""
+        return questions_fingerprint(self._questions)
 
     def launch(self, batch: int) -> Any:
         """Start to score the letters and the texts of the options."""

@@ -25,7 +25,7 @@ from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.source_commit import source_commit
-from rpt_jax.setup import load_starting_policy
+from rpt_jax.setup import check_sampling, load_starting_policy
 from rpt_jax.sizes.plan import plan_run
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ def evaluate(
     planned = plan_run(dataclasses.replace(sampled, task="difficulty", policy=subject), mesh)
     planned = dataclasses.replace(planned, task=experiment.task, policy=experiment.policy)
 
+    check_sampling(planned, mesh)
+
     model, params, tokenizer = load_starting_policy(subject, mesh)
     fingerprint = fingerprint_arrays(params)
     settings = {"--suite": suite, "--policy": fingerprint, "tokenizer": tokenizer.fingerprint} | _settings(experiment)
@@ -102,6 +104,7 @@ def evaluate(
 
     inputs = SuiteInputs(planned, model, params, tokenizer, mesh, workdir, context)
     batches = SUITES[suite].function(inputs)
+    store.check_evaluated(batches.fingerprint)
     context.signals.set_save(lambda: f"the complete batches are in {workdir}")
     start = time.monotonic()
     try:

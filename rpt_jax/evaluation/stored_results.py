@@ -16,6 +16,7 @@ SUMMARY = "evaluation.json"
 RECORDS = "records.jsonl"
 _SETTINGS = "settings.json"
 _BATCHES = "batches"
+_EVALUATED = "evaluated"  # In the folder of the batches.
 
 Record = dict[str, Any]  # The result of one question or position, as JSON values.
 
@@ -46,6 +47,24 @@ class ResultStore:
         if self.summary() is None:
             self._batches.mkdir(parents=True, exist_ok=True)
             atomic_write(directory / _SETTINGS, json.dumps(self._settings, indent=1) + "\n")
+
+    def check_evaluated(self, fingerprint: str) -> None:
+        """Check that the stored batches are of the same questions or positions; the first call notes which they are.
+
+        Args:
+          fingerprint: digest of what is evaluated. It is not one of the settings, because it is only known after loading.
+
+        Raises: UserError, if the batches are of others.
+        """
+        path = self._batches / _EVALUATED
+        if not path.exists():
+            atomic_write(path, fingerprint)
+        elif path.read_text() != fingerprint:
+            raise UserError(
+                f"--workdir={self._directory} has results of other questions or positions, because the files that the config names "
+                "have changed. Give --restart to delete them, or another --workdir.",
+                field="--workdir",
+            )
 
     def has(self, batch: int) -> bool:
         """Return whether the batch is complete."""

@@ -78,6 +78,11 @@ class Suite(Batches, Protocol):
     "scores": numbers in [0, 1] by the name of the measure.
     """
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what is evaluated: the questions or the positions."""
+        ...
+
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return what is reported about all records beside the averages of their scores, as JSON values."""
         ...

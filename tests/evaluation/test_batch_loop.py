@@ -74,6 +74,16 @@ def test_results_of_other_settings_are_kept_unless_a_restart_is_asked_for(tmp_pa
     assert not ResultStore(tmp_path, other, restart=True).has(0)
 
 
+def test_batches_of_other_questions_are_not_continued(tmp_path: Path):
+    store = ResultStore(tmp_path, SETTINGS)
+    store.check_evaluated("some questions")
+    ResultStore(tmp_path, SETTINGS).check_evaluated("some questions")
+    with pytest.raises(UserError) as raised:
+        ResultStore(tmp_path, SETTINGS).check_evaluated("other questions")
+    assert raised.value.field == "--workdir"
+    ResultStore(tmp_path, SETTINGS, restart=True).check_evaluated("other questions")
+
+
 def test_results_of_an_unfinished_evaluation_cannot_be_read(tmp_path: Path):
     ResultStore(tmp_path, SETTINGS)
     with pytest.raises(UserError) as raised:
