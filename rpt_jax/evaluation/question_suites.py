@@ -119,8 +119,8 @@ def _fitting(questions: Sequence[Question], token_ids: Sequence[Sequence[int]], 
     if len(kept) < len(questions):
         longest = max(range(len(questions)), key=lambda i: len(token_ids[i]))
         message = (
-            f"{len(questions) - len(kept):,} of {len(questions):,} questions have more than the {limit:,} tokens that the template "
-            f"leaves of prompt.max_tokens; the longest, {questions[longest].place or questions[longest].id}, has "
+            f"{len(questions) - len(kept):,} of {len(questions):,} questions have more than the {limit:,} tokens that the "
+            f"template leaves of prompt.max_tokens; the longest, {questions[longest].place or questions[longest].id}, has "
             f"{len(token_ids[longest]):,}."
         )
         if not kept:

@@ -61,8 +61,8 @@ class ResultStore:
             atomic_write(path, fingerprint)
         elif path.read_text() != fingerprint:
             raise UserError(
-                f"--workdir={self._directory} has results of other questions or positions, because the files that the config names "
-                "have changed. Give --restart to delete them, or another --workdir.",
+                f"--workdir={self._directory} has results of other questions or positions, because the files that the config "
+                "names have changed. Give --restart to delete them, or another --workdir.",
                 field="--workdir",
             )
 
