@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +55,24 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
     path = workdir / PASS_RATES
     measured = _read_measured(path, stamp)
     wait_for_all("pass rates read")
-    remaining = prompts.without(measured)
+    remaining = [i for i, question in enumerate(prompts.questions) if question.id not in measured]
     if measured:
         logger.info("%s of %s questions are measured already.", f"{len(measured):,}", f"{len(prompts.questions):,}")
 
     # Sample and verify the others.
     verify = BatchVerifier(experiment.questions, tokenizer)
     sample = Sampler(experiment, policy, tokenizer, mesh, builder)
-    batches = question_batches(remaining, builder, experiment.training.prompts_per_step) if remaining.questions else []
-    written = 0
+    size = experiment.training.prompts_per_step
+    batches = question_batches(prompts, builder, size, remaining)
     try:
         with Progress("difficulty, batches", len(batches)) as progress:
-            for batch in sample_and_verify(sample, verify, params, remaining, batches):
-                ids = [question.id for question in remaining.of(batch.prompts)][: len(remaining.questions) - written]
-                written += len(ids)
-                lines = [{"id": i, **passes, **stamp} for i, passes in zip(ids, _passes(batch), strict=False)]
-                measured |= {line["id"]: line for line in lines}
+            for batch in sample_and_verify(sample, verify, params, prompts, batches):
+                # What pads the last batch has the same id as its last question.
+                ids = [question.id for question in prompts.of(batch.prompts)]
+                lines = {i: {"id": i, **passes, **stamp} for i, passes in zip(ids, _passes(batch), strict=True)}
+                measured |= lines
                 if is_leader():
-                    _append(path, lines)
+                    _append(path, lines.values())
                 context.heartbeat.beat("difficulty")
                 progress.advance()
     finally:
@@ -94,7 +95,7 @@ def _passes(batch: SampledBatch) -> list[dict[str, int]]:
     return [{"passes": int(passes), "samples": status_PxG.shape[1]} for passes in passes_P]
 
 
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+def _append(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 

@@ -74,11 +74,13 @@ class VerifierRequirements(Requirements):
     Attributes:
       box: whether it reads the last box of the answer, so that a response without a box is wrong; if not, it reads all that
         follows the end of thinking.
+      answers: whether a question must have an accepted answer.
       choices: whether a question must have options.
       imports: modules of other packages that it needs; a worker process imports them before its first answer.
     """
 
     box: bool = True
+    answers: bool = True
     choices: bool = False
     imports: tuple[str, ...] = ()
 

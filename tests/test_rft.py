@@ -21,7 +21,11 @@ from tests.helpers.paths import ROOT
 from tests.helpers.questions import SMALL_RFT
 from tests.helpers.runs import comparable, experiment, interruption_after
 
-DIFFICULTY = {**SMALL_RFT, "task": "difficulty"}
+READ_BY_DIFFICULTY = ("questions.", "prompt.", "rollout.", "training.prompts_per_step")
+DIFFICULTY = {
+    "task": "difficulty",
+    **{field: value for field, value in SMALL_RFT.items() if field.startswith(READ_BY_DIFFICULTY)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,7 @@ def test_pass_rates_are_measured_resumed_and_used(tmp_path: Path, caplog: pytest
     # A killed run left some whole lines and a part of one.
     path.write_text("\n".join(whole.splitlines()[:12]) + '\n{"id": "gsm')
     main.run(experiment("rft_tiny", **DIFFICULTY), tmp_path / "run")
-    assert {line["id"] for line in map(json.loads, path.read_text().splitlines())} == {line["id"] for line in lines}
+    assert path.read_text() == whole, "the noise of a response does not depend on where the run was interrupted"
     assert "12 of" in caplog.text
 
     # Another policy or other sampling is not mixed in.

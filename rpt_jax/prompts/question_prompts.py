@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
@@ -35,15 +35,6 @@ class QuestionPrompts:
     def positions(self) -> list[Position]:
         """Return the end of every question, the position that a response is sampled at."""
         return [Position(window=i, position=len(ids), entropy=0.0) for i, ids in enumerate(self.token_ids)]
-
-    def without(self, ids: Container[str]) -> QuestionPrompts:
-        """Return the questions whose id is not among `ids`."""
-        kept = [i for i, question in enumerate(self.questions) if question.id not in ids]
-        return QuestionPrompts(
-            questions=[self.questions[i] for i in kept],
-            token_ids=[self.token_ids[i] for i in kept],
-            left_out=self.left_out,
-        )
 
     def of(self, prompts: PromptBatch) -> list[Question]:
         """Return the questions of a batch on the host."""
@@ -110,8 +101,21 @@ def question_stream(experiment: Experiment, prompts: QuestionPrompts, builder: P
     return PromptStream(builder, prompts.token_ids, [order], batch=batch, workers=experiment.data.workers)
 
 
-def question_batches(prompts: QuestionPrompts, builder: PromptBuilder, batch: int) -> list[PromptBatch]:
-    """Return the prompts of all questions in whole batches; the last one is padded by repeating the last prompt."""
-    built = [builder.build(i, prompts.token_ids[i], position) for i, position in enumerate(prompts.positions())]
-    built += [built[-1]] * (-len(built) % batch)
+def question_batches(
+    prompts: QuestionPrompts, builder: PromptBuilder, batch: int, chosen: Sequence[int] | None = None
+) -> list[PromptBatch]:
+    """Return the prompts of questions in whole batches; the last one is padded by repeating the last prompt.
+
+    The id of a prompt, on which the noise of its samples depends, is the index of its question, whichever are chosen.
+
+    Args:
+      prompts: the questions.
+      builder: of the prompts.
+      batch: prompts in a batch.
+      chosen: indices of the questions to ask; None for all.
+    """
+    positions = prompts.positions()
+    indices = range(len(positions)) if chosen is None else chosen
+    built = [builder.build(i, prompts.token_ids[i], positions[i]) for i in indices]
+    built += built[-1:] * (-len(built) % batch)
     return [stack(built[i : i + batch]) for i in range(0, len(built), batch)]

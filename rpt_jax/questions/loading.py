@@ -17,6 +17,7 @@ import numpy as np
 from rpt_jax.config import QuestionsConfig
 from rpt_jax.corpus.documents import Rejected, hash64
 from rpt_jax.corpus.near_duplicates import MIN_SHARE, contained_share, find_candidates, make_sketches
+from rpt_jax.corpus.records import InvalidRecordError
 from rpt_jax.corpus.sources import RejectLog, log_rejected
 from rpt_jax.errors import UserError
 from rpt_jax.questions.question import TEST, TRAIN, Question, SourceQuestion
@@ -147,62 +148,58 @@ def _check_all(
     places: dict[str, str] = {}
     for item in items:
         question = item.question
-        reason, problem = _problem(question, places)
-        if not reason and (problem := why_unreadable(question)):
-            reason = "answer cannot be verified"
-        if reason:
+        try:
+            _check(question, places)
+            if problem := why_unreadable(question):
+                raise InvalidRecordError("answer cannot be verified", problem)
+        except InvalidRecordError as error:
             file, _, line = question.place.rpartition(":")
             yield Rejected(
                 file=file,
                 line=int(line) if line.isdecimal() else 0,
-                reason=reason,
-                detail=f"{question.place or question.id} {problem}",
+                reason=error.reason,
+                detail=f"{question.place or question.id} {error.detail}",
             )
         else:
             places[question.id] = question.place
             yield item
 
 
-def _problem(question: Question, places: Mapping[str, str]) -> tuple[str, str]:
-    """Return a short reason why a question cannot be used, and a description that follows its place; "" if it can.
+def _check(question: Question, places: Mapping[str, str]) -> None:
+    """Check that a question can be used. Raises: InvalidRecordError.
 
     Args:
       question: the question.
       places: of the questions before it, by their ids.
     """
-    texts = (question.id, question.text, *question.answers, *question.choices, question.category)
-    if any(not text.isascii() and "\ud800" <= max(text) and _has_surrogate(text) for text in texts):
-        return "unpaired surrogate", "has an unpaired surrogate, which UTF-8 cannot encode."
+    try:
+        "".join((question.id, question.text, *question.answers, *question.choices, question.category)).encode()
+    except UnicodeEncodeError:
+        detail = "has an unpaired surrogate, which UTF-8 cannot encode."
+        raise InvalidRecordError("unpaired surrogate", detail) from None
     if not question.text.strip():
-        return "empty question", "has an empty question."
+        raise InvalidRecordError("empty question", "has an empty question.")
     if question.id in places:
-        return "duplicate id", f"has the id '{question.id}' of {places[question.id]}."
-    if (not question.answers and not question.data.get("entry")) or not all(a.strip() for a in question.answers):
-        return "no answer", "has no answer, or an empty one."
+        raise InvalidRecordError("duplicate id", f"has the id '{question.id}' of {places[question.id]}.")
+    is_scored_by_task = "entry" in question.data  # Some tasks of reasoning-gym have no reference answer.
+    if not all(answer.strip() for answer in question.answers) or not (question.answers or is_scored_by_task):
+        raise InvalidRecordError("no answer", "has no answer, or an empty one.")
     if question.choices:
-        return _problem_of_choices(question)
-    return "", ""
+        _check_choices(question)
 
 
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _problem_of_choices(question: Question) -> tuple[str, str]:
-    letters = string.ascii_uppercase[: len(question.choices)]
-    if not 2 <= len(question.choices) <= len(string.ascii_uppercase):
-        return (
-            "number of options",
-            f"has {len(question.choices)} options, and 2 to {len(string.ascii_uppercase)} are needed.",
-        )
+def _check_choices(question: Question) -> None:
+    """Check the options of a question. Raises: InvalidRecordError."""
+    count = len(question.choices)
+    letters = string.ascii_uppercase[:count]
+    if not 2 <= count <= len(string.ascii_uppercase):
+        detail = f"has {count} options, and 2 to {len(string.ascii_uppercase)} are needed."
+        raise InvalidRecordError("number of options", detail)
     if not all(choice.strip() for choice in question.choices):
-        return "empty option", "has an option without text."
+        raise InvalidRecordError("empty option", "has an option without text.")
     if not set(question.answers) <= set(letters):
-        return (
-            "answer not an option",
-            f"has the answer {', '.join(question.answers)}, and its options are A to {letters[-1]}.",
-        )
-    return "", ""
+        detail = f"has the answer {', '.join(question.answers)}, and its options are A to {letters[-1]}."
+        raise InvalidRecordError("answer not an option", detail)
 
 
 # --- choice -------------------------------------------------------------------------------------------

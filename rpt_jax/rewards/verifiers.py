@@ -117,7 +117,7 @@ def _contains_words(text: str, accepted: str) -> bool:
     return bool(words and re.search(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", text))
 
 
-@VERIFIERS.register("reasoning_gym", needs=(("source", "reasoning_gym"),), imports=("reasoning_gym",))
+@VERIFIERS.register("reasoning_gym", answers=False, needs=(("source", "reasoning_gym"),), imports=("reasoning_gym",))
 def reasoning_gym(answer: str, question: Question) -> float:
     """The score that the question's own task of reasoning-gym gives the box; it may be partial."""
     return score_entry(answer, question.data)
@@ -133,6 +133,8 @@ def why_unreadable(verifier: str, question: Question) -> str:
     registered = VERIFIERS[verifier]
     if registered.requirements.choices and not question.choices:
         return f"has no options, which the verifier '{verifier}' needs."
+    if registered.requirements.answers and not question.answers:
+        return f"has no accepted answer, which the verifier '{verifier}' needs."
     for answer in question.answers:
         if registered.requirements.box and last_box(f"\\boxed{{{answer}}}".encode()) != answer.encode():
             return f"has the answer {answer!r}, which no box can hold: its braces are not balanced."

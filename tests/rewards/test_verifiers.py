@@ -150,3 +150,7 @@ def test_an_answer_that_no_box_can_hold_is_unreadable():
 def test_an_answer_that_its_verifier_refuses_is_unreadable():
     assert "does not accept" in why_unreadable("choice", question("C", choices=("yes", "no")))
     assert "has no options" in why_unreadable("choice", question("C"))
+
+
+def test_only_a_scorer_of_reasoning_gym_needs_no_accepted_answer():
+    assert [name for name in VERIFIERS if not why_unreadable(name, question(choices=PLANETS))] == ["reasoning_gym"]

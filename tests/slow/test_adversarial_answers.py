@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import collections
-
 import pytest
 
 from rpt_jax.config import QuestionsConfig
 from rpt_jax.questions.question import Question
 from rpt_jax.questions.reasoning_gym_tasks import ReasoningGymOptions, generate_reasoning_gym
 from rpt_jax.registry import VERIFIERS
-from rpt_jax.rewards.verifier_pool import CRASHED, TIMED_OUT, VerifierPool
+from rpt_jax.rewards.verifier_pool import DONE, TIMED_OUT, VerifierPool
 from tests.helpers.adversarial_answers import adversarial_answers
 
 pytestmark = pytest.mark.slow
@@ -39,6 +37,4 @@ def test_no_answer_makes_a_verifier_hang_or_crash(verifier: str):
         assert all(verdict.result().score == 1.0 for verdict in pool.submit(own)), "the workers still work"
     accepted = [answer for (answer, _), verdict in zip(answers, verdicts, strict=True) if verdict.score >= 1.0]
     assert not accepted
-    outcomes = collections.Counter(verdict.outcome for verdict in verdicts)
-    # A worker is replaced for each of these; the run goes on.
-    assert outcomes[TIMED_OUT] + outcomes[CRASHED] < 50
+    assert {verdict.outcome for verdict in verdicts} <= {DONE, TIMED_OUT}
