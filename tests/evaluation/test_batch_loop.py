@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from rpt_jax.errors import UserError
@@ -101,16 +102,42 @@ class Launch:
         self.ready.wait()
 
 
-def test_share_of_the_time_in_which_devices_compute():
-    """Launches at 0 and 1; the devices compute from 0 to 4 and from 4 to 6; the host ends at 10. A third runs from 8 to 10."""
+def busy_share(runs: list[tuple[float, float, float, bool]]) -> float:
+    """Return the share of a clock that is set by hand.
+
+    Args:
+      runs: for each launch, when it is called, when it returns and when the devices end; and whether it compiles a program.
+    """
     now = 0.0
     clock = DeviceClock(lambda: now)
-    launches = [Launch() for _ in range(3)]
     with clock:
-        for launch, start, end in ((launches[0], 0.0, 4.0), (launches[1], 1.0, 6.0), (launches[2], 8.0, 10.0)):
-            now = start
-            clock.launched(launch)
+        for began, launched, end, compiles in runs:
+            launch = Launch()
+
+            def start(launch: Launch = launch, launched: float = launched, compiles: bool = compiles) -> Launch:
+                nonlocal now
+                if compiles:
+                    jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 1.0)
+                now = launched
+                return launch
+
+            now = began
+            clock.launch(start)
             now = end
             launch.ready.set()
             clock.wait()
-        assert clock.busy_share() == pytest.approx((4 + 2 + 2) / 10)
+        return clock.busy_share()
+
+
+def test_share_of_the_time_in_which_devices_compute():
+    """The devices compute from 0 to 4 and from 4 to 6, for launches at 0 and 1, and from 8 to 10 for one at 8."""
+    assert busy_share([(0, 0, 4, False), (1, 1, 6, False), (8, 8, 10, False)]) == pytest.approx((4 + 2 + 2) / 10)
+
+
+def test_time_in_which_programs_are_compiled_is_left_out():
+    """The first launch compiles before it starts; the second compiles from 4 to 9, while the devices compute until 5."""
+    assert busy_share([(0, 3, 5, True), (4, 9, 10, True), (12, 12, 13, False)]) == pytest.approx((1 + 1 + 1) / 5)
+
+
+def test_share_of_devices_that_never_wait():
+    assert busy_share([(0, 7, 9, True), (8, 8, 12, False)]) == pytest.approx(1.0)
