@@ -103,7 +103,10 @@ def compare_patterns(first: Path, second: Path, workdir: Path) -> dict[str, Any]
         for group in KEYWORDS
     ]
     rows += [(name, "", f"{a[name]:.3f}", f"{b[name]:.3f}", "") for name in a if isinstance(a[name], float)]
-    names = [f"{side['suite']}, {side['policy']}" for side in sides]
+    # Both may be of the same suite and policy, with other prompts.
+    names = [
+        f"{place}: {side['suite']}, {side['policy']}" for place, side in zip(("first", "second"), sides, strict=True)
+    ]
     table("Responses with a keyword (%, 95 % interval)", ("group", "match", *names, "change"), rows)
     bars = {
         name: [side["substring"][group]["mean"] for group in KEYWORDS] for name, side in zip(names, sides, strict=True)
