@@ -34,7 +34,7 @@ def get_config() -> Any:
     config.prompt.template = "boxed_answer"  # Of suite "questions" only; the message of multiple choice is fixed.
     config.prompt.chat_template = True  # GR
     config.prompt.prefill_think_token = True  # ours
-    config.prompt.max_tokens = 4096  # ours; a longer question is an error
+    config.prompt.max_tokens = 4096  # ours; longer questions are left out and counted
 
     config.multiple_choice.samples = 1  # ours
     config.multiple_choice.temperature = 0.8  # P §4.4

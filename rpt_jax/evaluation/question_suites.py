@@ -62,18 +62,15 @@ class _AskedQuestions:
         """
         experiment = inputs.experiment
         prompt = dataclasses.replace(experiment.prompt, template=template)
-        builder = PromptBuilder(prompt, inputs.tokenizer, slot)
+        self._builder = PromptBuilder(prompt, inputs.tokenizer, slot)
         self.tokenizer = inputs.tokenizer
         self._batch = experiment.training.prompts_per_step
         token_ids = [inputs.tokenizer.encode(text_of(question)) for question in questions]
-        kept = _fitting(questions, token_ids, builder.max_context_tokens)
+        kept = _fitting(questions, token_ids, self._builder.max_context_tokens)
         self.questions = [questions[i] for i in kept]
         self.left_out = len(questions) - len(kept)
-        self._prompts = [
-            builder.build(number, token_ids[i], Position(window=number, position=len(token_ids[i]), entropy=0.0))
-            for number, i in enumerate(kept)
-        ]
-        self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, builder)
+        self._token_ids = [token_ids[i] for i in kept]
+        self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, self._builder)
         self._weights = self._sample.weights(inputs.params)
 
     @property
@@ -87,7 +84,11 @@ class _AskedQuestions:
 
     def launch(self, batch: int) -> Any:
         """Start to sample responses to the questions of a batch."""
-        prompts = self._prompts[batch * self._batch : (batch + 1) * self._batch]
+        first = batch * self._batch
+        prompts = []
+        for number, ids in enumerate(self._token_ids[first : first + self._batch], first):
+            end = Position(window=number, position=len(ids), entropy=0.0)
+            prompts.append(self._builder.build(number, ids, end))
         prompts += [prompts[-1]] * (self._batch - len(prompts))
         _, rollouts, _ = self._sample.launch(self._weights, stack(prompts), EVALUATION_STEP)
         return rollouts

@@ -66,12 +66,12 @@ def check_task(suite: str, experiment: Experiment) -> None:
 def evaluate(
     suite: str, experiment: Experiment, policy: str, workdir: Path, mesh: Mesh, context: RunContext, *, restart: bool
 ) -> dict[str, Any]:
-    """Evaluate a policy with a suite; go on with the batches that an interrupted evaluation has left.
+    """Evaluate a policy with a suite, or resume an evaluation that was interrupted.
 
     Args:
       suite: name of the suite.
-      experiment: a validated config.
-      policy: Hugging Face directory, GGUF file or policy of a run; "" for `policy.path` of the config.
+      experiment: a validated config, of the task that `check_task` asks for.
+      policy: Hugging Face directory, GGUF file or policy of a run.
       workdir: where the results are kept.
       mesh: the device mesh.
       context: signals and heartbeats.
@@ -81,16 +81,13 @@ def evaluate(
 
     Raises: UserError, if the policy, the corpus or the questions cannot be used, or `workdir` has results of other settings.
     """
-    check_task(suite, experiment)
     requirements = SUITES[suite].requirements
-    policy = policy or experiment.policy.path
     subject = dataclasses.replace(experiment.policy, path=policy, preset="")
 
     # Plan the memory for the policy that is evaluated and the sampling of the suite. The task is one that only samples.
     sampled = (requirements.sampling or evaluation_experiment)(experiment)
     planned = plan_run(dataclasses.replace(sampled, task="difficulty", policy=subject), mesh)
     planned = dataclasses.replace(planned, task=experiment.task, policy=experiment.policy)
-
     check_sampling(planned, mesh)
 
     model, params, tokenizer = load_starting_policy(subject, mesh)
