@@ -33,7 +33,7 @@ _LETTER_BEFORE_TEXT = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)])\s*(.*)", re.D
 
 @VERIFIERS.register("boxed_math", imports=("math_verify",))
 def boxed_math(answer: str, question: Question) -> float:
-    """Symbolic or numeric equality of the box and an accepted answer, by math-verify, or the same text (as Skywork-OR1 does).
+    """The box and an accepted answer are the same text, or symbolically or numerically equal (by math-verify).
 
     `\\frac{1}{2}`, `0.5` and `x = 1/2` are equal. Letters are variables, so that words with the same letters are equal too.
     An answer of more than 500 characters or ten levels of brackets is compared as text only.
