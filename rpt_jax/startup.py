@@ -82,7 +82,7 @@ def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
         PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
         if experiment.reinforces:
             check_end_of_thinking(experiment.objective, tokenizer)
-    if experiment.task != "score" and experiment.data.prepared:
+    if experiment.task in ("rpt", "pretrain") and experiment.data.prepared:
         open_prepared(experiment.data, tokenizer, Path(experiment.data.prepared))
 
 
