@@ -12,6 +12,8 @@ from rpt_jax.infra.command_line import run_command
 # Subcommand: (module, summary). A module is imported only when its subcommand runs.
 COMMANDS = {
     "train": ("rpt_jax.main", "run the task of a config: training, pre-training or corpus preparation"),
+    "evaluate": ("rpt_jax.evaluate", "evaluate a policy: next tokens, questions, multiple choice; compare two"),
+    "lm_eval": ("rpt_jax.lm_eval", "evaluate a policy with lm-evaluation-harness"),
     "convert": ("rpt_jax.convert", "import a policy from Hugging Face or GGUF, or export one"),
     "report": ("rpt_jax.report", "draw the plots of a run again"),
     "preflight": ("rpt_jax.preflight", "compile a run for absent chips: does it fit, and what limits its speed"),

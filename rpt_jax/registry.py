@@ -221,6 +221,7 @@ QUESTION_SOURCES = Registry(
     (
         "rpt_jax.questions.files",
         "rpt_jax.questions.published",
+        "rpt_jax.questions.multiple_choice_sources",
         "rpt_jax.questions.reasoning_gym_tasks",
         "rpt_jax.questions.worked_solutions",
     ),

@@ -85,7 +85,7 @@ def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
             check_end_of_thinking(experiment.objective, tokenizer)
     if starts_with_pretraining(experiment):
         check_traces(experiment.pretrain, tokenizer)
-    if experiment.task != "score" and experiment.data.prepared:
+    if experiment.data.prepared and (experiment.scores_corpus or experiment.task == "pretrain"):
         open_prepared(experiment.data, tokenizer, Path(experiment.data.prepared))
 
 

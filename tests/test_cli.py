@@ -102,7 +102,8 @@ def test_a_setting_of_jax_that_cannot_be_used_is_named(tmp_path: Path, name: str
     "command",
     (
         ("convert", "--from=configs/tiny", "--to=nowhere/new"),
-        ("report", "--workdir=nowhere"),
+        ("report", "--workdir=configs"),
+        ("evaluate", "--suite=compare", "--results=a,b"),
         ("preflight", "--config=configs/rpt_tiny.py", "--topology=h100:8"),
         ("bench", "rollout"),
     ),

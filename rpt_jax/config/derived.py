@@ -31,3 +31,17 @@ def evaluation_experiment(experiment: Experiment) -> Experiment:
             max_new_tokens=evaluation.max_new_tokens or rollout.max_new_tokens,
         ),
     )
+
+
+def multiple_choice_experiment(experiment: Experiment) -> Experiment:
+    """Return an experiment whose section `rollout` says how responses to multiple choice are sampled."""
+    protocol = experiment.multiple_choice
+    return dataclasses.replace(
+        experiment,
+        rollout=dataclasses.replace(
+            experiment.rollout,
+            samples_per_prompt=protocol.samples,
+            temperature=protocol.temperature,
+            max_new_tokens=protocol.max_new_tokens,
+        ),
+    )

@@ -21,6 +21,8 @@ PRECISIONS = ("tensorfloat32", "float32")
 HEAD_PRECISIONS = ("bfloat16", *PRECISIONS)
 REMATS = ("auto", "none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
+EVALUATION_SPLITS = ("held_out", "unseen", "train")
+UNPARSED = ("wrong", "random")
 DIVERGENCE_ACTIONS = ("warn", "stop")
 TEMPLATE_SEPARATOR = "|||"  # Between the document templates of the parts of a mixture.
 
@@ -363,12 +365,30 @@ class EvaluationConfig:
     positions: int = 600
     # The same for documents of a kind that training never sees, where the corpus has any.
     unseen_positions: int = 200
+    # Documents that the suite "next_token" of `rpt_jax.evaluate` takes its positions from: "held_out", "unseen", or "train" for a
+    # corpus that was not trained on.
+    split: str = "held_out"
     # Responses that are sampled at each held-out position or to each question; 0 for as many as in training.
     samples: int = 0
     # Sampling temperature of evaluations (paper, section 4.3, for questions: 0.6); 0 for that of training.
     temperature: float = 0.0
     # Maximum number of tokens of a response in evaluations (paper, section 4.3, for questions: 32,000); 0 for that of training.
     max_new_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleChoiceConfig:
+    """Zero-shot multiple choice with reasoning, suite "multiple_choice" of `rpt_jax.evaluate`."""
+
+    # Responses that are sampled to each question (the size of the paper's cells suggests 1).
+    samples: int = 1
+    # Sampling temperature (paper, section 4.4: 0.8).
+    temperature: float = 0.8
+    # Maximum number of tokens of a response (paper, section 4.4: 12,288).
+    max_new_tokens: int = 12_288
+    # What a response counts as that no letter can be read from: "wrong" (ours), or "random" for a random letter of A to J, as in
+    # the harness that the paper refers to.
+    unparsed: str = "wrong"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -448,6 +468,7 @@ class Experiment:
     pretrain: PretrainConfig = PretrainConfig()
     traces: TracesConfig = TracesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    multiple_choice: MultipleChoiceConfig = MultipleChoiceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     profile: ProfileConfig = ProfileConfig()

@@ -10,6 +10,7 @@ from rpt_jax.config.schema import (
     BOX_READINGS,
     DIVERGENCE_ACTIONS,
     DTYPES,
+    EVALUATION_SPLITS,
     HEAD_PRECISIONS,
     LONG_CONTEXTS,
     PRECISIONS,
@@ -18,6 +19,7 @@ from rpt_jax.config.schema import (
     TASKS,
     TEMPLATE_SEPARATOR,
     TRACE_PROMPTS,
+    UNPARSED,
     Experiment,
     ObjectiveConfig,
     PolicyConfig,
@@ -48,6 +50,8 @@ _NAMES = {
     "optimizer.schedule": SCHEDULES,
     "divergence.action": DIVERGENCE_ACTIONS,
     "traces.prompts": TRACE_PROMPTS,
+    "evaluation.split": EVALUATION_SPLITS,
+    "multiple_choice.unparsed": UNPARSED,
 }
 # Each weight of the objective, and the fields that have no effect while it is 0. A weight other than 0 needs the first of them.
 _WEIGHTED_TERMS = {
@@ -137,6 +141,9 @@ _BOUNDS = {
     "evaluation.samples": (0, _UNBOUNDED),
     "evaluation.temperature": (0.0, 100.0),
     "evaluation.max_new_tokens": (0, _UNBOUNDED),
+    "multiple_choice.samples": (1, _UNBOUNDED),
+    "multiple_choice.temperature": (1e-3, 100.0),
+    "multiple_choice.max_new_tokens": (1, _UNBOUNDED),
     "checkpoint.every_steps": (1, _UNBOUNDED),
     "checkpoint.keep": (1, _UNBOUNDED),
     "checkpoint.grace_seconds": (0.0, _UNBOUNDED),

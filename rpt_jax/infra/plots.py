@@ -190,6 +190,30 @@ def write_entropy_plot(directory: Path, counts_N: np.ndarray, bin_width: float, 
     return path
 
 
+def write_bar_plot(
+    path: Path, title: str, y_label: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]]
+) -> None:
+    """Plot groups of bars next to each other.
+
+    Args:
+      path: of the image.
+      title, y_label: texts; the values are shown in percent.
+      groups: names below the axis.
+      bars: for each name in the legend, a value in [0, 1] for each group.
+    """
+    import matplotlib
+
+    width = 0.8 / len(bars)
+    with matplotlib.rc_context(STYLE):
+        figure, (axes,) = _figure()
+        for i, ((name, values), color) in enumerate(zip(bars.items(), COLORS.values(), strict=False)):
+            offsets_N = np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width
+            axes.bar(offsets_N, 100 * np.array(values), width=width, color=color, label=name)
+        axes.set_xticks(range(len(groups)), groups)
+        _finish(axes, title, f"{y_label} (%)", columns=1)
+        figure.savefig(path)
+
+
 def moving_mean(values_N: np.ndarray) -> tuple[np.ndarray, int]:
     """Return the centered moving mean over a twentieth of the steps, truncated at the ends, and its odd width."""
     width = min(len(values_N), max(5, len(values_N) // 20)) // 2 * 2 + 1

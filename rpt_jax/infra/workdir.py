@@ -50,6 +50,7 @@ _MAY_CHANGE = (
     "divergence",
     "evaluation",
     "mesh",
+    "multiple_choice",
     "profile",
     "training.total_steps",
     "training.log_rollouts_every",

@@ -37,7 +37,7 @@ def context_warnings(experiment: Experiment, config: ModelConfig) -> list[str]:
     if experiment.task == "pretrain" or (experiment.task == "rpt" and experiment.cold_start.total_steps):
         fields = "data.max_document_tokens + pretrain.row_tokens"
         lengths[fields] = data.max_document_tokens + experiment.pretrain.row_tokens
-    if experiment.task in ("rpt", "score") and not data.prepared:
+    if experiment.scores_corpus and not data.prepared:
         lengths["data.max_document_tokens"] = data.max_document_tokens
     return [
         f"{fields} = {length:,} tokens, but the policy was trained for {context:,} (max_position_embeddings); its predictions "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,27 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
 
     Raises: UserError, if there is no chat template, if it fails, or if it does not render the context exactly once.
     """
+    text = render_messages(tokenizer, [{"role": "user", "content": before + _CONTEXT + after}])
+    opening, context, closing = text.partition(_CONTEXT)
+    if not context or _CONTEXT in closing:
+        raise UserError(
+            f"{_FIELD}: the template of {tokenizer.source} must render the user's message exactly once.", field=_FIELD
+        )
+    return opening, closing
+
+
+def render_messages(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+) -> str:
+    """Return the text of a conversation.
+
+    Args:
+      tokenizer: its files contain the chat template.
+      messages: each with "role" and "content".
+      add_generation_prompt: whether the text ends with the start of the assistant's answer.
+
+    Raises: UserError, if there is no chat template, or if it fails.
+    """
     path = Path(tokenizer.source)
     files = read_tokenizer_files(path)
     template = _find_template(path, files)
@@ -44,10 +65,10 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
             field=_FIELD,
         )
     variables: dict[str, Any] = {
-        "messages": [{"role": "user", "content": before + _CONTEXT + after}],
+        "messages": messages,
         "tools": None,
         "documents": None,
-        "add_generation_prompt": True,
+        "add_generation_prompt": add_generation_prompt,
     }
     try:
         text = _environment().from_string(template).render(variables | _token_names(tokenizer, path, files))
@@ -59,13 +80,7 @@ def render_chat(tokenizer: Tokenizer, before: str, after: str) -> tuple[str, str
             f"works as {_FILE} next to it.",
             field=_FIELD,
         ) from None
-
-    opening, context, closing = text.partition(_CONTEXT)
-    if not context or _CONTEXT in closing:
-        raise UserError(
-            f"{_FIELD}: the template of {tokenizer.source} must render the user's message exactly once.", field=_FIELD
-        )
-    return opening, closing
+    return text
 
 
 def _find_template(path: Path, files: Mapping[str, bytes]) -> str:

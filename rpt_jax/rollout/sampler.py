@@ -19,7 +19,7 @@ from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.rollout.cost import SamplingCost, sampling_cost
 from rpt_jax.rollout.generate import replica_count, sample_rollouts
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
-from rpt_jax.rollout.rollouts import Decoding, Rollouts
+from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Rollouts
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 
@@ -66,13 +66,22 @@ class Sampler:
 
         Raises: UserError, if a device runs out of memory.
         """
+        with explain_out_of_memory("sampling", self._memory_fields, mesh_fields=["mesh.rollout_tensor"]):
+            shared, rollouts, work = jax.block_until_ready(self.launch(weights, prompts, step))
+        return rollouts, sampling_cost(self._policy.config, shared, rollouts, work)
+
+    def launch(self, weights: Params, prompts: PromptBatch, step: int) -> tuple[Prompts, Rollouts, DecodeWork]:
+        """Start to sample G responses to each prompt, without waiting for them.
+
+        Args:
+          weights, prompts, step: as those of `__call__`.
+
+        Returns: the prompts with their shared prefixes, the rollouts, and the work that decoding takes.
+        """
         shared = shard_prompts(find_shared_prefixes(prompts, self._max_tail_tokens), self._mesh, DECODING)
         key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
-        with explain_out_of_memory("sampling", self._memory_fields, mesh_fields=["mesh.rollout_tensor"]):
-            rollouts, work = jax.block_until_ready(
-                sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
-            )
-        return rollouts, sampling_cost(self._policy.config, shared, rollouts, work)
+        rollouts, work = sample_rollouts(self._policy, weights, shared, key, self._decoding, self._box_vocab)
+        return shared, rollouts, work
 
 
 def sampling_numbers(experiment: Experiment) -> list[float]:

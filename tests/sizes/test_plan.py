@@ -7,17 +7,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from rpt_jax.config import Experiment, RolloutConfig, from_config_dict, load_config_file
+from rpt_jax.config import EvaluationConfig, Experiment, RolloutConfig, from_config_dict, load_config_file
 from rpt_jax.errors import UserError
 from rpt_jax.infra.chips import CHIPS
 from rpt_jax.model.model_config import preset
 from rpt_jax.rollout.memory import USABLE, machine_memory
+from rpt_jax.setup import mesh_from_config
+from rpt_jax.sizes import plan as plan_module
 from rpt_jax.sizes.limits import short_response_warnings
 from rpt_jax.sizes.memory import rpt_memory
 from rpt_jax.sizes.mesh import MeshSizes
-from rpt_jax.sizes.plan import Plan, check_slots, plan_memory
+from rpt_jax.sizes.plan import Plan, check_slots, plan_evaluation, plan_memory
 from tests.helpers.paths import CONFIGS
 
 GIB = 2**30
@@ -149,3 +152,14 @@ def test_a_container_limits_the_memory_of_its_machine(tmp_path: Path):
     assert machine_memory(tmp_path) == whole
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
     assert machine_memory(tmp_path) == 2**30
+
+
+def test_longer_responses_of_an_evaluation_get_fewer_decode_slots(monkeypatch: pytest.MonkeyPatch):
+    experiment = load("rft_tiny", "rollout.decode_slots=256", "training.microbatch_tokens=512")
+    mesh = mesh_from_config(experiment.mesh, jax.devices()[:1])
+    assert plan_evaluation(experiment, mesh) == experiment, "sampled as in training"
+
+    monkeypatch.setattr(plan_module, "device_memory", lambda: GIB)
+    longer = dataclasses.replace(experiment, evaluation=EvaluationConfig(samples=4, max_new_tokens=32_000))
+    rollout = plan_evaluation(longer, mesh).rollout
+    assert 1 <= rollout.decode_slots < 256 and rollout.max_new_tokens == 32_000 and rollout.samples_per_prompt == 4

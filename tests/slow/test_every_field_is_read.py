@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rpt_jax import main
+from rpt_jax import evaluate, main
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.config.dataclass_io import leaves
+from tests.helpers.evaluation import question_flags
 from tests.helpers.paths import ROOT, TINY
 
 # Reads by these modules do not count: they look at every field.
@@ -95,6 +96,10 @@ def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
     _run(tmp_path / "difficulty", task="difficulty", **questions)
     pass_rates = str(tmp_path / "difficulty" / "pass_rates.jsonl")
     _run(tmp_path / "rft", task="rft", **questions, **{"questions.pass_rates": pass_rates, "questions.min_passes": 0})
+    _evaluate("next_token", tmp_path / "threshold.py")
+    (tmp_path / "letters").mkdir()
+    letters = ["--config.prompt.max_tokens=256", "--config.multiple_choice.max_new_tokens=8"]
+    _evaluate("multiple_choice", tmp_path / "rft.py", *letters, *question_flags(tmp_path / "letters"))
     every = {name for name, _ in leaves(from_config_dict({}))}
     unread = {name for name in every - read if not name.startswith(OPTIONS)}
     assert not unread
@@ -111,6 +116,11 @@ def _recorder(schema: type, prefix: str, read: set[str]):
         return object.__getattribute__(self, name)
 
     return getattribute
+
+
+def _evaluate(suite: str, config: Path, *flags: str) -> None:
+    workdir = config.with_name(suite)
+    assert evaluate.main(["evaluate", f"--suite={suite}", f"--config={config}", f"--workdir={workdir}", *flags]) == 0
 
 
 def _run(workdir: Path, task: str = "rpt", **values: object) -> None:

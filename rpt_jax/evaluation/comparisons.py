@@ -1,0 +1,158 @@
+"""Suites that read two finished evaluations: "compare" and "patterns"."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpt_jax.errors import UserError
+from rpt_jax.evaluation.patterns import KEYWORDS, MATCHES, distinct_n, pattern_shares, template_share
+from rpt_jax.evaluation.statistics import compare, micro_average
+from rpt_jax.evaluation.stored_results import Record, read_results
+from rpt_jax.evaluation.suite import SUITES, clusters_of, measures, percent, scores_of
+from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.console import table
+from rpt_jax.infra.disk import check_writable
+from rpt_jax.infra.plots import write_bar_plot
+from rpt_jax.infra.run_format import format_stamp
+
+logger = logging.getLogger(__name__)
+
+_FIELD = "--results"
+COMPARISON = "comparison.json"
+PATTERNS = "patterns.json"
+
+
+@SUITES.register("compare", policy=False)
+def compare_results(first: Path, second: Path, workdir: Path) -> dict[str, Any]:
+    """Paired differences of two evaluations on the same questions, by McNemar's exact test and the bootstrap.
+
+    Args:
+      first, second: directories of the evaluations.
+      workdir: `comparison.json` is written here.
+
+    Returns: its content.
+
+    Raises: UserError, if they are no finished evaluations, or have no question and measure in common.
+    """
+    (summary_a, records_a), (summary_b, records_b) = _read(first, second, workdir)
+    by_id = {record["id"]: record for record in records_b}
+    a = [record for record in records_a if record["id"] in by_id]
+    b = [by_id[record["id"]] for record in a]
+    common = [measure for measure in measures(a) if measure in measures(b)]
+    if not common:
+        raise UserError(
+            f"{_FIELD}: {first} and {second} have no question and measure in common: evaluate both with the same suite, the same "
+            "questions and the same samples.",
+            field=_FIELD,
+        )
+    if len(a) < max(len(records_a), len(records_b)):
+        logger.warning("Only %s questions are in both evaluations.", f"{len(a):,}")
+    categories = [record["category"] for record in a]
+    result = {
+        **format_stamp(),
+        "policies": [summary_a["policy"], summary_b["policy"]],
+        "results": [str(first), str(second)],
+        "comparisons": {
+            measure: compare(scores_of(a, measure), scores_of(b, measure), categories, clusters_of(a))._asdict()
+            for measure in common
+        },
+    }
+    atomic_write(workdir / COMPARISON, json.dumps(result, indent=1) + "\n")
+    rows = [_comparison_row(measure, values) for measure, values in result["comparisons"].items()]
+    title = f"{summary_b['policy']} minus {summary_a['policy']} (points, 95 % interval)"
+    table(title, ("measure", "difference", "macro difference", "only first", "only second", "McNemar p", "count"), rows)
+    logger.info("Results: %s", workdir / COMPARISON)
+    return result
+
+
+@SUITES.register("patterns", policy=False)
+def compare_patterns(first: Path, second: Path, workdir: Path) -> dict[str, Any]:
+    """Shares of responses with keywords of reasoning in two evaluations, of two policies or of two kinds of prompts.
+
+    Args:
+      first, second: directories of the evaluations.
+      workdir: `patterns.json` and `patterns.png` are written here.
+
+    Returns: the content of `patterns.json`.
+
+    Raises: UserError, if they are no finished evaluations, or have no responses.
+    """
+    sides = []
+    for directory, (summary, records) in zip((first, second), _read(first, second, workdir), strict=True):
+        if not records or "responses" not in records[0]:
+            raise UserError(
+                f"{_FIELD}: {directory} has no responses: its suite '{summary['suite']}' does not sample any.",
+                field=_FIELD,
+            )
+        sides.append(
+            _describe(records) | {"policy": summary["policy"], "suite": summary["suite"], "results": str(directory)}
+        )
+    a, b = sides
+    result = {**format_stamp(), "first": a, "second": b}
+    atomic_write(workdir / PATTERNS, json.dumps(result, indent=1) + "\n")
+
+    rows = [
+        (group, match, percent(a[match][group]), percent(b[match][group]), _relative(a[match][group], b[match][group]))
+        for match in MATCHES
+        for group in KEYWORDS
+    ]
+    rows += [(name, "", f"{a[name]:.3f}", f"{b[name]:.3f}", "") for name in a if isinstance(a[name], float)]
+    # Both may be of the same suite and policy, with other prompts.
+    names = [
+        f"{place}: {side['suite']}, {side['policy']}" for place, side in zip(("first", "second"), sides, strict=True)
+    ]
+    table("Responses with a keyword (%, 95 % interval)", ("group", "match", *names, "change"), rows)
+    bars = {
+        name: [side["substring"][group]["mean"] for group in KEYWORDS] for name, side in zip(names, sides, strict=True)
+    }
+    write_bar_plot(workdir / "patterns.png", "Reasoning patterns", "responses with a keyword", list(KEYWORDS), bars)
+    logger.info("Results: %s", workdir / PATTERNS)
+    return result
+
+
+def _read(first: Path, second: Path, workdir: Path) -> list[tuple[dict[str, Any], list[Record]]]:
+    """Return the summaries and records of both evaluations, and create the workdir. Raises: UserError."""
+    results = [read_results(directory, _FIELD) for directory in (first, second)]
+    check_writable(workdir, "--workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    return results
+
+
+def _describe(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the share of responses with a keyword by way of matching and group, and how varied the responses are."""
+    responses = [response for record in records for response in record["responses"]]
+    # Samples of one question are not independent.
+    question_N = np.repeat(np.arange(len(records)), [len(record["responses"]) for record in records])
+    shares = {
+        match: {
+            group: micro_average(contains_N, question_N)._asdict()
+            for group, contains_N in pattern_shares(responses, match).items()
+        }
+        for match in MATCHES
+    }
+    return {
+        **shares,
+        **{f"distinct-{n}": distinct_n(responses, n) for n in (1, 2, 3)},
+        "template_share": template_share(responses),
+        "responses": len(responses),
+    }
+
+
+def _relative(a: dict[str, float], b: dict[str, float]) -> str:
+    return f"{100 * (b['mean'] / a['mean'] - 1):+.1f} %" if a["mean"] else "-"
+
+
+def _comparison_row(measure: str, values: dict[str, Any]) -> tuple[str, ...]:
+    def points(prefix: str) -> str:
+        low, high = 100 * values[f"{prefix}low"], 100 * values[f"{prefix}high"]
+        return f"{100 * values[f'{prefix}difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    p = "-" if values["mcnemar_p"] is None else f"{values['mcnemar_p']:.3g}"
+    counts = (f"{values[name]:,}" for name in ("only_a", "only_b"))
+    return (measure, points(""), points("macro_"), *counts, p, f"{values['count']:,}")

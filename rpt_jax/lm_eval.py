@@ -1,0 +1,45 @@
+"""Run lm-evaluation-harness with the model "rpt_jax".
+
+    python -m rpt_jax.lm_eval run --model rpt_jax --model_args policy=DIR --tasks arc_easy,hellaswag
+
+This is the harness's own command `lm_eval` (lm-eval 0.4.13, `pip install "rpt-jax[lm-eval]"`), which finds models of its own
+package only: here, "rpt_jax" is registered first. All other arguments are the harness's. Those of the model, separated by commas,
+are `policy` (a Hugging Face directory, a policy that a run exported, or a GGUF file), `dtype`, `max_length`, `tokens_per_pass`,
+`logit_chunk_tokens` and `seed`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from rpt_jax.errors import UserError
+from rpt_jax.infra.command_line import import_jax, run_command
+
+
+def main(argv: list[str]) -> int:
+    """Run the harness's command line with the model registered; return the exit code."""
+    if {"-h", "--help"} & set(argv) and len(argv) == 2:
+        print(__doc__)
+        return 0
+    try:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                'this command needs lm-evaluation-harness, which is not installed: pip install "rpt-jax[lm-eval]".',
+                field="lm_eval",
+            )
+        import_jax()
+        import lm_eval.__main__  # pyright: ignore[reportMissingImports]
+
+        import rpt_jax.evaluation.lm_eval_model  # noqa: F401 - registers the model.
+
+        sys.argv = argv
+        lm_eval.__main__.cli_evaluate()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
