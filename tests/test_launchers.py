@@ -24,7 +24,7 @@ from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.main import load_experiment, main
 from tests.helpers.launchers import Clone, wait_for_text, wait_until
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS, WITH_SIGINT
+from tests.helpers.processes import CHILD_SECONDS, WITH_SIGNALS
 
 stand_in = pytest.mark.stand_in
 
@@ -133,7 +133,7 @@ def test_restarts_are_limited(tmp_path: Path) -> None:
 def test_signal_stops_the_command_without_a_restart(tmp_path: Path, number: signal.Signals) -> None:
     command = 'trap "echo saved; sleep 0.3; exit 75" TERM; echo here >here; while :; do sleep 0.1; done'
     process = subprocess.Popen(
-        [*WITH_SIGINT, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
+        [*WITH_SIGNALS, "bash", ROOT / "launch" / "again.sh", "bash", "-c", command],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -15,11 +15,12 @@ HERE = socket.gethostname()
 # A limit for a process that hangs, as long as CI gives all quick tests together: how long a test takes depends on what else the
 # machine does, and is not what it tests.
 CHILD_SECONDS = 3600.0
-# Runs the command behind it with SIGINT not ignored, as it is if the tests run in the background of a script.
-WITH_SIGINT = [
+# Runs the command behind it with the signals not ignored that are if the tests run in the background of a script or under nohup.
+WITH_SIGNALS = [
     sys.executable,
     "-c",
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])",
+    "import os, signal, sys; [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]; "
+    "os.execvp(sys.argv[1], sys.argv[1:])",
 ]
 
 

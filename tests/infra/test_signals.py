@@ -12,7 +12,7 @@ import pytest
 
 from rpt_jax.errors import ExitCode
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS, WITH_SIGINT
+from tests.helpers.processes import CHILD_SECONDS, WITH_SIGNALS
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def child() -> Iterator[object]:
     started = []
 
     def start(*arguments: str, wrapper: Sequence[str] = ()) -> subprocess.Popen[str]:
-        run = [*WITH_SIGINT, *wrapper, sys.executable, "-m", "tests.helpers.stopping_child", *arguments]
+        run = [*WITH_SIGNALS, *wrapper, sys.executable, "-m", "tests.helpers.stopping_child", *arguments]
         started.append(subprocess.Popen(run, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True))
         assert started[-1].stdout.readline() == "ready\n"
         return started[-1]
