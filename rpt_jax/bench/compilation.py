@@ -6,12 +6,15 @@ The layers run in a loop, so the time should not grow with their number.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from rpt_jax.bench.options import add_compute_options, positive
 from rpt_jax.config import PolicyConfig
@@ -38,14 +41,26 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     Raises:
       UserError: the attention is not available on this platform.
     """
-    # A program from the compilation cache would not be compiled.
-    jax.config.update("jax_enable_compilation_cache", False)
-    _compile(options, layers=1)  # The first compilation of a process also loads the compiler.
     rows = []
-    for layers in options.depths:
-        tracing, compiling, size = _compile(options, layers)
-        rows.append([layers, round(tracing, 2), round(compiling, 2), size])
+    with _without_compilation_cache():
+        _compile(options, layers=1)  # The first compilation of a process also loads the compiler.
+        for layers in options.depths:
+            tracing, compiling, size = _compile(options, layers)
+            rows.append([layers, round(tracing, 2), round(compiling, 2), size])
     return ["layers", "seconds to trace and lower", "seconds to compile", "bytes of the lowered program"], rows
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """Compile every program inside the block: one from the cache would not be compiled."""
+    earlier = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX decides only once whether it uses the cache.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", earlier)
+        reset_cache()
 
 
 def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, int]:

@@ -18,7 +18,11 @@ from rpt_jax.infra.compilation_cache import ProgramFiles, compilation_cache, def
 @pytest.fixture(autouse=True)
 def every_program_is_kept() -> Iterator[None]:
     """Turn the cache of the other tests off, and keep programs that compile faster than JAX's limit of a second, too."""
-    settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     earlier = {name: getattr(jax.config, name) for name in settings}
     for values in (settings, earlier):
         for name, value in values.items():
