@@ -29,13 +29,12 @@ if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     tokenizer = load_tokenizer("configs/tiny")
     windows = [tokenizer.encode("seven and five are twelve " * 20)] * 20
-    order = position_order(
-        [[Position(window, 20, 1.0) for window in range(20)]], [], stage_prompts=0, batch=8, per_window=0, seed=0
-    )
+    positions = [Position(window, 20, 1.0) for window in range(20)]
+    orders = [position_order([positions], [], batch=8, per_window=0, seed=(0,))]
     # Kept until the interpreter ends, as in a run.
-    sys.stream = PromptStream(PromptBuilder(PromptConfig(), tokenizer), windows, order, batch=8, workers=1)
+    sys.stream = PromptStream(PromptBuilder(PromptConfig(), tokenizer), windows, orders, batch=8, workers=1)
     next(sys.stream)
-    sys.stream.switch_order(order)
+    sys.stream.switch_orders(orders)
     next(sys.stream)
     time.sleep(1)  # The workers build batches ahead.
     sys.stream.close()
