@@ -170,17 +170,26 @@ def _answers(record: Mapping[str, Any], config: QuestionsConfig, choices: Sequen
 
 
 def _letter(value: Any, field: str, choices: Sequence[str]) -> str:
-    """Return the letter of the option that an answer names by letter, text or number. Raises: InvalidRecordError."""
+    """Return the letter of the option that an answer names by letter, text or number from 0.
+
+    Raises: InvalidRecordError, if it names none, or one by its text and another by its letter or number.
+    """
     letters = string.ascii_uppercase[: len(choices)]
+    text = _scalar_text(value, field).strip()
+    named = {letter for letter, choice in zip(letters, choices, strict=False) if choice.strip() == text}
     if isinstance(value, int) and not isinstance(value, bool):
-        if 0 <= value < len(letters):
-            return letters[value]
-    else:
-        text = _scalar_text(value, field).strip()
-        if text.upper() in tuple(letters):
-            return text.upper()
-        if list(choices).count(text) == 1:
-            return letters[list(choices).index(text)]
+        named |= set(letters[value : value + 1]) if value >= 0 else set()
+    elif len(text) == 1 and text.upper() in letters:
+        named.add(text.upper())
+    if len(named) == 1:
+        return named.pop()
+    if named:
+        raise InvalidRecordError(
+            "ambiguous answer",
+            f"has the answer {value!r} in its field '{field}', which may name the options {', '.join(sorted(named))}: it is the "
+            "text of one, and the letter or number of another. Give the letter or number of the right option, and options that "
+            "do not look like one.",
+        )
     raise InvalidRecordError(
         "answer not an option",
         f"has the answer {value!r} in its field '{field}', which is none of the {len(choices)} options: expected a letter, the "

@@ -106,6 +106,11 @@ def load_questions(
             f"on, besides {len(test):,} to test with{_difficulty_sentence(len(rest) - len(train))}.",
             field="questions.train_questions",
         )
+    if excluded := len(rest) - len(train):
+        logger.info(
+            "Left out %s training questions without a pass rate, or with one outside of the bounds (questions.pass_rates).",
+            f"{excluded:,}",
+        )
     train = train[: config.train_questions or None]
     near_duplicates = _near_duplicates(train, test)
     logger.info("Questions: %s to train on, %s to test with.", f"{len(train):,}", f"{len(test):,}")
@@ -127,11 +132,13 @@ def load_questions(
 
 
 def _difficulty_sentence(excluded: int) -> str:
-    return f"; {excluded:,} more are excluded by their difficulty" if excluded else ""
+    return f"; {excluded:,} more have no pass rate, or one outside of the bounds (questions.pass_rates)" if excluded else ""
 
 
 def _source_name(config: QuestionsConfig) -> str:
-    return f"questions.path='{config.path}'" if config.source == "path" else f"questions.source='{config.source}'"
+    if config.source != "path":
+        return f"questions.source='{config.source}'"
+    return f"questions.path='{config.path}'" if config.path else f"questions.test_path='{config.test_path}'"
 
 
 def _source_field(config: QuestionsConfig) -> str:

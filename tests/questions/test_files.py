@@ -91,6 +91,11 @@ def test_several_answers_are_accepted(tmp_path: Path, values: dict[str, Any], an
     assert question.answers == answers
 
 
+def test_a_number_that_is_no_index_is_the_text_of_an_option(tmp_path: Path):
+    [question] = read_records(tmp_path, {"question": "?", "answer": 7, "options": [5, 7]}, choices_field="options")
+    assert question.answers == ("B",)
+
+
 @pytest.mark.parametrize("answer", ["C", "c", "comet", 2])
 def test_the_answer_is_a_letter_a_text_or_a_number(tmp_path: Path, answer: str | int):
     record = {"question": "?", "answer": answer, "options": ["star", "planet", "comet"]}
@@ -150,7 +155,10 @@ VALID = {"question": "?", "answer": "1", "options": ["1", "2"], "kind": "a", "id
         ({"answer": True}, {}, "not a string"),
         ({"answer": {"a": 1}}, {}, "not a string"),
         ({"answer": "3"}, {"choices_field": "options"}, "answer not an option"),
-        ({"answer": 2}, {"choices_field": "options"}, "answer not an option"),
+        ({"answer": 3}, {"choices_field": "options"}, "answer not an option"),
+        ({"answer": 1}, {"choices_field": "options"}, "ambiguous answer"),
+        ({"answer": "b", "options": ["b", "a"]}, {"choices_field": "options"}, "ambiguous answer"),
+        ({"answer": "1", "options": ["1", "1"]}, {"choices_field": "options"}, "ambiguous answer"),
         ({"answer": -1}, {"choices_field": "options"}, "answer not an option"),
         ({"options": []}, {"choices_field": "options"}, "no options"),
         ({"options": "1 or 2"}, {"choices_field": "options"}, "no options"),
