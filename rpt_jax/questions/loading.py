@@ -132,7 +132,11 @@ def load_questions(
 
 
 def _difficulty_sentence(excluded: int) -> str:
-    return f"; {excluded:,} more have no pass rate, or one outside of the bounds (questions.pass_rates)" if excluded else ""
+    return (
+        f"; {excluded:,} more have no pass rate, or one outside of the bounds (questions.pass_rates)"
+        if excluded
+        else ""
+    )
 
 
 def _source_name(config: QuestionsConfig) -> str:
