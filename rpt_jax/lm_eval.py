@@ -2,10 +2,10 @@
 
     python -m rpt_jax.lm_eval run --model rpt_jax --model_args policy=DIR --tasks arc_easy,hellaswag
 
-This is the harness's own command `lm_eval` (lm-eval 0.4.13, `pip install "rpt-jax[lm-eval]"`), which finds models of its own
-package only: here, "rpt_jax" is registered first. All other arguments are the harness's. Those of the model, separated by commas,
-are `policy` (a Hugging Face directory, a policy that a run exported, or a GGUF file), `dtype`, `max_length`, `tokens_per_pass`,
-`logit_chunk_tokens` and `seed`.
+This registers the model and runs the harness's own command, `lm_eval` (lm-eval 0.4.13, `pip install "rpt-jax[lm-eval]"`), which
+cannot load models from other packages by itself. Its arguments are the harness's; --model_args takes `policy` (a Hugging Face
+directory, a policy that a run exported, or a GGUF file), `dtype`, `max_length`, `tokens_per_pass`, `logit_chunk_tokens` and
+`seed`.
 """
 
 from __future__ import annotations

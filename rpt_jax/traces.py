@@ -28,6 +28,7 @@ from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import Progress, table
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
+from rpt_jax.infra.overlap import start_one_ahead
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.workdir import RESULT
@@ -242,28 +243,23 @@ def sample_and_judge(
       batches: the prompts.
     """
     weights = sample.weights(params)
-    waiting: tuple[PromptBatch, Rollouts, SamplingCost, Callable[[], np.ndarray]] | None = None
-    for prompts in batches:
+
+    def start(prompts: PromptBatch) -> tuple[PromptBatch, Rollouts, SamplingCost, Callable[[], np.ndarray]]:
         rollouts, cost = sample(weights, prompts, 0)
-        judged = source.judge(prompts, rollouts)
-        if waiting:
-            yield _finish(*waiting)
-        waiting = prompts, rollouts, cost, judged
-    if waiting:
-        yield _finish(*waiting)
+        return prompts, rollouts, cost, source.judge(prompts, rollouts)
 
+    def finish(started: tuple[PromptBatch, Rollouts, SamplingCost, Callable[[], np.ndarray]]) -> JudgedBatch:
+        prompts, rollouts, cost, judged = started
+        tokens_PxGxT, lengths_PxG, flops = to_host((rollouts.tokens_PxGxT, rollouts.lengths_PxG, cost.flops))
+        return JudgedBatch(
+            prompts=prompts,
+            tokens_PxGxT=tokens_PxGxT,
+            lengths_PxG=lengths_PxG,
+            status_PxG=judged(),
+            flops=float(flops),
+        )
 
-def _finish(
-    prompts: PromptBatch, rollouts: Rollouts, cost: SamplingCost, judged: Callable[[], np.ndarray]
-) -> JudgedBatch:
-    tokens_PxGxT, lengths_PxG, flops = to_host((rollouts.tokens_PxGxT, rollouts.lengths_PxG, cost.flops))
-    return JudgedBatch(
-        prompts=prompts,
-        tokens_PxGxT=tokens_PxGxT,
-        lengths_PxG=lengths_PxG,
-        status_PxG=judged(),
-        flops=float(flops),
-    )
+    return start_one_ahead(batches, start, finish)
 
 
 def collect(

@@ -1,4 +1,4 @@
-"""Fields that a task does not read: refused on the command line, because whoever types one expects an effect.
+"""The fields that each task does not read. Such a field is an error on the command line, where it would have no effect.
 
 A config file may set them, because files of several tasks share a base (`configs/score_tiny.py`).
 """

@@ -14,6 +14,7 @@ from rpt_jax.distributed.processes import to_host
 from rpt_jax.evaluation.stored_results import Record, ResultStore
 from rpt_jax.infra.accounting import CompileTimes
 from rpt_jax.infra.console import Progress
+from rpt_jax.infra.overlap import start_one_ahead
 
 
 class Batches(Protocol):
@@ -118,16 +119,13 @@ def run_batches(name: str, batches: Batches, store: ResultStore) -> float | None
         return None
     with Progress(name, batches.count, batches.count - len(missing)) as progress, DeviceClock() as clock:
 
-        def finish(batch: int, arrays: Any) -> None:
-            store.write(batch, batches.records(batch, to_host(arrays)))
-            progress.advance()
+        def launch(batch: int) -> tuple[int, Any]:
+            return batch, clock.launch(functools.partial(batches.launch, batch))
 
-        launched: tuple[int, Any] | None = None
-        for batch in missing:
-            arrays = clock.launch(functools.partial(batches.launch, batch))
-            if launched:
-                finish(*launched)
-            launched = (batch, arrays)
-        assert launched, "there was a batch"
-        finish(*launched)
+        def finish(launched: tuple[int, Any]) -> None:
+            batch, arrays = launched
+            store.write(batch, batches.records(batch, to_host(arrays)))
+
+        for _ in start_one_ahead(missing, launch, finish):
+            progress.advance()
         return clock.busy_share()

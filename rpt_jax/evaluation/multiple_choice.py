@@ -63,7 +63,7 @@ def read_letter(response: str) -> str | None:
 
 
 def _final_answer(response: str) -> str:
-    """Return the rest of the last line with "Final Answer:" or "The answer is:" after it; "" if there is no such line."""
+    """Return the rest of the line after the last "Final Answer:" or "The answer is:"; "" if there is neither."""
     parts = _FINAL_ANSWER.split(response)
     return parts[-1].partition("\n")[0] if len(parts) > 1 else ""
 

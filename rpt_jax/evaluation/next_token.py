@@ -22,13 +22,10 @@ from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import Rewarder
-from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 from rpt_jax.setup import Setup
 
 logger = logging.getLogger(__name__)
-
-# Used as the step number in the random key, so that all evaluations of a run use the same noise.
-_EVALUATION_STEP = 2**31 - 1
 
 
 class EvaluationSet(NamedTuple):
@@ -140,7 +137,7 @@ def sample_predictions(
     results = []
     with Progress("evaluate, batches", len(evaluation.batches), transient=True) as progress:
         for prompts in evaluation.batches:
-            rollouts, _ = sample(weights, prompts, _EVALUATION_STEP)
+            rollouts, _ = sample(weights, prompts, EVALUATION_STEP)
             matched = reward.prefix_match(prompts, rollouts)
             results.append(to_host((matched.reward_PxG, matched.status_PxG, rollouts.lengths_PxG)))
             progress.advance()

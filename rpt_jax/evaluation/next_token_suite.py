@@ -23,13 +23,13 @@ from rpt_jax.evaluation.next_token import by_difficulty, choose_evaluation_set
 from rpt_jax.evaluation.predictions import Prediction, direct_prediction, read_prediction
 from rpt_jax.evaluation.statistics import majority_correct, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
-from rpt_jax.evaluation.suite import EVALUATION_STEP, SUITES, SuiteInputs, measures, scores_of
+from rpt_jax.evaluation.suite import SUITES, SuiteInputs, measures, scores_of
 from rpt_jax.infra.digest import digest
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.rollout.rollouts import Ended
-from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 from rpt_jax.setup import load_starting_policy, open_or_prepare_corpus
 
 _RULES = ("prefix", "first_token")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from rpt_jax.config.derived import multiple_choice_experiment
-from rpt_jax.errors import UserError
 from rpt_jax.evaluation.likelihood import LikelihoodScorer, Request, collect
 from rpt_jax.evaluation.multiple_choice import (
     LETTERS,
@@ -25,22 +24,21 @@ from rpt_jax.evaluation.multiple_choice import (
 )
 from rpt_jax.evaluation.statistics import majority_correct, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
-from rpt_jax.evaluation.suite import EVALUATION_STEP, SUITES, SuiteInputs
-from rpt_jax.prompts.builder import PromptBuilder, stack
-from rpt_jax.prompts.positions import Position
-from rpt_jax.prompts.question_prompts import question_text, questions_fingerprint
+from rpt_jax.evaluation.suite import SUITES, SuiteInputs
+from rpt_jax.prompts.builder import PromptBuilder
+from rpt_jax.prompts.question_prompts import question_batches, question_text, questions_fingerprint, tokenize_questions
 from rpt_jax.questions.loading import load_questions
 from rpt_jax.questions.question import Question
-from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
+from rpt_jax.rewards.verified import REJECTED_QUESTIONS, AnswerStatus, BatchVerifier
 from rpt_jax.rewards.verifiers import why_unreadable
 from rpt_jax.rollout.rollouts import Ended
-from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 
 logger = logging.getLogger(__name__)
 
 
-class _AskedQuestions:
-    """Test questions, and responses to them that are sampled in batches."""
+class _SampledSuite:
+    """A suite that samples responses to test questions in batches."""
 
     def __init__(
         self,
@@ -63,34 +61,37 @@ class _AskedQuestions:
         experiment = inputs.experiment
         prompt = dataclasses.replace(experiment.prompt, template=template)
         self._builder = PromptBuilder(prompt, inputs.tokenizer, slot)
-        self.tokenizer = inputs.tokenizer
+        self._tokenizer = inputs.tokenizer
         self._batch = experiment.training.prompts_per_step
-        token_ids = [inputs.tokenizer.encode(text_of(question)) for question in questions]
-        kept = _fitting(questions, token_ids, self._builder.max_context_tokens)
-        self.questions = [questions[i] for i in kept]
-        self.left_out = len(questions) - len(kept)
-        self._token_ids = [token_ids[i] for i in kept]
+        self._prompts = tokenize_questions(questions, self._builder, inputs.tokenizer, "test", text_of)
         self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, self._builder)
         self._weights = self._sample.weights(inputs.params)
 
     @property
     def count(self) -> int:
         """Number of batches."""
-        return -(-len(self.questions) // self._batch)
+        return -(-len(self._prompts.questions) // self._batch)
 
-    def of_batch(self, batch: int) -> list[Question]:
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the questions."""
+        return questions_fingerprint(self._prompts.questions)
+
+    @property
+    def left_out(self) -> int:
+        """Number of questions that are too long for a prompt."""
+        return self._prompts.left_out
+
+    def of_batch(self, batch: int) -> Sequence[Question]:
         """Return the questions of a batch."""
-        return self.questions[batch * self._batch : (batch + 1) * self._batch]
+        return self._prompts.questions[batch * self._batch : (batch + 1) * self._batch]
 
     def launch(self, batch: int) -> Any:
         """Start to sample responses to the questions of a batch."""
         first = batch * self._batch
-        prompts = []
-        for number, ids in enumerate(self._token_ids[first : first + self._batch], first):
-            end = Position(window=number, position=len(ids), entropy=0.0)
-            prompts.append(self._builder.build(number, ids, end))
-        prompts += [prompts[-1]] * (self._batch - len(prompts))
-        _, rollouts, _ = self._sample.launch(self._weights, stack(prompts), EVALUATION_STEP)
+        chosen = range(first, first + len(self.of_batch(batch)))
+        [prompts] = question_batches(self._prompts, self._builder, self._batch, chosen)
+        _, rollouts, _ = self._sample.launch(self._weights, prompts, EVALUATION_STEP)
         return rollouts
 
     def response_fields(self, rollouts: Any, p: int) -> dict[str, Any]:
@@ -101,33 +102,10 @@ class _AskedQuestions:
             "finished": (rollouts.ended_PxG[p] != Ended.LENGTH).tolist(),
             "lengths": lengths_G.tolist(),
             "responses": [
-                self.tokenizer.decode(tokens_T[:length]) for tokens_T, length in zip(tokens_GxT, lengths_G, strict=True)
+                self._tokenizer.decode(tokens_T[:length])
+                for tokens_T, length in zip(tokens_GxT, lengths_G, strict=True)
             ],
         }
-
-
-def _fitting(questions: Sequence[Question], token_ids: Sequence[Sequence[int]], limit: int) -> list[int]:
-    """Return the indices of the questions that fit in a prompt, and warn of the others: a question cannot be cut.
-
-    Args:
-      questions: the questions.
-      token_ids: of each, with its options.
-      limit: tokens that the template leaves of `prompt.max_tokens`.
-
-    Raises: UserError, if none fits.
-    """
-    kept = [i for i, ids in enumerate(token_ids) if len(ids) <= limit]
-    if len(kept) < len(questions):
-        longest = max(range(len(questions)), key=lambda i: len(token_ids[i]))
-        message = (
-            f"{len(questions) - len(kept):,} of {len(questions):,} questions have more than the {limit:,} tokens that the "
-            f"template leaves of prompt.max_tokens; the longest, {questions[longest].place or questions[longest].id}, has "
-            f"{len(token_ids[longest]):,}."
-        )
-        if not kept:
-            raise UserError(f"{message} None is left: raise prompt.max_tokens.", field="prompt.max_tokens")
-        logger.warning("%s They are left out: raise prompt.max_tokens to ask them.", message)
-    return kept
 
 
 def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> list[Question]:
@@ -139,7 +117,7 @@ def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> 
 
     Raises: UserError, if there are none.
     """
-    listing = inputs.workdir / "rejected_questions.jsonl"
+    listing = inputs.workdir / REJECTED_QUESTIONS
     sets = load_questions(inputs.experiment.questions, why, listing=listing, for_training=False)
     return sorted(sets.test, key=lambda question: question.id)
 
@@ -168,7 +146,7 @@ def sample_scores(correct: Sequence[float], name: str) -> dict[str, float]:
 
 
 @SUITES.register("questions", questions=True)
-class QuestionSuite:
+class QuestionSuite(_SampledSuite):
     """Questions with verifiable answers: avg@k and pass@k with the verifier of `questions.verifier`."""
 
     def __init__(self, inputs: SuiteInputs):
@@ -179,33 +157,13 @@ class QuestionSuite:
         Raises: UserError, if the questions, the verifier or the prompts cannot be used.
         """
         experiment = inputs.experiment
-        verifier = experiment.questions.verifier
-        self._asked = _AskedQuestions(
-            inputs,
-            load_test_questions(inputs, functools.partial(why_unreadable, verifier)),
-            question_text,
-            experiment.prompt.template,
-            "question",
-        )
+        questions = load_test_questions(inputs, functools.partial(why_unreadable, experiment.questions.verifier))
+        super().__init__(inputs, questions, question_text, experiment.prompt.template, "question")
         self._verify = BatchVerifier(experiment.questions, inputs.tokenizer)
-
-    @property
-    def count(self) -> int:
-        """Number of batches."""
-        return self._asked.count
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the questions."""
-        return questions_fingerprint(self._asked.questions)
-
-    def launch(self, batch: int) -> Any:
-        """Start to sample responses."""
-        return self._asked.launch(batch)
 
     def records(self, batch: int, arrays: Any) -> list[Record]:
         """Verify the responses to the questions of a batch."""
-        questions = self._asked.of_batch(batch)
+        questions = self.of_batch(batch)
         verified = self._verify.submit(questions, arrays).result()
         records = []
         for p, question in enumerate(questions):
@@ -220,7 +178,7 @@ class QuestionSuite:
                     "answers": list(question.answers),
                     "status": [AnswerStatus(status).name.lower() for status in status_G],
                     "correct": correct,
-                    **self._asked.response_fields(arrays, p),
+                    **self.response_fields(arrays, p),
                     "scores": scores,
                 }
             )
@@ -230,7 +188,7 @@ class QuestionSuite:
         """Return the share of each outcome, of truncated responses, and the mean length."""
         statuses = [status for record in records for status in record["status"]]
         shares = {status.name.lower(): statuses.count(status.name.lower()) / len(statuses) for status in AnswerStatus}
-        return response_summary(records, self._asked.left_out) | {"status": shares}
+        return response_summary(records, self.left_out) | {"status": shares}
 
     def close(self) -> None:
         """End the worker processes of the verifier."""
@@ -238,7 +196,7 @@ class QuestionSuite:
 
 
 @SUITES.register("multiple_choice", questions=True, sampling=multiple_choice_experiment)
-class MultipleChoiceSuite:
+class MultipleChoiceSuite(_SampledSuite):
     """Multiple choice after reasoning, zero-shot: the policy puts a letter in a box (paper, section 4.4)."""
 
     def __init__(self, inputs: SuiteInputs):
@@ -251,35 +209,19 @@ class MultipleChoiceSuite:
         experiment = inputs.experiment
         self._protocol = experiment.multiple_choice
         self._seed = experiment.seed
-        self._asked = _AskedQuestions(
-            inputs, load_test_questions(inputs, why_unusable), boxed_letter_text, "plain", "context"
-        )
-
-    @property
-    def count(self) -> int:
-        """Number of batches."""
-        return self._asked.count
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the questions."""
-        return questions_fingerprint(self._asked.questions)
-
-    def launch(self, batch: int) -> Any:
-        """Start to sample responses."""
-        return self._asked.launch(batch)
+        questions = load_test_questions(inputs, why_unusable)
+        super().__init__(inputs, questions, boxed_letter_text, "plain", "context")
 
     def records(self, batch: int, arrays: Any) -> list[Record]:
         """Read the letters of the responses to the questions of a batch."""
         return [
-            self._record(question, self._asked.response_fields(arrays, p))
-            for p, question in enumerate(self._asked.of_batch(batch))
+            self._record(question, self.response_fields(arrays, p)) for p, question in enumerate(self.of_batch(batch))
         ]
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return the shares of responses without a letter, with one that is no option, and truncated ones, and the length."""
+        """Return the shares of unparsed responses, of letters that are no option and of truncated responses, and the length."""
         letters = [(letter, record["options"]) for record in records for letter in record["letters"]]
-        return response_summary(records, self._asked.left_out) | {
+        return response_summary(records, self.left_out) | {
             "unparsed": float(np.mean([letter is None for letter, _ in letters])),
             "not_an_option": float(np.mean([bool(letter) and letter not in options for letter, options in letters])),
         }

@@ -12,17 +12,15 @@ import numpy as np
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.evaluation.statistics import averages, micro_average, pass_at_k, powers_of_two
 from rpt_jax.infra.console import Progress, table
+from rpt_jax.infra.overlap import start_one_ahead
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.prompts.question_prompts import QuestionPrompts, question_batches
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, PendingBatch, VerifiedBatch
 from rpt_jax.rollout.rollouts import Ended, Rollouts
-from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 
 logger = logging.getLogger(__name__)
-
-# Used as the step number in the random key, so that all evaluations of a run use the same noise.
-_EVALUATION_STEP = 2**31 - 1
 
 
 class SampledBatch(NamedTuple):
@@ -56,28 +54,25 @@ def sample_and_verify(
       batches: the prompts.
     """
     weights = sample.weights(params)
-    waiting: tuple[PromptBatch, Rollouts, PendingBatch, float] | None = None
-    for prompts in batches:
-        start = time.monotonic()
-        rollouts, _ = sample(weights, prompts, _EVALUATION_STEP)
-        seconds = time.monotonic() - start
-        pending = verify.submit(questions.of(prompts), rollouts)
-        if waiting:
-            yield _finish(*waiting)
-        waiting = prompts, rollouts, pending, seconds
-    if waiting:
-        yield _finish(*waiting)
 
+    def start(prompts: PromptBatch) -> tuple[PromptBatch, Rollouts, PendingBatch, float]:
+        began = time.monotonic()
+        rollouts, _ = sample(weights, prompts, EVALUATION_STEP)
+        seconds = time.monotonic() - began
+        return prompts, rollouts, verify.submit(questions.of(prompts), rollouts), seconds
 
-def _finish(prompts: PromptBatch, rollouts: Rollouts, pending: PendingBatch, seconds: float) -> SampledBatch:
-    lengths_PxG, ended_PxG = to_host((rollouts.lengths_PxG, rollouts.ended_PxG))
-    return SampledBatch(
-        prompts=prompts,
-        verified=pending.result(),
-        lengths_PxG=lengths_PxG,
-        truncated_PxG=ended_PxG == Ended.LENGTH,
-        sampling_seconds=seconds,
-    )
+    def finish(started: tuple[PromptBatch, Rollouts, PendingBatch, float]) -> SampledBatch:
+        prompts, rollouts, pending, seconds = started
+        lengths_PxG, ended_PxG = to_host((rollouts.lengths_PxG, rollouts.ended_PxG))
+        return SampledBatch(
+            prompts=prompts,
+            verified=pending.result(),
+            lengths_PxG=lengths_PxG,
+            truncated_PxG=ended_PxG == Ended.LENGTH,
+            sampling_seconds=seconds,
+        )
+
+    return start_one_ahead(batches, start, finish)
 
 
 class QuestionEvaluator:

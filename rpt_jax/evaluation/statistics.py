@@ -61,7 +61,7 @@ def micro_average(values_N: np.ndarray, cluster_N: np.ndarray | None = None) -> 
 
 
 def macro_average(values_N: np.ndarray, category_N: Sequence[str]) -> Average:
-    """Return the mean of the means of the categories, each of which counts the same whatever its size.
+    """Return the unweighted mean of the category means.
 
     The variance of the result is the sum of those of the category means, over the squared number of categories, and the interval
     is Student's with the degrees of freedom of Welch and Satterthwaite. A category of one value says nothing about its own

@@ -19,9 +19,6 @@ from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.registry import Registry, Requirements
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
-# Used as the step number in the random key of samples, so that all evaluations use the same noise.
-EVALUATION_STEP = 2**31 - 1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuiteRequirements(Requirements):

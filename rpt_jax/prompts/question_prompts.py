@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
@@ -32,44 +32,17 @@ class QuestionPrompts:
     token_ids: Sequence[Sequence[int]]
     left_out: int
 
+    def position(self, index: int) -> Position:
+        """Return the end of a question, the position that a response is sampled at."""
+        return Position(window=index, position=len(self.token_ids[index]), entropy=0.0)
+
     def positions(self) -> list[Position]:
-        """Return the end of every question, the position that a response is sampled at."""
-        return [Position(window=i, position=len(ids), entropy=0.0) for i, ids in enumerate(self.token_ids)]
+        """Return the end of every question."""
+        return [self.position(i) for i in range(len(self.token_ids))]
 
     def of(self, prompts: PromptBatch) -> list[Question]:
         """Return the questions of a batch on the host."""
         return [self.questions[i] for i in prompts.window_P]
-
-
-def tokenize_questions(
-    questions: Sequence[Question], builder: PromptBuilder, tokenizer: Tokenizer, name: str
-) -> QuestionPrompts:
-    """Tokenize questions, and leave out those that are too long for a prompt: a question cannot be cut.
-
-    Args:
-      questions: the questions.
-      builder: of the prompts.
-      tokenizer: encodes the questions.
-      name: of the questions in messages, such as "training".
-
-    Raises: UserError, if none is left.
-    """
-    token_ids = [tokenizer.encode(question_text(question)) for question in questions]
-    limit = builder.max_context_tokens
-    kept = [i for i, ids in enumerate(token_ids) if len(ids) <= limit]
-    left_out = len(questions) - len(kept)
-    if left_out:
-        longest = max(map(len, token_ids))
-        message = (
-            f"{left_out:,} of {len(questions):,} {name} questions are left out: they have more than the {limit:,} tokens that "
-            f"the template leaves of prompt.max_tokens (the longest has {longest:,})."
-        )
-        if not kept:
-            raise UserError(f"{message} None is left: raise prompt.max_tokens.", field="prompt.max_tokens")
-        logger.info(message)
-    return QuestionPrompts(
-        questions=[questions[i] for i in kept], token_ids=[token_ids[i] for i in kept], left_out=left_out
-    )
 
 
 def question_text(question: Question) -> str:
@@ -78,6 +51,43 @@ def question_text(question: Question) -> str:
         return question.text
     lines = [f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(question.choices)]
     return "\n".join([question.text, "Options:", *lines])
+
+
+def tokenize_questions(
+    questions: Sequence[Question],
+    builder: PromptBuilder,
+    tokenizer: Tokenizer,
+    name: str,
+    text_of: Callable[[Question], str] = question_text,
+) -> QuestionPrompts:
+    """Tokenize questions, and leave out those that are too long for a prompt: a question cannot be cut.
+
+    Args:
+      questions: the questions.
+      builder: of the prompts.
+      tokenizer: encodes the questions.
+      name: of the questions in messages, such as "training".
+      text_of: returns the text that stands in the prompt for a question.
+
+    Raises: UserError, if none is left.
+    """
+    token_ids = [tokenizer.encode(text_of(question)) for question in questions]
+    limit = builder.max_context_tokens
+    kept = [i for i, ids in enumerate(token_ids) if len(ids) <= limit]
+    left_out = len(questions) - len(kept)
+    if left_out:
+        longest = max(range(len(questions)), key=lambda i: len(token_ids[i]))
+        message = (
+            f"{left_out:,} of {len(questions):,} {name} questions are left out: they have more than the {limit:,} tokens that "
+            f"the template leaves of prompt.max_tokens. The longest, {questions[longest].place or questions[longest].id}, has "
+            f"{len(token_ids[longest]):,}."
+        )
+        if not kept:
+            raise UserError(f"{message} None is left: raise prompt.max_tokens.", field="prompt.max_tokens")
+        logger.info(message)
+    return QuestionPrompts(
+        questions=[questions[i] for i in kept], token_ids=[token_ids[i] for i in kept], left_out=left_out
+    )
 
 
 def questions_fingerprint(questions: Sequence[Question]) -> str:
@@ -114,8 +124,7 @@ def question_batches(
       batch: prompts in a batch.
       chosen: indices of the questions to ask; None for all.
     """
-    positions = prompts.positions()
-    indices = range(len(positions)) if chosen is None else chosen
-    built = [builder.build(i, prompts.token_ids[i], positions[i]) for i in indices]
+    indices = range(len(prompts.questions)) if chosen is None else chosen
+    built = [builder.build(i, prompts.token_ids[i], prompts.position(i)) for i in indices]
     built += built[-1:] * (-len(built) % batch)
     return [stack(built[i : i + batch]) for i in range(0, len(built), batch)]

@@ -35,5 +35,5 @@ def boxed_answer() -> str:
 
 @PROMPT_TEMPLATES.register("think_then_box")
 def think_then_box() -> str:
-    """The question, then the same instruction for a policy that has no thinking of its own."""
+    """As `boxed_answer`, for a policy that was not trained to write </think> by itself."""
     return "{question}\n\nReason step by step. Then write </think>, and after it your final answer in \\boxed{}."

@@ -181,7 +181,7 @@ def _generate(options: ReasoningGymOptions, seed: int) -> dict[str, list[dict[st
 
 
 def _write_entries(arguments: str) -> None:
-    """Write the entries of tasks to the standard output, pickled: JSON would make lists of tuples."""
+    """Write the entries of tasks to the standard output, pickled: scorers need their tuples and fractions, which JSON lacks."""
     # Some tasks print while they generate.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

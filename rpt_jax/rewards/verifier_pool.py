@@ -154,7 +154,7 @@ class _Worker(threading.Thread):
             while job := self._jobs.get():
                 try:
                     verdict = self._verify(job)
-                except Exception as error:  # noqa: BLE001 - whoever waits for the verdict must get the error.
+                except Exception as error:  # noqa: BLE001 - raised again where the verdict is read.
                     job.verdict.set_exception(error)
                     continue
                 if self._ending:

@@ -113,7 +113,7 @@ def contains(answer: str, question: Question) -> float:
 
 def _contains_words(text: str, accepted: str) -> bool:
     words = re.escape(" ".join(accepted.split()).casefold())
-    # "5" is no part of "15", "a5", "5.2" or "1,5", but the last word of a sentence may be followed by a period.
+    # "5" does not match in "15", "a5", "5.2" or "1,5"; it does before the period that ends a sentence.
     return bool(words and re.search(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", text))
 
 

@@ -22,6 +22,9 @@ from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
 from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Rollouts
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
+# The `step` of evaluations, so that all of them use the same noise.
+EVALUATION_STEP = 2**31 - 1
+
 
 class Sampler:
     """Samples responses to batches of prompts with one compiled program."""

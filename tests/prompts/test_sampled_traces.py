@@ -51,7 +51,7 @@ def config(*paths: Path, **changes: Any) -> PretrainConfig:
 
 
 def test_the_loss_on_a_sampled_trace_covers_its_response_only(tmp_path: Path) -> None:
-    """Each trace is a sequence of its own, which begins at position 0 and attends to nothing of the window."""
+    """Each trace is packed as a separate sequence: it starts at position 0 and does not attend to the window."""
     experiment = Experiment(pretrain=config(write_run(tmp_path / "run")))
     boxable_V = np.ones(TOKENIZER.vocab_size, bool)
     arrays = ExampleMaker(experiment, TOKENIZER, [np.arange(100, 140)], boxable_V).make(0, np.random.default_rng(0))

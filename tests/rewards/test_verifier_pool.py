@@ -1,4 +1,4 @@
-"""Worker processes of verifiers: time limit, crashes, order, and work that goes on beside them."""
+"""The worker processes of verifiers: time limits, crashes, order, and that `submit` does not wait."""
 
 from __future__ import annotations
 
