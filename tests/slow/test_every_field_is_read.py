@@ -94,6 +94,8 @@ def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
     records = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(40)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
     _run(tmp_path / "difficulty", task="difficulty", **questions)
+    generated = {"questions.source": "worked_solutions", "questions.source_options.documents": 20}
+    _run(tmp_path / "generated", task="difficulty", **QUESTIONS | generated)
     pass_rates = str(tmp_path / "difficulty" / "pass_rates.jsonl")
     _run(tmp_path / "rft", task="rft", **questions, **{"questions.pass_rates": pass_rates, "questions.min_passes": 0})
     _evaluate("next_token", tmp_path / "threshold.py")
@@ -110,7 +112,9 @@ def _recorder(schema: type, prefix: str, read: set[str]):
 
     def getattribute(self: object, name: str) -> object:
         if name in names:
-            reader = inspect.stack(context=0)[1].frame.f_globals["__name__"]
+            frame = inspect.currentframe()
+            assert frame and frame.f_back
+            reader = frame.f_back.f_globals["__name__"]
             if not reader.startswith(GENERIC):
                 read.add(f"{prefix}{name}")
         return object.__getattribute__(self, name)
