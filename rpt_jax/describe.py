@@ -98,7 +98,7 @@ class RptTokens:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RptFlops:
-    """Model FLOPs of one step of task "rpt" by stage, on all devices together, at full lengths (see `model.flops`).
+    """Model FLOPs of one step of task "rpt" by phase, on all devices together, at full lengths (see `model.flops`).
 
     No prompts share a prefix in this count. Scoring and evaluation are not counted.
 
@@ -227,7 +227,7 @@ class Derived:
 
     @property
     def peak_bytes_per_device(self) -> int:
-        """The largest memory of any stage on one device: a lower bound."""
+        """The largest memory of any phase on one device: a lower bound."""
         totals = [self.score.parameter_bytes] if self.score else []
         totals += [self.rpt.memory.sampling_total, self.rpt.memory.update_total] if self.rpt else []
         totals += [sizes.memory.total for sizes in (self.pretrain, self.cold_start) if sizes]

@@ -90,10 +90,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     config = experiment  # As it was given: after a cold start, the experiment has another starting policy.
     clock = Clock(context.compile_times)
 
-    def end_stage(stage: str) -> None:
-        """Add the time since the last stage to `time/<stage>`, and tell the other processes that this one makes progress."""
-        clock.lap(stage)
-        context.heartbeat.beat(stage)
+    def end_phase(phase: str) -> None:
+        """Add the time since the last phase to `time/<phase>`, and tell the other processes that this one makes progress."""
+        clock.lap(phase)
+        context.heartbeat.beat(phase)
 
     # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
     if experiment.cold_start.total_steps:
@@ -140,7 +140,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         scalars = saved["scalars"]
         before = saved["before"] if saved["evaluated"] == task.evaluated else None
         logger.info("Resuming from step %d of %s.", step, workdir)
-    end_stage("setup")
+    end_phase("setup")
 
     def stage_checkpoint() -> None:
         """Stage the current step: after its update, and before its evaluation and its line of metrics."""
@@ -159,7 +159,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     def sample_and_reward(weights: Params, prompts: PromptBatch) -> tuple[RewardedRollouts, SamplingCost, RolloutCost]:
         """Return rollouts of `weights` with their rewards, what sampling took, and the total cost, which is counted."""
         rollouts, sampling = task.sample(weights, prompts, step)
-        end_stage("rollout")
+        end_phase("rollout")
         rewarded = task.reward(state, prompts, rollouts, step)
         cost = rollout_cost(policy.config, objective, rewarded, sampling)
         counters.count_rollouts(cost)
@@ -183,7 +183,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 task.show_evaluation("before", before)
                 stage_checkpoint()
             evaluation, after = evaluate(experiment, task, step, state.params, before, progress)
-            end_stage("evaluation")
+            end_phase("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
@@ -204,14 +204,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             if task.rescoring_is_due(step):
                 with progress.interlude("rescoring"):
                     counters.count_scored(task.rescore(step, state.params))
-                end_stage("rescore")
+                end_phase("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
             task.stream.enter_stage(training_stage(step, training.total_steps, task.stream.stages))
             prompts = next(task.stream)
-            end_stage("data")
+            end_phase("data")
             weights = task.sample.weights(state.params)
-            end_stage("reshard")
+            end_phase("reshard")
             rewarded, sampling, generated = sample_and_reward(weights, prompts)
             drawn = [drawn_metrics(rewarded.reward_PxG)]
 
@@ -219,7 +219,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             dynamic = step >= training.dynamic_sampling_from
             rounds = 1
             while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
-                end_stage("reward")
+                end_phase("reward")
                 fresh, fresh_sampling, fresh_generated = sample_and_reward(weights, next(task.stream))
                 drawn.append(drawn_metrics(fresh.reward_PxG))
                 rewarded = prefer_variance(rewarded, fresh)
@@ -230,7 +230,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, sampling)) | {"groups/rounds": rounds}
             rollout_scalars |= jax.device_get(status_metrics(rewarded.status_PxG, task.statuses))
             rollout_scalars |= mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics()
-            end_stage("reward")
+            end_phase("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
             documents = task.documents(rewarded)
@@ -256,7 +256,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                     learned=int(scalars["update/tokens"]),
                     flops=scalars["update/flops"],
                 )
-                end_stage("update")
+                end_phase("update")
                 scalars["update/learning_rate"] = learning_rate
                 for warning in (
                     divergence.check(step, scalars) + take_recompiled() + signal.check_rollouts(step, scalars)
@@ -270,7 +270,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             context.stop_if_requested(checkpoints.save_and_wait)
             if step % experiment.checkpoint.every_steps == 0 or step == training.total_steps:
                 checkpoints.save()
-            end_stage("checkpoint")
+            end_phase("checkpoint")
             profile.end_step(step)
             progress.advance(status(scalars, dynamic))
             last_rewarded = rewarded

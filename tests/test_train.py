@@ -126,8 +126,8 @@ def test_a_finished_run_goes_on_with_more_steps(
     result = (finished / "result.json").read_bytes()
     context = RunContext()
     main.run(experiment(**SMALL | {"training.total_steps": 6}), tmp_path / "run", context=context)
-    # One step: each stage feeds the heartbeat that the other processes of a run watch.
-    assert context.heartbeat.count >= 2 + 6 and context.heartbeat.stage == "evaluation"
+    # One step: each phase feeds the heartbeat that the other processes of a run watch.
+    assert context.heartbeat.count >= 2 + 6 and context.heartbeat.phase == "evaluation"
     said = caplog.text
     assert "training.total_steps: 5 there, 6 now" in said
     assert "A response ends at </s> (2)." in said

@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
             rows += _measure_scoring(options, data, corpus)
     kilobytes = [resource.getrusage(kind).ru_maxrss for kind in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     rows.append(["peak memory of a process", 0.0, max(kilobytes) / 1e3, "MB"])
-    return ["stage", "seconds", "figure", "unit"], rows
+    return ["phase", "seconds", "figure", "unit"], rows
 
 
 def _measure_tokenizing(

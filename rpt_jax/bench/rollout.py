@@ -1,4 +1,4 @@
-"""Generated tokens per second of the rollout engine, and the time of its stages.
+"""Generated tokens per second of the rollout engine, and the time of its phases.
 
 Every run samples --samples responses to each prompt: of --prompts, an .npz with `prompts` (int32 [P, S], padded on the
 right) and `lengths` (int32 [P]), or random ones. Shared prefixes of prompts are found and prefilled once. Compilation

@@ -38,17 +38,17 @@ class Heartbeat:
     """Progress of this process, fed by the loops and watched by `Rendezvous`.
 
     Attributes:
-      count: number of completed stages.
-      stage: name of the last one.
+      count: number of completed phases.
+      phase: name of the last one.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.stage = "startup"
+        self.phase = "startup"
 
-    def beat(self, stage: str) -> None:
-        """Report that `stage` was completed."""
-        self.stage = stage
+    def beat(self, phase: str) -> None:
+        """Report that `phase` was completed."""
+        self.phase = phase
         self.count += 1
 
 
@@ -291,20 +291,20 @@ class Rendezvous:
     def _name(self, process: int) -> str:
         return f"process {process} on {self._names[process]}"
 
-    def _record(self, process: int, count: int, stage: str) -> None:
+    def _record(self, process: int, count: int, phase: str) -> None:
         if self._progress[process][0] != count:
             self._last_progress = time.monotonic()
-        self._progress[process] = (count, stage)
+        self._progress[process] = (count, phase)
 
     def _watch(self) -> None:
         """Send heartbeats, and exit if no process makes progress."""
         while True:
             time.sleep(_HEARTBEAT_SECONDS)
             count = self._heartbeat.count
-            stage = self._heartbeat.stage
-            self._record(self._hosts.process, count, stage)
+            phase = self._heartbeat.phase
+            self._record(self._hosts.process, count, phase)
             for connection in self._connections.values():
-                connection.send(count=count, stage=stage)
+                connection.send(count=count, phase=phase)
             # Process 0 knows which processes lag. The others wait longer, so that its message comes first.
             grace = 0.0 if self._hosts.process == 0 else 0.1 * self._stall_seconds + 2 * _HEARTBEAT_SECONDS
             if time.monotonic() - self._last_progress - self._stall_seconds > grace:
@@ -316,11 +316,11 @@ class Rendezvous:
         if self._hosts.process:
             return f"{stalled}, and {self._name(0)} does not respond."
         lowest = min(count for count, _ in self._progress.values())
-        lagging = {process: stage for process, (count, stage) in self._progress.items() if count == lowest}
+        lagging = {process: phase for process, (count, phase) in self._progress.items() if count == lowest}
         if len(lagging) == len(self._progress):
-            return f"{stalled}: all {len(lagging)} processes stopped after stage {lagging[0]}."
+            return f"{stalled}: all {len(lagging)} processes stopped after phase {lagging[0]}."
         names = ", ".join(
-            f"{self._name(process)}, which stopped after stage {stage}" for process, stage in lagging.items()
+            f"{self._name(process)}, which stopped after phase {phase}" for process, phase in lagging.items()
         )
         return f"{stalled}: all wait for {names}."
 
@@ -339,7 +339,7 @@ class Rendezvous:
             if "end" in message:
                 self._exit(message["end"], message["why"])
                 return
-            self._record(process, message["count"], message["stage"])
+            self._record(process, message["count"], message["phase"])
 
     def _exit(self, code: int, reason: str) -> None:
         """Exit because of another process; do nothing if this process is exiting already."""

@@ -1,4 +1,4 @@
-"""The cost of a run: seconds by stage, tokens, FLOPs, compilations and memory."""
+"""The cost of a run: seconds by phase, tokens, FLOPs, compilations and memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from rpt_jax.infra.chips import published_flops
 
-# The stages of a step that count as training, for MFU and tokens per second.
-_TRAINING_STAGES = ("data", "reshard", "rollout", "reward", "update")
+# The phases of a step that count as training, for MFU and tokens per second.
+_TRAINING_PHASES = ("data", "reshard", "rollout", "reward", "update")
 
 
 class CompileTimes:
@@ -114,7 +114,7 @@ class RolloutCost(NamedTuple):
 
 
 class Clock:
-    """Splits the wall-clock time of a run into stages.
+    """Splits the wall-clock time of a run into phases.
 
     Args:
       compile_times: counts compilations.
@@ -127,10 +127,10 @@ class Clock:
         self._start = self._last = time.monotonic()
         self._laps: dict[str, float] = collections.defaultdict(float)
 
-    def lap(self, stage: str) -> None:
-        """Add the time since the last lap to `stage`."""
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to `phase`."""
         now = time.monotonic()
-        self._laps[stage] += now - self._last
+        self._laps[phase] += now - self._last
         self._last = now
 
     @property
@@ -139,22 +139,22 @@ class Clock:
         return self.earlier + time.monotonic() - self._start
 
     def speed(self, flops: float, tokens: int) -> dict[str, float]:
-        """Return generated tokens per second and MFU over the training stages since the last `scalars`.
+        """Return generated tokens per second and MFU over the training phases since the last `scalars`.
 
         Args:
-          flops: FLOPs of these stages.
+          flops: FLOPs of these phases.
           tokens: tokens that were generated in them.
         """
-        seconds = max(1e-9, sum(seconds for stage, seconds in self._laps.items() if stage in _TRAINING_STAGES))
+        seconds = max(1e-9, sum(seconds for phase, seconds in self._laps.items() if phase in _TRAINING_PHASES))
         peak = jax.device_count() * peak_flops()
         return {"speed/tokens_per_second": tokens / seconds, "speed/mfu": flops / seconds / peak}
 
     def scalars(self) -> dict[str, float]:
-        """Return `time/<stage>` since the last call, compile times and memory use.
+        """Return `time/<phase>` since the last call, compile times and memory use.
 
         A program that is compiled in the middle of a run has a new input shape or sharding, which makes steps slow.
         """
-        laps = {f"time/{stage}": seconds for stage, seconds in self._laps.items()}
+        laps = {f"time/{phase}": seconds for phase, seconds in self._laps.items()}
         self._laps.clear()
         return laps | self._compile_times.take() | {"time/step": sum(laps.values())} | memory_scalars()
 

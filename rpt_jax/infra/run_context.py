@@ -17,7 +17,7 @@ class RunContext:
 
     Attributes:
       signals: saves the run when a stop signal arrives.
-      heartbeat: fed by the loops after each stage, so that the processes of a run notice when one of them stalls.
+      heartbeat: fed by the loops after each phase, so that the processes of a run notice when one of them stalls.
       compile_times: counts compiled programs.
       rendezvous: the other processes of the run; None for a single process.
     """

@@ -346,7 +346,7 @@ def run_until_stall(start, event: str, processes: int) -> tuple[int, list[int], 
     limit, codes, outputs = 0, [], []
     for limit in STALL_SECONDS:
         codes, outputs = run_children(start, event, processes, limit)
-        if not any("after stage startup" in err for _, err in outputs):
+        if not any("after phase startup" in err for _, err in outputs):
             break
     return limit, codes, outputs
 
@@ -355,7 +355,7 @@ def test_all_processes_name_the_one_that_stalls(start) -> None:
     limit, codes, outputs = run_until_stall(start, "another stalls", 3)
     assert codes == [ExitCode.RESTART] * 3, outputs
     stalled = (
-        f"no progress for {limit} s (--stall_seconds): all wait for process 1 on {HERE}, which stopped after stage data"
+        f"no progress for {limit} s (--stall_seconds): all wait for process 1 on {HERE}, which stopped after phase data"
     )
     for out, err in outputs:
         assert f"error: {stalled}" in err, err
