@@ -35,7 +35,8 @@ def test_smollm2_equals_transformers(tmp_path):
     tokenizer, text = load_tokenizer(file), "Tom has 3 apples and buys 4 more. Now he has"
     tokens = tokenizer.encode(text)
     backend = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours")
-    assert tokens == backend.encode(text, add_special_tokens=False) and tokenizer.stop_ids == (2,)
+    assert tokens == backend.encode(text, add_special_tokens=False)
+    assert tokenizer.stop_ids == (2, 0), "<|im_end|> by the header's eos, <|endoftext|> by its name"
     prompt = np.array([[*tokens, 0, 0]], np.int32)
     options = {"samples": 1, "max_new_tokens": 24, "temperature": 1e-3, "stop_ids": ()}
     args = prompt, np.array([len(tokens)], np.int32), np.zeros(1, np.int32), jax.random.key(0)
