@@ -434,8 +434,7 @@ def _check_budget(experiment: Experiment) -> None:
     for field, value, expected, applies in needed:
         if applies and value != expected:
             raise UserError(
-                f"{field}={value!r} spreads over training.total_steps, but with {name}={getattr(training, name[9:]):g} the number of steps "
-                f"is not known before: set {field}={expected!r}.",
+                f"{field}={value!r} spreads over training.total_steps, but {name} ends the run before: set {field}={expected!r}.",
                 field=field,
             )
 

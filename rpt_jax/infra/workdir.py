@@ -78,8 +78,8 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
     A new workdir is released again if a UserError ends the run before it has written anything: after a typo in a path, the user
     can fix the command and use the same workdir.
 
-    A finished run goes on if `training.total_steps` or its budget has grown; its result and its policy are kept as `result_<steps>.json` and
-    `policy_<steps>`. Otherwise it is left as it is.
+    A finished run goes on if `training.total_steps` or its budget has grown; its result and its policy are kept as
+    `result_<steps>.json` and `policy_<steps>`. Otherwise it is left as it is.
 
     With several processes, process 0 does this and the others check that they see the same directory.
 
