@@ -2,9 +2,9 @@
 
     python -m rpt_jax.study --config=configs/study_tiny.py [--workdir=DIR] [--part=0/4] [--dry-run]
 
-Every run is an ordinary command in a directory of its own, with its output in a file beside it. The same command resumes: complete
-runs are skipped, others go on from their checkpoints, and those that failed are tried again. Processes with different parts may
-run at the same time in one workdir, also on several machines that share it.
+Every run is an ordinary command in a directory of its own, with its output in a file beside it. The same command
+resumes: complete runs are skipped, others go on from their checkpoints, and those that failed are tried again. Processes
+with different parts may run at the same time in one workdir, also on several machines that share it.
 
 Exit codes: 0 complete, 2 something to fix, 5 some units failed, 75 interrupted.
 """

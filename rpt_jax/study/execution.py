@@ -218,8 +218,8 @@ def check_budget_spent(run: Run) -> None:
     spent = sum(cost(directory)[run.budget_field] for directory in (*run.charged, run.directory))
     if spent < run.budget:
         raise RunFailed(
-            f"it ended after training.total_steps, with {spent:.4g} of the budget of {run.budget:.4g} spent: raise total_steps in "
-            "the overrides of the stage"
+            f"it ended after training.total_steps, with {spent:.4g} of the budget of {run.budget:.4g} spent: raise it in the "
+            "overrides of the stage"
         )
 
 
