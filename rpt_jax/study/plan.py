@@ -107,13 +107,7 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
                 raise UserError(
                     f"{name}.overrides: {field} is set by the study; leave it out.", field=f"{name}.overrides"
                 )
-        overrides = list(stage.overrides)
-        if any(arm.stages and arm.stages[-1] is stage for arm in study.arms):
-            overrides.append(f"training.{study.matched_by}_budget={study.budgets[0]!r}")
-        try:
-            experiments[name] = from_config_dict(load_config_file(stage.config), overrides)
-        except UserError as error:
-            raise UserError(f"{name}: {error}", field=error.field) from None
+        experiments[name] = _load(name, stage)
 
     # Tasks.
     for arm in study.arms:
@@ -123,6 +117,8 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
             is_last = stage is arm.stages[-1]
             allowed = ("rpt", "rft", "pretrain") if is_last else ("rpt", "rft", "pretrain", "traces")
             check_choice(f"{name}: task", task, allowed)
+            if is_last:
+                _load(name, stage, f"training.{study.matched_by}_budget={study.budgets[0]!r}")
             _check_placeholders(name, stage, arm)
     check_choice("tuning: task", experiments["tuning"].task, ["rft"])
     for suite in study.evaluations:
@@ -147,6 +143,14 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
     if not study.main_score.startswith(tuple(f"{suite.suite}/" for suite in study.evaluations)):
         check_choice("main_score", study.main_score, scores)
     return experiments
+
+
+def _load(name: str, stage: StageConfig | SuiteConfig, *more: str) -> Experiment:
+    """Return the experiment of a stage, with more overrides than its own. Raises: UserError, which names the stage."""
+    try:
+        return from_config_dict(load_config_file(stage.config), [*stage.overrides, *more])
+    except UserError as error:
+        raise UserError(f"{name}: {error}", field=error.field) from None
 
 
 def _check_placeholders(name: str, stage: StageConfig, arm: ArmConfig) -> None:

@@ -88,8 +88,11 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, part: str) -> Non
         ({"tuning": tuned_by(config="configs/rpt_tiny.py", overrides=())}, "tuning: task"),
         ({"tuning": tuned_by(overrides=("training.total_stps=1",))}, "training.total_stps"),
         ({"tuning": tuned_by(overrides=("policy.path=other",))}, "policy.path"),
-        ({"arms": replaced(SFT, overrides=(*SFT.stages[1].overrides, "policy.path={trces}"))}, "arms.sft.stages.sft.overrides"),
-        ({"arms": replaced(SFT, config="configs/traces_tiny.py", overrides=())}, "training.flops_budget"),
+        (
+            {"arms": replaced(SFT, overrides=(*SFT.stages[1].overrides, "policy.path={trces}"))},
+            "arms.sft.stages.sft.overrides",
+        ),
+        ({"arms": replaced(SFT, config="configs/traces_tiny.py", overrides=())}, "arms.sft.stages.sft: task"),
         ({"arms": replaced(RPT, overrides=("optimizer.schedule=cosine",))}, "optimizer.schedule"),
         ({"main_score": "reasoning/hrd"}, "main_score"),
     ],
