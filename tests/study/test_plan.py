@@ -10,6 +10,7 @@ import pytest
 
 from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, check_study, load_study
 from rpt_jax.errors import UserError
+from rpt_jax.study.outcome import Unit
 from rpt_jax.study.plan import check_stages, config_values, make_plan, select_part
 from rpt_jax.study.workdir import claim
 from tests.helpers.studies import small_study
@@ -31,17 +32,16 @@ def tuned_by(**fields: Any) -> StageConfig:
 def test_equal_runs_of_a_seed_are_shared(tmp_path: Path) -> None:
     again = dataclasses.replace(SFT, name="again")
     study = dataclasses.replace(STUDY, arms=(*STUDY.arms, again), seeds=(0, 1), budgets=(1e12, 2e12))
-    units = {str(unit.unit): unit for unit in make_plan(study, tmp_path)}
+    units = {unit.unit: unit for unit in make_plan(study, tmp_path)}
     assert len(units) == 2 * (1 + 3 * 2)
     first, repeated, larger = (
-        units[f"{arm}, seed 1, budget {budget}"]
-        for arm, budget in (("sft", "1e+12"), ("again", "1e+12"), ("sft", "2e+12"))
+        units[Unit(arm, 1, budget)] for arm, budget in (("sft", 1e12), ("again", 1e12), ("sft", 2e12))
     )
     assert first.runs == repeated.runs  # A run of the same command is the same run.
     assert first.stages[0] == larger.stages[0] and first.stages[1].directory != larger.stages[1].directory
-    assert units["sft, seed 0, budget 1e+12"].stages[0] != first.stages[0]
+    assert units[Unit("sft", 0, 1e12)].stages[0] != first.stages[0]
     # Everything else of a unit is in its own directory.
-    for unit in (first, larger, units["base, seed 0"]):
+    for unit in (first, larger, units[Unit("base", 0, None)]):
         assert {run.directory.parent for run in unit.runs} <= {unit.directory, first.directory}
     assert len({unit.directory for unit in units.values()}) == len(units)
 
