@@ -28,7 +28,9 @@ def is_last_step(training: TrainingConfig, step: int, flops: float, seconds: flo
       step: number of completed steps.
     """
     is_used_up = step > 0 and budget_used(training, flops, seconds) >= 1.0
-    return step == training.total_steps or in_any_process(is_used_up)
+    if training.seconds_budget:
+        is_used_up = in_any_process(is_used_up)
+    return is_used_up or step == training.total_steps
 
 
 def expected_steps(training: TrainingConfig, step: int, flops: float, seconds: float) -> int:
