@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -19,10 +19,10 @@ ALPHA_BOUNDS = (1e-2, 5.0)
 EXPONENT_BOUNDS = (0.2, 10.0)
 MIDPOINT_FACTOR = 10.0  # The midpoint of a sigmoid may be this far outside of the points.
 ACCURACY_BOUNDS = (0.0, 1.0)
-# Sizes of the grids. Alphas are a factor of 1.01 apart, exponents 1.05 and, if the points span a factor of 10, midpoints 1.04.
+# Sizes of the grids. Alphas are a factor of 1.01 apart, exponents 1.07 and, if the points span a factor of 10, midpoints 1.07.
 _ALPHAS = 622
-_EXPONENTS = 80
-_MIDPOINTS = 160
+_EXPONENTS = 60
+_MIDPOINTS = 100
 _ROWS_AT_ONCE = 100  # Bounds the memory of many fits.
 
 
@@ -231,7 +231,7 @@ def midpoint_bounds(flops_N: np.ndarray) -> tuple[float, float]:
 def power_law_grid_fits(flops_N: np.ndarray, accuracy_N: np.ndarray, weights_RxN: np.ndarray) -> np.ndarray:
     """Return A, alpha and P* of the weighted least-squares fit for each row of weights, float [R, 3].
 
-    Alpha is one of a grid of values 1 % apart; A and P* are the exact optimum for it. No condition is checked.
+    Alpha is on a grid; A and P* are the exact optimum for it. No condition is checked.
 
     Args:
       flops_N: more than 0.
@@ -240,10 +240,23 @@ def power_law_grid_fits(flops_N: np.ndarray, accuracy_N: np.ndarray, weights_RxN
     """
     scale = _geometric_mean(flops_N)
     alpha_K = np.geomspace(*ALPHA_BOUNDS, _ALPHAS)
-    shape_KxN = (flops_N / scale) ** -alpha_K[:, None]
-    best = _best_lines(shape_KxN, accuracy_N, weights_RxN, (-np.inf, np.inf), ACCURACY_BOUNDS)
-    alpha_R = alpha_K[best.index_R]
-    return np.stack([best.slope_R * scale**alpha_R, alpha_R, best.offset_R], axis=1)
+    power_KxN = (flops_N / scale) ** -alpha_K[:, None]
+    # Weighted sums of w, f, f^2, f p and p, with f the power and p the accuracy.
+    w_Rx1 = weights_RxN.sum(axis=1, keepdims=True)
+    f_RxK = weights_RxN @ power_KxN.T
+    ff_RxK = weights_RxN @ (power_KxN**2).T
+    fp_RxK = (weights_RxN * accuracy_N) @ power_KxN.T
+    p_Rx1 = (weights_RxN @ accuracy_N)[:, None]
+    # The error is quadratic in A and P*, so the best P* within its bounds is the free one, clipped.
+    p_star_RxK = np.clip((p_Rx1 * ff_RxK - f_RxK * fp_RxK) / (w_Rx1 * ff_RxK - f_RxK**2), *ACCURACY_BOUNDS)
+    a_RxK = (fp_RxK - p_star_RxK * f_RxK) / ff_RxK
+    # Up to the sum of w p^2, which is the same for all alphas.
+    error_RxK = a_RxK**2 * ff_RxK + p_star_RxK**2 * w_Rx1
+    error_RxK += 2 * (a_RxK * p_star_RxK * f_RxK - a_RxK * fp_RxK - p_star_RxK * p_Rx1)
+    best_R = error_RxK.argmin(axis=1)
+    rows_R = np.arange(len(best_R))
+    alpha_R = alpha_K[best_R]
+    return np.stack([a_RxK[rows_R, best_R] * scale**alpha_R, alpha_R, p_star_RxK[rows_R, best_R]], axis=1)
 
 
 def sigmoid_grid_fits(flops_N: np.ndarray, accuracy_N: np.ndarray, start: float, weights_RxN: np.ndarray) -> np.ndarray:
@@ -251,63 +264,17 @@ def sigmoid_grid_fits(flops_N: np.ndarray, accuracy_N: np.ndarray, start: float,
 
     Midpoint and exponent are on a grid; the ceiling is the exact optimum for them. See `power_law_grid_fits`.
     """
-    midpoints_M = np.geomspace(*midpoint_bounds(flops_N), _MIDPOINTS)
-    exponents_B = np.geomspace(*EXPONENT_BOUNDS, _EXPONENTS)
-    midpoint_K = np.repeat(midpoints_M, _EXPONENTS)
-    exponent_K = np.tile(exponents_B, _MIDPOINTS)
-    shape_KxN = _step(flops_N, midpoint_K[:, None], exponent_K[:, None])
-    slopes = (ACCURACY_BOUNDS[0] - start, ACCURACY_BOUNDS[1] - start)
-    best = _best_lines(shape_KxN, accuracy_N - start, weights_RxN, slopes, (0.0, 0.0))
-    return np.stack([start + best.slope_R, midpoint_K[best.index_R], exponent_K[best.index_R]], axis=1)
-
-
-class _Lines(NamedTuple):
-    """The best of some shapes, and its slope and offset, for each row of weights."""
-
-    index_R: np.ndarray
-    slope_R: np.ndarray
-    offset_R: np.ndarray
-
-
-def _best_lines(
-    shape_KxN: np.ndarray,
-    values_N: np.ndarray,
-    weights_RxN: np.ndarray,
-    slopes: tuple[float, float],
-    offsets: tuple[float, float],
-) -> _Lines:
-    """Fit values = slope * shape + offset by weighted least squares for each row of weights; at most one of them is bounded."""
-    blocks = [
-        _best_lines_of_block(shape_KxN, values_N, weights_BxN, slopes, offsets)
-        for weights_BxN in np.array_split(weights_RxN, -(-len(weights_RxN) // _ROWS_AT_ONCE))
-    ]
-    return _Lines(*(np.concatenate(columns) for columns in zip(*blocks, strict=True)))
-
-
-def _best_lines_of_block(
-    shape_KxN: np.ndarray,
-    values_N: np.ndarray,
-    weights_RxN: np.ndarray,
-    slopes: tuple[float, float],
-    offsets: tuple[float, float],
-) -> _Lines:
-    # Weighted sums of w, f, f^2, f y, y and y^2, with f the shape and y the values.
-    w_Rx1 = weights_RxN.sum(axis=1, keepdims=True)
-    f_RxK = weights_RxN @ shape_KxN.T
-    ff_RxK = weights_RxN @ (shape_KxN**2).T
-    fy_RxK = (weights_RxN * values_N) @ shape_KxN.T
-    y_Rx1 = (weights_RxN @ values_N)[:, None]
-    yy_Rx1 = (weights_RxN @ values_N**2)[:, None]
-    # The error is quadratic, so the bounded optimum is the free one, clipped. A shape may be the same at all points.
-    variance_RxK = np.maximum(w_Rx1 * ff_RxK - f_RxK**2, np.finfo(float).tiny)
-    offset_RxK = np.clip((y_Rx1 * ff_RxK - f_RxK * fy_RxK) / variance_RxK, *offsets)
-    slope_RxK = np.clip((fy_RxK - offset_RxK * f_RxK) / ff_RxK, *slopes)
-    error_RxK = (
-        yy_Rx1
-        + slope_RxK**2 * ff_RxK
-        + offset_RxK**2 * w_Rx1
-        + 2 * (slope_RxK * offset_RxK * f_RxK - slope_RxK * fy_RxK - offset_RxK * y_Rx1)
-    )
-    index_R = error_RxK.argmin(axis=1)
-    rows_R = np.arange(len(index_R))
-    return _Lines(index_R, slope_RxK[rows_R, index_R], offset_RxK[rows_R, index_R])
+    midpoint_K = np.repeat(np.geomspace(*midpoint_bounds(flops_N), _MIDPOINTS), _EXPONENTS)
+    exponent_K = np.tile(np.geomspace(*EXPONENT_BOUNDS, _EXPONENTS), _MIDPOINTS)
+    step_KxN = _step(flops_N, midpoint_K[:, None], exponent_K[:, None])
+    squared_KxN = step_KxN**2
+    gain_N = accuracy_N - start
+    fits = []
+    for weights_BxN in np.array_split(weights_RxN, -(-len(weights_RxN) // _ROWS_AT_ONCE)):
+        ff_BxK = weights_BxN @ squared_KxN.T
+        fp_BxK = (weights_BxN * gain_N) @ step_KxN.T
+        gain_BxK = np.clip(fp_BxK / ff_BxK, ACCURACY_BOUNDS[0] - start, ACCURACY_BOUNDS[1] - start)
+        best_B = (gain_BxK * (gain_BxK * ff_BxK - 2 * fp_BxK)).argmin(axis=1)
+        ceiling_B = start + gain_BxK[np.arange(len(best_B)), best_B]
+        fits.append(np.stack([ceiling_B, midpoint_K[best_B], exponent_K[best_B]], axis=1))
+    return np.concatenate(fits)
