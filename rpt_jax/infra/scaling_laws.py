@@ -19,10 +19,12 @@ ALPHA_BOUNDS = (1e-2, 5.0)
 EXPONENT_BOUNDS = (0.2, 10.0)
 MIDPOINT_FACTOR = 10.0  # The midpoint of a sigmoid may be this far outside of the points.
 ACCURACY_BOUNDS = (0.0, 1.0)
-# Sizes of the grids. Alphas are a factor of 1.01 apart, exponents 1.07 and, if the points span a factor of 10, midpoints 1.07.
+# Sizes of the grids. Alphas are a factor of 1.01 apart. Exponents are 1.11 and, if the points span a factor of 10, midpoints 1.12
+# apart, and 1.02 on the finer grid.
 _ALPHAS = 622
-_EXPONENTS = 60
-_MIDPOINTS = 100
+_EXPONENTS = 40
+_MIDPOINTS = 60
+_REFINEMENTS = 13  # An odd number, so that the best of the coarse grid is on the finer one.
 _ROWS_AT_ONCE = 100  # Bounds the memory of many fits.
 
 
@@ -262,19 +264,46 @@ def power_law_grid_fits(flops_N: np.ndarray, accuracy_N: np.ndarray, weights_RxN
 def sigmoid_grid_fits(flops_N: np.ndarray, accuracy_N: np.ndarray, start: float, weights_RxN: np.ndarray) -> np.ndarray:
     """Return ceiling, midpoint and exponent of the weighted least-squares fit for each row of weights, float [R, 3].
 
-    Midpoint and exponent are on a grid; the ceiling is the exact optimum for them. See `power_law_grid_fits`.
+    Midpoint and exponent are on a grid, and then on a finer one around the best; the ceiling is the exact optimum for them. See
+    `power_law_grid_fits`.
     """
-    midpoint_K = np.repeat(np.geomspace(*midpoint_bounds(flops_N), _MIDPOINTS), _EXPONENTS)
-    exponent_K = np.tile(np.geomspace(*EXPONENT_BOUNDS, _EXPONENTS), _MIDPOINTS)
-    step_KxN = _step(flops_N, midpoint_K[:, None], exponent_K[:, None])
-    squared_KxN = step_KxN**2
-    gain_N = accuracy_N - start
+    midpoints_M = np.geomspace(*midpoint_bounds(flops_N), _MIDPOINTS)
+    exponents_B = np.geomspace(*EXPONENT_BOUNDS, _EXPONENTS)
+    # Of the finer grid, relative to the best of the coarse one: up to its neighbors.
+    factors_F = np.linspace(-1, 1, _REFINEMENTS)
+    midpoint_factors_F = (midpoints_M[1] / midpoints_M[0]) ** factors_F
+    exponent_factors_F = (exponents_B[1] / exponents_B[0]) ** factors_F
     fits = []
     for weights_BxN in np.array_split(weights_RxN, -(-len(weights_RxN) // _ROWS_AT_ONCE)):
-        ff_BxK = weights_BxN @ squared_KxN.T
-        fp_BxK = (weights_BxN * gain_N) @ step_KxN.T
-        gain_BxK = np.clip(fp_BxK / ff_BxK, ACCURACY_BOUNDS[0] - start, ACCURACY_BOUNDS[1] - start)
-        best_B = (gain_BxK * (gain_BxK * ff_BxK - 2 * fp_BxK)).argmin(axis=1)
-        ceiling_B = start + gain_BxK[np.arange(len(best_B)), best_B]
-        fits.append(np.stack([ceiling_B, midpoint_K[best_B], exponent_K[best_B]], axis=1))
+        coarse_1xK = (np.repeat(midpoints_M, _EXPONENTS)[None], np.tile(exponents_B, _MIDPOINTS)[None])
+        best_Bx3 = _best_sigmoids(flops_N, accuracy_N, start, weights_BxN, *coarse_1xK)
+        midpoint_BxK = best_Bx3[:, 1:2] * np.repeat(midpoint_factors_F, _REFINEMENTS)
+        exponent_BxK = best_Bx3[:, 2:3] * np.tile(exponent_factors_F, _REFINEMENTS)
+        fine_BxK = (np.clip(midpoint_BxK, *midpoint_bounds(flops_N)), np.clip(exponent_BxK, *EXPONENT_BOUNDS))
+        fits.append(_best_sigmoids(flops_N, accuracy_N, start, weights_BxN, *fine_BxK))
     return np.concatenate(fits)
+
+
+def _best_sigmoids(
+    flops_N: np.ndarray,
+    accuracy_N: np.ndarray,
+    start: float,
+    weights_RxN: np.ndarray,
+    midpoint_XxK: np.ndarray,
+    exponent_XxK: np.ndarray,
+) -> np.ndarray:
+    """Return ceiling, midpoint and exponent of the best of K sigmoids, float [R, 3]; X is R, or 1 if the sigmoids are the same."""
+    step_XxKxN = _step(flops_N, midpoint_XxK[..., None], exponent_XxK[..., None])
+    gain_N = accuracy_N - start
+    # Weighted sums of f^2 and f p, with f the step and p the gain.
+    ff_RxK = (step_XxKxN**2 @ weights_RxN[..., None])[..., 0]
+    fp_RxK = (step_XxKxN @ (weights_RxN * gain_N)[..., None])[..., 0]
+    # The error is quadratic in the gain, so the best gain within its bounds is the free one, clipped.
+    gain_RxK = np.clip(fp_RxK / ff_RxK, ACCURACY_BOUNDS[0] - start, ACCURACY_BOUNDS[1] - start)
+    best_R = (gain_RxK * (gain_RxK * ff_RxK - 2 * fp_RxK)).argmin(axis=1)
+    rows_R = np.arange(len(best_R))
+    of_sigmoid_R = rows_R if len(midpoint_XxK) > 1 else np.zeros_like(rows_R)
+    return np.stack(
+        [start + gain_RxK[rows_R, best_R], midpoint_XxK[of_sigmoid_R, best_R], exponent_XxK[of_sigmoid_R, best_R]],
+        axis=1,
+    )

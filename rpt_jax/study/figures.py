@@ -58,9 +58,7 @@ class Look(NamedTuple):
 def looks(study: StudyOutcomes) -> dict[str, Look]:
     """Return how each arm is drawn, by its name."""
     markers = list(_MARKERS.items())
-    return {
-        arm.name: Look(_COLORS[i % len(_COLORS)], *markers[i % len(markers)]) for i, arm in enumerate(study.arms)
-    }
+    return {arm.name: Look(_COLORS[i % len(_COLORS)], *markers[i % len(markers)]) for i, arm in enumerate(study.arms)}
 
 
 def score_figure(study: StudyOutcomes, rows: Sequence[Row], score: str) -> str:

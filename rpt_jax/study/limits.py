@@ -34,7 +34,7 @@ def headline(study: StudyOutcomes, rows: Sequence[Row]) -> list[str]:
     measured = [row for row in rows if study.main_score in row.scores]
     if not measured:
         return [f"No unit has the main score, {score_title(study.main_score)}, yet."]
-    largest = max((row.budget or 0.0 for row in measured)) or None
+    largest = max(row.budget or 0.0 for row in measured) or None
     at_largest = [row for row in measured if row.budget == largest]
     title = f"{score_title(study.main_score)}, {budget_text(largest, study.matched_by)}"
     sentences = []

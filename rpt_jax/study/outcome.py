@@ -59,7 +59,9 @@ class Unit:
     budget: float | None
 
     def __str__(self) -> str:
-        return f"{self.arm}, seed {self.seed}" + ("" if self.budget is None else f", budget {self.budget:.3g}".replace("e+", "e"))
+        return f"{self.arm}, seed {self.seed}" + (
+            "" if self.budget is None else f", budget {self.budget:.3g}".replace("e+", "e")
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,10 +117,20 @@ def _gain_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
 def scaling_table(fits: Sequence[Scaling]) -> Table:
     """Return the parameters of the power law and of the sigmoid, or why they are not determined."""
     cells = [
-        [each.arm, score_title(each.score), _fit_text(each.power_law), _fit_text(each.sigmoid)] for each in fits
+        [each.arm, score_title(each.score), _fit_text(each.power_law), _fit_text(each.sigmoid), _nearer(each)]
+        for each in fits
     ]
     title = "Scaling over independent runs: P(C) = A / C^α + P*, and the sigmoid R_0 + (A − R_0) / (1 + (C_mid / C)^B)"
-    return Table(title, ["arm", "score", "power law", "sigmoid"], cells)
+    return Table(title, ["arm", "score", "power law", "sigmoid", "nearer to left-out budgets"], cells)
+
+
+def _nearer(scaling: Scaling) -> str:
+    """Return which curve has the smaller error on left-out budgets."""
+    power_law = scaling.power_law.left_out_error
+    sigmoid = scaling.sigmoid.left_out_error
+    if power_law is None or sigmoid is None:
+        return _NONE
+    return "power law" if power_law < sigmoid else "sigmoid"
 
 
 def _fit_text(fit: Fit) -> str:

@@ -46,7 +46,9 @@ def study(outcomes: Sequence[Outcome], arms: Sequence[str] = ("base", "rpt"), **
     return StudyOutcomes(**(values | fields))
 
 
-def large_study(names: Sequence[str] = ("base", "rpt", "ntp", "sft"), budgets: int = 4, seeds: int = 5) -> StudyOutcomes:
+def large_study(
+    names: Sequence[str] = ("base", "rpt", "ntp", "sft"), budgets: int = 4, seeds: int = 5
+) -> StudyOutcomes:
     """Return a study of several budgets: the first arm has none, and the others rise to a ceiling each at its own speed.
 
     A unit failed, and one is missing.
