@@ -24,7 +24,6 @@ from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 
 if TYPE_CHECKING:
-    from rpt_jax.study.outcome import StudyOutcomes
     from rpt_jax.study.plan import UnitPlan
 
 logger = logging.getLogger("rpt_jax.study")
@@ -69,6 +68,7 @@ def run_study(options: argparse.Namespace) -> int:
     from rpt_jax.config.study import load_study
     from rpt_jax.infra.signals import StopSignals
     from rpt_jax.study.execution import Executor, Stopped, run_units
+    from rpt_jax.study.page import write_page
     from rpt_jax.study.plan import check_stages, config_values, make_plan, select_part
     from rpt_jax.study.workdir import claim, write_results
 
@@ -95,7 +95,8 @@ def run_study(options: argparse.Namespace) -> int:
         except Stopped:
             return ExitCode.RESTART  # At the end of the block, the signal ends the process.
         outcomes = write_results(study, name, units, directory, command)
-    show_results(outcomes, directory)
+    for path in write_page(outcomes, directory):
+        logger.info("%s", path)
     return ExitCode.FAILED_UNITS if failed else ExitCode.COMPLETE
 
 
@@ -111,17 +112,6 @@ def show_plan(units: Sequence[UnitPlan]) -> None:
             shown.add(run.directory)
             print(f"  {run.name}: {f'as in {run.directory}' if is_shared else shlex.join(planned_command(run))}")
     print(f"{len(units)} units, {len(shown)} runs")
-
-
-def show_results(outcomes: StudyOutcomes, directory: Path) -> None:
-    """Print where the results are, and what is missing."""
-    logger.info(
-        "%d units complete, %d failed, %d missing: %s",
-        len(outcomes.outcomes),
-        len(outcomes.failures),
-        len(outcomes.missing),
-        directory,
-    )
 
 
 if __name__ == "__main__":

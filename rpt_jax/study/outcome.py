@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rpt_jax.config.dataclass_io import checked_type
+from rpt_jax.config.study import MATCHED_BY
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.run_format import check_format, format_stamp
@@ -24,8 +25,6 @@ RESULTS = "results.json"
 # Names of scores that the page treats specially. Others are "direct/DIFFICULTY" and "reasoning/DIFFICULTY".
 BEFORE_TUNING = "questions/before_tuning"
 AFTER_TUNING = "questions/after_tuning"
-
-MATCHED_BY = ("flops", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,9 @@ class Unit:
     budget: float | None
 
     def __str__(self) -> str:
-        return f"{self.arm}, seed {self.seed}" + ("" if self.budget is None else f", budget {self.budget:.3g}")
+        return f"{self.arm}, seed {self.seed}" + (
+            "" if self.budget is None else f", budget {self.budget:.3g}".replace("e+", "e")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
