@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
 _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
 _CONFIG = "{{ config reference }}"
+_STUDY = "{{ study reference }}"
 _CHOICES = "{{ choices }}"
 
 
@@ -38,6 +39,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill the placeholders of the reference pages."""
     if _CONFIG in markdown:
         markdown = markdown.replace(_CONFIG, config_reference())
+    if _STUDY in markdown:
+        markdown = markdown.replace(_STUDY, study_reference())
     if _CHOICES in markdown:
         markdown = markdown.replace(_CHOICES, choices_reference())
     return _HELP.sub(lambda match: help_text(match["command"]), markdown)
@@ -56,6 +59,19 @@ def config_reference() -> str:
     for name, rows in sections.items():
         header = ["| field | type | default | description |", "|---|---|---|---|"]
         tables.append("\n".join([f"## {name or 'Top level'}", "", introductions.get(name, ""), "", *header, *rows]))
+    return "\n\n".join(tables)
+
+
+def study_reference() -> str:
+    """Return the fields of a study's config as Markdown, a table for each dataclass, from their comments."""
+    comments = importlib.import_module("rpt_jax.config.reference").comments
+    config = importlib.import_module("rpt_jax.config.study")
+    tables = []
+    for schema in (config.StudyConfig, config.ArmConfig, config.StageConfig, config.SuiteConfig):
+        texts = comments(schema)
+        rows = [f"| `{field.name}` | {_cell(texts[field.name])} |" for field in dataclasses.fields(schema)]
+        header = [f"## {schema.__name__}", "", schema.__doc__, "", "| field | description |", "|---|---|"]
+        tables.append("\n".join([*header, *rows]))
     return "\n\n".join(tables)
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of `python -m rpt_jax.main`. A second stop signal exits with 128 + the signal's number."""
+    """Exit codes of the commands. A second stop signal exits with 128 + the signal's number."""
 
     COMPLETE = 0
     BUG = 1  # An unexpected exception; its traceback was printed.
     USER_ERROR = 2  # Something to fix; the message says what.
     NOT_FINITE = 3  # A metric became NaN or infinite.
     DIVERGED = 4  # A rule of config section `divergence` stopped the run.
+    FAILED_UNITS = 5  # Of `rpt_jax.study`: some units failed, and the others are complete.
     RESTART = 75  # EX_TEMPFAIL: the run was interrupted; rerun the same command to resume.
 
 

@@ -26,7 +26,9 @@ from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
+from rpt_jax.infra.accounting import Clock
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.budget import expected_steps, is_last_step
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.guards import guarded_loop
@@ -38,7 +40,7 @@ from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
-from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, POLICY, RESULT, finished_steps
+from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, POLICY, RESULT, is_complete, read_result
 from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.model.precision import in_policy_precision
@@ -187,15 +189,18 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
       FloatingPointError: a metric is NaN or infinite.
     """
     directory = Path(experiment.pretrain.export or workdir / POLICY)
-    if finished_steps(workdir) == experiment.training.total_steps and (directory / MODEL_CONFIG_FILE).is_file():
+    training = experiment.training
+    if is_complete(workdir, training) and (directory / MODEL_CONFIG_FILE).is_file():
         logger.info(
-            "This pre-training is complete: the policy is in %s. Raise training.total_steps to continue it.", directory
+            "This pre-training is complete: the policy is in %s. Raise training.total_steps or the budget to continue it.",
+            directory,
         )
         return
 
     # --- 1. Load the policy and the windows --------------------------------------------------------
+    clock = Clock(context.compile_times)
     config = experiment.pretrain
-    total_steps = experiment.training.total_steps
+    total_steps = training.total_steps
     # The files of the corpus are listed once, if they are needed.
     plan = functools.cache(functools.partial(plan_shards, experiment.data))
     policy, params, tokenizer = _load_or_init(experiment, plan, workdir, mesh, context)
@@ -209,13 +214,24 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     # --- 2. Restore the newest checkpoint ----------------------------------------------------------
     checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
     checkpoints.register_with(context.signals)
-    start = 0
+    step = 0
     flops = 0.0
     if restored := checkpoints.restore():
-        start, state, saved = restored
+        step, state, saved = restored
         stream.set_state(saved["stream"])
         flops = saved["flops"]
-    checkpoints.stage(start, state, {"stream": stream.get_state(), "flops": flops})
+        clock.earlier = saved["seconds"]
+
+    def budget_spent() -> dict[str, Any]:
+        """Return what decides on the last step, as arguments of the functions of `infra.budget`."""
+        return {"training": training, "step": step, "flops": flops, "seconds": clock.seconds}
+
+    def stage_checkpoint() -> None:
+        """Stage the current step."""
+        checkpoints.stage(step, state, {"stream": stream.get_state(), "flops": flops, "seconds": clock.seconds})
+
+    stage_checkpoint()
+    is_last = is_last_step(**budget_spent())
 
     learning_rates = LearningRates(experiment.optimizer, total_steps)
     signal = LearningSignal(experiment)
@@ -230,12 +246,14 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     }
     last_step = recorded_step(workdir) if replay else total_steps
     with (
-        MetricsWriter(workdir, start) as metrics,
-        Progress("pretrain", total_steps, start) as progress,
+        MetricsWriter(workdir, step) as metrics,
+        Progress("pretrain", expected_steps(**budget_spent()), step) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
     ):
-        for step in range(start + 1, last_step + 1):
+        while not is_last and step < last_step:
+            step += 1
+
             # --- 3. Update the policy on the next batch --------------------------------------------
             began = time.monotonic()
             profile.begin_step(step)
@@ -258,7 +276,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                     raise
                 scalars |= {"update/learning_rate": learning_rate, "flops/train_total": flops}
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
-                checkpoints.stage(step, state, {"stream": stream.get_state(), "flops": flops})
+                stage_checkpoint()
+            is_last = is_last_step(**budget_spent())
             for warning in take_recompiled() + signal.check_traces(step, scalars):
                 logger.warning(warning)
 
@@ -267,8 +286,9 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             context.stop_if_requested(checkpoints.save_and_wait)
             context.heartbeat.beat(f"pretraining step {step}")
             profile.end_step(step)
+            progress.total = step if is_last else expected_steps(**budget_spent())
             progress.advance(f"window {scalars['loss/document']:.3f}  trace {scalars['loss/trace']:.3f} nats/token")
-            if step % experiment.checkpoint.every_steps == 0 or step == total_steps:
+            if step % experiment.checkpoint.every_steps == 0 or is_last:
                 checkpoints.save()
     checkpoints.close()
 
@@ -279,7 +299,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     files = exported_files(tokenizer)
     save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
     if is_leader():
-        result = {**format_stamp(), "steps": total_steps, "flops": flops, "policy": str(directory)}
+        spent = {"steps": step, "flops": flops, "seconds": clock.seconds}
+        result = {**format_stamp(), **spent, "policy": str(directory)}
         atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     logger.info("The policy is in %s.", directory)
 
@@ -287,9 +308,9 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
 # --- cold start ------------------------------------------------------------------------------------
 
 
-def cold_start_is_complete(workdir: Path) -> bool:
-    """Return whether the cold start of the run in `workdir` has written its policy."""
-    return (workdir / COLD_START / POLICY / MODEL_CONFIG_FILE).is_file()
+def cold_start_result(workdir: Path) -> dict[str, Any] | None:
+    """Return the result of the cold start of the run in `workdir`, None if it is not complete. Raises: UserError, if damaged."""
+    return read_result(workdir / COLD_START)
 
 
 def delete_cold_start_checkpoints(workdir: Path) -> None:

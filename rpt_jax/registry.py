@@ -92,11 +92,13 @@ class PositionRequirements(Requirements):
     Attributes:
       rescored: whether positions are chosen again during training, by the entropies of the current policy.
       staged: whether the positions come in stages, each for an equal part of `training.total_steps`.
+      scored: whether the choice depends on the proxy's entropies, so that scoring the corpus is a cost of training.
       reported_fields: fields of section "data" that determine the choice, quoted in messages about it.
     """
 
     rescored: bool = False
     staged: bool = False
+    scored: bool = True
     reported_fields: tuple[str, ...] = ()
 
 

@@ -15,6 +15,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.distributed.processes import to_host
+from rpt_jax.infra.accounting import Clock
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import RolloutText, table
 from rpt_jax.infra.run_format import format_stamp
@@ -28,14 +29,18 @@ from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 logger = logging.getLogger(__name__)
 
 
-def write_result(workdir: Path, experiment: Experiment, evaluations: dict[str, Any], seconds: float) -> None:
+def write_result(
+    workdir: Path, experiment: Experiment, evaluations: dict[str, Any], *, steps: int, flops: float, clock: Clock
+) -> None:
     """Write `result.json`, the last file of a complete run.
 
     Args:
       workdir: directory of the run.
       experiment: the config.
       evaluations: what it says about the evaluations before and after training.
-      seconds: wall-clock seconds, including interrupted runs.
+      steps: number of completed steps.
+      flops: model FLOPs of training, see `accounting.Counters`.
+      clock: of the run.
     """
     result = {
         **format_stamp(),
@@ -45,8 +50,10 @@ def write_result(workdir: Path, experiment: Experiment, evaluations: dict[str, A
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "wall_seconds": seconds,
-        "steps": experiment.training.total_steps,
+        "wall_seconds": clock.seconds,
+        "flops": flops,
+        "seconds": clock.training_seconds,
+        "steps": steps,
         "seed": experiment.seed,
         "config": dict(leaves(experiment)),
         **evaluations,

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
+from rpt_jax.corpus.prepared import position_flops
 from rpt_jax.distributed.processes import is_leader, to_host, wait_for_all
 from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import UserError
@@ -59,10 +60,12 @@ class PromptSource(Protocol):
 
     Attributes:
       accepted_by: what decides on a response.
+      preparation_flops: model FLOPs that choosing the prompts took.
       fingerprint: of the windows or questions.
     """
 
     accepted_by: str
+    preparation_flops: float
     fingerprint: str
 
     @property
@@ -118,6 +121,7 @@ class TextPositions:
         # After an epoch the order repeats positions, but each of them is used once.
         first: list[Any] = [order[i] for i in range(experiment.traces.total_prompts)]
         self.positions = list({(p.window, p.position): p for p in first}.values())
+        self.preparation_flops = position_flops(experiment.data, prepared)
         self.fingerprint = prepared.fingerprint
         self._mesh = mesh
         self._vocab = jax.device_put(tokenizer.byte_vocab)
@@ -140,6 +144,7 @@ class TrainingQuestions:
     """Training questions; accepted is what the verifier accepts. Methods and attributes are those of `PromptSource`."""
 
     statuses = AnswerStatus
+    preparation_flops = 0.0
 
     def __init__(self, experiment: Experiment, tokenizer: Tokenizer, builder: PromptBuilder, workdir: Path):
         """Load the questions, and start the verifiers. Raises: UserError."""
@@ -187,6 +192,7 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
     Raises: UserError, if a file is damaged or of another policy or other sampling, or the policy or the prompts cannot be used.
     """
     # Load the policy and the prompts.
+    began = time.monotonic()  # Loading and scoring count as a part of the first batch.
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
     builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
     source: PromptSource
@@ -209,7 +215,6 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
     # Sample, judge and write the others.
     sample = Sampler(experiment, policy, tokenizer, mesh, builder)
     batches = (_build(builder, source, parts[n], n * size, size) for n in remaining)
-    began = time.monotonic()
     try:
         with Progress("traces, batches", len(parts), len(headers)) as progress:
             for n, judged in zip(remaining, sample_and_judge(sample, source, params, batches), strict=True):
@@ -225,7 +230,7 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
     finally:
         source.close()
 
-    result = summarize(list(headers.values()))
+    result = summarize(list(headers.values()), source.preparation_flops)
     if is_leader():
         atomic_write(workdir / RESULT, json.dumps({**format_stamp(), **result}, indent=1) + "\n")
     _show(result, workdir)
@@ -301,8 +306,8 @@ def collect(
     return TraceBatch(header=header, traces=traces)
 
 
-def summarize(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what result.json says about a run, from the headers of its batches."""
+def summarize(headers: Sequence[Mapping[str, Any]], preparation_flops: float) -> dict[str, Any]:
+    """Return what result.json says about a run, from the headers of its batches and the FLOPs of choosing its prompts."""
     totals = {name: sum(header[name] for header in headers) for name in _COUNTS}
     status: collections.Counter[str] = collections.Counter()
     for header in headers:
@@ -310,6 +315,7 @@ def summarize(headers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "steps": len(headers),
         **totals,
+        "flops": totals["flops"] + preparation_flops,
         "accepted_share": totals["accepted"] / totals["responses"],
         "prompts_without_accepted": totals["prompts"] - totals["solved"],
         "status": dict(status),
@@ -364,7 +370,7 @@ def _show(result: Mapping[str, Any], workdir: Path) -> None:
         ("responses", f"{result['responses']:,}"),
         ("accepted", f"{result['accepted_share']:.1%}"),
         ("response tokens", f"{result['response_tokens']:,}"),
-        ("FLOPs of sampling", f"{result['flops']:.3g}"),
+        ("FLOPs", f"{result['flops']:.3g}"),
     ]
     table("Rejection sampling", ("quantity", "value"), rows)
     logger.info(

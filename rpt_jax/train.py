@@ -9,7 +9,6 @@ its answer is verified. In both, GRPO updates the policy on its own rollouts (pa
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rpt_jax.distributed.mesh import num_batch_shards
 from rpt_jax.distributed.processes import is_leader
 from rpt_jax.distributed.sharding import init_optimizer
 from rpt_jax.infra.accounting import Clock, Counters, RolloutCost
+from rpt_jax.infra.budget import expected_steps, is_last_step
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.console import Progress, show_rollouts
 from rpt_jax.infra.divergence import DivergenceMonitor
@@ -36,13 +36,13 @@ from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.workdir import COLD_START, RESULT, finished_steps
+from rpt_jax.infra.workdir import COLD_START, RESULT, is_complete
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.pretrain import (
-    cold_start_is_complete,
+    cold_start_result,
     delete_cold_start_checkpoints,
     pretrain,
     start_from_cold_start,
@@ -80,15 +80,16 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
       FloatingPointError: a metric is NaN or infinite.
       Diverged: a rule of config section `divergence` is broken, and `divergence.action` is "stop".
     """
-    if finished_steps(workdir) == experiment.training.total_steps:
+    training = experiment.training
+    if is_complete(workdir, training):
         logger.info(
-            "This run is complete: %s. Raise training.total_steps to continue it, or choose another --workdir to run it again.",
+            "This run is complete: %s. Raise training.total_steps or the budget to continue it, or choose another --workdir.",
             workdir / RESULT,
         )
         return
-    training = experiment.training
     config = experiment  # As it was given: after a cold start, the experiment has another starting policy.
     clock = Clock(context.compile_times)
+    counters = Counters()
 
     def end_phase(phase: str) -> None:
         """Add the time since the last phase to `time/<phase>`, and tell the other processes that this one makes progress."""
@@ -97,11 +98,16 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
 
     # --- 1. Cold start: a short pre-training on reasoning traces, if the config has one ------------
     if experiment.cold_start.total_steps:
-        if not cold_start_is_complete(workdir):
+        if earlier := cold_start_result(workdir):
+            clock.earlier = earlier["seconds"]
+        else:
             pretrain(cold_start_experiment(experiment), workdir / COLD_START, mesh, context, replay=replay)
             if replay:
                 return  # The recorded step was one of the cold start.
         delete_cold_start_checkpoints(workdir)
+        result = cold_start_result(workdir)
+        assert result, "the cold start is complete"
+        counters.count_flops(result["flops"])
         experiment = start_from_cold_start(experiment, workdir)
 
     # --- 2. Load the policy and the prompts, and build what the loop needs -------------------------
@@ -119,7 +125,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh), average=average)
     limits = update_limits(experiment, rows=num_batch_shards(mesh))
     reference = task.params if objective.kl != "none" else None
-    counters = Counters()
+    counters.count_flops(task.preparation_flops)
     divergence = DivergenceMonitor(experiment.divergence)
     signal = LearningSignal(experiment, task.advice)
 
@@ -137,10 +143,15 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         counters.restore(saved["counters"])
         divergence.restore(saved["divergence"])
         clock.earlier = saved["seconds"]
+        clock.evaluation = saved["evaluation_seconds"]
         scalars = saved["scalars"]
         before = saved["before"] if saved["evaluated"] == task.evaluated else None
         logger.info("Resuming from step %d of %s.", step, workdir)
     end_phase("setup")
+
+    def budget_spent() -> dict[str, Any]:
+        """Return what decides on the last step, as arguments of the functions of `infra.budget`."""
+        return {"training": training, "step": step, "flops": counters.flops, "seconds": clock.training_seconds}
 
     def stage_checkpoint() -> None:
         """Stage the current step: after its update, and before its evaluation and its line of metrics."""
@@ -149,6 +160,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             "counters": counters.state(),
             "divergence": divergence.state(),
             "seconds": clock.seconds,
+            "evaluation_seconds": clock.evaluation,
             "scalars": scalars,
             "before": before,
             "evaluated": task.evaluated,
@@ -166,10 +178,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         return rewarded, sampling, cost
 
     stage_checkpoint()
+    is_last = is_last_step(**budget_spent())
     with (
         MetricsWriter(workdir, step - 1) as metrics,
         Progress(
-            experiment.task, training.total_steps, step, interludes_left=functools.partial(interludes_left, experiment)
+            experiment.task,
+            expected_steps(**budget_spent()),
+            step,
+            interludes_left=lambda done: interludes_left(experiment, done, progress.total),
         ) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
@@ -181,15 +197,16 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 with progress.interlude("full evaluation"):
                     before = task.evaluate(task.params, full=True)
                 task.show_evaluation("before", before)
+                end_phase("evaluation")
                 stage_checkpoint()
-            evaluation, after = evaluate(experiment, task, step, state.params, before, progress)
+            evaluation, after = evaluate(experiment, task, step, state.params, before, progress, is_last=is_last)
             end_phase("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
                 show_rollouts(f"step {step}", texts)
             last_rewarded = None
-            if step == training.total_steps:
+            if is_last:
                 break
             if step >= last_step:
                 logger.info("Step %d was replayed, and all its metrics are finite.", step)
@@ -203,7 +220,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 5. Choose prompts again with the current policy, if it is time --------------------
             if task.rescoring_is_due(step):
                 with progress.interlude("rescoring"):
-                    counters.count_scored(task.rescore(step, state.params))
+                    counters.count_flops(task.rescore(step, state.params))
                 end_phase("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
@@ -264,14 +281,16 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                     logger.warning(warning)
                 scalars |= counters.scalars() | clock.speed(counters.flops - flops_before, generated.response_tokens)
                 stage_checkpoint()
+            is_last = is_last_step(**budget_spent())
 
             # --- 8. Save, and stop if a signal asks for it -----------------------------------------
             checkpoints.check_writes()
             context.stop_if_requested(checkpoints.save_and_wait)
-            if step % experiment.checkpoint.every_steps == 0 or step == training.total_steps:
+            if step % experiment.checkpoint.every_steps == 0 or is_last:
                 checkpoints.save()
             end_phase("checkpoint")
             profile.end_step(step)
+            progress.total = step if is_last else expected_steps(**budget_spent())
             progress.advance(status(scalars, dynamic))
             last_rewarded = rewarded
 
@@ -281,7 +300,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     save_policy(workdir / "policy", policy.config, state.params, files, task.tokenizer.fingerprint)
     if is_leader():
         assert after is not None
-        write_result(workdir, config, task.result(before, after), clock.seconds)
+        evaluations = task.result(before, after)
+        write_result(workdir, config, evaluations, steps=step, flops=counters.flops, clock=clock)
         for name, evaluation in (("before", before), ("after", after)):
             task.show_evaluation(name, evaluation)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
@@ -302,6 +322,8 @@ def evaluate(
     params: Params,
     before: dict[str, Any],
     progress: Progress,
+    *,
+    is_last: bool,
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
     """Evaluate the policy if the step calls for it.
 
@@ -312,13 +334,14 @@ def evaluate(
       params: the current policy.
       before: evaluation of the starting policy, which is that of step 0.
       progress: of the training loop.
+      is_last: whether this is the last step.
 
     Returns:
       Scalars for `metrics.jsonl` (empty if the step is not evaluated), and the full evaluation if this is the last step.
     """
     if step == 0:
         return task.evaluation_metrics(before), None
-    if step == experiment.training.total_steps:
+    if is_last:
         with progress.interlude("full evaluation"):
             after = task.evaluate(params, full=True)
         return task.evaluation_metrics(after), after
@@ -328,12 +351,12 @@ def evaluate(
     return {}, None
 
 
-def interludes_left(experiment: Experiment, done: int) -> dict[str, int]:
-    """Return how many evaluations and rescorings are still to come when `done` steps have just been completed."""
+def interludes_left(experiment: Experiment, done: int, total: int) -> dict[str, int]:
+    """Return how many evaluations and rescorings are still to come when `done` of `total` steps have just been completed."""
 
     def multiples(every: int) -> int:
         """Return how many multiples of `every` there are from `done`, which is followed by its evaluation, to before the end."""
-        return (experiment.training.total_steps - 1) // every - (max(1, done) - 1) // every
+        return (total - 1) // every - (max(1, done) - 1) // every
 
     is_rescored = POSITION_CHOICES[experiment.data.positions].requirements.rescored
     return {

@@ -28,7 +28,7 @@ from rpt_jax.model.attention.packed import make_key_ranges
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.model.transformer import Transformer
 from tests.helpers.flops import token_flops
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIGS, EXPERIMENTS
 
 GIB = 2**30
 
@@ -147,7 +147,7 @@ def test_reference_attention_stores_its_scores():
 
 
 @pytest.mark.parametrize("devices", [1, 6, 64])
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_config_is_described_on_any_machine(path: Path, devices: int):
     derived = derive(load(path), devices, 20 * GIB)
     assert all(value >= 0 and math.isfinite(value) for _, value in numbers_in(derived))

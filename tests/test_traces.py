@@ -58,9 +58,9 @@ def test_exactly_the_accepted_responses_are_kept() -> None:
         "response_tokens": 15,
         "flops": 7.0,
     }
-    result = summarize([{**header, "seconds": 1.5}, {**header, "seconds": 1.0, "solved": 1}])
+    result = summarize([{**header, "seconds": 1.5}, {**header, "seconds": 1.0, "solved": 1}], 8.0)
     assert result["accepted_share"] == pytest.approx(2 / 3) and result["prompts_without_accepted"] == 1
-    assert result["flops"] == 14.0 and result["seconds"] == 2.5 and result["status"]["correct"] == 8
+    assert result["flops"] == 22.0 and result["seconds"] == 2.5 and result["status"]["correct"] == 8
 
 
 @pytest.mark.parametrize("positions", ["curriculum", "self_entropy"])

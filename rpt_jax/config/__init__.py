@@ -21,8 +21,13 @@ from rpt_jax.config.schema import (
     TracesConfig,
     TrainingConfig,
 )
+from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, SuiteConfig
 
 __all__ = [
+    "ArmConfig",
+    "StageConfig",
+    "StudyConfig",
+    "SuiteConfig",
     "CheckpointConfig",
     "ColdStartConfig",
     "DataConfig",

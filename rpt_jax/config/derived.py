@@ -12,7 +12,9 @@ def cold_start_experiment(experiment: Experiment) -> Experiment:
     return dataclasses.replace(
         experiment,
         task="pretrain",
-        training=dataclasses.replace(experiment.training, total_steps=experiment.cold_start.total_steps),
+        training=dataclasses.replace(
+            experiment.training, total_steps=experiment.cold_start.total_steps, flops_budget=0.0, seconds_budget=0.0
+        ),
         optimizer=dataclasses.replace(experiment.optimizer, learning_rate=experiment.cold_start.learning_rate),
         pretrain=dataclasses.replace(experiment.pretrain, export=""),
     )

@@ -86,6 +86,19 @@ def resolve_config_path(path: str) -> str:
 def load_config_file(path: str) -> Any:
     """Return the `ConfigDict` that `get_config()` of a Python file returns; another config file may change and return it.
 
+    Raises: UserError, as `read_config_file` does.
+    """
+    config = read_config_file(path)
+    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+        raise UserError(
+            f"{path} must define get_config(), which returns default_config() with fields changed.", field="--config"
+        )
+    return config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
+
+
+def read_config_file(path: str) -> Any:
+    """Return what `get_config()` of a Python file returns; None if the file has no such function.
+
     Args:
       path: a file; `configs/NAME.py` is a packaged config if the current directory has no such file.
 
@@ -101,14 +114,9 @@ def load_config_file(path: str) -> Any:
         )
     try:
         module = _import_file(Path(path))
-        config = module.get_config() if hasattr(module, "get_config") else None
+        return module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:  # noqa: BLE001 - a user's file may raise anything.
         raise _error_in_file(path, error) from None
-    if not isinstance(config, Mapping | ml_collections.ConfigDict):
-        raise UserError(
-            f"{path} must define get_config(), which returns default_config() with fields changed.", field="--config"
-        )
-    return config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
 
 
 def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:

@@ -266,7 +266,8 @@ class OptimizerConfig:
     learning_rate: float = 1e-6
     # Steps of linear warm-up (verl: 0); the first of n has 1/(n + 1) of the peak, not 0.
     warmup_steps: int = 0
-    # Schedule after the warm-up: "constant" (verl), or "cosine" to a tenth of the peak over `training.total_steps`.
+    # Schedule after the warm-up: "constant" (verl; needed by a budget), or "cosine" to a tenth of the peak over
+    # `training.total_steps`.
     schedule: str = "constant"
     # Decay of the first moment (paper, Table 5).
     beta1: float = 0.9
@@ -284,8 +285,12 @@ class OptimizerConfig:
 class TrainingConfig:
     """The training loop."""
 
-    # Number of steps (paper, section 3.3: 1,000).
+    # Number of steps (paper, section 3.3: 1,000); with a budget, the maximum.
     total_steps: int = 1000
+    # Model FLOPs that training may take (`flops/train_total`): the step that reaches them is the last one; 0 for no budget.
+    flops_budget: float = 0.0
+    # Seconds that training may take, without evaluations: the step that reaches them is the last one; 0 for no budget.
+    seconds_budget: float = 0.0
     # Prompts of a step, over all devices (paper, Table 5: 256).
     prompts_per_step: int = 256
     # Optimizer steps on each batch of rollouts; 1 is exactly on-policy (paper, Table 5).

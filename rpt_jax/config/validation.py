@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rpt_jax.config.dataclass_io import leaves
@@ -20,6 +21,7 @@ from rpt_jax.config.schema import (
     TEMPLATE_SEPARATOR,
     TRACE_PROMPTS,
     UNPARSED,
+    DataConfig,
     Experiment,
     ObjectiveConfig,
     PolicyConfig,
@@ -129,6 +131,8 @@ _BOUNDS = {
     "optimizer.weight_decay": (0.0, 1.0),
     "optimizer.max_grad_norm": (1e-9, _UNBOUNDED),
     "training.total_steps": (1, _UNBOUNDED),
+    "training.flops_budget": (0.0, math.inf),
+    "training.seconds_budget": (0.0, math.inf),
     "training.prompts_per_step": (1, _UNBOUNDED),
     "training.minibatches_per_step": (1, _UNBOUNDED),
     "training.dynamic_sampling_rounds": (1, _UNBOUNDED),
@@ -192,7 +196,9 @@ def check_experiment(experiment: Experiment) -> None:
     # Numbers.
     for name, (low, high) in _BOUNDS.items():
         if not low <= values[name] <= high:
-            expected = f"at least {low:.10g}" if high == _UNBOUNDED else f"between {low:.10g} and {high:.10g}"
+            expected = (
+                f"at least {low:.10g}" if high in (_UNBOUNDED, math.inf) else f"between {low:.10g} and {high:.10g}"
+            )
             raise UserError(f"{name}={values[name]} must be {expected}.", field=name)
     for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if values[name] < 1 and values[name] != -1:
@@ -209,6 +215,7 @@ def check_experiment(experiment: Experiment) -> None:
     _check_sampling_distribution(experiment)
     _check_evaluation_temperature(experiment.evaluation.temperature)
     _check_effects(experiment)
+    _check_budget(experiment)
     _check_box_reading(experiment)
 
 
@@ -409,6 +416,27 @@ def _check_effects(experiment: Experiment) -> None:
             f"profile.start={experiment.profile.start} is after the last step, {last_step}: nothing would be recorded.",
             field="profile.start",
         )
+
+
+def _check_budget(experiment: Experiment) -> None:
+    """Refuse a budget beside what needs to know the number of steps. Raises: UserError."""
+    training = experiment.training
+    if not training.flops_budget and not training.seconds_budget:
+        return
+    name = "training.flops_budget" if training.flops_budget else "training.seconds_budget"
+    objective = experiment.objective
+    is_staged = POSITION_CHOICES[experiment.data.positions].requirements.staged
+    needed = (
+        ("optimizer.schedule", experiment.optimizer.schedule, "constant", True),
+        ("data.positions", experiment.data.positions, DataConfig.positions, experiment.task == "rpt" and is_staged),
+        ("objective.budget_decay", objective.budget_decay, 1.0, experiment.reinforces and objective.budget_weight > 0),
+    )
+    for field, value, expected, applies in needed:
+        if applies and value != expected:
+            raise UserError(
+                f"{field}={value!r} spreads over training.total_steps, but {name} ends the run before: set {field}={expected!r}.",
+                field=field,
+            )
 
 
 def _check_box_reading(experiment: Experiment) -> None:

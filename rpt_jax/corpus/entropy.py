@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from rpt_jax.infra.console import Progress
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
+from rpt_jax.model.flops import causal_pairs, forward_flops
+from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits
@@ -306,19 +308,21 @@ class Scorer:
 
         # Score the windows in blocks, so that each block can be sorted by length, and write the scores in the original order.
         histogram_N = np.zeros(BINS, np.int64)
+        flops = 0.0
         report_batch = functools.partial(advance, f"shard {shard} of {shards}")
         with ShardWriter(directory, "scores", shard, shards) if is_leader() else contextlib.nullcontext() as writer:
             block = self._block_windows()
             for first in range(0, len(tokens), block):
                 records = tokens.read(range(first, min(first + block, len(tokens))))
                 scores = self.score([ids_S for ids_S, _ in records], report_batch)
+                flops += scoring_flops(self.policy.config, [len(ids_S) for ids_S, _ in records])
                 for (_, lengths_S), score in zip(records, scores, strict=True):
                     if writer:
                         writer.write(stored_entropies(score, lengths_S), [len(lengths_S)])
                     bins = np.minimum(score.entropy_S[lengths_S > 0] / BIN_NATS, BINS - 1).astype(np.int64)
                     histogram_N += np.bincount(bins, minlength=BINS)
             if writer:
-                writer.commit({"made_from": made_from, "histogram": histogram_N.tolist()})
+                writer.commit({"made_from": made_from, "histogram": histogram_N.tolist(), "flops": flops})
 
     def count_batches(self, directory: Path, shard: int, shards: int) -> int:
         """Return the number of batches that `score_shard` computes for a tokenized shard."""
@@ -336,6 +340,13 @@ class Scorer:
 
     def _block_windows(self) -> int:
         return BLOCK_BATCHES * self.config.data.score_batch_windows
+
+
+def scoring_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
+    """Return the model FLOPs of scoring windows of these lengths in tokens."""
+    lengths_N = np.fromiter(lengths, np.int64)
+    tokens = int(lengths_N.sum())
+    return float(forward_flops(config, tokens=tokens, pairs=causal_pairs(lengths_N).sum(), head_tokens=tokens))
 
 
 def stored_entropies(score: Scores, lengths_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from rpt_jax.infra.digest import digest
 from rpt_jax.infra.disk import check_free_space
 from rpt_jax.infra.plots import write_entropy_plot
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.registry import POSITION_CHOICES
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 # 2 bytes of window lengths, 4 of token ids, 8 of two entropies.
@@ -169,6 +170,22 @@ def write_manifest(config: Experiment, plan: ShardPlan, tokenizer: Tokenizer, pr
         "positions_above_nats": _fractions_above(_histogram(directory, shards)),
     }
     write_json(directory / MANIFEST, manifest)
+
+
+def position_flops(data: DataConfig, prepared: PreparedCorpus) -> float:
+    """Return the model FLOPs of scoring that the choice of training positions depends on: those of the training documents.
+
+    The documents of other splits are scored to evaluate. Of the FLOPs of all, training documents have their share of the tokens.
+
+    Args:
+      data: names the choice; 0 for one that does not depend on entropies.
+      prepared: the corpus, scored in this run or before.
+    """
+    if not POSITION_CHOICES[data.positions].requirements.scored:
+        return 0.0
+    corpus = prepared.corpus
+    flops = sum(summary["flops"] for summary in read_summaries(corpus.directory, "scores", corpus.shards) or [])
+    return float(flops * corpus.token_count("train") / corpus.sizes_D.sum())
 
 
 def plot_entropies(prepared: PreparedCorpus, directory: Path) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 
-FORMAT = 5  # Of all files of a prepared corpus; corpora of another format are refused.
+FORMAT = 6  # Of all files of a prepared corpus; corpora of another format are refused.
 MANIFEST = "manifest.json"
 INDEX = np.dtype(
     [

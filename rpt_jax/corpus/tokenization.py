@@ -96,13 +96,12 @@ def plan_shards(config: DataConfig) -> ShardPlan:
     )
 
 
-def parse_shard(shard: str) -> tuple[int, int]:
-    """Return the number and the count of `data.shard`. Raises: UserError."""
+def parse_shard(shard: str, field: str = "data.shard") -> tuple[int, int]:
+    """Return the number and the count of a part, "NUMBER/COUNT". Raises: UserError, about `field`."""
     number, _, count = shard.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(
-            f"data.shard='{shard}' must be NUMBER/COUNT with NUMBER below COUNT, such as 0/64 or 63/64.",
-            field="data.shard",
+            f"{field}='{shard}' must be NUMBER/COUNT with NUMBER below COUNT, such as 0/64 or 63/64.", field=field
         )
     return int(number), int(count)
 

@@ -60,6 +60,19 @@ def micro_average(values_N: np.ndarray, cluster_N: np.ndarray | None = None) -> 
     return Average(mean, max(0.0, float(center - half_width)), min(1.0, float(center + half_width)))
 
 
+def student_average(values_N: np.ndarray) -> Average:
+    """Return the mean of independent values of any range, such as differences, and the interval of Student's t distribution.
+
+    Args:
+      values_N: at least two; if they are all the same, the interval has no width, and says nothing.
+    """
+    count = len(values_N)
+    mean = float(values_N.mean())
+    standard_error = float(values_N.std(ddof=1)) / np.sqrt(count)
+    half_width = float(scipy.special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2) * standard_error)
+    return Average(mean, mean - half_width, mean + half_width)
+
+
 def macro_average(values_N: np.ndarray, category_N: Sequence[str]) -> Average:
     """Return the unweighted mean of the category means.
 
@@ -191,6 +204,22 @@ def mcnemar_exact(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
     if only_a + only_b == 0:
         return 1.0
     return float(scipy.stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def sign_flip_test(differences_N: np.ndarray, seed: int = 0) -> float:
+    """Return the two-sided p-value of the permutation test of paired differences.
+
+    Under the null hypothesis, each difference is as likely to have the other sign. The test is exact up to 13 differences, and
+    uses a sample of the signs above. With n differences, no p-value is below 2 / 2^n.
+    """
+    result = scipy.stats.permutation_test(
+        (differences_N,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=_RESAMPLES,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
 
 
 def _bootstrap_means(values_N: np.ndarray, cluster_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -119,10 +119,15 @@ class Clock:
     Args:
       compile_times: counts compilations.
       earlier: seconds that earlier runs in the same workdir took.
+
+    Attributes:
+      earlier: see above.
+      evaluation: seconds of phase "evaluation" so far, earlier runs included.
     """
 
     def __init__(self, compile_times: CompileTimes, earlier: float = 0.0):
         self.earlier = earlier
+        self.evaluation = 0.0
         self._compile_times = compile_times
         self._start = self._last = time.monotonic()
         self._laps: dict[str, float] = collections.defaultdict(float)
@@ -131,12 +136,19 @@ class Clock:
         """Add the time since the last lap to `phase`."""
         now = time.monotonic()
         self._laps[phase] += now - self._last
+        if phase == "evaluation":
+            self.evaluation += now - self._last
         self._last = now
 
     @property
     def seconds(self) -> float:
         """Wall-clock seconds so far, including earlier runs."""
         return self.earlier + time.monotonic() - self._start
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds so far without evaluations."""
+        return self.seconds - self.evaluation
 
     def speed(self, flops: float, tokens: int) -> dict[str, float]:
         """Return generated tokens per second and MFU over the training phases since the last `scalars`.
@@ -166,8 +178,8 @@ _SAVED_COUNTS = ("generated", "discarded", "learned", "flops", "discarded_flops"
 class Counters:
     """Tokens and model FLOPs (see `model.flops`) of training so far; saved with every checkpoint.
 
-    Every rollout counts, including those that dynamic sampling discards, and so do documents that the policy scores to choose
-    positions. Evaluation and corpus preparation are not training and do not count.
+    Every rollout counts, including those that dynamic sampling discards, and so do a cold start and the documents that the
+    proxy or the policy scores to choose positions. Evaluation is not training and does not count.
 
     Attributes:
       generated: response tokens of all rollouts.
@@ -204,8 +216,8 @@ class Counters:
         self.learned += learned
         self.flops += flops
 
-    def count_scored(self, flops: float) -> None:
-        """Count documents that were scored."""
+    def count_flops(self, flops: float) -> None:
+        """Count what is neither a rollout nor an update: a cold start, or documents that were scored."""
         self.flops += flops
 
     def scalars(self) -> dict[str, float]:

@@ -94,6 +94,9 @@ class Progress:
       transient: for a loop inside another one: leave nothing on a terminal, and print lines elsewhere only if it takes long.
       interludes_left: returns, for a number of completed steps, how many interludes of each kind are still to come.
       clock: returns seconds from any origin.
+
+    Attributes:
+      total: may change where the length is estimated.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = _encodable(name)
-        self._total = total
+        self.total = total
         self._done = done
         self._transient = transient
         self._interludes_left = interludes_left
@@ -141,7 +144,7 @@ class Progress:
 
         A kind of interlude that has not happened yet is not included.
         """
-        left = self._total - self._done
+        left = self.total - self._done
         if left > 0 and not self._durations:
             return None
         steps = left * statistics.median(self._durations) if left > 0 else 0.0
@@ -175,9 +178,9 @@ class Progress:
         self._has_unprinted_step = True
         if self._live:
             eta = _duration(self.seconds_left)
-            self._live.update(self._task, completed=self._done, eta=eta, status=self._status)
+            self._live.update(self._task, total=self.total, completed=self._done, eta=eta, status=self._status)
             return
-        is_first_or_last = self._steps == 1 or self._done == self._total
+        is_first_or_last = self._steps == 1 or self._done == self.total
         if now - self._last_line >= SECONDS_BETWEEN_LINES or (is_first_or_last and not self._transient):
             self._print_line(now)
 
@@ -185,7 +188,7 @@ class Progress:
         self._last_line = now
         self._has_unprinted_step = False
         line = (
-            f"{self._name} {self._done}/{self._total}  elapsed {_duration(now - self._start)}"
+            f"{self._name} {self._done}/{self.total}  elapsed {_duration(now - self._start)}"
             f"  ETA {_duration(self.seconds_left)}  {self._status}"
         )
         self._console.print(Text(line.rstrip()), soft_wrap=True)

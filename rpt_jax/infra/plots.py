@@ -1,20 +1,18 @@
-"""Plots of a run and of a corpus, and the power-law fit of accuracy against compute."""
+"""Plots of a run and of a corpus."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+from rpt_jax.infra.scaling_laws import NotDetermined, PowerLaw, fit_power_law
 from rpt_jax.infra.workdir import RESULT
 
 if TYPE_CHECKING:
@@ -40,90 +38,6 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 2,
     "legend.frameon": False,
 }
-ALPHA_BOUNDS = (1e-2, 5.0)
-# The residual has several local minima in alpha; the best fit from these starting points is taken.
-_ALPHA_STARTS = (0.05, 0.3, 1.0, 2.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class PowerLaw:
-    """P(C) = A / C^alpha + P*, Equation 5 of the paper, with C in FLOPs and P as a fraction; A < 0 if P rises."""
-
-    A: float
-    alpha: float
-    p_star: float
-    r_squared: float
-
-    def __call__(self, flops: np.ndarray) -> np.ndarray:
-        return self.A * flops**-self.alpha + self.p_star
-
-
-def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw | None:
-    """Fit Equation 5 of the paper by least squares, with P* in [0, 1] and alpha in `ALPHA_BOUNDS`.
-
-    Points of zero FLOPs, such as the evaluation at step 0, are left out: Equation 5 is not defined there. The fit is
-    deterministic. Least squares always returns some curve, even for noise or a straight line, so the points must determine it:
-    neither alpha nor P* may lie on a bound, and the 95 % interval of alpha must not contain 0.
-
-    Args:
-      flops: [N] training compute of each evaluation.
-      accuracy: [N] accuracies as fractions.
-
-    Returns:
-      The curve with R² (one minus the residual sum of squares over that about the mean), or None if the points do not determine
-      it. That includes fewer than four different FLOPs, and an accuracy that never changes.
-    """
-    # Relative to the geometric mean: C^-alpha of 1e20 FLOPs and more would put A and P* on very different scales.
-    points = [(c, p) for c, p in zip(flops, accuracy, strict=True) if c > 0]
-    if len({c for c, _ in points}) < 4 or len({p for _, p in points}) == 1:
-        return None
-    c_N, p_N = np.array(points, dtype=np.float64).T
-    scale = np.exp(np.mean(np.log(c_N)))
-    c_N = c_N / scale
-
-    def residuals(parameters: np.ndarray) -> np.ndarray:
-        a, log_alpha, p_star = parameters
-        return a * c_N ** -np.exp(log_alpha) + p_star - p_N
-
-    def jacobian(parameters: np.ndarray) -> np.ndarray:
-        a, log_alpha, _ = parameters
-        power_N = c_N ** -np.exp(log_alpha)
-        return np.stack([power_N, -a * power_N * np.log(c_N) * np.exp(log_alpha), np.ones_like(c_N)], axis=1)
-
-    # Fit A, log alpha and P* from several starting points, and keep the best.
-    lower, upper = np.log(ALPHA_BOUNDS)
-    fits = [
-        # "dogbox" reaches the bounds exactly, which a P* of 0 or 1 lies on.
-        scipy.optimize.least_squares(
-            residuals,
-            (-0.1, np.log(start), 0.5),
-            jacobian,  # pyright: ignore[reportArgumentType] - the stubs allow strings only.
-            bounds=([-np.inf, lower, 0.0], [np.inf, upper, 1.0]),
-            method="dogbox",
-            ftol=1e-15,
-            xtol=1e-15,
-            gtol=1e-15,
-            max_nfev=2000,
-        )
-        for start in _ALPHA_STARTS
-    ]
-    best = min(fits, key=lambda fit: fit.cost)
-    residual = 2.0 * float(best.cost)
-    if best.active_mask.any() or _relative_error_of_alpha(best.jac, residual) >= 1.0:
-        return None
-
-    # Back to FLOPs, with the goodness of the fit.
-    a, log_alpha, p_star = map(float, best.x)
-    alpha = float(np.exp(log_alpha))
-    total = float(np.sum((p_N - p_N.mean()) ** 2))
-    return PowerLaw(A=a * float(scale**alpha), alpha=alpha, p_star=p_star, r_squared=1.0 - residual / total)
-
-
-def _relative_error_of_alpha(jacobian_Nx3: np.ndarray, residual: float) -> float:
-    """Return the half width of the 95 % interval of alpha divided by alpha, from the linearized fit of A, log alpha and P*."""
-    freedom = len(jacobian_Nx3) - 3
-    covariance_3x3 = np.linalg.pinv(jacobian_Nx3.T @ jacobian_Nx3) * residual / freedom
-    return float(scipy.special.stdtrit(freedom, 0.975) * np.sqrt(covariance_3x3[1, 1]))
 
 
 def write_plots(workdir: Path) -> list[Path]:
@@ -368,14 +282,16 @@ def _plot_scaling(metrics: _Metrics) -> Figure | None:
     figure, (axes,) = _figure()
     for level, (flops_N, percent_N) in trained.items():
         law = fit_power_law(flops_N, percent_N / 100)
-        label = f"{level}: " + (_formula(law) if law else "not determined by these evaluations")
         style = {"color": COLORS[level], "marker": MARKERS[level], "markersize": 7}
-        axes.plot(flops_N, percent_N, linestyle="none", label=label, **style)
-        if law:
+        if isinstance(law, NotDetermined):
+            formula = "not determined by these evaluations"
+        else:
+            formula = _formula(law)
             curve_M = np.geomspace(flops_N.min(), flops_N.max(), 200)
             axes.plot(curve_M, 100 * law(curve_M), color=COLORS[level], linewidth=1.5)
+        axes.plot(flops_N, percent_N, linestyle="none", label=f"{level}: {formula}", **style)
     axes.set_xscale("log")
-    axes.set_xlabel("training compute (FLOPs)")
+    axes.set_xlabel("training compute (FLOPs) of one run, whose evaluations are not independent")
     _finish(axes, r"Accuracy against compute, with the fit $P(C) = A / C^{\alpha} + P^*$", "accuracy (%)", columns=1)
     return figure
 

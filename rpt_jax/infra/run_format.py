@@ -11,7 +11,7 @@ from rpt_jax.errors import UserError
 
 # Increase it when config fields are renamed or the contents of a checkpoint change. Format 1 wrote no number, and the config of a
 # run as config.json.
-FORMAT = 4
+FORMAT = 5
 
 
 def format_stamp() -> dict[str, Any]:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from rpt_jax.config import Experiment
+from rpt_jax.config import Experiment, TrainingConfig
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.budget import budget_used
 from rpt_jax.infra.run_format import check_format, format_stamp
 from rpt_jax.infra.total_steps import consequences_of_total_steps
 
@@ -53,6 +54,8 @@ _MAY_CHANGE = (
     "multiple_choice",
     "profile",
     "training.total_steps",
+    "training.flops_budget",
+    "training.seconds_budget",
     "training.log_rollouts_every",
     "training.microbatch_tokens",
     "training.logit_chunk_tokens",
@@ -75,8 +78,8 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
     A new workdir is released again if a UserError ends the run before it has written anything: after a typo in a path, the user
     can fix the command and use the same workdir.
 
-    A finished run goes on if `training.total_steps` has grown; its result and its policy are kept as `result_<steps>.json` and
-    `policy_<steps>`. Otherwise it is left as it is.
+    A finished run goes on if `training.total_steps` or its budget has grown; its result and its policy are kept as
+    `result_<steps>.json` and `policy_<steps>`. Otherwise it is left as it is.
 
     With several processes, process 0 does this and the others check that they see the same directory.
 
@@ -141,7 +144,25 @@ def read_run_config(workdir: Path) -> dict[str, Any]:
 
 
 def finished_steps(workdir: Path) -> int | None:
-    """Return the number of steps of the finished run in `workdir`, None if it has no result.
+    """Return the number of steps of the finished run in `workdir`, None if it has none. Raises: UserError, as `read_result`."""
+    result = read_result(workdir)
+    return result["steps"] if result else None
+
+
+def is_complete(workdir: Path, training: TrainingConfig) -> bool:
+    """Return whether the training run in `workdir` is finished: it has all its steps, or has used its budget.
+
+    Raises: UserError, as `read_result`.
+    """
+    result = read_result(workdir)
+    if result is None:
+        return False
+    is_used_up = budget_used(training, result["flops"], result["seconds"]) >= 1.0
+    return is_used_up or result["steps"] == training.total_steps
+
+
+def read_result(workdir: Path) -> dict[str, Any] | None:
+    """Return the result of the finished run in `workdir`, None if it has none.
 
     Raises: UserError, if the result is damaged or of another format.
     """
@@ -154,13 +175,14 @@ def finished_steps(workdir: Path) -> int | None:
         result = {}
     if result:
         check_format(result, path)
-    if not isinstance(result.get("steps"), int):
+    numbers = (result.get("flops"), result.get("seconds"))
+    if not isinstance(result.get("steps"), int) or not all(isinstance(number, int | float) for number in numbers):
         raise UserError(
             f"{path} is damaged, or an early version wrote it. Move it away and rerun the same command to resume from the latest "
             "checkpoint.",
             field="--workdir",
         )
-    return result["steps"]
+    return result
 
 
 def _saved_step(workdir: Path) -> int | None:
@@ -195,8 +217,7 @@ def _check_shared(workdir: Path, experiment: Experiment) -> None:
     """Check that the config that process 0 wrote is visible here. Raises: UserError."""
     for _ in range(_SHARED_FILE_ATTEMPTS):
         with contextlib.suppress(OSError, UserError):
-            is_finished = finished_steps(workdir) == experiment.training.total_steps
-            if is_finished or read_run_config(workdir) == _values(experiment):
+            if is_complete(workdir, experiment.training) or read_run_config(workdir) == _values(experiment):
                 return
         time.sleep(1.0)
     raise UserError(
@@ -240,15 +261,16 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
             field=refused[0],
         )
     total_steps = experiment.training.total_steps
-    finished = finished_steps(workdir) if experiment.trains else None
-    completed = _check_total_steps(workdir, total_steps, finished)
+    complete = experiment.trains and is_complete(workdir, experiment.training)
 
     # A complete run keeps the config that it was made with.
     changes = _changes(differing, theirs, ours)
-    if finished == total_steps:
+    if complete:
         if differing:
             logger.info("The run is complete, so these changes have no effect: %s.", changes)
         return
+    finished = finished_steps(workdir) if experiment.trains else None
+    completed = _check_total_steps(workdir, total_steps, finished)
 
     # Any other run goes on with the new config.
     if _saved_step(workdir) is not None:

@@ -265,14 +265,14 @@ def hardest_fraction(config: DataConfig, entropies: EntropyReader) -> list[Posit
     return [dataclasses.replace(every_position(config), low=low)]
 
 
-@POSITION_CHOICES.register("every")
+@POSITION_CHOICES.register("every", scored=False)
 def all_positions(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """Every position."""
     del entropies
     return [every_position(config)]
 
 
-@POSITION_CHOICES.register("random", fields=("keep_fraction",), reported_fields=("keep_fraction",))
+@POSITION_CHOICES.register("random", scored=False, fields=("keep_fraction",), reported_fields=("keep_fraction",))
 def random_fraction(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """A random fraction `data.keep_fraction` of all positions: the baseline that ignores entropies."""
     del entropies

@@ -33,6 +33,7 @@ class QuestionTask:
     """Prompts, rewards and evaluation of reinforcement fine-tuning. Methods and attributes are those of `tasks.task.Task`."""
 
     statuses = AnswerStatus
+    preparation_flops = 0.0
 
     def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext):
         """Load the policy and the questions, and start the verifiers. Raises: UserError."""

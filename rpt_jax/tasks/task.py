@@ -29,6 +29,7 @@ class Task(Protocol):
       statuses: the values of `RewardedRollouts.status_PxG`, among them correct, no box and not finished.
       advice: for the name of a status in lower case, what to do if most responses have it and nothing can be learned.
       evaluated: numbers of what is evaluated and how; evaluations with other numbers are not comparable.
+      preparation_flops: model FLOPs that choosing the prompts took before the first step.
     """
 
     policy: Transformer
@@ -39,6 +40,7 @@ class Task(Protocol):
     statuses: type[enum.IntEnum]
     advice: Mapping[str, str]
     evaluated: list[float]
+    preparation_flops: float
 
     def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
         """Return the rollouts of training step `step` with the training reward; arguments as of `rewards.rewarder.Rewarder`."""

@@ -11,14 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.corpus.entropy import Scorer, next_token_rows
+from rpt_jax.corpus.entropy import Scorer, next_token_rows, scoring_flops
+from rpt_jax.corpus.prepared import position_flops
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.next_token import Evaluator, evaluation_metrics
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.model.flops import causal_pairs, forward_flops
-from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch
 from rpt_jax.objective.update import TrainState
@@ -56,6 +55,7 @@ class TextTask:
         sample = self.sample if same else Sampler(evaluation, setup.policy, setup.tokenizer, mesh, builder)
         self._evaluator = Evaluator(experiment, setup, sample, self._reward, builder)
         self.evaluated = [*self._evaluator.counts, *sampling_numbers(evaluation)]
+        self.preparation_flops = position_flops(experiment.data, setup.prepared)
         self._policy_entropies: PolicyEntropies | None = None  # Of the last rescoring.
 
     def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
@@ -73,7 +73,7 @@ class TextTask:
         entropies = score_sample(self._experiment, setup.prepared, setup.train, scorer.score_with_progress, step)
         self._policy_entropies = entropies
         self.stream.switch_orders(self._orders(entropies))
-        return scoring_flops(setup.policy.config, entropies)
+        return scoring_flops(setup.policy.config, [len(record[0]) for record in entropies.records.values()])
 
     def documents(self, rewarded: RewardedRollouts) -> NextTokenBatch | None:
         if not self._experiment.objective.document_weight:
@@ -131,9 +131,3 @@ class TextTask:
         """Return the orders of the positions that the policy's own entropies choose."""
         setup = self._setup
         return training_orders(self._experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
-
-
-def scoring_flops(config: ModelConfig, entropies: PolicyEntropies) -> float:
-    """Return the FLOPs of scoring windows with the current policy."""
-    pairs = sum(causal_pairs(len(record[0])) for record in entropies.records.values())
-    return forward_flops(config, tokens=entropies.tokens, pairs=pairs, head_tokens=entropies.tokens)

@@ -18,10 +18,9 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.reference import field_docs, section_docs
 from rpt_jax.config.renamed import RENAMED
 from rpt_jax.errors import UserError
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import EXPERIMENTS, ROOT
 from tests.helpers.snapshots import assert_matches_snapshot
 
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 DEFAULT = from_config_dict({})
 DEFAULTS = dict(leaves(DEFAULT))
 TYPED = sorted(name for name, value in DEFAULTS.items() if value is not None)
@@ -387,7 +386,7 @@ def test_a_value_in_place_of_a_section_is_refused_with_its_name(value: Any, name
     assert refused(**{name: value}).field == name
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_a_config_file_is_valid_and_its_docstring_says_how_to_run_it(path: Path):
     from_config_dict(load_config_file(str(path)))
     label = ast.get_docstring(ast.parse(path.read_text()))

@@ -9,7 +9,7 @@ import pytest
 from rpt_jax.config import load_config_file
 from rpt_jax.config.loading import resolve_config_path
 from rpt_jax.errors import UserError
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIGS, EXPERIMENTS
 
 CONFIG = """
 from rpt_jax.config import default_config
@@ -55,7 +55,7 @@ def test_config_file_can_import_a_module_next_to_it(tmp_path: Path) -> None:
     assert load_config_file(str(tmp_path / "derived.py"))["seed"] == 5
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_packaged_config_loads_from_any_directory(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

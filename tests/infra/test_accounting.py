@@ -18,7 +18,7 @@ def test_discarded_rollouts_are_counted_in_tokens_and_flops():
     for cost in rounds:
         counters.count_rollouts(cost)
     counters.count_update(used=BatchSize(90, 60), generated=rounds[0].plus(rounds[1]), learned=30, flops=5e6)
-    counters.count_scored(1e6)
+    counters.count_flops(1e6)
     assert counters.scalars() == {
         "tokens/generated_total": 90,
         "tokens/discarded_total": 30,

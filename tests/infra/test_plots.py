@@ -1,99 +1,17 @@
-"""Plots of a run and the power-law fit: the curve is the least-squares optimum, files are written, missing data is named."""
+"""Plots of a run: files are written, missing data is named."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import hypothesis
 import numpy as np
 import pytest
-import scipy.optimize
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.plots import COLORS, PowerLaw, fit_power_law, moving_mean, write_entropy_plot, write_plots
+from rpt_jax.infra.plots import COLORS, moving_mean, write_entropy_plot, write_plots
 from tests.helpers.plots import BASE_ACCURACY, PLOTS, keep_figures, write_run
-
-
-@hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(
-    start=st.floats(1e6, 1e24),
-    span=st.floats(5, 100),
-    alpha=st.floats(0.1, 2.0),
-    p_star=st.floats(0.1, 0.99),
-    drop=st.floats(0.05, 0.9),
-    count=st.integers(4, 12),
-)
-def test_known_parameters_are_recovered(
-    start: float, span: float, alpha: float, p_star: float, drop: float, count: int
-) -> None:
-    flops_N = np.geomspace(start, start * span, count)
-    true = PowerLaw(-drop * p_star * start**alpha, alpha, p_star, 1.0)
-    law = fit_power_law(flops_N, true(flops_N))
-    assert law is not None
-    np.testing.assert_allclose([law.alpha, law.p_star], [alpha, p_star], rtol=1e-3)
-    np.testing.assert_allclose(law.A, true.A, rtol=1e-2 * np.log(start))  # A has the error of alpha times log C.
-    np.testing.assert_allclose(law(flops_N), true(flops_N), atol=1e-6)
-    assert law.r_squared > 1 - 1e-8
-
-
-def test_a_noisy_fit_is_the_least_squares_optimum() -> None:
-    flops_N = np.geomspace(1e20, 1e21, 9)
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        accuracy_N = 0.45 - 0.3 * (flops_N / 1e20) ** -0.9 + 0.01 * rng.normal(size=9)
-        law = fit_power_law(flops_N, accuracy_N)
-
-        def curve(c: np.ndarray, a: float, alpha: float, p_star: float) -> np.ndarray:
-            return a * (c / 1e20) ** -alpha + p_star
-
-        best = min(
-            np.sum((curve(flops_N, *parameters) - accuracy_N) ** 2)
-            for alpha in (0.1, 0.5, 1.0, 2.0)
-            for parameters, _ in [
-                scipy.optimize.curve_fit(
-                    curve, flops_N, accuracy_N, (-0.3, alpha, 0.5), bounds=([-99, 0.01, 0], [99, 5, 1]), max_nfev=10_000
-                )
-            ]
-        )
-        assert np.sum((law(flops_N) - accuracy_N) ** 2) <= best * (1 + 1e-6)
-        assert law == fit_power_law(flops_N, accuracy_N)
-
-
-def test_r_squared_is_one_minus_residual_over_total() -> None:
-    flops_N = 2.0 ** np.arange(7) * 1e15
-    accuracy_N = np.array([0.10, 0.22, 0.255, 0.31, 0.31, 0.345, 0.335])
-    law = fit_power_law(flops_N, accuracy_N)
-    residual = sum((p - (law.A / c**law.alpha + law.p_star)) ** 2 for c, p in zip(flops_N, accuracy_N, strict=True))
-    total = sum((p - 1.875 / 7) ** 2 for p in accuracy_N)
-    assert law.r_squared == pytest.approx(1 - residual / total, abs=1e-9)
-    assert 0.9 < law.r_squared < 0.999
-
-
-def test_points_that_do_not_determine_the_curve_have_no_fit() -> None:
-    flops_N = np.geomspace(1e18, 1e21, 8)
-    rng = np.random.default_rng(0)
-    assert fit_power_law(flops_N, 0.3 + 0.02 * rng.normal(size=8)) is None, "noise"
-    assert fit_power_law(flops_N, 0.3 + 0.03 * np.log10(flops_N / 1e18)) is None, "a straight line has no ceiling"
-    assert fit_power_law(flops_N, 0.05 * np.arange(1, 9) ** 1.3) is None, "an acceleration has no ceiling either"
-    assert fit_power_law(flops_N, 0.4 - 0.01 * np.arange(8) ** 1.8) is None, "nor a fall that accelerates a floor"
-    curve_N = 0.5 - 0.3 * (flops_N / 1e18) ** -0.5
-    law = fit_power_law(flops_N, curve_N + 0.01 * rng.normal(size=8))
-    assert law is not None
-    assert abs(law.p_star - 0.5) < 0.05
-
-
-def test_step_zero_is_left_out_and_too_few_points_have_no_fit() -> None:
-    flops = [0.0, 1e20, 2e20, 4e20, 8e20]
-    accuracy = [0.9, 0.1, 0.2, 0.25, 0.27]
-    assert fit_power_law(flops, accuracy) is not None
-    assert fit_power_law(flops, accuracy) == fit_power_law(flops[1:], accuracy[1:])
-    assert fit_power_law(flops[:4], accuracy[:4]) is None
-    assert fit_power_law([1e20, 1e20, 2e20, 4e20], [0.1, 0.2, 0.3, 0.4]) is None
-    assert fit_power_law(flops, [0.1, 0.2, 0.2, 0.2, 0.2]) is None
-    assert fit_power_law([], []) is None
 
 
 def legend_of(figure: Figure) -> list[str]:

@@ -1,0 +1,107 @@
+"""Collect what the finished runs of a study measured into `results.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rpt_jax import __version__
+from rpt_jax.config.study import StudyConfig
+from rpt_jax.errors import UserError
+from rpt_jax.infra.source_commit import source_commit
+from rpt_jax.infra.workdir import read_result
+from rpt_jax.study.execution import read_failure
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Arm, Outcome, Score, StudyOutcomes
+from rpt_jax.study.plan import NEXT_TOKEN, Run, UnitPlan
+
+# The measures of suite "next_token" that are scores of a study, by the beginning of their names there.
+_NEXT_TOKEN_MEASURES = {"direct/prefix": "direct", "reasoning/prefix/random@1": "reasoning"}
+
+
+def collect(study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: Sequence[str]) -> StudyOutcomes:
+    """Return what all units of a study have measured so far.
+
+    Args:
+      study: the config.
+      name: of the study.
+      units: all of its units.
+      commands: that repeat it.
+
+    Raises: UserError, if a result is damaged.
+    """
+    complete = [unit for unit in units if unit.is_complete]
+    failures = {unit.unit: failure for unit in units if not unit.is_complete and (failure := read_failure(unit))}
+    return StudyOutcomes(
+        name=name,
+        question=study.question,
+        matched_by=study.matched_by,
+        arms=tuple(Arm(arm.name, arm.description) for arm in study.arms),
+        references=study.references,
+        outcomes=tuple(outcome(unit) for unit in complete),
+        failures=tuple(failures.values()),
+        missing=tuple(unit.unit for unit in units if not unit.is_complete and unit.unit not in failures),
+        commands=tuple(commands),
+        version=__version__,
+        commit=source_commit(),
+        device=_device(complete),
+        main_score=study.main_score,
+    )
+
+
+def outcome(unit: UnitPlan) -> Outcome:
+    """Return what a complete unit measured and spent. Raises: UserError, if a result is damaged."""
+    stages = [_result(run) for run in unit.stages]
+    tuning = _result(unit.tuning)
+    scores: dict[str, Score] = {}
+    for suite, run in unit.evaluations.items():
+        scores |= suite_scores(suite, json.loads((run.directory / run.result).read_bytes()))
+    for name, evaluation in ((BEFORE_TUNING, tuning["before"]), (AFTER_TUNING, tuning["after"])):
+        scores[name] = _score(evaluation["accuracy"]["micro"])
+    return Outcome(
+        arm=unit.unit.arm,
+        seed=unit.unit.seed,
+        budget=unit.unit.budget,
+        flops=sum(result["flops"] for result in stages),
+        seconds=sum(result["seconds"] for result in stages),
+        scores=scores,
+        tuning_flops=tuning["flops"],
+        tuning_seconds=tuning["seconds"],
+    )
+
+
+def suite_scores(suite: str, evaluation: dict[str, Any]) -> dict[str, Score]:
+    """Return the scores of an evaluation by name.
+
+    Of suite "next_token", "direct/DIFFICULTY" is the accuracy of the most likely token, and "reasoning/DIFFICULTY" that of one
+    sampled prediction, both by Equation 3. Others are "SUITE/MEASURE".
+
+    Args:
+      suite: its name.
+      evaluation: the content of its `evaluation.json`.
+    """
+    if suite != NEXT_TOKEN:
+        return {f"{suite}/{measure}": _score(result["micro"]) for measure, result in evaluation["scores"].items()}
+    return {
+        f"{name}/{difficulty}": Score(result["accuracy"], result["low"], result["high"], result["positions"])
+        for measure, name in _NEXT_TOKEN_MEASURES.items()
+        for difficulty, result in evaluation["summary"]["difficulties"][measure].items()
+        if result["positions"]
+    }
+
+
+def _score(average: dict[str, Any]) -> Score:
+    return Score(average["mean"], average["low"], average["high"], average["count"])
+
+
+def _result(run: Run) -> dict[str, Any]:
+    result = read_result(run.directory)
+    if result is None:
+        raise UserError(f"{run.directory} has no result of a finished run.", field=str(run.directory))
+    return result
+
+
+def _device(complete: Sequence[UnitPlan]) -> str:
+    """Return the devices that the fine-tuning of the units ran on."""
+    results = [_result(unit.tuning) for unit in complete]
+    return ", ".join(sorted({f"{result['devices']} x {result['device_kind']}" for result in results}))

@@ -1,0 +1,188 @@
+"""The arms of a study side by side: means over seeds, their spread, and paired differences to the reference arms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
+
+import numpy as np
+
+from rpt_jax.evaluation.statistics import sign_flip_test, student_average
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Outcome, StudyOutcomes
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A quantity over seeds.
+
+    Attributes:
+      by_seed: its value by seed; at least one.
+    """
+
+    by_seed: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return float(np.mean(list(self.by_seed.values())))
+
+    @property
+    def low(self) -> float:
+        """The smallest value."""
+        return min(self.by_seed.values())
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return max(self.by_seed.values())
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation over seeds (with n - 1); None if there is only one."""
+        return float(np.std(list(self.by_seed.values()), ddof=1)) if len(self.by_seed) > 1 else None
+
+    @property
+    def seeds(self) -> int:
+        """The number of seeds."""
+        return len(self.by_seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences over seeds.
+
+    Attributes:
+      mean: of the differences.
+      low, high: 95 % interval by Student's t over seeds; None if there is none, for which `no_interval` says why.
+      pairs: number of seeds that both sides have.
+      p: two-sided p-value of the exact permutation test; None with fewer than two pairs.
+      no_interval: "" if there is an interval.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+    p: float | None
+    no_interval: str = ""
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> Self:
+        """Return the mean of the differences of at least one pair."""
+        values_N = np.array(differences)
+        pairs = len(values_N)
+        if pairs < 2:
+            return cls(float(values_N[0]), None, None, pairs, None, "only one seed on both sides")
+        average = student_average(values_N)
+        p = sign_flip_test(values_N)
+        # Equal differences, up to rounding, would give an interval without width.
+        if average.high - average.low < 1e-12:
+            return cls(average.mean, None, None, pairs, p, "the difference is the same for all seeds")
+        return cls(average.mean, average.low, average.high, pairs, p)
+
+    @property
+    def direction(self) -> int | None:
+        """1 if the interval is above 0, -1 if it is below, 0 if it contains 0, and None if there is no interval."""
+        if self.low is None or self.high is None:
+            return None
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One arm at one budget.
+
+    Attributes:
+      arm, budget: which.
+      planned: number of seeds of the study.
+      failed, missing: how many of them failed, or have not finished yet.
+      flops, seconds: spent before tuning; None if no seed finished.
+      scores: by name.
+      differences: by name of the score, then of the reference arm: this arm minus the reference, at the same budget or, if the
+        reference has none, without one.
+      gain: accuracy on questions after tuning minus before, by seed; None if a side is missing.
+    """
+
+    arm: str
+    budget: float | None
+    planned: int
+    failed: int
+    missing: int
+    flops: Spread | None
+    seconds: Spread | None
+    scores: Mapping[str, Spread]
+    differences: Mapping[str, Mapping[str, Difference]]
+    gain: Difference | None
+
+    @property
+    def finished(self) -> int:
+        """The number of seeds that finished."""
+        return self.planned - self.failed - self.missing
+
+
+def compare_arms(study: StudyOutcomes) -> list[Row]:
+    """Return a row for each arm and budget: those without a budget first, then by budget, arms in the order of the study."""
+    order = [arm.name for arm in study.arms]
+    units = [
+        *(outcome.unit for outcome in study.outcomes),
+        *(failure.unit for failure in study.failures),
+        *study.missing,
+    ]
+    groups = sorted({(unit.budget or 0.0, order.index(unit.arm)) for unit in units})
+    return [_row(study, order[index], budget or None) for budget, index in groups]
+
+
+def _row(study: StudyOutcomes, arm: str, budget: float | None) -> Row:
+    finished = outcomes_of(study, arm, budget)
+    failed = sum((failure.arm, failure.budget) == (arm, budget) for failure in study.failures)
+    missing = sum((unit.arm, unit.budget) == (arm, budget) for unit in study.missing)
+    names = score_names(finished)
+    scores = {name: _scores(finished, name) for name in names}
+    references = {
+        reference: outcomes_of(study, reference, budget) or outcomes_of(study, reference, None)
+        for reference in study.references
+        if reference != arm
+    }
+    differences: dict[str, dict[str, Difference]] = {}
+    for name in names:
+        by_reference = {
+            reference: _paired(scores[name], _scores(others, name))
+            for reference, others in references.items()
+            if any(name in other.scores for other in others)
+        }
+        differences[name] = {reference: found for reference, found in by_reference.items() if found}
+    tuned = AFTER_TUNING in scores and BEFORE_TUNING in scores
+    return Row(
+        arm=arm,
+        budget=budget,
+        planned=len(finished) + failed + missing,
+        failed=failed,
+        missing=missing,
+        flops=Spread({outcome.seed: outcome.flops for outcome in finished}) if finished else None,
+        seconds=Spread({outcome.seed: outcome.seconds for outcome in finished}) if finished else None,
+        scores=scores,
+        differences=differences,
+        gain=_paired(scores[AFTER_TUNING], scores[BEFORE_TUNING]) if tuned else None,
+    )
+
+
+def outcomes_of(study: StudyOutcomes, arm: str, budget: float | None) -> list[Outcome]:
+    """Return the finished units of an arm at a budget."""
+    return [outcome for outcome in study.outcomes if (outcome.arm, outcome.budget) == (arm, budget)]
+
+
+def score_names(outcomes: Iterable[Outcome]) -> list[str]:
+    """Return the names of all scores: questions last, and otherwise in the order in which they occur."""
+    names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.scores))
+    return sorted(names, key=lambda name: name.startswith("questions/"))
+
+
+def _scores(outcomes: Iterable[Outcome], name: str) -> Spread:
+    return Spread({outcome.seed: outcome.scores[name].value for outcome in outcomes if name in outcome.scores})
+
+
+def _paired(values: Spread, others: Spread) -> Difference | None:
+    """Return the difference over the seeds that both have; None if there are none."""
+    seeds = sorted(values.by_seed.keys() & others.by_seed.keys())
+    return Difference.of([values.by_seed[seed] - others.by_seed[seed] for seed in seeds]) if seeds else None

@@ -1,0 +1,274 @@
+"""The plan of a study: its units, and the runs of each as ordinary commands in directories of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rpt_jax.config import Experiment, from_config_dict, load_config_file
+from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.difficulty import DIFFICULTIES
+from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, SuiteConfig, named_stages, suite_run_name
+from rpt_jax.corpus.tokenization import parse_shard
+from rpt_jax.errors import UserError, check_choice
+from rpt_jax.evaluation.run import check_task
+from rpt_jax.evaluation.stored_results import SUMMARY
+from rpt_jax.evaluation.suite import SUITES
+from rpt_jax.infra.workdir import POLICY, RESULT
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Unit
+
+NEXT_TOKEN = "next_token"
+# Fields that a stage may not override, because the study sets them.
+_SET_BY_STUDY = ("seed", "training.flops_budget", "training.seconds_budget")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A command that writes a directory.
+
+    Attributes:
+      name: of the stage or the evaluation.
+      directory: its `--workdir`.
+      command: with all arguments but that of the budget.
+      result: the file in `directory` that a complete run has.
+      budget: of this run and those in `charged` together; None for a run without a budget.
+      budget_field: the config field that holds what is left of it for this run.
+      charged: directories of the runs before this one in the arm.
+    """
+
+    name: str
+    directory: Path
+    command: tuple[str, ...]
+    result: str
+    budget: float | None = None
+    budget_field: str = ""
+    charged: tuple[Path, ...] = ()
+
+    @property
+    def log(self) -> Path:
+        """The file that has the run's output."""
+        return self.directory.with_name(f"{self.directory.name}.log")
+
+    @property
+    def lock(self) -> Path:
+        """The file that is locked while the run is going on."""
+        return self.directory.with_name(f"{self.directory.name}.lock")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its result is there."""
+        return (self.directory / self.result).is_file()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitPlan:
+    """The runs of a unit. A run that several units have in common has the directory of the first of them.
+
+    Attributes:
+      unit: the arm, the seed and the budget.
+      directory: of the unit.
+      stages: spend the budget.
+      evaluations: of the policy that the stages end with, by suite.
+      tuning: fine-tunes that policy.
+    """
+
+    unit: Unit
+    directory: Path
+    stages: tuple[Run, ...]
+    evaluations: Mapping[str, Run]
+    tuning: Run
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, in the order of execution."""
+        return (*self.stages, *self.evaluations.values(), self.tuning)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all runs are complete."""
+        return all(run.is_complete for run in self.runs)
+
+
+def check_stages(study: StudyConfig) -> dict[str, Experiment]:
+    """Load the config of every stage and evaluation, and check that they belong together.
+
+    Returns: the experiments by the name of the stage; the directories of other stages have placeholders.
+
+    Raises: UserError, naming the stage or its field.
+    """
+    experiments = {}
+    for name, stage in named_stages(study):
+        for assignment in stage.overrides:
+            field = assignment.partition("=")[0]
+            if field in _SET_BY_STUDY:
+                raise UserError(
+                    f"{name}.overrides: {field} is set by the study; leave it out.", field=f"{name}.overrides"
+                )
+        experiments[name] = _load(name, stage)
+
+    # Tasks.
+    for arm in study.arms:
+        for stage in arm.stages:
+            name = f"arms.{arm.name}.stages.{stage.name}"
+            task = experiments[name].task
+            is_last = stage is arm.stages[-1]
+            allowed = ("rpt", "rft", "pretrain") if is_last else ("rpt", "rft", "pretrain", "traces")
+            check_choice(f"{name}: task", task, allowed)
+            if is_last:
+                _load(name, stage, f"training.{study.matched_by}_budget={study.budgets[0]!r}")
+            _check_placeholders(name, stage, arm)
+    check_choice("tuning: task", experiments["tuning"].task, ["rft"])
+    for suite in study.evaluations:
+        SUITES.check(suite.suite)
+        if not SUITES[suite.suite].requirements.policy:
+            raise UserError(f"evaluations: suite '{suite.suite}' does not evaluate a policy.", field="evaluations")
+        check_task(suite.suite, experiments[f"evaluations.{suite.suite}"])
+
+    # The base policy is the same everywhere.
+    base = experiments["tuning"].policy.path
+    for name, experiment in experiments.items():
+        path = experiment.policy.path
+        if path != base and "{" not in path:
+            raise UserError(
+                f"{name}: policy.path='{path}', but tuning starts from '{base}': all arms start from the same policy.",
+                field="policy.path",
+            )
+
+    scores = [BEFORE_TUNING, AFTER_TUNING]
+    if any(suite.suite == NEXT_TOKEN for suite in study.evaluations):
+        scores += [f"{mode}/{difficulty}" for mode in ("direct", "reasoning") for difficulty in DIFFICULTIES]
+    if not study.main_score.startswith(tuple(f"{suite.suite}/" for suite in study.evaluations)):
+        check_choice("main_score", study.main_score, scores)
+    return experiments
+
+
+def _load(name: str, stage: StageConfig | SuiteConfig, *more: str) -> Experiment:
+    """Return the experiment of a stage, with more overrides than its own. Raises: UserError, which names the stage."""
+    try:
+        return from_config_dict(load_config_file(stage.config), [*stage.overrides, *more])
+    except UserError as error:
+        raise UserError(f"{name}: {error}", field=error.field) from None
+
+
+def _check_placeholders(name: str, stage: StageConfig, arm: ArmConfig) -> None:
+    """Check that overrides name earlier stages. Raises: UserError."""
+    earlier = {other.name: "DIR" for other in arm.stages[: arm.stages.index(stage)]}
+    for assignment in stage.overrides:
+        try:
+            assignment.format_map(earlier)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{name}.overrides: '{assignment}' has {error} in braces, which is not an earlier stage of the arm "
+                f"({', '.join(earlier) or 'there is none'}).",
+                field=f"{name}.overrides",
+            ) from None
+
+
+def config_values(study: StudyConfig, experiments: Mapping[str, Experiment]) -> dict[str, Any]:
+    """Return everything that determines the results of a study, as JSON values by name.
+
+    Args:
+      study: the config.
+      experiments: those of `check_stages`.
+    """
+    values: dict[str, Any] = {}
+    for field in ("question", "references", "seeds", "matched_by", "budgets", "main_score"):
+        value = getattr(study, field)
+        values[field] = list(value) if isinstance(value, tuple) else value
+    values["arms"] = [arm.name for arm in study.arms]
+    values |= {f"arms.{arm.name}.description": arm.description for arm in study.arms}
+    for name, experiment in experiments.items():
+        values |= {f"{name}: {field}": value for field, value in leaves(experiment)}
+    return values
+
+
+def make_plan(study: StudyConfig, directory: Path) -> list[UnitPlan]:
+    """Return the units of a study, all arms of a seed and a budget together.
+
+    Args:
+      study: a config that `check_stages` accepts.
+      directory: of the study.
+    """
+    planned: dict[Any, Path] = {}  # Directories by what is run there.
+
+    def shared(run: Run) -> Run:
+        """Return the run in the directory of an equal one, if there is one."""
+        key = (run.command, run.result, run.budget, run.charged)
+        return dataclasses.replace(run, directory=planned.setdefault(key, run.directory))
+
+    return [_plan_unit(study, arm, unit, directory, shared) for arm, unit in _units(study)]
+
+
+def _units(study: StudyConfig) -> Iterator[tuple[ArmConfig, Unit]]:
+    for seed in study.seeds:
+        for i, budget in enumerate(study.budgets or (None,)):
+            for arm in study.arms:
+                if arm.stages:
+                    yield arm, Unit(arm.name, seed, budget and float(budget))
+                elif i == 0:
+                    yield arm, Unit(arm.name, seed, None)
+
+
+def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, shared: Any) -> UnitPlan:
+    has_several = unit.budget is not None and len(study.budgets) > 1
+    parts = (arm.name, *([f"{study.matched_by}_{unit.budget:g}"] if has_several else []), f"seed{unit.seed}")
+    path = directory.joinpath(*parts)
+
+    # The stages before fine-tuning.
+    stages: dict[str, Run] = {}
+    for stage in arm.stages:
+        is_last = stage is arm.stages[-1]
+        directories = {name: str(run.directory) for name, run in stages.items()}
+        overrides = [assignment.format_map(directories) for assignment in stage.overrides]
+        stages[stage.name] = shared(
+            Run(
+                name=stage.name,
+                directory=path / stage.name,
+                command=_command("rpt_jax.main", stage.config, unit.seed, overrides),
+                result=RESULT,
+                budget=unit.budget if is_last else None,
+                budget_field=f"training.{study.matched_by}_budget" if is_last else "",
+                charged=tuple(run.directory for run in stages.values()),
+            )
+        )
+
+    # Evaluations and fine-tuning of the policy that the last stage writes, or else of the configs' own.
+    policy = str(stages[arm.stages[-1].name].directory / POLICY) if arm.stages else ""
+    evaluations = {suite.suite: shared(_evaluation(suite, unit.seed, policy, path)) for suite in study.evaluations}
+    overrides = [*study.tuning.overrides, *([f"policy.path={policy}"] if policy else [])]
+    tuning = Run(
+        name=study.tuning.name,
+        directory=path / study.tuning.name,
+        command=_command("rpt_jax.main", study.tuning.config, unit.seed, overrides),
+        result=RESULT,
+    )
+    return UnitPlan(
+        unit=unit, directory=path, stages=tuple(stages.values()), evaluations=evaluations, tuning=shared(tuning)
+    )
+
+
+def _evaluation(suite: SuiteConfig, seed: int, policy: str, directory: Path) -> Run:
+    """Return the evaluation of a policy; "" is that of the config."""
+    arguments = [f"--suite={suite.suite}", *([f"--policy={policy}"] if policy else [])]
+    return Run(
+        name=suite_run_name(suite),
+        directory=directory / suite_run_name(suite),
+        command=(*_command("rpt_jax.evaluate", suite.config, seed, suite.overrides), *arguments),
+        result=SUMMARY,
+    )
+
+
+def _command(module: str, config: str, seed: int, overrides: Any) -> tuple[str, ...]:
+    fields = (*overrides, f"seed={seed}")
+    return (sys.executable, "-m", module, f"--config={config}", *(f"--config.{field}" for field in fields))
+
+
+def select_part(units: list[UnitPlan], part: str) -> list[UnitPlan]:
+    """Return the units of a part, NUMBER/COUNT from "0/COUNT"; "" for all. Raises: UserError."""
+    if not part:
+        return units
+    number, count = parse_shard(part, "--part")
+    return units[number::count]

@@ -1,0 +1,61 @@
+"""A small study of real runs: it is killed, resumed, and its results add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rpt_jax.errors import ExitCode
+from rpt_jax.study.outcome import AFTER_TUNING, RESULTS, read_outcomes
+from tests.helpers.paths import ROOT
+from tests.helpers.studies import BUDGET
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_study_that_was_killed_and_stopped_resumes_to_its_results(tmp_path: Path) -> None:
+    config = tmp_path / "small_study.py"
+    config.write_text("from tests.helpers.studies import small_study as get_config\n")
+    study = tmp_path / "study"
+    command = [sys.executable, "-m", "rpt_jax.study", f"--config={config}", f"--workdir={study}"]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    # Kill it in the first stage of RPT: the run that is going on is left alone, and another process waits for it.
+    process = start()
+    _wait_for(process, study / "rpt" / "seed0" / "rpt" / "run_config.json")
+    process.kill()
+    process.wait()
+
+    # Stop it in the second stage of another arm.
+    process = start()
+    _wait_for(process, study / "sft" / "seed0" / "sft" / "run_config.json")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == ExitCode.RESTART
+
+    assert start().wait() == ExitCode.COMPLETE
+    outcomes = read_outcomes(study / RESULTS)
+    assert [outcome.arm for outcome in outcomes.outcomes] == ["base", "rpt", "sft"]
+    assert not outcomes.failures and not outcomes.missing
+    base, rpt, sft = outcomes.outcomes
+    assert base.flops == 0 and base.tuning_flops > 0
+    for outcome in (base, rpt, sft):
+        assert {AFTER_TUNING, "direct/easy", "reasoning/easy"} <= set(outcome.scores)
+    for outcome in (rpt, sft):
+        assert BUDGET <= outcome.flops < 1.5 * BUDGET
+
+    # The traces are charged to the arm that learns them, and the scoring of the corpus to the arm that chooses positions by it.
+    spent = {path.parent.name: json.loads(path.read_text())["flops"] for path in study.glob("*/seed0/*/result.json")}
+    assert sft.flops == spent["traces"] + spent["sft"] and spent["traces"] > 0
+
+
+def _wait_for(process: subprocess.Popen[bytes], path: Path) -> None:
+    while not path.exists():
+        assert process.poll() is None, f"ended before {path} was written"

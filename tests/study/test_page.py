@@ -1,0 +1,135 @@
+"""The page and the Markdown of a study: everything is there, nothing is loaded, and hostile names stay text."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from rpt_jax.study.comparison import compare_arms, score_names
+from rpt_jax.study.formatting import percent
+from rpt_jax.study.outcome import StudyOutcomes, Unit
+from rpt_jax.study.page import write_page
+from tests.helpers.study import large_study, outcome, study
+
+HOSTILE = ("base", '<script>alert(1)</script>"', "a | b\n# $\\frac{1}{2}$ {{ 7 * 7 }}", "_[x](http://example.com)&amp;")
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Reads a page, and checks that its elements are closed in order.
+
+    Attributes:
+      tags: every tag, with its attributes.
+      text: all text between them.
+    """
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyOutcomes, str, str]:
+    """Return a study with hostile names, its page and its Markdown."""
+    of = large_study(HOSTILE, budgets=2, seeds=3)
+    page, markdown = write_page(of, tmp_path_factory.mktemp("study"))
+    return of, page.read_text(), markdown.read_text()
+
+
+def test_the_page_runs_nothing_and_loads_nothing(hostile: tuple[StudyOutcomes, str, str]) -> None:
+    reader = Reader(hostile[1])
+    names = {tag for tag, _ in reader.tags}
+    assert not names & {"script", "iframe", "link", "img", "object", "embed", "base", "form"}
+    for tag, attributes in reader.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#"), tag
+    assert "url(http" not in hostile[1] and "@import" not in hostile[1]
+
+
+def test_names_are_shown_as_they_are(hostile: tuple[StudyOutcomes, str, str]) -> None:
+    text = " ".join(Reader(hostile[1]).text.split())
+    for name in HOSTILE:
+        assert " ".join(name.split()) in text
+
+
+def test_every_mean_failure_and_missing_unit_is_shown(hostile: tuple[StudyOutcomes, str, str]) -> None:
+    of, page, markdown = hostile
+    text = Reader(page).text
+    for row in compare_arms(of):
+        for spread in row.scores.values():
+            assert percent(spread.mean) in text and percent(spread.mean) in markdown
+    for each in (text, markdown):
+        assert "out of memory" in each
+        assert "1 of 3" in each
+        assert of.commands[0] in each
+    for title in ("direct, hard", "reasoning, hard", "before tuning", "after tuning"):
+        assert title in text
+
+
+def test_figures_are_well_formed_with_a_point_for_each_seed(hostile: tuple[StudyOutcomes, str, str]) -> None:
+    of, page, _ = hostile
+    figures = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+    assert len(figures) == len(score_names(of.outcomes)) + 1, "the scores and the gain; two budgets have no fit"
+    for figure in figures:
+        assert "viewBox" in figure.attrib and "width" not in figure.attrib
+        uses = [
+            element for element in figure.iter() if element.tag.endswith("}use") and "opacity" in str(element.attrib)
+        ]
+        assert len(uses) >= len(of.outcomes)
+    identifiers = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(set(identifiers)) == len(identifiers)
+
+
+def test_markdown_tables_have_as_many_cells_in_each_row(hostile: tuple[StudyOutcomes, str, str]) -> None:
+    blocks = [block for block in hostile[2].split("\n\n") if block.startswith("|")]
+    assert blocks
+    for block in blocks:
+        lines = block.splitlines()
+        assert all(line.startswith("|") for line in lines)
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_a_study_with_four_budgets_shows_its_fits(tmp_path: Path) -> None:
+    of = large_study(("base", "rpt", "ntp"), budgets=4, seeds=3)
+    page = write_page(of, tmp_path)[0].read_text()
+    assert page.count("<svg") > len(score_names(of.outcomes)) + 1
+    assert "α = " in page and "C_mid = " in page
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        pytest.param(study([], missing=(Unit("rpt", 0, 1e12),)), id="nothing finished"),
+        pytest.param(study([], references=()), id="no units"),
+        pytest.param(study([outcome("rpt", 0, 1e12, 0.0)], matched_by="seconds"), id="one unit"),
+        pytest.param(study([outcome("base", 0, None, 1.0)]), id="base alone"),
+    ],
+)
+def test_an_incomplete_study_has_a_page(of: StudyOutcomes, tmp_path: Path) -> None:
+    page, markdown = write_page(of, tmp_path)
+    assert of.name in Reader(page.read_text()).text
+    assert markdown.read_text().startswith("# A study")

@@ -1,0 +1,133 @@
+"""The plan of a study: units, parts, shared runs, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, check_study, load_study
+from rpt_jax.errors import UserError
+from rpt_jax.study.outcome import Unit
+from rpt_jax.study.plan import check_stages, config_values, make_plan, select_part
+from rpt_jax.study.workdir import claim
+from tests.helpers.studies import small_study
+
+STUDY = small_study()
+BASE, RPT, SFT = STUDY.arms
+
+
+def replaced(arm: ArmConfig, **fields: Any) -> tuple[ArmConfig, ...]:
+    """Return the arms of the study with the last stage of one changed."""
+    stages = (*arm.stages[:-1], dataclasses.replace(arm.stages[-1], **fields))
+    return tuple(dataclasses.replace(a, stages=stages) if a is arm else a for a in STUDY.arms)
+
+
+def tuned_by(**fields: Any) -> StageConfig:
+    return dataclasses.replace(STUDY.tuning, **fields)
+
+
+def test_equal_runs_of_a_seed_are_shared(tmp_path: Path) -> None:
+    again = dataclasses.replace(SFT, name="again")
+    study = dataclasses.replace(STUDY, arms=(*STUDY.arms, again), seeds=(0, 1), budgets=(1e12, 2e12))
+    units = {unit.unit: unit for unit in make_plan(study, tmp_path)}
+    assert len(units) == 2 * (1 + 3 * 2)
+    first, repeated, larger = (
+        units[Unit(arm, 1, budget)] for arm, budget in (("sft", 1e12), ("again", 1e12), ("sft", 2e12))
+    )
+    assert first.runs == repeated.runs  # A run of the same command is the same run.
+    assert first.stages[0] == larger.stages[0] and first.stages[1].directory != larger.stages[1].directory
+    assert units[Unit("sft", 0, 1e12)].stages[0] != first.stages[0]
+    # Everything else of a unit is in its own directory.
+    for unit in (first, larger, units[Unit("base", 0, None)]):
+        assert {run.directory.parent for run in unit.runs} <= {unit.directory, first.directory}
+    assert len({unit.directory for unit in units.values()}) == len(units)
+
+
+def test_fine_tuning_and_evaluations_start_from_the_policy_of_the_last_stage(tmp_path: Path) -> None:
+    base, _, sft = make_plan(STUDY, tmp_path)
+    policy = sft.stages[-1].directory / "policy"
+    assert f"--config.policy.path={policy}" in sft.tuning.command
+    assert f"--policy={policy}" in sft.evaluations["next_token"].command
+    assert f"--config.pretrain.trace_options.path={sft.stages[0].directory}" in sft.stages[1].command
+    assert not any("policy" in argument for run in base.runs for argument in run.command)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_parts_have_every_unit_once(tmp_path: Path, count: int) -> None:
+    units = make_plan(dataclasses.replace(STUDY, seeds=(0, 1)), tmp_path)
+    parts = [select_part(units, f"{number}/{count}") for number in range(count)]
+    assert sorted(str(unit.unit) for part in parts for unit in part) == sorted(str(unit.unit) for unit in units)
+
+
+@pytest.mark.parametrize("part", ["3/3", "1", "a/b", "-1/2"])
+def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, part: str) -> None:
+    with pytest.raises(UserError) as raised:
+        select_part(make_plan(STUDY, tmp_path), part)
+    assert raised.value.field == "--part"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"arms": ()}, "arms"),
+        ({"arms": (BASE, BASE)}, "arms"),
+        ({"arms": (dataclasses.replace(BASE, name="a/b"),)}, "arms"),
+        ({"arms": (BASE,)}, "budgets"),
+        ({"budgets": ()}, "budgets"),
+        ({"budgets": (0.0,)}, "budgets"),
+        ({"seeds": (1, 1)}, "seeds"),
+        ({"seeds": [0, 1]}, "seeds"),
+        ({"seeds": ()}, "seeds"),
+        ({"references": ("bse",)}, "references"),
+        ({"matched_by": "tokens"}, "matched_by"),
+        ({"tuning": tuned_by(name="rpt")}, "arms.rpt.stages"),
+        ({"tuning": tuned_by(overrides=("seed=1",))}, "tuning.overrides"),
+        ({"tuning": tuned_by(config="configs/rpt_tiny.py", overrides=())}, "tuning: task"),
+        ({"tuning": tuned_by(overrides=("training.total_stps=1",))}, "training.total_stps"),
+        ({"tuning": tuned_by(overrides=("policy.path=other",))}, "policy.path"),
+        (
+            {"arms": replaced(SFT, overrides=(*SFT.stages[1].overrides, "policy.path={trces}"))},
+            "arms.sft.stages.sft.overrides",
+        ),
+        ({"arms": replaced(SFT, config="configs/traces_tiny.py", overrides=())}, "arms.sft.stages.sft: task"),
+        ({"arms": replaced(RPT, overrides=("optimizer.schedule=cosine",))}, "optimizer.schedule"),
+        ({"main_score": "reasoning/hrd"}, "main_score"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused(changes: dict[str, Any], field: str) -> None:
+    study = dataclasses.replace(STUDY, **changes)
+    with pytest.raises(UserError) as raised:
+        check_study(study)
+        check_stages(study)
+    assert raised.value.field == field
+
+
+def test_a_changed_config_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:
+    def claim_by(study: StudyConfig) -> None:
+        claim(tmp_path / "study", config_values(study, check_stages(study)))
+
+    claim_by(STUDY)
+    claim_by(STUDY)
+    for changes, field in (
+        ({"seeds": (0, 1)}, "seeds"),
+        (
+            {"arms": replaced(RPT, overrides=(*RPT.stages[0].overrides, "rollout.temperature=0.5"))},
+            "rollout.temperature",
+        ),
+    ):
+        with pytest.raises(UserError) as raised:
+            claim_by(dataclasses.replace(STUDY, **changes))
+        assert raised.value.field.endswith(field)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as raised:
+        claim(tmp_path, {})
+    assert raised.value.field == "--workdir"
+
+
+def test_the_packaged_study_can_run() -> None:
+    study = load_study("configs/study_tiny.py")
+    experiments = check_stages(study)
+    assert {experiment.task for experiment in experiments.values()} == {"rpt", "rft", "pretrain", "traces"}
