@@ -76,7 +76,8 @@ def read_question_file(file_range: FileRange, config: QuestionsConfig, field: st
             field=field,
         )
     parser = RecordParser(_record_fields(config), lambda record: record, MAX_QUESTION_BYTES)
-    for item in parse_file_range(file_range, parser, lambda record: question_values(record, config), field):
+    with_path = file_range._replace(name=str(file_range.path))  # Rejected records are listed with the whole path.
+    for item in parse_file_range(with_path, parser, lambda record: question_values(record, config), field):
         if isinstance(item, Rejected):
             yield item
             continue

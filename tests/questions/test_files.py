@@ -40,7 +40,7 @@ def reason(folder: Path, record: dict[str, Any], **fields: Any) -> str:
         folder, {"question": "?", "answer": "1", "options": ["1", "2"], "kind": "a", "id": 1}, record, **fields
     )
     assert isinstance(item, Rejected)
-    assert (item.file, item.line) == ("questions.jsonl", 2)
+    assert (item.file, item.line) == (str(folder / "questions.jsonl"), 2)
     assert f"{folder / 'questions.jsonl'}:2 " in item.detail
     return item.reason
 
