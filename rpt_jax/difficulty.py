@@ -58,6 +58,7 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
         logger.info("%s of %s questions are measured already.", f"{len(measured):,}", f"{len(prompts.questions):,}")
 
     # Sample and verify the others.
+    context.signals.set_save(lambda: f"pass rates of {len(measured):,} questions are in {path}")
     verify = BatchVerifier(experiment.questions, tokenizer)
     sample = Sampler(experiment, policy, tokenizer, mesh, builder)
     size = experiment.training.prompts_per_step

@@ -99,14 +99,20 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(
             f"--results has no effect with --suite={options.suite}, which runs a policy.", field="--results"
         )
-    experiment = from_config_dict(load_config_file(options.config), overrides)
+    experiment = from_config_dict(load_config_file(options.config), overrides, options.suite)
     check_task(options.suite, experiment)
+    policy_field = "--policy" if options.policy else "policy.path"
     policy = str(user_path(options.policy)) if options.policy else experiment.policy.path
     if not policy:
         raise UserError("--policy is missing, and policy.path of the config is empty: give a policy.", field="--policy")
     if is_run_directory(Path(policy)):
+        if not (Path(policy) / POLICY).is_dir():
+            raise UserError(
+                f"{policy_field}='{policy}' is a run that has no {POLICY}/ yet: a run writes its policy at its end.",
+                field=policy_field,
+            )
         policy = str(Path(policy) / POLICY)
-    check_files(policy)
+    check_files(policy, policy_field)
     check_platforms()
     mesh = mesh_from_config(experiment.mesh)
     workdir = user_path(options.workdir or f"runs/evaluate_{Path(options.config).stem}_{options.suite}")
@@ -120,7 +126,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         explain_out_of_memory("evaluation", {"training.prompts_per_step": experiment.training.prompts_per_step}),
     ):
         context = RunContext(signals=signals)
-        evaluate(options.suite, experiment, policy, workdir, mesh, context, restart=options.restart)
+        evaluate(options.suite, experiment, policy, policy_field, workdir, mesh, context, restart=options.restart)
 
 
 def _read_results(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -47,6 +47,7 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite, keep_if
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
+from rpt_jax.prompts.sampled_traces import traces_fingerprint
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.setup import load_starting_policy, make_policy
 from rpt_jax.tokenizers.export import exported_files
@@ -203,6 +204,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
+    traces = traces_fingerprint(config, tokenizer)
     maker = ExampleMaker(experiment, tokenizer, windows, boxable_V)
     stream = example_stream(maker.make, len(windows), batch=config.windows_per_step, seed=experiment.seed)
 
@@ -213,9 +215,15 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     flops = 0.0
     if restored := checkpoints.restore():
         start, state, saved = restored
+        if saved.get("traces", "") != traces:
+            raise UserError(
+                "the checkpoint was made with other traces than those of pretrain.trace_options.path now: restore them, or choose "
+                "another --workdir.",
+                field="pretrain.trace_options.path",
+            )
         stream.set_state(saved["stream"])
         flops = saved["flops"]
-    checkpoints.stage(start, state, {"stream": stream.get_state(), "flops": flops})
+    checkpoints.stage(start, state, {"stream": stream.get_state(), "flops": flops, "traces": traces})
 
     learning_rates = LearningRates(experiment.optimizer, total_steps)
     signal = LearningSignal(experiment)
@@ -258,7 +266,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                     raise
                 scalars |= {"update/learning_rate": learning_rate, "flops/train_total": flops}
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
-                checkpoints.stage(step, state, {"stream": stream.get_state(), "flops": flops})
+                checkpoints.stage(step, state, {"stream": stream.get_state(), "flops": flops, "traces": traces})
             for warning in take_recompiled() + signal.check_traces(step, scalars):
                 logger.warning(warning)
 

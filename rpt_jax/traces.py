@@ -214,6 +214,10 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
         logger.info("%s of %s batches are written already.", f"{len(headers):,}", f"{len(parts):,}")
 
     # Sample, judge and write the others.
+    def saved() -> str:
+        return f"{len(headers)} batches of traces are in {workdir}"
+
+    context.signals.set_save(saved, at_step_end=jax.process_count() > 1)
     sample = Sampler(experiment, policy, tokenizer, mesh, builder)
     batches = (_build(builder, source, parts[n], n * size, size) for n in remaining)
     began = time.monotonic()
@@ -226,7 +230,7 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
                 began = now
                 if is_leader():
                     write_batch(batch_path(workdir, n), batch._replace(header=headers[n]))
-                context.stop_if_requested(lambda: f"{len(headers)} batches of traces are in {workdir}")
+                context.stop_if_requested(saved)
                 context.heartbeat.beat("traces")
                 progress.advance(f"{headers[n]['accepted'] / headers[n]['responses']:.1%} accepted")
     finally:

@@ -15,6 +15,7 @@ from rpt_jax.corpus.folders import file_format
 from rpt_jax.corpus.readers import line_in_file, name_prefix, parse_file_range
 from rpt_jax.corpus.records import InvalidRecordError, RecordParser, fill, find_field, placeholders, text_of_value
 from rpt_jax.errors import UserError
+from rpt_jax.questions.text import read_letter
 from rpt_jax.questions.question import TEST, TRAIN, Question, SourceQuestion
 from rpt_jax.registry import QUESTION_SOURCES
 
@@ -156,7 +157,7 @@ def _label(record: Mapping[str, Any], field: str, option: str) -> str:
     return label
 
 
-def _answers(record: Mapping[str, Any], config: QuestionsConfig, choices: Sequence[str]) -> Iterator[str]:
+def _answers(record: Mapping[str, Any], config: QuestionsConfig, choices: tuple[str, ...]) -> Iterator[str]:
     """Yield the accepted answers. Raises: InvalidRecordError, if there is none."""
     found = False
     for field in _answer_fields(config):
@@ -170,8 +171,8 @@ def _answers(record: Mapping[str, Any], config: QuestionsConfig, choices: Sequen
         raise InvalidRecordError("no answer", f"has no answer in its field '{config.answer_field}'.")
 
 
-def _letter(value: Any, field: str, choices: Sequence[str]) -> str:
-    """Return the letter of the option that an answer names by letter, text or number from 0.
+def _letter(value: Any, field: str, choices: tuple[str, ...]) -> str:
+    """Return the letter of the option that an answer names by letter (`B`, `(B)`, `B: text`), text or number from 0.
 
     Raises: InvalidRecordError, if it names none, or one by its text and another by its letter or number.
     """
@@ -180,8 +181,8 @@ def _letter(value: Any, field: str, choices: Sequence[str]) -> str:
     named = {letter for letter, choice in zip(letters, choices, strict=False) if choice.strip() == text}
     if isinstance(value, int) and not isinstance(value, bool):
         named |= set(letters[value : value + 1]) if value >= 0 else set()
-    elif len(text) == 1 and text.upper() in letters:
-        named.add(text.upper())
+    elif letter := read_letter(text, choices):
+        named.add(letter)
     if len(named) == 1:
         return named.pop()
     if named:

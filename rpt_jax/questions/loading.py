@@ -93,7 +93,7 @@ def load_questions(
     # Choose.
     test, rest = _choose_test(distinct, config)
     train = choose(_shuffled(rest, config.seed, TRAIN)) if rest else []
-    if len(train) < max(1 if for_training else 0, config.train_questions):
+    if for_training and len(train) < max(1, config.train_questions):
         unfit = len(rest) - len(train)
         excluded = f"; questions.pass_rates excludes {unfit:,} more" if unfit else ""
         raise UserError(

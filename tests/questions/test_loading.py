@@ -102,7 +102,7 @@ def test_questions_of_other_difficulty_are_not_trained_on_but_tested_with(tmp_pa
 
 
 def test_files_of_test_questions_alone_are_enough_to_evaluate(tmp_path: Path):
-    config = QuestionsConfig(test_path=write(tmp_path / "test.jsonl", RECORDS), test_questions=0)
+    config = QuestionsConfig(test_path=write(tmp_path / "test.jsonl", RECORDS), test_questions=0, train_questions=9)
     sets = load_questions(config, for_training=False)
     assert (len(sets.train), len(sets.test)) == (0, 100)
     with pytest.raises(UserError) as raised:

@@ -73,6 +73,12 @@ def test_a_run_resumes_to_the_same_traces_and_its_traces_can_be_learned(tmp_path
     assert all(line["loss/trace"] > 0 and line["update/skipped"] == 0 for line in lines)
     assert lines[-1]["flops/train_total"] > lines[0]["flops/train_total"] > 0
 
+    # A run that is resumed notices other traces in their place.
+    files[2].unlink()
+    with pytest.raises(UserError) as raised:
+        main.run(experiment("rpt_tiny", **changes | sampled | {"training.total_steps": 4}), tmp_path / "sft")
+    assert raised.value.field == "pretrain.trace_options.path"
+
 
 def test_the_verifier_decides_which_answers_are_kept(tmp_path: Path) -> None:
     """The policy solves few of the questions; a prompt is the whole question in its template."""
