@@ -217,7 +217,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         start, state, saved = restored
         if saved.get("traces", "") != traces:
             raise UserError(
-                "the checkpoint was made with other traces than those of pretrain.trace_options.path now: restore them, or choose "
+                "the checkpoint was made with other traces than pretrain.trace_options.path has now: restore them, or choose "
                 "another --workdir.",
                 field="pretrain.trace_options.path",
             )

@@ -54,7 +54,9 @@ def test_suite_of_likelihoods_from_the_questions_to_the_results(tmp_path: Path, 
         assert result["micro"]["mean"] == pytest.approx(sum(right) / 3)
         assert result["macro"]["mean"] == pytest.approx((sum(right[:2]) / 2 + right[2]) / 2)
         assert set(result["categories"]) == {"sums", "products"}
-    assert summary["suite"] == "multiple_choice_likelihood" and summary["config"]["questions.choices_field"] == "options"
+    assert (
+        summary["suite"] == "multiple_choice_likelihood" and summary["config"]["questions.choices_field"] == "options"
+    )
     assert 0 < summary["evaluation/device_busy"] <= 1
     rejected = [json.loads(line) for line in (workdir / "rejected_questions.jsonl").read_text().splitlines()]
     assert [line["line"] for line in rejected] == [4]

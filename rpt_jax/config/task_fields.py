@@ -1,4 +1,4 @@
-"""The fields that each task, and each suite of the command `evaluate`, does not read. Such a field is an error on the command line, where it would have no effect.
+"""The fields that a task, or a suite of the command `evaluate`, does not read: an error on the command line.
 
 A config file may set them, because files of several tasks share a base (`configs/score_tiny.py`).
 """
@@ -87,7 +87,15 @@ _UNREAD = {
         "evaluation.",
         "traces.",
     ),
-    "traces": (*_SUITE_ONLY, *_TRAINING_ONLY, "evaluation.", "cold_start.", "pretrain.", "data.rescore_every_steps", "data.rescore_windows"),
+    "traces": (
+        *_SUITE_ONLY,
+        *_TRAINING_ONLY,
+        "evaluation.",
+        "cold_start.",
+        "pretrain.",
+        "data.rescore_every_steps",
+        "data.rescore_windows",
+    ),
     "pretrain": (*_RPT_ONLY, "data.score_batch_windows", "data.entropy_renormalized"),
     "score": (
         *_RPT_ONLY,

@@ -177,7 +177,7 @@ def _read(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Drill, ...]:
 
 
 def traces_fingerprint(config: PretrainConfig, tokenizer: Tokenizer) -> str:
-    """Return a digest of the sampled traces that a run learns; "" if it learns none. Raises: UserError, if they cannot be used."""
+    """Return a digest of the sampled traces that a run learns; "" for none. Raises: UserError, if they cannot be used."""
     if config.traces != "sampled" or not config.trace_weight:
         return ""
     return digest([[trace.prompt, trace.response] for trace in _read(config, tokenizer)])

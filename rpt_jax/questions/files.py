@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from rpt_jax.corpus.folders import file_format
 from rpt_jax.corpus.readers import line_in_file, name_prefix, parse_file_range
 from rpt_jax.corpus.records import InvalidRecordError, RecordParser, fill, find_field, placeholders, text_of_value
 from rpt_jax.errors import UserError
-from rpt_jax.questions.text import read_letter
 from rpt_jax.questions.question import TEST, TRAIN, Question, SourceQuestion
+from rpt_jax.questions.text import read_letter
 from rpt_jax.registry import QUESTION_SOURCES
 
 MAX_QUESTION_BYTES = 2**20

@@ -10,7 +10,7 @@ import pytest
 from rpt_jax import main
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.prompts.sampled_traces import batch_path, read_batch
+from rpt_jax.prompts.sampled_traces import batch_path, read_batch, read_traces
 from tests.helpers.questions import SMALL_RFT
 from tests.helpers.runs import PRETRAIN, SMALL, experiment
 
@@ -74,7 +74,8 @@ def test_a_run_resumes_to_the_same_traces_and_its_traces_can_be_learned(tmp_path
     assert lines[-1]["flops/train_total"] > lines[0]["flops/train_total"] > 0
 
     # A run that is resumed notices other traces in their place.
-    files[2].unlink()
+    next(path for path, batch in zip(files, batches, strict=True) if batch.traces).unlink()
+    read_traces.cache_clear()
     with pytest.raises(UserError) as raised:
         main.run(experiment("rpt_tiny", **changes | sampled | {"training.total_steps": 4}), tmp_path / "sft")
     assert raised.value.field == "pretrain.trace_options.path"
