@@ -49,6 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--results", default="", help="the --workdir of two finished evaluations, separated by a comma")
     parser.add_argument("--workdir", help="directory of the results; default: runs/evaluate_<config>_<suite>")
+    parser.add_argument(
+        "--compilation_cache",
+        help="directory for compiled programs, which later runs load; 'off' for none; default: rpt_jax in your cache directory",
+    )
     parser.add_argument("--restart", action="store_true", help="delete the results that are in the workdir")
     return parser
 
@@ -60,7 +64,7 @@ def main(argv: list[str]) -> int:
     overrides, others = split_overrides(argv)
     options = make_parser().parse_args(others[1:])
     try:
-        for flag in ("policy", "workdir"):
+        for flag in ("policy", "workdir", "compilation_cache"):
             check_local_path(f"--{flag}", getattr(options, flag))
         import_jax()
         from rpt_jax.evaluation.suite import SUITES
@@ -83,7 +87,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.config import from_config_dict, load_config_file
     from rpt_jax.distributed.mesh import use_mesh
     from rpt_jax.evaluation.run import check_task, evaluate
-    from rpt_jax.infra.compilation_cache import compilation_cache, default_directory
+    from rpt_jax.infra.compilation_cache import chosen_directory, compilation_cache
     from rpt_jax.infra.compilation_progress import CompilationProgress
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
@@ -99,35 +103,41 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(
             f"--results has no effect with --suite={options.suite}, which runs a policy.", field="--results"
         )
-    experiment = from_config_dict(load_config_file(options.config), overrides)
+    experiment = from_config_dict(load_config_file(options.config), overrides, options.suite)
     check_task(options.suite, experiment)
+    policy_field = "--policy" if options.policy else "policy.path"
     policy = str(user_path(options.policy)) if options.policy else experiment.policy.path
     if not policy:
         raise UserError("--policy is missing, and policy.path of the config is empty: give a policy.", field="--policy")
     if is_run_directory(Path(policy)):
+        if not (Path(policy) / POLICY).is_dir():
+            raise UserError(
+                f"{policy_field}='{policy}' is a run that has no {POLICY}/ yet: a run writes its policy at its end.",
+                field=policy_field,
+            )
         policy = str(Path(policy) / POLICY)
-    check_files(policy)
+    check_files(policy, policy_field)
     check_platforms()
     mesh = mesh_from_config(experiment.mesh)
     workdir = user_path(options.workdir or f"runs/evaluate_{Path(options.config).stem}_{options.suite}")
     signals = StopSignals(experiment.checkpoint.grace_seconds)
     with (
         signals.handle(),
-        compilation_cache(default_directory()),
+        compilation_cache(chosen_directory(options.compilation_cache)),
         needed_jax_settings(),
         use_mesh(mesh, experiment.mesh.split_rows),
         CompilationProgress(),
         explain_out_of_memory("evaluation", {"training.prompts_per_step": experiment.training.prompts_per_step}),
     ):
         context = RunContext(signals=signals)
-        evaluate(options.suite, experiment, policy, workdir, mesh, context, restart=options.restart)
+        evaluate(options.suite, experiment, policy, policy_field, workdir, mesh, context, restart=options.restart)
 
 
 def _read_results(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run a suite that reads finished evaluations. Raises: UserError."""
     from rpt_jax.evaluation.suite import SUITES
 
-    unused = [f"--{flag}" for flag in ("config", "policy", "restart") if getattr(options, flag)]
+    unused = [f"--{flag}" for flag in ("config", "policy", "restart", "compilation_cache") if getattr(options, flag)]
     unused += [override.partition("=")[0] for override in overrides]
     if unused:
         raise UserError(

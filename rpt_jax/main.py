@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import signal
@@ -141,6 +142,10 @@ def load_experiment(argv: list[str]) -> Experiment:
         given, _, reason = str(error).removeprefix("flag ").partition(": ")
         [flag] = re.findall(r"--\w+", given)[:1]
         raise UserError(f"{given} must be {_expected_value(flag)}." if reason else given, field=flag) from None
+    for flag in _FLAGS:
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            name = f"--{flag.name}"
+            raise UserError(f"{name}={flag.value} must be {_expected_value(name)}.", field=name)
     if len(rest) > 1:
         raise UserError(
             f"unexpected argument '{rest[1]}': write --NAME=VALUE, without a space around '='.{field_hint(rest[1])}",
@@ -235,14 +240,14 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
     connected = connect_processes(hosts, facts, heartbeat, _JOIN_SECONDS.value, _STALL_SECONDS.value)
     is_silent = hosts is not None and hosts.process > 0
     with signals.handle(), connected as rendezvous, silent_console() if is_silent else contextlib.nullcontext():
-        from rpt_jax.infra.compilation_cache import compilation_cache
+        from rpt_jax.infra.compilation_cache import chosen_directory, compilation_cache
         from rpt_jax.infra.run_context import RunContext
 
         if rendezvous:
             signals.on_exit = rendezvous.announce_exit
         context = RunContext(signals=signals, heartbeat=heartbeat, rendezvous=rendezvous)
         try:
-            with compilation_cache(cache_directory()):
+            with compilation_cache(chosen_directory(_COMPILATION_CACHE.value)):
                 run(experiment, workdir, force=_FORCE.value, replay=_REPLAY.value, context=context)
         except (Exception, KeyboardInterrupt) as error:
             if rendezvous:
@@ -264,15 +269,6 @@ def describe(experiment: Experiment) -> None:
     if starts_with_pretraining(experiment):
         check_vocab_size(experiment)
     print_description(experiment)
-
-
-def cache_directory() -> Path | None:
-    """Return the directory for compiled programs that the flags choose; None for none."""
-    from rpt_jax.infra.compilation_cache import default_directory
-
-    if not _COMPILATION_CACHE.value:
-        return default_directory()
-    return None if _COMPILATION_CACHE.value == "off" else user_path(_COMPILATION_CACHE.value)
 
 
 def main(argv: list[str]) -> int:

@@ -49,6 +49,7 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite, keep_if
 from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
+from rpt_jax.prompts.sampled_traces import traces_fingerprint
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.setup import load_starting_policy, make_policy
 from rpt_jax.tokenizers.export import exported_files
@@ -208,6 +209,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     optimizer = make_optimizer(experiment.optimizer, total_steps)
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
+    traces = traces_fingerprint(config, tokenizer)
     maker = ExampleMaker(experiment, tokenizer, windows, boxable_V)
     stream = example_stream(maker.make, len(windows), batch=config.windows_per_step, seed=experiment.seed)
 
@@ -218,6 +220,12 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     flops = 0.0
     if restored := checkpoints.restore():
         step, state, saved = restored
+        if saved.get("traces", "") != traces:
+            raise UserError(
+                "the checkpoint was made with other traces than pretrain.trace_options.path has now: restore them, or choose "
+                "another --workdir.",
+                field="pretrain.trace_options.path",
+            )
         stream.set_state(saved["stream"])
         flops = saved["flops"]
         clock.earlier = saved["seconds"]
@@ -228,7 +236,8 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
 
     def stage_checkpoint() -> None:
         """Stage the current step."""
-        checkpoints.stage(step, state, {"stream": stream.get_state(), "flops": flops, "seconds": clock.seconds})
+        run = {"stream": stream.get_state(), "flops": flops, "seconds": clock.seconds, "traces": traces}
+        checkpoints.stage(step, state, run)
 
     stage_checkpoint()
     is_last = is_last_step(**budget_spent())

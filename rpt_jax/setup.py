@@ -124,13 +124,13 @@ def check_top_k(top_k: int, model: ModelConfig) -> None:
 
 
 def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
-    """Raise UserError if the batches of rollouts or of the update do not split evenly over the mesh."""
+    """Raise UserError if the batches of rollouts, or the rows of the update, do not split evenly over the mesh."""
     training = experiment.training
     tensor = mesh_fields(mesh)["tensor"]
     # One number of shards divides the other: a batch that splits into the larger one splits into both.
     phase = max((TRAINING, DECODING), key=lambda table: num_batch_shards(mesh, table))
     check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step}, phase)
-    if experiment.mesh.split_rows and training.microbatch_tokens % tensor:
+    if experiment.reinforces and experiment.mesh.split_rows and training.microbatch_tokens % tensor:
         raise UserError(
             f"training.microbatch_tokens={training.microbatch_tokens} must be a multiple of mesh.tensor={tensor} with "
             f"mesh.split_rows=True; the next one is {-(-training.microbatch_tokens // tensor) * tensor}.",
@@ -161,38 +161,45 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
     )
 
 
-def read_architecture(config: PolicyConfig) -> tuple[ModelConfig, Tokenizer]:
+def read_architecture(config: PolicyConfig, field: str = "policy.path") -> tuple[ModelConfig, Tokenizer]:
     """Read the architecture of the policy of `policy.path` and its tokenizer, without its parameters.
+
+    Args:
+      config: section `policy`.
+      field: the config field or flag that gives the path, for errors.
 
     Raises: UserError, if a file is missing or damaged, the architecture is not that of the preset, or the tokenizer is not the
       policy's.
     """
-    model, expected_fingerprint = load_model_config(config.path)
+    model, expected_fingerprint = load_model_config(config.path, field)
     check_preset(config.path, config.preset, model)
     tokenizer = load_tokenizer(config.path)
     other_tokenizer = expected_fingerprint and expected_fingerprint != tokenizer.fingerprint
     if other_tokenizer or tokenizer.vocab_size > model.vocab:
         raise UserError(
-            f"{tokenizer.source} is not the tokenizer of the policy in policy.path='{config.path}': it has "
+            f"{tokenizer.source} is not the tokenizer of the policy in {field}='{config.path}': it has "
             f"{tokenizer.vocab_size} tokens and SHA-256 {tokenizer.fingerprint[:12]}…, but the policy was trained with "
             f"{model.vocab} tokens and {(expected_fingerprint or 'unknown')[:12]}…. Put the policy's own tokenizer there.",
-            field="policy.path",
+            field=field,
         )
     return model, tokenizer
 
 
-def load_starting_policy(config: PolicyConfig, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
+def load_starting_policy(
+    config: PolicyConfig, mesh: Mesh, field: str = "policy.path"
+) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, with its parameters sharded for training, and its tokenizer.
 
     Args:
       config: section `policy`.
       mesh: the device mesh.
+      field: the config field or flag that gives the path, for errors.
 
     Raises: UserError, as `read_architecture` does.
     """
-    model, tokenizer = read_architecture(config)
+    model, tokenizer = read_architecture(config, field)
     policy = make_policy(config, model, tokenizer)
-    _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh))
+    _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh), field)
     return policy, params, tokenizer
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
+from rpt_jax.config.derived import sampling_fields
 from rpt_jax.corpus.prepared import position_flops
 from rpt_jax.distributed.processes import is_leader, to_host, wait_for_all
 from rpt_jax.distributed.sharding import shard_prompts
@@ -45,7 +46,7 @@ from rpt_jax.rewards.rewarder import match_batch
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
 from rpt_jax.rollout.cost import SamplingCost
 from rpt_jax.rollout.rollouts import Rollouts
-from rpt_jax.rollout.sampler import Sampler, sampling_values
+from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import load_starting_policy, open_or_prepare_corpus
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
@@ -62,11 +63,13 @@ class PromptSource(Protocol):
       accepted_by: what decides on a response.
       preparation_flops: model FLOPs that choosing the prompts took.
       fingerprint: of the windows or questions.
+      rejected_questions: numbers of questions that cannot be used or repeat another one, by reason.
     """
 
     accepted_by: str
     preparation_flops: float
     fingerprint: str
+    rejected_questions: Mapping[str, int]
 
     @property
     def positions(self) -> Sequence[Position]:
@@ -100,6 +103,7 @@ class TextPositions:
     """Positions of the training windows of a corpus; accepted is what Equation 3 rewards. Methods are those of `PromptSource`."""
 
     accepted_by = "prefix"
+    rejected_questions: Mapping[str, int] = {}
     statuses = Status
 
     def __init__(
@@ -146,10 +150,13 @@ class TrainingQuestions:
     statuses = AnswerStatus
     preparation_flops = 0.0
 
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, builder: PromptBuilder, workdir: Path):
+    def __init__(
+        self, experiment: Experiment, params: Params, tokenizer: Tokenizer, builder: PromptBuilder, workdir: Path
+    ):
         """Load the questions, and start the verifiers. Raises: UserError."""
-        questions = load_verifiable_questions(experiment.questions, workdir).train
-        self._prompts = tokenize_questions(questions, builder, tokenizer, "training")
+        questions = load_verifiable_questions(experiment, params, tokenizer, workdir)
+        self.rejected_questions = questions.rejected
+        self._prompts = tokenize_questions(questions.train, builder, tokenizer, "training")
         self.token_ids = self._prompts.token_ids
         self.positions = self._prompts.positions()[: experiment.traces.total_prompts]
         self.accepted_by = experiment.questions.verifier
@@ -197,7 +204,7 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
     builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
     source: PromptSource
     if experiment.traces.prompts == "questions":
-        source = TrainingQuestions(experiment, tokenizer, builder, workdir)
+        source = TrainingQuestions(experiment, params, tokenizer, builder, workdir)
     else:
         source = TextPositions(experiment, policy, params, tokenizer, mesh, workdir, context)
     stamp = _stamp(experiment, source, params, tokenizer)
@@ -213,6 +220,10 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
         logger.info("%s of %s batches are written already.", f"{len(headers):,}", f"{len(parts):,}")
 
     # Sample, judge and write the others.
+    def saved() -> str:
+        return f"{len(headers)} batches of traces are in {workdir}"
+
+    context.signals.set_save(saved, at_step_end=jax.process_count() > 1)
     sample = Sampler(experiment, policy, tokenizer, mesh, builder)
     batches = (_build(builder, source, parts[n], n * size, size) for n in remaining)
     try:
@@ -224,13 +235,14 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
                 began = now
                 if is_leader():
                     write_batch(batch_path(workdir, n), batch._replace(header=headers[n]))
-                context.stop_if_requested(lambda: f"{len(headers)} batches of traces are in {workdir}")
+                context.stop_if_requested(saved)
                 context.heartbeat.beat("traces")
                 progress.advance(f"{headers[n]['accepted'] / headers[n]['responses']:.1%} accepted")
     finally:
         source.close()
 
     result = summarize(list(headers.values()), source.preparation_flops)
+    result["rejected_questions"] = source.rejected_questions
     if is_leader():
         atomic_write(workdir / RESULT, json.dumps({**format_stamp(), **result}, indent=1) + "\n")
     _show(result, workdir)
@@ -333,11 +345,9 @@ def _build(
 def _stamp(experiment: Experiment, source: PromptSource, params: Params, tokenizer: Tokenizer) -> dict[str, str]:
     """Return what all batches of a run have in common."""
     sampling = digest(
-        dataclasses.asdict(experiment.prompt),
-        sampling_values(experiment.rollout),
+        sampling_fields(experiment),
         dataclasses.asdict(experiment.traces),
         experiment.training.prompts_per_step,
-        experiment.seed,
     )
     positions = digest([[int(p.window), int(p.position)] for p in source.positions])
     return {

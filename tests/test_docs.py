@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpt_jax import main
-from rpt_jax.config import from_config_dict
+from rpt_jax import evaluate, main
+from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.difficulty import DIFFICULTIES
+from rpt_jax.config.loading import split_overrides
+from rpt_jax.evaluation.run import check_task
+from rpt_jax.evaluation.suite import SUITES
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from tests.helpers.paths import ROOT
@@ -130,3 +133,20 @@ def test_the_examples_of_the_reward_page_are_read_as_it_says() -> None:
         finished = "length limit" not in remark
         result = reward_and_status(f"</think>{response}".encode(), finished, [b" size", b" and", b" decreases"])
         assert result == (float(reward), Status[status.upper()]), response
+
+
+def test_every_command_of_the_papers_results_can_be_run() -> None:
+    """Up to the files that it names: flags and config fields exist and have an effect."""
+    page = (ROOT / "docs" / "guides" / "reproduce.md").read_text()
+    commands = re.findall(r"`python -m rpt_jax\.(\w+) ([^`]+)`", page)
+    assert len(commands) == page.count("python -m rpt_jax") >= 12
+    for module, arguments in commands:
+        overrides, flags = split_overrides(arguments.split())
+        if module == "main":
+            main.load_experiment(["main", *arguments.split()])
+            continue
+        options = evaluate.make_parser().parse_args(flags)
+        assert SUITES[options.suite].requirements.policy == bool(options.config) != bool(options.results)
+        if options.config:
+            experiment = from_config_dict(load_config_file(options.config), overrides, options.suite)
+            check_task(options.suite, experiment)

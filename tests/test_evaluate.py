@@ -26,7 +26,8 @@ def run(*arguments: str) -> int:
         (["--suite=questions", CONFIG, "--results=a,b"], "--results has no effect"),
         (["--suite=questions", f"--config={CONFIGS / 'rpt_tiny.py'}"], "task='rpt'"),
         (["--suite=next_token", CONFIG], "task='rft'"),
-        (["--suite=questions", CONFIG, "--policy=nowhere"], "nowhere"),
+        (["--suite=questions", CONFIG, "--policy=nowhere"], "--policy='nowhere' does not exist"),
+        (["--suite=questions", CONFIG, "--config.policy.path=nowhere"], "policy.path='nowhere' does not exist"),
         (["--suite=questions", CONFIG, "--policy=gs://bucket/policy"], "URL"),
         (["--suite=compare", "--results=a"], "two finished evaluations"),
         (["--suite=compare", "--results=a,b"], "a is not the --workdir of a finished evaluation"),
@@ -53,7 +54,9 @@ def test_suite_of_likelihoods_from_the_questions_to_the_results(tmp_path: Path, 
         assert result["micro"]["mean"] == pytest.approx(sum(right) / 3)
         assert result["macro"]["mean"] == pytest.approx((sum(right[:2]) / 2 + right[2]) / 2)
         assert set(result["categories"]) == {"sums", "products"}
-    assert summary["suite"] == "multiple_choice_likelihood" and summary["config"]["questions.verifier"] == "choice"
+    assert (
+        summary["suite"] == "multiple_choice_likelihood" and summary["config"]["questions.choices_field"] == "options"
+    )
     assert 0 < summary["evaluation/device_busy"] <= 1
     rejected = [json.loads(line) for line in (workdir / "rejected_questions.jsonl").read_text().splitlines()]
     assert [line["line"] for line in rejected] == [4]

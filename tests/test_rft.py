@@ -45,6 +45,7 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
         assert sum(statuses) == pytest.approx(1) and "status/inside_token" not in line
         assert line["verification/timed_out"] == line["verification/crashed"] == 0 <= line["time/verification"]
     result = json.loads((finished / "result.json").read_text())
+    assert result["rejected_questions"] == {}
     for when in ("before", "after"):
         evaluation = result[when]
         average = evaluation["accuracy"]["micro"]
@@ -87,12 +88,12 @@ def test_pass_rates_are_measured_resumed_and_used(tmp_path: Path, caplog: pytest
     main.run(experiment("rft_tiny", **DIFFICULTY), tmp_path / "run")
     path = tmp_path / "run" / "pass_rates.jsonl"
     whole = path.read_text()
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = [json.loads(line) for line in whole.splitlines()[1:]]
     assert len({line["id"] for line in lines}) == len(lines) > 16
     assert all(0 <= line["passes"] <= line["samples"] == 4 for line in lines)
 
     # A killed run left some whole lines and a part of one.
-    path.write_text("\n".join(whole.splitlines()[:12]) + '\n{"id": "gsm')
+    path.write_text("\n".join(whole.splitlines()[:13]) + '\n{"id": "gsm')
     main.run(experiment("rft_tiny", **DIFFICULTY), tmp_path / "run")
     assert path.read_text() == whole, "the noise of a response does not depend on where the run was interrupted"
     assert "12 of" in caplog.text
@@ -107,6 +108,7 @@ def test_pass_rates_are_measured_resumed_and_used(tmp_path: Path, caplog: pytest
     with pytest.raises(UserError, match=f"the {len(kept)} training questions") as raised:
         main.run(experiment("rft_tiny", **SMALL_RFT | fields), tmp_path / "filtered")
     assert raised.value.field == "training.prompts_per_step"
+    assert "was measured with another" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def _measure_scoring(options: argparse.Namespace, data: DataConfig, corpus: Toke
     data = dataclasses.replace(data, score_batch_windows=options.score_batch_windows)
     experiment = Experiment(data=data, training=TrainingConfig(logit_chunk_tokens=_LOGIT_CHUNK_TOKENS))
     with use_mesh(mesh):
-        policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh)
+        policy, params, tokenizer = load_starting_policy(PolicyConfig(path=options.policy, preset=""), mesh, "--policy")
         scorer = Scorer(policy, params, tokenizer, mesh, experiment)
         plan = plan_shards(data)
         rows = _measure_full_batches(scorer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.schema import Experiment
 
 
@@ -47,3 +49,13 @@ def multiple_choice_experiment(experiment: Experiment) -> Experiment:
             max_new_tokens=protocol.max_new_tokens,
         ),
     )
+
+
+def sampling_fields(experiment: Experiment) -> dict[str, Any]:
+    """Return the fields that decide which responses are sampled, by name: the seed, and those of prompts and rollouts."""
+    without_effect = ("rollout.decode_slots", "rollout.prefill_tokens")
+    return {
+        name: value
+        for name, value in leaves(experiment)
+        if name == "seed" or (name.startswith(("prompt.", "rollout.")) and name not in without_effect)
+    }

@@ -119,20 +119,21 @@ def read_config_file(path: str) -> Any:
         raise _error_in_file(path, error) from None
 
 
-def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
+def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = (), suite: str = "") -> Experiment:
     """Validate a config against the schema.
 
     Args:
       config: nested values by field name; fields that are missing have their defaults.
       overrides: assignments of a command line, `section.field=value`, which are applied last. One that changes a choice, such as
         `data.source=path`, drops the options that the file gives to its own choice.
+      suite: of the command `evaluate`, which does not train; "" for a run of the config's task.
 
     Raises: UserError, naming the field, its value and what was expected, for unknown names (with the nearest known one),
       wrong types, impossible values, and overrides that have no effect on the run.
     """
     overrides = list(overrides)
     try:
-        return _from_values(config, overrides)
+        return _from_values(config, overrides, suite)
     except UserError as error:
         line = config.line_of(error.field) if isinstance(config, ConfigFileValues) else ""
         # The file is not to blame for what the command line changed.
@@ -142,7 +143,7 @@ def from_config_dict(config: Mapping[str, Any], overrides: Iterable[str] = ()) -
         raise UserError(f"{line}: {error}", field=error.field) from None
 
 
-def _from_values(config: Mapping[str, Any], overrides: list[str]) -> Experiment:
+def _from_values(config: Mapping[str, Any], overrides: list[str], suite: str) -> Experiment:
     """Do what `from_config_dict` says; messages do not name the line of a config file."""
     fields = dataclasses.asdict(build(Experiment, dict(config)))
     option_prefixes = tuple(f"{name}." for name in _OPTIONS)
@@ -160,8 +161,8 @@ def _from_values(config: Mapping[str, Any], overrides: list[str]) -> Experiment:
         assignments = [a.removeprefix(f"{name}.") for a in overrides if a.startswith(f"{name}.")]
         fields[section][field] = _build_options(name, registry, chosen, fields[section][field], assignments)
     experiment = with_expanded_paths(build(Experiment, fields))
-    check_experiment(experiment)
-    check_overrides_are_read(experiment, overrides)
+    check_experiment(experiment, trains=not suite)
+    check_overrides_are_read(experiment, overrides, suite)
     return experiment
 
 

@@ -1,4 +1,4 @@
-"""The fields that each task does not read. Such a field is an error on the command line, where it would have no effect.
+"""The fields that a task, or a suite of the command `evaluate`, does not read: an error on the command line.
 
 A config file may set them, because files of several tasks share a base (`configs/score_tiny.py`).
 """
@@ -12,8 +12,11 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.schema import DataConfig, Experiment
 from rpt_jax.errors import UserError
 
+# What only suites of the command `evaluate` read.
+_SUITE_ONLY = ("multiple_choice.", "evaluation.split")
 # Fields, and whole sections, that neither task "pretrain" nor task "score" reads.
 _RPT_ONLY = (
+    *_SUITE_ONLY,
     "questions.",
     "traces.",
     "data.positions",
@@ -37,8 +40,9 @@ _RPT_ONLY = (
     "divergence.",
     "mesh.rollout_tensor",
 )
-# What a task that samples responses and does not train leaves unread.
+# What leaves a task or suite that does not train unread.
 _TRAINING_ONLY = (
+    "policy.remat",
     "objective.",
     "optimizer.",
     "training.total_steps",
@@ -50,7 +54,6 @@ _TRAINING_ONLY = (
     "training.microbatch_tokens",
     "training.log_rollouts_every",
     "data.workers",
-    "evaluation.",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "divergence.",
@@ -76,13 +79,31 @@ _TRACE_FIELDS = tuple(
     for field in ("traces", "trace_options", "traces_per_window", "recalled_tokens", "rows_per_window", "row_tokens")
 )
 _UNREAD = {
-    "rpt": ("pretrain.export", "questions.", "traces."),
-    "rft": (*_TEXT_ONLY, "traces."),
-    "difficulty": (*_TEXT_ONLY, *_TRAINING_ONLY, "traces."),
-    "traces": (*_TRAINING_ONLY, "cold_start.", "pretrain.", "data.rescore_every_steps", "data.rescore_windows"),
-    "pretrain": (*_RPT_ONLY, "data.score_batch_windows"),
+    "rpt": (*_SUITE_ONLY, "pretrain.export", "questions.", "traces."),
+    "rft": (*_SUITE_ONLY, *_TEXT_ONLY, "traces."),
+    "difficulty": (
+        *_SUITE_ONLY,
+        *_TEXT_ONLY,
+        *_TRAINING_ONLY,
+        "training.logit_chunk_tokens",
+        "evaluation.",
+        "traces.",
+    ),
+    "traces": (
+        *_SUITE_ONLY,
+        *_TRAINING_ONLY,
+        "evaluation.",
+        "cold_start.",
+        "pretrain.",
+        "data.rescore_every_steps",
+        "data.rescore_windows",
+    ),
+    "pretrain": (*_RPT_ONLY, "data.score_batch_windows", "data.entropy_renormalized"),
     "score": (
         *_RPT_ONLY,
+        "policy.remat",
+        "data.min_context",
+        "data.entropy_renormalized",
         "prompt.",
         "optimizer.",
         "training.total_steps",
@@ -96,35 +117,106 @@ _UNREAD = {
 }
 
 
-def check_overrides_are_read(experiment: Experiment, overrides: Iterable[str]) -> None:
+# What no suite that asks questions reads.
+_NOT_OF_QUESTION_SUITES = (
+    *_TEXT_ONLY,
+    *_TRAINING_ONLY,
+    "policy.preset",
+    "questions.pass_rates",
+    "questions.min_passes",
+    "questions.max_passes",
+    "traces.",
+    "evaluation.every_steps",
+    "evaluation.split",
+)
+_VERIFIERS = ("questions.verifier", "questions.verifier_seconds", "questions.verifier_workers")
+_UNREAD_BY_SUITE = {
+    "next_token": (
+        *_TRAINING_ONLY,
+        "questions.",
+        "multiple_choice.",
+        "data.positions",
+        "data.keep_fraction",
+        "data.entropy_threshold",
+        "data.rescore_every_steps",
+        "data.rescore_windows",
+        "cold_start.",
+        "pretrain.",
+        "traces.",
+        "evaluation.every_steps",
+        "evaluation.unseen_positions",
+    ),
+    "questions": (*_NOT_OF_QUESTION_SUITES, "training.logit_chunk_tokens", "multiple_choice."),
+    "multiple_choice": (
+        *_NOT_OF_QUESTION_SUITES,
+        *_VERIFIERS,
+        "training.logit_chunk_tokens",
+        "evaluation.",
+        "prompt.template",
+        "rollout.samples_per_prompt",
+        "rollout.temperature",
+        "rollout.max_new_tokens",
+    ),
+    "multiple_choice_likelihood": (
+        *_NOT_OF_QUESTION_SUITES,
+        *_VERIFIERS,
+        "evaluation.",
+        "multiple_choice.",
+        "prompt.",
+        "rollout.samples_per_prompt",
+        "rollout.temperature",
+        "rollout.max_new_tokens",
+        "rollout.top_k",
+        "rollout.top_p",
+        "rollout.stop_at_box",
+        "rollout.decode_slots",
+        "mesh.rollout_tensor",
+    ),
+}
+
+
+def check_overrides_are_read(experiment: Experiment, overrides: Iterable[str], suite: str = "") -> None:
     """Refuse an assignment of the command line, `section.field=value`, whose field has no effect on the run.
+
+    Args:
+      experiment: the config.
+      overrides: the assignments.
+      suite: of the command `evaluate`; "" for a run of the config's task.
 
     Raises: UserError.
     """
+    unread = [(_UNREAD_BY_SUITE.get(suite, ()), f"with --suite={suite}")] if suite else list(_unread(experiment))
     for assignment in overrides:
         name = assignment.partition("=")[0]
-        for prefixes, reason in _unread(experiment):
-            if name.startswith(prefixes):
+        for names, reason in unread:
+            if _is_among(name, names):
                 raise UserError(f"{name} has no effect {reason}: leave --config.{name} out.", field=name)
 
 
 def unread_changes(experiment: Experiment) -> list[str]:
     """Return the fields that differ from their defaults without an effect on the run, in the order of the schema."""
     defaults = dict(leaves(Experiment()))
-    unread = tuple(prefix for prefixes, _ in _unread(experiment) for prefix in prefixes)
+    unread = [name for names, _ in _unread(experiment) for name in names]
     return [
-        name for name, value in leaves(experiment) if name.startswith(unread) and value != defaults.get(name, value)
+        name for name, value in leaves(experiment) if _is_among(name, unread) and value != defaults.get(name, value)
     ]
 
 
+def _is_among(name: str, names: Iterable[str]) -> bool:
+    """Return whether a field, or an option in it, is one of `names`: fields, and sections with a dot at the end."""
+    return any(name == other or name.startswith(f"{other.removesuffix('.')}.") for other in names)
+
+
 def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield fields and sections, as prefixes of names, that the run does not read, and why."""
+    """Yield fields and sections that the run does not read, and why."""
     yield _UNREAD[experiment.task], f"with task='{experiment.task}'"
     if experiment.task == "rpt" and not experiment.cold_start.total_steps:
         yield ("cold_start.learning_rate", "pretrain."), "with cold_start.total_steps=0"
     if experiment.task == "traces":
-        unread = _TEXT_ONLY if experiment.asks_questions else ("questions.",)
+        unread = (*_TEXT_ONLY, "training.logit_chunk_tokens") if experiment.asks_questions else ("questions.",)
         yield unread, f"with traces.prompts='{experiment.traces.prompts}'"
+    if experiment.task == "pretrain" and not experiment.data.prepared:
+        yield ("data.entropy_top_k",), "with task='pretrain' and without data.prepared"
     if not experiment.pretrain.trace_weight:
         yield _TRACE_FIELDS, "with pretrain.trace_weight=0"
     elif experiment.pretrain.traces == "sampled":

@@ -172,8 +172,12 @@ _BOUNDS = {
 }
 
 
-def check_experiment(experiment: Experiment) -> None:
+def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
     """Refuse impossible values and combinations of fields.
+
+    Args:
+      experiment: the config.
+      trains: whether it is to be trained by; an evaluation is not bound by what only training needs.
 
     Raises: UserError, naming the field, its value and what was expected.
     """
@@ -211,12 +215,13 @@ def check_experiment(experiment: Experiment) -> None:
     _check_positions_of_traces(experiment)
     _check_data_fields(experiment)
     _check_question_fields(experiment.questions)
-    _check_sizes(experiment)
-    _check_sampling_distribution(experiment)
     _check_evaluation_temperature(experiment.evaluation.temperature)
-    _check_effects(experiment)
     _check_budget(experiment)
     _check_box_reading(experiment)
+    if trains:
+        _check_sizes(experiment)
+        _check_sampling_distribution(experiment)
+        _check_effects(experiment)
 
 
 def _check_named_choice(section: Any, registry: Registry) -> None:

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 # Uncompressed text files are read in ranges of about this size, in parallel. A chunk of a .txt never crosses a range.
 RANGE_BYTES = 4 * 2**20
 _RANGE_RECORDS = 10_000
-_EXPECTED = (
-    "a .txt, .jsonl, .json, .csv or .tsv file (also .gz, .zst, .xz or .bz2), a .parquet, .arrow or .array_record file, a "
-    "folder of them, or a glob"
+_RECORD_FILES = (
+    ".jsonl, .json, .csv or .tsv file (also .gz, .zst, .xz or .bz2), a .parquet, .arrow or .array_record file, a folder of them, "
+    "or a glob"
 )
 
 
@@ -121,7 +121,8 @@ def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool, f
         problem = "is a folder without any readable file"
     else:
         problem = "matches no readable file"
-    raise UserError(f"{where} {problem}: give {_EXPECTED}.{reasons}", field=field)
+    expected = f"a .txt, {_RECORD_FILES}" if field == "data.path" else f"a {_RECORD_FILES}"
+    raise UserError(f"{where} {problem}: give {expected}.{reasons}", field=field)
 
 
 def describe_unread(unread: dict[str, list[Path]]) -> str:

@@ -91,9 +91,10 @@ class RejectLog:
                     field=self._field,
                 )
             else:
-                self._add(item)
+                self.add(item)
 
-    def _add(self, item: Rejected) -> None:
+    def add(self, item: Rejected) -> None:
+        """Count and list a record, also if the log is strict."""
         self.counts[item.reason] += 1
         self.files[item.file][item.reason] += 1
         self.first_details.setdefault(item.mixture_part, item.detail)

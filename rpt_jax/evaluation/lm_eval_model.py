@@ -38,6 +38,7 @@ from rpt_jax.rollout.rollouts import Decoding
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.weights.hf import check_files
 
+_POLICY = "--model_args policy"  # The name of the argument in errors.
 _REQUESTS_PER_LAUNCH = 256  # While the devices compute these, the host prepares the next ones.
 _TOKENS_PER_ROUND = 64  # New tokens after which stop sequences are searched for.
 
@@ -73,11 +74,11 @@ class PolicyLM(TemplateLM):
         """
         super().__init__()
         del device, max_batch_size
-        check_files(policy)
+        check_files(policy, _POLICY)
         self._mesh = make_mesh(-1, 1, 1)
         config = PolicyConfig(path=policy, preset="", dtype=dtype, precision="float32", head_precision="float32")
         with use_mesh(self._mesh):
-            self._policy, self._params, self._tokenizer = load_starting_policy(config, self._mesh)
+            self._policy, self._params, self._tokenizer = load_starting_policy(config, self._mesh, _POLICY)
             reshard = make_reshard_fn(self._policy, self._mesh, functools.partial(in_compute_dtype, self._policy))
             self._weights = reshard(self._params) if reshard else self._params
         self._scorer = LikelihoodScorer(

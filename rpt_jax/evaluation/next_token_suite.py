@@ -32,6 +32,7 @@ from rpt_jax.rollout.rollouts import Ended
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 from rpt_jax.setup import load_starting_policy, open_or_prepare_corpus
 
+_CONTEXT_CHARACTERS = 400  # Of the text before a position that its record has, from the end.
 _RULES = ("prefix", "first_token")
 
 
@@ -145,7 +146,8 @@ class NextTokenSuite:
           finished: whether each sample ended by itself.
         """
         tokenizer = self._tokenizer
-        ids = self._windows[position.window][position.position :].tolist()
+        window = self._windows[position.window]
+        ids = window[position.position :].tolist()
         continuation = self._continuation(ids)
 
         def right(prediction: Prediction) -> dict[str, float]:
@@ -171,6 +173,7 @@ class NextTokenSuite:
             "category": "",
             "cluster": int(self._cluster_W[position.window] % 2**53),
             "entropy": position.entropy,
+            "context": tokenizer.decode(window[: position.position])[-_CONTEXT_CHARACTERS:],
             "truth": continuation[0].decode(errors="replace"),
             "logprob": likelihood.logprob,
             "direct": tokenizer.decode([likelihood.first_token]),

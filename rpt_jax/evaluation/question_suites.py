@@ -27,7 +27,7 @@ from rpt_jax.evaluation.stored_results import Record
 from rpt_jax.evaluation.suite import SUITES, SuiteInputs
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.question_prompts import question_batches, question_text, questions_fingerprint, tokenize_questions
-from rpt_jax.questions.loading import load_questions
+from rpt_jax.questions.loading import QuestionSets, load_questions
 from rpt_jax.questions.question import Question
 from rpt_jax.rewards.verified import REJECTED_QUESTIONS, AnswerStatus, BatchVerifier
 from rpt_jax.rewards.verifiers import why_unreadable
@@ -43,7 +43,7 @@ class _SampledSuite:
     def __init__(
         self,
         inputs: SuiteInputs,
-        questions: list[Question],
+        sets: QuestionSets,
         text_of: Callable[[Question], str],
         template: str,
         slot: str,
@@ -51,7 +51,7 @@ class _SampledSuite:
         """
         Args:
           inputs: the policy, and the config, whose section `rollout` says how responses are sampled.
-          questions: the questions.
+          sets: the questions.
           text_of: returns the text that stands in the prompt for a question.
           template: prompt template.
           slot: what the template has braces around.
@@ -63,7 +63,8 @@ class _SampledSuite:
         self._builder = PromptBuilder(prompt, inputs.tokenizer, slot)
         self._tokenizer = inputs.tokenizer
         self._batch = experiment.training.prompts_per_step
-        self._prompts = tokenize_questions(questions, self._builder, inputs.tokenizer, "test", text_of)
+        self._prompts = tokenize_questions(sets.test, self._builder, inputs.tokenizer, "test", text_of)
+        self._rejected = sets.rejected
         self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, self._builder)
         self._weights = self._sample.weights(inputs.params)
 
@@ -77,10 +78,14 @@ class _SampledSuite:
         """Digest of the questions."""
         return questions_fingerprint(self._prompts.questions)
 
-    @property
-    def left_out(self) -> int:
-        """Number of questions that are too long for a prompt."""
-        return self._prompts.left_out
+    def response_summary(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Return the numbers of questions left out or rejected, the share of truncated responses and the mean length."""
+        return {
+            "left_out": self._prompts.left_out,
+            "rejected": self._rejected,
+            "truncated": 1.0 - float(np.mean([record["finished"] for record in records])),
+            "response_length": float(np.mean([record["lengths"] for record in records])),
+        }
 
     def of_batch(self, batch: int) -> Sequence[Question]:
         """Return the questions of a batch."""
@@ -108,8 +113,8 @@ class _SampledSuite:
         }
 
 
-def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> list[Question]:
-    """Return the test questions in the order of their ids, so that a rerun has the same batches.
+def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> QuestionSets:
+    """Return the questions, those to test with in the order of their ids, so that a rerun has the same batches.
 
     Args:
       inputs: the config, whose section `questions` names them.
@@ -119,15 +124,16 @@ def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> 
     """
     listing = inputs.workdir / REJECTED_QUESTIONS
     sets = load_questions(inputs.experiment.questions, why, listing=listing, for_training=False)
-    return sorted(sets.test, key=lambda question: question.id)
+    return dataclasses.replace(sets, test=tuple(sorted(sets.test, key=lambda question: question.id)))
 
 
-def response_summary(records: Sequence[Record], left_out: int) -> dict[str, Any]:
-    """Return the number of questions that were left out, the share of truncated responses and the mean length."""
+def question_fields(question: Question) -> dict[str, Any]:
+    """Return what every record says about its question."""
     return {
-        "left_out": left_out,
-        "truncated": 1.0 - float(np.mean([record["finished"] for record in records])),
-        "response_length": float(np.mean([record["lengths"] for record in records])),
+        "id": question.id,
+        "category": question.category,
+        "question": question_text(question),
+        "answers": list(question.answers),
     }
 
 
@@ -157,8 +163,8 @@ class QuestionSuite(_SampledSuite):
         Raises: UserError, if the questions, the verifier or the prompts cannot be used.
         """
         experiment = inputs.experiment
-        questions = load_test_questions(inputs, functools.partial(why_unreadable, experiment.questions.verifier))
-        super().__init__(inputs, questions, question_text, experiment.prompt.template, "question")
+        sets = load_test_questions(inputs, functools.partial(why_unreadable, experiment.questions.verifier))
+        super().__init__(inputs, sets, question_text, experiment.prompt.template, "question")
         self._verify = BatchVerifier(experiment.questions, inputs.tokenizer)
 
     def records(self, batch: int, arrays: Any) -> list[Record]:
@@ -173,9 +179,7 @@ class QuestionSuite(_SampledSuite):
             scores |= {name: value for name, value in sample_scores(correct, "accuracy").items() if "pass" in name}
             records.append(
                 {
-                    "id": question.id,
-                    "category": question.category,
-                    "answers": list(question.answers),
+                    **question_fields(question),
                     "status": [AnswerStatus(status).name.lower() for status in status_G],
                     "correct": correct,
                     **self.response_fields(arrays, p),
@@ -188,7 +192,7 @@ class QuestionSuite(_SampledSuite):
         """Return the share of each outcome, of truncated responses, and the mean length."""
         statuses = [status for record in records for status in record["status"]]
         shares = {status.name.lower(): statuses.count(status.name.lower()) / len(statuses) for status in AnswerStatus}
-        return response_summary(records, self.left_out) | {"status": shares}
+        return self.response_summary(records) | {"status": shares}
 
     def close(self) -> None:
         """End the worker processes of the verifier."""
@@ -209,8 +213,8 @@ class MultipleChoiceSuite(_SampledSuite):
         experiment = inputs.experiment
         self._protocol = experiment.multiple_choice
         self._seed = experiment.seed
-        questions = load_test_questions(inputs, why_unusable)
-        super().__init__(inputs, questions, boxed_letter_text, "plain", "context")
+        sets = load_test_questions(inputs, why_unusable)
+        super().__init__(inputs, sets, boxed_letter_text, "plain", "context")
 
     def records(self, batch: int, arrays: Any) -> list[Record]:
         """Read the letters of the responses to the questions of a batch."""
@@ -221,7 +225,7 @@ class MultipleChoiceSuite(_SampledSuite):
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return the shares of unparsed responses, of letters that are no option and of truncated responses, and the length."""
         letters = [(letter, record["options"]) for record in records for letter in record["letters"]]
-        return response_summary(records, self.left_out) | {
+        return self.response_summary(records) | {
             "unparsed": float(np.mean([letter is None for letter, _ in letters])),
             "not_an_option": float(np.mean([bool(letter) and letter not in options for letter, options in letters])),
         }
@@ -237,10 +241,8 @@ class MultipleChoiceSuite(_SampledSuite):
         if len(correct) > 1:
             scores["majority"] = majority_correct(counted, correct)
         return {
-            "id": question.id,
-            "category": question.category,
+            **question_fields(question),
             "options": LETTERS[: len(question.choices)],
-            "answers": list(question.answers),
             "letters": letters,
             "correct": correct,
             **responses,
@@ -261,7 +263,9 @@ class LikelihoodSuite:
         """
         experiment = inputs.experiment
         self._tokenizer = inputs.tokenizer
-        self._questions = load_test_questions(inputs, why_unusable)
+        sets = load_test_questions(inputs, why_unusable)
+        self._questions = sets.test
+        self._rejected = sets.rejected
         self._batch = experiment.training.prompts_per_step
         self._scorer = LikelihoodScorer(
             inputs.policy,
@@ -295,9 +299,7 @@ class LikelihoodSuite:
             chosen = likelihood_choices(letters, texts, [len(choice.encode()) for choice in question.choices])
             records.append(
                 {
-                    "id": question.id,
-                    "category": question.category,
-                    "answers": list(question.answers),
+                    **question_fields(question),
                     "chosen": chosen,
                     "letter_logprobs": letters,
                     "text_logprobs": texts,
@@ -307,10 +309,10 @@ class LikelihoodSuite:
         return records
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return nothing: the averages say all."""
-        return {}
+        """Return the numbers of questions that were rejected."""
+        return {"rejected": self._rejected}
 
-    def _of_batch(self, batch: int) -> list[Question]:
+    def _of_batch(self, batch: int) -> Sequence[Question]:
         return self._questions[batch * self._batch : (batch + 1) * self._batch]
 
     def _requests(self, batch: int) -> list[Request]:

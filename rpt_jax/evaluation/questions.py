@@ -181,7 +181,9 @@ def show_question_results(name: str, results: dict[str, Any]) -> None:
     """Show a table of accuracies with 95 % intervals, and what describes the responses; `name` says whose they are."""
     samples = results["samples"]
     rows = [(f"avg@{samples}", _format(results["accuracy"]["micro"]), results["questions"])]
-    rows += [(f"pass@{k}", _format(average), results["questions"]) for k, average in results["pass"].items()]
+    rows += [
+        (f"pass@{k}", _format(average), results["questions"]) for k, average in results["pass"].items() if k != "1"
+    ]
     categories = results["accuracy"]["categories"]
     if len(categories) > 1:
         rows += [

@@ -64,7 +64,15 @@ def check_task(suite: str, experiment: Experiment) -> None:
 
 
 def evaluate(
-    suite: str, experiment: Experiment, policy: str, workdir: Path, mesh: Mesh, context: RunContext, *, restart: bool
+    suite: str,
+    experiment: Experiment,
+    policy: str,
+    policy_field: str,
+    workdir: Path,
+    mesh: Mesh,
+    context: RunContext,
+    *,
+    restart: bool,
 ) -> dict[str, Any]:
     """Evaluate a policy with a suite, or resume an evaluation that was interrupted.
 
@@ -72,6 +80,7 @@ def evaluate(
       suite: name of the suite.
       experiment: a validated config, of the task that `check_task` asks for.
       policy: Hugging Face directory, GGUF file or policy of a run.
+      policy_field: the config field or flag that gives it, for errors.
       workdir: where the results are kept.
       mesh: the device mesh.
       context: signals and heartbeats.
@@ -87,10 +96,10 @@ def evaluate(
     # Plan the memory for the policy that is evaluated and the sampling of the suite. The task is one that only samples.
     sampled = (requirements.sampling or evaluation_experiment)(experiment)
     planned = plan_run(dataclasses.replace(sampled, task="difficulty", policy=subject), mesh)
-    planned = dataclasses.replace(planned, task=experiment.task, policy=experiment.policy)
     check_sampling(planned, mesh)
+    planned = dataclasses.replace(planned, task=experiment.task, policy=experiment.policy)
 
-    model, params, tokenizer = load_starting_policy(subject, mesh)
+    model, params, tokenizer = load_starting_policy(subject, mesh, policy_field)
     fingerprint = fingerprint_arrays(params)
     settings = {"--suite": suite, "--policy": fingerprint, "tokenizer": tokenizer.fingerprint} | _settings(experiment)
     store = ResultStore(workdir, settings, restart=restart)

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from rpt_jax.config.user_paths import user_path
 from rpt_jax.infra.atomic_write import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,13 @@ def default_directory() -> Path | None:
     with contextlib.suppress(RuntimeError):
         return Path.home() / ".cache" / "rpt_jax" / "compiled"
     return None
+
+
+def chosen_directory(flag: str | None) -> Path | None:
+    """Return the directory that `--compilation_cache` names, or the default one without it; None for no cache."""
+    if not flag:
+        return default_directory()
+    return None if flag == "off" else user_path(flag)
 
 
 @contextlib.contextmanager

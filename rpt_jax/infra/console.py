@@ -153,6 +153,12 @@ class Progress:
             interludes_left.get(kind, 0) * statistics.median(durations) for kind, durations in self._interludes.items()
         )
 
+    def _eta(self) -> str:
+        """Return the estimate as text; after the last step, with the names of the interludes that are still to come."""
+        left = [kind for kind, count in self._interludes_left(self._done).items() if count]
+        suffix = f" ({', '.join(left)})" if left and self._done == self._total else ""
+        return f"{_duration(self.seconds_left)}{suffix}"
+
     @contextlib.contextmanager
     def interlude(self, kind: str) -> Iterator[None]:
         """Count the time inside the block as an interlude, such as an evaluation, and not as a part of a step."""
@@ -177,7 +183,7 @@ class Progress:
         self._status = _encodable(status)
         self._has_unprinted_step = True
         if self._live:
-            eta = _duration(self.seconds_left)
+            eta = self._eta()
             self._live.update(self._task, total=self.total, completed=self._done, eta=eta, status=self._status)
             return
         is_first_or_last = self._steps == 1 or self._done == self.total
@@ -189,7 +195,7 @@ class Progress:
         self._has_unprinted_step = False
         line = (
             f"{self._name} {self._done}/{self.total}  elapsed {_duration(now - self._start)}"
-            f"  ETA {_duration(self.seconds_left)}  {self._status}"
+            f"  ETA {self._eta()}  {self._status}"
         )
         self._console.print(Text(line.rstrip()), soft_wrap=True)
 

@@ -24,6 +24,7 @@ from rpt_jax.config import PretrainConfig
 from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.digest import digest
 from rpt_jax.infra.run_format import FORMAT, format_stamp
 from rpt_jax.infra.workdir import RESULT, TRACES
 from rpt_jax.prompts.traces import Drill
@@ -173,6 +174,13 @@ def _read(config: PretrainConfig, tokenizer: Tokenizer) -> tuple[Drill, ...]:
             field=_PATH,
         )
     return read_traces(options.path, tokenizer.fingerprint, config.row_tokens)
+
+
+def traces_fingerprint(config: PretrainConfig, tokenizer: Tokenizer) -> str:
+    """Return a digest of the sampled traces that a run learns; "" for none. Raises: UserError, if they cannot be used."""
+    if config.traces != "sampled" or not config.trace_weight:
+        return ""
+    return digest([[trace.prompt, trace.response] for trace in _read(config, tokenizer)])
 
 
 @TRACE_WRITERS.register("sampled", options=SampledOptions, check=check_sampled_traces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rpt_jax.corpus.readers import line_in_file, name_prefix, parse_file_range
 from rpt_jax.corpus.records import InvalidRecordError, RecordParser, fill, find_field, placeholders, text_of_value
 from rpt_jax.errors import UserError
 from rpt_jax.questions.question import TEST, TRAIN, Question, SourceQuestion
+from rpt_jax.questions.text import read_letter
 from rpt_jax.registry import QUESTION_SOURCES
 
 MAX_QUESTION_BYTES = 2**20
@@ -76,7 +77,8 @@ def read_question_file(file_range: FileRange, config: QuestionsConfig, field: st
             field=field,
         )
     parser = RecordParser(_record_fields(config), lambda record: record, MAX_QUESTION_BYTES)
-    for item in parse_file_range(file_range, parser, lambda record: question_values(record, config), field):
+    with_path = file_range._replace(name=str(file_range.path))  # Rejected records are listed with the whole path.
+    for item in parse_file_range(with_path, parser, lambda record: question_values(record, config), field):
         if isinstance(item, Rejected):
             yield item
             continue
@@ -155,7 +157,7 @@ def _label(record: Mapping[str, Any], field: str, option: str) -> str:
     return label
 
 
-def _answers(record: Mapping[str, Any], config: QuestionsConfig, choices: Sequence[str]) -> Iterator[str]:
+def _answers(record: Mapping[str, Any], config: QuestionsConfig, choices: tuple[str, ...]) -> Iterator[str]:
     """Yield the accepted answers. Raises: InvalidRecordError, if there is none."""
     found = False
     for field in _answer_fields(config):
@@ -169,8 +171,8 @@ def _answers(record: Mapping[str, Any], config: QuestionsConfig, choices: Sequen
         raise InvalidRecordError("no answer", f"has no answer in its field '{config.answer_field}'.")
 
 
-def _letter(value: Any, field: str, choices: Sequence[str]) -> str:
-    """Return the letter of the option that an answer names by letter, text or number from 0.
+def _letter(value: Any, field: str, choices: tuple[str, ...]) -> str:
+    """Return the letter of the option that an answer names by letter (`B`, `(B)`, `B: text`), text or number from 0.
 
     Raises: InvalidRecordError, if it names none, or one by its text and another by its letter or number.
     """
@@ -179,8 +181,8 @@ def _letter(value: Any, field: str, choices: Sequence[str]) -> str:
     named = {letter for letter, choice in zip(letters, choices, strict=False) if choice.strip() == text}
     if isinstance(value, int) and not isinstance(value, bool):
         named |= set(letters[value : value + 1]) if value >= 0 else set()
-    elif len(text) == 1 and text.upper() in letters:
-        named.add(text.upper())
+    elif letter := read_letter(text, choices):
+        named.add(letter)
     if len(named) == 1:
         return named.pop()
     if named:

@@ -37,15 +37,13 @@ class QuestionSets:
     Attributes:
       train: training questions, in random order.
       test: test questions, in random order; none of them has the text of a training question.
-      rejected: questions that cannot be used, by reason.
-      repeated: questions that repeat another one.
+      rejected: numbers of questions that cannot be used or repeat another one, by reason.
       near_duplicates: pairs of a test question and the training question that has most of its runs of five words.
     """
 
     train: tuple[Question, ...]
     test: tuple[Question, ...]
     rejected: Mapping[str, int]
-    repeated: int
     near_duplicates: tuple[tuple[Question, Question], ...]
 
 
@@ -59,7 +57,7 @@ def check_question_source(config: QuestionsConfig) -> None:
 def load_questions(
     config: QuestionsConfig,
     why_unreadable: Callable[[Question], str] = lambda question: "",
-    is_kept: Callable[[Question], bool] = lambda question: True,
+    choose: Callable[[Sequence[Question]], list[Question]] = list,
     listing: Path | None = None,
     *,
     for_training: bool = True,
@@ -70,8 +68,8 @@ def load_questions(
       config: section `questions`.
       why_unreadable: returns what is wrong with the answers of a question, "" for nothing, as `rewards.verifiers.why_unreadable`
         does.
-      is_kept: whether a question may be trained on, such as one of the right difficulty.
-      listing: file to list rejected questions in; None = they are only counted.
+      choose: returns those of the questions that may be trained on, such as those of the right difficulty.
+      listing: file to list rejected and repeated questions in; None = they are only counted.
       for_training: whether there must be questions to train on.
 
     Raises: UserError, if a file cannot be read, if there are too few questions, or with `questions.strict` for the first one that
@@ -83,6 +81,7 @@ def load_questions(
     with RejectLog(config.strict, listing, "questions.strict") as rejects:
         read = QUESTION_SOURCES[config.source].function(config)
         found = list(rejects.filter(_check_all(rejects.filter(read), why_unreadable)))
+        distinct = _distinct(found, rejects)
     log_rejected(rejects.counts, str(listing or ""), "the questions")
     if not found:
         first = next(iter(rejects.first_details.values()), "The source is empty.")
@@ -91,25 +90,16 @@ def load_questions(
             field=_source_field(config),
         )
 
-    # Keep one of the questions with the same text.
-    distinct = _distinct(found)
-    repeated = len(found) - len(distinct)
-    if repeated:
-        logger.info("Left out %s questions that repeat others.", f"{repeated:,}")
-
     # Choose.
     test, rest = _choose_test(distinct, config)
-    train = [question for question in _shuffled(rest, config.seed, TRAIN) if is_kept(question)]
-    if len(train) < max(1 if for_training else 0, config.train_questions):
+    train = choose(_shuffled(rest, config.seed, TRAIN)) if rest else []
+    if for_training and len(train) < max(1, config.train_questions):
+        unfit = len(rest) - len(train)
+        excluded = f"; questions.pass_rates excludes {unfit:,} more" if unfit else ""
         raise UserError(
             f"questions.train_questions={config.train_questions}: {_source_name(config)} has {len(train):,} questions to train "
-            f"on, besides {len(test):,} to test with{_difficulty_sentence(len(rest) - len(train))}.",
+            f"on, besides {len(test):,} to test with{excluded}.",
             field="questions.train_questions",
-        )
-    if excluded := len(rest) - len(train):
-        logger.info(
-            "Left out %s training questions without a pass rate, or with one outside of the bounds (questions.pass_rates).",
-            f"{excluded:,}",
         )
     train = train[: config.train_questions or None]
     near_duplicates = _near_duplicates(train, test)
@@ -126,16 +116,7 @@ def load_questions(
         train=tuple(train),
         test=tuple(test),
         rejected=dict(rejects.counts),
-        repeated=repeated,
         near_duplicates=tuple(near_duplicates),
-    )
-
-
-def _difficulty_sentence(excluded: int) -> str:
-    return (
-        f"; {excluded:,} more have no pass rate, or one outside of the bounds (questions.pass_rates)"
-        if excluded
-        else ""
     )
 
 
@@ -164,16 +145,20 @@ def _check_all(
             if problem := why_unreadable(question):
                 raise InvalidRecordError("answer cannot be verified", problem)
         except InvalidRecordError as error:
-            file, _, line = question.place.rpartition(":")
-            yield Rejected(
-                file=file,
-                line=int(line) if line.isdecimal() else 0,
-                reason=error.reason,
-                detail=f"{question.place or question.id} {error.detail}",
-            )
+            yield _rejected(question, error.reason, error.detail)
         else:
             places[question.id] = question.place
             yield item
+
+
+def _rejected(question: Question, reason: str, detail: str) -> Rejected:
+    file, _, line = question.place.rpartition(":")
+    return Rejected(
+        file=file,
+        line=int(line) if line.isdecimal() else 0,
+        reason=reason,
+        detail=f"{question.place or question.id} {detail}",
+    )
 
 
 def _check(question: Question, places: Mapping[str, str]) -> None:
@@ -221,13 +206,20 @@ def _key(question: Question) -> str:
     return "\n".join(map(normalized_text, (question.text, *question.choices)))
 
 
-def _distinct(items: Sequence[SourceQuestion]) -> list[SourceQuestion]:
-    """Return one question of each text: one of the test part, if there is any, and else the first."""
+def _distinct(items: Sequence[SourceQuestion], rejects: RejectLog) -> list[SourceQuestion]:
+    """Return one question of each text: one of the test part, if there is any, and else the first. The others are listed."""
     chosen: dict[str, SourceQuestion] = {}
     for item in items:
         key = _key(item.question)
-        if key not in chosen or (item.part == TEST and chosen[key].part != TEST):
+        if key not in chosen:
             chosen[key] = item
+            continue
+        dropped = item
+        if item.part == TEST and chosen[key].part != TEST:
+            dropped = chosen[key]
+            chosen[key] = item
+        kept = chosen[key].question
+        rejects.add(_rejected(dropped.question, "repeated question", f"repeats {kept.place or kept.id}."))
     return list(chosen.values())
 
 

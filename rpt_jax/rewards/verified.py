@@ -11,13 +11,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from rpt_jax.config import QuestionsConfig
+from rpt_jax.config import Experiment, QuestionsConfig
+from rpt_jax.config.derived import sampling_fields
 from rpt_jax.distributed.processes import gather_rows, is_leader, to_host
+from rpt_jax.infra.fingerprint import fingerprint_arrays
+from rpt_jax.model.transformer import Params
+from rpt_jax.prompts.builder import read_template
 from rpt_jax.questions.difficulty import DifficultyFilter
 from rpt_jax.questions.loading import QuestionSets, load_questions
 from rpt_jax.questions.question import Question
@@ -70,18 +74,45 @@ class VerifiedBatch(NamedTuple):
     waited: float
 
 
-def load_verifiable_questions(config: QuestionsConfig, workdir: Path) -> QuestionSets:
+def measured_with(experiment: Experiment, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what pass rates are measured with, as `questions.difficulty.PassRates` has it.
+
+    Args:
+      experiment: the config.
+      params: of the policy.
+      tokenizer: of the policy.
+    """
+    sampling = sampling_fields(experiment)
+    # The text of a template file may change.
+    template = read_template(experiment.prompt.template, experiment.prompt_slot)
+    return {
+        "policy": fingerprint_arrays(params),
+        "tokenizer": tokenizer.fingerprint,
+        "verifier": experiment.questions.verifier,
+        "sampling": {**sampling, "prompt.template": experiment.prompt_slot.join(template)},
+    }
+
+
+def load_verifiable_questions(
+    experiment: Experiment, params: Params, tokenizer: Tokenizer, workdir: Path
+) -> QuestionSets:
     """Load the questions whose answers the verifier accepts, those to train on of the right difficulty.
 
     Args:
-      config: section `questions`.
+      experiment: the config.
+      params: of the starting policy, which pass rates should be of.
+      tokenizer: of the policy.
       workdir: rejected questions are listed in its `rejected_questions.jsonl`.
 
-    Raises: UserError, as `questions.loading.load_questions` does.
+    Raises: UserError, as `questions.loading.load_questions` and `DifficultyFilter` do.
     """
-    is_kept = DifficultyFilter(config) if config.pass_rates else lambda question: True
+    config = experiment.questions
+    readable = functools.partial(why_unreadable, config.verifier)
     listing = workdir / REJECTED_QUESTIONS if is_leader() else None
-    return load_questions(config, functools.partial(why_unreadable, config.verifier), is_kept, listing)
+    if not config.pass_rates:
+        return load_questions(config, readable, listing=listing)
+    choose = DifficultyFilter(config, measured_with(experiment, params, tokenizer))
+    return load_questions(config, readable, choose, listing)
 
 
 class PendingBatch:

@@ -12,12 +12,11 @@ import functools
 import itertools
 import logging
 import re
-import string
 from typing import Any
 
 from rpt_jax.questions.question import Question
 from rpt_jax.questions.reasoning_gym_tasks import score_entry
-from rpt_jax.questions.text import last_box
+from rpt_jax.questions.text import last_box, read_letter
 from rpt_jax.registry import VERIFIERS
 
 # What is longer or nested deeper is compared as text only, because parsing it takes seconds. The longest answer of MATH has 81
@@ -25,10 +24,6 @@ from rpt_jax.registry import VERIFIERS
 _LONGEST_EXPRESSION = 500
 _DEEPEST_EXPRESSION = 10
 _BRACKETS = dict.fromkeys("([{", 1) | dict.fromkeys(")]}", -1)
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
-# "B", "(B)", "B." or "$B$"; and a letter before the text of its option: "B: text", "(B) text".
-_LETTER = re.compile(r"[\s$(\[{]*([A-Za-z])[\s$)\]}.:,]*")
-_LETTER_BEFORE_TEXT = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.:)])\s*(.*)", re.DOTALL)
 
 
 @VERIFIERS.register("boxed_math", imports=("math_verify",))
@@ -82,26 +77,6 @@ def boxed_exact(answer: str, question: Question) -> float:
 def choice(answer: str, question: Question) -> float:
     """The box holds the letter of the right option, such as `B`, `(B)` or `B: text`, or the option's text."""
     return float(read_letter(answer, question.choices) in question.answers)
-
-
-def read_letter(answer: str, choices: tuple[str, ...]) -> str:
-    """Return the letter of the option that the content of a box names; "" if it names none, or is ambiguous."""
-    text = _LATEX_TEXT.sub(r"\1", answer).strip()
-    letters = string.ascii_uppercase[: len(choices)]
-    if match := _LETTER.fullmatch(text):
-        letter = match[1].upper()
-        return letter if letter in letters else ""
-    by_text = [letter for letter, option in zip(letters, choices, strict=True) if _same_text(text, option)]
-    if len(by_text) == 1:
-        return by_text[0]
-    if match := _LETTER_BEFORE_TEXT.fullmatch(text):
-        letter = match[1] or match[2]
-        return letter if letter in letters else ""
-    return ""
-
-
-def _same_text(text: str, other: str) -> bool:
-    return " ".join(text.split()).casefold() == " ".join(other.split()).casefold()
 
 
 @VERIFIERS.register("contains", box=False)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rpt_jax.config import Experiment, RolloutConfig
+from rpt_jax.config import Experiment
 from rpt_jax.distributed.mesh import DECODING
 from rpt_jax.distributed.sharding import make_reshard_fn, shard_prompts
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
@@ -91,12 +89,6 @@ def sampling_numbers(experiment: Experiment) -> list[float]:
     """Return the numbers that two evaluations must have in common to be comparable: samples, temperature and length limit."""
     rollout = experiment.rollout
     return [rollout.samples_per_prompt, rollout.temperature, rollout.max_new_tokens]
-
-
-def sampling_values(rollout: RolloutConfig) -> dict[str, Any]:
-    """Return the fields of section `rollout` that change what is sampled, by name."""
-    values = dataclasses.asdict(rollout)
-    return {name: value for name, value in values.items() if name not in ("decode_slots", "prefill_tokens")}
 
 
 def max_tail_tokens(experiment: Experiment, builder: PromptBuilder) -> int:

@@ -41,7 +41,8 @@ class QuestionTask:
         self._mesh = mesh
         self.policy, self.params, self.tokenizer = load_starting_policy(experiment.policy, mesh)
         builder = PromptBuilder(experiment.prompt, self.tokenizer, experiment.prompt_slot)
-        questions = load_verifiable_questions(experiment.questions, workdir)
+        questions = load_verifiable_questions(experiment, self.params, self.tokenizer, workdir)
+        self._rejected = questions.rejected
         self._train = tokenize_questions(questions.train, builder, self.tokenizer, "training")
         self._test = tokenize_questions(questions.test, builder, self.tokenizer, "test")
         self._fingerprint = questions_fingerprint(self._train.questions)
@@ -99,7 +100,7 @@ class QuestionTask:
         show_question_results(name, evaluation)
 
     def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-        return {"before": before, "after": after}
+        return {"rejected_questions": self._rejected, "before": before, "after": after}
 
     def state(self) -> dict[str, Any]:
         return {"questions": self._fingerprint}

@@ -62,13 +62,15 @@ def check_files(source: str | Path, field: str = "policy.path") -> None:
       source: a directory in Hugging Face format, or a GGUF file.
       field: the config field or option that gives it, for errors.
 
-    Raises: UserError that lists all missing files.
+    Raises: UserError, if it does not exist, or with a list of all missing files.
     """
     if gguf := find_gguf(source):
         for part in split_parts(gguf):
             if not part.is_file():
                 raise UserError(f"{field}='{source}': {part} does not exist.", field=field)
         return
+    if not Path(source).exists():
+        raise UserError(f"{field}='{source}' does not exist.{missing_hint(source)}", field=field)
     required = {
         MODEL_CONFIG_FILE: (MODEL_CONFIG_FILE,),
         WEIGHTS_FILE: (WEIGHTS_FILE, INDEX_FILE),

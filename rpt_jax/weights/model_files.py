@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rpt_jax.errors import UserError
+from rpt_jax.infra.workdir import POLICY
 
 MODEL_CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -104,6 +105,10 @@ def missing_hint(source: str | Path) -> str:
     # The cache of the Hub.
     if snapshots := sorted(path.glob("snapshots/*/" + MODEL_CONFIG_FILE)):
         return f" It is a folder of the Hub's cache; the model is in {snapshots[-1].parent}"
+
+    # A run.
+    if (path / POLICY / MODEL_CONFIG_FILE).is_file():
+        return f" It is a run; its policy is {path / POLICY}"
 
     # Weights or a tokenizer in another form.
     hints = []

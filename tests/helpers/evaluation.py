@@ -13,8 +13,8 @@ QUESTIONS = [
 ]
 
 
-def question_flags(directory: Path) -> list[str]:
-    """Write the questions, the last of which has no options; return the flags that name them."""
+def question_flags(directory: Path, **others: object) -> list[str]:
+    """Write the questions, the last of which has no options; return the flags that name them, and flags of other fields."""
     path = directory / "questions.jsonl"
     path.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     fields = {
@@ -23,7 +23,6 @@ def question_flags(directory: Path) -> list[str]:
         "questions.choices_field": "options",
         "questions.category_field": "subject",
         "questions.test_questions": 0,
-        "questions.verifier": "choice",
         "training.prompts_per_step": 2,
     }
-    return [f"--config.{name}={value}" for name, value in fields.items()]
+    return [f"--config.{name}={value}" for name, value in {**fields, **others}.items()]

@@ -24,6 +24,7 @@ from rpt_jax.prompts.sampled_traces import (
     check_sampled_traces,
     first_distinct,
     read_batch,
+    traces_fingerprint,
     write_batch,
 )
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
@@ -162,3 +163,14 @@ def test_a_file_does_not_depend_on_when_it_was_written(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
     header = json.loads(gzip.decompress(first.read_bytes()).splitlines()[0])
     assert header["traces"] == len(TRACES)
+
+
+def test_the_fingerprint_is_that_of_the_traces_that_are_learned(tmp_path: Path) -> None:
+    first = config(write_run(tmp_path / "first"))
+    prints = [
+        traces_fingerprint(first, TOKENIZER),
+        traces_fingerprint(config(write_run(tmp_path / "same")), TOKENIZER),
+        traces_fingerprint(config(write_run(tmp_path / "other", TRACES[:1])), TOKENIZER),
+        traces_fingerprint(dataclasses.replace(first, trace_weight=0.0), TOKENIZER),
+    ]
+    assert prints[0] == prints[1] != prints[2] != prints[3] == ""

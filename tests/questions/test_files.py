@@ -40,7 +40,7 @@ def reason(folder: Path, record: dict[str, Any], **fields: Any) -> str:
         folder, {"question": "?", "answer": "1", "options": ["1", "2"], "kind": "a", "id": 1}, record, **fields
     )
     assert isinstance(item, Rejected)
-    assert (item.file, item.line) == ("questions.jsonl", 2)
+    assert (item.file, item.line) == (str(folder / "questions.jsonl"), 2)
     assert f"{folder / 'questions.jsonl'}:2 " in item.detail
     return item.reason
 
@@ -96,7 +96,7 @@ def test_a_number_that_is_no_index_is_the_text_of_an_option(tmp_path: Path):
     assert question.answers == ("B",)
 
 
-@pytest.mark.parametrize("answer", ["C", "c", "comet", 2])
+@pytest.mark.parametrize("answer", ["C", "c", "(C)", "C.", "(C) comet", "comet", 2])
 def test_the_answer_is_a_letter_a_text_or_a_number(tmp_path: Path, answer: str | int):
     record = {"question": "?", "answer": answer, "options": ["star", "planet", "comet"]}
     [question] = read_records(tmp_path, record, choices_field="options")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def test_test_questions_are_held_out(tmp_path: Path):
     sets = load(tmp_path)
     assert (len(sets.train), len(sets.test)) == (80, 20)
     assert texts(sets.train) | texts(sets.test) == {record["question"] for record in RECORDS}
-    assert (sets.rejected, sets.repeated) == ({}, 0)
+    assert sets.rejected == {}
 
 
 def test_the_choice_depends_on_the_seed_and_not_on_the_order_of_lines(tmp_path: Path):
@@ -60,7 +61,7 @@ def test_the_same_text_is_on_one_side_only(tmp_path: Path):
         {"question": f"  {record['question'].upper()}\n", "answer": record["answer"]} for record in RECORDS[:50]
     ]
     sets = load(tmp_path, RECORDS + repeated)
-    assert (len(sets.train), len(sets.test), sets.repeated) == (80, 20, 50)
+    assert (len(sets.train), len(sets.test), sets.rejected) == (80, 20, {"repeated question": 50})
     normal = [{" ".join(text.lower().split()) for text in texts(side)} for side in (sets.train, sets.test)]
     assert not normal[0] & normal[1]
 
@@ -71,14 +72,14 @@ def test_a_training_question_that_is_also_in_the_test_part_is_not_trained_on(tmp
     test_texts = {record["question"] for record in RECORDS[:40]}
     assert texts(sets.test) <= test_texts and len(sets.test) == 10
     assert not texts(sets.train) & test_texts and len(sets.train) == 60
-    assert sets.repeated == 40
+    assert sets.rejected == {"repeated question": 40}
     assert len(load(tmp_path, RECORDS, test_path=test_path, test_questions=0).test) == 40
 
 
 def test_questions_with_other_options_are_different(tmp_path: Path):
     records = [{"question": "Which is true?", "answer": "A", "options": [f"{n}", f"{n + 1}"]} for n in range(8)]
     sets = load(tmp_path, records, choices_field="options", test_questions=4)
-    assert (len(sets.train), len(sets.test), sets.repeated) == (4, 4, 0)
+    assert (len(sets.train), len(sets.test), sets.rejected) == (4, 4, {})
 
 
 def test_near_duplicates_are_reported(tmp_path: Path):
@@ -95,13 +96,13 @@ def test_near_duplicates_are_reported(tmp_path: Path):
 
 def test_questions_of_other_difficulty_are_not_trained_on_but_tested_with(tmp_path: Path):
     config = QuestionsConfig(path=write(tmp_path / "a.jsonl", RECORDS), test_questions=20)
-    sets = load_questions(config, is_kept=lambda question: question.answers == ("9",))
+    sets = load_questions(config, choose=lambda questions: [q for q in questions if q.answers == ("9",)])
     assert {question.answers for question in sets.train} == {("9",)}
     assert len({question.answers for question in sets.test}) > 1
 
 
 def test_files_of_test_questions_alone_are_enough_to_evaluate(tmp_path: Path):
-    config = QuestionsConfig(test_path=write(tmp_path / "test.jsonl", RECORDS), test_questions=0)
+    config = QuestionsConfig(test_path=write(tmp_path / "test.jsonl", RECORDS), test_questions=0, train_questions=9)
     sets = load_questions(config, for_training=False)
     assert (len(sets.train), len(sets.test)) == (0, 100)
     with pytest.raises(UserError) as raised:
@@ -132,6 +133,19 @@ def test_a_question_that_cannot_be_used_is_counted_and_listed(
     [listed] = map(json.loads, (tmp_path / "rejected.jsonl").read_text().splitlines())
     assert (listed["line"], listed["reason"]) == (101, reason)
     assert f"{tmp_path / 'a.jsonl'}:101 " in listed["detail"]
+
+
+def test_a_repeated_question_is_listed_with_the_one_that_is_used(tmp_path: Path):
+    training = write(tmp_path / "a.jsonl", [*RECORDS[:30], RECORDS[0]])
+    test = write(tmp_path / "test.jsonl", RECORDS[:1] + RECORDS[30:])
+    config = QuestionsConfig(path=training, test_path=test, strict=True)
+    load_questions(dataclasses.replace(config, test_questions=20), listing=tmp_path / "rejected.jsonl")
+    listed = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert {(line["file"], line["line"], line["reason"]) for line in listed} == {
+        (training, 1, "repeated question"),
+        (training, 31, "repeated question"),
+    }
+    assert listed[-1]["detail"].endswith(f"{test}:1.")
 
 
 def test_a_question_whose_answer_cannot_be_verified_is_rejected(tmp_path: Path):

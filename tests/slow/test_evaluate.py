@@ -38,7 +38,8 @@ def run(workdir: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, 
 
 def test_next_token_suite_finds_what_the_evaluator_of_the_training_loop_finds(tmp_path: Path):
     config = str(CONFIGS / "rpt_tiny.py")
-    overrides = [f"{name}={value}" for name, value in SMALL.items()]
+    read_by_suite = ("data.", "prompt.", "rollout.", "training.prompts_per_step", "evaluation.positions")
+    overrides = [f"{name}={value}" for name, value in SMALL.items() if name.startswith(read_by_suite)]
     flags = ["--suite=next_token", f"--config={config}", *(f"--config.{override}" for override in overrides)]
     summary, records = run(tmp_path / "suite", *flags)
 
@@ -82,7 +83,8 @@ def test_next_token_suite_finds_what_the_evaluator_of_the_training_loop_finds(tm
 
 @pytest.mark.parametrize(("suite", "name"), [("multiple_choice", "multiple_choice"), ("questions", "evaluation")])
 def test_suites_of_questions_read_their_own_responses(suite: str, name: str, tmp_path: Path):
-    flags = [f"--suite={suite}", f"--config={CONFIGS / 'rft_tiny.py'}", *question_flags(tmp_path)]
+    verifier = {"questions.verifier": "choice"} if suite == "questions" else {}
+    flags = [f"--suite={suite}", f"--config={CONFIGS / 'rft_tiny.py'}", *question_flags(tmp_path, **verifier)]
     flags += [f"--config.{name}.samples=4", f"--config.{name}.max_new_tokens=24", "--config.prompt.max_tokens=256"]
     summary, records = run(tmp_path / "out", *flags)
     assert [len(record["responses"]) for record in records] == [4, 4, 4]

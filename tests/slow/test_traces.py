@@ -10,7 +10,7 @@ import pytest
 from rpt_jax import main
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.prompts.sampled_traces import batch_path, read_batch
+from rpt_jax.prompts.sampled_traces import batch_path, read_batch, read_traces
 from tests.helpers.questions import SMALL_RFT
 from tests.helpers.runs import PRETRAIN, SMALL, experiment
 
@@ -72,6 +72,13 @@ def test_a_run_resumes_to_the_same_traces_and_its_traces_can_be_learned(tmp_path
     lines = read_metrics(tmp_path / "sft" / "metrics.jsonl")
     assert all(line["loss/trace"] > 0 and line["update/skipped"] == 0 for line in lines)
     assert lines[-1]["flops/train_total"] > lines[0]["flops/train_total"] > 0
+
+    # A run that is resumed notices other traces in their place.
+    next(path for path, batch in zip(files, batches, strict=True) if batch.traces).unlink()
+    read_traces.cache_clear()
+    with pytest.raises(UserError) as raised:
+        main.run(experiment("rpt_tiny", **changes | sampled | {"training.total_steps": 4}), tmp_path / "sft")
+    assert raised.value.field == "pretrain.trace_options.path"
 
 
 def test_the_verifier_decides_which_answers_are_kept(tmp_path: Path) -> None:
