@@ -129,8 +129,8 @@ class Segments:
         reasons = {
             "cut by the end of the window": uncut_ends_N > len(ids_S),
             "without right context": (ends_N == len(ids_S)) & (self.right_context > 0),
-            "white space only": total(self._has_content_V[ids_S]) == 0,
             "with a special token": total(lengths_S == 0) > 0,
+            "white space only": total(self._has_content_V[ids_S]) == 0,
             f"of more than {self._max_tokens} tokens": ends_N - starts_N > self._max_tokens,
             "of more than prompt.reference_bytes": total(lengths_S) > self._prompt.reference_bytes,
         }

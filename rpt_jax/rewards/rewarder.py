@@ -139,18 +139,7 @@ class Rewarder:
 
     def common_prefix_share(self, matched: RewardedRollouts) -> jax.Array:
         """Return the share of the segment's tokens that each prediction begins with, float32 [P, G], for evaluation."""
-        rollouts = matched.rollouts
-        return common_prefix_share(
-            rollouts.tokens_PxGxT,
-            rollouts.lengths_PxG,
-            rollouts.stopped_PxG,
-            jnp.asarray(matched.prompts.reference_PxR),
-            jnp.asarray(matched.prompts.boundaries_PxRp1),
-            self._vocab.bytes_VxX,
-            self._vocab.lengths_V,
-            self._end_think_id,
-            reading=self._box_reading,
-        )
+        return share_batch(matched.prompts, matched.rollouts, self._vocab, self._end_think_id, self._box_reading)
 
 
 def is_prefix_match(objective: ObjectiveConfig) -> bool:
@@ -219,6 +208,25 @@ def match_batch(
         reading=box_reading,
     )
     return constrain_batch(result)
+
+
+@functools.partial(jax.jit, static_argnames=("end_think_id", "box_reading"))
+def share_batch(
+    prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int, box_reading: str
+) -> jax.Array:
+    """Return the share of the segment's tokens that each prediction begins with, float32 [P, G]."""
+    share_PxG = common_prefix_share(
+        rollouts.tokens_PxGxT,
+        rollouts.lengths_PxG,
+        rollouts.stopped_PxG,
+        jnp.asarray(prompts.reference_PxR),
+        jnp.asarray(prompts.boundaries_PxRp1),
+        jnp.asarray(vocab.bytes_VxX),
+        jnp.asarray(vocab.lengths_V),
+        end_think_id,
+        reading=box_reading,
+    )
+    return constrain_batch(share_PxG)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "objective", "layout"))

@@ -169,5 +169,7 @@ def test_total_reward_adds_weighted_terms(inputs):
         triangle = max(0.0, 1 - abs(len(reasoning(tokens)) - 4) / 4)
         boxed = Status(i % len(Status)) not in (Status.NO_BOX, Status.NOT_FINISHED)
         overlong = -min(1.0, max(0.0, (len(tokens) - (T - 4)) / 4))
-        np.testing.assert_allclose(ours.ravel()[i], 0.75 * i + 0.25 * triangle + 0.5 * boxed + 2 * overlong, rtol=1e-5)
+        np.testing.assert_allclose(
+            ours.ravel()[i], 0.75 * (i + 1) + 0.25 * triangle + 0.5 * boxed + 2 * overlong, rtol=1e-5
+        )
     np.testing.assert_array_equal(total_reward(inputs, jnp.int32(4)), inputs.matched_PxG)
