@@ -47,12 +47,14 @@ class RewardRequirements(Requirements):
       response_passes: forward passes over a step's responses before the update, sampling included.
       end_of_thinking: whether the tokenizer must have an end-of-thinking token.
       average: whether the reward is computed with the moving average of the parameters, which must then be kept.
+      targets: what it can compare with: "token" (the next token), "segment" (a target that ends) or, the default, both.
     """
 
     prompt_passes: int = 1
     response_passes: int = 1
     end_of_thinking: bool = False
     average: bool = False
+    targets: tuple[str, ...] = ("token", "segment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,17 @@ class PositionRequirements(Requirements):
     staged: bool = False
     scored: bool = True
     reported_fields: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetRequirements(Requirements):
+    """Requirements of a kind of targets.
+
+    Attributes:
+      segments: whether a target ends, so that a prediction is compared with no more than it.
+    """
+
+    segments: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +244,7 @@ QUESTION_SOURCES = Registry(
 )
 VERIFIERS = Registry("questions.verifier", "rpt_jax.rewards.verifiers", VerifierRequirements)
 POSITION_CHOICES = Registry("data.positions", "rpt_jax.prompts.positions", PositionRequirements)
+TARGETS = Registry("data.targets", "rpt_jax.prompts.targets", TargetRequirements)
 PROMPT_TEMPLATES = Registry("prompt.template", "rpt_jax.prompts.templates", Requirements)
 TRACE_WRITERS = Registry(
     "pretrain.traces",
@@ -241,6 +255,7 @@ OBJECTIVE_REGISTRIES = (REWARDS, ADVANTAGES, LOSSES, AGGREGATIONS, KL_ESTIMATORS
 ALL_REGISTRIES = (
     *OBJECTIVE_REGISTRIES,
     POSITION_CHOICES,
+    TARGETS,
     CORPUS_SOURCES,
     QUESTION_SOURCES,
     VERIFIERS,

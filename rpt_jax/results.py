@@ -82,14 +82,20 @@ def show_next_token_evaluation(name: str, evaluation: dict[str, Any]) -> None:
       evaluation: as `Evaluator.full` returns it.
     """
     parts = {"": evaluation, ", unseen": evaluation.get("unseen") or {}}
+    details = evaluation["details"]
     rows = [
         (f"{mode}{suffix}", *(_format_accuracy(part[mode][difficulty]) for difficulty in DIFFICULTIES))
         for suffix, part in parts.items()
         for mode in ("direct", "reasoning")
         if mode in part
     ]
-    table(f"Next-token accuracy, {name} (%, 95 % interval, positions)", ("predicted", *DIFFICULTIES), rows)
-    details = evaluation["details"]
+    title = "Next-token accuracy"
+    if "exact" in details:
+        title = "Share of segments"
+        rows.append(
+            ("reasoning, whole", *(_format_accuracy(details["exact"][difficulty]) for difficulty in DIFFICULTIES))
+        )
+    table(f"{title}, {name} (%, 95 % interval, positions)", ("predicted", *DIFFICULTIES), rows)
     logger.info(
         "format rate %.1f%%, response length %.1f tokens", 100 * details["format_rate"], details["response_length"]
     )

@@ -28,6 +28,7 @@ from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.model_config import ModelConfig, check_preset
 from rpt_jax.model.transformer import Params, Transformer
+from rpt_jax.prompts.targets import Segments, find_segments
 from rpt_jax.questions.loading import check_question_source
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -48,6 +49,7 @@ class Setup:
       train, held_out, unseen: windows of token ids of each split; a long document has several windows.
       prepared: the corpus that the windows are read from, with the proxy's entropies.
       boxable_V: bool, the tokens that a box can hold; positions before other tokens are left out.
+      segments: finds the segments of a window, if they are the targets (`data.targets`).
     """
 
     policy: Transformer
@@ -59,6 +61,7 @@ class Setup:
     unseen: Windows
     prepared: PreparedCorpus
     boxable_V: np.ndarray
+    segments: Segments | None
 
 
 def mesh_from_config(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -256,4 +259,5 @@ def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContex
         unseen=prepared.corpus.windows("unseen"),
         prepared=prepared,
         boxable_V=boxable_tokens(tokenizer.byte_vocab, experiment.prompt),
+        segments=find_segments(experiment, tokenizer),
     )

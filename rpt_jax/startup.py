@@ -25,6 +25,7 @@ from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.pretrain import check_vocab_size
 from rpt_jax.prompts.builder import PromptBuilder, read_template
+from rpt_jax.prompts.targets import find_segments
 from rpt_jax.prompts.traces import check_traces
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking
@@ -80,7 +81,7 @@ def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None
 def _check_tokenizer(experiment: Experiment, tokenizer: Tokenizer) -> None:
     """Check what depends on the tokenizer: prompts, the reward, sampled traces and a prepared corpus. Raises: UserError."""
     if experiment.task != "score":
-        PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
+        PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot, find_segments(experiment, tokenizer))
         if experiment.reinforces:
             check_end_of_thinking(experiment.objective, tokenizer)
     if starts_with_pretraining(experiment):

@@ -40,6 +40,7 @@ from rpt_jax.prompts.positions import Position
 from rpt_jax.prompts.question_prompts import questions_fingerprint, tokenize_questions
 from rpt_jax.prompts.sampled_traces import TraceBatch, batch_path, first_distinct, read_batch, write_batch
 from rpt_jax.prompts.selection import training_orders
+from rpt_jax.prompts.targets import Segments, find_segments
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import match_batch
@@ -112,6 +113,7 @@ class TextPositions:
         policy: Transformer,
         params: Params,
         tokenizer: Tokenizer,
+        segments: Segments | None,
         mesh: Mesh,
         workdir: Path,
         context: RunContext,
@@ -119,9 +121,8 @@ class TextPositions:
         """Open or prepare the corpus, and choose the positions. Raises: UserError."""
         prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
         self.token_ids = windows = prepared.corpus.windows("train")
-        [order] = training_orders(
-            experiment, prepared, windows, boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
-        )
+        boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
+        [order] = training_orders(experiment, prepared, windows, boxable_V, segments=segments)
         # After an epoch the order repeats positions, but each of them is used once.
         first: list[Any] = [order[i] for i in range(experiment.traces.total_prompts)]
         self.positions = list({(p.window, p.position): p for p in first}.values())
@@ -201,12 +202,13 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
     # Load the policy and the prompts.
     began = time.monotonic()  # Loading and scoring count as a part of the first batch.
     policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
-    builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
+    segments = find_segments(experiment, tokenizer)
+    builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot, segments)
     source: PromptSource
     if experiment.traces.prompts == "questions":
         source = TrainingQuestions(experiment, params, tokenizer, builder, workdir)
     else:
-        source = TextPositions(experiment, policy, params, tokenizer, mesh, workdir, context)
+        source = TextPositions(experiment, policy, params, tokenizer, segments, mesh, workdir, context)
     stamp = _stamp(experiment, source, params, tokenizer)
 
     # Leave out the batches that an interrupted run has written.
@@ -349,13 +351,15 @@ def _stamp(experiment: Experiment, source: PromptSource, params: Params, tokeniz
         dataclasses.asdict(experiment.traces),
         experiment.training.prompts_per_step,
     )
+    data = experiment.data
+    options = dataclasses.asdict(data.target_options) if data.target_options else None
     positions = digest([[int(p.window), int(p.position)] for p in source.positions])
     return {
         "policy": fingerprint_arrays(params),
         "tokenizer": tokenizer.fingerprint,
         "accepted_by": source.accepted_by,
         "sampling": sampling,
-        "prompts_from": digest(source.fingerprint, positions),
+        "prompts_from": digest(source.fingerprint, positions, data.targets, options),
     }
 
 

@@ -23,13 +23,14 @@ from rpt_jax.config.task_fields import check_overrides_are_read
 from rpt_jax.config.user_paths import expand_home, with_expanded_paths
 from rpt_jax.config.validation import check_experiment
 from rpt_jax.errors import UserError
-from rpt_jax.registry import CORPUS_SOURCES, QUESTION_SOURCES, TRACE_WRITERS, Choice, Registry
+from rpt_jax.registry import CORPUS_SOURCES, QUESTION_SOURCES, TARGETS, TRACE_WRITERS, Choice, Registry
 
 logger = logging.getLogger(__name__)
 
 # Fields that hold the options of a choice, and the registry of that choice.
 _OPTIONS = {
     "data.source_options": CORPUS_SOURCES,
+    "data.target_options": TARGETS,
     "questions.source_options": QUESTION_SOURCES,
     "pretrain.trace_options": TRACE_WRITERS,
 }

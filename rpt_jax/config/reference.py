@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rpt_jax.config.schema import Experiment
-from rpt_jax.registry import CORPUS_SOURCES, QUESTION_SOURCES, TRACE_WRITERS
+from rpt_jax.registry import CORPUS_SOURCES, QUESTION_SOURCES, TARGETS, TRACE_WRITERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ def field_docs() -> list[FieldDoc]:
     docs = list(_docs_of(Experiment, ""))
     for registry, prefix in (
         (CORPUS_SOURCES, "data.source_options."),
+        (TARGETS, "data.target_options."),
         (QUESTION_SOURCES, "questions.source_options."),
         (TRACE_WRITERS, "pretrain.trace_options."),
     ):

@@ -95,6 +95,11 @@ class DataConfig:
     entropy_top_k: int = 16
     # Renormalize the probabilities of those k tokens; False uses their terms of the entropy over the whole vocabulary.
     entropy_renormalized: bool = True
+    # What a prediction is compared with, by registered name: "token" (the next token; the paper) or "segment" (the next sentence
+    # or the next k tokens; RLPT, arXiv 2509.19249).
+    targets: str = "token"
+    # Options of the targets, such as `data.target_options.unit` of "segment".
+    target_options: Options = None
     # Positions to train on, by registered name: "threshold", "quantile", "every", "random", "curriculum" or "self_entropy".
     positions: str = "threshold"
     # Steps between two choices of positions by the policy's own entropies ("self_entropy").
@@ -147,7 +152,7 @@ class QuestionsConfig:
     # Seed of generated questions and of the choice of questions, independent of the run's seed.
     seed: int = 0
     # How a response is verified, by registered name: "boxed_math" (symbolic and numeric equality), "boxed_exact", "choice",
-    # "contains" or "reasoning_gym".
+    # "contains" or "reasoning_gym"; also of the reward "verified" of task "rpt".
     verifier: str = "boxed_math"
     # Worker processes that verify responses; 0 for one for each core.
     verifier_workers: int = 0
@@ -178,7 +183,8 @@ class PromptConfig:
     # How the prediction is read from its box: "balanced", up to the brace that balances the box, or "to_end", up to a brace that
     # ends the response. Positions whose next token cannot be read so are left out; "to_end" can read tokens such as "})" (ours).
     box_reading: str = "balanced"
-    # Bytes of the true continuation that a prediction is compared with; a longer prediction earns nothing.
+    # Bytes of the true continuation that a prediction is compared with; a longer prediction earns nothing, and a longer segment
+    # is not a target.
     reference_bytes: int = 64
 
 

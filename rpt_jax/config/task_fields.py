@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.config.schema import DataConfig, Experiment
+from rpt_jax.config.schema import DataConfig, Experiment, QuestionsConfig
 from rpt_jax.errors import UserError
 
 # What only suites of the command `evaluate` read.
@@ -20,6 +20,8 @@ _RPT_ONLY = (
     "questions.",
     "traces.",
     "data.positions",
+    "data.targets",
+    "data.target_options",
     "data.rescore_every_steps",
     "data.rescore_windows",
     "data.positions_per_window",
@@ -74,12 +76,18 @@ _TEXT_ONLY = (
     "evaluation.positions",
     "evaluation.unseen_positions",
 )
+# What the reward "verified" of task "rpt" does not read of section `questions`.
+_QUESTIONS_ONLY = tuple(
+    f"questions.{field.name}"
+    for field in dataclasses.fields(QuestionsConfig)
+    if field.name not in ("verifier", "verifier_workers", "verifier_seconds")
+)
 _TRACE_FIELDS = tuple(
     f"pretrain.{field}"
     for field in ("traces", "trace_options", "traces_per_window", "recalled_tokens", "rows_per_window", "row_tokens")
 )
 _UNREAD = {
-    "rpt": (*_SUITE_ONLY, "pretrain.export", "questions.", "traces."),
+    "rpt": (*_SUITE_ONLY, "pretrain.export", "traces."),
     "rft": (*_SUITE_ONLY, *_TEXT_ONLY, "traces."),
     "difficulty": (
         *_SUITE_ONLY,
@@ -210,6 +218,11 @@ def _is_among(name: str, names: Iterable[str]) -> bool:
 def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield fields and sections that the run does not read, and why."""
     yield _UNREAD[experiment.task], f"with task='{experiment.task}'"
+    if experiment.task == "rpt":
+        if experiment.objective.reward == "verified":
+            yield _QUESTIONS_ONLY, "with task='rpt', whose reward 'verified' reads the verifier only"
+        else:
+            yield ("questions.",), "with task='rpt'"
     if experiment.task == "rpt" and not experiment.cold_start.total_steps:
         yield ("cold_start.learning_rate", "pretrain."), "with cold_start.total_steps=0"
     if experiment.task == "traces":

@@ -34,6 +34,8 @@ from rpt_jax.registry import (
     OBJECTIVE_REGISTRIES,
     POSITION_CHOICES,
     QUESTION_SOURCES,
+    REWARDS,
+    TARGETS,
     TRACE_WRITERS,
     VERIFIERS,
     Registry,
@@ -188,6 +190,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
         check_choice(name, values[name], allowed)
     _check_named_choice(experiment.data, CORPUS_SOURCES)
     _check_named_choice(experiment.data, POSITION_CHOICES)
+    _check_named_choice(experiment.data, TARGETS)
     _check_named_choice(experiment.questions, QUESTION_SOURCES)
     _check_named_choice(experiment.questions, VERIFIERS)
     _check_named_choice(experiment.pretrain, TRACE_WRITERS)
@@ -213,6 +216,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
     _check_weighted_terms(experiment.objective)
     _check_question_task(experiment)
     _check_positions_of_traces(experiment)
+    _check_targets(experiment)
     _check_data_fields(experiment)
     _check_question_fields(experiment.questions)
     _check_evaluation_temperature(experiment.evaluation.temperature)
@@ -300,6 +304,76 @@ def _check_positions_of_traces(experiment: Experiment) -> None:
             f"data.positions='{data.positions}' changes in the course of training, which task 'traces' does not do: choose "
             "another, such as 'threshold'.",
             field="data.positions",
+        )
+
+
+def _check_targets(experiment: Experiment) -> None:
+    """Refuse fields that do not suit `data.targets`, and a verifier that cannot verify segments. Raises: UserError."""
+    if experiment.task not in ("rpt", "traces") or experiment.asks_questions:
+        return
+    targets = experiment.data.targets
+    kind = "segment" if TARGETS[targets].requirements.segments else "token"
+    reward = experiment.objective.reward
+    if kind not in REWARDS[reward].requirements.targets:
+        others = [choice.name for choice in REWARDS.choices() if kind in choice.requirements.targets]
+        raise UserError(
+            f"objective.reward='{reward}' does not suit data.targets='{targets}'. These do: {', '.join(others)}.",
+            field="objective.reward",
+        )
+    if kind == "segment":
+        _check_segments(experiment)
+
+
+def _check_segments(experiment: Experiment) -> None:
+    """Refuse fields that do not suit segments, in task "rpt" or "traces". Raises: UserError."""
+    targets = experiment.data.targets
+    if experiment.task == "rpt" and experiment.cold_start.total_steps:
+        raise UserError(
+            f"cold_start.total_steps={experiment.cold_start.total_steps} does not suit data.targets='{targets}': written traces "
+            "predict tokens. Run it with data.targets='token' first, and start from the policy of that run.",
+            field="cold_start.total_steps",
+        )
+    options = experiment.data.target_options
+    right_context = getattr(options, "right_context", 0)
+    if right_context and experiment.objective.document_weight:
+        raise UserError(
+            f"objective.document_weight={experiment.objective.document_weight:g} does not suit "
+            f"data.target_options.right_context={right_context}: the documents tell what comes between the texts of a prompt.",
+            field="objective.document_weight",
+        )
+    tokens = getattr(options, "tokens", 1)
+    limit = experiment.rollout.max_new_tokens
+    if tokens >= limit:
+        raise UserError(
+            f"data.target_options.tokens={tokens} must be less than rollout.max_new_tokens={limit}: a response reasons, and then "
+            "holds the segment.",
+            field="data.target_options.tokens",
+        )
+    if experiment.objective.reward == "verified":
+        _check_verified_reward(experiment)
+
+
+def _check_verified_reward(experiment: Experiment) -> None:
+    """Refuse a verifier that needs more than the text of a segment, or a box that it does not read. Raises: UserError."""
+    verifier = experiment.questions.verifier
+    requirements = VERIFIERS[verifier].requirements
+    if requirements.choices or not requirements.answers:
+        others = [
+            choice.name
+            for choice in VERIFIERS.choices()
+            if choice.requirements.answers and not choice.requirements.choices
+        ]
+        raise UserError(
+            f"questions.verifier='{verifier}' does not suit objective.reward='verified': a segment is a text without options. "
+            f"These do: {', '.join(others)}.",
+            field="questions.verifier",
+        )
+    reading = experiment.prompt.box_reading
+    if requirements.box and reading != "balanced":
+        raise UserError(
+            f"prompt.box_reading='{reading}' has no effect with objective.reward='verified': verifiers read the box up to the "
+            "brace that balances it. Leave it out.",
+            field="prompt.box_reading",
         )
 
 

@@ -1,4 +1,8 @@
-"""Next-token accuracy on held-out documents, predicted directly or after reasoning (paper, section 4.1 and Table 1)."""
+"""Next-token accuracy on held-out documents, predicted directly or after reasoning (paper, section 4.1 and Table 1).
+
+Where targets are segments (`prompts.targets`), the accuracy at a position is the share of the segment's tokens that a prediction
+begins with.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from rpt_jax.infra.console import Progress
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position, choose_positions
+from rpt_jax.prompts.targets import Segments
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import Rewarder
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
@@ -95,6 +100,21 @@ def direct_accuracy(evaluation: EvaluationSet, scores: Sequence[Scores]) -> np.n
     return np.array([scores[p.window].top1_correct_S[p.position] for p in evaluation.positions], float)
 
 
+def direct_share(
+    evaluation: EvaluationSet, scores: Sequence[Scores], windows: Sequence[np.ndarray], segments: Segments
+) -> np.ndarray:
+    """Return the share of each segment's tokens that greedy decoding begins with, without reasoning, float [n].
+
+    Greedy decoding agrees with the text up to the first token that is not the most likely one, given the true tokens before it.
+    The right context of a segment is not used.
+    """
+    shares = []
+    for p in evaluation.positions:
+        end = segments.ends(windows[p.window])[p.position]
+        shares.append(np.cumprod(scores[p.window].top1_correct_S[p.position : end]).mean())
+    return np.array(shares)
+
+
 def by_difficulty(
     right_N: np.ndarray, positions: Sequence[Position], cluster_N: np.ndarray
 ) -> dict[str, dict[str, Any]]:
@@ -122,7 +142,7 @@ def by_difficulty(
 
 
 def sample_predictions(
-    sample: Sampler, reward: Rewarder, weights: Params, evaluation: EvaluationSet
+    sample: Sampler, reward: Rewarder, weights: Params, evaluation: EvaluationSet, *, segments: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sample G predictions at each of the n positions of an evaluation set.
 
@@ -131,19 +151,22 @@ def sample_predictions(
       reward: compares them with the text.
       weights: from `Sampler.weights`.
       evaluation: the positions and their prompts.
+      segments: whether targets are segments.
 
-    Returns: reward, `Status` and response length in tokens, [n, G] each, without the padding of the last batch.
+    Returns: the reward of Equation 3 or, of segments, the share of their tokens that the prediction begins with; `Status`; and
+      response length in tokens, [n, G] each, without the padding of the last batch.
     """
     results = []
     with Progress("evaluate, batches", len(evaluation.batches), transient=True) as progress:
         for prompts in evaluation.batches:
             rollouts, _ = sample(weights, prompts, EVALUATION_STEP)
             matched = reward.prefix_match(prompts, rollouts)
-            results.append(to_host((matched.reward_PxG, matched.status_PxG, rollouts.lengths_PxG)))
+            accuracy_PxG = reward.common_prefix_share(matched) if segments else matched.reward_PxG
+            results.append(to_host((accuracy_PxG, matched.status_PxG, rollouts.lengths_PxG)))
             progress.advance()
     count = len(evaluation.positions)
-    reward_NxG, status_NxG, length_NxG = (np.concatenate(leaves)[:count] for leaves in zip(*results, strict=True))
-    return reward_NxG, status_NxG, length_NxG
+    accuracy_NxG, status_NxG, length_NxG = (np.concatenate(leaves)[:count] for leaves in zip(*results, strict=True))
+    return accuracy_NxG, status_NxG, length_NxG
 
 
 class Evaluator:
@@ -174,21 +197,34 @@ class Evaluator:
             self.unseen = self._choose_part("unseen", setup.unseen, evaluation.unseen_positions)
 
     def direct(self, params: Params, part: EvaluationPart) -> dict[str, Any]:
-        """Return the accuracy of the most likely next token, by difficulty."""
+        """Return the accuracy of the most likely next token, or the share of the segment by greedy decoding, by difficulty."""
         scores = part.scores if params is self._setup.params else self._score(params, part.windows)
+        segments = self._setup.segments
+        if segments:
+            return part.by_difficulty(direct_share(part.evaluation, scores, part.windows, segments))
         return part.by_difficulty(direct_accuracy(part.evaluation, scores))
 
     def reasoning(self, params: Params, part: EvaluationPart) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the mean accuracy of sampled predictions by difficulty, and details of the predictions and positions."""
+        """Return the mean accuracy of sampled predictions by difficulty, and details of the predictions and positions.
+
+        Of segments, the accuracy is the share of their tokens that a prediction begins with, and the details say how often a
+        prediction is exactly the segment.
+        """
         weights = self._sample.weights(params)
-        reward_NxG, status_NxG, length_NxG = sample_predictions(self._sample, self._reward, weights, part.evaluation)
+        segments = self._setup.segments is not None
+        accuracy_NxG, status_NxG, length_NxG = sample_predictions(
+            self._sample, self._reward, weights, part.evaluation, segments=segments
+        )
         has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
-        details = {
+        details: dict[str, Any] = {
             "format_rate": float(has_box.mean()),
             "response_length": float(length_NxG.mean()),
             "candidates": part.counts,
         }
-        return part.by_difficulty(reward_NxG.mean(axis=1)), details
+        if segments:
+            exact_NxG = (accuracy_NxG == 1.0) & (status_NxG == Status.CORRECT)
+            details["exact"] = part.by_difficulty(exact_NxG.mean(axis=1))
+        return part.by_difficulty(accuracy_NxG.mean(axis=1)), details
 
     def full(self, params: Params) -> dict[str, Any]:
         """Return the complete evaluation that is reported before and after training."""
@@ -210,7 +246,9 @@ class Evaluator:
     def _choose_part(self, split: str, windows: Windows, count: int) -> EvaluationPart:
         """Choose the positions of a split: a sample of those of the easiest difficulty, which includes the others."""
         data = self._experiment.data
-        box_reading = self._experiment.prompt.box_reading
+        reason = f"are before a token that no box can hold (prompt.box_reading='{self._experiment.prompt.box_reading}')"
+        if self._setup.segments:
+            reason = "begin a segment that cannot be a target"
         scores = self._score(self._setup.params, windows)
         positions, left_out = choose_positions(
             windows,
@@ -218,20 +256,20 @@ class Evaluator:
             self._setup.boxable_V,
             min(DIFFICULTIES.values()),
             data.min_context,
+            self._setup.segments,
         )
         counts = {name: sum(p.entropy > low for p in positions) for name, low in DIFFICULTIES.items()}
         levels = ", ".join(f"{counts[name]:,} {name} (> {low} nats)" for name, low in DIFFICULTIES.items())
         if not positions:
             raise UserError(
                 f"{source_name(data)}: the {len(windows)} windows of the split '{split}' have no position to evaluate: {levels} "
-                f"after at least data.min_context={data.min_context} tokens, and {left_out} that no box can hold "
-                f"(prompt.box_reading='{box_reading}'). Hold out more documents with data.held_out_documents, lower "
-                "data.min_context, or use another corpus.",
+                f"after at least data.min_context={data.min_context} tokens, and {left_out} that {reason}. "
+                "Hold out more documents with data.held_out_documents, lower data.min_context, or use another corpus.",
                 field="data.held_out_documents",
             )
         logger.info(
             f"Positions of the split '{split}': {levels}; {min(count, len(positions)):,} of them are evaluated. {left_out:,} "
-            f"more are left out: no box can hold their token (prompt.box_reading='{box_reading}')."
+            f"more are left out: they {reason}."
         )
         evaluation = choose_evaluation_set(
             self._builder,
@@ -250,13 +288,15 @@ class Evaluator:
         )
 
 
-def evaluation_metrics(reasoning: dict[str, Any], direct: dict[str, Any] | None = None) -> dict[str, float]:
-    """Return scalars for metrics.jsonl: `eval/reasoning/<difficulty>` and, if given, `eval/direct/<difficulty>`.
+def evaluation_metrics(
+    reasoning: dict[str, Any], direct: dict[str, Any] | None = None, exact: dict[str, Any] | None = None
+) -> dict[str, float]:
+    """Return scalars for metrics.jsonl: `eval/reasoning/<difficulty>` and, if given, `eval/direct/…` and `eval/exact/…`.
 
     The ends of their 95 % intervals have the same names with `/low` and `/high`. A difficulty without positions has no accuracy
     and is left out.
     """
-    modes = {"reasoning": reasoning, "direct": direct or {}}
+    modes = {"reasoning": reasoning, "direct": direct or {}, "exact": exact or {}}
     return {
         f"eval/{mode}/{name}{suffix}": result[key]
         for mode, results in modes.items()

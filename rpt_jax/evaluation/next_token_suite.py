@@ -27,6 +27,7 @@ from rpt_jax.evaluation.suite import SUITES, SuiteInputs, measures, scores_of
 from rpt_jax.infra.digest import digest
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.positions import Position, choose_positions
+from rpt_jax.registry import TARGETS
 from rpt_jax.rewards.boxable import boxable_tokens
 from rpt_jax.rollout.rollouts import Ended
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
@@ -45,9 +46,16 @@ class NextTokenSuite:
         Args:
           inputs: the policy, and the config that names the corpus.
 
-        Raises: UserError, if the corpus cannot be used or has no position to evaluate.
+        Raises: UserError, if targets are segments, or if the corpus cannot be used or has no position to evaluate.
         """
         experiment = inputs.experiment
+        targets = experiment.data.targets
+        if TARGETS[targets].requirements.segments:
+            raise UserError(
+                f"--suite=next_token evaluates predictions of the next token, and data.targets='{targets}' asks for segments: "
+                "give a config of next tokens. A run with segments evaluates them itself, before, during and after training.",
+                field="data.targets",
+            )
         self._tokenizer = inputs.tokenizer
         self._reading = experiment.prompt.box_reading
         self._reference_bytes = experiment.prompt.reference_bytes

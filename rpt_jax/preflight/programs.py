@@ -28,6 +28,7 @@ from rpt_jax.model.transformer import Transformer, in_compute_dtype
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.prompts.targets import find_segments
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.prefix_match import prefix_match_reward
 from rpt_jax.rewards.rewarder import RewardedRollouts, is_prefix_match, reward_layout, training_reward
@@ -165,7 +166,8 @@ def _rl_programs(
     rollout_params = _resharded_params(policy, params, mesh, reshard) if reshard else params
     sampled = _abstract_rollouts(experiment, mesh)
     vocab: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokenizer.byte_vocab)
-    builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot)
+    segments = find_segments(experiment, tokenizer)
+    builder = PromptBuilder(experiment.prompt, tokenizer, experiment.prompt_slot, segments)
 
     def lower_sample() -> jax.stages.Lowered:
         prompts = find_shared_prefixes(_one_token_prompts(sampled.prompts), max_tail_tokens(experiment, builder))

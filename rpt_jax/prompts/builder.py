@@ -1,6 +1,7 @@
 """Prompts as arrays: a context in the template's token ids, and the true continuation that a prediction is compared with.
 
-A question is a context too: one that is never cut, and that no continuation follows.
+A question is a context too: one that is never cut, and that no continuation follows. The continuation of a segment's prompt ends
+with the segment, and the text after it may be part of the prompt (masked middle).
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from rpt_jax.config import PromptConfig
 from rpt_jax.errors import UserError, nearest
 from rpt_jax.prompts.chat_template import render_chat
 from rpt_jax.prompts.positions import Position
+from rpt_jax.prompts.targets import Segments
 from rpt_jax.registry import PROMPT_TEMPLATES
 from rpt_jax.tokenizers.tokenizer import END_THINK, THINK, Tokenizer
+
+_RIGHT_CONTEXT = "{right_context}"  # Where a template has the text after the target.
 
 
 class PromptBatch(NamedTuple):
@@ -49,20 +53,26 @@ class PromptBuilder:
     """Builds prompts from token ids; nothing is tokenized again. Picklable, for worker processes.
 
     Attributes:
-      before, after: token ids of the template before and after the context.
-      max_context_tokens: number of tokens that the template leaves for the context.
+      before, after: token ids of the template before the context and at its end.
+      max_context_tokens: number of tokens that the template, and a right context, leave for the context.
+      max_tail_tokens: tokens that follow the context, at most.
     """
 
-    def __init__(self, config: PromptConfig, tokenizer: Tokenizer, slot: str = "context"):
+    def __init__(
+        self, config: PromptConfig, tokenizer: Tokenizer, slot: str = "context", segments: Segments | None = None
+    ):
         """
         Args:
           config: section `prompt`.
           tokenizer: encodes the template.
           slot: what the template has braces around, where the context goes: "context" or "question".
+          segments: finds the segments of a window, if they are the targets.
 
         Raises: UserError, if the template is missing or malformed, if it leaves no room for a context, or if the tokenizer has no
           <think> token for `prompt.prefill_think_token`.
         """
+        self._segments = segments
+        self._right_context = segments.right_context if segments else 0
         self._bytes_VxX = tokenizer.byte_vocab.bytes_VxX
         self._lengths_V = tokenizer.byte_vocab.lengths_V
         self._reference_bytes = config.reference_bytes
@@ -75,9 +85,14 @@ class PromptBuilder:
 
         # Encode the template. Outside of a chat template, which is complete, the tokenizer's own prefix comes first.
         before, after = read_template(config.template, slot)
+        _check_right_context(config.template, after, self._right_context)
         if config.chat_template:
             before, after = render_chat(tokenizer, before, after)
+        gap = ""
+        if self._right_context:
+            gap, _, after = after.partition(_RIGHT_CONTEXT)
         self.before = tokenizer.encode_template(before, True)
+        self._gap = tokenizer.encode_template(gap, False)
         self.after = tokenizer.encode_template(after, False)
         prefix = list(tokenizer.prefix_ids)
         if not config.chat_template and self.before[: len(prefix)] != prefix:
@@ -103,12 +118,16 @@ class PromptBuilder:
                 self.after = [*self.after, tokenizer.think_id]
 
         # The rest of the prompt is left for the context.
-        template_tokens = len(self.before) + len(self.after)
+        self.max_tail_tokens = len(self._gap) + self._right_context + len(self.after)
+        template_tokens = len(self.before) + self.max_tail_tokens
         self.max_context_tokens = self._max_tokens - template_tokens
         if self.max_context_tokens < 1:
+            right_context = (
+                f", with data.target_options.right_context={self._right_context}," if self._right_context else ""
+            )
             raise UserError(
-                f"prompt.max_tokens={self._max_tokens} leaves no room for a {slot}: the template '{config.template}' alone "
-                f"takes {template_tokens} tokens.",
+                f"prompt.max_tokens={self._max_tokens} leaves no room for a {slot}: the template '{config.template}' alone"
+                f"{right_context} takes {template_tokens} tokens.",
                 field="prompt.max_tokens",
             )
 
@@ -122,8 +141,13 @@ class PromptBuilder:
 
         Returns: the fields of `PromptBatch` without the P axis.
         """
-        tokens = [*self.before, *self._cut_context(ids[: position.position]), *self.after]
-        reference_R, boundaries_Rp1, reference_ids_R = self._reference(ids[position.position :])
+        end = len(ids)
+        tail = self.after
+        if self._segments:
+            end = int(self._segments.ends(ids)[position.position])
+            tail = [*self._gap, *ids[end : end + self._right_context], *self.after]
+        tokens = [*self.before, *self._cut_context(ids[: position.position]), *tail]
+        reference_R, boundaries_Rp1, reference_ids_R = self._reference(ids[position.position : end])
         return PromptBatch(
             tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._max_tokens - len(tokens))),
             lengths_P=np.array(len(tokens), np.int32),
@@ -207,6 +231,26 @@ def read_template(name: str, slot: str = "context") -> tuple[str, str]:
             field="prompt.template",
         )
     return before, after
+
+
+def _check_right_context(name: str, after: str, right_context: int) -> None:
+    """Check that a template has a place for a right context if, and only if, there is one.
+
+    Args:
+      name: of the template.
+      after: its text after the context.
+      right_context: tokens of right context.
+
+    Raises: UserError.
+    """
+    expected = 1 if right_context else 0
+    if after.count(_RIGHT_CONTEXT) != expected:
+        raise UserError(
+            f"prompt.template='{name}' has {_RIGHT_CONTEXT} {after.count(_RIGHT_CONTEXT)} times after {{context}}, but with "
+            f"data.target_options.right_context={right_context} it must be there {'once' if expected else 'not at all'}"
+            f"{', as in masked_segment' if expected else ''}.",
+            field="prompt.template",
+        )
 
 
 def _built_in_texts() -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """Target positions: the rules that choose which tokens of the corpus the policy is trained to predict.
 
+A position is a token to predict or, where targets are segments (`prompts.targets`), the first token of one.
+
 A choice of positions is a function that is registered by the name that `data.positions` gives it. It returns one rule for each
 stage of training, most choices a single one:
 
@@ -20,6 +22,7 @@ import numpy as np
 
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus.store import Records
+from rpt_jax.prompts.targets import Segments
 from rpt_jax.registry import POSITION_CHOICES
 
 CURRICULUM_STAGES = 8  # Stages of the easy-to-hard curriculum, each with the same number of positions.
@@ -30,12 +33,12 @@ _BELOW_ALL = -0.5  # Nats: below every entropy, and above `_NOT_A_POSITION`.
 
 
 class Position(NamedTuple):
-    """A token to predict, given the tokens of its window before it.
+    """A token to predict, given the tokens of its window before it, or the first one of a segment.
 
     Attributes:
       window: index of the window.
       position: index of the token in the window.
-      entropy: entropy of the next-token distribution at this position, in nats.
+      entropy: entropy of the next-token distribution at this position, or its mean over the segment, in nats.
     """
 
     window: int
@@ -49,6 +52,7 @@ def choose_positions(
     boxable_V: np.ndarray,
     threshold: float,
     min_context: int,
+    segments: Segments | None = None,
 ) -> tuple[list[Position], int]:
     """Return the positions whose entropy is above a threshold and whose token a box can hold, and the number of the others.
 
@@ -59,20 +63,46 @@ def choose_positions(
       threshold: in nats.
       min_context: positions with fewer tokens before them are left out, because almost every token is hard to predict without
         context.
+      segments: finds the segments of a window, if they are the targets.
 
-    Returns: the positions, and how many are left out only because no box can hold their token.
+    Returns: the positions, and how many are left out only because no box can hold their token. Of segments, all that cannot be
+      targets are counted.
     """
     chosen = []
-    above = 0
+    left_out = 0
     for window, (ids, entropy_S) in enumerate(zip(windows, entropies, strict=True)):
-        above_S = entropy_S > threshold
-        above_S[:min_context] = False
-        above += int(above_S.sum())
+        target_S = target_entropies(entropy_S, ids, boxable_V, segments)
+        chosen_S = target_S > threshold
+        chosen_S[:min_context] = False
         chosen += [
-            Position(window=window, position=int(i), entropy=float(entropy_S[i]))
-            for i in np.flatnonzero(above_S & boxable_V[ids])
+            Position(window=window, position=int(i), entropy=float(target_S[i])) for i in np.flatnonzero(chosen_S)
         ]
-    return chosen, above - len(chosen)
+        if segments:
+            left_out += segments.count_left_out(ids, min_context).total()
+        else:
+            left_out += int((entropy_S[min_context:] > threshold).sum() - chosen_S.sum())
+    return chosen, left_out
+
+
+def target_entropies(
+    entropy_S: np.ndarray, ids_S: Sequence[int] | np.ndarray, boxable_V: np.ndarray, segments: Segments | None
+) -> np.ndarray:
+    """Return the entropy of the target that begins at each token of a window, float32 [S], in nats; -1 where none begins.
+
+    Args:
+      entropy_S: of the next-token distributions.
+      ids_S: token ids of the window.
+      boxable_V: bool, the tokens that a box can hold, which are the targets if `segments` is None.
+      segments: finds the segments of a window. Their entropy is the mean over their tokens.
+    """
+    if segments is None:
+        return np.where(boxable_V[ids_S], entropy_S, np.float32(_NOT_A_POSITION))
+    ends_S = segments.ends(ids_S)
+    starts_N = np.flatnonzero(ends_S)
+    sums = np.concatenate([[0.0], np.cumsum(entropy_S, dtype=np.float64)])
+    target_S = np.full(len(ends_S), _NOT_A_POSITION, np.float32)
+    target_S[starts_N] = (sums[ends_S[starts_N]] - sums[starts_N]) / (ends_S[starts_N] - starts_N)
+    return target_S
 
 
 # Entropies of the positions of a window by the number of its record: (renormalized, not renormalized), float32 [S] each.
@@ -80,26 +110,30 @@ StoredEntropies = Records | Mapping[int, tuple[np.ndarray, ...]]
 
 
 class Entropies:
-    """Entropies by the number of a record, without those of tokens that no box can hold. Picklable."""
+    """Entropies of targets by the number of a record, without those of tokens that no box can hold. Picklable."""
 
-    def __init__(self, stored: StoredEntropies, tokens: Records, boxable_V: np.ndarray):
+    def __init__(
+        self, stored: StoredEntropies, tokens: Records, boxable_V: np.ndarray, segments: Segments | None = None
+    ):
         """
         Args:
           stored: entropies as a prepared corpus has them.
           tokens: token ids, with the same numbers.
           boxable_V: bool, the tokens that a box can hold.
+          segments: finds the segments of a window, if they are the targets.
         """
         self._stored = stored
         self._tokens = tokens
         self._boxable_V = boxable_V
+        self._segments = segments
 
     def read(self, numbers: Sequence[int]) -> list[tuple[np.ndarray, ...]]:
-        """Return both entropies of each record, float32 [S] each; -1 for a token that no box can hold."""
+        """Return both entropies of each record, float32 [S] each; -1 where no target begins."""
         stored = self._stored
         found = stored.read(numbers) if isinstance(stored, Records) else [stored[number] for number in numbers]
         tokens = self._tokens.read(numbers)
         return [
-            tuple(np.where(self._boxable_V[ids], entropy_S, np.float32(_NOT_A_POSITION)) for entropy_S in record)
+            tuple(target_entropies(entropy_S, ids, self._boxable_V, self._segments) for entropy_S in record)
             for record, (ids, _) in zip(found, tokens, strict=True)
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, ShuffledEpochs, position_order
-from rpt_jax.prompts.positions import Entropies, PositionIndex, index_positions
+from rpt_jax.prompts.positions import Entropies, PositionIndex, index_positions, read_in_blocks
+from rpt_jax.prompts.targets import Segments
 from rpt_jax.registry import POSITION_CHOICES, position_fields
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ def training_stream(
     windows: Windows,
     boxable_V: np.ndarray,
     builder: PromptBuilder,
+    segments: Segments | None = None,
 ) -> PromptStream:
     """Return the stream of training prompts, chosen by the proxy's entropies.
 
@@ -79,25 +82,48 @@ def training_stream(
       windows: its training windows.
       boxable_V: bool, the tokens that a box can hold.
       builder: builds the prompt of a position.
+      segments: finds the segments of a window, if they are the targets.
 
     Raises: UserError, if there are too few positions for a step.
     """
-    data = experiment.data
-    left_out = Entropies(prepared.scores, prepared.corpus.tokens, boxable_V).count_left_out(
-        windows.numbers_N, data.min_context
+    if segments:
+        _report_segments_left_out(experiment, prepared, windows, segments)
+    else:
+        _report_tokens_left_out(experiment, prepared, windows, boxable_V)
+    return PromptStream(
+        builder,
+        windows,
+        training_orders(experiment, prepared, windows, boxable_V, segments=segments),
+        batch=experiment.training.prompts_per_step,
+        workers=experiment.data.workers,
     )
+
+
+def _report_tokens_left_out(
+    experiment: Experiment, prepared: PreparedCorpus, windows: Windows, boxable_V: np.ndarray
+) -> None:
+    """Log how many training positions are left out because no box can hold their next token."""
+    entropies = Entropies(prepared.scores, prepared.corpus.tokens, boxable_V)
+    left_out = entropies.count_left_out(windows.numbers_N, experiment.data.min_context)
     if left_out:
         total = prepared.corpus.token_count("train")
         logger.info(
             f"{left_out:,} of {total:,} training positions ({left_out / total:.2%}) are left out: no box can hold their next "
             f"token, as prompt.box_reading='{experiment.prompt.box_reading}' reads it."
         )
-    return PromptStream(
-        builder,
-        windows,
-        training_orders(experiment, prepared, windows, boxable_V),
-        batch=experiment.training.prompts_per_step,
-        workers=experiment.data.workers,
+
+
+def _report_segments_left_out(
+    experiment: Experiment, prepared: PreparedCorpus, windows: Windows, segments: Segments
+) -> None:
+    """Log how many segments of the training windows cannot be targets, and why."""
+    counts: collections.Counter[str] = collections.Counter()
+    for ids, _ in read_in_blocks(prepared.corpus.tokens, windows.numbers_N):
+        counts += segments.count_left_out(ids, experiment.data.min_context)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+    logger.info(
+        f"{counts.total():,} segments of training windows are left out{': ' if reasons else ''}{reasons} "
+        f"(data.targets='{experiment.data.targets}', prompt.box_reading='{experiment.prompt.box_reading}')."
     )
 
 
@@ -107,6 +133,7 @@ def training_orders(
     windows: Windows,
     boxable_V: np.ndarray,
     policy_entropies: PolicyEntropies | None = None,
+    segments: Segments | None = None,
 ) -> list[grain.MapDataset]:
     """Return an infinite order of the training positions that `data.positions` chooses, for each stage of training.
 
@@ -116,6 +143,7 @@ def training_orders(
       windows: its training windows.
       boxable_V: bool, the tokens that a box can hold.
       policy_entropies: if given, positions are chosen by these instead, among the windows that they cover.
+      segments: finds the segments of a window, if they are the targets.
 
     Raises: UserError, if there are too few positions for a step.
     """
@@ -133,7 +161,7 @@ def training_orders(
         windows_M = None
         total = prepared.corpus.token_count("train")
         scored_by = "the proxy"
-    entropies = Entropies(stored, prepared.corpus.tokens, boxable_V)
+    entropies = Entropies(stored, prepared.corpus.tokens, boxable_V, segments)
     stages = index_positions(data, entropies, windows.numbers_N, windows_M)
     found = sum(map(len, stages))
 

@@ -59,6 +59,8 @@ class BoxParser(NamedTuple):
       prediction_equal: bool, whether the prediction equals the reference up to its size.
       first_token: int32 index of the token that starts the prediction; -1 if no token starts there. None if not
         tracked.
+      equal_size: int32 number of bytes of the last box, closed or not, before the first that differs from the reference. None if
+        not tracked.
     """
 
     token: jax.Array
@@ -73,6 +75,7 @@ class BoxParser(NamedTuple):
     prediction_size: jax.Array
     prediction_equal: jax.Array
     first_token: jax.Array | None = None
+    equal_size: jax.Array | None = None
 
 
 class BoxReader(NamedTuple):
@@ -145,6 +148,7 @@ def parse_responses(
     *,
     reading: str,
     track_first_token: bool = False,
+    track_equal_size: bool = False,
 ) -> BoxParser:
     """Parse every finished response to its end. The state of an unfinished one is undefined.
 
@@ -158,6 +162,7 @@ def parse_responses(
       end_think_id: id of the end-of-thinking token, or -1.
       reading: one of `config.schema.BOX_READINGS`.
       track_first_token: whether to fill in `BoxParser.first_token`.
+      track_equal_size: whether to fill in `BoxParser.equal_size`.
 
     Returns: parser states, each field [P, G].
     """
@@ -166,6 +171,8 @@ def parse_responses(
     initial = _initial_state()
     if track_first_token:
         initial = initial._replace(first_token=jnp.int32(-1))
+    if track_equal_size:
+        initial = initial._replace(equal_size=jnp.int32(0))
     state_PxG = jax.tree.map(lambda x: jnp.broadcast_to(x, lengths_PxG.shape), initial)
     state_PxG = state_PxG._replace(token=_first_relevant_token(tokens_PxGxT, lengths_PxG, *vocab))
     step_G = jax.vmap(functools.partial(_step, reading=reading), in_axes=(0, 0, 0, None, None, None, None))
@@ -294,6 +301,10 @@ def _read_byte(state: BoxParser, byte: jax.Array, reference_R: jax.Array, readin
     equal = state.equal & (byte == reference_R[state.size])
     prediction_size = jnp.where(ends, state.size, earlier_size)
 
+    if state.equal_size is not None:
+        # `equal` stays false after the first byte that differs. Past the end of the reference, callers cap the size.
+        grown = jnp.where(equal, state.size + 1, state.equal_size)
+        state = state._replace(equal_size=jnp.where(opens, 0, grown))
     return state._replace(
         think_matched=think_matched,
         box_matched=jnp.where(opens, 0, box_matched),

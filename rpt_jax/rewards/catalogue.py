@@ -17,6 +17,7 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.boxed import predicted_first_token
 from rpt_jax.rewards.prefix_match import Status
+from rpt_jax.rewards.segment_match import common_prefix_share
 from rpt_jax.tokenizers.tokenizer import ByteVocab
 
 
@@ -62,9 +63,11 @@ class RewardInputs:
       tokens_PxGxT: int32 response ids.
       response_lengths_PxG: int32 response lengths.
       stopped_PxG: bool, False for a response that was cut by the length limit.
+      reference_PxR: uint8 bytes of the true continuation, which ends with the target if that is a segment.
+      boundaries_PxRp1: bool, True at the cumulative token ends of the continuation.
       reference_ids_PxR: int32 tokens of the true continuation.
       reference_lengths_P: int32 number of those tokens.
-      matched_PxG: float32 reward of Equation 3 or, for questions, that of the verifier.
+      matched_PxG: float32 reward of Equation 3 or, for questions and the reward "verified", that of the verifier.
       status_PxG: int32 `Status` under Equation 3, or `rewards.verified.AnswerStatus`.
       vocab: raw bytes of every token.
     """
@@ -79,6 +82,8 @@ class RewardInputs:
     tokens_PxGxT: jax.Array
     response_lengths_PxG: jax.Array
     stopped_PxG: jax.Array
+    reference_PxR: jax.Array
+    boundaries_PxRp1: jax.Array
     reference_ids_PxR: jax.Array
     reference_lengths_P: jax.Array
     matched_PxG: jax.Array
@@ -107,6 +112,20 @@ class RewardInputs:
             reading=self.layout.box_reading,
         )
         return first_PxG, (first_PxG == self.reference_PxK[:, :1]) & self.reference_mask_PxK[:, :1]
+
+    def common_prefix_share(self) -> jax.Array:
+        """Return the share of the target's tokens that each prediction begins with, float32 [P, G]."""
+        return common_prefix_share(
+            self.tokens_PxGxT,
+            self.response_lengths_PxG,
+            self.stopped_PxG,
+            self.reference_PxR,
+            self.boundaries_PxRp1,
+            self.vocab.bytes_VxX,
+            self.vocab.lengths_V,
+            self.layout.end_think_id,
+            reading=self.layout.box_reading,
+        )
 
     def reasoning_lengths(self) -> jax.Array:
         """Return the number of tokens before the last end-of-thinking token, int32 [P, G].
@@ -234,14 +253,14 @@ def prefix_reward(inputs: RewardInputs) -> jax.Array:
     return inputs.matched_PxG
 
 
-@REWARDS.register("first_token")
+@REWARDS.register("first_token", targets=("token",))
 def first_token_reward(inputs: RewardInputs) -> jax.Array:
     """1 if y[0] = x_t: the first predicted token is the true one; the rest is ignored (paper, Appendix A)."""
     _, right_PxG = inputs.first_tokens()
     return right_PxG.astype(jnp.float32)
 
 
-@REWARDS.register("dense", prompt_passes=2)
+@REWARDS.register("dense", prompt_passes=2, targets=("token",))
 def dense_reward(inputs: RewardInputs) -> jax.Array:
     """1 if y[0] = x_t, else P(y[0] | x_<t), the policy's probability of y[0] without reasoning (paper, Appendix A).
 
@@ -252,7 +271,7 @@ def dense_reward(inputs: RewardInputs) -> jax.Array:
     return jnp.where(right_PxG, 1.0, jnp.where(first_PxG >= 0, jnp.exp(logprobs), 0.0))
 
 
-@REWARDS.register("conditional_dense", prompt_passes=2)
+@REWARDS.register("conditional_dense", prompt_passes=2, targets=("token",))
 def conditional_dense_reward(inputs: RewardInputs) -> jax.Array:
     """The dense reward in groups with at least one correct prediction, 0 in the others (paper, Appendix A)."""
     _, right_PxG = inputs.first_tokens()
@@ -265,6 +284,7 @@ def conditional_dense_reward(inputs: RewardInputs) -> jax.Array:
     response_passes=2,
     end_of_thinking=True,
     average=True,
+    targets=("token",),
     fields=("reference_tokens", "baseline_decay"),
 )
 def information_gain_reward(inputs: RewardInputs) -> jax.Array:
@@ -290,6 +310,31 @@ def mean_probability_reward(inputs: RewardInputs) -> jax.Array:
 def log_probability_reward(inputs: RewardInputs) -> jax.Array:
     """log p(reference | x_<t, reasoning), which does not vanish for long references (2602.03979)."""
     return jnp.sum(jnp.where(inputs.reference_mask_PxK[:, None], inputs.reference_logprobs(), 0.0), axis=-1)
+
+
+@REWARDS.register("segment_prefix_share", targets=("segment",))
+def segment_prefix_share_reward(inputs: RewardInputs) -> jax.Array:
+    """The share of the segment's tokens that are predicted, if the prediction is right by Equation 3; else 0.
+
+    So a wrong byte, a part of a token or text behind the segment costs everything, and a longer right prediction earns more. RLPT
+    (2509.19249) gives the same 1 to every valid prefix, as "prefix" does.
+    """
+    return inputs.matched_PxG * inputs.common_prefix_share()
+
+
+@REWARDS.register("segment_common_prefix", targets=("segment",))
+def segment_common_prefix_reward(inputs: RewardInputs) -> jax.Array:
+    """The share of the segment's tokens that the prediction begins with; what it holds after them costs nothing (ours)."""
+    return inputs.common_prefix_share()
+
+
+@REWARDS.register("verified", targets=("segment",))
+def verified_reward(inputs: RewardInputs) -> jax.Array:
+    """The score of `questions.verifier`, with the segment's text as the accepted answer.
+
+    It takes the place of the generative judge of RLPT (2509.19249).
+    """
+    return inputs.matched_PxG
 
 
 # --- Additional terms.

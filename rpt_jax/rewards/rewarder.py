@@ -26,6 +26,7 @@ from rpt_jax.prompts.response_format import BOX
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.catalogue import RewardInputs, RewardLayout, token_budget, total_reward
 from rpt_jax.rewards.prefix_match import prefix_match_reward
+from rpt_jax.rewards.segment_match import common_prefix_share
 from rpt_jax.tokenizers.tokenizer import ByteVocab, Tokenizer
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class RewardedRollouts(NamedTuple):
       prompts: the prompts.
       rollouts: the sampled responses.
       reward_PxG: float32 reward.
-      status_PxG: int32, one of `rewards.prefix_match.Status` for any reward, or of `rewards.verified.AnswerStatus` for questions.
+      status_PxG: int32, one of `rewards.prefix_match.Status`; of `rewards.verified.AnswerStatus` for questions and the reward
+        "verified".
     """
 
     prompts: PromptBatch
@@ -109,7 +111,7 @@ class Rewarder:
 
         Args:
           state, step: as of `__call__`.
-          matched: the rollouts, with the reward of Equation 3 or, for questions, that of the verifier.
+          matched: the rollouts, with the reward of Equation 3 or, for questions and the reward "verified", that of the verifier.
         """
         if is_prefix_match(self._objective):
             return matched
@@ -134,6 +136,10 @@ class Rewarder:
         prompts = shard_prompts(prompts, self._mesh)
         reward_PxG, status_PxG = match_batch(prompts, rollouts, self._vocab, self._end_think_id, self._box_reading)
         return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=reward_PxG, status_PxG=status_PxG)
+
+    def common_prefix_share(self, matched: RewardedRollouts) -> jax.Array:
+        """Return the share of the segment's tokens that each prediction begins with, float32 [P, G], for evaluation."""
+        return share_batch(matched.prompts, matched.rollouts, self._vocab, self._end_think_id, self._box_reading)
 
 
 def is_prefix_match(objective: ObjectiveConfig) -> bool:
@@ -204,6 +210,25 @@ def match_batch(
     return constrain_batch(result)
 
 
+@functools.partial(jax.jit, static_argnames=("end_think_id", "box_reading"))
+def share_batch(
+    prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int, box_reading: str
+) -> jax.Array:
+    """Return the share of the segment's tokens that each prediction begins with, float32 [P, G]."""
+    share_PxG = common_prefix_share(
+        rollouts.tokens_PxGxT,
+        rollouts.lengths_PxG,
+        rollouts.stopped_PxG,
+        jnp.asarray(prompts.reference_PxR),
+        jnp.asarray(prompts.boundaries_PxRp1),
+        jnp.asarray(vocab.bytes_VxX),
+        jnp.asarray(vocab.lengths_V),
+        end_think_id,
+        reading=box_reading,
+    )
+    return constrain_batch(share_PxG)
+
+
 @functools.partial(jax.jit, static_argnames=("policy", "objective", "layout"))
 @jax.named_scope("training_reward")
 @in_policy_precision
@@ -240,6 +265,8 @@ def training_reward(
         tokens_PxGxT=rollouts.tokens_PxGxT,
         response_lengths_PxG=rollouts.lengths_PxG,
         stopped_PxG=rollouts.stopped_PxG,
+        reference_PxR=jnp.asarray(prompts.reference_PxR),
+        boundaries_PxRp1=jnp.asarray(prompts.boundaries_PxRp1),
         reference_ids_PxR=jnp.asarray(prompts.reference_ids_PxR),
         reference_lengths_P=jnp.asarray(prompts.boundaries_PxRp1).sum(axis=1),
         matched_PxG=matched.reward_PxG,

@@ -94,9 +94,10 @@ def sampling_numbers(experiment: Experiment) -> list[float]:
 def max_tail_tokens(experiment: Experiment, builder: PromptBuilder) -> int:
     """Return the most tokens of a prompt after the prefix it shares with another, or 0 if prompts share no prefixes.
 
-    Of two positions of a document, one's context is a prefix of the other's; only the end of the template follows it.
+    Of two positions of a document, one's context is a prefix of the other's; only the end of the template, and the right context
+    of a segment, follow it.
     """
-    return max(1, len(builder.after)) if experiment.data.positions_per_window > 1 else 0
+    return max(1, builder.max_tail_tokens) if experiment.data.positions_per_window > 1 else 0
 
 
 def find_shared_prefixes(prompts: PromptBatch, max_tail_tokens: int) -> Prompts:

@@ -8,7 +8,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.questions import (
     QuestionEvaluator,
@@ -27,6 +26,7 @@ from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampler import Sampler, sampling_numbers
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.sizes.plan import plan_evaluation
+from rpt_jax.tasks.verification import VerifiedRewarder
 
 
 class QuestionTask:
@@ -38,7 +38,6 @@ class QuestionTask:
     def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext):
         """Load the policy and the questions, and start the verifiers. Raises: UserError."""
         del context
-        self._mesh = mesh
         self.policy, self.params, self.tokenizer = load_starting_policy(experiment.policy, mesh)
         builder = PromptBuilder(experiment.prompt, self.tokenizer, experiment.prompt_slot)
         questions = load_verifiable_questions(experiment, self.params, self.tokenizer, workdir)
@@ -48,34 +47,23 @@ class QuestionTask:
         self._fingerprint = questions_fingerprint(self._train.questions)
         self.stream = question_stream(experiment, self._train, builder)
         self.sample = Sampler(experiment, self.policy, self.tokenizer, mesh, builder)
-        self._rewarder = Rewarder(experiment, self.policy, self.tokenizer, mesh, builder)
+        rewarder = Rewarder(experiment, self.policy, self.tokenizer, mesh, builder)
         evaluation = plan_evaluation(experiment, mesh)
         same = evaluation.rollout == experiment.rollout
         sample = self.sample if same else Sampler(evaluation, self.policy, self.tokenizer, mesh, builder)
         self._verify = BatchVerifier(experiment.questions, self.tokenizer)
+        self._reward = VerifiedRewarder(self._verify, rewarder, mesh)
         self._evaluator = QuestionEvaluator(
             sample, self._verify, self._test, builder, experiment.training.prompts_per_step
         )
         self.evaluated = [len(self._test.questions), *sampling_numbers(evaluation)]
         self.advice = _advice(experiment)
-        names = ("verification/timed_out", "verification/crashed", "time/verification")
-        self._metrics: dict[str, float] = dict.fromkeys(names, 0.0)
 
     def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
-        pending = self._verify.submit(self._train.of(prompts), rollouts)
-        sharded = shard_prompts(prompts, self._mesh)
-        verified = pending.result()
-        self._metrics["verification/timed_out"] += verified.timed_out
-        self._metrics["verification/crashed"] += verified.crashed
-        self._metrics["time/verification"] += verified.waited
-        reward_PxG, status_PxG = shard_prompts((verified.score_PxG, verified.status_PxG), self._mesh)
-        matched = RewardedRollouts(prompts=sharded, rollouts=rollouts, reward_PxG=reward_PxG, status_PxG=status_PxG)
-        return self._rewarder.complete(state, matched, step)
+        return self._reward(state, self._train.of(prompts), prompts, rollouts, step)
 
     def reward_metrics(self) -> dict[str, float]:
-        metrics = dict(self._metrics)
-        self._metrics = dict.fromkeys(metrics, 0.0)
-        return metrics
+        return self._reward.take_metrics()
 
     def rescoring_is_due(self, step: int) -> bool:
         return False

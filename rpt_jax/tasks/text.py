@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,22 @@ from rpt_jax.objective.batch import NextTokenBatch
 from rpt_jax.objective.update import TrainState
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.prompts.selection import PolicyEntropies, rescoring_is_due, score_sample, training_orders, training_stream
+from rpt_jax.questions.question import Question
 from rpt_jax.results import next_token_result, show_next_token_evaluation
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
+from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
 from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampler import Sampler, sampling_numbers
 from rpt_jax.setup import set_up
 from rpt_jax.sizes.plan import plan_evaluation
+from rpt_jax.tasks.verification import VerifiedRewarder
 
 
 class TextTask:
     """Prompts, rewards and evaluation of reinforcement pre-training. Methods and attributes are those of `tasks.task.Task`."""
 
-    statuses = Status
+    statuses: type[enum.IntEnum] = Status
     advice: Mapping[str, str] = {}
 
     def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext):
@@ -46,10 +50,16 @@ class TextTask:
         self.policy = setup.policy
         self.params = setup.params
         self.tokenizer = setup.tokenizer
-        builder = PromptBuilder(experiment.prompt, setup.tokenizer)
+        builder = PromptBuilder(experiment.prompt, setup.tokenizer, segments=setup.segments)
         self.sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
         self._reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
-        self.stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)
+        self._verify: BatchVerifier | None = None
+        self._verified: VerifiedRewarder | None = None
+        if experiment.objective.reward == "verified":
+            self.statuses = AnswerStatus
+            self._verify = BatchVerifier(experiment.questions, setup.tokenizer)
+            self._verified = VerifiedRewarder(self._verify, self._reward, mesh)
+        self.stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder, setup.segments)
         evaluation = plan_evaluation(experiment, mesh)
         same = evaluation.rollout == experiment.rollout
         sample = self.sample if same else Sampler(evaluation, setup.policy, setup.tokenizer, mesh, builder)
@@ -59,10 +69,12 @@ class TextTask:
         self._policy_entropies: PolicyEntropies | None = None  # Of the last rescoring.
 
     def reward(self, state: TrainState, prompts: PromptBatch, rollouts: Rollouts, step: int) -> RewardedRollouts:
-        return self._reward(state, prompts, rollouts, step)
+        if self._verified is None:
+            return self._reward(state, prompts, rollouts, step)
+        return self._verified(state, self._questions(prompts), prompts, rollouts, step)
 
     def reward_metrics(self) -> dict[str, float]:
-        return {}
+        return self._verified.take_metrics() if self._verified else {}
 
     def rescoring_is_due(self, step: int) -> bool:
         return rescoring_is_due(self._experiment, step)
@@ -86,17 +98,21 @@ class TextTask:
         return NextTokenBatch(inputs_NxS=inputs, targets_NxS=targets, mask_NxS=mask)
 
     def truths(self, prompts: PromptBatch) -> list[bytes]:
-        """Return the bytes of the next token of each prompt."""
-        ends_P = prompts.boundaries_PxRp1.argmax(axis=1)
+        """Return the bytes of the next token, or of the segment, of each prompt."""
+        ends_PxRp1 = prompts.boundaries_PxRp1
+        ends_P = ends_PxRp1.argmax(axis=1)
+        if self._setup.segments:
+            ends_P = ends_PxRp1.shape[1] - 1 - ends_PxRp1[:, ::-1].argmax(axis=1)
         return [reference_R[:end].tobytes() for reference_R, end in zip(prompts.reference_PxR, ends_P, strict=True)]
 
     def evaluate(self, params: Params, *, full: bool) -> dict[str, Any]:
         if full:
             return self._evaluator.full(params)
-        return {"reasoning": self._evaluator.reasoning(params, self._evaluator.held_out)[0]}
+        reasoning, details = self._evaluator.reasoning(params, self._evaluator.held_out)
+        return {"reasoning": reasoning, "details": details}
 
     def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
-        return evaluation_metrics(evaluation["reasoning"], evaluation.get("direct"))
+        return evaluation_metrics(evaluation["reasoning"], evaluation.get("direct"), evaluation["details"].get("exact"))
 
     def show_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
         show_next_token_evaluation(name, evaluation)
@@ -126,8 +142,20 @@ class TextTask:
 
     def close(self) -> None:
         self.stream.close()
+        if self._verify:
+            self._verify.close()
+
+    def _questions(self, prompts: PromptBatch) -> list[Question]:
+        """Return the segment of each prompt as the accepted answer of a question, for a verifier."""
+        places = zip(prompts.window_P, prompts.position_P, self.truths(prompts), strict=True)
+        return [
+            Question(id=f"{window}:{position}", text="", answers=(truth.decode(errors="replace"),))
+            for window, position, truth in places
+        ]
 
     def _orders(self, entropies: PolicyEntropies) -> list[grain.MapDataset]:
         """Return the orders of the positions that the policy's own entropies choose."""
         setup = self._setup
-        return training_orders(self._experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
+        return training_orders(
+            self._experiment, setup.prepared, setup.train, setup.boxable_V, entropies, setup.segments
+        )

@@ -76,9 +76,12 @@ def inputs() -> RewardInputs:
         tokens_PxGxT=jnp.asarray(padded([tokens for tokens, _ in RESPONSES], T, END).reshape(-1, G, T)),
         response_lengths_PxG=jnp.asarray(lengths, jnp.int32),
         stopped_PxG=jnp.array([tokens[-1] == STOP for tokens, _ in RESPONSES]).reshape(-1, G),
+        # Each token of a reference is one byte.
+        reference_PxR=jnp.asarray(padded([[VOCAB[i][0] for i in ids] for ids in REFERENCES], 4, 0).astype(np.uint8)),
+        boundaries_PxRp1=jnp.array([[0 < i <= len(ids) for i in range(5)] for ids in REFERENCES]),
         reference_ids_PxR=jnp.asarray(padded(REFERENCES, 4, 0)),
         reference_lengths_P=jnp.array([len(ids) for ids in REFERENCES]),
-        matched_PxG=jnp.arange(12.0).reshape(-1, G),
+        matched_PxG=jnp.arange(1.0, 13.0).reshape(-1, G),
         status_PxG=jnp.arange(12).reshape(-1, G) % len(Status),
         vocab=ByteVocab(bytes_VxX=jnp.asarray(BYTES_VxX), lengths_V=jnp.asarray(LENGTHS_V)),
     )
@@ -107,19 +110,24 @@ def expected(name: str, inputs: RewardInputs) -> np.ndarray:
         document = [BOS, *PROMPTS[p][PREFIX:-SUFFIX]]
         after = logprobs(inputs.params, [*PROMPTS[p], *reasoning(tokens), *BRIDGE], scored)
         before = logprobs(inputs.average, document, scored)
+        # No prediction has more than its first token right.
+        share = float(first is not None and first == target) / max(1, len(REFERENCES[p]))
         if first is None:
             dense = 0.0
         else:
             dense = 1.0 if first == target else np.exp(logprobs(inputs.params, document, [first])[0])
         values.append(
             {
-                "prefix": float(i),
+                "prefix": i + 1.0,
                 "first_token": float(first is not None and first == target),
                 "dense": dense,
                 "conditional_dense": dense if target in [first for _, first in group if first] else 0.0,
                 "info_gain": sum(after) - sum(before),
                 "mean_prob": np.mean(np.exp(after)) if scored else 0.0,
                 "log_prob": sum(after),
+                "segment_prefix_share": (i + 1.0) * share,
+                "segment_common_prefix": share,
+                "verified": i + 1.0,
             }[name]
         )
     return np.array(values).reshape(-1, G)
@@ -161,5 +169,7 @@ def test_total_reward_adds_weighted_terms(inputs):
         triangle = max(0.0, 1 - abs(len(reasoning(tokens)) - 4) / 4)
         boxed = Status(i % len(Status)) not in (Status.NO_BOX, Status.NOT_FINISHED)
         overlong = -min(1.0, max(0.0, (len(tokens) - (T - 4)) / 4))
-        np.testing.assert_allclose(ours.ravel()[i], 0.75 * i + 0.25 * triangle + 0.5 * boxed + 2 * overlong, rtol=1e-5)
+        np.testing.assert_allclose(
+            ours.ravel()[i], 0.75 * (i + 1) + 0.25 * triangle + 0.5 * boxed + 2 * overlong, rtol=1e-5
+        )
     np.testing.assert_array_equal(total_reward(inputs, jnp.int32(4)), inputs.matched_PxG)

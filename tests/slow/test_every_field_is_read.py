@@ -25,7 +25,7 @@ GENERIC = (
     "dataclasses",
     "copy",
 )
-OPTIONS = ("data.source_options.", "questions.source_options.", "pretrain.trace_options.")
+OPTIONS = ("data.source_options.", "data.target_options.", "questions.source_options.", "pretrain.trace_options.")
 SMALL = {
     "policy.path": str(TINY),
     "data.held_out_documents": 20,
@@ -65,6 +65,9 @@ REINFORCE = SMALL | {
 }
 
 
+SEGMENTS = {"data.targets": "segment", "data.target_options.unit": "tokens", "data.target_options.tokens": 2}
+
+
 QUESTIONS = {
     name: value for name, value in SMALL.items() if name.partition(".")[0] != "data" and "positions" not in name
 } | {
@@ -87,6 +90,7 @@ def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
     pretrain = {"policy.path": "", "data.source_options.documents": 60, "pretrain.windows_per_step": 2}
     _run(tmp_path / "rpt", **REINFORCE)
     _run(tmp_path / "threshold", **SMALL | files | threshold)
+    _run(tmp_path / "segments", **SMALL | files | threshold | SEGMENTS)
     _run(tmp_path / "score", task="score", **SMALL | files)
     _run(tmp_path / "traces", task="traces", **SMALL | {"data.source_options.documents": 60, "traces.total_prompts": 8})
     _run(tmp_path / "pretrain", task="pretrain", **SMALL | pretrain)
