@@ -156,7 +156,7 @@ class Progress:
     def _eta(self) -> str:
         """Return the estimate as text; after the last step, with the names of the interludes that are still to come."""
         left = [kind for kind, count in self._interludes_left(self._done).items() if count]
-        suffix = f" ({', '.join(left)})" if left and self._done == self._total else ""
+        suffix = f" ({', '.join(left)})" if left and self._done == self.total else ""
         return f"{_duration(self.seconds_left)}{suffix}"
 
     @contextlib.contextmanager
