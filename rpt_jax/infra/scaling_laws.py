@@ -292,7 +292,10 @@ def _best_sigmoids(
     midpoint_XxK: np.ndarray,
     exponent_XxK: np.ndarray,
 ) -> np.ndarray:
-    """Return ceiling, midpoint and exponent of the best of K sigmoids, float [R, 3]; X is R, or 1 if the sigmoids are the same."""
+    """Return ceiling, midpoint and exponent of the best of K sigmoids for each row of weights, float [R, 3].
+
+    X is R, or 1 if the sigmoids are the same for all rows.
+    """
     step_XxKxN = _step(flops_N, midpoint_XxK[..., None], exponent_XxK[..., None])
     gain_N = accuracy_N - start
     # Weighted sums of f^2 and f p, with f the step and p the gain.

@@ -19,8 +19,8 @@ GENERAL_LIMITS = (
     "One base policy, one corpus and one size were studied. The order of the arms may be another for other ones.",
     "Each arm has the hyperparameters of its config. An arm that was tuned with more care than another has an advantage that "
     "equal compute does not take away.",
-    "Intervals are over seeds: they show what another seed of the same study would do. The questions and positions of the test are the "
-    "same for all seeds.",
+    "Intervals are over seeds: they show what another seed of the same study would do. The questions and positions of the test "
+    "are the same for all seeds.",
     "Student's t interval takes differences over seeds as normally distributed, which a handful of seeds cannot check.",
     "FLOPs are model FLOPs. Arms that spend equal FLOPs can differ in seconds, in memory and in how well they use a device.",
 )
@@ -79,8 +79,8 @@ def _incomplete(study: StudyOutcomes, rows: Sequence[Row]) -> Iterator[str]:
     lacking = [row for row in rows if row.finished < row.planned]
     if lacking:
         yield (
-            f"Not all seeds finished: {_names(study, lacking)}. Their means are over the seeds that did; if an arm's weak seeds fail "
-            "more often, its mean is too good."
+            f"Not all seeds finished: {_names(study, lacking)}. Their means are over the seeds that did; if an arm's weak seeds "
+            "fail more often, its mean is too good."
         )
 
 
@@ -118,7 +118,8 @@ def _several_comparisons(rows: Sequence[Row]) -> Iterator[str]:
     if intervals > 1:
         yield (
             f"There are {intervals} intervals, without a correction for their number. Without any true difference, about "
-            f"{0.05 * intervals:.1f} of them would exclude 0. The main score was chosen before the study; the others are exploratory."
+            f"{0.05 * intervals:.1f} of them would exclude 0. The main score was chosen before the study; the others are "
+            "exploratory."
         )
 
 
@@ -146,7 +147,8 @@ def _unmatched(study: StudyOutcomes, rows: Sequence[Row]) -> Iterator[str]:
                 found.append(f"{_name(study, row)} {relative:+.0%}")
     if found:
         yield (
-            f"Compute is not matched: the mean differs from the budget by more than {LARGEST_MISMATCH:.0%} for {'; '.join(found)}."
+            f"Compute is not matched: the mean differs from the budget by more than {LARGEST_MISMATCH:.0%} for "
+            f"{'; '.join(found)}."
         )
 
 
