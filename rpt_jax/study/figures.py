@@ -177,7 +177,8 @@ def _svg(draw: Callable[[Axes], None], name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    style: dict[Any, Any] = _STYLE | {"svg.hashsalt": name}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.8, 3.4), layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
