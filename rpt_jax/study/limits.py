@@ -163,8 +163,8 @@ def _scaling(study: StudyOutcomes) -> Iterator[str]:
         )
     elif budgets:
         yield (
-            "Runs with the same seed see the same data in the same order at every budget, so the runs of different budgets are less "
-            "independent than those of different seeds. The intervals of the fits do not account for that."
+            "Runs with the same seed see the same data in the same order at every budget, so the runs of different budgets are "
+            "less independent than those of different seeds. The intervals of the fits do not account for that."
         )
 
 
