@@ -73,7 +73,7 @@ class Difference:
         values_N = np.array(differences)
         pairs = len(values_N)
         if pairs < 2:
-            return cls(float(values_N[0]), None, None, pairs, None, "only one seed on both sides")
+            return cls(float(values_N[0]), None, None, pairs, None, "only one pair of seeds")
         average = student_average(values_N)
         p = sign_flip_test(values_N)
         # Equal differences, up to rounding, would give an interval without width.

@@ -47,10 +47,11 @@ def spread_text(spread: Spread) -> str:
 
 
 def difference_text(difference: Difference) -> str:
-    """Return a difference with its interval in points: "+2.1 (0.4 to 3.8)"."""
+    """Return a difference with its interval in points, and the number of pairs: "+2.1 (+0.4 to +3.8; 5 pairs)"."""
     if difference.low is None or difference.high is None:
         return f"{points(difference.mean)} (no interval: {difference.no_interval})"
-    return f"{points(difference.mean)} ({points(difference.low)} to {points(difference.high)})"
+    interval = f"{points(difference.low)} to {points(difference.high)}"
+    return f"{points(difference.mean)} ({interval}; {difference.pairs} pairs)"
 
 
 def seeds_text(row: Row) -> str:

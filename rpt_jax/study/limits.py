@@ -6,6 +6,7 @@ import collections
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+from rpt_jax.infra.scaling_laws import LEAST_POINTS
 from rpt_jax.study.comparison import Difference, Row
 from rpt_jax.study.formatting import budget_text, difference_text, percent, score_title
 from rpt_jax.study.outcome import StudyOutcomes
@@ -71,6 +72,7 @@ def limits(study: StudyOutcomes, rows: Sequence[Row]) -> list[str]:
         *_several_comparisons(rows),
         *_test_uncertainty(study),
         *_unmatched(study, rows),
+        *_scaling(study),
         *GENERAL_LIMITS,
     ]
 
@@ -149,6 +151,20 @@ def _unmatched(study: StudyOutcomes, rows: Sequence[Row]) -> Iterator[str]:
         yield (
             f"Compute is not matched: the mean differs from the budget by more than {LARGEST_MISMATCH:.0%} for "
             f"{'; '.join(found)}."
+        )
+
+
+def _scaling(study: StudyOutcomes) -> Iterator[str]:
+    budgets = study.budgets()
+    if len(budgets) < LEAST_POINTS:
+        yield (
+            f"How scores scale with compute is not fitted: three parameters need at least {LEAST_POINTS} budgets, and the study "
+            f"has {len(budgets)}."
+        )
+    elif budgets:
+        yield (
+            "Runs with the same seed see the same data in the same order at every budget, so the runs of different budgets are "
+            "less independent than those of different seeds. The intervals of the fits do not account for that."
         )
 
 

@@ -85,8 +85,13 @@ class Scaling:
 
 
 def fit_scaling(study: StudyOutcomes) -> list[Scaling]:
-    """Fit every score of every arm that has a budget, by score and then by arm."""
-    fits = []
+    """Fit every score of every arm that has a budget, by score and then by arm.
+
+    Nothing is fitted if the study has fewer than `LEAST_POINTS` budgets.
+    """
+    fits: list[Scaling] = []
+    if len(study.budgets()) < LEAST_POINTS:
+        return fits
     for score in score_names(study.outcomes):
         for arm in study.arms:
             points = points_of(study, arm.name, score)
@@ -208,7 +213,7 @@ def _with_r_squared(law: PowerLaw | Sigmoid, points: Points, weights_N: np.ndarr
 def _fit(curve: _Curve, points: Points, resamples: int) -> Fit:
     budgets = np.unique(points.budget_N)
     if len(budgets) < LEAST_POINTS:
-        reason = f"{len(budgets)} budgets, and three parameters need at least {LEAST_POINTS}"
+        reason = f"runs of {len(budgets)} of the at least {LEAST_POINTS} budgets that three parameters need"
         return Fit(NotDetermined(reason), {}, reason, None)
     left_out_error = _left_out_error(curve, points)
     law = curve.fit()

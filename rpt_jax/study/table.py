@@ -106,12 +106,10 @@ def _differences_table(study: StudyOutcomes, rows: Sequence[Row], reference: str
 
 def _gain_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
     cells = [
-        [row.arm, budget_text(row.budget, study.matched_by), difference_text(row.gain), str(row.gain.pairs)]
-        for row in rows
-        if row.gain
+        [row.arm, budget_text(row.budget, study.matched_by), difference_text(row.gain)] for row in rows if row.gain
     ]
     title = "Gain of fine-tuning on questions (points, mean and 95 % interval over seeds)"
-    return Table(title, ["arm", "budget", "after minus before", "seeds"], cells)
+    return Table(title, ["arm", "budget", "after minus before"], cells)
 
 
 def scaling_table(fits: Sequence[Scaling]) -> Table:

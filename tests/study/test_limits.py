@@ -36,9 +36,13 @@ def added(of: StudyOutcomes, unlike: StudyOutcomes) -> list[str]:
 CLEAR = study(clear())
 
 
-def test_only_the_uncertainty_of_the_test_limits_a_clear_difference() -> None:
-    (sentence,) = specific(CLEAR)
-    assert "400" in sentence and "reasoning, hard" in sentence
+def test_the_uncertainty_of_the_test_and_a_single_budget_limit_a_clear_difference() -> None:
+    test, budgets = specific(CLEAR)
+    assert "400" in test and "reasoning, hard" in test
+    assert "scale" in budgets and "has 1" in budgets
+    several = [dataclasses.replace(each, budget=factor * 1e12) for factor in (2, 3, 4) for each in clear()[1::2]]
+    assert not any("scale" in sentence for sentence in specific(study(clear() + several)))
+    assert any("same seed" in sentence for sentence in specific(study(clear() + several)))
 
 
 def test_an_interval_that_contains_0_is_named() -> None:

@@ -25,27 +25,28 @@ class Reader(html.parser.HTMLParser):
     Attributes:
       tags: every tag, with its attributes.
       text: all text between them.
+      unclosed: the elements that are open.
     """
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self._open: list[str] = []
+        self.unclosed: list[str] = []
         self.feed(page)
         self.close()
-        assert not self._open
+        assert not self.unclosed
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
-            self._open.append(tag)
+            self.unclosed.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
+        assert self.unclosed.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data

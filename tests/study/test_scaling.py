@@ -121,3 +121,8 @@ def test_each_score_of_each_arm_with_a_budget_is_fitted_from_what_was_really_spe
     assert fits[2].points.accuracy_N.tolist() == (np.tile(power_law(BUDGETS), 2) / 2).tolist()
     law = fits[0].power_law.law
     assert isinstance(law, PowerLaw) and law.alpha == pytest.approx(0.6, rel=1e-4)
+
+
+def test_a_study_of_few_budgets_is_not_fitted() -> None:
+    runs = [outcome("rpt", 0, budget, p) for budget, p in zip(BUDGETS[:3], power_law(BUDGETS[:3]), strict=True)]
+    assert fit_scaling(study(runs)) == []
