@@ -70,7 +70,10 @@ def check_files(source: str | Path, field: str = "policy.path") -> None:
                 raise UserError(f"{field}='{source}': {part} does not exist.", field=field)
         return
     if not Path(source).exists():
-        raise UserError(f"{field}='{source}' does not exist.{missing_hint(source)}", field=field)
+        raise UserError(
+            f"{field}='{source}' does not exist: give a directory in Hugging Face format or a .gguf file.{missing_hint(source)}",
+            field=field,
+        )
     required = {
         MODEL_CONFIG_FILE: (MODEL_CONFIG_FILE,),
         WEIGHTS_FILE: (WEIGHTS_FILE, INDEX_FILE),
