@@ -34,7 +34,7 @@ def test_a_run_with_masked_sentences_resumes_and_reports_shares(
 ) -> None:
     template = tmp_path / "template.txt"
     template.write_text("{context} ... {right_context}\n")
-    fields: dict[str, object] = MASKED | {"prompt.template": str(template)}
+    fields: dict[str, object] = {**MASKED, "prompt.template": str(template)}
     whole = tmp_path / "whole"
     main.run(experiment(**MASKED, **{"prompt.template": str(template)}), whole)
     first, *_, last = read_metrics(whole / "metrics.jsonl")
