@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,14 @@ from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.infra.metrics import read_metrics
 from tests.helpers.runs import SHORT, assert_resumes, experiment
 
-SEGMENTS = SHORT | {
+SEGMENTS: dict[str, Any] = SHORT | {
     "data.targets": "segment",
     "data.positions": "every",
     "prompt.reference_bytes": 128,
     "objective.reward": "segment_common_prefix",
     "checkpoint.every_steps": 1,
 }
-MASKED = SEGMENTS | {
+MASKED: dict[str, Any] = SEGMENTS | {
     "data.target_options.tokens": 20,
     "data.target_options.right_context": 8,
     "data.workers": 1,
@@ -33,9 +34,9 @@ def test_a_run_with_masked_sentences_resumes_and_reports_shares(
 ) -> None:
     template = tmp_path / "template.txt"
     template.write_text("{context} ... {right_context}\n")
-    fields = MASKED | {"prompt.template": str(template)}
+    fields: dict[str, object] = {**MASKED, "prompt.template": str(template)}
     whole = tmp_path / "whole"
-    main.run(experiment(**fields), whole)
+    main.run(experiment(**MASKED, **{"prompt.template": str(template)}), whole)
     first, *_, last = read_metrics(whole / "metrics.jsonl")
     result = json.loads((whole / "result.json").read_text())
     for name in DIFFICULTIES:
@@ -49,7 +50,7 @@ def test_a_run_with_masked_sentences_resumes_and_reports_shares(
 
 @pytest.mark.slow
 def test_segments_are_verified_by_the_verifiers_of_questions(tmp_path: Path) -> None:
-    fields = SEGMENTS | {
+    fields: dict[str, Any] = SEGMENTS | {
         "data.target_options.unit": "tokens",
         "data.target_options.tokens": 1,
         "objective.reward": "verified",
@@ -65,7 +66,7 @@ def test_segments_are_verified_by_the_verifiers_of_questions(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_traces_of_segments_are_accepted_by_prefix(tmp_path: Path) -> None:
-    fields = SEGMENTS | {"data.target_options.unit": "tokens", "data.target_options.tokens": 2}
+    fields: dict[str, Any] = SEGMENTS | {"data.target_options.unit": "tokens", "data.target_options.tokens": 2}
     changed = {name: value for name, value in fields.items() if name.partition(".")[0] in ("data", "prompt", "rollout")}
     main.run(
         experiment("traces_tiny", **changed, **{"traces.total_prompts": 8, "training.prompts_per_step": 8}), tmp_path
