@@ -18,6 +18,7 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.rollout_files import ROLLOUTS
 from rpt_jax.infra.run_format import check_format, format_stamp
 from rpt_jax.infra.total_steps import consequences_of_total_steps
 
@@ -36,6 +37,7 @@ _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: lo
 _OUTPUTS = (
     f"{CHECKPOINTS}/*",
     "metrics.jsonl",
+    ROLLOUTS,
     RESULT,
     "tokenizer.model",
     "tokenizer_config.json",
@@ -54,6 +56,7 @@ _MAY_CHANGE = (
     "profile",
     "training.total_steps",
     "training.log_rollouts_every",
+    "training.kept_prompts_per_step",
     "training.microbatch_tokens",
     "training.logit_chunk_tokens",
     "rollout.decode_slots",
