@@ -18,9 +18,6 @@ from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
 if TYPE_CHECKING:
     import pyarrow as pa
 
-EVALUATION = "evaluation"  # Kind of the files with the rollouts of an evaluation.
-TEXT = "text"  # Kind of the files with the text of a full evaluation.
-
 
 class Origin(NamedTuple):
     """Where a prompt comes from.
@@ -85,7 +82,7 @@ def rollout_table(
         }
         for g in range(rewarded.reward_PxG.shape[1]):
             rows.append({**prompt, "sample": g, **_rollout(rewarded, p, g, reading)})
-    return pa.Table.from_pylist(rows, schema=_rollout_schema())
+    return pa.Table.from_pylist(rows, schema=rollout_schema())
 
 
 def text_table(part: EvaluatedPart, *, step: int, split: str, tokenizer: Tokenizer) -> pa.Table:
@@ -117,7 +114,7 @@ def text_table(part: EvaluatedPart, *, step: int, split: str, tokenizer: Tokeniz
             **{name: np.concatenate(parts) for name, parts in columns.items()},
             "token": pa.array(tokens, pa.binary()),
         },
-        schema=_text_schema(),
+        schema=text_schema(),
     )
 
 
@@ -152,7 +149,8 @@ def status_name(status: enum.IntEnum) -> str:
     return status.name.lower().replace("_", " ")
 
 
-def _rollout_schema() -> pa.Schema:
+def rollout_schema() -> pa.Schema:
+    """Return the columns of `rollout_table`."""
     import pyarrow as pa
 
     return _schema(
@@ -176,7 +174,8 @@ def _rollout_schema() -> pa.Schema:
     )
 
 
-def _text_schema() -> pa.Schema:
+def text_schema() -> pa.Schema:
+    """Return the columns of `text_table`."""
     import pyarrow as pa
 
     return _schema(

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROLLOUTS = "rollouts"  # Directory in that of the run.
-TRAINING = "training"  # Files of training steps begin with this; those of evaluations with another word.
+# Kinds of files, with which their names begin: rollouts of training steps and of an evaluation, and the text of a full evaluation.
+TRAINING = "training"
+EVALUATION = "evaluation"
+TEXT = "text"
 _SUFFIX = ".parquet"
 _MAX_PENDING = 32  # Calls that wait for the thread; the next one waits for the first of them.
 _ROWS_PER_GROUP = 1 << 14  # Rows that a reader holds at once.
@@ -44,8 +47,8 @@ def rollout_files(workdir: Path, kind: str) -> dict[int, Path]:
 class RolloutFiles:
     """Writes tables of rollouts in the background. A run that resumes leaves the same files as one that was not interrupted.
 
-    Rows stay in memory until their file is complete; `flush` writes the files that are not. A write that fails, as on a full disk,
-    is a warning, and those rows are written with the next ones of their file: the run goes on without them. Any other error is
+    Rows stay in memory until their file is complete; `flush` writes the files that are not. If a file cannot be written, as on a
+    full disk, that is a warning, and its rows are written with its next ones: the run goes on without them. Any other error is
     raised by the next call. With several processes, only the leader writes.
     """
 

@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import json
 import logging
+import shlex
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -344,7 +346,9 @@ def _changes(names: list[str], theirs: dict[str, Any], ours: dict[str, Any]) -> 
 
 
 def _write_config(path: Path, values: dict[str, Any]) -> None:
-    atomic_write(path, json.dumps({**format_stamp(), "config": values}, indent=1) + "\n")
+    atomic_write(
+        path, json.dumps({**format_stamp(), "command": shlex.join(sys.orig_argv), "config": values}, indent=1) + "\n"
+    )
 
 
 def _outputs(workdir: Path) -> list[Path]:

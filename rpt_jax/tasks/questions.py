@@ -19,8 +19,9 @@ from rpt_jax.evaluation.questions import (
     question_metrics,
     show_question_results,
 )
+from rpt_jax.infra.rollout_files import EVALUATION
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.kept_rollouts import EVALUATION, Origin, RolloutReading, rollout_table
+from rpt_jax.kept_rollouts import Origin, RolloutReading, rollout_table
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch
 from rpt_jax.objective.update import TrainState

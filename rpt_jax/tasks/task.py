@@ -80,7 +80,7 @@ class Task(Protocol):
           params: its parameters, sharded for training.
           step: training steps of the policy.
           full: whether to measure all that is reported before and after training, or only what is measured in between.
-          keep: takes tables of what the policy did: their kind (`kept_rollouts.EVALUATION` or `TEXT`), and what makes them.
+          keep: takes tables of what the policy did: their kind (`infra.rollout_files.EVALUATION` or `TEXT`), and what makes them.
 
         Returns: the results as JSON values.
         """

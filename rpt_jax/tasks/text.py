@@ -18,8 +18,9 @@ from rpt_jax.distributed.processes import to_host
 from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.next_token import EvaluatedPart, EvaluationPart, Evaluator, evaluation_metrics
+from rpt_jax.infra.rollout_files import EVALUATION, TEXT
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.kept_rollouts import EVALUATION, TEXT, Origin, RolloutReading, rollout_table, text_table
+from rpt_jax.kept_rollouts import Origin, RolloutReading, rollout_table, text_table
 from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
