@@ -57,6 +57,7 @@ from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.cost import SamplingCost
 from rpt_jax.rollout.dynamic_sampling import first_prompts, prefer_variance
 from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics, status_metrics
+from rpt_jax.run_page.build import REPORT, write_page
 from rpt_jax.tasks.questions import QuestionTask
 from rpt_jax.tasks.task import Task
 from rpt_jax.tasks.text import TextTask
@@ -190,6 +191,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             evaluation, after = evaluate(experiment, task, step, state.params, before, progress, files)
             end_phase("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
+            if evaluation:
+                files.call(functools.partial(update_page, workdir))
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
                 show_rollouts(f"step {step}", texts)
@@ -292,8 +295,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         write_result(workdir, config, task.result(before, after), clock.seconds)
         for name, evaluation in (("before", before), ("after", after)):
             task.show_evaluation(name, evaluation)
+        update_page(workdir)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
-        logger.info("Complete in %.0f s: %s", clock.seconds, workdir / RESULT)
+        logger.info("Complete in %.0f s: %s, with the page %s", clock.seconds, workdir / RESULT, workdir / REPORT)
     checkpoints.close()
 
 
@@ -351,6 +355,16 @@ def interludes_left(experiment: Experiment, done: int) -> dict[str, int]:
         "full evaluation": 1,
         "rescoring": multiples(experiment.data.rescore_every_steps) if is_rescored else 0,
     }
+
+
+def update_page(workdir: Path) -> None:
+    """Write the page of the run. An error is logged: it must not end the run, which does not depend on the page."""
+    try:
+        logger.debug("Page: %s", write_page([workdir], workdir / REPORT))
+    except Exception as error:  # noqa: BLE001
+        logger.warning(
+            "The page of the run could not be written (%s: %s); the run goes on.", type(error).__name__, error
+        )
 
 
 def make_update_batch(

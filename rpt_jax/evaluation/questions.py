@@ -73,7 +73,7 @@ def sample_and_verify(
         lengths_PxG, ended_PxG = to_host((rollouts.lengths_PxG, rollouts.ended_PxG))
         verified = pending.result()
         if keep is not None:
-            keep(RewardedRollouts(prompts, to_host(rollouts), verified.score_PxG, verified.status_PxG))
+            keep(RewardedRollouts(*to_host((prompts, rollouts, verified.score_PxG, verified.status_PxG))))
         return SampledBatch(
             prompts=prompts,
             verified=verified,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROLLOUTS = "rollouts"  # Directory in that of the run.
-# Kinds of files, with which their names begin: rollouts of training steps and of an evaluation, and the text of a full evaluation.
+# Kinds of files, with which names begin: rollouts of training steps and of an evaluation, and the text of a full evaluation.
 TRAINING = "training"
 EVALUATION = "evaluation"
 TEXT = "text"
@@ -170,7 +170,7 @@ class RolloutFiles:
         table = pa.concat_tables(self._tables[name]).combine_chunks()
         self._tables[name] = [table]
         try:
-            self._directory.mkdir(exist_ok=True)
+            self._directory.mkdir(parents=True, exist_ok=True)
             write_table(self._directory / name, table)
         except OSError as error:
             logger.warning(
@@ -181,8 +181,6 @@ class RolloutFiles:
 
     def _truncate(self, workdir: Path, step: int) -> None:
         """Delete the rows of steps after `step`, and open the file that the next step belongs to."""
-        import pyarrow.compute as pc
-
         kinds = {path.name.rpartition("_")[0] for path in self._directory.glob(f"*_*{_SUFFIX}")}
         for kind in kinds:
             for first, path in rollout_files(workdir, kind).items():
@@ -193,15 +191,15 @@ class RolloutFiles:
             return
         first, path = newest
         try:
-            table = read_table(path)
-            kept = table.filter(pc.less_equal(table["step"], step)).combine_chunks()
+            rows = read_table(path, ["step"]).num_rows
+            kept = read_table(path, filters=[("step", "<=", step)]).combine_chunks()
         except (OSError, ValueError, KeyError) as error:
             logger.warning("%s is damaged (%s) and is deleted.", path, error)
             path.unlink()
             return
-        if kept.num_rows < table.num_rows:
+        if kept.num_rows < rows:
             self._changed.add(path.name)
-        if step % self._interval or kept.num_rows < table.num_rows:
+        if step % self._interval or kept.num_rows < rows:
             self._tables[path.name] = [kept]
         if step % self._interval:
             self._training = path.name
@@ -223,4 +221,5 @@ def read_table(path: Path, columns: list[str] | None = None, filters: list | Non
     """Read a parquet file. Raises: OSError or ValueError (pyarrow.ArrowInvalid), if it is damaged."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
+    # Without partitioning, a folder called a=1 in the path does not become a column.
+    return pq.read_table(path, columns=columns, filters=filters, partitioning=None)  # pyright: ignore[reportArgumentType]

@@ -77,27 +77,28 @@ def headline(run: RunData) -> dict[str, Any]:
     else:
         state = f"step {run.last_step} of {total}" if total else f"step {run.last_step}"
     rows = []
+    steps: tuple[int, int] | None = None
     names = {"eval/reasoning/": "by reasoning", "eval/direct/": "directly"}
     keys = [(f"{prefix}{level}", f"{level}, {name}") for prefix, name in names.items() for level in DIFFICULTIES]
     keys += [("eval/questions/accuracy", "test questions, mean"), ("eval/questions/pass", "test questions, any sample")]
     for key, label in keys:
         if evaluated := run.first_and_last(key):
+            steps = steps or (evaluated[0][0], evaluated[1][0])
             cells = [_interval(run, key, index) for index in (0, -1)]
             rows.append(
                 {"label": label, "before": cells[0], "after": cells[1] if evaluated[1][0] > evaluated[0][0] else ""}
             )
     best = next((row for row in rows if row["label"] in ("hard, by reasoning", "test questions, mean")), None)
-    return {"state": state, "rows": rows, "best": best}
+    return {"state": state, "rows": rows, "best": best, "steps": steps}
 
 
 def _interval(run: RunData, key: str, index: int) -> str:
-    """Return an accuracy in percent with its 95 % interval and step."""
-    step = run.metrics[key][0][index]
+    """Return an accuracy in percent with its 95 % interval."""
     ends = [run.metrics.get(f"{key}/{end}", ([], []))[1] for end in ("low", "high")]
     value = f"{100 * run.metrics[key][1][index]:.1f} %"
     if all(ends):
         value += f" ({100 * ends[0][index]:.1f}–{100 * ends[1][index]:.1f})"
-    return f"{value}, step {step}"
+    return value
 
 
 def _config_rows(runs: Sequence[RunData]) -> list[dict[str, Any]]:

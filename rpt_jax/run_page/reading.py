@@ -307,7 +307,7 @@ def _groups(rows: Iterable[dict[str, Any]], kind: str) -> list[Group]:
                     | {
                         "reasoning": _shortened(sample["reasoning"]),
                         "reward": _rounded(sample["reward"], 4),
-                        "logprob": _rounded(sample["logprob"], 5),
+                        "logprob": _rounded(sample["logprob"], 3),
                     }
                     for sample in samples
                 ],

@@ -42,13 +42,12 @@ function remembered(key, value) {
     if (value !== undefined) sessionStorage.setItem(key, value);
     return sessionStorage.getItem(key);
   } catch {
-    return null;
+    return value ?? null;
   }
 }
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  remembered("theme", theme);
   for (const chart of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(chart, themed());
 }
 
@@ -431,7 +430,7 @@ function watch() {
 }
 
 setTheme(remembered("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
-byId("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+byId("theme").addEventListener("click", () => setTheme(remembered("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark")));
 byId("metric-search").addEventListener("input", listMetrics);
 byId("metric-reset").addEventListener("click", resetMetrics);
 filters.addEventListener("input", applyFilters);
