@@ -24,56 +24,59 @@ class Page:
 
     def __init__(self, commands: int, answers: int):
         self.errors: list[str] = []
-        self._commands = commands
-        self._answers = os.fdopen(answers, "rb")
-        self._number = 0
-        self._session = ""
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.commands = commands
+        self.answers = os.fdopen(answers, "rb")
+        self.number = 0
+        self.session = ""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
-            self._call(f"{domain}.enable")
+            self.call(f"{domain}.enable")
 
     def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Load a page and wait until its script has run."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self._call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=url)
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=url)
         self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
     def run(self, script: str) -> Any:
         """Return the value of an expression in the page, awaited if it is a promise."""
-        answer = self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """Save a picture of what is visible, or of the whole page."""
-        data = self._call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
-    def _call(self, method: str, **params: Any) -> dict[str, Any]:
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._commands, json.dumps(message).encode() + b"\0")
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Return the answer to a command of the protocol."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._read()
-            if answer.get("id") == self._number:
+            answer = self.read()
+            if answer.get("id") == self.number:
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
-            self._note(answer)
+            self.note(answer)
 
-    def _read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
+        """Return the next answer or event."""
         data = bytearray()
-        while (byte := self._answers.read(1)) != b"\0":
+        while (byte := self.answers.read(1)) != b"\0":
             assert byte, "the browser ended"
             data += byte
         return json.loads(data)
 
-    def _note(self, event: dict[str, Any]) -> None:
+    def note(self, event: dict[str, Any]) -> None:
+        """Keep what an event says of an error or a request."""
         params = event.get("params", {})
         match event.get("method"):
             case "Runtime.exceptionThrown":

@@ -11,11 +11,13 @@ from rpt_jax.run_page.build import write_page
 from tests.helpers.browser import CHROMIUM, Page, browser
 from tests.helpers.run_pages import HOSTILE, write_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
     with browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
@@ -50,8 +52,9 @@ def test_the_page_draws_filters_and_opens_rollouts(page: Page, tmp_path: Path, w
     assert shown(page) == 4
     choose(page, "reward", "none")
     assert shown(page) == 1 and count(page, "#group .sample.right") == 0
+    choose(page, "from", "3")
     choose(page, "reward", "all")
-    assert shown(page) == 1 and count(page, "#group .sample.right") == 4
+    assert shown(page) == 2 and count(page, "#group .sample.right") == 4
     choose(page, "status", "wrong bytes")
     assert shown(page) == 0
     page.run("document.querySelector('#filters [type=reset]').click(); new Promise(done => setTimeout(done, 50))")

@@ -240,7 +240,7 @@ function applyFilters() {
   byId("groups").replaceChildren();
   listGroups(0);
   select(found.length ? 0 : -1, false);
-  remembered("filters", JSON.stringify(filter));
+  if (DATA.live) remembered("filters", JSON.stringify(filter));
 }
 
 /** Adds the next prompts to the list, with a button for more. */
@@ -310,7 +310,7 @@ function fillChoices() {
   for (const [level, nats] of Object.entries(DATA.difficulties)) {
     filters.elements.difficulty.append(element("option", { value: level }, `${level} (> ${nats} nats)`));
   }
-  const saved = JSON.parse(remembered("filters") ?? "{}");
+  const saved = DATA.live ? JSON.parse(remembered("filters") ?? "{}") : {};
   for (const [name, value] of Object.entries(saved)) {
     if (filters.elements[name]) filters.elements[name].value = value;
   }
