@@ -24,6 +24,7 @@ from rpt_jax.model.flops import cache_flops, causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import device_memory
+from rpt_jax.sizes.kept_rollouts import kept_evaluation_bytes, kept_training_bytes
 from rpt_jax.sizes.limits import short_response_warnings
 from rpt_jax.sizes.memory import (
     FLOAT32_BYTES,
@@ -193,11 +194,15 @@ class RunSizes:
     Attributes:
       learning_rates: (step, learning rate) of the first step, the step in which warmup ends, and the last.
       checkpoint_bytes: bytes on disk of the checkpoints that are kept.
+      kept_training_bytes: bytes of the kept rollouts of training, before compression.
+      kept_evaluation_bytes: bytes of those of evaluations; 0 if the config does not tell.
     """
 
     total_steps: int
     learning_rates: tuple[tuple[int, float], ...]
     checkpoint_bytes: int
+    kept_training_bytes: int
+    kept_evaluation_bytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -428,6 +433,8 @@ def _run_sizes(experiment: Experiment, config: ModelConfig) -> RunSizes:
         total_steps=steps,
         learning_rates=tuple((update + 1, float(np.asarray(schedule(update)))) for update in updates),
         checkpoint_bytes=trees * FLOAT32_BYTES * config.parameters * experiment.checkpoint.keep,
+        kept_training_bytes=kept_training_bytes(experiment) if experiment.reinforces else 0,
+        kept_evaluation_bytes=kept_evaluation_bytes(experiment) if experiment.reinforces else 0,
     )
 
 
@@ -629,11 +636,18 @@ def _score_rows(sizes: ScoreSizes) -> list[Row]:
 
 def _run_rows(sizes: RunSizes) -> list[Row]:
     rates = ", ".join(f"{rate:.3g} in step {step}" for step, rate in sizes.learning_rates)
-    return [
+    rows = [
         Row("steps", sizes.total_steps, "training.total_steps"),
         Row("learning rate", rates, "optimizer"),
         _bytes_row("on disk: checkpoints", sizes.checkpoint_bytes, "policy, checkpoint.keep, objective.reward"),
     ]
+    for quantity, size, fields in (
+        ("training", sizes.kept_training_bytes, "training.kept_prompts_per_step, rollout"),
+        ("evaluations", sizes.kept_evaluation_bytes, "evaluation, rollout"),
+    ):
+        if size:
+            rows.append(_bytes_row(f"on disk: kept rollouts of {quantity}, below", size, fields))
+    return rows
 
 
 def _bytes_row(quantity: str, size: float, derived_from: str) -> Row:

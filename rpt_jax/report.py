@@ -1,38 +1,99 @@
 """python -m rpt_jax.report --workdir=WORKDIR
 
-Draws the plots of a run again from its `metrics.jsonl` and `result.json`, into `WORKDIR/plots/`. Training writes the same
-plots when it ends. Exit codes: 0, or 2 if a file is missing or not that of a finished run.
+Writes the page of a run, `WORKDIR/report.html`, and draws its plots into `WORKDIR/plots/`, from what training has written so far.
+Training itself writes the page at every evaluation and both when it ends. With several `--workdir`, the page compares the runs.
+`--serve` shows the page at an address of this machine and keeps it up to date. Exit codes: 0, or 2 if a directory is not that of
+a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
+
+_COMPARISON = "comparison.html"  # Name of the page of several runs, in the directory of the first.
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.report", description=description)
-    parser.add_argument("--workdir", type=user_path, required=True, help="directory of the run")
+    parser.add_argument(
+        "--workdir", type=user_path, required=True, action="append", help="directory of a run; may be repeated"
+    )
+    parser.add_argument("--output", type=user_path, help="file to write the page to")
+    parser.add_argument("--serve", action="store_true", help="serve the page instead of writing files, until Ctrl-C")
+    parser.add_argument("--port", type=int, default=8000, help="port to serve at; 0 for any (default: %(default)s)")
     options = parser.parse_args(argv[1:])
     try:
-        check_local_path("--workdir", options.workdir)
-        if not options.workdir.is_dir():
-            raise UserError(f"--workdir={options.workdir} is not the directory of a run.", field="--workdir")
+        for workdir in options.workdir:
+            _check_workdir(workdir)
         import_jax()
-        from rpt_jax.infra.plots import write_plots
-
-        for path in write_plots(options.workdir):
-            print(path)
+        if options.serve:
+            _serve(options.workdir, options.port)
+        else:
+            _write(options.workdir, options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_workdir(workdir: Path) -> None:
+    from rpt_jax.infra.metrics import FILE_NAME
+    from rpt_jax.infra.workdir import is_run_directory
+
+    check_local_path("--workdir", workdir)
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is not the directory of a run.", field="--workdir")
+    if not (workdir / FILE_NAME).exists() and not is_run_directory(workdir):
+        raise UserError(
+            f"{workdir / FILE_NAME} is missing, and so is a run's config: --workdir={workdir} is not the directory of a run.",
+            field="--workdir",
+        )
+
+
+def _write(workdirs: list[Path], output: Path | None) -> None:
+    """Write the page and, of each run, the plots for which it has what they need. Raises: UserError."""
+    from rpt_jax.infra.plots import write_plots
+    from rpt_jax.run_page.build import REPORT, write_page
+
+    path = output or workdirs[0] / (REPORT if len(workdirs) == 1 else _COMPARISON)
+    try:
+        print(write_page(workdirs, path))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): give another --output.", field="--output"
+        ) from None
+    for workdir in workdirs:
+        try:
+            for plot in write_plots(workdir):
+                print(plot)
+        except UserError as error:
+            print(f"warning: not all plots could be drawn: {error}", file=sys.stderr)
+
+
+def _serve(workdirs: list[Path], port: int) -> None:
+    """Serve the page until Ctrl-C. Raises: UserError."""
+    from rpt_jax.run_page.server import RunServer
+
+    try:
+        server = RunServer(workdirs, port)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--port={port} cannot be used ({error}): choose another one, or 0 for any.", field="--port"
+        ) from None
+    with server:
+        print(f"{server.url} (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment, ObjectiveConfig
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.distributed.mesh import num_batch_shards
-from rpt_jax.distributed.processes import is_leader
+from rpt_jax.distributed.processes import is_leader, to_host
 from rpt_jax.distributed.sharding import init_optimizer
 from rpt_jax.infra.accounting import Clock, Counters, RolloutCost
 from rpt_jax.infra.budget import expected_steps, is_last_step
@@ -35,6 +35,7 @@ from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
+from rpt_jax.infra.rollout_files import RolloutFiles
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.workdir import COLD_START, RESULT, is_complete
 from rpt_jax.model.model_config import ModelConfig
@@ -54,8 +55,9 @@ from rpt_jax.results import rollout_texts, write_result
 from rpt_jax.rewards.flops import reward_flops
 from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.cost import SamplingCost
-from rpt_jax.rollout.dynamic_sampling import prefer_variance
+from rpt_jax.rollout.dynamic_sampling import first_prompts, prefer_variance
 from rpt_jax.rollout.metrics import drawn_metrics, mean_over_rounds, rollout_metrics, status_metrics
+from rpt_jax.run_page.build import REPORT, write_page
 from rpt_jax.tasks.questions import QuestionTask
 from rpt_jax.tasks.task import Task
 from rpt_jax.tasks.text import TextTask
@@ -181,6 +183,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     is_last = is_last_step(**budget_spent())
     with (
         MetricsWriter(workdir, step - 1) as metrics,
+        RolloutFiles(
+            workdir, step, training.log_rollouts_every, evaluations=experiment.evaluation.keep_rollouts
+        ) as files,
         Progress(
             experiment.task,
             expected_steps(**budget_spent()),
@@ -191,17 +196,20 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         guarded_loop(replay) as take_recompiled,
         contextlib.closing(task),
     ):
+        checkpoints.write_first(files.flush)
         while True:
             # --- 4. Evaluate the current policy, and write the metrics of the step before ----------
             if before is None:
-                with progress.interlude("full evaluation"):
-                    before = task.evaluate(task.params, full=True)
+                with progress.interlude("full evaluation"), files.evaluation(0) as keep:
+                    before = task.evaluate(task.params, step=0, full=True, keep=keep)
                 task.show_evaluation("before", before)
                 end_phase("evaluation")
                 stage_checkpoint()
-            evaluation, after = evaluate(experiment, task, step, state.params, before, progress, is_last=is_last)
+            evaluation, after = evaluate(experiment, task, step, state.params, before, progress, files, is_last=is_last)
             end_phase("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
+            if evaluation:
+                files.call(functools.partial(update_page, workdir))
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
                 show_rollouts(f"step {step}", texts)
@@ -247,6 +255,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, sampling)) | {"groups/rounds": rounds}
             rollout_scalars |= jax.device_get(status_metrics(rewarded.status_PxG, task.statuses))
             rollout_scalars |= mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics()
+            if training.kept_prompts_per_step:
+                kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
+                files.add_training(step, functools.partial(task.rollout_table, kept, step=step))
             end_phase("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
@@ -304,8 +315,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         write_result(workdir, config, evaluations, steps=step, flops=counters.flops, clock=clock)
         for name, evaluation in (("before", before), ("after", after)):
             task.show_evaluation(name, evaluation)
+        update_page(workdir)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
-        logger.info("Complete in %.0f s: %s", clock.seconds, workdir / RESULT)
+        logger.info("Complete in %.0f s: %s, with the page %s", clock.seconds, workdir / RESULT, workdir / REPORT)
     checkpoints.close()
 
 
@@ -322,6 +334,7 @@ def evaluate(
     params: Params,
     before: dict[str, Any],
     progress: Progress,
+    files: RolloutFiles,
     *,
     is_last: bool,
 ) -> tuple[dict[str, float], dict[str, Any] | None]:
@@ -334,6 +347,7 @@ def evaluate(
       params: the current policy.
       before: evaluation of the starting policy, which is that of step 0.
       progress: of the training loop.
+      files: keep the rollouts.
       is_last: whether this is the last step.
 
     Returns:
@@ -342,12 +356,12 @@ def evaluate(
     if step == 0:
         return task.evaluation_metrics(before), None
     if is_last:
-        with progress.interlude("full evaluation"):
-            after = task.evaluate(params, full=True)
+        with progress.interlude("full evaluation"), files.evaluation(step) as keep:
+            after = task.evaluate(params, step=step, full=True, keep=keep)
         return task.evaluation_metrics(after), after
     if step % experiment.evaluation.every_steps == 0:
-        with progress.interlude("evaluation"):
-            return task.evaluation_metrics(task.evaluate(params, full=False)), None
+        with progress.interlude("evaluation"), files.evaluation(step) as keep:
+            return task.evaluation_metrics(task.evaluate(params, step=step, full=False, keep=keep)), None
     return {}, None
 
 
@@ -364,6 +378,16 @@ def interludes_left(experiment: Experiment, done: int, total: int) -> dict[str, 
         "full evaluation": 1,
         "rescoring": multiples(experiment.data.rescore_every_steps) if is_rescored else 0,
     }
+
+
+def update_page(workdir: Path) -> None:
+    """Write the page of the run. An error is logged: it must not end the run, which does not depend on the page."""
+    try:
+        logger.debug("Page: %s", write_page([workdir], workdir / REPORT))
+    except Exception as error:  # noqa: BLE001
+        logger.warning(
+            "The page of the run could not be written (%s: %s); the run goes on.", type(error).__name__, error
+        )
 
 
 def make_update_batch(

@@ -1,4 +1,4 @@
-"""The report command: it draws the plots of a run, or names the file that is missing."""
+"""The report command: it writes the page and the plots of a run, or names the file that is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rpt_jax import report
 from tests.helpers.plots import PLOTS, keep_figures, write_run
 
 
-def test_the_command_prints_the_plots_that_it_wrote(
+def test_the_command_prints_the_page_and_the_plots_that_it_wrote(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -20,7 +20,9 @@ def test_the_command_prints_the_plots_that_it_wrote(
     figures = keep_figures(monkeypatch)
     run = write_run(tmp_path, steps=8, every=2)
     assert report.main(["report", f"--workdir={run}"]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(run / "plots" / f"{name}.png") for name in PLOTS]
+    written = [run / "report.html", *(run / "plots" / f"{name}.png" for name in PLOTS)]
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in written]
+    assert (run / "report.html").is_file()
     assert sorted(figures) == sorted(PLOTS)
 
 

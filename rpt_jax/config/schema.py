@@ -310,8 +310,10 @@ class TrainingConfig:
     microbatch_tokens: int = 0
     # [memory] Tokens whose logits exist at the same time; 0 for up to 4,096, as the device's memory allows.
     logit_chunk_tokens: int = 0
-    # Steps between two prints of sampled responses.
+    # Steps between two prints of sampled responses, and steps in a file of kept ones.
     log_rollouts_every: int = 50
+    # Prompts of each step whose responses are kept in `rollouts/` of the run directory; 0 for none.
+    kept_prompts_per_step: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,6 +387,8 @@ class EvaluationConfig:
     temperature: float = 0.0
     # Maximum number of tokens of a response in evaluations (paper, section 4.3, for questions: 32,000); 0 for that of training.
     max_new_tokens: int = 0
+    # Keep the responses of evaluations during training, and the text that they are evaluated on, in `rollouts/`.
+    keep_rollouts: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

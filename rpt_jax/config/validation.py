@@ -141,6 +141,7 @@ _BOUNDS = {
     "training.microbatch_tokens": (0, _UNBOUNDED),
     "training.logit_chunk_tokens": (0, _UNBOUNDED),
     "training.log_rollouts_every": (1, _UNBOUNDED),
+    "training.kept_prompts_per_step": (0, _UNBOUNDED),
     "evaluation.every_steps": (1, _UNBOUNDED),
     "evaluation.positions": (1, _UNBOUNDED),
     "evaluation.unseen_positions": (1, _UNBOUNDED),

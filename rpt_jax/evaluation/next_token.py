@@ -7,9 +7,10 @@ begins with.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rpt_jax.config import Experiment
@@ -26,7 +27,7 @@ from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
 from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.prompts.targets import Segments
 from rpt_jax.rewards.prefix_match import Status
-from rpt_jax.rewards.rewarder import Rewarder
+from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 from rpt_jax.setup import Setup
 
@@ -66,6 +67,34 @@ class EvaluationPart(NamedTuple):
         """Return `by_difficulty` of the accuracy at each evaluated position."""
         positions = self.evaluation.positions
         return by_difficulty(right_N, positions, self.cluster_W[[p.window for p in positions]])
+
+
+class Reasoning(NamedTuple):
+    """What reasoning predicts in a held-out part.
+
+    Attributes:
+      accuracy: mean accuracy of the sampled predictions, by difficulty.
+      details: of the predictions and positions.
+      rewarded: the predictions at the n positions, on the host.
+    """
+
+    accuracy: dict[str, Any]
+    details: dict[str, Any]
+    rewarded: RewardedRollouts
+
+
+class EvaluatedPart(NamedTuple):
+    """What a full evaluation found out about a held-out part.
+
+    Attributes:
+      part: the part.
+      scores: scores of its windows under the evaluated policy.
+      rewarded: predictions at its positions, on the host.
+    """
+
+    part: EvaluationPart
+    scores: list[Scores]
+    rewarded: RewardedRollouts
 
 
 def choose_evaluation_set(
@@ -143,30 +172,29 @@ def by_difficulty(
 
 def sample_predictions(
     sample: Sampler, reward: Rewarder, weights: Params, evaluation: EvaluationSet, *, segments: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sample G predictions at each of the n positions of an evaluation set.
+) -> RewardedRollouts:
+    """Return G predictions at each of the n positions of an evaluation set, on the host.
+
+    Their reward is that of Equation 3 or, of segments, the share of their tokens that the prediction begins with.
 
     Args:
       sample: samples the predictions.
       reward: compares them with the text.
       weights: from `Sampler.weights`.
-      evaluation: the positions and their prompts.
+      evaluation: the positions and their prompts; what pads the last batch is left out.
       segments: whether targets are segments.
-
-    Returns: the reward of Equation 3 or, of segments, the share of their tokens that the prediction begins with; `Status`; and
-      response length in tokens, [n, G] each, without the padding of the last batch.
     """
     results = []
     with Progress("evaluate, batches", len(evaluation.batches), transient=True) as progress:
         for prompts in evaluation.batches:
             rollouts, _ = sample(weights, prompts, EVALUATION_STEP)
-            matched = reward.prefix_match(prompts, rollouts)
-            accuracy_PxG = reward.common_prefix_share(matched) if segments else matched.reward_PxG
-            results.append(to_host((accuracy_PxG, matched.status_PxG, rollouts.lengths_PxG)))
+            rewarded = reward.prefix_match(prompts, rollouts)
+            if segments:
+                rewarded = rewarded._replace(reward_PxG=reward.common_prefix_share(rewarded))
+            results.append(to_host(rewarded))
             progress.advance()
     count = len(evaluation.positions)
-    accuracy_NxG, status_NxG, length_NxG = (np.concatenate(leaves)[:count] for leaves in zip(*results, strict=True))
-    return accuracy_NxG, status_NxG, length_NxG
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *results)
 
 
 class Evaluator:
@@ -196,45 +224,57 @@ class Evaluator:
         if len(setup.unseen):
             self.unseen = self._choose_part("unseen", setup.unseen, evaluation.unseen_positions)
 
-    def direct(self, params: Params, part: EvaluationPart) -> dict[str, Any]:
-        """Return the accuracy of the most likely next token, or the share of the segment by greedy decoding, by difficulty."""
-        scores = part.scores if params is self._setup.params else self._score(params, part.windows)
-        segments = self._setup.segments
-        if segments:
-            return part.by_difficulty(direct_share(part.evaluation, scores, part.windows, segments))
-        return part.by_difficulty(direct_accuracy(part.evaluation, scores))
-
-    def reasoning(self, params: Params, part: EvaluationPart) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the mean accuracy of sampled predictions by difficulty, and details of the predictions and positions.
+    def reasoning(self, params: Params, part: EvaluationPart) -> Reasoning:
+        """Sample predictions at the positions of a part, and return their accuracy by difficulty.
 
         Of segments, the accuracy is the share of their tokens that a prediction begins with, and the details say how often a
         prediction is exactly the segment.
         """
         weights = self._sample.weights(params)
         segments = self._setup.segments is not None
-        accuracy_NxG, status_NxG, length_NxG = sample_predictions(
-            self._sample, self._reward, weights, part.evaluation, segments=segments
-        )
-        has_box = ~np.isin(status_NxG, (Status.NO_BOX, Status.NOT_FINISHED))
+        rewarded = sample_predictions(self._sample, self._reward, weights, part.evaluation, segments=segments)
+        has_box = ~np.isin(rewarded.status_PxG, (Status.NO_BOX, Status.NOT_FINISHED))
         details: dict[str, Any] = {
             "format_rate": float(has_box.mean()),
-            "response_length": float(length_NxG.mean()),
+            "response_length": float(rewarded.rollouts.lengths_PxG.mean()),
             "candidates": part.counts,
         }
         if segments:
-            exact_NxG = (accuracy_NxG == 1.0) & (status_NxG == Status.CORRECT)
+            exact_NxG = (rewarded.reward_PxG == 1.0) & (rewarded.status_PxG == Status.CORRECT)
             details["exact"] = part.by_difficulty(exact_NxG.mean(axis=1))
-        return part.by_difficulty(accuracy_NxG.mean(axis=1)), details
+        accuracy = part.by_difficulty(np.mean(rewarded.reward_PxG, axis=1))
+        return Reasoning(accuracy=accuracy, details=details, rewarded=rewarded)
 
-    def full(self, params: Params) -> dict[str, Any]:
-        """Return the complete evaluation that is reported before and after training."""
-        reasoning, details = self.reasoning(params, self.held_out)
-        result = {"direct": self.direct(params, self.held_out), "reasoning": reasoning, "details": details}
+    def full(
+        self, params: Params, keep: Callable[[str, EvaluatedPart], None] = lambda split, part: None
+    ) -> dict[str, Any]:
+        """Return the complete evaluation that is reported before and after training.
+
+        Args:
+          params: of the policy, sharded for training.
+          keep: called with each part that was evaluated and its name, "held_out" or "unseen".
+        """
+        reasoning, direct = self._evaluate_part("held_out", params, self.held_out, keep)
+        result = {"direct": direct, "reasoning": reasoning.accuracy, "details": reasoning.details}
         if self.unseen:
-            direct = self.direct(params, self.unseen)
-            reasoning, _ = self.reasoning(params, self.unseen)
-            result["unseen"] = {"direct": direct, "reasoning": reasoning}
+            reasoning, direct = self._evaluate_part("unseen", params, self.unseen, keep)
+            result["unseen"] = {"direct": direct, "reasoning": reasoning.accuracy}
         return result
+
+    def _evaluate_part(
+        self, split: str, params: Params, part: EvaluationPart, keep: Callable[[str, EvaluatedPart], None]
+    ) -> tuple[Reasoning, dict[str, Any]]:
+        """Return the predictions by reasoning, and the accuracy of the most likely next token by difficulty.
+
+        Of segments, the latter is the share of greedy decoding.
+        """
+        reasoning = self.reasoning(params, part)
+        scores = part.scores if params is self._setup.params else self._score(params, part.windows)
+        keep(split, EvaluatedPart(part=part, scores=scores, rewarded=reasoning.rewarded))
+        segments = self._setup.segments
+        if segments:
+            return reasoning, part.by_difficulty(direct_share(part.evaluation, scores, part.windows, segments))
+        return reasoning, part.by_difficulty(direct_accuracy(part.evaluation, scores))
 
     def _score(self, params: Params, windows: Windows) -> list[Scores]:
         setup = self._setup

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from rpt_jax.infra.overlap import start_one_ahead
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.prompts.question_prompts import QuestionPrompts, question_batches
+from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, PendingBatch, VerifiedBatch
 from rpt_jax.rollout.rollouts import Ended, Rollouts
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
@@ -42,7 +43,12 @@ class SampledBatch(NamedTuple):
 
 
 def sample_and_verify(
-    sample: Sampler, verify: BatchVerifier, params: Params, questions: QuestionPrompts, batches: Sequence[PromptBatch]
+    sample: Sampler,
+    verify: BatchVerifier,
+    params: Params,
+    questions: QuestionPrompts,
+    batches: Sequence[PromptBatch],
+    keep: Callable[[RewardedRollouts], None] | None = None,
 ) -> Iterator[SampledBatch]:
     """Yield responses to batches of questions. The responses to a batch are verified while those to the next one are sampled.
 
@@ -52,6 +58,7 @@ def sample_and_verify(
       params: of the policy, sharded for training.
       questions: that the prompts ask.
       batches: the prompts.
+      keep: called with the responses to each batch, on the host.
     """
     weights = sample.weights(params)
 
@@ -64,9 +71,12 @@ def sample_and_verify(
     def finish(started: tuple[PromptBatch, Rollouts, PendingBatch, float]) -> SampledBatch:
         prompts, rollouts, pending, seconds = started
         lengths_PxG, ended_PxG = to_host((rollouts.lengths_PxG, rollouts.ended_PxG))
+        verified = pending.result()
+        if keep is not None:
+            keep(RewardedRollouts(*to_host((prompts, rollouts, verified.score_PxG, verified.status_PxG))))
         return SampledBatch(
             prompts=prompts,
-            verified=pending.result(),
+            verified=verified,
             lengths_PxG=lengths_PxG,
             truncated_PxG=ended_PxG == Ended.LENGTH,
             sampling_seconds=seconds,
@@ -94,16 +104,17 @@ class QuestionEvaluator:
         self._questions = questions
         self._batches = question_batches(questions, builder, batch)
 
-    def __call__(self, params: Params) -> dict[str, Any]:
+    def __call__(self, params: Params, keep: Callable[[RewardedRollouts], None] | None = None) -> dict[str, Any]:
         """Return the results of a policy as JSON values, see `question_results`.
 
         Args:
           params: of the policy, sharded for training.
+          keep: called with the responses to each batch of questions, on the host.
         """
         start = time.monotonic()
         done = []
         with Progress("evaluate, batches", len(self._batches), transient=True) as progress:
-            for batch in sample_and_verify(self._sample, self._verify, params, self._questions, self._batches):
+            for batch in sample_and_verify(self._sample, self._verify, params, self._questions, self._batches, keep):
                 done.append(batch)
                 progress.advance()
         return question_results(self._questions, done, time.monotonic() - start)

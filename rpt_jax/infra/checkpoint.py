@@ -47,6 +47,11 @@ class Checkpointer:
         fingerprint_arrays(state)  # Compile this now: after a stop signal there is little time.
         self._staged: tuple[int, Any, dict[str, Any]] | None = None
         self._signals = StopSignals()
+        self._write_first: Callable[[], None] = lambda: None
+
+    def write_first(self, write: Callable[[], None]) -> None:
+        """Call `write` at the start of every save: what a run that resumes from the checkpoint expects to find on disk."""
+        self._write_first = write
 
     def register_with(self, signals: StopSignals) -> None:
         """Save what is staged when a stop signal arrives, until `close`.
@@ -77,6 +82,7 @@ class Checkpointer:
         """Write what is staged in the background. Raises: OSError, if this write or the one before it failed."""
         with self._signals.defer():
             step, state, run = self._get_staged()
+            self._write_first()
             self.check_writes()
             checksums = {"state": fingerprint_arrays(state), "run": digest(run)}
             items = ocp.args.Composite(

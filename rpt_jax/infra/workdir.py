@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import json
 import logging
+import shlex
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.budget import budget_used
+from rpt_jax.infra.rollout_files import ROLLOUTS
 from rpt_jax.infra.run_format import check_format, format_stamp
 from rpt_jax.infra.total_steps import consequences_of_total_steps
 
@@ -37,6 +40,7 @@ _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: lo
 _OUTPUTS = (
     f"{CHECKPOINTS}/*",
     "metrics.jsonl",
+    ROLLOUTS,
     RESULT,
     "tokenizer.model",
     "tokenizer_config.json",
@@ -57,6 +61,7 @@ _MAY_CHANGE = (
     "training.flops_budget",
     "training.seconds_budget",
     "training.log_rollouts_every",
+    "training.kept_prompts_per_step",
     "training.microbatch_tokens",
     "training.logit_chunk_tokens",
     "rollout.decode_slots",
@@ -363,7 +368,9 @@ def _changes(names: list[str], theirs: dict[str, Any], ours: dict[str, Any]) -> 
 
 
 def _write_config(path: Path, values: dict[str, Any]) -> None:
-    atomic_write(path, json.dumps({**format_stamp(), "config": values}, indent=1) + "\n")
+    atomic_write(
+        path, json.dumps({**format_stamp(), "command": shlex.join(sys.orig_argv), "config": values}, indent=1) + "\n"
+    )
 
 
 def _outputs(workdir: Path) -> list[Path]:

@@ -160,6 +160,12 @@ class PromptBuilder:
             entropy_P=np.array(position.entropy, np.float32),
         )
 
+    def contexts(self, prompts: PromptBatch) -> list[np.ndarray]:
+        """Return the token ids of each prompt on the host without the template."""
+        starts = len(self.before)
+        ends_P = prompts.lengths_P - len(self.after)
+        return [tokens_S[starts:end] for tokens_S, end in zip(prompts.tokens_PxS, ends_P, strict=True)]
+
     def _cut_context(self, ids: Sequence[int]) -> Sequence[int]:
         """Return the newest tokens of a context that fit into the prompt, cut as `prompt.long_context` says."""
         if len(ids) <= self.max_context_tokens:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
@@ -14,19 +18,25 @@ from rpt_jax.evaluation.questions import (
     question_metrics,
     show_question_results,
 )
+from rpt_jax.infra.rollout_files import EVALUATION
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.kept_rollouts import Origin, RolloutReading, rollout_table
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch
 from rpt_jax.objective.update import TrainState
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
-from rpt_jax.prompts.question_prompts import question_stream, questions_fingerprint, tokenize_questions
+from rpt_jax.prompts.question_prompts import QuestionPrompts, question_stream, questions_fingerprint, tokenize_questions
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
 from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampler import Sampler, sampling_numbers
 from rpt_jax.setup import load_starting_policy
 from rpt_jax.sizes.plan import plan_evaluation
+from rpt_jax.tasks.task import Keep
 from rpt_jax.tasks.verification import VerifiedRewarder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class QuestionTask:
@@ -39,7 +49,7 @@ class QuestionTask:
         """Load the policy and the questions, and start the verifiers. Raises: UserError."""
         del context
         self.policy, self.params, self.tokenizer = load_starting_policy(experiment.policy, mesh)
-        builder = PromptBuilder(experiment.prompt, self.tokenizer, experiment.prompt_slot)
+        self._builder = builder = PromptBuilder(experiment.prompt, self.tokenizer, experiment.prompt_slot)
         questions = load_verifiable_questions(experiment, self.params, self.tokenizer, workdir)
         self._rejected = questions.rejected
         self._train = tokenize_questions(questions.train, builder, self.tokenizer, "training")
@@ -76,10 +86,19 @@ class QuestionTask:
 
     def truths(self, prompts: PromptBatch) -> list[bytes]:
         """Return the accepted answers of each question."""
-        return [" or ".join(question.answers).encode() for question in self._train.of(prompts)]
+        return _truths(self._train, prompts)
 
-    def evaluate(self, params: Params, *, full: bool) -> dict[str, Any]:
-        return self._evaluator(params)
+    def rollout_table(self, rewarded: RewardedRollouts, *, step: int) -> pa.Table:
+        return self._rollout_table(rewarded, self._train, step=step, split="train")
+
+    def evaluate(self, params: Params, *, step: int, full: bool, keep: Keep) -> dict[str, Any]:
+        def keep_rollouts(rewarded: RewardedRollouts) -> None:
+            # The last batch is padded by repeating its last question.
+            _, first_P = np.unique(rewarded.prompts.window_P, return_index=True)
+            fresh = jax.tree.map(lambda x: x[first_P], rewarded)
+            keep(EVALUATION, functools.partial(self._rollout_table, fresh, self._test, step=step, split="test"))
+
+        return self._evaluator(params, keep_rollouts)
 
     def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
         return question_metrics(evaluation)
@@ -105,6 +124,31 @@ class QuestionTask:
     def close(self) -> None:
         self.stream.close()
         self._verify.close()
+
+    def _rollout_table(
+        self, rewarded: RewardedRollouts, questions: QuestionPrompts, *, step: int, split: str
+    ) -> pa.Table:
+        """Return `rollout_table` of rollouts on the host, whose prompts ask `questions`."""
+        prompts = rewarded.prompts
+        asked = zip(questions.of(prompts), self._builder.contexts(prompts), _truths(questions, prompts), strict=True)
+        origins = [
+            Origin(
+                source=question.id,
+                window=-1,
+                position=-1,
+                entropy=math.nan,
+                context=self.tokenizer.token_bytes(context),
+                truth=truth,
+            )
+            for question, context, truth in asked
+        ]
+        return rollout_table(
+            rewarded, origins, RolloutReading(self.statuses, self.tokenizer, "balanced"), step=step, split=split
+        )
+
+
+def _truths(questions: QuestionPrompts, prompts: PromptBatch) -> list[bytes]:
+    return [" or ".join(question.answers).encode() for question in questions.of(prompts)]
 
 
 def _advice(experiment: Experiment) -> dict[str, str]:

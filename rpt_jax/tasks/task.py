@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.objective.batch import NextTokenBatch
@@ -15,6 +15,11 @@ from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Keep = Callable[[str, Callable[[], "pa.Table"]], None]
 
 
 class Task(Protocol):
@@ -66,12 +71,18 @@ class Task(Protocol):
         """Return what a right prediction is for each of some prompts on the host, to show it."""
         ...
 
-    def evaluate(self, params: Params, *, full: bool) -> dict[str, Any]:
+    def rollout_table(self, rewarded: RewardedRollouts, *, step: int) -> pa.Table:
+        """Return a table of training rollouts on the host, see `kept_rollouts.rollout_table`. Called by another thread."""
+        ...
+
+    def evaluate(self, params: Params, *, step: int, full: bool, keep: Keep) -> dict[str, Any]:
         """Evaluate a policy.
 
         Args:
           params: its parameters, sharded for training.
+          step: training steps of the policy.
           full: whether to measure all that is reported before and after training, or only what is measured in between.
+          keep: takes tables of what the policy did: their kind (`infra.rollout_files.EVALUATION` or `TEXT`), and what makes them.
 
         Returns: the results as JSON values.
         """

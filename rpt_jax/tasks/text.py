@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -14,11 +15,14 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.corpus.entropy import Scorer, next_token_rows, scoring_flops
 from rpt_jax.corpus.prepared import position_flops
+from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import UserError
-from rpt_jax.evaluation.next_token import Evaluator, evaluation_metrics
+from rpt_jax.evaluation.next_token import EvaluatedPart, EvaluationPart, Evaluator, evaluation_metrics
+from rpt_jax.infra.rollout_files import EVALUATION, TEXT
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.kept_rollouts import Origin, RolloutReading, rollout_table, text_table
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch
 from rpt_jax.objective.update import TrainState
@@ -33,7 +37,11 @@ from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampler import Sampler, sampling_numbers
 from rpt_jax.setup import set_up
 from rpt_jax.sizes.plan import plan_evaluation
+from rpt_jax.tasks.task import Keep
 from rpt_jax.tasks.verification import VerifiedRewarder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class TextTask:
@@ -50,7 +58,7 @@ class TextTask:
         self.policy = setup.policy
         self.params = setup.params
         self.tokenizer = setup.tokenizer
-        builder = PromptBuilder(experiment.prompt, setup.tokenizer, segments=setup.segments)
+        self._builder = builder = PromptBuilder(experiment.prompt, setup.tokenizer, segments=setup.segments)
         self.sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
         self._reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
         self._verify: BatchVerifier | None = None
@@ -105,11 +113,23 @@ class TextTask:
             ends_P = ends_PxRp1.shape[1] - 1 - ends_PxRp1[:, ::-1].argmax(axis=1)
         return [reference_R[:end].tobytes() for reference_R, end in zip(prompts.reference_PxR, ends_P, strict=True)]
 
-    def evaluate(self, params: Params, *, full: bool) -> dict[str, Any]:
+    def rollout_table(self, rewarded: RewardedRollouts, *, step: int) -> pa.Table:
+        return self._rollout_table(rewarded, self._setup.train, step=step, split="train")
+
+    def evaluate(self, params: Params, *, step: int, full: bool, keep: Keep) -> dict[str, Any]:
+        def keep_rollouts(split: str, part: EvaluationPart, rewarded: RewardedRollouts) -> None:
+            keep(EVALUATION, functools.partial(self._rollout_table, rewarded, part.windows, step=step, split=split))
+
+        def keep_part(split: str, evaluated: EvaluatedPart) -> None:
+            keep_rollouts(split, evaluated.part, evaluated.rewarded)
+            keep(TEXT, functools.partial(text_table, evaluated, step=step, split=split, tokenizer=self.tokenizer))
+
         if full:
-            return self._evaluator.full(params)
-        reasoning, details = self._evaluator.reasoning(params, self._evaluator.held_out)
-        return {"reasoning": reasoning, "details": details}
+            return self._evaluator.full(params, keep_part)
+        part = self._evaluator.held_out
+        reasoning = self._evaluator.reasoning(params, part)
+        keep_rollouts("held_out", part, reasoning.rewarded)
+        return {"reasoning": reasoning.accuracy, "details": reasoning.details}
 
     def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
         return evaluation_metrics(evaluation["reasoning"], evaluation.get("direct"), evaluation["details"].get("exact"))
@@ -152,6 +172,26 @@ class TextTask:
             Question(id=f"{window}:{position}", text="", answers=(truth.decode(errors="replace"),))
             for window, position, truth in places
         ]
+
+    def _rollout_table(self, rewarded: RewardedRollouts, windows: Windows, *, step: int, split: str) -> pa.Table:
+        """Return `rollout_table` of rollouts on the host, whose prompts are from `windows`."""
+        prompts = rewarded.prompts
+        number_P = windows.numbers_N[prompts.window_P]
+        document_P = self._setup.prepared.corpus.document_W[number_P]
+        contexts = self._builder.contexts(prompts)
+        origins = [
+            Origin(
+                source=str(document_P[p]),
+                window=int(number_P[p]),
+                position=int(prompts.position_P[p]),
+                entropy=float(prompts.entropy_P[p]),
+                context=self.tokenizer.token_bytes(contexts[p]),
+                truth=truth,
+            )
+            for p, truth in enumerate(self.truths(prompts))
+        ]
+        reading = RolloutReading(self.statuses, self.tokenizer, self._experiment.prompt.box_reading)
+        return rollout_table(rewarded, origins, reading, step=step, split=split)
 
     def _orders(self, entropies: PolicyEntropies) -> list[grain.MapDataset]:
         """Return the orders of the positions that the policy's own entropies choose."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -20,6 +18,8 @@ from rpt_jax.evaluation.next_token import (
 )
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.positions import Position
+from rpt_jax.rewards.rewarder import RewardedRollouts
+from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
 
@@ -174,7 +174,7 @@ class StubSampler:
 
     def __call__(self, weights, prompts, step):
         value = 10 * prompts.position_P[:, None] + np.arange(3)
-        return types.SimpleNamespace(lengths_PxG=value + 2), None
+        return Rollouts(tokens_PxGxT=value, lengths_PxG=value + 2, logprobs_PxGxT=value, ended_PxG=value), None
 
 
 class StubRewarder:
@@ -182,14 +182,15 @@ class StubRewarder:
 
     def prefix_match(self, prompts, rollouts):
         value = rollouts.lengths_PxG - 2
-        return types.SimpleNamespace(reward_PxG=value, status_PxG=value + 1)
+        return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=value, status_PxG=value + 1)
 
 
 def test_padding_of_the_last_batch_is_not_counted(choose):
     """Ten positions take three batches of four."""
     chosen = choose(count=10, batch=4)
-    reward, status, length = sample_predictions(StubSampler(), StubRewarder(), None, chosen)
+    rewarded = sample_predictions(StubSampler(), StubRewarder(), None, chosen)
     expected = 10 * np.array([p.position for p in chosen.positions])[:, None] + np.arange(3)
-    np.testing.assert_array_equal(reward, expected)
-    np.testing.assert_array_equal(status, expected + 1)
-    np.testing.assert_array_equal(length, expected + 2)
+    np.testing.assert_array_equal(rewarded.reward_PxG, expected)
+    np.testing.assert_array_equal(rewarded.status_PxG, expected + 1)
+    np.testing.assert_array_equal(rewarded.rollouts.lengths_PxG, expected + 2)
+    np.testing.assert_array_equal(rewarded.prompts.position_P, [p.position for p in chosen.positions])

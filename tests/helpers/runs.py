@@ -15,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from rpt_jax import main
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.infra.metrics import MetricsWriter, read_metrics
+from tests.helpers.run_pages import training_files
 
 # Changes of configs/rpt_tiny.py that make a run of a few steps take seconds.
 SMALL = {
@@ -136,6 +137,7 @@ def assert_resumes(
     main.run(experiment(**fields), workdir)
 
     assert comparable(workdir) == comparable(uninterrupted)
+    assert training_files(workdir) == training_files(uninterrupted)
     mine, theirs = (json.loads((d / "result.json").read_text()) for d in (workdir, uninterrupted))
     for result in (mine, theirs):
         del result["wall_seconds"], result["seconds"]

@@ -62,14 +62,14 @@ def test_next_token_suite_finds_what_the_evaluator_of_the_training_loop_finds(tm
         batches = [stack(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
         sample = Sampler(experiment, setup.policy, setup.tokenizer, mesh, builder)
         reward = Rewarder(experiment, setup.policy, setup.tokenizer, mesh, builder)
-        reward_NxG, _, length_NxG = sample_predictions(
+        rewarded = sample_predictions(
             sample, reward, sample.weights(setup.params), EvaluationSet(positions=positions, batches=batches)
         )
         scorer = Scorer(setup.policy, setup.params, setup.tokenizer, mesh, experiment)
         scores = scorer.score(setup.held_out)
 
-    np.testing.assert_array_equal([record["correct"] for record in records], reward_NxG)
-    np.testing.assert_array_equal([record["lengths"] for record in records], length_NxG)
+    np.testing.assert_array_equal([record["correct"] for record in records], rewarded.reward_PxG)
+    np.testing.assert_array_equal([record["lengths"] for record in records], rewarded.rollouts.lengths_PxG)
     direct = [record["scores"]["direct/first_token"] for record in records]
     assert direct == [float(scores[p.window].top1_correct_S[p.position]) for p in positions]
     entropies = [scores[p.window].entropy_S[p.position] for p in positions]
@@ -77,7 +77,7 @@ def test_next_token_suite_finds_what_the_evaluator_of_the_training_loop_finds(tm
         [p.entropy for p in positions], entropies, atol=1e-3
     )  # They are stored in half precision.
     random_at_1 = summary["scores"]["reasoning/prefix/random@1"]["micro"]["mean"]
-    assert random_at_1 == pytest.approx(reward_NxG.mean()) and 0 < summary["evaluation/device_busy"] <= 1
+    assert random_at_1 == pytest.approx(np.mean(rewarded.reward_PxG)) and 0 < summary["evaluation/device_busy"] <= 1
     assert summary["summary"]["difficulties"]["direct/prefix"]["easy"]["positions"] == len(records)
 
 

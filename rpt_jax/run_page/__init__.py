@@ -1,0 +1,1 @@
+"""The page of a run: `report.html`, one file without network access."""
