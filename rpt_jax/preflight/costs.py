@@ -13,7 +13,7 @@ from rpt_jax.describe import derive
 from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
-from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges
+from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
@@ -124,8 +124,7 @@ def full_row(experiment: Experiment) -> KeyRanges:
     prefix = experiment.prompt.max_tokens - 1
     response = experiment.rollout.max_new_tokens
     samples = experiment.rollout.samples_per_prompt
-    block = ROW_BLOCK_SIZES["tpu"]
-    size = -(-experiment.training.microbatch_tokens // block) * block
+    size = row_size(experiment.training.microbatch_tokens, "tpu")
     groups = max(1, size // (prefix + samples * response))
     responses = min(samples, (size - prefix) // response)
 
@@ -144,7 +143,7 @@ def full_row(experiment: Experiment) -> KeyRanges:
     return make_key_ranges(
         jnp.asarray(np.stack([prefix_begin_W, own_begin_W])[None]),
         jnp.asarray(np.stack([prefix_end_W, index_W + 1])[None]),
-        block,
+        ROW_BLOCK_SIZES["tpu"],
     )
 
 

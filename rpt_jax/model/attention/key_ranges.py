@@ -63,9 +63,14 @@ class KeyRanges(NamedTuple):
     by_key: BlockPairs
 
 
-def row_size(tokens: int) -> int:
-    """Return `tokens` rounded up to whole query panels, or to whole blocks if a row is shorter than a panel."""
-    platform = target_platform()
+def row_size(tokens: int, platform: str | None = None) -> int:
+    """Return `tokens` rounded up to whole query panels, or to whole blocks if a row is shorter than a panel.
+
+    Args:
+      tokens: tokens that a row has to hold.
+      platform: "cpu", "gpu" or "tpu"; None for the target platform.
+    """
+    platform = platform or target_platform()
     sizes = QUERY_PANEL_SIZES[platform], ROW_BLOCK_SIZES[platform]
     multiple = next((size for size in sizes if tokens > size), _SHORT_ROW_MULTIPLES[platform])
     return -(-tokens // multiple) * multiple

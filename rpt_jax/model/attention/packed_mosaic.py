@@ -372,7 +372,7 @@ def packed_attention_bytes(
 
     def copies(pairs: BlockPairs) -> int:
         other_T = np.asarray(pairs.other_NxT)[0, : int(pairs.visits_N[0])]
-        return 1 + np.count_nonzero(np.diff(other_T))
+        return 1 + int(np.count_nonzero(np.diff(other_T)))
 
     # Own blocks: queries, output and gradients, or keys, values and their gradients. Other blocks: keys and values, or queries,
     # the output's gradient and what belongs to them.
