@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.model.attention.key_ranges import make_key_ranges
-from rpt_jax.model.attention.packed import _attend_all_keys
+from rpt_jax.model.attention.packed import attend_all_keys
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic
 from rpt_jax.model.attention.packed_triton import attend_triton
 
 ATTEND = {
-    "reference": _attend_all_keys,
+    "reference": attend_all_keys,
     "mosaic": functools.partial(attend_mosaic, interpret=True),
     "triton": functools.partial(attend_triton, interpret=True),
 }

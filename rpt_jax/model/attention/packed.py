@@ -2,8 +2,10 @@
 
 Sequences that share a prefix lie in one row, which holds the prefix once: a token attends to the ranges of the prefixes that its
 sequence begins with, and to its own sequence up to itself. A block of queries is compared only with the blocks of keys that any
-of its queries attends to, with an online softmax as in blockwise.py, for a panel of many query blocks at a time. Memory grows
-linearly with the tokens of a row, forward and backward.
+of its queries attends to, so that memory grows linearly with the tokens of a row, forward and backward.
+
+This module has the choice of the implementation, the reference, and the implementation in plain XLA: an online softmax as in
+blockwise.py, for a panel of many query blocks at a time. The kernels are in packed_mosaic.py and packed_triton.py.
 
 Letters in shape suffixes: N rows of W tokens, each of B blocks of b tokens (W = B·b), M ranges per token.
 """
@@ -55,13 +57,13 @@ def attend_packed(
 def _implementation(attention: str, dtype: str) -> Callable[..., jax.Array]:
     """Return the function of scaled queries, keys, values and key ranges, for one device."""
     if attention == "reference":
-        return _attend_all_keys
+        return attend_all_keys
     if attention in KERNELS and dtype in KERNELS[attention].packed.dtypes:
         return KERNELS[attention].packed.attend
     return _attend_in_blocks
 
 
-def _attend_all_keys(
+def attend_all_keys(
     q_NxKxRxWxC: jax.Array, k_NxKxWxC: jax.Array, v_NxKxWxC: jax.Array, key_ranges: KeyRanges
 ) -> jax.Array:
     """Compute attention with all scores of a row at once: the reference for the others."""
