@@ -61,6 +61,26 @@ class _Output(NamedTuple):
     dout_dot_out_Rxq: Any
 
 
+class _SoftmaxRefs(NamedTuple):
+    """Refs of the online softmax of a block of queries, one for each query head."""
+
+    peak_Rxq: Any
+    total_Rxq: Any
+    out_RxCxq: Any
+
+    def load(self, head: int) -> Softmax:
+        """Return the state of a query head."""
+        row = slice(head, head + 1)
+        return Softmax(peak=self.peak_Rxq[row], total=self.total_Rxq[row], out=self.out_RxCxq[head])
+
+    def store(self, head: int, softmax: Softmax) -> None:
+        """Set the state of a query head."""
+        row = slice(head, head + 1)
+        self.peak_Rxq[row] = softmax.peak
+        self.total_Rxq[row] = softmax.total
+        self.out_RxCxq[head] = softmax.out
+
+
 class _Visit(NamedTuple):
     """A visit of a pair of blocks.
 
@@ -106,18 +126,16 @@ def _forward_kernel(
     keys: _Keys,
     out_RxqxC: Any,
     log_total_Rxq: Any,
-    peak_Rxq: Any,
-    total_Rxq: Any,
-    sums_RxCxq: Any,
+    *scratch: Any,
 ) -> None:
     visit = _this_visit(pairs)
+    state = _SoftmaxRefs(*scratch)
     heads, size, head_size = queries.q_RxqxC.shape
 
     @pl.when(visit.first)
     def _() -> None:
         for r in range(heads):
-            start = start_softmax(size, head_size, _KEYS_AXIS)
-            peak_Rxq[r : r + 1], total_Rxq[r : r + 1], sums_RxCxq[r] = start
+            state.store(r, start_softmax(size, head_size, _KEYS_AXIS))
 
     @pl.when(visit.live)
     def _() -> None:
@@ -125,16 +143,15 @@ def _forward_kernel(
         k_sxC = keys.k_sxC[...]
         v_sxC = keys.v_sxC[...]
         for r in range(heads):
-            softmax = Softmax(peak=peak_Rxq[r : r + 1], total=total_Rxq[r : r + 1], out=sums_RxCxq[r])
             scores = masked_scores(queries.q_RxqxC[r], k_sxC, attended, _KEYS_AXIS)
-            peak_Rxq[r : r + 1], total_Rxq[r : r + 1], sums_RxCxq[r] = add_keys(softmax, scores, v_sxC, _KEYS_AXIS)
+            state.store(r, add_keys(state.load(r), scores, v_sxC, _KEYS_AXIS))
 
     @pl.when(visit.last)
     def _() -> None:
         for r in range(heads):
-            softmax = Softmax(peak=peak_Rxq[r : r + 1], total=total_Rxq[r : r + 1], out=sums_RxCxq[r])
-            out_Cxq, log_total_Rxq[r : r + 1] = finish_softmax(softmax)
+            out_Cxq, log_total_1xq = finish_softmax(state.load(r))
             out_RxqxC[r] = out_Cxq.T.astype(out_RxqxC.dtype)
+            log_total_Rxq[r : r + 1] = log_total_1xq
 
 
 def _query_gradient_kernel(
@@ -223,10 +240,14 @@ class _Specs(NamedTuple):
     keys: pl.BlockSpec
 
 
+def _block_size(key_ranges: KeyRanges) -> int:
+    return key_ranges.begin_NxMxW.shape[2] // key_ranges.counts_NxB.shape[1]
+
+
 def _specs(q: jax.Array, key_ranges: KeyRanges, own: str) -> _Specs:
     """Return the block specs of a call whose own blocks are "queries" or "keys"."""
-    _, _, heads, size, head_size = q.shape
-    block = size // key_ranges.counts_NxB.shape[1]
+    _, _, heads, _, head_size = q.shape
+    block = _block_size(key_ranges)
     num_ranges = key_ranges.begin_NxMxW.shape[1]
 
     def index_of(is_own: bool) -> Callable[[Any, Any, BlockPairs], Any]:
@@ -297,7 +318,8 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: KeyRanges, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     specs = _specs(q, key_ranges, own="queries")
-    heads, block, head_size = specs.heads.block_shape[2:]
+    _, _, heads, _, head_size = q.shape
+    block = _block_size(key_ranges)
     return _call(
         _forward_kernel,
         name="packed_attention_forward",
@@ -315,7 +337,8 @@ def _query_gradient(
     q: jax.Array, k: jax.Array, v: jax.Array, output: OutputGradient, key_ranges: KeyRanges, *, interpret: bool
 ) -> jax.Array:
     specs = _specs(q, key_ranges, own="queries")
-    heads, block, head_size = specs.heads.block_shape[2:]
+    _, _, heads, _, head_size = q.shape
+    block = _block_size(key_ranges)
     (dq,) = _call(
         _query_gradient_kernel,
         name="packed_attention_query_gradient",
@@ -334,7 +357,8 @@ def _key_gradients(
     q: jax.Array, k: jax.Array, v: jax.Array, output: OutputGradient, key_ranges: KeyRanges, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     specs = _specs(q, key_ranges, own="keys")
-    block, head_size = specs.keys.block_shape[2:]
+    block = _block_size(key_ranges)
+    head_size = q.shape[-1]
     return _call(
         _key_gradients_kernel,
         name="packed_attention_key_gradients",
@@ -362,9 +386,9 @@ def packed_attention_bytes(
       head_size: size of a head.
       itemsize: bytes of a query's, key's or value's number.
     """
-    _, num_ranges, size = key_ranges.begin_NxMxW.shape
+    num_ranges = key_ranges.begin_NxMxW.shape[1]
     num_blocks = key_ranges.counts_NxB.shape[1]
-    block = size // num_blocks
+    block = _block_size(key_ranges)
     keys = block * head_size * itemsize
     heads = heads_per_kv * keys
     statistics = heads_per_kv * block * jnp.dtype(jnp.float32).itemsize
