@@ -21,7 +21,7 @@ ATTEND = {
     "triton": functools.partial(attend_triton, interpret=True),
 }
 # Of results in units of the largest one: bfloat16 rounds weights and results to 8 bits.
-TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}
+TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
 
 
 class RowShape(NamedTuple):
