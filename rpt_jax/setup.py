@@ -85,7 +85,7 @@ def make_run_mesh(experiment: Experiment) -> Mesh:
     make = functools.partial(mesh_from_config, experiment.mesh)
 
     def check_attention() -> None:
-        choose_attention(policy.attention, target_platform(), policy.dtype)
+        choose_attention(policy.attention, target_platform())
 
     def check_policy() -> None:
         check_random_weights(experiment)
@@ -151,7 +151,7 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
 
     Raises: UserError, if the attention implementation does not run on this platform.
     """
-    attention = choose_attention(config.attention, target_platform(), config.dtype)
+    attention = choose_attention(config.attention, target_platform())
     absent_ids = tokenizer.absent_ids(model.vocab) if tokenizer else ()
     return Transformer(
         config=model,

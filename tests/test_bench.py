@@ -158,8 +158,8 @@ def test_calls_take_turns():
 
 def test_an_unavailable_choice_is_an_error_without_a_traceback(capsys: pytest.CaptureFixture[str]):
     assert jax.default_backend() == "cpu"
-    assert bench.main(["bench", "policy", *MODEL, "--attention=splash"]) == 2
-    assert capsys.readouterr().err.startswith("error: policy.attention='splash'")
+    assert bench.main(["bench", "policy", *MODEL, "--attention=tpu_kernels"]) == 2
+    assert capsys.readouterr().err.startswith("error: policy.attention='tpu_kernels'")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16")
 PRECISIONS = ("tensorfloat32", "float32")
 HEAD_PRECISIONS = ("bfloat16", *PRECISIONS)
 REMATS = ("auto", "none", "dots", "full")
-ATTENTIONS = ("auto", "reference", "blockwise", "cudnn", "splash")
+ATTENTIONS = ("auto", "reference", "blockwise", "gpu_kernels", "tpu_kernels")
 EVALUATION_SPLITS = ("held_out", "unseen", "train")
 UNPARSED = ("wrong", "random")
 DIVERGENCE_ACTIONS = ("warn", "stop")
@@ -48,7 +48,7 @@ class PolicyConfig:
     # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full"; "auto" is the
     # fastest of them that fits the device's memory.
     remat: str = "auto"
-    # [memory] Attention kernel: "reference", "blockwise", "cudnn", "splash", or "auto" for the best one of the platform.
+    # [memory] Attention: "reference", "blockwise" (plain XLA), "gpu_kernels", "tpu_kernels", or "auto" (the platform's).
     attention: str = "auto"
 
 

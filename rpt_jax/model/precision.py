@@ -34,7 +34,7 @@ def in_policy_precision(fn: Fn) -> Fn:
         if policy.dtype != jnp.float32:
             return fn(policy, *args, **kwargs)
         # Pallas kernels for a TPU know one or six bfloat16 products, not three.
-        precision = "float32" if policy.attention == "splash" else policy.precision
+        precision = "float32" if policy.attention == "tpu_kernels" else policy.precision
         with jax.default_matmul_precision(MATMUL_PRECISIONS[precision].name.lower()):
             return fn(policy, *args, **kwargs)
 

@@ -35,7 +35,8 @@ from flax.linen.spmd import with_logical_constraint
 
 from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
 from rpt_jax.model.attention.dispatch import AttentionFn, Context, KeyValues, attend
-from rpt_jax.model.attention.packed import KeyRanges, attend_packed
+from rpt_jax.model.attention.key_ranges import KeyRanges
+from rpt_jax.model.attention.packed import attend_packed
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Scaling, rope_frequencies
 

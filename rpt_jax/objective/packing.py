@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.model.attention.packed import KeyRanges, make_key_ranges, row_size
+from rpt_jax.model.attention.key_ranges import KeyRanges, make_key_ranges, row_size
 
 # A row has space for this many times the number of full-length responses that would fill it.
 _RESPONSES_PER_ROW_FACTOR = 4

@@ -77,7 +77,11 @@ class ProgramReport(NamedTuple):
 
 
 def check_programs(
-    experiment: Experiment, step: Step, topology: Topology, flops: Mapping[str, float]
+    experiment: Experiment,
+    step: Step,
+    topology: Topology,
+    flops: Mapping[str, float],
+    kernel_bytes: Mapping[str, float],
 ) -> list[ProgramReport]:
     """Compile all programs of a step in the context of their mesh and print a line for each.
 
@@ -86,6 +90,7 @@ def check_programs(
       step: the programs.
       topology: the chips that they are compiled for.
       flops: FLOPs per chip, by program.
+      kernel_bytes: bytes that a run of a kernel reads and writes on a chip, by kernel.
     """
     counts = trip_counts(experiment, step)
     devices = step.mesh.devices.flat
@@ -100,7 +105,7 @@ def check_programs(
         memory, text = _compile(program)
         seconds = time.perf_counter() - start
         program_flops = flops.get(program.name, 0.0)
-        program_traffic = traffic(text, counts, hosts) if text is not None else None
+        program_traffic = traffic(text, counts, hosts, kernel_bytes) if text is not None else None
         report = ProgramReport(
             program=program.name,
             compile_seconds=seconds,

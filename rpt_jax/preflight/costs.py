@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
+
 from rpt_jax.config import Experiment
 from rpt_jax.describe import derive
-from rpt_jax.distributed.mesh import DECODING, num_batch_shards
+from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
-from rpt_jax.model.attention.packed import QUERY_PANEL_SIZES
+from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
+from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import ProgramName, Step
@@ -95,6 +99,54 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     }
 
 
+def kernel_bytes_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
+    """Return the bytes that a run of each kernel for packed rows reads and writes on a chip, by its name, at full lengths.
+
+    These kernels read a block of keys once for each block of queries that attends to it, which the compiled program does not
+    show. The kernels for TPUs only: for GPUs, preflight compiles none.
+    """
+    if step.decoding is None or step.mesh.devices.flat[0].platform != "tpu":
+        return {}
+    config = step.policy.config
+    traffic = packed_attention_bytes(
+        full_row(experiment),
+        heads_per_kv=config.heads // config.kv_heads,
+        head_size=config.head_size,
+        itemsize=step.policy.dtype.itemsize,
+    )
+    # Each device runs one row, with its share of the kv heads.
+    kv_heads = -(-config.kv_heads // mesh_fields(step.mesh)["tensor"])
+    return {name: kv_heads * size for name, size in traffic.items()}
+
+
+def full_row(experiment: Experiment) -> KeyRanges:
+    """Return the key ranges of a row of an update on a TPU in which every prompt and every response has full length."""
+    prefix = experiment.prompt.max_tokens - 1
+    response = experiment.rollout.max_new_tokens
+    samples = experiment.rollout.samples_per_prompt
+    size = row_size(experiment.training.microbatch_tokens, "tpu")
+    groups = max(1, size // (prefix + samples * response))
+    responses = min(samples, (size - prefix) // response)
+
+    # Responses from the left, the prefixes that they continue from the right; what is left over attends to itself.
+    index_W = np.arange(size, dtype=np.int32)
+    prefix_begin_W = np.zeros(size, np.int32)
+    prefix_end_W = np.zeros(size, np.int32)
+    own_begin_W = index_W.copy()
+    for group in range(groups):
+        begin = size - (group + 1) * prefix
+        own_begin_W[begin : begin + prefix] = begin
+        for start in range(group * responses * response, (group + 1) * responses * response, response):
+            own_begin_W[start : start + response] = start
+            prefix_begin_W[start : start + response] = begin
+            prefix_end_W[start : start + response] = begin + prefix
+    return make_key_ranges(
+        jnp.asarray(np.stack([prefix_begin_W, own_begin_W])[None]),
+        jnp.asarray(np.stack([prefix_end_W, index_W + 1])[None]),
+        ROW_BLOCK_SIZES["tpu"],
+    )
+
+
 def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float, ...]]:
     """Return the trip counts of data-dependent loops at full lengths, by the `jax.named_scope` around each.
 
@@ -118,7 +170,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
     # most keys: a prompt and, on average, half of a response.
     passes = -(-update_rows(experiment) // num_batch_shards(step.mesh))
-    packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / BLOCK_SIZES[platform]
+    packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / ROW_BLOCK_SIZES[platform]
 
     return {
         # All slots are live until the last rollouts end; the loops over smaller batches have nothing left to do.

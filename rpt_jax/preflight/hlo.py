@@ -69,6 +69,12 @@ class _Instruction(NamedTuple):
     attributes: str
     is_root: bool
 
+    @property
+    def op_name(self) -> str:
+        """The path of scopes and primitives in the metadata; "" without metadata."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
     def called(self, attribute: str) -> list[str]:
         """Return the names of the computations in `attribute`."""
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%\S+)", self.attributes)
@@ -78,7 +84,12 @@ class _Instruction(NamedTuple):
 _Computation = Mapping[str, _Instruction]
 
 
-def traffic(text: str, trip_counts: Mapping[str, Sequence[float]], hosts: Sequence[int]) -> Traffic:
+def traffic(
+    text: str,
+    trip_counts: Mapping[str, Sequence[float]],
+    hosts: Sequence[int],
+    kernel_bytes: Mapping[str, float] | None = None,
+) -> Traffic:
     """Add up the traffic of a compiled program.
 
     Args:
@@ -86,8 +97,10 @@ def traffic(text: str, trip_counts: Mapping[str, Sequence[float]], hosts: Sequen
       trip_counts: trip counts of loops whose end depends on the data, by the `jax.named_scope` around them (see
         `loop_scope`). The n-th loop of a scope has the n-th count; the last count holds for all further loops.
       hosts: host number of each device of the mesh, in mesh order.
+      kernel_bytes: bytes that a run of a kernel reads and writes, by its name in `pallas_call`. A kernel that is not listed
+        is counted as if it read each operand and wrote each result once.
     """
-    return _Reader(text, trip_counts, hosts).total()
+    return _Reader(text, trip_counts, hosts, kernel_bytes or {}).total()
 
 
 def loop_scope(op_name: str, scopes: Mapping[str, object] | Sequence[str]) -> str | None:
@@ -111,13 +124,20 @@ def loop_scope(op_name: str, scopes: Mapping[str, object] | Sequence[str]) -> st
 class _Reader:
     """Walks the computations of a program from its entry and adds up the traffic of their instructions."""
 
-    def __init__(self, text: str, trip_counts: Mapping[str, Sequence[float]], hosts: Sequence[int]):
+    def __init__(
+        self,
+        text: str,
+        trip_counts: Mapping[str, Sequence[float]],
+        hosts: Sequence[int],
+        kernel_bytes: Mapping[str, float],
+    ):
         entry = re.search(r"^ENTRY %(\S+) ", text, re.MULTILINE)
         if entry is None:
             raise ValueError("The HLO text has no ENTRY computation.")
         self._entry = entry[1]
         self._computations: dict[str, _Computation] = dict(_computations(text))
         self._hosts = hosts
+        self._kernel_bytes = kernel_bytes
         self._trip_counts, self._unknown_loops = self._count_trips(trip_counts)
 
     def total(self) -> Traffic:
@@ -168,8 +188,7 @@ class _Reader:
         for loop in loops:
             count = self._static_trip_count(loop)
             if count is None:
-                metadata = re.search(r'op_name="([^"]*)"', loop.attributes)
-                op_name = metadata[1] if metadata else loop.name
+                op_name = loop.op_name or loop.name
                 scope = loop_scope(op_name, known)
                 if scope is None:
                     unknown.add(op_name)
@@ -203,6 +222,11 @@ class _Reader:
             called = instruction.called("calls")[0]
             parameters = [i for i in self._computations[called].values() if i.opcode == "parameter"]
             return sum(self._bytes_read(called, p.name) for p in parameters) + self._bytes_written(called)
+        if opcode == "custom-call":
+            # The kernel's name is a component of the op_name: "jit(f)/transpose(jvp(NAME))/pallas_call".
+            for component in re.findall(r"\w+", instruction.op_name):
+                if component in self._kernel_bytes:
+                    return self._kernel_bytes[component]
         operands = [_bytes(computation[name].shape) for name in instruction.operands if name in computation]
         if opcode in ("dynamic-slice", "gather"):
             return 2 * _bytes(instruction.shape)

@@ -55,7 +55,7 @@ def check_small_step(small: SmallStep, *names: str) -> dict[str, ProgramReport]:
     step = small.step._replace(programs=tuple(p for p in small.step.programs if p.name in names))
     with use_mesh(small.mesh):
         flops = flops_per_chip(small.experiment, small.step)
-        return {r.program: r for r in check_programs(small.experiment, step, parse_topology("h100:1"), flops)}
+        return {r.program: r for r in check_programs(small.experiment, step, parse_topology("h100:1"), flops, {})}
 
 
 def run_preflight(*arguments: str) -> subprocess.CompletedProcess[str]:

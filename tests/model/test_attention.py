@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.blockwise import attend_blockwise
-from rpt_jax.model.attention.dispatch import Context, KeyValues, as_key_block, attend, choose_attention
+from rpt_jax.model.attention.dispatch import KERNELS, Context, KeyValues, as_key_block, attend, choose_attention
 from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
 from rpt_jax.model.transformer import prefill, segment_starts
 from tests.helpers import policy_reference as reference
@@ -225,7 +225,7 @@ def test_the_arguments_for_cudnn_give_the_result_of_the_reference():
 
 
 @pytest.mark.parametrize(
-    ("name", "platform", "call"), [("splash", "tpu", "tpu_custom_call"), ("cudnn", "cuda", "cudnn$fmha")]
+    ("name", "platform", "call"), [("tpu_kernels", "tpu", "tpu_custom_call"), ("gpu_kernels", "cuda", "cudnn$fmha")]
 )
 def test_kernels_lower_for_their_platform(monkeypatch, name, platform, call):
     """Forward and backward. Lowering needs neither the hardware nor cuDNN, apart from two checks of JAX."""
@@ -242,33 +242,31 @@ def test_kernels_lower_for_their_platform(monkeypatch, name, platform, call):
 
 def test_blockwise_replaces_the_kernels_for_several_contexts():
     contexts = [PROMPT, CAUSAL]
-    for name in ("cudnn", "splash"):
+    for name in KERNELS:
         np.testing.assert_allclose(attend(QUERIES, contexts, name), attend(QUERIES, contexts), atol=1e-5)
 
 
 # --- choice of the implementation ---
 
 
-def test_auto_chooses_the_kernel_of_the_platform():
-    best = {
-        ("cpu", "float32"): "blockwise",
-        ("cpu", "bfloat16"): "blockwise",
-        ("gpu", "bfloat16"): "cudnn",
-        ("gpu", "float32"): "blockwise",
-        ("tpu", "float32"): "splash",
-        ("tpu", "bfloat16"): "splash",
-    }
-    for (platform, dtype), name in best.items():
-        assert choose_attention("auto", platform, dtype) == name
-        assert choose_attention(name, platform, dtype) == name
-        assert choose_attention("reference", platform, dtype) == "reference"
+def test_auto_chooses_the_kernels_of_the_platform():
+    for platform, name in {"cpu": "blockwise", "gpu": "gpu_kernels", "tpu": "tpu_kernels"}.items():
+        assert choose_attention("auto", platform) == name
+        assert choose_attention(name, platform) == name
+        assert choose_attention("reference", platform) == "reference"
 
 
-@pytest.mark.parametrize(
-    ("name", "platform", "dtype"),
-    [("cudnn", "cpu", "bfloat16"), ("splash", "gpu", "bfloat16"), ("cudnn", "gpu", "float32")],
-)
-def test_a_kernel_of_another_platform_or_dtype_is_refused(name, platform, dtype):
+def test_blockwise_replaces_a_kernel_that_does_not_compute_in_the_dtype():
+    """cuDNN computes in bfloat16 only; here, without a GPU, it would fail."""
+    arrays = kernel_inputs(130, 8)
+    blockwise, ours = (
+        attend(arrays[0], [Context(KeyValues(*arrays[1:]))], name) for name in ("blockwise", "gpu_kernels")
+    )
+    np.testing.assert_array_equal(ours, blockwise)
+
+
+@pytest.mark.parametrize(("name", "platform"), [("gpu_kernels", "cpu"), ("tpu_kernels", "gpu"), ("gpu_kernels", "tpu")])
+def test_the_kernels_of_another_platform_are_refused(name, platform):
     with pytest.raises(UserError) as raised:
-        choose_attention(name, platform, dtype)
+        choose_attention(name, platform)
     assert raised.value.field == "policy.attention"

@@ -75,7 +75,7 @@ def test_every_program_computes_in_the_chosen_precision():
 
 def test_the_kernel_of_a_float32_policy_lowers_for_a_tpu():
     """Pallas refuses the precision of three bfloat16 products, forward and backward."""
-    policy = Transformer(SHAPE, attention="splash")
+    policy = Transformer(SHAPE, attention="tpu_kernels")
 
     @in_policy_precision
     def gradients(policy, *arrays):

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.model.attention.packed import attend_packed, make_key_ranges
+from rpt_jax.model.attention.key_ranges import make_key_ranges
+from rpt_jax.model.attention.packed import attend_packed
 from rpt_jax.objective.packing import fitting_divisor, pack_groups, shared_prefixes
 
 P, G, S, T = 6, 3, 7, 4

@@ -98,7 +98,7 @@ def test_a_program_too_large_for_the_compiler_does_not_fit(small: SmallStep, mes
     lowered = types.SimpleNamespace(compile=refuse)
     program = Program(name="score", lower=lambda: lowered, resident_bytes=5)
     step = small.step._replace(programs=(program,))
-    (report,) = check_programs(small.experiment, step, parse_topology("v5e:1x1"), {})
+    (report,) = check_programs(small.experiment, step, parse_topology("v5e:1x1"), {}, {})
     assert not report.fits
     assert report.memory.total == size + 5
     assert report.advice and as_record(report)["fits"] is False
@@ -111,4 +111,4 @@ def test_other_compiler_errors_are_raised(small: SmallStep):
     lowered = types.SimpleNamespace(compile=refuse)
     step = small.step._replace(programs=(Program(name="score", lower=lambda: lowered, resident_bytes=0),))
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        check_programs(small.experiment, step, parse_topology("v5e:1x1"), {})
+        check_programs(small.experiment, step, parse_topology("v5e:1x1"), {}, {})

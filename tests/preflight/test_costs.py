@@ -10,7 +10,7 @@ import pytest
 
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.infra.chips import CHIPS
-from rpt_jax.preflight.costs import estimate_times, trip_counts, update_rows
+from rpt_jax.preflight.costs import estimate_times, full_row, trip_counts, update_rows
 from rpt_jax.preflight.hlo import Collective, Traffic
 from rpt_jax.preflight.programs import make_step
 from tests.helpers.preflight import make_small_step, small_experiment
@@ -46,6 +46,18 @@ def test_the_longest_part_is_the_bound():
     np.testing.assert_allclose(times, (0.5, 1.0, 2.1))
     assert times.bound == "network"
     assert times.seconds == pytest.approx(2.1)
+
+
+def test_a_full_row_attends_as_prompts_and_responses_do():
+    """Prompts of 16 tokens with two responses of 8: a row of 128 tokens holds four groups, and four tokens are left over."""
+    row = full_row(small_experiment())
+    group = sum(range(1, 16)) + 2 * sum(range(16, 24))
+    keys_W = np.asarray(row.end_NxMxW - row.begin_NxMxW).sum(axis=1)[0]
+    assert keys_W.shape == (128,) and keys_W.sum() == 4 * group + 4
+    # A row that holds fewer responses than a prompt has: one prompt and five responses.
+    row = full_row(small_experiment("rollout.samples_per_prompt=32", "rollout.max_new_tokens=20"))
+    keys_W = np.asarray(row.end_NxMxW - row.begin_NxMxW).sum(axis=1)[0]
+    assert keys_W.sum() == sum(range(1, 16)) + 5 * sum(range(16, 36)) + 128 - 15 - 5 * 20
 
 
 def test_trip_counts_are_those_of_full_lengths():

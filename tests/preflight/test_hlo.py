@@ -85,6 +85,17 @@ def test_only_the_slice_of_a_sliced_array_is_read():
     assert found.memory == 64 + 64 + 4 + 3 * (192 + 320 + 512 + 9)
 
 
+def test_a_kernel_moves_what_is_said_of_it():
+    kernel = """ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  ROOT %b = f32[4]{0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(fold)/pallas_call"}
+}
+"""
+    moved = [traffic(kernel, {}, [0], known).memory for known in ({"fold": 100.0}, {"unfold": 100.0})]
+    # An unknown kernel reads its operands and writes its results once.
+    assert moved == [100, 32]
+
+
 def test_a_compiled_scan_reads_one_layer_of_weights_per_iteration():
     def run(x, w):
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]

@@ -11,20 +11,44 @@ import jax.numpy as jnp
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES, KeyBlock, attend_blockwise, masked_scores, weighted_sums
 from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
+from rpt_jax.model.attention.packed_mosaic import attend_mosaic
+from rpt_jax.model.attention.packed_triton import attend_triton
 from rpt_jax.model.attention.platform import target_platform
 
 
-class _Kernel(NamedTuple):
-    """A platform's attention kernel, and the dtypes that it computes in."""
+class Kernel(NamedTuple):
+    """The kernel of an operation, and the dtypes that it computes in; plain XLA computes the others, block by block."""
 
-    platform: str
-    attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    attend: Callable[..., jax.Array]
     dtypes: tuple[str, ...]
 
 
-_KERNELS = {
-    "cudnn": _Kernel(platform="gpu", attend=attend_cudnn, dtypes=("bfloat16",)),
-    "splash": _Kernel(platform="tpu", attend=attend_splash, dtypes=("bfloat16", "float32")),
+class PlatformKernels(NamedTuple):
+    """The attention kernels of a platform.
+
+    Attributes:
+      platform: "gpu" or "tpu".
+      causal: of causal self-attention, as in prefill and pre-training: function of the queries, keys and values of `attend`.
+      packed: of packed rows: function of the arguments of `packed_kernels.attend_by_kernels`.
+    """
+
+    platform: str
+    causal: Kernel
+    packed: Kernel
+
+
+# By the name that `policy.attention` has for them. The table of docs/concepts/attention.md says the same.
+KERNELS = {
+    "gpu_kernels": PlatformKernels(
+        platform="gpu",
+        causal=Kernel(attend_cudnn, dtypes=("bfloat16",)),
+        packed=Kernel(attend_triton, dtypes=("bfloat16", "float32")),
+    ),
+    "tpu_kernels": PlatformKernels(
+        platform="tpu",
+        causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
+        packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
+    ),
 }
 # Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
 DENSE_PAIRS = 64 * 128
@@ -64,24 +88,22 @@ class Context(NamedTuple):
 AttentionFn = Callable[[jax.Array, KeyValues], jax.Array]
 
 
-def choose_attention(name: str, platform: str, dtype: str) -> str:
+def choose_attention(name: str, platform: str) -> str:
     """Return the implementation that `policy.attention` stands for.
 
     Args:
-      name: value of `policy.attention`; "auto" is the platform's kernel, or "blockwise" if it has none for this dtype.
+      name: value of `policy.attention`; "auto" stands for the platform's kernels, or "blockwise" if it has none.
       platform: "cpu", "gpu" or "tpu".
-      dtype: value of `policy.dtype`.
 
-    Raises: UserError if the kernel runs on another platform, or not in `dtype`.
+    Raises: UserError if the kernels are those of another platform.
     """
-    available = [n for n, kernel in _KERNELS.items() if kernel.platform == platform and dtype in kernel.dtypes]
+    available = next((name for name, kernels in KERNELS.items() if kernels.platform == platform), "blockwise")
     if name == "auto":
-        return available[0] if available else "blockwise"
-    if name in _KERNELS and name not in available:
-        kernel = _KERNELS[name]
+        return available
+    if name in KERNELS and name != available:
         raise UserError(
-            f"policy.attention='{name}' needs platform '{kernel.platform}' and policy.dtype {' or '.join(kernel.dtypes)}, but "
-            f"the platform is '{platform}' and policy.dtype='{dtype}'. Use 'auto' for the fastest implementation available.",
+            f"policy.attention='{name}' needs platform '{KERNELS[name].platform}', but the platform is '{platform}'. Use "
+            f"'auto', which is '{available}' here.",
             field="policy.attention",
         )
     return name
@@ -91,13 +113,13 @@ def attend(q_NxKxGxRxQxC: jax.Array, contexts: Sequence[Context], attention: str
     """Compute softmax attention over the union of `contexts`, without concatenating their keys.
 
     A context whose branch axis is 1 is read once for all G branches: the keys of a prompt are not repeated for its responses.
-    The kernels ("cudnn", "splash") compute only causal self-attention, as in prefill and pre-training. With more contexts,
-    blockwise attention replaces them, because their gradients cannot be merged over contexts.
+    The kernels compute only causal self-attention, as in prefill and pre-training. With more contexts, blockwise attention
+    replaces them, because their gradients cannot be merged over contexts.
 
     Args:
       q_NxKxGxRxQxC: queries; R query heads share each of the K kv heads.
       contexts: keys and values; every query must attend to at least one key in one of them.
-      attention: "reference", "blockwise", "cudnn" or "splash".
+      attention: "reference", "blockwise" or one of `KERNELS`.
 
     Returns: [N, K, G, R, Q, C] in the dtype of the queries; scores and softmax are computed in float32.
     """
@@ -106,8 +128,10 @@ def attend(q_NxKxGxRxQxC: jax.Array, contexts: Sequence[Context], attention: str
     keys = sum(context.kv.k.shape[-2] for context in contexts)
     dense = attention == "reference" or queries * keys <= DENSE_PAIRS
     causal = len(contexts) == 1 and contexts[0].begin_NxGxQ is None and contexts[0].end_NxGxQ is None
-    if attention in _KERNELS and causal and not dense:
-        return _KERNELS[attention].attend(q_NxKxGxRxQxC, contexts[0].kv.k, contexts[0].kv.v)
+    if attention in KERNELS and causal and not dense:
+        kernel = KERNELS[attention].causal
+        if q_NxKxGxRxQxC.dtype.name in kernel.dtypes:
+            return kernel.attend(q_NxKxGxRxQxC, contexts[0].kv.k, contexts[0].kv.v)
 
     # Otherwise compute attention in plain XLA, with all scores at once or block by block.
     q = q_NxKxGxRxQxC * q_NxKxGxRxQxC.shape[-1] ** -0.5

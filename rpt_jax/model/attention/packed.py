@@ -2,15 +2,16 @@
 
 Sequences that share a prefix lie in one row, which holds the prefix once: a token attends to the ranges of the prefixes that its
 sequence begins with, and to its own sequence up to itself. A block of queries is compared only with the blocks of keys that any
-of its queries attends to, with an online softmax as in blockwise.py, for a panel of many query blocks at a time. Memory grows
-linearly with the tokens of a row, forward and backward.
+of its queries attends to, so that memory grows linearly with the tokens of a row, forward and backward.
+
+This module has the choice of the implementation, the reference, and the implementation in plain XLA: an online softmax as in
+blockwise.py, for a panel of many query blocks at a time. The kernels are in packed_mosaic.py and packed_triton.py.
 
 Letters in shape suffixes: N rows of W tokens, each of B blocks of b tokens (W = B·b), M ranges per token.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,62 +20,10 @@ import jax.numpy as jnp
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import PartitionSpec
 
-from rpt_jax.model.attention.blockwise import BLOCK_SIZES, MASKED_SCORE
+from rpt_jax.model.attention.blockwise import MASKED_SCORE
+from rpt_jax.model.attention.dispatch import KERNELS
+from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, KeyRanges
 from rpt_jax.model.attention.platform import target_platform
-
-# Queries per panel, by platform: how many query tokens of each row are processed at a time.
-QUERY_PANEL_SIZES = {"cpu": 512, "gpu": 4096, "tpu": 4096}
-
-
-class KeyRanges(NamedTuple):
-    """Which keys of its row each token attends to; the same in every layer.
-
-    Attributes:
-      begin_NxMxW, end_NxMxW: int32, M ranges of keys per token, from `begin` up to, but not including, `end`. Each token must
-        attend to at least one key.
-      blocks_NxBxB: int32, for each query block all key blocks, those that it attends to first.
-      counts_NxB: int32, for each query block the number of key blocks that it attends to.
-    """
-
-    begin_NxMxW: jax.Array
-    end_NxMxW: jax.Array
-    blocks_NxBxB: jax.Array
-    counts_NxB: jax.Array
-
-
-def row_size(tokens: int) -> int:
-    """Return `tokens` rounded up to whole query panels, or to whole blocks if a row is shorter than a panel."""
-    platform = target_platform()
-    multiple = next((size for size in (QUERY_PANEL_SIZES[platform], BLOCK_SIZES[platform]) if tokens > size), 1)
-    return -(-tokens // multiple) * multiple
-
-
-def make_key_ranges(begin_NxMxW: jax.Array, end_NxMxW: jax.Array, block: int | None = None) -> KeyRanges:
-    """Find the pairs of blocks between which there is attention.
-
-    Args:
-      begin_NxMxW, end_NxMxW: int32, as in `KeyRanges`.
-      block: tokens per block; None for the platform's default. A block smaller than W must divide W.
-    """
-    n, _, size = begin_NxMxW.shape
-    block = min(block or BLOCK_SIZES[target_platform()], size)
-    starts_B = jnp.arange(0, size, block, dtype=jnp.int32)
-
-    def overlaps(begin_NxW: jax.Array, end_NxW: jax.Array) -> jax.Array:
-        """Return whether any token of a query block has a range that overlaps a key block, bool [N, B, B]."""
-        begin_NxWx1, end_NxWx1 = begin_NxW[..., None], end_NxW[..., None]
-        overlap_NxWxB = jnp.maximum(begin_NxWx1, starts_B) < jnp.minimum(end_NxWx1, starts_B + block)
-        return overlap_NxWxB.reshape(n, -1, block, len(starts_B)).any(axis=2)
-
-    # One range at a time, because all of them together would take M times the memory.
-    per_range = [overlaps(begin_NxMxW[:, m], end_NxMxW[:, m]) for m in range(begin_NxMxW.shape[1])]
-    attended_NxBxB = functools.reduce(jnp.logical_or, per_range)
-    return KeyRanges(
-        begin_NxMxW=begin_NxMxW,
-        end_NxMxW=end_NxMxW,
-        blocks_NxBxB=jnp.argsort(~attended_NxBxB, axis=-1, stable=True).astype(jnp.int32),
-        counts_NxB=attended_NxBxB.sum(axis=-1, dtype=jnp.int32),
-    )
 
 
 @jax.named_scope("packed_attention")
@@ -87,14 +36,15 @@ def attend_packed(
       q_NxKx1xRxWxC: queries after rotary position embedding; each row has one branch.
       k_NxKx1xWxC, v_NxKx1xWxC: keys and values of the same tokens.
       key_ranges: which keys of its row each token attends to.
-      attention: "reference" computes all scores at once; every other name means blocks, because the platform kernels do not
-        support packed rows.
+      attention: "reference" computes all scores at once, "blockwise" block by block in plain XLA; or one of
+        `dispatch.KERNELS`.
 
     Returns: [N, K, 1, R, W, C] in the dtype of the queries; scores and softmax are computed in float32.
     """
-    attend = _attend_all_keys if attention == "reference" else _attend_in_blocks
+    attend = _implementation(attention, q_NxKx1xRxWxC.dtype.name)
     if not jax.sharding.get_abstract_mesh().empty:
-        # Each device computes its own rows and kv heads, so that its loop runs only as long as its own rows need.
+        # Each device computes its own rows and kv heads: XLA cannot partition a kernel, and a loop runs only as long as the
+        # device's own rows need.
         axes = logical_to_mesh_axes(("prompt", "kv_heads"))
         assert axes is not None  # It is None only for names that are None.
         attend = jax.shard_map(
@@ -104,10 +54,19 @@ def attend_packed(
     return attend(q[:, :, 0], k_NxKx1xWxC[:, :, 0], v_NxKx1xWxC[:, :, 0], key_ranges)[:, :, None]
 
 
-def _attend_all_keys(
+def _implementation(attention: str, dtype: str) -> Callable[..., jax.Array]:
+    """Return the function of scaled queries, keys, values and key ranges, for one device."""
+    if attention == "reference":
+        return attend_all_keys
+    if attention in KERNELS and dtype in KERNELS[attention].packed.dtypes:
+        return KERNELS[attention].packed.attend
+    return _attend_in_blocks
+
+
+def attend_all_keys(
     q_NxKxRxWxC: jax.Array, k_NxKxWxC: jax.Array, v_NxKxWxC: jax.Array, key_ranges: KeyRanges
 ) -> jax.Array:
-    """Compute attention with all scores of a row at once: the reference for `_attend_in_blocks`."""
+    """Compute attention with all scores of a row at once: the reference for the others."""
     keys_W = jnp.arange(k_NxKxWxC.shape[2])
     attended = (key_ranges.begin_NxMxW[..., None] <= keys_W) & (keys_W < key_ranges.end_NxMxW[..., None])
     mask_NxWxW = attended.any(axis=1)
