@@ -9,6 +9,7 @@ its answer is verified. In both, GRPO updates the policy on its own rollouts (pa
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from pathlib import Path
 from typing import Any
