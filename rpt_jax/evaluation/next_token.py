@@ -241,7 +241,7 @@ class Evaluator:
         }
         if segments:
             exact_NxG = (rewarded.reward_PxG == 1.0) & (rewarded.status_PxG == Status.CORRECT)
-            details["exact"] = part.by_difficulty(exact_NxG.mean(axis=1))
+            details["exact"] = part.by_difficulty(np.mean(exact_NxG, axis=1))
         accuracy = part.by_difficulty(np.mean(rewarded.reward_PxG, axis=1))
         return Reasoning(accuracy=accuracy, details=details, rewarded=rewarded)
 

@@ -22,7 +22,7 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
-from rpt_jax.infra.plots import fit_power_law
+from rpt_jax.infra.scaling_laws import PowerLaw, fit_power_law
 from rpt_jax.infra.rollout_files import EVALUATION, TEXT, TRAINING, read_table, rollout_files
 from rpt_jax.infra.run_format import FORMAT
 from rpt_jax.infra.workdir import RESULT, RUN_CONFIG
@@ -177,7 +177,8 @@ def _fits(lines: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
             continue
         flops, accuracy = map(list, zip(*points, strict=True))
         fit: dict[str, Any] = {"level": level, "flops": flops, "accuracy": accuracy, "curve": None}
-        if law := fit_power_law(flops, accuracy):
+        law = fit_power_law(flops, accuracy)
+        if isinstance(law, PowerLaw):
             curve_M = np.geomspace(min(flops), max(flops), 60)
             fit["curve"] = {"flops": curve_M.tolist(), "accuracy": law(curve_M).tolist()}
             fit["law"] = {"A": law.A, "alpha": law.alpha, "p_star": law.p_star, "r_squared": law.r_squared}

@@ -150,15 +150,17 @@ def _whole_row(*dims: int) -> pl.BlockSpec:
 
 
 def _pair_specs(pairs: BlockPairs) -> BlockPairs:
+    """Return the block specs of the arrays of `pairs`, in their places."""
     num_blocks = pairs.counts_NxB.shape[1]
     visits = pairs.own_NxT.shape[1]
-    return BlockPairs(
-        own_NxT=_whole_row(visits),
-        other_NxT=_whole_row(visits),
-        first_NxB=_whole_row(num_blocks),
-        counts_NxB=_whole_row(num_blocks),
-        visits_N=pl.BlockSpec((1,), lambda block, head, row: (row,)),
-    )
+    specs: dict[str, Any] = {
+        "own_NxT": _whole_row(visits),
+        "other_NxT": _whole_row(visits),
+        "first_NxB": _whole_row(num_blocks),
+        "counts_NxB": _whole_row(num_blocks),
+        "visits_N": pl.BlockSpec((1,), lambda block, head, row: (row,)),
+    }
+    return BlockPairs(**specs)
 
 
 def _call(
@@ -274,4 +276,5 @@ def attend_triton(
     head_size = q_NxKxRxWxC.shape[-1]
     padding = max(_SMALLEST_SIDE, 1 << (head_size - 1).bit_length()) - head_size
     q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) for x in (q_NxKxRxWxC, k_NxKxWxC, v_NxKxWxC))
-    return attend_by_kernels(_kernels(interpret), q, k, v, key_ranges)[..., :head_size]
+    out: jax.Array = attend_by_kernels(_kernels(interpret), q, k, v, key_ranges)
+    return out[..., :head_size]
