@@ -22,9 +22,9 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
-from rpt_jax.infra.scaling_laws import PowerLaw, fit_power_law
 from rpt_jax.infra.rollout_files import EVALUATION, TEXT, TRAINING, read_table, rollout_files
 from rpt_jax.infra.run_format import FORMAT
+from rpt_jax.infra.scaling_laws import PowerLaw, fit_power_law
 from rpt_jax.infra.workdir import RESULT, RUN_CONFIG
 
 MAX_POINTS = 1000  # Of a curve.
