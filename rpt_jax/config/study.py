@@ -65,7 +65,7 @@ class StudyConfig:
     arms: tuple[ArmConfig, ...]
     # Names of the arms that all others are compared with.
     references: tuple[str, ...] = ()
-    # Seeds: field `seed` of every run.
+    # Seeds: field `seed` of every run at the first budget; at the others, seeds that are not among them.
     seeds: tuple[int, ...] = (0,)
     # What the arms spend alike before fine-tuning: "flops" or "seconds".
     matched_by: str = "flops"

@@ -161,11 +161,6 @@ def _scaling(study: StudyOutcomes) -> Iterator[str]:
             f"How scores scale with compute is not fitted: three parameters need at least {LEAST_POINTS} budgets, and the study "
             f"has {len(budgets)}."
         )
-    elif budgets:
-        yield (
-            "Runs with the same seed see the same data in the same order at every budget, so the runs of different budgets are "
-            "less independent than those of different seeds. The intervals of the fits do not account for that."
-        )
 
 
 def _differences(rows: Iterable[Row]) -> Iterator[tuple[Row, str, Difference]]:

@@ -202,6 +202,12 @@ def make_plan(study: StudyConfig, directory: Path) -> list[UnitPlan]:
     return [_plan_unit(study, arm, unit, directory, shared) for arm, unit in _units(study)]
 
 
+def _run_seed(study: StudyConfig, unit: Unit) -> int:
+    """Return field `seed` of a unit's runs: at every budget another one, so that runs of different budgets are independent."""
+    index = 0 if unit.budget is None else [float(budget) for budget in study.budgets].index(unit.budget)
+    return unit.seed + index * (max(study.seeds) - min(study.seeds) + 1)
+
+
 def _units(study: StudyConfig) -> Iterator[tuple[ArmConfig, Unit]]:
     for seed in study.seeds:
         for i, budget in enumerate(study.budgets or (None,)):
@@ -216,6 +222,7 @@ def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, 
     has_several = unit.budget is not None and len(study.budgets) > 1
     parts = (arm.name, *([f"{study.matched_by}_{unit.budget:g}"] if has_several else []), f"seed{unit.seed}")
     path = directory.joinpath(*parts)
+    seed = _run_seed(study, unit)
 
     # The stages before fine-tuning.
     stages: dict[str, Run] = {}
@@ -227,7 +234,7 @@ def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, 
             Run(
                 name=stage.name,
                 directory=path / stage.name,
-                command=_command("rpt_jax.main", stage.config, unit.seed, overrides),
+                command=_command("rpt_jax.main", stage.config, seed, overrides),
                 result=RESULT,
                 budget=unit.budget if is_last else None,
                 budget_field=f"training.{study.matched_by}_budget" if is_last else "",
@@ -237,12 +244,12 @@ def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, 
 
     # Evaluations and fine-tuning of the policy that the last stage writes, or else of the configs' own.
     policy = str(stages[arm.stages[-1].name].directory / POLICY) if arm.stages else ""
-    evaluations = {suite.suite: shared(_evaluation(suite, unit.seed, policy, path)) for suite in study.evaluations}
+    evaluations = {suite.suite: shared(_evaluation(suite, seed, policy, path)) for suite in study.evaluations}
     overrides = [*study.tuning.overrides, *([f"policy.path={policy}"] if policy else [])]
     tuning = Run(
         name=study.tuning.name,
         directory=path / study.tuning.name,
-        command=_command("rpt_jax.main", study.tuning.config, unit.seed, overrides),
+        command=_command("rpt_jax.main", study.tuning.config, seed, overrides),
         result=RESULT,
     )
     return UnitPlan(

@@ -38,12 +38,19 @@ def test_equal_runs_of_a_seed_are_shared(tmp_path: Path) -> None:
         units[Unit(arm, 1, budget)] for arm, budget in (("sft", 1e12), ("again", 1e12), ("sft", 2e12))
     )
     assert first.runs == repeated.runs  # A run of the same command is the same run.
-    assert first.stages[0] == larger.stages[0] and first.stages[1].directory != larger.stages[1].directory
     assert units[Unit("sft", 0, 1e12)].stages[0] != first.stages[0]
     # Everything else of a unit is in its own directory.
     for unit in (first, larger, units[Unit("base", 0, None)]):
-        assert {run.directory.parent for run in unit.runs} <= {unit.directory, first.directory}
+        assert {run.directory.parent for run in unit.runs} == {unit.directory}
     assert len({unit.directory for unit in units.values()}) == len(units)
+
+
+def test_runs_of_different_budgets_have_different_seeds(tmp_path: Path) -> None:
+    study = dataclasses.replace(STUDY, seeds=(2, 4), budgets=(1e12, 2e12, 4e12))
+    plans = [plan for plan in make_plan(study, tmp_path) if plan.unit.arm == "rpt"]
+    seeds = [[argument for argument in plan.tuning.command if "--config.seed=" in argument] for plan in plans]
+    assert len({tuple(seed) for seed in seeds}) == len(plans) == 6
+    assert [seeds[0], seeds[3]] == [["--config.seed=2"], ["--config.seed=4"]]
 
 
 def test_fine_tuning_and_evaluations_start_from_the_policy_of_the_last_stage(tmp_path: Path) -> None:
