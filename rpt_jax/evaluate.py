@@ -92,8 +92,9 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.infra.run_context import RunContext
+    from rpt_jax.infra.run_format import POLICY
     from rpt_jax.infra.signals import StopSignals
-    from rpt_jax.infra.workdir import POLICY, is_run_directory
+    from rpt_jax.infra.workdir import is_run_directory
     from rpt_jax.setup import mesh_from_config
     from rpt_jax.weights.hf import check_files
 

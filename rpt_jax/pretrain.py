@@ -39,8 +39,8 @@ from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.run_format import format_stamp
-from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, POLICY, RESULT, is_complete, read_result
+from rpt_jax.infra.run_format import POLICY, format_stamp
+from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, RESULT, is_complete, read_result
 from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.model.precision import in_policy_precision

@@ -31,9 +31,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=8000, help="port to serve at; 0 for any (default: %(default)s)")
     options = parser.parse_args(argv[1:])
     try:
+        import_jax()
         for workdir in options.workdir:
             _check_workdir(workdir)
-        import_jax()
         if options.serve:
             _serve(options.workdir, options.port)
         else:

@@ -24,7 +24,7 @@ from rpt_jax.config import Experiment, MeshConfig, from_config_dict, load_config
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.describe import derive, print_description, render
 from rpt_jax.errors import UserError
-from rpt_jax.model.attention.packed import make_key_ranges
+from rpt_jax.model.attention.key_ranges import make_key_ranges
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.model.transformer import Transformer
 from tests.helpers.flops import token_flops

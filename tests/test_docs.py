@@ -16,10 +16,13 @@ from rpt_jax import evaluate, main
 from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.config.loading import split_overrides
+from rpt_jax.config.study import load_study
 from rpt_jax.evaluation.run import check_task
 from rpt_jax.evaluation.suite import SUITES
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
+from rpt_jax.study import __main__ as study
+from rpt_jax.study.plan import check_stages
 from tests.helpers.paths import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
@@ -144,6 +147,9 @@ def test_every_command_of_the_papers_results_can_be_run() -> None:
         overrides, flags = split_overrides(arguments.split())
         if module == "main":
             main.load_experiment(["main", *arguments.split()])
+            continue
+        if module == "study":
+            check_stages(load_study(study.make_parser().parse_args(flags).config))
             continue
         options = evaluate.make_parser().parse_args(flags)
         assert SUITES[options.suite].requirements.policy == bool(options.config) != bool(options.results)

@@ -1,4 +1,4 @@
-"""The format number and package version in the files of a run, and the check that refuses other formats."""
+"""The format number and package version in the files of a run, the check that refuses other formats, and where its policy is."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rpt_jax.errors import UserError
 # Increase it when config fields are renamed or the contents of a checkpoint change. Format 1 wrote no number, and the config of a
 # run as config.json.
 FORMAT = 5
+# Directory of the policy in that of a run.
+POLICY = "policy"
 
 
 def format_stamp() -> dict[str, Any]:

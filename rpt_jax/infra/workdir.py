@@ -22,7 +22,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.budget import budget_used
 from rpt_jax.infra.rollout_files import ROLLOUTS
-from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.infra.run_format import POLICY, check_format, format_stamp
 from rpt_jax.infra.total_steps import consequences_of_total_steps
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 RUN_CONFIG = "run_config.json"
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
-POLICY = "policy"
 COLD_START = "cold_start"  # The folder of the cold start.
 TRACES = "traces"  # The folder of task "traces".
 _FORMAT_1_CONFIG = "config.json"

@@ -17,7 +17,8 @@ from rpt_jax.errors import UserError, check_choice
 from rpt_jax.evaluation.run import check_task
 from rpt_jax.evaluation.stored_results import SUMMARY
 from rpt_jax.evaluation.suite import SUITES
-from rpt_jax.infra.workdir import POLICY, RESULT
+from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.workdir import RESULT
 from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Unit
 
 NEXT_TOKEN = "next_token"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.workdir import POLICY
+from rpt_jax.infra.run_format import POLICY
 
 MODEL_CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"

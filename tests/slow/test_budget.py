@@ -72,7 +72,7 @@ def test_cold_start_and_scoring_are_counted(tmp_path: Path) -> None:
     assert 0 < cold_start["flops"] < flops_of(tmp_path / "cold")[0] and cold_start["seconds"] > 0
 
     score = {field: value for field, value in fields.items() if field.startswith("data.") and "per_window" not in field}
-    main.run(experiment("score_tiny", **score), tmp_path / "scored")
+    main.run(experiment(task="score", **score), tmp_path / "scored")
     (corpus,) = {path.parent for path in (tmp_path / "scored").rglob("manifest.json")}
     for name, changes in {"own": {}, "prepared": {"data.prepared": corpus}}.items():
         main.run(experiment(**fields | changes), tmp_path / name)
