@@ -20,8 +20,12 @@ ATTEND = {
     "mosaic": functools.partial(attend_mosaic, interpret=True),
     "triton": functools.partial(attend_triton, interpret=True),
 }
-# Of results in units of the largest one: bfloat16 rounds weights and results to 8 bits.
-TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
+# Of results in units of the largest one; bfloat16 rounds weights and results to 8 bits. Gradients of queries and keys differ more,
+# because rowsum(dO * O) takes the rounded output, as in FlashAttention-2: without that rounding they differ by 0.6 %, with it by 2 %.
+TOLERANCES = {
+    "float32": dict.fromkeys(("out", "dq", "dk", "dv"), 2e-5),
+    "bfloat16": {"out": 1e-2, "dq": 5e-2, "dk": 5e-2, "dv": 1e-2},
+}
 
 
 class RowShape(NamedTuple):
@@ -123,4 +127,5 @@ def check_kernels(name: str, shape: RowShape, seed: int) -> None:
         assert not x[~example.real_NxW].any(), f"{result} at padding"
         # The reference spreads the weights of padding over all keys; its gradient there is zero.
         y = np.where(np.expand_dims(example.real_NxW, tuple(range(2, y.ndim))), y, 0)
-        np.testing.assert_allclose(x, y, rtol=0, atol=TOLERANCES[shape.dtype] * max(1, np.abs(y).max()), err_msg=result)
+        tolerance = TOLERANCES[shape.dtype][result] * max(1, np.abs(y).max())
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance, err_msg=result)
