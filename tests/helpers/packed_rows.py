@@ -20,8 +20,8 @@ ATTEND = {
     "mosaic": functools.partial(attend_mosaic, interpret=True),
     "triton": functools.partial(attend_triton, interpret=True),
 }
-# Of results in units of the largest one; bfloat16 rounds weights and results to 8 bits. Gradients of queries and keys differ more,
-# because rowsum(dO * O) takes the rounded output, as in FlashAttention-2: without that rounding they differ by 0.6 %, with it by 2 %.
+# Of results in units of the largest one; bfloat16 rounds weights and results to 8 bits. Gradients of queries and keys
+# differ more, because rowsum(dO * O) takes the rounded output, as in FlashAttention-2: 2 % where it would be 0.6 %.
 TOLERANCES = {
     "float32": dict.fromkeys(("out", "dq", "dk", "dv"), 2e-5),
     "bfloat16": {"out": 1e-2, "dq": 5e-2, "dk": 5e-2, "dv": 1e-2},
