@@ -10,7 +10,7 @@ The budget is what the 210 steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each 
 
 from rpt_jax.config import ArmConfig, StageConfig, StudyConfig, SuiteConfig
 
-# A budget ends a run, whatever its number of steps, and so the learning rate cannot follow that number.
+# A run ends when its budget is spent. Its number of steps is not known before, so the learning rate is constant.
 UNTIL_SPENT = (
     "training.total_steps=100000",
     "optimizer.schedule=constant",

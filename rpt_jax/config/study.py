@@ -57,7 +57,7 @@ class SuiteConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """A study: every arm runs with every seed and every budget, and is then evaluated and fine-tuned alike."""
+    """A study: every arm runs with every seed and budget; each policy is evaluated and fine-tuned by the same configs."""
 
     # What the study is to answer, in one sentence.
     question: str = ""
@@ -67,7 +67,7 @@ class StudyConfig:
     references: tuple[str, ...] = ()
     # Seeds: field `seed` of every run at the first budget; at the others, seeds that are not among them.
     seeds: tuple[int, ...] = (0,)
-    # What the arms spend alike before fine-tuning: "flops" or "seconds".
+    # Unit of the budget, which is the same for all arms and does not include fine-tuning: "flops" or "seconds".
     matched_by: str = "flops"
     # Budgets, in model FLOPs or in seconds; several for a fit of accuracy over compute.
     budgets: tuple[float, ...] = ()

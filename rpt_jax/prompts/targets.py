@@ -54,7 +54,7 @@ class SegmentOptions:
 
     # What a target is: "sentence", or "tokens" for the next tokens at any position.
     unit: str = "sentence"
-    # Tokens of a target: exactly so many with unit "tokens", at most so many with "sentence"; longer sentences are left out.
+    # Tokens of a target: the exact number with unit "tokens", the maximum with "sentence"; longer sentences are left out.
     tokens: int = 32
     # Tokens of the text after the target that the prompt shows too, at most (masked middle); 0 for none.
     right_context: int = 0

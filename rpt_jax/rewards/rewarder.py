@@ -196,18 +196,8 @@ def match_batch(
     prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int, box_reading: str
 ) -> tuple[jax.Array, jax.Array]:
     """Return the reward (float32) and the status (int32) of Equation 3, [P, G], sharded like the training batch."""
-    result = prefix_match_reward(
-        rollouts.tokens_PxGxT,
-        rollouts.lengths_PxG,
-        rollouts.stopped_PxG,
-        jnp.asarray(prompts.reference_PxR),
-        jnp.asarray(prompts.boundaries_PxRp1),
-        jnp.asarray(vocab.bytes_VxX),
-        jnp.asarray(vocab.lengths_V),
-        end_think_id,
-        reading=box_reading,
-    )
-    return constrain_batch(result)
+    inputs = _matching_inputs(prompts, rollouts, vocab)
+    return constrain_batch(prefix_match_reward(**inputs, end_think_id=end_think_id, reading=box_reading))
 
 
 @functools.partial(jax.jit, static_argnames=("end_think_id", "box_reading"))
@@ -215,18 +205,21 @@ def share_batch(
     prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int, box_reading: str
 ) -> jax.Array:
     """Return the share of the segment's tokens that each prediction begins with, float32 [P, G]."""
-    share_PxG = common_prefix_share(
-        rollouts.tokens_PxGxT,
-        rollouts.lengths_PxG,
-        rollouts.stopped_PxG,
-        jnp.asarray(prompts.reference_PxR),
-        jnp.asarray(prompts.boundaries_PxRp1),
-        jnp.asarray(vocab.bytes_VxX),
-        jnp.asarray(vocab.lengths_V),
-        end_think_id,
-        reading=box_reading,
-    )
-    return constrain_batch(share_PxG)
+    inputs = _matching_inputs(prompts, rollouts, vocab)
+    return constrain_batch(common_prefix_share(**inputs, end_think_id=end_think_id, reading=box_reading))
+
+
+def _matching_inputs(prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab) -> dict[str, jax.Array]:
+    """Return the arrays that predictions are compared with references by, as arguments of `prefix_match_reward`."""
+    return {
+        "tokens_PxGxT": rollouts.tokens_PxGxT,
+        "lengths_PxG": rollouts.lengths_PxG,
+        "stopped_PxG": rollouts.stopped_PxG,
+        "reference_PxR": jnp.asarray(prompts.reference_PxR),
+        "boundaries_PxRp1": jnp.asarray(prompts.boundaries_PxRp1),
+        "vocab_bytes_VxX": jnp.asarray(vocab.bytes_VxX),
+        "vocab_lengths_V": jnp.asarray(vocab.lengths_V),
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "objective", "layout"))

@@ -42,7 +42,7 @@ def common_prefix_share(
         track_equal_size=True,
     )
     assert state_PxG.equal_size is not None
-    # A box can hold more bytes than its prediction: those behind the brace that ends it.
+    # Bytes after the closing brace of the box are not part of the prediction.
     equal_PxG = jnp.minimum(state_PxG.equal_size, state_PxG.prediction_size)
     tokens_PxRp1 = jnp.cumsum(boundaries_PxRp1, axis=1)
     size = tokens_PxRp1.shape[1] - 1

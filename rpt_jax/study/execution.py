@@ -108,8 +108,8 @@ class Executor:
         with run.log.open("ab") as log:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
-            # A stop signal waits until the child is known. The child inherits the lock, in case that this process is killed, and
-            # has a session of its own, so that a terminal sends its signals to this process only.
+            # A stop signal waits until the child is known. The child inherits the lock, in case this process is killed. It
+            # runs in a new session, so that Ctrl-C in a terminal reaches this process only.
             with self._signals.defer():
                 self._raise_if_stopped()
                 self._child = subprocess.Popen(

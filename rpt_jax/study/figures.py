@@ -168,7 +168,7 @@ def _finish(axes: Axes, study: StudyOutcomes) -> None:
 
 
 def _svg(draw: Callable[[Axes], None], name: str) -> str:
-    """Return a figure as an SVG element without a size of its own.
+    """Return a figure as an SVG element without width and height.
 
     Args:
       draw: draws on the axes.

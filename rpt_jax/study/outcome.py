@@ -134,7 +134,7 @@ class StudyOutcomes:
     Attributes:
       name: of the study.
       question: what it is to answer, in a sentence.
-      matched_by: what all units of a budget spend alike, "flops" or "seconds".
+      matched_by: unit of the budgets, "flops" or "seconds".
       arms: in the order in which they are shown.
       references: names of the arms that all others are compared with.
       main_score: name of the score that the headline is about, chosen before the study ran.
