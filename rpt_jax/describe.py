@@ -112,6 +112,7 @@ class RptFlops:
       reward: forward passes of the training reward beyond sampling.
       documents: the next-token loss on documents.
       dynamic_sampling: upper bound of the FLOPs of repeated sampling rounds, over the whole run.
+      largest_step: upper bound of the FLOPs of any step, with its repeated rounds.
       total_steps: training steps.
     """
 
@@ -123,6 +124,7 @@ class RptFlops:
     reward: float
     documents: float
     dynamic_sampling: float
+    largest_step: float
     total_steps: int
 
     @property
@@ -192,6 +194,8 @@ class RunSizes:
     """Sizes of a training run as a whole.
 
     Attributes:
+      budget_steps: steps that `training.flops_budget` allows at least, without the FLOPs of scoring; None without such a budget.
+      seconds_budget: `training.seconds_budget`.
       learning_rates: (step, learning rate) of the first step, the step in which warmup ends, and the last.
       checkpoint_bytes: bytes on disk of the checkpoints that are kept.
       kept_training_bytes: bytes of the kept rollouts of training, before compression.
@@ -199,6 +203,8 @@ class RunSizes:
     """
 
     total_steps: int
+    budget_steps: int | None
+    seconds_budget: float
     learning_rates: tuple[tuple[int, float], ...]
     checkpoint_bytes: int
     kept_training_bytes: int
@@ -267,6 +273,9 @@ def derive(experiment: Experiment, devices: int, memory: float = math.inf) -> De
     experiment = plan.experiment
     task = experiment.task
     has_cold_start = task == "rpt" and experiment.cold_start.total_steps > 0
+    rpt = _rpt_sizes(experiment, config, mesh) if experiment.reinforces else None
+    pretrain = _pretrain_sizes(experiment, config, mesh) if task == "pretrain" else None
+    cold_start = _pretrain_sizes(cold_start_experiment(experiment), config, mesh) if has_cold_start else None
     return Derived(
         task=task,
         policy=PolicySizes(
@@ -281,10 +290,12 @@ def derive(experiment: Experiment, devices: int, memory: float = math.inf) -> De
         memory=memory,
         plan=plan,
         score=_score_sizes(experiment, config, mesh) if experiment.scores_corpus else None,
-        rpt=_rpt_sizes(experiment, config, mesh) if experiment.reinforces else None,
-        pretrain=_pretrain_sizes(experiment, config, mesh) if task == "pretrain" else None,
-        cold_start=_pretrain_sizes(cold_start_experiment(experiment), config, mesh) if has_cold_start else None,
-        run=None if task in ("score", "difficulty", "traces") else _run_sizes(experiment, config),
+        rpt=rpt,
+        pretrain=pretrain,
+        cold_start=cold_start,
+        run=_run_sizes(experiment, config, _budget_steps(experiment, rpt, pretrain, cold_start))
+        if rpt or pretrain
+        else None,
     )
 
 
@@ -336,17 +347,19 @@ def _rpt_flops(experiment: Experiment, config: ModelConfig) -> RptFlops:
     reward = prompts * _reward_flops(experiment, config)
     dynamic_steps = max(0, training.total_steps + 1 - max(1, training.dynamic_sampling_from))
     extra_rounds = dynamic_steps * (training.dynamic_sampling_rounds - 1)
+    update = prompts * passes * _update_flops(experiment, config)
+    documents = prompts * _document_flops(experiment, config)
+    rounds = training.dynamic_sampling_rounds if dynamic_steps else 1
     return RptFlops(
         sampling=sampling,
         sampling_attention=sampling - prompts * _sampling_flops(experiment, config, with_attention=False),
-        update=prompts * passes * _update_flops(experiment, config),
-        update_attention=prompts
-        * passes
-        * (_update_flops(experiment, config) - _update_flops(experiment, config, with_attention=False)),
+        update=update,
+        update_attention=update - prompts * passes * _update_flops(experiment, config, with_attention=False),
         update_forward_passes=passes,
         reward=reward,
-        documents=prompts * _document_flops(experiment, config),
+        documents=documents,
         dynamic_sampling=extra_rounds * (sampling + reward),
+        largest_step=rounds * (sampling + reward) + update + documents,
         total_steps=training.total_steps,
     )
 
@@ -421,7 +434,19 @@ def _score_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -
     )
 
 
-def _run_sizes(experiment: Experiment, config: ModelConfig) -> RunSizes:
+def _budget_steps(
+    experiment: Experiment, rpt: RptSizes | None, pretrain: PretrainSizes | None, cold_start: PretrainSizes | None
+) -> int | None:
+    """Return the steps that `training.flops_budget` allows at least; None without such a budget."""
+    training = experiment.training
+    if not training.flops_budget:
+        return None
+    largest_step = rpt.flops.largest_step if rpt else pretrain.flops_per_step if pretrain else 0.0
+    left = training.flops_budget - (cold_start.run_flops if cold_start else 0.0)
+    return min(training.total_steps, max(1, math.ceil(left / largest_step)))
+
+
+def _run_sizes(experiment: Experiment, config: ModelConfig, budget_steps: int | None) -> RunSizes:
     steps = experiment.training.total_steps
     schedule = make_schedule(experiment.optimizer, steps)
     last = steps - 1
@@ -431,6 +456,8 @@ def _run_sizes(experiment: Experiment, config: ModelConfig) -> RunSizes:
     trees = 4 if has_average else 3
     return RunSizes(
         total_steps=steps,
+        budget_steps=budget_steps,
+        seconds_budget=experiment.training.seconds_budget,
         learning_rates=tuple((update + 1, float(np.asarray(schedule(update)))) for update in updates),
         checkpoint_bytes=trees * FLOAT32_BYTES * config.parameters * experiment.checkpoint.keep,
         kept_training_bytes=kept_training_bytes(experiment) if experiment.reinforces else 0,
@@ -636,8 +663,15 @@ def _score_rows(sizes: ScoreSizes) -> list[Row]:
 
 def _run_rows(sizes: RunSizes) -> list[Row]:
     rates = ", ".join(f"{rate:.3g} in step {step}" for step, rate in sizes.learning_rates)
-    rows = [
-        Row("steps", sizes.total_steps, "training.total_steps"),
+    has_budget = sizes.budget_steps or sizes.seconds_budget
+    rows = [Row("steps, at most" if has_budget else "steps", sizes.total_steps, "training.total_steps")]
+    if sizes.budget_steps:
+        fields = "training.flops_budget, FLOPs of a step with dynamic sampling; scoring takes a part"
+        rows.append(Row("steps that the budget allows, at least", sizes.budget_steps, fields))
+    if sizes.seconds_budget:
+        fields = "training.seconds_budget; preflight estimates the steps"
+        rows.append(Row("seconds of training", sizes.seconds_budget, fields))
+    rows += [
         Row("learning rate", rates, "optimizer"),
         _bytes_row("on disk: checkpoints", sizes.checkpoint_bytes, "policy, checkpoint.keep, objective.reward"),
     ]

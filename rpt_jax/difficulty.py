@@ -18,16 +18,17 @@ from jax.sharding import Mesh
 from rpt_jax.config import Experiment
 from rpt_jax.distributed.processes import is_leader, wait_for_all
 from rpt_jax.errors import UserError
-from rpt_jax.evaluation.questions import sample_and_verify
+from rpt_jax.evaluation.batch_loop import evaluate_batches
+from rpt_jax.evaluation.questions import QuestionSampling, VerifiedQuestions
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import Progress, table
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.question_prompts import question_batches, tokenize_questions
+from rpt_jax.prompts.question_prompts import tokenize_questions
 from rpt_jax.questions.difficulty import PASS_RATES, PassRate, question_digest, read_pass_rates
 from rpt_jax.questions.question import Question
-from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions, measured_with
+from rpt_jax.rewards.verified import BatchVerifier, load_verifiable_questions, measured_with
 from rpt_jax.rollout.sampler import Sampler
 from rpt_jax.setup import load_starting_policy
 
@@ -58,19 +59,16 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
         logger.info("%s of %s questions are measured already.", f"{len(measured):,}", f"{len(prompts.questions):,}")
 
     # Sample and verify the others.
-    context.signals.set_save(lambda: f"pass rates of {len(measured):,} questions are in {path}")
+    context.signals.set_kept(lambda: f"pass rates of {len(measured):,} questions are in {path}")
     verify = BatchVerifier(experiment.questions, tokenizer)
     sample = Sampler(experiment, policy, tokenizer, mesh, builder)
-    size = experiment.training.prompts_per_step
-    batches = question_batches(prompts, builder, size, remaining)
+    sampling = QuestionSampling(sample, prompts, builder, experiment.training.prompts_per_step)
+    batches = VerifiedQuestions(sampling, params, verify, remaining)
+    by_id = {question.id: question for question in prompts.questions}
     try:
-        with Progress("difficulty, batches", len(batches)) as progress:
-            for batch in sample_and_verify(sample, verify, params, prompts, batches):
-                # What pads the last batch has the same id as its last question.
-                rates = {
-                    question.id: _pass_rate(question, status_G)
-                    for question, status_G in zip(prompts.of(batch.prompts), batch.verified.status_PxG, strict=True)
-                }
+        with sample.explain_out_of_memory(), Progress("difficulty, batches", batches.count) as progress:
+            for _, records in evaluate_batches(batches, range(batches.count)):
+                rates = {record["id"]: _pass_rate(by_id[record["id"]], record["correct"]) for record in records}
                 measured |= rates
                 if is_leader():
                     _append(path, [{"id": name, **rate._asdict()} for name, rate in rates.items()])
@@ -81,9 +79,8 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
     _show(list(measured.values()), path)
 
 
-def _pass_rate(question: Question, status_G: np.ndarray) -> PassRate:
-    passes = int(np.sum(status_G == AnswerStatus.CORRECT))
-    return PassRate(question=question_digest(question), passes=passes, samples=len(status_G))
+def _pass_rate(question: Question, correct: Sequence[float]) -> PassRate:
+    return PassRate(question=question_digest(question), passes=int(sum(correct)), samples=len(correct))
 
 
 def _append(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import Progress, table
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
-from rpt_jax.infra.overlap import start_one_ahead
+from rpt_jax.infra.overlap import finish_one_behind
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.workdir import RESULT
@@ -278,7 +278,7 @@ def sample_and_judge(
             flops=float(flops),
         )
 
-    return start_one_ahead(batches, start, finish)
+    return finish_one_behind(map(start, batches), finish)
 
 
 def collect(

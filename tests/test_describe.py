@@ -272,6 +272,25 @@ def test_costs_of_the_objective_by_hand():
     assert derived.run.checkpoint_bytes == 16 * parameters * PAPER.checkpoint.keep
 
 
+def test_a_budget_of_flops_is_said_in_steps_of_the_greatest_length():
+    experiment = load(CONFIGS / "rpt_tiny.py")
+    steps = experiment.training.total_steps
+    free = derive(experiment, devices=1)
+    assert free.rpt and free.run and free.run.budget_steps is None
+    largest = free.rpt.flops.step + free.rpt.flops.dynamic_sampling / max(
+        1, steps + 1 - max(1, experiment.training.dynamic_sampling_from)
+    )
+    cold_start = free.cold_start.run_flops if free.cold_start else 0.0
+
+    def budget_steps(flops: float) -> int | None:
+        limited = replaced(experiment, "training", flops_budget=flops)
+        run = derive(limited, devices=1).run
+        return run and run.budget_steps
+
+    assert budget_steps(cold_start + 2.5 * largest) == 3
+    assert budget_steps(cold_start + 2 * steps * largest) == steps
+
+
 def test_learning_rate_is_given_at_warmup_and_at_the_end():
     experiment = replaced(Experiment(), "optimizer", learning_rate=1e-3, warmup_steps=100, schedule="cosine")
     rates = derive(experiment, 1).run.learning_rates

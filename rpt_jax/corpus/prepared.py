@@ -76,7 +76,7 @@ def prepare(scorer: Scorer, plan: ShardPlan, directory: Path, context: RunContex
 
     Returns: the corpus, or None if other shards are not complete yet. Raises: UserError.
     """
-    context.signals.set_save(lambda: f"the complete shards are in {directory}")
+    context.signals.set_kept(lambda: f"the complete shards are in {directory}")
     data = scorer.config.data
     tokenize_on_leader(data, plan, scorer.tokenizer, directory, context.heartbeat)
     score_tokens(scorer, plan, directory, context.heartbeat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, Self
 
 import jax
@@ -14,7 +14,7 @@ from rpt_jax.distributed.processes import to_host
 from rpt_jax.evaluation.stored_results import Record, ResultStore
 from rpt_jax.infra.accounting import CompileTimes
 from rpt_jax.infra.console import Progress
-from rpt_jax.infra.overlap import start_one_ahead
+from rpt_jax.infra.overlap import finish_one_behind
 
 
 class Batches(Protocol):
@@ -29,8 +29,8 @@ class Batches(Protocol):
         """Start the computation of a batch on the devices, and return its arrays without waiting for them."""
         ...
 
-    def records(self, batch: int, arrays: Any) -> list[Record]:
-        """Return the results of a batch, given its arrays on the host."""
+    def verify(self, batch: int, arrays: Any) -> Callable[[], list[Record]]:
+        """Start to verify a batch, given its arrays on the host; return a function that waits for its results."""
         ...
 
 
@@ -38,7 +38,7 @@ class DeviceClock:
     """Measures for how much of the time the devices compute; the time in which programs are compiled is left out.
 
     A thread waits for the results of each launch. The devices run one launch after the other, so each keeps them busy from its
-    start, or from the end of the launch before, until its own end.
+    call, or from the end of the launch before, until its own end. Some devices return from the call only at that end.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -52,7 +52,7 @@ class DeviceClock:
         self._compiling: list[tuple[float, float]] = []  # When launches that compiled began and returned.
         self._launches: list[
             tuple[float, concurrent.futures.Future[float]]
-        ] = []  # When each returned, and when it ended.
+        ] = []  # When each was called, and when it ended.
 
     def __enter__(self) -> Self:
         self._compile_times.start()
@@ -78,7 +78,7 @@ class DeviceClock:
             jax.block_until_ready(arrays)
             return self._clock()
 
-        self._launches.append((launched, self._waiter.submit(wait)))
+        self._launches.append((began, self._waiter.submit(wait)))
         return arrays
 
     def wait(self) -> None:
@@ -91,8 +91,8 @@ class DeviceClock:
         first, _ = self._launches[0]
         busy = 0.0
         free_from = first
-        for launched, end in self._launches:
-            busy += self._without_compiling(max(launched, free_from), end.result())
+        for began, end in self._launches:
+            busy += self._without_compiling(max(began, free_from), end.result())
             free_from = end.result()
         return busy / max(self._without_compiling(first, self._clock()), 1e-9)
 
@@ -102,10 +102,34 @@ class DeviceClock:
         return max(0.0, end - start) - compiling
 
 
+def evaluate_batches(
+    batches: Batches, numbers: Iterable[int], clock: DeviceClock | None = None
+) -> Iterator[tuple[int, list[Record]]]:
+    """Yield the number and the results of each batch. A collective: every process must call it.
+
+    A batch is launched before the verification of the one in front of it starts, and that of the one before is waited for after
+    this, so that neither the devices nor the verifiers run out of work.
+
+    Args:
+      batches: what is evaluated.
+      numbers: of the batches to evaluate.
+      clock: measures how busy the devices are; None if nobody asks.
+    """
+
+    def launch(batch: int) -> tuple[int, Any]:
+        start = functools.partial(batches.launch, batch)
+        return batch, clock.launch(start) if clock else start()
+
+    def verify(launched: tuple[int, Any]) -> tuple[int, Callable[[], list[Record]]]:
+        batch, arrays = launched
+        return batch, batches.verify(batch, to_host(arrays))
+
+    verifying = finish_one_behind(map(launch, numbers), verify)
+    return finish_one_behind(verifying, lambda started: (started[0], started[1]()))
+
+
 def run_batches(name: str, batches: Batches, store: ResultStore) -> float | None:
     """Evaluate the batches that are not stored yet, and store them.
-
-    Each batch is launched before the one in front of it is verified, so that the devices always have work.
 
     Args:
       name: for the progress bar.
@@ -118,14 +142,7 @@ def run_batches(name: str, batches: Batches, store: ResultStore) -> float | None
     if not missing:
         return None
     with Progress(name, batches.count, batches.count - len(missing)) as progress, DeviceClock() as clock:
-
-        def launch(batch: int) -> tuple[int, Any]:
-            return batch, clock.launch(functools.partial(batches.launch, batch))
-
-        def finish(launched: tuple[int, Any]) -> None:
-            batch, arrays = launched
-            store.write(batch, batches.records(batch, to_host(arrays)))
-
-        for _ in start_one_ahead(missing, launch, finish):
+        for batch, records in evaluate_batches(batches, missing, clock):
+            store.write(batch, records)
             progress.advance()
         return clock.busy_share()

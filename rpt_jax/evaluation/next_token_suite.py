@@ -8,7 +8,7 @@ first-token matching (Appendix A), the first predicted token must be the true on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,8 @@ class NextTokenSuite:
         direct = self._scorer.launch(self._direct_requests(batch))
         return {"rollouts": rollouts, "direct": direct.arrays, "rows": direct.indices}
 
-    def records(self, batch: int, arrays: Any) -> list[Record]:
-        """Return the predictions at each position of a batch, and which of them are right."""
+    def verify(self, batch: int, arrays: Any) -> Callable[[], list[Record]]:
+        """Read the predictions at each position of a batch, and find which of them are right."""
         direct = collect(self._direct_requests(batch), arrays["rows"], arrays["direct"])
         rollouts = arrays["rollouts"]
         records = []
@@ -113,7 +113,7 @@ class NextTokenSuite:
                 for tokens_T, length in zip(rollouts.tokens_PxGxT[p], rollouts.lengths_PxG[p], strict=True)
             ]
             records.append(self._record(position, likelihood, responses, finished_G.tolist()))
-        return records
+        return lambda: records
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return the measures by difficulty, the log-probability of the true token, and what describes the responses."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,95 +22,63 @@ from rpt_jax.evaluation.multiple_choice import (
     text_prompt,
     why_unusable,
 )
+from rpt_jax.evaluation.questions import QuestionSampling, SampledQuestions, VerifiedQuestions, status_shares
 from rpt_jax.evaluation.statistics import majority_correct, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
 from rpt_jax.evaluation.suite import SUITES, SuiteInputs
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.question_prompts import question_batches, question_text, questions_fingerprint, tokenize_questions
+from rpt_jax.prompts.question_prompts import question_text, questions_fingerprint, tokenize_questions
 from rpt_jax.questions.loading import QuestionSets, load_questions
 from rpt_jax.questions.question import Question
-from rpt_jax.rewards.verified import REJECTED_QUESTIONS, AnswerStatus, BatchVerifier
+from rpt_jax.rewards.verified import REJECTED_QUESTIONS, BatchVerifier
 from rpt_jax.rewards.verifiers import why_unreadable
-from rpt_jax.rollout.rollouts import Ended
-from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
+from rpt_jax.rollout.rollouts import Ended, Rollouts
+from rpt_jax.rollout.sampler import Sampler
+from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-class _SampledSuite:
-    """A suite that samples responses to test questions in batches."""
+def question_sampling(
+    inputs: SuiteInputs, sets: QuestionSets, text_of: Callable[[Question], str], template: str, slot: str
+) -> QuestionSampling:
+    """Return what responses to test questions are sampled with.
 
-    def __init__(
-        self,
-        inputs: SuiteInputs,
-        sets: QuestionSets,
-        text_of: Callable[[Question], str],
-        template: str,
-        slot: str,
-    ):
-        """
-        Args:
-          inputs: the policy, and the config, whose section `rollout` says how responses are sampled.
-          sets: the questions.
-          text_of: returns the text that stands in the prompt for a question.
-          template: prompt template.
-          slot: what the template has braces around.
+    Args:
+      inputs: the policy, and the config, whose section `rollout` says how responses are sampled.
+      sets: the questions.
+      text_of: returns the text that stands in the prompt for a question.
+      template: prompt template.
+      slot: what the template has braces around.
 
-        Raises: UserError, if all questions are too long for a prompt.
-        """
-        experiment = inputs.experiment
-        prompt = dataclasses.replace(experiment.prompt, template=template)
-        self._builder = PromptBuilder(prompt, inputs.tokenizer, slot)
-        self._tokenizer = inputs.tokenizer
-        self._batch = experiment.training.prompts_per_step
-        self._prompts = tokenize_questions(sets.test, self._builder, inputs.tokenizer, "test", text_of)
-        self._rejected = sets.rejected
-        self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, self._builder)
-        self._weights = self._sample.weights(inputs.params)
+    Raises: UserError, if all questions are too long for a prompt.
+    """
+    experiment = inputs.experiment
+    builder = PromptBuilder(dataclasses.replace(experiment.prompt, template=template), inputs.tokenizer, slot)
+    return QuestionSampling(
+        sample=Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, builder),
+        questions=tokenize_questions(sets.test, builder, inputs.tokenizer, "test", text_of),
+        builder=builder,
+        batch=experiment.training.prompts_per_step,
+    )
 
-    @property
-    def count(self) -> int:
-        """Number of batches."""
-        return -(-len(self._prompts.questions) // self._batch)
 
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the questions."""
-        return questions_fingerprint(self._prompts.questions)
+def response_texts(tokenizer: Tokenizer, rollouts: Rollouts, p: int) -> list[str]:
+    """Return the text of each response to the question in row p."""
+    responses = zip(rollouts.tokens_PxGxT[p], rollouts.lengths_PxG[p], strict=True)
+    return [tokenizer.decode(tokens_T[:length]) for tokens_T, length in responses]
 
-    def response_summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return the numbers of questions left out or rejected, the share of truncated responses and the mean length."""
-        return {
-            "left_out": self._prompts.left_out,
-            "rejected": self._rejected,
-            "truncated": 1.0 - float(np.mean([record["finished"] for record in records])),
-            "response_length": float(np.mean([record["lengths"] for record in records])),
-        }
 
-    def of_batch(self, batch: int) -> Sequence[Question]:
-        """Return the questions of a batch."""
-        return self._prompts.questions[batch * self._batch : (batch + 1) * self._batch]
-
-    def launch(self, batch: int) -> Any:
-        """Start to sample responses to the questions of a batch."""
-        first = batch * self._batch
-        chosen = range(first, first + len(self.of_batch(batch)))
-        [prompts] = question_batches(self._prompts, self._builder, self._batch, chosen)
-        _, rollouts, _ = self._sample.launch(self._weights, prompts, EVALUATION_STEP)
-        return rollouts
-
-    def response_fields(self, rollouts: Any, p: int) -> dict[str, Any]:
-        """Return what every record says about the responses to the question in row p."""
-        lengths_G = rollouts.lengths_PxG[p]
-        tokens_GxT = rollouts.tokens_PxGxT[p]
-        return {
-            "finished": (rollouts.ended_PxG[p] != Ended.LENGTH).tolist(),
-            "lengths": lengths_G.tolist(),
-            "responses": [
-                self._tokenizer.decode(tokens_T[:length])
-                for tokens_T, length in zip(tokens_GxT, lengths_G, strict=True)
-            ],
-        }
+def response_summary(
+    sampling: QuestionSampling, rejected: Mapping[str, int], records: Sequence[Record]
+) -> dict[str, Any]:
+    """Return the numbers of questions left out or rejected, the share of truncated responses and the mean length."""
+    return {
+        "left_out": sampling.questions.left_out,
+        "rejected": rejected,
+        "truncated": 1.0 - float(np.mean([record["finished"] for record in records])),
+        "response_length": float(np.mean([record["lengths"] for record in records])),
+    }
 
 
 def load_test_questions(inputs: SuiteInputs, why: Callable[[Question], str]) -> QuestionSets:
@@ -137,22 +105,22 @@ def question_fields(question: Question) -> dict[str, Any]:
     }
 
 
-def sample_scores(correct: Sequence[float], name: str) -> dict[str, float]:
-    """Return avg@k of the samples to a question, and pass@k for k = 2, 4, … up to all of them.
+def sample_scores(score: Sequence[float], correct: Sequence[float]) -> dict[str, float]:
+    """Return avg@k of the samples to a question ("accuracy" if there is only one), and pass@k for k = 2, 4, … up to all of them.
 
     Args:
+      score: of each sample, in [0, 1].
       correct: whether each sample is correct, 0 or 1.
-      name: of the average where there is only one sample.
     """
     samples = len(correct)
-    scores = {name if samples == 1 else f"avg@{samples}": float(np.mean(correct))}
+    scores = {"accuracy" if samples == 1 else f"avg@{samples}": float(np.mean(score))}
     for k in powers_of_two(samples)[1:]:
         scores[f"pass@{k}"] = float(pass_at_k(np.array([correct]), k)[0])
     return scores
 
 
 @SUITES.register("questions", questions=True)
-class QuestionSuite(_SampledSuite):
+class QuestionSuite(VerifiedQuestions):
     """Questions with verifiable answers: avg@k and pass@k with the verifier of `questions.verifier`."""
 
     def __init__(self, inputs: SuiteInputs):
@@ -164,35 +132,31 @@ class QuestionSuite(_SampledSuite):
         """
         experiment = inputs.experiment
         sets = load_test_questions(inputs, functools.partial(why_unreadable, experiment.questions.verifier))
-        super().__init__(inputs, sets, question_text, experiment.prompt.template, "question")
-        self._verify = BatchVerifier(experiment.questions, inputs.tokenizer)
+        self._rejected = sets.rejected
+        self._tokenizer = inputs.tokenizer
+        sampling = question_sampling(inputs, sets, question_text, experiment.prompt.template, "question")
+        super().__init__(sampling, inputs.params, BatchVerifier(experiment.questions, inputs.tokenizer))
 
-    def records(self, batch: int, arrays: Any) -> list[Record]:
-        """Verify the responses to the questions of a batch."""
-        questions = self.of_batch(batch)
-        verified = self._verify.submit(questions, arrays).result()
-        records = []
-        for p, question in enumerate(questions):
-            status_G = verified.status_PxG[p]
-            correct = (status_G == AnswerStatus.CORRECT).astype(float).tolist()
-            scores = sample_scores(verified.score_PxG[p].tolist(), "accuracy")
-            scores |= {name: value for name, value in sample_scores(correct, "accuracy").items() if "pass" in name}
-            records.append(
+    def verify(self, batch: int, arrays: Rollouts) -> Callable[[], list[Record]]:
+        """Start to verify the responses to the questions of a batch."""
+        verified = super().verify(batch, arrays)
+
+        def records() -> list[Record]:
+            return [
                 {
                     **question_fields(question),
-                    "status": [AnswerStatus(status).name.lower() for status in status_G],
-                    "correct": correct,
-                    **self.response_fields(arrays, p),
-                    "scores": scores,
+                    **record,
+                    "responses": response_texts(self._tokenizer, arrays, p),
+                    "scores": sample_scores(record["score"], record["correct"]),
                 }
-            )
+                for p, (question, record) in enumerate(zip(self.of_batch(batch), verified(), strict=True))
+            ]
+
         return records
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return the share of each outcome, of truncated responses, and the mean length."""
-        statuses = [status for record in records for status in record["status"]]
-        shares = {status.name.lower(): statuses.count(status.name.lower()) / len(statuses) for status in AnswerStatus}
-        return self.response_summary(records) | {"status": shares}
+        return response_summary(self._sampling, self._rejected, records) | {"status": status_shares(records)}
 
     def close(self) -> None:
         """End the worker processes of the verifier."""
@@ -200,7 +164,7 @@ class QuestionSuite(_SampledSuite):
 
 
 @SUITES.register("multiple_choice", questions=True, sampling=multiple_choice_experiment)
-class MultipleChoiceSuite(_SampledSuite):
+class MultipleChoiceSuite(SampledQuestions):
     """Multiple choice after reasoning, zero-shot: the policy puts a letter in a box (paper, section 4.4)."""
 
     def __init__(self, inputs: SuiteInputs):
@@ -213,31 +177,33 @@ class MultipleChoiceSuite(_SampledSuite):
         experiment = inputs.experiment
         self._protocol = experiment.multiple_choice
         self._seed = experiment.seed
+        self._tokenizer = inputs.tokenizer
         sets = load_test_questions(inputs, why_unusable)
-        super().__init__(inputs, sets, boxed_letter_text, "plain", "context")
+        self._rejected = sets.rejected
+        super().__init__(question_sampling(inputs, sets, boxed_letter_text, "plain", "context"), inputs.params)
 
-    def records(self, batch: int, arrays: Any) -> list[Record]:
+    def verify(self, batch: int, arrays: Rollouts) -> Callable[[], list[Record]]:
         """Read the letters of the responses to the questions of a batch."""
-        return [
-            self._record(question, self.response_fields(arrays, p)) for p, question in enumerate(self.of_batch(batch))
-        ]
+        records = [self._record(question, arrays, p) for p, question in enumerate(self.of_batch(batch))]
+        return lambda: records
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return the shares of unparsed responses, of letters that are no option and of truncated responses, and the length."""
         letters = [(letter, record["options"]) for record in records for letter in record["letters"]]
-        return self.response_summary(records) | {
+        return response_summary(self._sampling, self._rejected, records) | {
             "unparsed": float(np.mean([letter is None for letter, _ in letters])),
             "not_an_option": float(np.mean([bool(letter) and letter not in options for letter, options in letters])),
         }
 
-    def _record(self, question: Question, responses: dict[str, Any]) -> Record:
-        """Return the record of a question, given the fields of its responses."""
-        letters = [read_letter(response) for response in responses["responses"]]
+    def _record(self, question: Question, rollouts: Rollouts, p: int) -> Record:
+        """Return the record of the question in row p, given the responses to all."""
+        responses = response_texts(self._tokenizer, rollouts, p)
+        letters = [read_letter(response) for response in responses]
         counted = list(letters)
         if self._protocol.unparsed == "random":
             counted = [letter or random_letter(question, sample, self._seed) for sample, letter in enumerate(letters)]
         correct = [float(letter in question.answers) for letter in counted]
-        scores = sample_scores(correct, "accuracy")
+        scores = sample_scores(correct, correct)
         if len(correct) > 1:
             scores["majority"] = majority_correct(counted, correct)
         return {
@@ -245,7 +211,9 @@ class MultipleChoiceSuite(_SampledSuite):
             "options": LETTERS[: len(question.choices)],
             "letters": letters,
             "correct": correct,
-            **responses,
+            "finished": (rollouts.ended_PxG[p] != Ended.LENGTH).tolist(),
+            "lengths": rollouts.lengths_PxG[p].tolist(),
+            "responses": responses,
             "scores": scores,
         }
 
@@ -290,8 +258,8 @@ class LikelihoodSuite:
         launched = self._scorer.launch(self._requests(batch))
         return {"rows": launched.indices, "arrays": launched.arrays}
 
-    def records(self, batch: int, arrays: Any) -> list[Record]:
-        """Return the most likely option of each question by each measure."""
+    def verify(self, batch: int, arrays: Any) -> Callable[[], list[Record]]:
+        """Find the most likely option of each question by each measure."""
         likelihoods = collect(self._requests(batch), arrays["rows"], arrays["arrays"])
         records = []
         for i, question in enumerate(self._of_batch(batch)):
@@ -306,7 +274,7 @@ class LikelihoodSuite:
                     "scores": {measure: float(letter in question.answers) for measure, letter in chosen.items()},
                 }
             )
-        return records
+        return lambda: records
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return the numbers of questions that were rejected."""

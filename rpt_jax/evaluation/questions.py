@@ -4,165 +4,219 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from rpt_jax.distributed.processes import to_host
+from rpt_jax.evaluation.batch_loop import DeviceClock, evaluate_batches
 from rpt_jax.evaluation.statistics import averages, micro_average, pass_at_k, powers_of_two
+from rpt_jax.evaluation.stored_results import Record
 from rpt_jax.infra.console import Progress, table
-from rpt_jax.infra.overlap import start_one_ahead
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
-from rpt_jax.prompts.question_prompts import QuestionPrompts, question_batches
+from rpt_jax.prompts.question_prompts import QuestionPrompts, question_batches, questions_fingerprint
+from rpt_jax.questions.question import Question
 from rpt_jax.rewards.rewarder import RewardedRollouts
-from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, PendingBatch, VerifiedBatch
+from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
 from rpt_jax.rollout.rollouts import Ended, Rollouts
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 
 logger = logging.getLogger(__name__)
 
 
-class SampledBatch(NamedTuple):
-    """G responses to each of P questions.
+class QuestionSampling(NamedTuple):
+    """What responses to questions are sampled with.
 
     Attributes:
-      prompts: the prompts, on the host.
-      verified: what the verifiers found out.
-      lengths_PxG: int32 response lengths in tokens.
-      truncated_PxG: bool, whether the length limit cut the response.
-      sampling_seconds: seconds that the devices took to sample the responses.
-    """
-
-    prompts: PromptBatch
-    verified: VerifiedBatch
-    lengths_PxG: np.ndarray
-    truncated_PxG: np.ndarray
-    sampling_seconds: float
-
-
-def sample_and_verify(
-    sample: Sampler,
-    verify: BatchVerifier,
-    params: Params,
-    questions: QuestionPrompts,
-    batches: Sequence[PromptBatch],
-    keep: Callable[[RewardedRollouts], None] | None = None,
-) -> Iterator[SampledBatch]:
-    """Yield responses to batches of questions. The responses to a batch are verified while those to the next one are sampled.
-
-    Args:
       sample: samples the responses.
-      verify: verifies them.
-      params: of the policy, sharded for training.
-      questions: that the prompts ask.
-      batches: the prompts.
-      keep: called with the responses to each batch, on the host.
+      questions: the questions, with their tokens.
+      builder: builds their prompts.
+      batch: prompts in a batch.
     """
-    weights = sample.weights(params)
 
-    def start(prompts: PromptBatch) -> tuple[PromptBatch, Rollouts, PendingBatch, float]:
-        began = time.monotonic()
-        rollouts, _ = sample(weights, prompts, EVALUATION_STEP)
-        seconds = time.monotonic() - began
-        return prompts, rollouts, verify.submit(questions.of(prompts), rollouts), seconds
-
-    def finish(started: tuple[PromptBatch, Rollouts, PendingBatch, float]) -> SampledBatch:
-        prompts, rollouts, pending, seconds = started
-        lengths_PxG, ended_PxG = to_host((rollouts.lengths_PxG, rollouts.ended_PxG))
-        verified = pending.result()
-        if keep is not None:
-            keep(RewardedRollouts(*to_host((prompts, rollouts, verified.score_PxG, verified.status_PxG))))
-        return SampledBatch(
-            prompts=prompts,
-            verified=verified,
-            lengths_PxG=lengths_PxG,
-            truncated_PxG=ended_PxG == Ended.LENGTH,
-            sampling_seconds=seconds,
-        )
-
-    return start_one_ahead(batches, start, finish)
+    sample: Sampler
+    questions: QuestionPrompts
+    builder: PromptBuilder
+    batch: int
 
 
-class QuestionEvaluator:
-    """Measures the accuracy of policies on the same questions, with the same noise."""
+class SampledQuestions:
+    """Questions in batches, to which the devices sample responses."""
+
+    def __init__(self, sampling: QuestionSampling, params: Params, chosen: Sequence[int] | None = None):
+        """
+        Args:
+          sampling: the questions, and what samples responses to them.
+          params: of the policy, sharded for training.
+          chosen: indices of the questions to ask; None for all.
+        """
+        self._sampling = sampling
+        self._weights = sampling.sample.weights(params)
+        self._chosen = range(len(sampling.questions.questions)) if chosen is None else chosen
+
+    @property
+    def count(self) -> int:
+        """Number of batches."""
+        return -(-len(self._chosen) // self._sampling.batch)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the questions."""
+        return questions_fingerprint(self._sampling.questions.questions)
+
+    def of_batch(self, batch: int) -> list[Question]:
+        """Return the questions of a batch."""
+        return [self._sampling.questions.questions[i] for i in self._indices(batch)]
+
+    def prompts(self, batch: int) -> PromptBatch:
+        """Return the prompts of a batch; the last batch is padded by repeating its last prompt."""
+        _, questions, builder, size = self._sampling
+        [prompts] = question_batches(questions, builder, size, self._indices(batch))
+        return prompts
+
+    def launch(self, batch: int) -> Rollouts:
+        """Start to sample responses to the questions of a batch."""
+        _, rollouts, _ = self._sampling.sample.launch(self._weights, self.prompts(batch), EVALUATION_STEP)
+        return rollouts
+
+    def _indices(self, batch: int) -> Sequence[int]:
+        size = self._sampling.batch
+        return self._chosen[batch * size : (batch + 1) * size]
+
+
+class VerifiedQuestions(SampledQuestions):
+    """Questions in batches, with what a verifier says about the responses to them.
+
+    Attributes:
+      totals: numbers of verifications that "timed_out" or "crashed", "verification_seconds" of all worker processes, and
+        "waited_seconds" for them, of the batches that were verified.
+    """
 
     def __init__(
-        self, sample: Sampler, verify: BatchVerifier, questions: QuestionPrompts, builder: PromptBuilder, batch: int
+        self,
+        sampling: QuestionSampling,
+        params: Params,
+        verify: BatchVerifier,
+        chosen: Sequence[int] | None = None,
+        keep: Callable[[RewardedRollouts], None] | None = None,
     ):
         """
         Args:
-          sample: samples the responses.
-          verify: verifies them.
-          questions: the test questions.
-          builder: builds their prompts.
-          batch: prompts in a batch.
+          sampling, params, chosen: as of `SampledQuestions`.
+          verify: verifies the responses.
+          keep: called with the responses to each batch, on the host.
         """
-        self._sample = sample
+        super().__init__(sampling, params, chosen)
         self._verify = verify
-        self._questions = questions
-        self._batches = question_batches(questions, builder, batch)
+        self._keep = keep
+        self.totals = dict[str, float](timed_out=0, crashed=0, verification_seconds=0.0, waited_seconds=0.0)
 
-    def __call__(self, params: Params, keep: Callable[[RewardedRollouts], None] | None = None) -> dict[str, Any]:
-        """Return the results of a policy as JSON values, see `question_results`.
+    def verify(self, batch: int, arrays: Rollouts) -> Callable[[], list[Record]]:
+        """Start to verify the responses to a batch; return a function that waits for the records.
 
-        Args:
-          params: of the policy, sharded for training.
-          keep: called with the responses to each batch of questions, on the host.
+        A record has the question's "id" and "category", and for each sample its "status", whether it is "correct" and "finished",
+        its verifier's "score" and its length in tokens ("lengths").
         """
-        start = time.monotonic()
-        done = []
-        with Progress("evaluate, batches", len(self._batches), transient=True) as progress:
-            for batch in sample_and_verify(self._sample, self._verify, params, self._questions, self._batches, keep):
-                done.append(batch)
-                progress.advance()
-        return question_results(self._questions, done, time.monotonic() - start)
+        questions = self.of_batch(batch)
+        pending = self._verify.submit(questions, arrays)
+
+        def records() -> list[Record]:
+            verified = pending.result()
+            self.totals["timed_out"] += verified.timed_out
+            self.totals["crashed"] += verified.crashed
+            self.totals["verification_seconds"] += verified.seconds
+            self.totals["waited_seconds"] += verified.waited
+            if self._keep:
+                rewarded = (self.prompts(batch), arrays, verified.score_PxG, verified.status_PxG)
+                self._keep(RewardedRollouts(*jax.tree.map(lambda x: x[: len(questions)], rewarded)))
+            return [
+                {
+                    "id": question.id,
+                    "category": question.category,
+                    "status": [AnswerStatus(status).name.lower() for status in verified.status_PxG[p]],
+                    "correct": (verified.status_PxG[p] == AnswerStatus.CORRECT).astype(float).tolist(),
+                    "score": verified.score_PxG[p].tolist(),
+                    "finished": (arrays.ended_PxG[p] != Ended.LENGTH).tolist(),
+                    "lengths": arrays.lengths_PxG[p].tolist(),
+                }
+                for p, question in enumerate(questions)
+            ]
+
+        return records
 
 
-def question_results(questions: QuestionPrompts, batches: Sequence[SampledBatch], seconds: float) -> dict[str, Any]:
+def evaluate_questions(
+    sampling: QuestionSampling,
+    params: Params,
+    verify: BatchVerifier,
+    keep: Callable[[RewardedRollouts], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a policy on questions, always with the same noise.
+
+    Args:
+      sampling, params, verify, keep: as of `VerifiedQuestions`.
+
+    Returns: `question_results` and the `VerifiedQuestions.totals`; the number of questions that were "left_out", the "seconds"
+      that the evaluation took, and "device_busy", see `DeviceClock.busy_share`.
+    """
+    start = time.monotonic()
+    batches = VerifiedQuestions(sampling, params, verify, keep=keep)
+    records = []
+    with (
+        sampling.sample.explain_out_of_memory(),
+        Progress("evaluate, batches", batches.count, transient=True) as progress,
+        DeviceClock() as clock,
+    ):
+        for _, of_batch in evaluate_batches(batches, range(batches.count), clock):
+            records += of_batch
+            progress.advance()
+        busy = clock.busy_share()
+    return {
+        **question_results(records),
+        **batches.totals,
+        "left_out": sampling.questions.left_out,
+        "seconds": time.monotonic() - start,
+        "device_busy": busy,
+    }
+
+
+def question_results(records: Sequence[Record]) -> dict[str, Any]:
     """Return the accuracy of responses and what describes them, as JSON values.
 
     Args:
-      questions: the N questions.
-      batches: responses to all of them, in their order; what pads the last batch is ignored.
-      seconds: that it took to sample and verify the responses.
+      records: of the questions, see `VerifiedQuestions.verify`.
 
     Returns: "accuracy" (avg@k: the mean score, with "micro", "macro" and "categories" as of `statistics.averages`) and "pass", by
-      k, each with "mean", "low" and "high"; the numbers of "questions", "samples" a question and of questions "left_out"; the
-      fractions "truncated", "format_rate" and "status", by name; the mean "response_length" in tokens; the numbers of
-      verifications that "timed_out" or "crashed"; "seconds", "verification_seconds" of all workers, "waited_seconds" for them,
-      and "device_busy", the fraction of the seconds that the devices were sampling.
+      k, each with "mean", "low" and "high"; the numbers of "questions" and of "samples" a question; the fractions "truncated",
+      "format_rate" and "status", by name; the mean "response_length" in tokens.
     """
-    count = len(questions.questions)
 
-    def join(arrays: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(arrays)[:count]
+    def values(name: str) -> np.ndarray:
+        """Return a field of the samples of all questions, [N, G]."""
+        return np.array([record[name] for record in records])
 
-    score_NxG = join([batch.verified.score_PxG for batch in batches])
-    status_NxG = join([batch.verified.status_PxG for batch in batches])
-    correct_NxG = (status_NxG == AnswerStatus.CORRECT).astype(int)
+    score_NxG = values("score")
+    correct_NxG = values("correct").astype(int)
     samples = score_NxG.shape[1]
-    has_box_NxG = ~np.isin(status_NxG, (AnswerStatus.NO_BOX, AnswerStatus.NOT_FINISHED))
-    categories = [question.category for question in questions.questions]
-    verified = [batch.verified for batch in batches]
+    status = status_shares(records)
     return {
-        "accuracy": averages(score_NxG.mean(axis=1), categories),
+        "accuracy": averages(score_NxG.mean(axis=1), [record["category"] for record in records]),
         "pass": {str(k): micro_average(pass_at_k(correct_NxG, k))._asdict() for k in powers_of_two(samples)},
-        "questions": count,
+        "questions": len(records),
         "samples": samples,
-        "left_out": questions.left_out,
-        "response_length": float(join([batch.lengths_PxG for batch in batches]).mean()),
-        "truncated": float(join([batch.truncated_PxG for batch in batches]).mean()),
-        "format_rate": float(has_box_NxG.mean()),
-        "status": {status.name.lower(): float((status_NxG == status).mean()) for status in AnswerStatus},
-        "timed_out": sum(batch.timed_out for batch in verified),
-        "crashed": sum(batch.crashed for batch in verified),
-        "seconds": seconds,
-        "verification_seconds": sum(batch.seconds for batch in verified),
-        "waited_seconds": sum(batch.waited for batch in verified),
-        "device_busy": sum(batch.sampling_seconds for batch in batches) / max(seconds, 1e-9),
+        "response_length": float(values("lengths").mean()),
+        "truncated": 1.0 - float(values("finished").mean()),
+        "format_rate": 1.0 - status["no_box"] - status["not_finished"],
+        "status": status,
     }
+
+
+def status_shares(records: Sequence[Record]) -> dict[str, float]:
+    """Return the share of the responses that have each status, by its name."""
+    statuses = [status for record in records for status in record["status"]]
+    return {status.name.lower(): statuses.count(status.name.lower()) / len(statuses) for status in AnswerStatus}
 
 
 def question_metrics(results: dict[str, Any]) -> dict[str, float]:

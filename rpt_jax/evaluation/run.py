@@ -111,7 +111,7 @@ def evaluate(
     inputs = SuiteInputs(planned, model, params, tokenizer, mesh, workdir, context)
     batches = SUITES[suite].function(inputs)
     store.check_evaluated(batches.fingerprint)
-    context.signals.set_save(lambda: f"the complete batches are in {workdir}")
+    context.signals.set_kept(lambda: f"the complete batches are in {workdir}")
     start = time.monotonic()
     try:
         busy = run_batches(f"evaluate {suite}, batches", batches, store)

@@ -45,6 +45,7 @@ class StopSignals:
         self._grace_seconds = grace_seconds
         self._changing = threading.RLock()  # Held while the state of the run is neither the old nor the new one.
         self._save: Callable[[], str] | None = None
+        self._kept: Callable[[], str] | None = None
         self._at_step_end = False
         self._requested = threading.Event()
         self.on_exit: Callable[[int, str], None] | None = None
@@ -60,6 +61,11 @@ class StopSignals:
         with self._changing:
             self._save = save
             self._at_step_end = at_step_end
+            self._kept = None
+
+    def set_kept(self, kept: Callable[[], str]) -> None:
+        """Register what says in a few words which results are on disk, for work that has nothing to save when a signal arrives."""
+        self._kept = kept
 
     @property
     def requested(self) -> bool:
@@ -118,6 +124,8 @@ class StopSignals:
             return
         stopping.set()
         self._requested.set()
+        if self._kept:
+            self._exit(ExitCode.RESTART, f"{signal.Signals(number).name}: {_stopped(self._kept())}")
         when = "after this step, together with the other processes, " if self._at_step_end else ""
         is_urgent = number in _URGENT
         second = "; a second signal stops at once" if is_urgent else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -237,6 +238,9 @@ def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[
         return
     seconds = step_seconds(reports)
     print("It fits." + (f" A step takes at least {seconds:.4g} s (estimate)." if experiment.reinforces else ""))
+    if budget := experiment.reinforces and experiment.training.seconds_budget:
+        steps = min(experiment.training.total_steps, math.ceil(budget / seconds))
+        print(f"training.seconds_budget={budget:g} allows at most {steps:,} steps (estimate).")
 
 
 def _gib(size: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
@@ -67,12 +68,16 @@ class Sampler:
 
         Raises: UserError, if a device runs out of memory.
         """
-        with explain_out_of_memory("sampling", self._memory_fields, mesh_fields=["mesh.rollout_tensor"]):
+        with self.explain_out_of_memory():
             shared, rollouts, work = jax.block_until_ready(self.launch(weights, prompts, step))
         return rollouts, sampling_cost(self._policy.config, shared, rollouts, work)
 
+    def explain_out_of_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that turns JAX's error for a device out of memory into a UserError that names fields of sampling."""
+        return explain_out_of_memory("sampling", self._memory_fields, mesh_fields=["mesh.rollout_tensor"])
+
     def launch(self, weights: Params, prompts: PromptBatch, step: int) -> tuple[Prompts, Rollouts, DecodeWork]:
-        """Start to sample G responses to each prompt, without waiting for them.
+        """Start to sample G responses to each prompt, without waiting for them; use it in `explain_out_of_memory`.
 
         Args:
           weights, prompts, step: as those of `__call__`.

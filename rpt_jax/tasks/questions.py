@@ -7,14 +7,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.questions import (
-    QuestionEvaluator,
+    QuestionSampling,
+    evaluate_questions,
     question_metrics,
     show_question_results,
 )
@@ -63,9 +62,7 @@ class QuestionTask:
         sample = self.sample if same else Sampler(evaluation, self.policy, self.tokenizer, mesh, builder)
         self._verify = BatchVerifier(experiment.questions, self.tokenizer)
         self._reward = VerifiedRewarder(self._verify, rewarder, mesh)
-        self._evaluator = QuestionEvaluator(
-            sample, self._verify, self._test, builder, experiment.training.prompts_per_step
-        )
+        self._evaluation = QuestionSampling(sample, self._test, builder, experiment.training.prompts_per_step)
         self.evaluated = [len(self._test.questions), *sampling_numbers(evaluation)]
         self.advice = _advice(experiment)
 
@@ -93,12 +90,9 @@ class QuestionTask:
 
     def evaluate(self, params: Params, *, step: int, full: bool, keep: Keep) -> dict[str, Any]:
         def keep_rollouts(rewarded: RewardedRollouts) -> None:
-            # The last batch is padded by repeating its last question.
-            _, first_P = np.unique(rewarded.prompts.window_P, return_index=True)
-            fresh = jax.tree.map(lambda x: x[first_P], rewarded)
-            keep(EVALUATION, functools.partial(self._rollout_table, fresh, self._test, step=step, split="test"))
+            keep(EVALUATION, functools.partial(self._rollout_table, rewarded, self._test, step=step, split="test"))
 
-        return self._evaluator(params, keep_rollouts)
+        return evaluate_questions(self._evaluation, params, self._verify, keep_rollouts)
 
     def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
         return question_metrics(evaluation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,31 @@ class Numbers:
         self.calls.append(f"launch {batch}")
         return {"number": batch}
 
-    def records(self, batch: int, arrays: Any) -> list[dict[str, Any]]:
+    def verify(self, batch: int, arrays: Any) -> Callable[[], list[dict[str, Any]]]:
         self.calls.append(f"verify {batch}")
         if batch == self.fails:
             raise KeyboardInterrupt
-        return [{"id": str(batch), "square": arrays["number"] ** 2}]
+
+        def records() -> list[dict[str, Any]]:
+            self.calls.append(f"wait {batch}")
+            return [{"id": str(batch), "square": arrays["number"] ** 2}]
+
+        return records
 
 
-def test_a_batch_is_launched_before_the_one_in_front_of_it_is_verified(tmp_path: Path):
-    batches = Numbers(3)
+def test_devices_and_verifiers_have_work_while_a_batch_is_waited_for(tmp_path: Path):
+    batches = Numbers(4)
     share = run_batches("test", batches, ResultStore(tmp_path, SETTINGS))
-    assert batches.calls == ["launch 0", "launch 1", "verify 0", "launch 2", "verify 1", "verify 2"]
+    calls = (
+        "launch 0, launch 1, verify 0, launch 2, verify 1, wait 0, launch 3, verify 2, wait 1, verify 3, wait 2, wait 3"
+    )
+    assert batches.calls == calls.split(", ")
     assert share is not None and 0 <= share <= 1
 
 
 def test_interrupted_evaluation_goes_on_after_its_last_batch(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
-        run_batches("test", Numbers(4, fails=2), ResultStore(tmp_path, SETTINGS))
+        run_batches("test", Numbers(4, fails=3), ResultStore(tmp_path, SETTINGS))
     rest = Numbers(4)
     store = ResultStore(tmp_path, SETTINGS)
     run_batches("test", rest, store)
@@ -141,3 +150,7 @@ def test_time_in_which_programs_are_compiled_is_left_out():
 
 def test_share_of_devices_that_never_wait():
     assert busy_share([(0, 7, 9, True), (8, 8, 12, False)]) == pytest.approx(1.0)
+
+
+def test_devices_that_return_from_a_launch_at_its_end_are_busy_from_its_call():
+    assert busy_share([(0, 4, 4, False), (5, 9, 9, False), (9, 10, 10, False)]) == pytest.approx((4 + 4 + 1) / 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_jax.infra.overlap import start_one_ahead
+from rpt_jax.infra.overlap import finish_one_behind
 
 
 @pytest.mark.parametrize(
@@ -26,5 +26,5 @@ def test_an_item_is_finished_after_the_next_one_was_started(items: list[int], ex
         events.append(f"finish {started // 10}")
         return started + 1
 
-    assert list(start_one_ahead(items, start, finish)) == [10 * item + 1 for item in items]
+    assert list(finish_one_behind(map(start, items), finish)) == [10 * item + 1 for item in items]
     assert events == expected

@@ -75,6 +75,14 @@ def test_the_sigint_of_a_terminal_saves_a_command_that_again_runs(child):
     assert err.startswith("SIGTERM: stopping") and "Stopped: step 7." in err
 
 
+def test_work_that_has_nothing_to_save_ends_with_one_line(child):
+    process = child("kept", "60")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == ExitCode.RESTART and not out
+    assert err.startswith("SIGTERM") and "the complete batches are in runs" in err and err.count("\n") == 1
+
+
 def test_a_save_may_not_take_longer_than_the_grace_period(child):
     process = child("hangs", "0.2")
     process.send_signal(signal.SIGTERM)
