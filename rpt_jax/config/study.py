@@ -16,6 +16,7 @@ from rpt_jax.config.loading import read_config_file
 from rpt_jax.errors import UserError, check_choice
 
 MATCHED_BY = ("flops", "seconds")
+SEEDS_PER_BUDGET = 1000  # Field `seed` of the runs of a budget is larger by this than that of the budget before.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -65,7 +66,7 @@ class StudyConfig:
     arms: tuple[ArmConfig, ...]
     # Names of the arms that all others are compared with.
     references: tuple[str, ...] = ()
-    # Seeds: field `seed` of every run at the first budget; at the others, seeds that are not among them.
+    # Seeds: field `seed` of every run at the first budget; at the second 1000 more, and so on, so that all runs are independent.
     seeds: tuple[int, ...] = (0,)
     # Unit of the budget, which is the same for all arms and does not include fine-tuning: "flops" or "seconds".
     matched_by: str = "flops"
@@ -117,6 +118,12 @@ def check_study(study: StudyConfig) -> None:
     # Numbers.
     if not study.seeds:
         raise UserError("seeds is empty: give one seed at least.", field="seeds")
+    if max(study.seeds) - min(study.seeds) >= SEEDS_PER_BUDGET:
+        raise UserError(
+            f"seeds={study.seeds}: the runs of a budget have seeds that are {SEEDS_PER_BUDGET} above those of the one before, so "
+            f"they must differ by less.",
+            field="seeds",
+        )
     trained = [arm.name for arm in study.arms if arm.stages]
     if bool(trained) != bool(study.budgets):
         problem = f"arm '{trained[0]}' has stages, which need one" if trained else "no arm has stages to spend it on"

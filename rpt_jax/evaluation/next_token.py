@@ -184,14 +184,12 @@ def sample_predictions(
       evaluation: the positions and their prompts; what pads the last batch is left out.
       segments: whether targets are segments.
     """
+    match = reward.segment_match if segments else reward.prefix_match
     results = []
     with Progress("evaluate, batches", len(evaluation.batches), transient=True) as progress:
         for prompts in evaluation.batches:
             rollouts, _ = sample(weights, prompts, EVALUATION_STEP)
-            rewarded = reward.prefix_match(prompts, rollouts)
-            if segments:
-                rewarded = rewarded._replace(reward_PxG=reward.common_prefix_share(rewarded))
-            results.append(to_host(rewarded))
+            results.append(to_host(match(prompts, rollouts)))
             progress.advance()
     count = len(evaluation.positions)
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *results)

@@ -64,7 +64,7 @@ class StopSignals:
             self._kept = None
 
     def set_kept(self, kept: Callable[[], str]) -> None:
-        """Register what says in a few words which results are on disk, for work that has nothing to save when a signal arrives."""
+        """Register what says in a few words which results are on disk, for work that has nothing to save at a signal."""
         self._kept = kept
 
     @property

@@ -17,7 +17,7 @@ from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.boxed import predicted_first_token
 from rpt_jax.rewards.prefix_match import Status
-from rpt_jax.rewards.segment_match import common_prefix_share
+from rpt_jax.rewards.segment_match import segment_match
 from rpt_jax.tokenizers.tokenizer import ByteVocab
 
 
@@ -115,7 +115,7 @@ class RewardInputs:
 
     def common_prefix_share(self) -> jax.Array:
         """Return the share of the target's tokens that each prediction begins with, float32 [P, G]."""
-        return common_prefix_share(
+        share_PxG, _ = segment_match(
             self.tokens_PxGxT,
             self.response_lengths_PxG,
             self.stopped_PxG,
@@ -126,6 +126,7 @@ class RewardInputs:
             self.layout.end_think_id,
             reading=self.layout.box_reading,
         )
+        return share_PxG
 
     def reasoning_lengths(self) -> jax.Array:
         """Return the number of tokens before the last end-of-thinking token, int32 [P, G].

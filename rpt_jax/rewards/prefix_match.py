@@ -72,8 +72,13 @@ def prefix_match_reward(
         end_think_id,
         reading=reading,
     )
-    status_PxG = jax.vmap(jax.vmap(_status, in_axes=(0, 0, None)))(state_PxG, stopped_PxG, boundaries_PxRp1)
+    status_PxG = match_status(state_PxG, stopped_PxG, boundaries_PxRp1)
     return (status_PxG == Status.CORRECT).astype(jnp.float32), status_PxG
+
+
+def match_status(state_PxG: BoxParser, stopped_PxG: jax.Array, boundaries_PxRp1: jax.Array) -> jax.Array:
+    """Return the `Status` of every rollout, int32 [P, G], from its final parser state."""
+    return jax.vmap(jax.vmap(_status, in_axes=(0, 0, None)))(state_PxG, stopped_PxG, boundaries_PxRp1)
 
 
 def _status(state: BoxParser, stopped: jax.Array, boundaries_Rp1: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -26,11 +27,15 @@ from rpt_jax.prompts.response_format import BOX
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.catalogue import RewardInputs, RewardLayout, token_budget, total_reward
 from rpt_jax.rewards.prefix_match import prefix_match_reward
-from rpt_jax.rewards.segment_match import common_prefix_share
+from rpt_jax.rewards.segment_match import segment_match
 from rpt_jax.tokenizers.tokenizer import ByteVocab, Tokenizer
 
 if TYPE_CHECKING:
     from rpt_jax.rollout.rollouts import Rollouts
+
+
+# Compares predictions with references: `prefix_match_reward` or `segment_match`.
+Match = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class RewardedRollouts(NamedTuple):
@@ -132,14 +137,19 @@ class Rewarder:
         return matched._replace(reward_PxG=reward_PxG)
 
     def prefix_match(self, prompts: PromptBatch, rollouts: Rollouts) -> RewardedRollouts:
-        """Return the rollouts with the reward of Equation 3, which evaluation always uses."""
-        prompts = shard_prompts(prompts, self._mesh)
-        reward_PxG, status_PxG = match_batch(prompts, rollouts, self._vocab, self._end_think_id, self._box_reading)
-        return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=reward_PxG, status_PxG=status_PxG)
+        """Return the rollouts with the reward of Equation 3, which evaluation of next tokens always uses."""
+        return self._match(prompts, rollouts, prefix_match_reward)
 
-    def common_prefix_share(self, matched: RewardedRollouts) -> jax.Array:
-        """Return the share of the segment's tokens that each prediction begins with, float32 [P, G], for evaluation."""
-        return share_batch(matched.prompts, matched.rollouts, self._vocab, self._end_think_id, self._box_reading)
+    def segment_match(self, prompts: PromptBatch, rollouts: Rollouts) -> RewardedRollouts:
+        """Return the rollouts with the share of the segment's tokens that each prediction begins with, for evaluation."""
+        return self._match(prompts, rollouts, segment_match)
+
+    def _match(self, prompts: PromptBatch, rollouts: Rollouts, match: Match) -> RewardedRollouts:
+        prompts = shard_prompts(prompts, self._mesh)
+        reward_PxG, status_PxG = match_batch(
+            prompts, rollouts, self._vocab, self._end_think_id, self._box_reading, match
+        )
+        return RewardedRollouts(prompts=prompts, rollouts=rollouts, reward_PxG=reward_PxG, status_PxG=status_PxG)
 
 
 def is_prefix_match(objective: ObjectiveConfig) -> bool:
@@ -191,35 +201,29 @@ def _prompts_per_pass(experiment: Experiment, mesh: Mesh) -> int:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("end_think_id", "box_reading"))
+@functools.partial(jax.jit, static_argnames=("end_think_id", "box_reading", "match"))
 def match_batch(
-    prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int, box_reading: str
+    prompts: PromptBatch,
+    rollouts: Rollouts,
+    vocab: ByteVocab,
+    end_think_id: int,
+    box_reading: str,
+    match: Match = prefix_match_reward,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the reward (float32) and the status (int32) of Equation 3, [P, G], sharded like the training batch."""
-    inputs = _matching_inputs(prompts, rollouts, vocab)
-    return constrain_batch(prefix_match_reward(**inputs, end_think_id=end_think_id, reading=box_reading))
-
-
-@functools.partial(jax.jit, static_argnames=("end_think_id", "box_reading"))
-def share_batch(
-    prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab, end_think_id: int, box_reading: str
-) -> jax.Array:
-    """Return the share of the segment's tokens that each prediction begins with, float32 [P, G]."""
-    inputs = _matching_inputs(prompts, rollouts, vocab)
-    return constrain_batch(common_prefix_share(**inputs, end_think_id=end_think_id, reading=box_reading))
-
-
-def _matching_inputs(prompts: PromptBatch, rollouts: Rollouts, vocab: ByteVocab) -> dict[str, jax.Array]:
-    """Return the arrays that predictions are compared with references by, as arguments of `prefix_match_reward`."""
-    return {
-        "tokens_PxGxT": rollouts.tokens_PxGxT,
-        "lengths_PxG": rollouts.lengths_PxG,
-        "stopped_PxG": rollouts.stopped_PxG,
-        "reference_PxR": jnp.asarray(prompts.reference_PxR),
-        "boundaries_PxRp1": jnp.asarray(prompts.boundaries_PxRp1),
-        "vocab_bytes_VxX": jnp.asarray(vocab.bytes_VxX),
-        "vocab_lengths_V": jnp.asarray(vocab.lengths_V),
-    }
+    """Return the reward (float32) and the status (int32) of `match`, [P, G], sharded like the training batch."""
+    return constrain_batch(
+        match(
+            tokens_PxGxT=rollouts.tokens_PxGxT,
+            lengths_PxG=rollouts.lengths_PxG,
+            stopped_PxG=rollouts.stopped_PxG,
+            reference_PxR=jnp.asarray(prompts.reference_PxR),
+            boundaries_PxRp1=jnp.asarray(prompts.boundaries_PxRp1),
+            vocab_bytes_VxX=jnp.asarray(vocab.bytes_VxX),
+            vocab_lengths_V=jnp.asarray(vocab.lengths_V),
+            end_think_id=end_think_id,
+            reading=box_reading,
+        )
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "objective", "layout"))

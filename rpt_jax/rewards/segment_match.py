@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.rewards.boxed import parse_responses
+from rpt_jax.rewards.prefix_match import match_status
 
 
 @functools.partial(jax.jit, static_argnames="reading")
 @jax.named_scope("segment_match")
-def common_prefix_share(
+def segment_match(
     tokens_PxGxT: jax.Array,
     lengths_PxG: jax.Array,
     stopped_PxG: jax.Array,
@@ -23,12 +24,15 @@ def common_prefix_share(
     end_think_id: int | jax.Array,
     *,
     reading: str = "balanced",
-) -> jax.Array:
-    """Return the share of each target's tokens that the prediction begins with, float32 [P, G], from 0 to 1.
+) -> tuple[jax.Array, jax.Array]:
+    """Return the share of each target's tokens that the prediction begins with, and the `Status`, of every rollout.
 
     The tokens that count are those up to the longest common prefix of the predicted and the true bytes, as far as they are whole.
-    What the prediction holds after them does not count. Without a prediction, or without a target, it is 0. The arguments are
-    those of `rewards.prefix_match.prefix_match_reward`.
+    What the prediction holds after them does not count. Without a prediction, or without a target, the share is 0. The arguments
+    and the status are those of `rewards.prefix_match.prefix_match_reward`.
+
+    Returns:
+      share_PxG (float32, 0 to 1) and status_PxG (int32).
     """
     state_PxG = parse_responses(
         tokens_PxGxT,
@@ -48,4 +52,5 @@ def common_prefix_share(
     size = tokens_PxRp1.shape[1] - 1
     whole_PxG = jnp.take_along_axis(tokens_PxRp1, jnp.clip(equal_PxG, 0, size), axis=1)
     share_PxG = whole_PxG / jnp.maximum(tokens_PxRp1[:, -1:], 1)
-    return jnp.where(stopped_PxG & (equal_PxG > 0), share_PxG, 0.0).astype(jnp.float32)
+    share_PxG = jnp.where(stopped_PxG & (equal_PxG > 0), share_PxG, 0.0).astype(jnp.float32)
+    return share_PxG, match_status(state_PxG, stopped_PxG, boundaries_PxRp1)

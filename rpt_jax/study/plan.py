@@ -11,7 +11,15 @@ from typing import Any
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
-from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, SuiteConfig, named_stages, suite_run_name
+from rpt_jax.config.study import (
+    SEEDS_PER_BUDGET,
+    ArmConfig,
+    StageConfig,
+    StudyConfig,
+    SuiteConfig,
+    named_stages,
+    suite_run_name,
+)
 from rpt_jax.corpus.tokenization import parse_shard
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.evaluation.run import check_task
@@ -205,8 +213,11 @@ def make_plan(study: StudyConfig, directory: Path) -> list[UnitPlan]:
 
 def _run_seed(study: StudyConfig, unit: Unit) -> int:
     """Return field `seed` of a unit's runs: at every budget another one, so that runs of different budgets are independent."""
-    index = 0 if unit.budget is None else [float(budget) for budget in study.budgets].index(unit.budget)
-    return unit.seed + index * (max(study.seeds) - min(study.seeds) + 1)
+    return unit.seed + SEEDS_PER_BUDGET * _budget_index(study, unit)
+
+
+def _budget_index(study: StudyConfig, unit: Unit) -> int:
+    return 0 if unit.budget is None else [float(budget) for budget in study.budgets].index(unit.budget)
 
 
 def _units(study: StudyConfig) -> Iterator[tuple[ArmConfig, Unit]]:
@@ -220,8 +231,9 @@ def _units(study: StudyConfig) -> Iterator[tuple[ArmConfig, Unit]]:
 
 
 def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, shared: Any) -> UnitPlan:
-    has_several = unit.budget is not None and len(study.budgets) > 1
-    parts = (arm.name, *([f"{study.matched_by}_{unit.budget:g}"] if has_several else []), f"seed{unit.seed}")
+    # A study that grows keeps the directories that it has, so the first budget needs none.
+    is_first = _budget_index(study, unit) == 0
+    parts = (arm.name, *([] if is_first else [f"{study.matched_by}_{unit.budget:g}"]), f"seed{unit.seed}")
     path = directory.joinpath(*parts)
     seed = _run_seed(study, unit)
 

@@ -19,10 +19,13 @@ from rpt_jax.study.plan import UnitPlan
 
 CONFIG = "study_config.json"
 _LOCK = "study.lock"
+_GROWING = ("arms", "references", "seeds", "budgets")  # Lists of the config that may become longer.
 
 
 def claim(directory: Path, values: Mapping[str, Any]) -> None:
     """Write the config of a study to its directory, or compare it with the one that is there.
+
+    A study may grow: arms, references, seeds and budgets may follow those that it has. Its runs do not change by this.
 
     Args:
       directory: created if it does not exist.
@@ -34,26 +37,41 @@ def claim(directory: Path, values: Mapping[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / CONFIG
     with locked(directory / _LOCK):
-        if not path.exists():
-            if others := [file.name for file in directory.iterdir() if file.name != _LOCK]:
-                raise UserError(
-                    f"--workdir={directory} is not the directory of a study, but has {sorted(others)[0]}: choose another.",
-                    field="--workdir",
-                )
-            atomic_write(path, json.dumps({**format_stamp(), "config": values}, indent=1) + "\n")
-            return
+        if path.exists():
+            _check_grows(directory, _read_config(path), values)
+        elif others := [file.name for file in directory.iterdir() if file.name != _LOCK]:
+            raise UserError(
+                f"--workdir={directory} is not the directory of a study, but has {sorted(others)[0]}: choose another.",
+                field="--workdir",
+            )
+        atomic_write(path, json.dumps({**format_stamp(), "config": values}, indent=1) + "\n")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the config that a study has. Raises: UserError."""
     try:
         content = {**json.loads(path.read_bytes())}
-        theirs = {**content["config"]}
+        values = {**content["config"]}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is damaged; choose another --workdir.", field="--workdir") from None
     check_format(content, path)
-    differing = [name for name in {**values, **theirs} if values.get(name) != theirs.get(name)]
-    if differing:
-        name = differing[0]
+    return values
+
+
+def _check_grows(directory: Path, theirs: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Check that a config is the one of a study, or adds to it. Raises: UserError, naming the first field that differs."""
+    added = tuple(f"arms.{arm}." for arm in values["arms"] if arm not in theirs.get("arms", []))
+    for name in {**values, **theirs}:
+        there = theirs.get(name)
+        now = values.get(name)
+        if there == now or (name not in theirs and name.startswith(added)):
+            continue
+        if name in _GROWING and isinstance(there, list) and now[: len(there)] == there:
+            continue
+        hint = " What a study has stays in front; more may follow." if name in _GROWING else ""
         raise UserError(
-            f"--workdir={directory} belongs to a study with another config ({name}: {theirs.get(name)!r} there, "
-            f"{values.get(name)!r} now). Choose another --workdir.",
+            f"--workdir={directory} belongs to a study with another config ({name}: {there!r} there, {now!r} now).{hint} Choose "
+            "another --workdir.",
             field=name,
         )
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.rewards.segment_match import common_prefix_share
+from rpt_jax.rewards.prefix_match import prefix_match_reward
+from rpt_jax.rewards.segment_match import segment_match
 from tests.helpers import reward_reference
 from tests.helpers.reward_cases import BOX, MARK, STOP, THINK_END, VOCAB_BYTES, VOCAB_LENGTHS, encode, make_case
 
@@ -20,7 +21,7 @@ PIECES = [b" size", b" and", b" de", b"a", b"}", b"{", b"\\}", b"{}", b"\xe6\xbc
 def shares(responses: list[bytes], target: list[bytes], reading: str = "balanced", stopped: bool = True) -> list[float]:
     """Return the share of the target in each response, by the kernel."""
     case = make_case([[encode([response, STOP]) for response in responses]], [target], size=32, width=96)
-    result = common_prefix_share(
+    arguments = (
         case.tokens,
         case.lengths,
         np.full_like(case.stopped, stopped),
@@ -29,9 +30,10 @@ def shares(responses: list[bytes], target: list[bytes], reading: str = "balanced
         VOCAB_BYTES,
         VOCAB_LENGTHS,
         THINK_END,
-        reading=reading,
     )
-    return np.asarray(result)[0].tolist()
+    share, status = segment_match(*arguments, reading=reading)
+    np.testing.assert_array_equal(status, prefix_match_reward(*arguments, reading=reading)[1])
+    return np.asarray(share)[0].tolist()
 
 
 def expected_share(response: bytes, target: list[bytes], reading: str) -> float:

@@ -13,7 +13,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.study.outcome import Unit
 from rpt_jax.study.plan import check_stages, config_values, make_plan, select_part
 from rpt_jax.study.workdir import claim
-from tests.helpers.studies import small_study
+from tests.helpers.studies import BUDGET, small_study
 
 STUDY = small_study()
 BASE, RPT, SFT = STUDY.arms
@@ -88,6 +88,7 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, part: str) -> Non
         ({"seeds": (1, 1)}, "seeds"),
         ({"seeds": [0, 1]}, "seeds"),
         ({"seeds": ()}, "seeds"),
+        ({"seeds": (0, 1000)}, "seeds"),
         ({"references": ("bse",)}, "references"),
         ({"matched_by": "tokens"}, "matched_by"),
         ({"tuning": tuned_by(name="rpt")}, "arms.rpt.stages"),
@@ -119,7 +120,10 @@ def test_a_changed_config_is_refused_by_the_field_that_differs(tmp_path: Path) -
     claim_by(STUDY)
     claim_by(STUDY)
     for changes, field in (
-        ({"seeds": (0, 1)}, "seeds"),
+        ({"seeds": (1, 0)}, "seeds"),
+        ({"budgets": (2 * BUDGET,)}, "budgets"),
+        ({"arms": (BASE, RPT)}, "arms"),
+        ({"main_score": "questions/before_tuning"}, "main_score"),
         (
             {"arms": replaced(RPT, overrides=(*RPT.stages[0].overrides, "rollout.temperature=0.5"))},
             "rollout.temperature",
@@ -132,6 +136,25 @@ def test_a_changed_config_is_refused_by_the_field_that_differs(tmp_path: Path) -
     with pytest.raises(UserError) as raised:
         claim(tmp_path, {})
     assert raised.value.field == "--workdir"
+
+
+GROWN = dataclasses.replace(
+    STUDY, arms=(*STUDY.arms, dataclasses.replace(SFT, name="again")), seeds=(0, 1), budgets=(BUDGET, 2 * BUDGET)
+)
+
+
+def test_a_study_may_grow_by_arms_seeds_and_budgets_and_not_shrink(tmp_path: Path) -> None:
+    for study in (STUDY, GROWN):
+        claim(tmp_path / "study", config_values(study, check_stages(study)))
+    with pytest.raises(UserError) as raised:
+        claim(tmp_path / "study", config_values(STUDY, check_stages(STUDY)))
+    assert raised.value.field == "seeds"
+
+
+def test_the_runs_of_a_study_that_grows_stay_as_they_are(tmp_path: Path) -> None:
+    grown = {unit.unit: unit for unit in make_plan(GROWN, tmp_path)}
+    for unit in make_plan(STUDY, tmp_path):
+        assert grown[unit.unit] == unit
 
 
 def test_the_packaged_study_can_run() -> None:
