@@ -29,6 +29,10 @@ def run(*arguments: str) -> int:
         (["--suite=questions", CONFIG, "--policy=nowhere"], "--policy='nowhere' does not exist"),
         (["--suite=questions", CONFIG, "--config.policy.path=nowhere"], "policy.path='nowhere' does not exist"),
         (["--suite=questions", CONFIG, "--policy=gs://bucket/policy"], "URL"),
+        (
+            ["--suite=next_token", f"--config={CONFIGS / 'rpt_tiny.py'}", "--config.evaluation.keep_rollouts=False"],
+            "no effect",
+        ),
         (["--suite=compare", "--results=a"], "two finished evaluations"),
         (["--suite=compare", "--results=a,b"], "a is not the --workdir of a finished evaluation"),
         (["--suite=patterns", "--results=a,b", CONFIG], "--config has no effect"),
@@ -61,9 +65,9 @@ def test_suite_of_likelihoods_from_the_questions_to_the_results(tmp_path: Path, 
     rejected = [json.loads(line) for line in (workdir / "rejected_questions.jsonl").read_text().splitlines()]
     assert [line["line"] for line in rejected] == [4]
 
-    # The same command shows the results again; other settings are refused.
+    # The same command shows the results again, also where the config's own policy is another one; other settings are refused.
     before = (workdir / "evaluation.json").read_bytes()
-    assert run(*flags) == 0 and (workdir / "evaluation.json").read_bytes() == before
+    assert run(*flags, "--config.policy.path=elsewhere") == 0 and (workdir / "evaluation.json").read_bytes() == before
     capsys.readouterr()
     assert run(*flags, "--config.questions.test_questions=2") == 2
     assert "questions.test_questions: 0 there, 2 now" in capsys.readouterr().err

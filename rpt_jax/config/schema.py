@@ -387,7 +387,8 @@ class EvaluationConfig:
     temperature: float = 0.0
     # Maximum number of tokens of a response in evaluations (paper, section 4.3, for questions: 32,000); 0 for that of training.
     max_new_tokens: int = 0
-    # Keep the responses of evaluations during training, and the text that they are evaluated on, in `rollouts/`.
+    # Keep the responses of evaluations during training, and the text that they are evaluated on, in `rollouts/`. The command
+    # `rpt_jax.evaluate` always keeps all responses, in `records.jsonl`.
     keep_rollouts: bool = True
 
 

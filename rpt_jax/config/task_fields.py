@@ -137,6 +137,7 @@ _NOT_OF_QUESTION_SUITES = (
     "questions.max_passes",
     "traces.",
     "evaluation.every_steps",
+    "evaluation.keep_rollouts",
     "evaluation.split",
 )
 _VERIFIERS = ("questions.verifier", "questions.verifier_seconds", "questions.verifier_workers")
@@ -154,6 +155,7 @@ _UNREAD_BY_SUITE = {
         "pretrain.",
         "traces.",
         "evaluation.every_steps",
+        "evaluation.keep_rollouts",
         "evaluation.unseen_positions",
     ),
     "questions": (*_NOT_OF_QUESTION_SUITES, "training.logit_chunk_tokens", "multiple_choice."),
@@ -201,6 +203,11 @@ def check_overrides_are_read(experiment: Experiment, overrides: Iterable[str], s
         for names, reason in unread:
             if _is_among(name, names):
                 raise UserError(f"{name} has no effect {reason}: leave --config.{name} out.", field=name)
+
+
+def suite_reads(suite: str, name: str) -> bool:
+    """Return whether the results of a suite of the command `evaluate` may depend on a field."""
+    return not _is_among(name, _UNREAD_BY_SUITE[suite])
 
 
 def unread_changes(experiment: Experiment) -> list[str]:

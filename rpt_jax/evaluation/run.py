@@ -16,6 +16,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.derived import evaluation_experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
+from rpt_jax.config.task_fields import suite_reads
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.batch_loop import run_batches
 from rpt_jax.evaluation.stored_results import RECORDS, SUMMARY, ResultStore
@@ -30,11 +31,11 @@ from rpt_jax.sizes.plan import plan_run
 
 logger = logging.getLogger(__name__)
 
-# What results depend on; all other fields change speed and memory, or belong to training.
+# What results depend on, beside the weights of the policy and what is evaluated; all other fields change speed and memory, or
+# belong to training.
 _SECTIONS = ("data", "questions", "prompt", "rollout", "evaluation", "multiple_choice")
 _FIELDS = (
     "seed",
-    "policy.path",
     "policy.dtype",
     "policy.precision",
     "policy.head_precision",
@@ -44,9 +45,7 @@ _WITHOUT_EFFECT = (
     "rollout.decode_slots",
     "rollout.prefill_tokens",
     "data.score_batch_windows",
-    "data.workers",
     "questions.verifier_workers",
-    "evaluation.every_steps",
 )
 
 
@@ -101,7 +100,9 @@ def evaluate(
 
     model, params, tokenizer = load_starting_policy(subject, mesh, policy_field)
     fingerprint = fingerprint_arrays(params)
-    settings = {"--suite": suite, "--policy": fingerprint, "tokenizer": tokenizer.fingerprint} | _settings(experiment)
+    settings = {"--suite": suite, "--policy": fingerprint, "tokenizer": tokenizer.fingerprint} | _settings(
+        suite, experiment
+    )
     store = ResultStore(workdir, settings, restart=restart)
     if finished := store.summary():
         logger.info("This evaluation is complete: %s. Give --restart to repeat it.", workdir / SUMMARY)
@@ -177,10 +178,12 @@ def _flat(details: dict[str, Any]) -> list[tuple[str, float]]:
     return flat
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """Return the fields of a config that results depend on."""
+def _settings(suite: str, experiment: Experiment) -> dict[str, Any]:
+    """Return the fields of a config that the results of a suite depend on."""
     return {
         name: value
         for name, value in leaves(experiment)
-        if name in _FIELDS or (name.partition(".")[0] in _SECTIONS and name not in _WITHOUT_EFFECT)
+        if (name in _FIELDS or name.partition(".")[0] in _SECTIONS)
+        and name not in _WITHOUT_EFFECT
+        and suite_reads(suite, name)
     }

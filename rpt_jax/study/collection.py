@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rpt_jax import __version__
@@ -55,9 +57,11 @@ def outcome(unit: UnitPlan) -> Outcome:
     tuning = _result(unit.tuning)
     scores: dict[str, Score] = {}
     for suite, run in unit.evaluations.items():
-        scores |= suite_scores(suite, json.loads((run.directory / run.result).read_bytes()))
-    for name, evaluation in ((BEFORE_TUNING, tuning["before"]), (AFTER_TUNING, tuning["after"])):
-        scores[name] = _score(evaluation["accuracy"]["micro"])
+        with _undamaged(run.directory / run.result):
+            scores |= suite_scores(suite, json.loads((run.directory / run.result).read_bytes()))
+    with _undamaged(unit.tuning.directory / unit.tuning.result):
+        for name, evaluation in ((BEFORE_TUNING, tuning["before"]), (AFTER_TUNING, tuning["after"])):
+            scores[name] = _score(evaluation["accuracy"]["micro"])
     return Outcome(
         arm=unit.unit.arm,
         seed=unit.unit.seed,
@@ -88,6 +92,18 @@ def suite_scores(suite: str, evaluation: dict[str, Any]) -> dict[str, Score]:
         for difficulty, result in evaluation["summary"]["difficulties"][measure].items()
         if result["positions"]
     }
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Turn what a block raises if a result is damaged into a UserError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Move its directory away and run the study again.",
+            field=str(path),
+        ) from None
 
 
 def _score(average: dict[str, Any]) -> Score:

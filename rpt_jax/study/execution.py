@@ -255,9 +255,15 @@ def write_failure(directory: Path, failure: Failure) -> None:
 
 
 def read_failure(unit: UnitPlan) -> Failure | None:
-    """Return the failure of a unit that another process or an earlier call has recorded, None if there is none."""
+    """Return the failure of a unit that another process or an earlier call has recorded, None if there is none.
+
+    Raises: UserError, if it is damaged.
+    """
     path = unit.directory / FAILURE
     if not path.exists():
         return None
-    values = json.loads(path.read_bytes())
-    return Failure(**{field.name: values[field.name] for field in dataclasses.fields(Failure)})
+    try:
+        values = json.loads(path.read_bytes())
+        return Failure(**{field.name: values[field.name] for field in dataclasses.fields(Failure)})
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: delete it, and run the study again.", field=str(path)) from None

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from rpt_jax.errors import ExitCode
+from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.signals import StopSignals
-from rpt_jax.study.execution import Executor, planned_command, read_failure, run_units
+from rpt_jax.study.collection import outcome
+from rpt_jax.study.execution import FAILURE, Executor, planned_command, read_failure, run_units
 from rpt_jax.study.file_lock import locked
 from rpt_jax.study.plan import UnitPlan
 from tests.helpers.paths import ROOT
@@ -122,3 +123,16 @@ def test_a_stop_signal_lets_the_run_save_and_ends_with_the_code_to_restart(tmp_p
         process.kill()
     assert calls(tmp_path) == ["tuning", "saved"]
     assert not list(tmp_path.glob("*/*/failure.json"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"flops": 1.0, "seconds": 1.0, "steps": 1}'])
+def test_a_damaged_result_is_refused_by_the_name_of_its_file(tmp_path: Path, content: str) -> None:
+    unit = script_unit(tmp_path, "base")
+    assert run(tmp_path, unit) == 0 and outcome(unit).arm == "base"
+    (unit.tuning.directory / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"base/seed0/tuning/result\.json"):
+        outcome(unit)
+    (unit.directory / FAILURE).write_text(content)
+    with pytest.raises(UserError) as raised:
+        read_failure(unit)
+    assert raised.value.field.endswith(FAILURE)
