@@ -181,12 +181,13 @@ def training_orders(
         places = [f"part '{parse_mixture(data.path)[part][1]}' of the mixture"] if weights else []
         places += [f"stage {stage + 1} of {len(stages)}"] if len(stages) > 1 else []
         where = f"{', '.join(places)} has " if places else ""
+        begin = f" begin a target of data.targets='{data.targets}'," if segments else ""
         raise UserError(
-            f"{source_name(data)}: {where}only {smallest:,} training positions that are chosen by "
+            f"{source_name(data)}: {where}only {smallest:,} training positions that{begin} are chosen by "
             f"{position_fields(data)} and have data.min_context={data.min_context} tokens before them, of {found:,} in all and "
             f"{total:,} training tokens; training.prompts_per_step={training.prompts_per_step} needs at least as many. "
             "Change one of these fields, or use more text.",
-            field="data.path" if weights else "training.prompts_per_step",
+            field="data.targets" if segments and not found else "data.path" if weights else "training.prompts_per_step",
         )
     if not weights and policy_entropies is None:
         _warn_of_small_parts(data, stages, part_W, training.prompts_per_step)

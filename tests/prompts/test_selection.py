@@ -25,6 +25,7 @@ from rpt_jax.prompts.selection import (
     training_stage,
     training_stream,
 )
+from rpt_jax.prompts.targets import find_segments
 from rpt_jax.setup import Setup, set_up
 from tests.helpers.paths import TINY
 
@@ -235,3 +236,12 @@ def test_the_part_of_a_mixture_with_too_few_positions_is_named(
     training_orders(without_weights, setup.prepared, setup.train, setup.boxable_V)
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"b.jsonl' of the mixture has only {positions:,} training positions" in warning
+
+
+def test_a_text_without_a_sentence_has_no_targets(experiment: Experiment, setup: Setup):
+    """The texts are numbers, which no period ends."""
+    sentences = with_data(experiment, targets="segment")
+    segments = find_segments(sentences, setup.tokenizer)
+    with pytest.raises(UserError, match=r"b\.jsonl.*data\.targets='segment'") as raised:
+        training_orders(sentences, setup.prepared, setup.train, setup.boxable_V, segments=segments)
+    assert raised.value.field == "data.targets"
