@@ -22,6 +22,7 @@ import yaml
 from rpt_jax.corpus.tokenization import parse_shard
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.main import load_experiment, main
+from rpt_jax.study import __main__ as study
 from tests.helpers.launchers import Clone, wait_for_text, wait_until
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CHILD_SECONDS, WITH_SIGNALS
@@ -438,3 +439,48 @@ def test_image_copies_files_that_exist() -> None:
     assert copied
     for path in copied:
         assert (ROOT / path).exists()
+
+
+# --- studies, docs/guides/study.md ---
+
+
+def study_snippet(language: str) -> str:
+    [code] = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs/guides/study.md").read_text(), re.M | re.S)
+    return code
+
+
+def part_of(arguments: list[str]) -> tuple[int, int]:
+    """Return the part of a study that the arguments of its command name, after the flags are parsed."""
+    module, *flags = arguments
+    assert module == "rpt_jax.study"
+    return parse_shard(study.make_parser().parse_args(flags).part, "--part")
+
+
+def test_the_tasks_of_the_slurm_array_are_the_parts_of_a_study(tmp_path: Path) -> None:
+    """The script runs with a stand-in for Python, which prints its arguments."""
+    script = tmp_path / "study.sbatch"
+    script.write_text(study_snippet("bash"))
+    [(first, last)] = re.findall(r"^#SBATCH --array=(\d+)-(\d+)$", script.read_text(), re.M)
+    parts = []
+    for task in range(int(first), int(last) + 1):
+        command = ["bash", "-ec", f'python() {{ printf "%s\\n" "$@"; }}; . {shlex.quote(str(script))}']
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7"}
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        parts.append(part_of(output.splitlines()[1:]))
+    assert parts == [(number, len(parts)) for number in range(len(parts))]
+
+
+def test_the_pods_of_the_indexed_job_are_the_parts_of_a_study() -> None:
+    job = yaml.safe_load(study_snippet("yaml"))
+    spec = job["spec"]
+    assert (job["apiVersion"], job["kind"], spec["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    assert spec["maxFailedIndexes"] <= spec["completions"], "required with backoffLimitPerIndex"
+    pod = spec["template"]["spec"]
+    [container] = pod["containers"]
+    [variable] = container["env"]
+    assert "batch.kubernetes.io/job-completion-index" in variable["valueFrom"]["fieldRef"]["fieldPath"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    placeholder = f"$({variable['name']})"
+    command = [*container["command"][2:], *container["args"]]
+    parts = [part_of([a.replace(placeholder, str(i)) for a in command]) for i in range(spec["completions"])]
+    assert parts == [(number, len(parts)) for number in range(len(parts))]
