@@ -61,7 +61,7 @@ def test_suite_of_likelihoods_from_the_questions_to_the_results(tmp_path: Path, 
     assert (
         summary["suite"] == "multiple_choice_likelihood" and summary["config"]["questions.choices_field"] == "options"
     )
-    assert 0 < summary["evaluation/device_busy"] <= 1
+    assert 0 < summary["device_busy"] <= 1
     rejected = [json.loads(line) for line in (workdir / "rejected_questions.jsonl").read_text().splitlines()]
     assert [line["line"] for line in rejected] == [4]
 

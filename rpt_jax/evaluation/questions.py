@@ -72,8 +72,8 @@ class SampledQuestions:
 
     def prompts(self, batch: int) -> PromptBatch:
         """Return the prompts of a batch; the last batch is padded by repeating its last prompt."""
-        _, questions, builder, size = self._sampling
-        [prompts] = question_batches(questions, builder, size, self._indices(batch))
+        sampling = self._sampling
+        [prompts] = question_batches(sampling.questions, sampling.builder, sampling.batch, self._indices(batch))
         return prompts
 
     def launch(self, batch: int) -> Rollouts:
@@ -208,7 +208,7 @@ def question_results(records: Sequence[Record]) -> dict[str, Any]:
         "samples": samples,
         "response_length": float(values("lengths").mean()),
         "truncated": 1.0 - float(values("finished").mean()),
-        "format_rate": 1.0 - status["no_box"] - status["not_finished"],
+        "format_rate": 1.0 - (status["no_box"] + status["not_finished"]),
         "status": status,
     }
 

@@ -131,7 +131,7 @@ def evaluate(
         "policy": policy,
         "policy_fingerprint": fingerprint,
         "seconds": time.monotonic() - start,
-        "evaluation/device_busy": busy,
+        "device_busy": busy,
         "scores": score_averages(records),
         "summary": batches.summary(records),
         "config": {name: value for name, value in leaves(experiment)},
@@ -159,8 +159,8 @@ def show(summary: dict[str, Any]) -> None:
     else:
         table(title, ("measure", "mean", "questions"), summary_rows(summary["scores"]))
     parts = [f"{name} {value:.4g}" for name, value in _flat(details)]
-    if summary["evaluation/device_busy"] is not None:
-        parts.append(f"device busy {100 * summary['evaluation/device_busy']:.1f} %")
+    if summary["device_busy"] is not None:
+        parts.append(f"device busy {100 * summary['device_busy']:.1f} %")
     logger.info(", ".join(parts))
 
 

@@ -77,7 +77,7 @@ def test_next_token_suite_finds_what_the_evaluator_of_the_training_loop_finds(tm
         [p.entropy for p in positions], entropies, atol=1e-3
     )  # They are stored in half precision.
     random_at_1 = summary["scores"]["reasoning/prefix/random@1"]["micro"]["mean"]
-    assert random_at_1 == pytest.approx(np.mean(rewarded.reward_PxG)) and 0 < summary["evaluation/device_busy"] <= 1
+    assert random_at_1 == pytest.approx(np.mean(rewarded.reward_PxG)) and 0 < summary["device_busy"] <= 1
     assert summary["summary"]["difficulties"]["direct/prefix"]["easy"]["positions"] == len(records)
 
 
