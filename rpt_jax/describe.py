@@ -669,8 +669,8 @@ def _run_rows(sizes: RunSizes) -> list[Row]:
         fields = "training.flops_budget, FLOPs of a step with dynamic sampling; scoring takes a part"
         rows.append(Row("steps that the budget allows, at least", sizes.budget_steps, fields))
     if sizes.seconds_budget:
-        fields = "training.seconds_budget; preflight estimates the steps"
-        rows.append(Row("seconds of training", sizes.seconds_budget, fields))
+        fields = "training.seconds_budget; the run tells how many steps"
+        rows.append(Row("seconds of training, at most", sizes.seconds_budget, fields))
     rows += [
         Row("learning rate", rates, "optimizer"),
         _bytes_row("on disk: checkpoints", sizes.checkpoint_bytes, "policy, checkpoint.keep, objective.reward"),
