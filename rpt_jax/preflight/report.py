@@ -238,7 +238,8 @@ def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[
         return
     seconds = step_seconds(reports)
     print("It fits." + (f" A step takes at least {seconds:.4g} s (estimate)." if experiment.reinforces else ""))
-    if budget := experiment.reinforces and experiment.training.seconds_budget:
+    budget = experiment.training.seconds_budget
+    if experiment.reinforces and budget and seconds:
         steps = min(experiment.training.total_steps, math.ceil(budget / seconds))
         print(f"training.seconds_budget={budget:g} allows at most {steps:,} steps (estimate).")
 
