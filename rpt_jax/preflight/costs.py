@@ -19,7 +19,7 @@ from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.rollout.engine import live_sizes
-from rpt_jax.rollout.kv_cache import block_size
+from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS
 
 # Bytes per token of text, about: the reward reads one byte per iteration.
 _BYTES_PER_TOKEN = 4
@@ -165,7 +165,8 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
     slots = live_sizes(-(-step.decoding.slots // replicas), prompts * samples)[0] if step.decoding else 1
     waves = -(-prompts * samples // slots)
-    own_blocks = -(-response // block_size(platform, response))
+    layout = CACHE_LAYOUTS[platform]
+    own_blocks = -(-response // layout.own_block)
 
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
     # most keys: a prompt and, on average, half of a response.
@@ -177,7 +178,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
         "decode_loop": (waves * (response - 1), 0),
         # The cache of a rollout's own tokens grows from empty to full.
         "own_cache_blocks": ((own_blocks + 1) / 2,),
-        "shared_cache_blocks": (-(-prompt // block_size(platform, prompt)),),
+        "shared_cache_blocks": (-(-prompt // layout.prompt_block),),
         "prefill_rows": (-(-prompts // rows),),
         "prefill_chunks": (chunks,),
         # Causal: half of the keys on average.
