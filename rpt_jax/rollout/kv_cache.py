@@ -73,9 +73,7 @@ def to_blocks(kv: KeyValues, block: int, transposed_keys: bool) -> BlockedCache:
 
     k = split(kv.k)
     return _constrain(
-        BlockedCache(
-            k=k.swapaxes(-1, -2) if transposed_keys else k, v=split(kv.v), transposed_keys=transposed_keys
-        )
+        BlockedCache(k=k.swapaxes(-1, -2) if transposed_keys else k, v=split(kv.v), transposed_keys=transposed_keys)
     )
 
 
@@ -108,9 +106,7 @@ def write_token(ring: BlockedCache, new: KeyValues, step: jax.Array) -> BlockedC
         k = jax.lax.dynamic_update_slice(ring.k, k.swapaxes(-1, -2), (0, block, 0, 0, 0, offset))
     else:
         k = jax.lax.dynamic_update_slice(ring.k, k, entry)
-    return BlockedCache(
-        k=k, v=jax.lax.dynamic_update_slice(ring.v, v, entry), transposed_keys=ring.transposed_keys
-    )
+    return BlockedCache(k=k, v=jax.lax.dynamic_update_slice(ring.v, v, entry), transposed_keys=ring.transposed_keys)
 
 
 def _constrain(cache: BlockedCache) -> BlockedCache:
@@ -163,6 +159,7 @@ def cached_attention(
       heads_per_kv: query heads per kv head.
       kernel: what computes attention over a cache.
     """
+
     # What is the same in every layer: which blocks are read for which rows.
     def ranges_of(cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array) -> CacheRanges:
         length_NxQ = jnp.repeat(length_NxW, heads_per_kv, axis=1)

@@ -117,7 +117,9 @@ def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, transposed_k
     assert all(x.dtype == jnp.float32 for x in ours)
 
     # The definition, in float64.
-    q, k, v = (x.astype(np.float64) for x in (example.q_NxKxQxC, example.k_LxNxKxSxC[layer], example.v_LxNxKxSxC[layer]))
+    q, k, v = (
+        x.astype(np.float64) for x in (example.q_NxKxQxC, example.k_LxNxKxSxC[layer], example.v_LxNxKxSxC[layer])
+    )
     scores = np.where(attended_NxQxS[:, None], np.einsum("nkqc,nksc->nkqs", q, k), -np.inf)
     has_keys = np.broadcast_to((example.length_NxQ > 0)[:, None], scores.shape[:-1])
     peak = np.where(has_keys, scores.max(axis=-1), 0)[..., None]

@@ -39,7 +39,9 @@ def test_plain_xla_equals_numpy(transposed_keys, seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_group_reads_the_blocks_that_one_of_its_rows_attends_to(seed, max_group_queries):
     example = make_example(SMALL, seed)
-    cache = BlockedCache(k=example.k_LxNxKxSxC, v=np.zeros((1, SMALL.blocks, 1, 1, SMALL.block, 1)), transposed_keys=False)
+    cache = BlockedCache(
+        k=example.k_LxNxKxSxC, v=np.zeros((1, SMALL.blocks, 1, 1, SMALL.block, 1)), transposed_keys=False
+    )
     ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_queries)
     group_rows = {None: 4, 1: 1, 6: 2}[max_group_queries]
     attended_NxS = attended_keys(example, SMALL.size).any(axis=1)

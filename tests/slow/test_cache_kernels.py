@@ -1,4 +1,4 @@
-"""Attention over a KV cache by the kernels: many shapes in interpret mode, and compiled for TPUs."""
+"""Attention over a KV cache by the kernels: many shapes in interpret mode, whole rollouts, and compiled for TPUs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ SHAPES = [
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_kernels_equal_numpy(name, shape, seed):
     check_kernel(INTERPRETED[name], shape, seed)
+
+
+def test_rollouts_by_the_kernels_equal_those_in_plain_xla():
+    """With slots that are refilled, shared prefixes and shrinking batches; on one device and on eight simulated ones."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    child = [sys.executable, "-m", "tests.helpers.cache_rollouts_child"]
+    done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -18,9 +18,7 @@ import jax.numpy as jnp
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("transposed_keys",)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("transposed_keys",))
 @dataclasses.dataclass(frozen=True)
 class BlockedCache:
     """Keys and values of S = J·B tokens for N rows.

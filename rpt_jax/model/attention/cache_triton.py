@@ -76,7 +76,9 @@ def attend_cache_triton(
     q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
 
     of_row = pl.BlockSpec((1,), lambda tile, head, row: (row,))
-    keys = pl.BlockSpec((layers, num_blocks, None, None, size, head_size), lambda tile, head, row: (0, 0, row, head, 0, 0))
+    keys = pl.BlockSpec(
+        (layers, num_blocks, None, None, size, head_size), lambda tile, head, row: (0, 0, row, head, 0, 0)
+    )
     statistics = pl.BlockSpec((None, None, tile), lambda tile, head, row: (row, head, tile))
     queries = pl.BlockSpec((None, None, tile, head_size), lambda tile, head, row: (row, head, tile, 0))
     peak, total, out = pl.pallas_call(
