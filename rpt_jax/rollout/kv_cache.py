@@ -15,7 +15,7 @@ from rpt_jax.model.attention.blocked_cache import (
     PartialSoftmax,
     make_cache_ranges,
 )
-from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues, cache_kernel
+from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues
 from rpt_jax.model.attention.platform import target_platform
 
 

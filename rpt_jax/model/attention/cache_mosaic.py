@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attended_entries
+from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores
 
 _KEYS_AXIS = 0

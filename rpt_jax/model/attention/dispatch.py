@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import PartitionSpec
 
