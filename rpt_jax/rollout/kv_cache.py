@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
+from rpt_jax.distributed.mesh import DECODING, num_shards
 from rpt_jax.model.attention.blocked_cache import (
     BlockedCache,
     CacheRanges,
     PartialSoftmax,
     make_cache_ranges,
+    visit_bytes,
 )
 from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues
 from rpt_jax.model.attention.platform import target_platform
@@ -161,9 +163,15 @@ def cached_attention(
     """
 
     # What is the same in every layer: which blocks are read for which rows.
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])
+
     def ranges_of(cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array) -> CacheRanges:
         length_NxQ = jnp.repeat(length_NxW, heads_per_kv, axis=1)
-        return make_cache_ranges(begin_N, length_NxQ, cache, kernel.max_group_queries)
+        max_group_rows = len(begin_N)
+        if kernel.max_visit_bytes is not None:
+            max_group_rows = max(1, shards * kernel.max_visit_bytes // visit_bytes(cache, length_NxQ.shape[1]))
+        return make_cache_ranges(begin_N, length_NxQ, cache, max_group_rows)
 
     own_ranges = ranges_of(own, (step - counts_M) % (own.num_blocks * own.block_size), counts_M[:, None])
     grids = [None if rollout_M is None else _slot_grid(cache, rollout_M) for cache in shared]

@@ -24,7 +24,7 @@ INTERPRETED = {
     "gpu_kernels": KERNELS["gpu_kernels"].cache._replace(attend=functools.partial(attend_cache_triton, interpret=True)),
     "tpu_kernels": KERNELS["tpu_kernels"].cache._replace(attend=functools.partial(attend_cache_mosaic, interpret=True)),
 }
-BLOCKWISE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_queries=None)
+BLOCKWISE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_visit_bytes=None)
 TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-2}
 
 
@@ -92,12 +92,14 @@ def to_cache(k_LxNxKxSxC: Any, v_LxNxKxSxC: Any, block: int, dtype: str, transpo
 
 
 @functools.cache
-def attention(kernel: CacheKernel, shape: CacheShape, transposed_keys: bool) -> Callable[..., PartialSoftmax]:
+def attention(
+    kernel: CacheKernel, shape: CacheShape, transposed_keys: bool, max_group_rows: int
+) -> Callable[..., PartialSoftmax]:
     """Return the compiled function from the arrays of an example and a layer to the result."""
 
     def run(example: Example, layer: jax.Array) -> PartialSoftmax:
         cache = to_cache(example.k_LxNxKxSxC, example.v_LxNxKxSxC, shape.block, shape.dtype, transposed_keys)
-        ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, kernel.max_group_queries)
+        ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
         return kernel.attend(jnp.asarray(example.q_NxKxQxC, shape.dtype), cache, layer, ranges)
 
     return jax.jit(run)
@@ -113,7 +115,10 @@ def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, transposed_k
     unread_J = ~attended_NxQxS.any(axis=(0, 1)).reshape(shape.blocks, shape.block).any(axis=1)
     poison_LxS = (np.arange(shape.layers) != layer)[:, None] | np.repeat(unread_J, shape.block)
     k, v = (np.where(poison_LxS[:, None, None, :, None], np.nan, x) for x in example[1:3])
-    ours = attention(kernel, shape, transposed_keys)(example._replace(k_LxNxKxSxC=k, v_LxNxKxSxC=v), layer)
+    max_group_rows = {None: shape.rows, 0: 1}.get(kernel.max_visit_bytes, 1 + seed % 4)
+    ours = attention(kernel, shape, transposed_keys, max_group_rows)(
+        example._replace(k_LxNxKxSxC=k, v_LxNxKxSxC=v), layer
+    )
     assert all(x.dtype == jnp.float32 for x in ours)
 
     # The definition, in float64.

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 
+# A TPU stores rows of numbers in registers of this many lanes.
+_LANES = 128
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("transposed_keys",))
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +70,17 @@ class CacheRanges(NamedTuple):
 
 
 def make_cache_ranges(
-    begin_N: jax.Array, length_NxQ: jax.Array, cache: BlockedCache, max_group_queries: int | None
+    begin_N: jax.Array, length_NxQ: jax.Array, cache: BlockedCache, max_group_rows: int
 ) -> CacheRanges:
     """Find the blocks in which each group of rows has keys to attend to.
 
     Args:
       begin_N, length_NxQ: as in `CacheRanges`.
       cache: the cache.
-      max_group_queries: limit of the queries of a group of several rows; None for all rows in one group.
+      max_group_rows: limit of the rows per group, which must divide the number of rows.
     """
-    rows, num_queries = length_NxQ.shape
-    limit = rows if max_group_queries is None else min(rows, max(1, max_group_queries // num_queries))
-    group_rows = max(n for n in range(1, limit + 1) if rows % n == 0)
+    rows = len(begin_N)
+    group_rows = max(n for n in range(1, min(max_group_rows, rows) + 1) if rows % n == 0)
 
     # A range has keys in a block if it contains the first key of the block, or begins within the block.
     size = cache.block_size
@@ -94,6 +96,19 @@ def make_cache_ranges(
         blocks_GxJ=jnp.argsort(~attended_GxJ, axis=-1, stable=True).astype(jnp.int32),
         visits_G=attended_GxJ.sum(axis=-1, dtype=jnp.int32),
     )
+
+
+def visit_bytes(cache: BlockedCache, num_queries: int) -> int:
+    """Return the bytes that a visit of a block keeps in a TPU core's memory for each row: keys, values and results.
+
+    Args:
+      cache: the cache.
+      num_queries: queries of a row and kv head.
+    """
+    kv_heads, size, head_size = cache.v.shape[3:]
+    lanes = -(-head_size // _LANES) * _LANES
+    results = num_queries * jnp.dtype(jnp.float32).itemsize
+    return kv_heads * lanes * (2 * size * cache.v.dtype.itemsize + results)
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:

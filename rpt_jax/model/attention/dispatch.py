@@ -34,12 +34,12 @@ class CacheKernel(NamedTuple):
     Attributes:
       attend: computes attention.
       dtypes: dtypes that it computes in; plain XLA computes the others.
-      max_group_queries: limit of the queries of a group of several rows of the cache; None for all rows in one group.
+      max_visit_bytes: limit of what a visit of a block of several rows takes (`visit_bytes`); None for all rows in one group.
     """
 
     attend: Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
     dtypes: tuple[str, ...]
-    max_group_queries: int | None
+    max_visit_bytes: int | None
 
 
 class PlatformKernels(NamedTuple):
@@ -64,17 +64,17 @@ KERNELS = {
         platform="gpu",
         causal=Kernel(attend_cudnn, dtypes=("bfloat16",)),
         packed=Kernel(attend_triton, dtypes=("bfloat16", "float32")),
-        cache=CacheKernel(attend_cache_triton, dtypes=("bfloat16", "float32"), max_group_queries=1),
+        cache=CacheKernel(attend_cache_triton, dtypes=("bfloat16", "float32"), max_visit_bytes=0),
     ),
     "tpu_kernels": PlatformKernels(
         platform="tpu",
         causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
-        # Eight rows of eight queries share a visit, which would otherwise be too short for its overhead.
-        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_group_queries=64),
+        # Rows share a visit, which would otherwise be too short for its overhead; two visits have to fit in a core's memory.
+        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_visit_bytes=2**21),
     ),
 }
-_BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_queries=None)
+_BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_visit_bytes=None)
 # Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
 DENSE_PAIRS = 64 * 128
 
