@@ -13,13 +13,14 @@ from rpt_jax.describe import derive
 from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
+from rpt_jax.model.attention.cache_mosaic import cached_attention_bytes
 from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.rollout.engine import live_sizes
-from rpt_jax.rollout.kv_cache import block_size
+from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS
 
 # Bytes per token of text, about: the reward reads one byte per iteration.
 _BYTES_PER_TOKEN = 4
@@ -100,23 +101,70 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
 
 
 def kernel_bytes_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Return the bytes that a run of each kernel for packed rows reads and writes on a chip, by its name, at full lengths.
+    """Return the bytes that a run of each kernel reads and writes on a chip, by a scope or name of its own, at full lengths.
 
-    These kernels read a block of keys once for each block of queries that attends to it, which the compiled program does not
-    show. The kernels for TPUs only: for GPUs, preflight compiles none.
+    These kernels read only the blocks of keys that are attended to, which the compiled program does not show. For GPUs, preflight
+    compiles no kernels.
     """
     if step.decoding is None or step.mesh.devices.flat[0].platform != "tpu":
         return {}
     config = step.policy.config
-    traffic = packed_attention_bytes(
-        full_row(experiment),
-        heads_per_kv=config.heads // config.kv_heads,
-        head_size=config.head_size,
-        itemsize=step.policy.dtype.itemsize,
+    fields = mesh_fields(step.mesh)
+    heads_per_kv = config.heads // config.kv_heads
+    itemsize = step.policy.dtype.itemsize
+
+    # Packed rows: each device runs one row, with its share of the kv heads.
+    packed = packed_attention_bytes(
+        full_row(experiment), heads_per_kv=heads_per_kv, head_size=config.head_size, itemsize=itemsize
     )
-    # Each device runs one row, with its share of the kv heads.
-    kv_heads = -(-config.kv_heads // mesh_fields(step.mesh)["tensor"])
-    return {name: kv_heads * size for name, size in traffic.items()}
+    kv_heads = -(-config.kv_heads // fields["tensor"])
+    traffic = {name: kv_heads * size for name, size in packed.items()}
+
+    # A decode step: the cache of a rollout's own tokens grows from empty to full; all rollouts of a prompt share its keys.
+    prompts, slots = _replica(experiment, step)
+    layout = CACHE_LAYOUTS["tpu"]
+    response = experiment.rollout.max_new_tokens
+    prompt = experiment.prompt.max_tokens
+    own_block = min(layout.own_block, response)
+    prompt_block = min(layout.prompt_block, prompt)
+    kv_heads = -(-config.kv_heads // fields["rollout_tensor"])
+    sizes = {"kv_heads": kv_heads, "head_size": config.head_size, "itemsize": itemsize}
+    return traffic | {
+        "own_cache_blocks": cached_attention_bytes(
+            rows=slots,
+            num_queries=heads_per_kv,
+            blocks_per_row=(-(-response // own_block) + 1) / 2,
+            block=own_block,
+            **sizes,
+        ),
+        "shared_cache_blocks": cached_attention_bytes(
+            rows=prompts,
+            num_queries=experiment.rollout.samples_per_prompt * heads_per_kv,
+            blocks_per_row=-(-prompt // prompt_block),
+            block=prompt_block,
+            **sizes,
+        ),
+    }
+
+
+class _Replica(NamedTuple):
+    """The part of a step's sampling that each replica does.
+
+    Attributes:
+      prompts: its prompts.
+      slots: rollouts that it decodes at once.
+    """
+
+    prompts: int
+    slots: int
+
+
+def _replica(experiment: Experiment, step: Step) -> _Replica:
+    replicas = num_batch_shards(step.mesh, DECODING)
+    prompts = -(-experiment.training.prompts_per_step // replicas)
+    rollouts = prompts * experiment.rollout.samples_per_prompt
+    slots = live_sizes(-(-step.decoding.slots // replicas), rollouts)[0] if step.decoding else 1
+    return _Replica(prompts=prompts, slots=slots)
 
 
 def full_row(experiment: Experiment) -> KeyRanges:
@@ -158,14 +206,13 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     samples = experiment.rollout.samples_per_prompt
 
     # Sampling: each replica has an equal part of the prompts and of the decode slots.
-    replicas = num_batch_shards(step.mesh, DECODING)
-    prompts = -(-experiment.training.prompts_per_step // replicas)
+    prompts, slots = _replica(experiment, step)
     prefill_tokens = experiment.rollout.prefill_tokens
     chunks = -(-prompt // prefill_tokens)
     rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
-    slots = live_sizes(-(-step.decoding.slots // replicas), prompts * samples)[0] if step.decoding else 1
     waves = -(-prompts * samples // slots)
-    own_blocks = -(-response // block_size(platform, response))
+    layout = CACHE_LAYOUTS[platform]
+    own_blocks = -(-response // layout.own_block)
 
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
     # most keys: a prompt and, on average, half of a response.
@@ -177,7 +224,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
         "decode_loop": (waves * (response - 1), 0),
         # The cache of a rollout's own tokens grows from empty to full.
         "own_cache_blocks": ((own_blocks + 1) / 2,),
-        "shared_cache_blocks": (-(-prompt // block_size(platform, prompt)),),
+        "shared_cache_blocks": (-(-prompt // layout.prompt_block),),
         "prefill_rows": (-(-prompts // rows),),
         "prefill_chunks": (chunks,),
         # Causal: half of the keys on average.

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpt_jax.model.attention.dispatch import KeyValues
-from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.attention.blocked_cache import BlockedCache
+from rpt_jax.model.attention.dispatch import KeyValues, cache_kernel
 from rpt_jax.model.transformer import Head, Params, Transformer, head
 from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
 from rpt_jax.rewards.boxed import BoxReader, read_box
 from rpt_jax.rollout.decode import decode_head, decode_token, prepare_decode_params
-from rpt_jax.rollout.kv_cache import BlockedCache, SharedCache, block_size, cached_attention, empty_ring
+from rpt_jax.rollout.kv_cache import SharedCache, cache_layout, cached_attention, empty_ring, write_token
 from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.prefix_sharing import Prompts
 from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Ended, Rollouts
@@ -197,6 +197,7 @@ def start_decoding(
     idle_M = jnp.full(slots, count, jnp.int32)
     zeros = jnp.zeros((config.layers, slots, config.kv_heads, 1, 1, config.head_size), policy.dtype)
     new = KeyValues(zeros, zeros)
+    layout = cache_layout()
     state = DecodeState(
         step=jnp.int32(0),
         started=jnp.int32(0),
@@ -205,7 +206,7 @@ def start_decoding(
         count_M=idle_M,
         box_M=None if vocab is None else BoxReader.start(slots),
         # The last token of a response is never run, so its keys need no space.
-        own=empty_ring(new, slots, max(max_new_tokens - 1, 1), block_size(target_platform(), max_new_tokens)),
+        own=empty_ring(new, slots, max(max_new_tokens - 1, 1), layout.own_block, layout.transposed_keys),
         new=new,
         rollouts=rollouts,
     )
@@ -238,8 +239,16 @@ def _decode_step(
     slot_rollout_M = None if inputs.unshared else jnp.where(running_M, rollout_M, _OUT_OF_RANGE)
 
     # Write the previous step's keys, then run this step's tokens.
-    own = state.own.write(state.new, state.step - 1)
-    attend = cached_attention(shared, slot_rollout_M, own, state.step, cached_M)
+    own = write_token(state.own, state.new, state.step - 1)
+    attend = cached_attention(
+        shared,
+        slot_rollout_M,
+        own,
+        state.step,
+        cached_M,
+        heads_per_kv=policy.config.heads // policy.config.kv_heads,
+        kernel=cache_kernel(policy.attention, jnp.dtype(policy.dtype).name),
+    )
     positions_M = inputs.prompt_lengths_R.at[rollout_M].get(mode="clip") + cached_M
     hidden_MxD, new = decode_token(policy, inputs.params, state.token_M, positions_M, attend)
 

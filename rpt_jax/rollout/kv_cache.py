@@ -1,8 +1,4 @@
-"""Blocked KV cache, and attention of one new token per rollout over it.
-
-Blocks of keys are [C, B] and blocks of values [B, C], which is the layout that their products need: XLA's CPU backend
-would otherwise transpose whole caches for every token (three times as slow). Only blocks with a visible key are read.
-"""
+"""The KV caches of rollouts, and attention of one new token per rollout over them."""
 
 from __future__ import annotations
 
@@ -13,15 +9,42 @@ import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
-from rpt_jax.model.attention.blockwise import MASKED_SCORE
-from rpt_jax.model.attention.dispatch import KeyValues
+from rpt_jax.distributed.mesh import DECODING, num_shards
+from rpt_jax.model.attention.blocked_cache import (
+    BlockedCache,
+    CacheRanges,
+    PartialSoftmax,
+    make_cache_ranges,
+    visit_bytes,
+)
+from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues
+from rpt_jax.model.attention.platform import target_platform
 
-# Keys per block. On a CPU, the products of a block should stay in a core's cache; accelerators need fewer and larger
-# products.
-_BLOCK_SIZE = {"cpu": 64, "gpu": 128, "tpu": 128}
-# Keys per block of a root, which more rollouts share, so that products are larger. On a CPU, 64 took 10 % longer for a
-# root with 32 rollouts, and 128 took 33 % longer for caches with few rollouts.
-ROOT_BLOCK = 128
+
+class CacheLayout(NamedTuple):
+    """How the caches of a platform are stored.
+
+    Attributes:
+      own_block: keys per block of a rollout's own tokens.
+      prompt_block: keys per block of a prompt.
+      root_block: keys per block of a root, which more rollouts share than a prompt.
+      transposed_keys: see `BlockedCache`.
+    """
+
+    own_block: int
+    prompt_block: int
+    root_block: int
+    transposed_keys: bool
+
+
+# On a CPU, the products of a block should stay in a core's cache. A larger block of a root makes larger products: 64 took 10 %
+# longer for a root with 32 rollouts, and 128 took 33 % longer for caches with few rollouts. Two blocks of keys and values have
+# to fit in a GPU core's shared memory. A TPU needs larger copies to outweigh the overhead of a visit.
+CACHE_LAYOUTS = {
+    "cpu": CacheLayout(own_block=64, prompt_block=64, root_block=128, transposed_keys=True),
+    "gpu": CacheLayout(own_block=64, prompt_block=64, root_block=64, transposed_keys=False),
+    "tpu": CacheLayout(own_block=128, prompt_block=512, root_block=512, transposed_keys=False),
+}
 _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 
 # Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, KeyValues of the token [M, K, 1, 1, C]) -> output like
@@ -29,71 +52,63 @@ _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 AttentionFn = Callable[[jax.Array | int, jax.Array, KeyValues], jax.Array]
 
 
-class BlockedCache(NamedTuple):
-    """Keys and values of S = blocks · B tokens for N rows.
+def cache_layout() -> CacheLayout:
+    """Return the layout of the platform that programs are compiled for."""
+    return CACHE_LAYOUTS[target_platform()]
 
-    Attributes:
-      k: [L, blocks, N, K, C, B].
-      v: [L, blocks, N, K, B, C].
+
+def to_blocks(kv: KeyValues, block: int, transposed_keys: bool) -> BlockedCache:
+    """Convert keys and values [L, N, K, J, S, C] to a cache. Each of the N·J sequences becomes a row.
+
+    Args:
+      kv: keys and values.
+      block: keys per block, or more than S.
+      transposed_keys: see `BlockedCache`.
     """
-
-    k: jax.Array
-    v: jax.Array
-
-    @property
-    def block_size(self) -> int:
-        """Keys per block, B."""
-        return self.k.shape[-1]
-
-    def take(self, rows: jax.Array) -> BlockedCache:
-        """Return the given rows."""
-        return BlockedCache(k=self.k[:, :, rows], v=self.v[:, :, rows])
-
-    def block(self, layer: jax.Array | int, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the keys [N, K, C, B] and the values [N, K, B, C] of one block."""
-
-        def one(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
-
-        return one(self.k), one(self.v)
-
-    def write(self, new: KeyValues, step: jax.Array) -> BlockedCache:
-        """Write one token per row, [L, M, K, 1, 1, C], to the entry of decode step `step` in the ring buffer."""
-        block = (step // self.block_size) % self.k.shape[1]
-        offset = step % self.block_size
-        k = jax.lax.dynamic_update_slice(self.k, new.k.transpose(0, 3, 1, 2, 5, 4), (0, block, 0, 0, 0, offset))
-        v = jax.lax.dynamic_update_slice(self.v, new.v.transpose(0, 3, 1, 2, 4, 5), (0, block, 0, 0, offset, 0))
-        return BlockedCache(k=k, v=v)
-
-
-def block_size(platform: str, keys: int) -> int:
-    """Return the keys per block for sequences of at most `keys` tokens."""
-    return min(_BLOCK_SIZE[platform], max(keys, 1))
-
-
-def to_blocks(kv: KeyValues, size: int) -> BlockedCache:
-    """Convert keys and values [L, N, K, J, S, C] to blocks of `size` keys. Each of the N·J sequences becomes a row."""
     layers, n, kv_heads, branches, length, c = kv.k.shape
+    size = min(block, length)
     padding = [(0, 0)] * 4 + [(0, -length % size), (0, 0)]
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, padding).transpose(0, 4, 1, 3, 2, 5)
         return x.reshape(layers, -1, size, n * branches, kv_heads, c).transpose(0, 1, 3, 4, 2, 5)
 
-    return _constrain(BlockedCache(k=split(kv.k).swapaxes(-1, -2), v=split(kv.v)))
+    k = split(kv.k)
+    return _constrain(
+        BlockedCache(k=k.swapaxes(-1, -2) if transposed_keys else k, v=split(kv.v), transposed_keys=transposed_keys)
+    )
 
 
-def empty_ring(like: KeyValues, rows: int, length: int, size: int) -> BlockedCache:
-    """Return an empty ring buffer for at least the last `length` tokens of `rows` rollouts, in blocks of `size` keys.
+def empty_ring(like: KeyValues, rows: int, length: int, block: int, transposed_keys: bool) -> BlockedCache:
+    """Return an empty ring buffer for at least the last `length` tokens of `rows` rollouts.
 
     Args:
       like: keys and values [L, N, K, J, S, C] whose layers, heads and dtype it has.
+      rows: number of rollouts.
+      length: number of tokens, at least 1.
+      block: keys per block, or more than `length`.
+      transposed_keys: see `BlockedCache`.
     """
     layers, _, kv_heads, *_, c = like.k.shape
+    size = min(block, length)
     dims = (layers, -(-length // size), rows, kv_heads)
-    k = jnp.zeros((*dims, c, size), like.k.dtype)
-    v = jnp.zeros((*dims, size, c), like.k.dtype)
-    return _constrain(BlockedCache(k=k, v=v))
+    v = jnp.zeros((*dims, size, c), like.v.dtype)
+    k = jnp.zeros((*dims, c, size) if transposed_keys else v.shape, like.k.dtype)
+    return _constrain(BlockedCache(k=k, v=v, transposed_keys=transposed_keys))
+
+
+def write_token(ring: BlockedCache, new: KeyValues, step: jax.Array) -> BlockedCache:
+    """Write one token per row, [L, M, K, 1, 1, C], to the entry of decode step `step` in the ring buffer."""
+    block = (step // ring.block_size) % ring.num_blocks
+    offset = step % ring.block_size
+    k = new.k.transpose(0, 3, 1, 2, 4, 5)
+    v = new.v.transpose(0, 3, 1, 2, 4, 5)
+    entry = (0, block, 0, 0, offset, 0)
+    if ring.transposed_keys:
+        k = jax.lax.dynamic_update_slice(ring.k, k.swapaxes(-1, -2), (0, block, 0, 0, 0, offset))
+    else:
+        k = jax.lax.dynamic_update_slice(ring.k, k, entry)
+    return BlockedCache(k=k, v=jax.lax.dynamic_update_slice(ring.v, v, entry), transposed_keys=ring.transposed_keys)
 
 
 def _constrain(cache: BlockedCache) -> BlockedCache:
@@ -130,6 +145,8 @@ def cached_attention(
     own: BlockedCache,
     step: jax.Array,
     counts_M: jax.Array,
+    heads_per_kv: int,
+    kernel: CacheKernel,
 ) -> AttentionFn:
     """Return the attention of each live rollout's new token over its shared caches, its own last tokens, and itself.
 
@@ -141,8 +158,27 @@ def cached_attention(
         takes no scatter.
       step: number of this decode step, whose keys are not written yet.
       counts_M: int32 number of the last steps that belong to each rollout.
+      heads_per_kv: query heads per kv head.
+      kernel: what computes attention over a cache.
     """
+
+    # What is the same in every layer: which blocks are read for which rows.
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])
+
+    def ranges_of(cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array) -> CacheRanges:
+        length_NxQ = jnp.repeat(length_NxW, heads_per_kv, axis=1)
+        max_group_rows = len(begin_N)
+        if kernel.max_visit_bytes is not None:
+            max_group_rows = max(1, shards * kernel.max_visit_bytes // visit_bytes(cache, length_NxQ.shape[1]))
+        return make_cache_ranges(begin_N, length_NxQ, cache, max_group_rows)
+
+    own_ranges = ranges_of(own, (step - counts_M) % (own.num_blocks * own.block_size), counts_M[:, None])
     grids = [None if rollout_M is None else _slot_grid(cache, rollout_M) for cache in shared]
+    shared_ranges = []
+    for cache, grid in zip(shared, grids, strict=True):
+        end_NxW = cache.end_NxW if grid is None else grid.end_NxW
+        shared_ranges.append(ranges_of(cache.blocks, jnp.zeros(len(end_NxW), jnp.int32), end_NxW))
 
     def attend(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
         q = q_MxKx1xRx1xC[:, :, 0, :, 0]
@@ -150,47 +186,18 @@ def cached_attention(
         # The token itself.
         scores = jnp.einsum("mkrc,mkc->mkr", q, new.k[:, :, 0, 0], preferred_element_type=jnp.float32)[..., None]
         value = jnp.broadcast_to(new.v[:, :, 0].astype(jnp.float32), q.shape)
-        softmax = _OnlineSoftmax(peak=scores, total=jnp.ones_like(scores), out=value)
+        softmax = PartialSoftmax(peak=scores, total=jnp.ones_like(scores), out=value)
         # Its own last tokens, then what it shares.
-        softmax = _attend_own(softmax, q, own, layer, step, counts_M)
-        for cache, grid in zip(shared, grids, strict=True):
-            softmax = softmax.merge(_attend_shared(q, cache, layer, grid))
+        with jax.named_scope("own_cache_blocks"):
+            softmax = softmax.merge(kernel.attend(q, own, layer, own_ranges))
+        for cache, grid, ranges in zip(shared, grids, shared_ranges, strict=True):
+            with jax.named_scope("shared_cache_blocks"):
+                rows = q if grid is None else grid.to_rows(q)
+                part = kernel.attend(rows, cache.blocks, layer, ranges)
+                softmax = softmax.merge(part if grid is None else grid.to_slots(part))
         return (softmax.out / softmax.total).astype(q.dtype)[:, :, None, :, None]
 
     return attend
-
-
-class _OnlineSoftmax(NamedTuple):
-    """Softmax-weighted sum over the keys processed so far, float32.
-
-    Attributes:
-      peak: largest score, [N, K, Q, 1].
-      total: sum of exp(score - peak), [N, K, Q, 1].
-      out: sum of exp(score - peak) · value, [N, K, Q, C].
-    """
-
-    peak: jax.Array
-    total: jax.Array
-    out: jax.Array
-
-    def add(self, q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> _OnlineSoftmax:
-        """Add a block: queries [N, K, Q, C], keys [N, K, C, B], values [N, K, B, C], visible [N, 1, Q or 1, B]."""
-        scores = jnp.einsum("nkqc,nkcb->nkqb", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible, scores, MASKED_SCORE)
-        peak = jnp.maximum(self.peak, scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores - peak)
-        rescale = jnp.exp(self.peak - peak)
-        out = jnp.einsum("nkqb,nkbc->nkqc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return _OnlineSoftmax(
-            peak=peak, total=self.total * rescale + weights.sum(-1, keepdims=True), out=self.out * rescale + out
-        )
-
-    def merge(self, other: _OnlineSoftmax) -> _OnlineSoftmax:
-        """Combine with the result over other keys."""
-        peak = jnp.maximum(self.peak, other.peak)
-        a = jnp.exp(self.peak - peak)
-        b = jnp.exp(other.peak - peak)
-        return _OnlineSoftmax(peak=peak, total=self.total * a + other.total * b, out=self.out * a + other.out * b)
 
 
 class _SlotGrid(NamedTuple):
@@ -206,6 +213,24 @@ class _SlotGrid(NamedTuple):
     slot_NW: jax.Array
     end_NxW: jax.Array
 
+    def to_rows(self, q_MxKxRxC: jax.Array) -> jax.Array:
+        """Return the queries of the rollouts of a row on one axis, [N, K, W·R, C]."""
+        n, width = self.end_NxW.shape
+        _, kv_heads, group, c = q_MxKxRxC.shape
+        q = q_MxKxRxC[self.slot_NW].reshape(n, width, kv_heads, group, c)
+        return q.transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, width * group, c)
+
+    def to_slots(self, rows: PartialSoftmax) -> PartialSoftmax:
+        """Return the results [N, K, W·R, …] of the queries of `to_rows` for each slot, [M, K, R, …]."""
+        n, width = self.end_NxW.shape
+
+        def convert(x: jax.Array) -> jax.Array:
+            _, kv_heads, queries, c = x.shape
+            x = x.reshape(n, kv_heads, width, queries // width, c).transpose(0, 2, 1, 3, 4)
+            return x.reshape(n * width, kv_heads, -1, c).at[self.index_M].get(mode="clip")
+
+        return jax.tree.map(convert, rows)
+
 
 def _slot_grid(shared: SharedCache, rollout_M: jax.Array) -> _SlotGrid:
     """Return the grid of a shared cache for slots that hold the rollouts `rollout_M`, which are out of range if idle."""
@@ -215,62 +240,3 @@ def _slot_grid(shared: SharedCache, rollout_M: jax.Array) -> _SlotGrid:
     used_NW = jnp.zeros(n * width, bool).at[index_M].set(True, mode="drop")
     end_NxW = jnp.where(used_NW.reshape(n, width), shared.end_NxW, 0)
     return _SlotGrid(index_M=index_M, slot_NW=slot_NW, end_NxW=end_NxW)
-
-
-@jax.named_scope("own_cache_blocks")
-def _attend_own(
-    softmax: _OnlineSoftmax,
-    q: jax.Array,
-    own: BlockedCache,
-    layer: jax.Array | int,
-    step: jax.Array,
-    counts_M: jax.Array,
-) -> _OnlineSoftmax:
-    """Add each rollout's own last tokens."""
-    blocks = own.k.shape[1]
-    size = own.block_size
-
-    def add(i: jax.Array, softmax: _OnlineSoftmax) -> _OnlineSoftmax:
-        index = i % blocks
-        age_B = (step - 1 - index * size - jnp.arange(size)) % (blocks * size)
-        visible_MxB = age_B < counts_M[:, None]
-        k, v = own.block(layer, index)
-        return softmax.add(q, k, v, visible_MxB[:, None, None])
-
-    if blocks == 1:  # A loop costs more than it can save.
-        return add(jnp.int32(0), softmax)
-    first = (step - counts_M.max()) // size
-    last = -(-step // size)
-    # The oldest and the newest keys may be in the same block of the ring, which must be processed only once.
-    return jax.lax.fori_loop(first, jnp.minimum(last, first + blocks), add, softmax)
-
-
-@jax.named_scope("shared_cache_blocks")
-def _attend_shared(q: jax.Array, shared: SharedCache, layer: jax.Array | int, grid: _SlotGrid | None) -> _OnlineSoftmax:
-    """Process each row's keys once for all rollouts that share it; `grid` is None if each slot has its own row."""
-    end_NxW = shared.end_NxW if grid is None else grid.end_NxW
-    n, width = end_NxW.shape
-    _, kv_heads, group, c = q.shape
-    blocks = shared.blocks
-
-    # Queries of the rollouts of a row become one axis: [N, K, W·R, C].
-    rows = q if grid is None else q[grid.slot_NW]
-    rows = rows.reshape(n, width, kv_heads, group, c).transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, -1, c)
-    end_NxQ = jnp.repeat(end_NxW, group, axis=1)[:, None, :, None]
-
-    def add(i: jax.Array, softmax: _OnlineSoftmax) -> _OnlineSoftmax:
-        visible = i * blocks.block_size + jnp.arange(blocks.block_size) < end_NxQ
-        k, v = blocks.block(layer, i)
-        return softmax.add(rows, k, v, visible)
-
-    # Up to the last block that a rollout attends to.
-    peak = jnp.full((*rows.shape[:-1], 1), MASKED_SCORE, jnp.float32)
-    softmax = _OnlineSoftmax(peak=peak, total=jnp.zeros_like(peak), out=jnp.zeros(rows.shape, jnp.float32))
-    softmax = jax.lax.fori_loop(0, -(-end_NxW.max() // blocks.block_size), add, softmax)
-
-    # Back to one row per slot.
-    def to_slots(x: jax.Array) -> jax.Array:
-        x = x.reshape(n, kv_heads, width, group, -1).transpose(0, 2, 1, 3, 4).reshape(n * width, kv_heads, group, -1)
-        return x if grid is None else x.at[grid.index_M].get(mode="clip")
-
-    return jax.tree.map(to_slots, softmax)

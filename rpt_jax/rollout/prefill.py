@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.model.attention.dispatch import Context, KeyValues
-from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.transformer import Layer, Params, Transformer, embed, rotary_angles
-from rpt_jax.rollout.kv_cache import ROOT_BLOCK, SharedCache, block_size, to_blocks
+from rpt_jax.rollout.kv_cache import SharedCache, cache_layout, to_blocks
 from rpt_jax.rollout.prefix_sharing import Array, Prompts
 
 
@@ -155,7 +154,8 @@ def _member_index(prompts: Prompts, members_NxW: Array) -> jax.Array:
 def _prompt_cache(kv: KeyValues, lengths_P: Array, samples: int) -> SharedCache:
     """Return the cache with a row per prompt, which its samples share."""
     end_PxG = jnp.repeat(lengths_P[:, None], samples, axis=1)
-    blocks = to_blocks(kv, block_size(target_platform(), kv.k.shape[4]))
+    layout = cache_layout()
+    blocks = to_blocks(kv, layout.prompt_block, layout.transposed_keys)
     return SharedCache(blocks=blocks, end_NxW=end_PxG, index_R=jnp.arange(end_PxG.size, dtype=jnp.int32))
 
 
@@ -163,5 +163,6 @@ def _root_cache(kv: KeyValues, prompts: Prompts, samples: int) -> SharedCache:
     """Return the cache with a row per root, which the samples of all of its prompts share."""
     end_NxW = _take_members(prompts.ends_P, prompts.members_NxW)
     index_PxG = _member_index(prompts, prompts.members_NxW)[:, None] * samples + jnp.arange(samples)
-    blocks = to_blocks(kv, min(ROOT_BLOCK, kv.k.shape[4]))
+    layout = cache_layout()
+    blocks = to_blocks(kv, layout.root_block, layout.transposed_keys)
     return SharedCache(blocks=blocks, end_NxW=jnp.repeat(end_NxW, samples, axis=1), index_R=index_PxG.reshape(-1))

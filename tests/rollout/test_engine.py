@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.errors import UserError
-from rpt_jax.model.attention.dispatch import Context, KeyValues, attend
+from rpt_jax.model.attention.dispatch import Context, KeyValues, attend, cache_kernel
 from rpt_jax.model.transformer import Transformer, in_compute_dtype
 from rpt_jax.rewards.boxed import BoxReader, read_box
 from rpt_jax.rollout.engine import live_sizes
 from rpt_jax.rollout.generate import generate, sample_rollouts
-from rpt_jax.rollout.kv_cache import SharedCache, cached_attention, empty_ring, to_blocks
+from rpt_jax.rollout.kv_cache import SharedCache, cached_attention, empty_ring, to_blocks, write_token
 from rpt_jax.rollout.memory import RolloutMemory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
 from rpt_jax.rollout.rollouts import Decoding, Ended, Rollouts
@@ -180,6 +180,7 @@ def test_positions_of_a_document_share_one_root():
 
 N, W, K, R, C, B, L = 3, 4, 2, 3, 8, 4, 2
 M, RING = 6, 11
+BLOCKWISE = cache_kernel("blockwise", "float32")
 
 
 def cache_inputs(seed: int):
@@ -193,15 +194,16 @@ def cache_inputs(seed: int):
 @functools.partial(jax.jit, static_argnums=0)
 def attend_cached(block, shared, own, q, new, end_NxW, index_M, step, counts_M):
     """Write the ring token by token up to `step`, and attend in layer 1."""
-    ring = empty_ring(shared, M, RING, block)
+    ring = empty_ring(shared, M, RING, block, transposed_keys=True)
 
     def write(i, ring):
         token = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i % RING, 1, axis=4), own)
-        return ring.write(token, i)
+        return write_token(ring, token, i)
 
     ring = jax.lax.fori_loop(jnp.maximum(step - RING, 0), step, write, ring)
-    cache = SharedCache(blocks=to_blocks(shared, block), end_NxW=end_NxW, index_R=jnp.arange(end_NxW.size))
-    return cached_attention((cache,), index_M, ring, step, counts_M)(1, q, new)
+    blocks = to_blocks(shared, block, transposed_keys=True)
+    cache = SharedCache(blocks=blocks, end_NxW=end_NxW, index_R=jnp.arange(end_NxW.size))
+    return cached_attention((cache,), index_M, ring, step, counts_M, R, BLOCKWISE)(1, q, new)
 
 
 @pytest.mark.parametrize("block", [B, S])
@@ -228,12 +230,13 @@ def test_cached_attention_equals_dense_attention(block, data):
 def test_separate_rows_give_the_same_attention_as_shared_rows():
     shared, own, q, new = cache_inputs(0)
     index, end = np.array([11, 2, 5, 6, 0, 9], np.int32), np.arange(12, dtype=np.int32).reshape(N, W) + 3
-    ring, counts = empty_ring(own, M, RING, B), np.zeros(M, np.int32)
-    cache = SharedCache(blocks=to_blocks(shared, B), end_NxW=end, index_R=jnp.arange(end.size))
+    ring, counts = empty_ring(own, M, RING, B, transposed_keys=True), np.zeros(M, np.int32)
+    blocks = to_blocks(shared, B, transposed_keys=True)
+    cache = SharedCache(blocks=blocks, end_NxW=end, index_R=jnp.arange(end.size))
     separate_rows = cache.unshare(index)
     assert separate_rows.end_NxW.shape == (M, 1)
-    expected = cached_attention((cache,), index, ring, 0, counts)(0, q, new)
-    ours = cached_attention((separate_rows,), None, ring, 0, counts)(0, q, new)
+    expected = cached_attention((cache,), index, ring, 0, counts, R, BLOCKWISE)(0, q, new)
+    ours = cached_attention((separate_rows,), None, ring, 0, counts, R, BLOCKWISE)(0, q, new)
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
@@ -368,8 +371,8 @@ def test_planned_memory_equals_the_size_of_the_arrays():
     size = {"prompts": P, "prompt_tokens": 64, "samples": G, "max_new_tokens": 64}
     memory = rollout_memory(SHAPE, "float32", **size, tensor=1)
     dims = (SHAPE.layers, 1, SHAPE.kv_heads, 1, 64, SHAPE.head_size)
-    ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32)
-    rings = sum(x.nbytes for x in ring) * 11 // 8
+    ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32, transposed_keys=True)
+    rings = sum(x.nbytes for x in jax.tree.leaves(ring)) * 11 // 8
     assert 0 <= 10 * memory.per_slot - rings <= 10 * 12 * SHAPE.vocab
     halved = rollout_memory(SHAPE, "bfloat16", **size, tensor=2)
     assert halved.per_slot < memory.per_slot / 3 and halved.fixed < memory.fixed / 2

@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import logical_to_mesh_axes
+from jax.sharding import PartitionSpec
 
 from rpt_jax.errors import UserError
+from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attend_cache_blockwise
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES, KeyBlock, attend_blockwise, masked_scores, weighted_sums
+from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic
+from rpt_jax.model.attention.cache_triton import attend_cache_triton
 from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic
 from rpt_jax.model.attention.packed_triton import attend_triton
@@ -23,6 +28,20 @@ class Kernel(NamedTuple):
     dtypes: tuple[str, ...]
 
 
+class CacheKernel(NamedTuple):
+    """The kernel of attention over a KV cache, with the arguments of `attend_cache_blockwise`.
+
+    Attributes:
+      attend: computes attention.
+      dtypes: dtypes that it computes in; plain XLA computes the others.
+      max_visit_bytes: limit of what a visit of a block of several rows takes (`visit_bytes`); None for all rows in one group.
+    """
+
+    attend: Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
+    dtypes: tuple[str, ...]
+    max_visit_bytes: int | None
+
+
 class PlatformKernels(NamedTuple):
     """The attention kernels of a platform.
 
@@ -30,11 +49,13 @@ class PlatformKernels(NamedTuple):
       platform: "gpu" or "tpu".
       causal: of causal self-attention, as in prefill and pre-training: function of the queries, keys and values of `attend`.
       packed: of packed rows: function of the arguments of `packed_kernels.attend_by_kernels`.
+      cache: of a decode step over a KV cache.
     """
 
     platform: str
     causal: Kernel
     packed: Kernel
+    cache: CacheKernel
 
 
 # By the name that `policy.attention` has for them. The table of docs/concepts/attention.md says the same.
@@ -43,13 +64,17 @@ KERNELS = {
         platform="gpu",
         causal=Kernel(attend_cudnn, dtypes=("bfloat16",)),
         packed=Kernel(attend_triton, dtypes=("bfloat16", "float32")),
+        cache=CacheKernel(attend_cache_triton, dtypes=("bfloat16", "float32"), max_visit_bytes=0),
     ),
     "tpu_kernels": PlatformKernels(
         platform="tpu",
         causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
+        # Rows share a visit, which would otherwise be too short for its overhead; two visits have to fit in a core's memory.
+        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_visit_bytes=2**21),
     ),
 }
+_BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_visit_bytes=None)
 # Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
 DENSE_PAIRS = 64 * 128
 
@@ -107,6 +132,31 @@ def choose_attention(name: str, platform: str) -> str:
             field="policy.attention",
         )
     return name
+
+
+def cache_kernel(attention: str, dtype: str) -> CacheKernel:
+    """Return what computes attention over a KV cache.
+
+    Args:
+      attention: "reference", "blockwise" or one of `KERNELS`.
+      dtype: of queries, keys and values.
+    """
+    kernel = KERNELS[attention].cache if attention in KERNELS else _BLOCKWISE_CACHE
+    if dtype not in kernel.dtypes:
+        return _BLOCKWISE_CACHE
+    if kernel is _BLOCKWISE_CACHE or jax.sharding.get_abstract_mesh().empty:
+        return kernel
+    # Each device computes its own kv heads: XLA cannot partition a kernel.
+    axes = logical_to_mesh_axes(("prompt", "kv_heads"))
+    assert axes is not None  # It is None only for names that are None.
+    whole = PartitionSpec()
+    attend = jax.shard_map(
+        lambda q, cache, layer, ranges: kernel.attend(q, cache, layer, ranges),
+        in_specs=(axes, PartitionSpec(None, None, *axes), whole, PartitionSpec(axes[0])),
+        out_specs=axes,
+        check_vma=False,
+    )
+    return kernel._replace(attend=attend)
 
 
 def attend(q_NxKxGxRxQxC: jax.Array, contexts: Sequence[Context], attention: str = "reference") -> jax.Array:

@@ -1,0 +1,189 @@
+"""A KV cache in blocks, and attention of the new tokens of a decode step over it.
+
+The kernels in cache_triton.py and cache_mosaic.py compute what `attend_cache_blockwise` does.
+
+Letters in shape suffixes: the cache has L layers and N rows, each of J blocks of B keys (S = J·B) for K kv heads of size C. A row
+has Q queries for each kv head. Rows form G groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rpt_jax.model.attention.blockwise import MASKED_SCORE
+
+# A TPU stores rows of numbers in registers of this many lanes.
+_LANES = 128
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("transposed_keys",))
+@dataclasses.dataclass(frozen=True)
+class BlockedCache:
+    """Keys and values of S = J·B tokens for N rows.
+
+    Attributes:
+      k: [L, J, N, K, B, C], or [L, J, N, K, C, B] if `transposed_keys`.
+      v: [L, J, N, K, B, C].
+      transposed_keys: the layout that XLA's CPU backend needs. It would otherwise transpose whole caches for every token, which
+        takes three times as long.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    transposed_keys: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks per row, J."""
+        return self.v.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Keys per block, B."""
+        return self.v.shape[4]
+
+    def take(self, rows: jax.Array) -> BlockedCache:
+        """Return the given rows."""
+        return jax.tree.map(lambda x: x[:, :, rows], self)
+
+
+class CacheRanges(NamedTuple):
+    """Which keys of its row each query attends to; the same in every layer.
+
+    Attributes:
+      begin_N: int32, the first key that the queries of a row attend to.
+      length_NxQ: int32, how many keys a query attends to from there on. After the last key of a row comes its first one, as in a
+        ring buffer.
+      blocks_GxJ: int32, all blocks, those first in which a row of the group has keys to attend to.
+      visits_G: int32, the number of the latter.
+    """
+
+    begin_N: jax.Array
+    length_NxQ: jax.Array
+    blocks_GxJ: jax.Array
+    visits_G: jax.Array
+
+
+def make_cache_ranges(
+    begin_N: jax.Array, length_NxQ: jax.Array, cache: BlockedCache, max_group_rows: int
+) -> CacheRanges:
+    """Find the blocks in which each group of rows has keys to attend to.
+
+    Args:
+      begin_N, length_NxQ: as in `CacheRanges`.
+      cache: the cache.
+      max_group_rows: limit of the rows per group, which must divide the number of rows.
+    """
+    rows = len(begin_N)
+    group_rows = max(n for n in range(1, min(max_group_rows, rows) + 1) if rows % n == 0)
+
+    # A range has keys in a block if it contains the first key of the block, or begins within the block.
+    size = cache.block_size
+    first_J = jnp.arange(cache.num_blocks, dtype=jnp.int32) * size
+    longest_Nx1 = length_NxQ.max(axis=1, keepdims=True)
+    contains_NxJ = (first_J - begin_N[:, None]) % (cache.num_blocks * size) < longest_Nx1
+    begins_within_NxJ = begin_N[:, None] // size == first_J // size
+    attended_NxJ = contains_NxJ | (begins_within_NxJ & (longest_Nx1 > 0))
+    attended_GxJ = attended_NxJ.reshape(-1, group_rows, cache.num_blocks).any(axis=1)
+    return CacheRanges(
+        begin_N=begin_N,
+        length_NxQ=length_NxQ,
+        blocks_GxJ=jnp.argsort(~attended_GxJ, axis=-1, stable=True).astype(jnp.int32),
+        visits_G=attended_GxJ.sum(axis=-1, dtype=jnp.int32),
+    )
+
+
+def visit_bytes(cache: BlockedCache, num_queries: int) -> int:
+    """Return the bytes that a visit of a block keeps in a TPU core's memory for each row: keys, values and results.
+
+    Args:
+      cache: the cache.
+      num_queries: queries of a row and kv head.
+    """
+    kv_heads, size, head_size = cache.v.shape[3:]
+    lanes = -(-head_size // _LANES) * _LANES
+    results = num_queries * jnp.dtype(jnp.float32).itemsize
+    return kv_heads * lanes * (2 * size * cache.v.dtype.itemsize + results)
+
+
+def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:
+    """Return whether queries attend to entries of their row; the arguments broadcast against each other.
+
+    Args:
+      begin, length: of the queries, as in `CacheRanges`.
+      entry: int32 indices of keys in their row.
+      size: number of keys of a row, S.
+    """
+    after_begin = entry - begin
+    return jnp.where(after_begin < 0, after_begin + size, after_begin) < length
+
+
+class PartialSoftmax(NamedTuple):
+    """Weighted sum of values over some of the keys, not normalized yet, float32.
+
+    Attributes:
+      peak: largest score, [N, K, Q, 1]; `MASKED_SCORE` without keys.
+      total: sum of exp(score - peak), [N, K, Q, 1].
+      out: sum of exp(score - peak) · value, [N, K, Q, C].
+    """
+
+    peak: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+    def add(self, scores_NxKxQxB: jax.Array, v_NxKxBxC: jax.Array) -> PartialSoftmax:
+        """Add a block of keys."""
+        peak = jnp.maximum(self.peak, scores_NxKxQxB.max(-1, keepdims=True))
+        weights = jnp.exp(scores_NxKxQxB - peak)
+        rescale = jnp.exp(self.peak - peak)
+        out = jnp.einsum(
+            "nkqb,nkbc->nkqc", weights.astype(v_NxKxBxC.dtype), v_NxKxBxC, preferred_element_type=jnp.float32
+        )
+        return PartialSoftmax(
+            peak=peak, total=self.total * rescale + weights.sum(-1, keepdims=True), out=self.out * rescale + out
+        )
+
+    def merge(self, other: PartialSoftmax) -> PartialSoftmax:
+        """Combine with the result over other keys."""
+        peak = jnp.maximum(self.peak, other.peak)
+        a = jnp.exp(self.peak - peak)
+        b = jnp.exp(other.peak - peak)
+        return PartialSoftmax(peak=peak, total=self.total * a + other.total * b, out=self.out * a + other.out * b)
+
+
+def attend_cache_blockwise(
+    q_NxKxQxC: jax.Array, cache: BlockedCache, layer: jax.Array | int, ranges: CacheRanges
+) -> PartialSoftmax:
+    """Attend over the rows of a KV cache in plain XLA, block by block.
+
+    Args:
+      q_NxKxQxC: scaled queries.
+      cache: keys and values of all layers.
+      layer: index of the layer.
+      ranges: which keys each query attends to, with all rows in one group.
+    """
+    size = cache.block_size
+
+    def block(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
+
+    def add(visit: jax.Array | int, softmax: PartialSoftmax) -> PartialSoftmax:
+        index = ranges.blocks_GxJ[0, visit]
+        entry_B = index * size + jnp.arange(size)
+        attended_NxQxB = attended_entries(
+            ranges.begin_N[:, None, None], ranges.length_NxQ[..., None], entry_B, cache.num_blocks * size
+        )
+        equation = "nkqc,nkcb->nkqb" if cache.transposed_keys else "nkqc,nkbc->nkqb"
+        scores = jnp.einsum(equation, q_NxKxQxC, block(cache.k, index), preferred_element_type=jnp.float32)
+        return softmax.add(jnp.where(attended_NxQxB[:, None], scores, MASKED_SCORE), block(cache.v, index))
+
+    peak = jnp.full((*q_NxKxQxC.shape[:-1], 1), MASKED_SCORE, jnp.float32)
+    start = PartialSoftmax(peak=peak, total=jnp.zeros_like(peak), out=jnp.zeros(q_NxKxQxC.shape, jnp.float32))
+    if cache.num_blocks == 1:  # A loop costs more than it can save.
+        return add(0, start)
+    return jax.lax.fori_loop(0, ranges.visits_G[0], add, start)

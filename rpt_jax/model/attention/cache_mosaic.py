@@ -1,0 +1,163 @@
+"""Attention of a decode step over a KV cache on TPUs (Pallas, Mosaic).
+
+The grid runs over groups of rows and visits of a block. A visit copies that block of all rows of a group and of all kv heads,
+while the visit before is computed; blocks in which no row of the group has keys to attend to are not copied. The results stay in
+the core's memory until the last visit of a group.
+
+Keys lie along axis 0 of the scores, as in packed_mosaic.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attended_entries
+from rpt_jax.model.attention.blockwise import MASKED_SCORE
+from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores
+
+_KEYS_AXIS = 0
+# Queries are padded to whole registers.
+_QUERY_MULTIPLE = 8
+
+
+class _Results(NamedTuple):
+    """Refs of the online softmax of a group of rows."""
+
+    peak_NxKx1xQ: Any
+    total_NxKx1xQ: Any
+    out_NxKxCxQ: Any
+
+    def load(self, row: Any, head: int) -> Softmax:
+        """Return the state of the queries of a row and a kv head."""
+        return Softmax(*(ref[row, head] for ref in self))
+
+    def store(self, row: Any, head: int, softmax: Softmax) -> None:
+        """Set the state of the queries of a row and a kv head."""
+        for ref, value in zip(self, softmax, strict=True):
+            ref[row, head] = value
+
+
+def _kernel(
+    layer: Any,
+    begin_N: Any,
+    visits_G: Any,
+    blocks_GxJ: Any,
+    length_Nx1xQ: Any,
+    q_NxKxQxC: Any,
+    k_NxKxBxC: Any,
+    v_NxKxBxC: Any,
+    *results: Any,
+    num_blocks: int,
+) -> None:
+    group = pl.program_id(0)
+    visit = pl.program_id(1)
+    rows, kv_heads, num_queries, head_size = q_NxKxQxC.shape
+    size = k_NxKxBxC.shape[2]
+    state = _Results(*results)
+
+    @pl.when(visit == 0)
+    def _() -> None:
+        state.peak_NxKx1xQ[...] = jnp.full_like(state.peak_NxKx1xQ, MASKED_SCORE)
+        state.total_NxKx1xQ[...] = jnp.zeros_like(state.total_NxKx1xQ)
+        state.out_NxKxCxQ[...] = jnp.zeros_like(state.out_NxKxCxQ)
+
+    @pl.when(visit < visits_G[group])
+    def _() -> None:
+        entry = blocks_GxJ[group, visit] * size + jax.lax.broadcasted_iota(jnp.int32, (size, num_queries), 0)
+
+        @pl.loop(0, rows)
+        def _(row: jax.Array) -> None:
+            begin = begin_N[group * rows + row]
+            attended = attended_entries(begin, length_Nx1xQ[row], entry, num_blocks * size)
+            for head in range(kv_heads):
+                scores = masked_scores(q_NxKxQxC[row, head], k_NxKxBxC[row, head], attended, _KEYS_AXIS)
+                state.store(row, head, add_keys(state.load(row, head), scores, v_NxKxBxC[row, head], _KEYS_AXIS))
+
+
+def attend_cache_mosaic(
+    q_NxKxQxC: jax.Array,
+    cache: BlockedCache,
+    layer: jax.Array | int,
+    ranges: CacheRanges,
+    interpret: bool = False,
+) -> PartialSoftmax:
+    """Attend over the rows of a KV cache on a TPU.
+
+    Args:
+      q_NxKxQxC: scaled queries.
+      cache: keys and values of all layers; keys are not transposed.
+      layer: index of the layer.
+      ranges: which keys each query attends to.
+      interpret: run the kernel in interpret mode, without a TPU.
+    """
+    assert not cache.transposed_keys
+    _, num_blocks, rows, kv_heads, size, head_size = cache.k.shape
+    num_queries = q_NxKxQxC.shape[2]
+    padding = -num_queries % _QUERY_MULTIPLE
+    q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    length_NxQ = jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding)))
+
+    group_rows = rows // len(ranges.visits_G)
+    padded = num_queries + padding
+
+    def key_block(group: Any, visit: Any, layer: Any, _: Any, visits_G: Any, blocks_GxJ: Any) -> tuple[Any, ...]:
+        # A group with fewer visits than others keeps its last block.
+        last = jnp.maximum(visits_G[group] - 1, 0)
+        return layer[0], blocks_GxJ[group, jnp.minimum(visit, last)], group, 0, 0, 0
+
+    def of_group(*dims: int) -> pl.BlockSpec:
+        return pl.BlockSpec((group_rows, *dims), lambda group, *_: (group, *(0 for _ in dims)))
+
+    keys = pl.BlockSpec((None, None, group_rows, kv_heads, size, head_size), key_block)
+    sides = (1, 1, head_size)
+    peak, total, out = pl.pallas_call(
+        functools.partial(_kernel, num_blocks=num_blocks),
+        out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, side, padded), jnp.float32) for side in sides),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(rows // group_rows, jnp.maximum(ranges.visits_G.max(), 1)),
+            in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), keys, keys),
+            out_specs=tuple(of_group(kv_heads, side, padded) for side in sides),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="cached_attention",
+        interpret=interpret,
+    )(
+        jnp.asarray(layer, jnp.int32)[None],
+        ranges.begin_N,
+        ranges.visits_G,
+        ranges.blocks_GxJ,
+        length_NxQ[:, None],
+        q,
+        cache.k,
+        cache.v,
+    )
+    return PartialSoftmax(*(x.swapaxes(-1, -2)[:, :, :num_queries] for x in (peak, total, out)))
+
+
+def cached_attention_bytes(
+    *, rows: int, num_queries: int, blocks_per_row: float, block: int, kv_heads: int, head_size: int, itemsize: int
+) -> float:
+    """Return the bytes that the kernel reads and writes.
+
+    Args:
+      rows: rows of the cache.
+      num_queries: queries of a row and kv head.
+      blocks_per_row: blocks that are read of a row, on average.
+      block: keys per block.
+      kv_heads: kv heads.
+      head_size: size of a head.
+      itemsize: bytes of a query's, key's or value's number.
+    """
+    padded = num_queries + -num_queries % _QUERY_MULTIPLE
+    keys_and_values = 2 * blocks_per_row * block * head_size * itemsize
+    queries = padded * head_size * itemsize
+    results = padded * (head_size + 2) * jnp.dtype(jnp.float32).itemsize
+    lengths = padded * jnp.dtype(jnp.int32).itemsize
+    return rows * (kv_heads * (keys_and_values + queries + results) + lengths)

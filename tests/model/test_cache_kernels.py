@@ -1,0 +1,113 @@
+"""Attention over a KV cache: the kernels and plain XLA against NumPy, lowered for their platforms, and what they read."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpt_jax.model.attention.blocked_cache import BlockedCache, make_cache_ranges
+from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic, cached_attention_bytes
+from rpt_jax.model.attention.dispatch import KERNELS
+from tests.helpers.cached_rows import BLOCKWISE, INTERPRETED, CacheShape, attended_keys, check_kernel, make_example
+
+SMALL = CacheShape(layers=2, blocks=3, rows=4, kv_heads=2, block=16, head_size=16, queries=3, dtype="float32")
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS)
+def test_the_kernels_equal_numpy(name, seed):
+    """More shapes in tests/slow/test_cache_kernels.py."""
+    check_kernel(INTERPRETED[name], SMALL, seed)
+
+
+@pytest.mark.parametrize("transposed_keys", [False, True])
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS)
+def test_plain_xla_equals_numpy(transposed_keys, seed):
+    check_kernel(BLOCKWISE, SMALL, seed, transposed_keys)
+
+
+@pytest.mark.parametrize(("max_group_rows", "group_rows"), [(9, 4), (1, 1), (3, 2)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_group_reads_the_blocks_that_one_of_its_rows_attends_to(seed, max_group_rows, group_rows):
+    example = make_example(SMALL, seed)
+    cache = BlockedCache(
+        k=example.k_LxNxKxSxC, v=np.zeros((1, SMALL.blocks, 1, 1, SMALL.block, 1)), transposed_keys=False
+    )
+    ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
+    attended_NxS = attended_keys(example, SMALL.size).any(axis=1)
+    expected_GxJ = attended_NxS.reshape(-1, group_rows, SMALL.blocks, SMALL.block).any(axis=(1, 3))
+    for blocks_J, visits, expected_J in zip(ranges.blocks_GxJ, ranges.visits_G, expected_GxJ, strict=True):
+        assert list(blocks_J[:visits]) == list(np.flatnonzero(expected_J))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("name", "platform", "call"),
+    [("tpu_kernels", "tpu", "tpu_custom_call"), ("gpu_kernels", "cuda", "__gpu$xla.gpu.triton")],
+)
+def test_the_kernels_lower_for_their_platform(name, platform, call, dtype):
+    rows, kv_heads, num_queries, head_size = 6, 2, 7, 64
+    kernel = KERNELS[name].cache
+    keys = jax.ShapeDtypeStruct((3, 4, rows, kv_heads, 128, head_size), dtype)
+    cache = BlockedCache(k=keys, v=keys, transposed_keys=False)  # type: ignore[arg-type]
+
+    def attend(q, cache, begin_N, length_NxQ, layer):
+        ranges = make_cache_ranges(begin_N, length_NxQ, cache, max_group_rows=1)
+        return kernel.attend(q, cache, layer, ranges)
+
+    # Without a GPU, jax 0.12 lowers Triton kernels for the device of the mesh only.
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device if platform == "cuda" else None)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(attend).trace(
+            jax.ShapeDtypeStruct((rows, kv_heads, num_queries, head_size), dtype),
+            cache,
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            jax.ShapeDtypeStruct((rows, num_queries), jnp.int32),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count(call) == 1
+
+
+@pytest.mark.parametrize("max_group_rows", [1, 2])
+def test_what_the_tpu_kernel_moves_is_what_its_block_specs_say(max_group_rows):
+    example = make_example(SMALL, 1)
+    cache = BlockedCache(
+        k=jnp.zeros((SMALL.layers, SMALL.blocks, SMALL.rows, SMALL.kv_heads, SMALL.block, SMALL.head_size)),
+        v=jnp.zeros((SMALL.layers, SMALL.blocks, SMALL.rows, SMALL.kv_heads, SMALL.block, SMALL.head_size)),
+        transposed_keys=False,
+    )
+    ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
+    jaxpr = jax.make_jaxpr(lambda q: attend_cache_mosaic(q, cache, 1, ranges))(example.q_NxKxQxC)
+    [kernel] = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
+    mapping = kernel.params["grid_mapping"]
+    scalars = jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.blocks_GxJ
+
+    # A block is copied whenever its index changes.
+    grid = range(len(ranges.visits_G)), range(max(1, int(ranges.visits_G.max())))
+    steps_SxG = jnp.array(list(itertools.product(*grid)))
+    moved = 0
+    for block in mapping.block_mappings:
+        starts = jax.vmap(lambda step, block=block: block.compute_start_indices_interpret(step, *scalars))
+        starts_SxD = np.stack(jnp.broadcast_arrays(*starts(steps_SxG)), axis=-1)
+        copies = 1 + np.count_nonzero((np.diff(starts_SxD, axis=0) != 0).any(axis=1))
+        moved += copies * block.block_aval.dtype.itemsize * int(np.prod(block.block_aval.shape))
+    expected = cached_attention_bytes(
+        rows=SMALL.rows,
+        num_queries=SMALL.queries,
+        blocks_per_row=np.maximum(ranges.visits_G, 1).mean(),
+        block=SMALL.block,
+        kv_heads=SMALL.kv_heads,
+        head_size=SMALL.head_size,
+        itemsize=4,
+    )
+    assert moved == pytest.approx(expected)
