@@ -24,7 +24,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
 from rpt_jax.infra.rollout_files import EVALUATION, TEXT, TRAINING, read_table, rollout_files
 from rpt_jax.infra.run_format import FORMAT
-from rpt_jax.infra.scaling_laws import PowerLaw, fit_power_law
+from rpt_jax.infra.scaling_laws import NotDetermined, fit_power_law
 from rpt_jax.infra.workdir import RESULT, RUN_CONFIG
 
 MAX_POINTS = 1000  # Of a curve.
@@ -176,12 +176,16 @@ def _fits(lines: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
         if not points:
             continue
         flops, accuracy = map(list, zip(*points, strict=True))
-        fit: dict[str, Any] = {"level": level, "flops": flops, "accuracy": accuracy, "curve": None}
+        before = next((line[key] for line in lines if line["step"] == 0 and key in line), None)
+        fit: dict[str, Any] = {"level": level, "flops": flops, "accuracy": accuracy, "before": before, "curve": None}
         law = fit_power_law(flops, accuracy)
-        if isinstance(law, PowerLaw):
+        curve = law.closest if isinstance(law, NotDetermined) else law
+        if curve:
             curve_M = np.geomspace(min(flops), max(flops), 60)
-            fit["curve"] = {"flops": curve_M.tolist(), "accuracy": law(curve_M).tolist()}
-            fit["law"] = {"A": law.A, "alpha": law.alpha, "p_star": law.p_star, "r_squared": law.r_squared}
+            fit["curve"] = {"flops": curve_M.tolist(), "accuracy": curve(curve_M).tolist()}
+            fit["law"] = dataclasses.asdict(curve)
+        if isinstance(law, NotDetermined):
+            fit["reason"] = law.reason
         yield fit
 
 

@@ -163,10 +163,15 @@ function drawScaling() {
       const name = RUNS.length > 1 ? `${fit.level}, ${label(run.name)}` : fit.level;
       traces.push({ x: fit.flops, y: fit.accuracy, mode: "markers", marker: { color, size: 9 }, name });
       if (fit.curve) traces.push({ x: fit.curve.flops, y: fit.curve.accuracy, mode: "lines", line: { color }, showlegend: false, hoverinfo: "skip" });
+      if (fit.before !== null) {
+        const ends = [fit.flops[0], fit.flops.at(-1)];
+        traces.push({ x: ends, y: [fit.before, fit.before], mode: "lines", line: { color, dash: "dot" }, name: "before training", legendgroup: "before", showlegend: !traces.some((trace) => trace.legendgroup) });
+      }
       const law = fit.law;
-      const found = law
-        ? `A = ${law.A.toExponential(2)}, α = ${law.alpha.toFixed(3)}, P* = ${(100 * law.p_star).toFixed(1)} %, R² = ${law.r_squared.toFixed(3)}`
-        : `not determined by ${fit.flops.length} evaluation${fit.flops.length === 1 ? "" : "s"} after the start`;
+      const quality = law ? `, R² = ${law.r_squared.toFixed(3)}` : "";
+      const found = fit.reason
+        ? `not determined by ${fit.flops.length} evaluation${fit.flops.length === 1 ? "" : "s"} after the start: ${fit.reason}${quality}`
+        : `A = ${law.A.toExponential(2)}, α = ${law.alpha.toFixed(3)}, P* = ${(100 * law.p_star).toFixed(1)} %${quality}`;
       rows.push(element("li", {}, `${RUNS.length > 1 ? `${run.name}, ` : ""}${fit.level}: ${found}`));
     }
   });
