@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _QUESTION_ACCURACY = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
 _ONE_RUN = (
-    "One run: how its accuracy grew, and how closely a power law follows that. Its evaluations are not independent. It does not show\n"
-    "what other seeds, more compute or a larger policy would reach."
+    "This is one run: how its accuracy grew, and how closely a power law follows that.\n"
+    "Its evaluations are not independent. It does not show what other seeds, more compute or a larger policy would reach."
 )
 PLOTS = "plots"  # Directory of the plots in that of the run.
 # Distinguishable by color-blind readers (Okabe and Ito), and by marker when printed in gray.

@@ -233,7 +233,7 @@ def _read_training(run: RunData, workdir: Path, characters: int) -> None:
         run.left_out.append(f"{chosen:,} of {total:,} kept prompts of training steps are shown; all are in rollouts/.")
     filters = [("step", "in", set(steps)), ("prompt", "<", per_step)]
     for path in readable:
-        run.groups += _groups(read_table(path, filters=filters).to_pylist(), TRAINING)
+        run.groups += group_rollouts(read_table(path, filters=filters).to_pylist(), TRAINING)
 
 
 def _read_evaluations(run: RunData, workdir: Path, characters: int) -> None:
@@ -248,7 +248,7 @@ def _read_evaluations(run: RunData, workdir: Path, characters: int) -> None:
     groups: dict[str, list[Group]] = {}
     for name, step in steps.items():
         rows = _read_rows(run, evaluations[step])
-        groups[name] = _groups(rows, name)
+        groups[name] = group_rollouts(rows, name)
 
     # Show the same prompts of both, as many as there is room for: whole windows, if there are any.
     wanted: dict[tuple[Any, ...], int] = {}
@@ -285,7 +285,7 @@ def _unit(group: Group) -> tuple[Any, ...]:
     return (group["split"], group["window"] if group["window"] >= 0 else group["source"])
 
 
-def _groups(rows: Iterable[dict[str, Any]], kind: str) -> list[Group]:
+def group_rollouts(rows: Iterable[dict[str, Any]], kind: str) -> list[Group]:
     """Return the rollouts of each prompt together.
 
     Args:
@@ -353,7 +353,7 @@ def _windows(run: RunData, workdir: Path, steps: Mapping[str, int]) -> dict[tupl
                 {
                     "split": key[0],
                     "window": key[1],
-                    "tokens": list(_token_texts(token["token"] for token in of_window)),
+                    "tokens": list(token_texts(token["token"] for token in of_window)),
                     "entropy": [max(0.0, _rounded(token["entropy"], 3) or 0.0) for token in of_window],
                     "direct": {},
                 },
@@ -362,7 +362,7 @@ def _windows(run: RunData, workdir: Path, steps: Mapping[str, int]) -> dict[tupl
     return windows
 
 
-def _token_texts(tokens: Iterable[bytes]) -> Iterator[str]:
+def token_texts(tokens: Iterable[bytes]) -> Iterator[str]:
     """Yield the text of each token; a character that several tokens make up belongs to the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     for token in tokens:
