@@ -38,6 +38,7 @@ from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.rollout_files import RolloutFiles
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.trackers import Trackers
 from rpt_jax.infra.workdir import COLD_START, RESULT, is_complete
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
@@ -140,6 +141,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
     last_rewarded: RewardedRollouts | None = None  # Rollouts of the last step, until they are shown.
+    last_kept: RewardedRollouts | None = None  # Those of them that are kept, on the host.
     if restored := checkpoints.restore():
         step, state, saved = restored
         task.restore(saved)
@@ -183,7 +185,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     stage_checkpoint()
     is_last = is_last_step(**budget_spent())
     with (
-        MetricsWriter(workdir, step - 1) as metrics,
+        MetricsWriter(workdir, step - 1, Trackers(config, workdir)) as metrics,
         RolloutFiles(
             workdir, step, training.log_rollouts_every, evaluations=experiment.evaluation.keep_rollouts
         ) as files,
@@ -214,7 +216,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
                 show_rollouts(f"step {step}", texts)
-            last_rewarded = None
+                if last_kept:
+                    metrics.show_table("rollouts", step, functools.partial(task.rollout_table, last_kept, step=step))
+            last_rewarded = last_kept = None
             if is_last:
                 break
             if step >= last_step:
@@ -257,8 +261,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             rollout_scalars |= jax.device_get(status_metrics(rewarded.status_PxG, task.statuses))
             rollout_scalars |= mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics()
             if training.kept_prompts_per_step:
-                kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
-                files.add_training(step, functools.partial(task.rollout_table, kept, step=step))
+                last_kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
+                files.add_training(step, functools.partial(task.rollout_table, last_kept, step=step))
             end_phase("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
