@@ -131,8 +131,8 @@ def hardest_positions(
     ]
     if not found:
         raise UserError(
-            f"--text={text.name}: no token has data.min_context={min_context} tokens before it and fits into a box. Give a longer "
-            "text, lower --config.data.min_context, or choose tokens with --at.",
+            f"--text={text.name}: no token has data.min_context={min_context} tokens before it and fits into a box. Give a "
+            "longer text, lower --config.data.min_context, or choose tokens with --at.",
             field="--text",
         )
     return sorted(sorted(found, key=lambda p: -p.entropy)[:count])
@@ -307,7 +307,9 @@ def render_explanation(
     )
 
 
-def _shown_window(number: int, start: int, ids: np.ndarray, scores: TokenScores, tokenizer: Tokenizer) -> dict[str, Any]:
+def _shown_window(
+    number: int, start: int, ids: np.ndarray, scores: TokenScores, tokenizer: Tokenizer
+) -> dict[str, Any]:
     """Return what the page's script shows of a window."""
     return {
         "window": number,

@@ -43,8 +43,8 @@ _FLOAT32_BYTES = 4
 def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     """Check everything about a run that takes neither a forward pass nor a compilation, before its workdir is touched.
 
-    These are the batch sizes, the policy's files and tokenizer, the prompt template, the prepared corpus, the disk and the trackers.
-    `setup.make_run_mesh` has checked that the files exist, and `sizes.plan.plan_run` checks the memory.
+    These are the batch sizes, the policy's files and tokenizer, the prompt template, the prepared corpus, the disk and the
+    packages of trackers. `setup.make_run_mesh` has checked that the files exist, and `sizes.plan.plan_run` checks the memory.
 
     Args:
       experiment: a validated config.

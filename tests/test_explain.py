@@ -80,7 +80,8 @@ def test_bad_command_lines_are_explained(
 
 
 @pytest.mark.parametrize(
-    "flag", ["--positions=0", "--samples=x", "--temperature=0", "--temperature=inf", "--length=0", "--at=1,,2", "--seed=x"]
+    "flag",
+    ["--positions=0", "--samples=x", "--temperature=0", "--temperature=inf", "--length=0", "--at=1,,2", "--seed=x"],
 )
 def test_bad_numbers_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

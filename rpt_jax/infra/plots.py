@@ -283,7 +283,9 @@ def _plot_scaling(metrics: _Metrics) -> Figure | None:
     trained = {level: xy_2xN for level, xy_2xN in trained.items() if xy_2xN.size}
     if not trained:
         return None
-    before = {level: percent_N[0] for level, (step_N, percent_N) in metrics.evaluations("step").items() if not step_N[0]}
+    before = {
+        level: percent_N[0] for level, (step_N, percent_N) in metrics.evaluations("step").items() if not step_N[0]
+    }
     figure, (axes,) = _figure()
     for level, (flops_N, percent_N) in trained.items():
         law = fit_power_law(flops_N, percent_N / 100)

@@ -1,6 +1,6 @@
 """Experiment trackers that get the metrics and rollouts of a run: Weights & Biases and trackio, which share one interface.
 
-A tracker is imported only if the config names it. Where and how it stores a run is its own affair (`WANDB_MODE`, `TRACKIO_DIR`, …).
+A tracker is imported only if the config names it. Where and how it stores a run is its own affair (`WANDB_MODE`, `TRACKIO_DIR`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def check_installed(config: LoggingConfig) -> None:
 class Trackers:
     """The trackers of a run. A run that resumes continues its run at each of them.
 
-    What a tracker raises, for want of a network, a login or disk space, is a warning, and this tracker gets nothing more: training
-    goes on. With several processes, only the leader logs.
+    What a tracker raises, for want of a network, a login or disk space, is a warning, and this tracker gets nothing more:
+    training goes on. With several processes, only the leader logs.
     """
 
     def __init__(self, experiment: Experiment, workdir: Path):

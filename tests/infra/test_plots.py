@@ -53,7 +53,9 @@ def test_the_curves_show_the_metrics_of_the_run(tmp_path: Path, monkeypatch: pyt
     np.testing.assert_allclose(points.get_xdata(), [3e12 * step for step in range(5, 41, 5)])
     *fits, before = legend_of(figures["scaling"])
     assert before == "before training" and all("R^2 = 0.9" in label or "R^2 = 1.0" in label for label in fits)
-    dotted = [line for line in figures["scaling"].axes[0].lines if line.get_linestyle() == ":" and len(line.get_ydata())]
+    dotted = [
+        line for line in figures["scaling"].axes[0].lines if line.get_linestyle() == ":" and len(line.get_ydata())
+    ]
     assert [line.get_ydata()[0] for line in dotted] == [pytest.approx(10 * value) for value in BASE_ACCURACY.values()]
     assert figures["scaling"].axes[0].get_xlim()[0] > 0.9 * 3e12 * 5
 

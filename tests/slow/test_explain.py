@@ -16,7 +16,13 @@ from tests.helpers.hf_models import tokenizer_spec, write_gguf
 from tests.helpers.run_pages import HOSTILE
 
 pytestmark = pytest.mark.slow
-FAST = ("--samples=2", "--length=16", "--config.data.max_document_tokens=64", "--config.prompt.max_tokens=80", "--compilation_cache=off")
+FAST = (
+    "--samples=2",
+    "--length=16",
+    "--config.data.max_document_tokens=64",
+    "--config.prompt.max_tokens=80",
+    "--compilation_cache=off",
+)
 MAX_BYTES = 10_000_000
 
 
@@ -60,7 +66,9 @@ def test_a_hostile_text_is_explained_and_runs_no_script(tmp_path: Path) -> None:
             assert page.run("document.querySelectorAll('#position .sample').length") == 2
             page.run("document.querySelector('#positions-table button').click()")
             first = page.run("document.querySelector('#position h3').textContent")
-            page.run("document.getElementById('document').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowDown'}))")
+            page.run(
+                "document.getElementById('document').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowDown'}))"
+            )
             assert page.run("document.querySelector('#position h3').textContent") != first
             for color in ("direct", "probability", "reasoning"):
                 page.run(f"document.getElementById('color').value = '{color}'")
@@ -90,7 +98,9 @@ def test_a_policy_without_the_token_that_the_prompt_needs_is_refused(tmp_path: P
     policy = write_policy(tmp_path / "policy")
     assert run(f"--policy={policy}", f"--out={tmp_path / 'page.html'}") == 2
     assert "prompt.prefill_think_token" in capsys.readouterr().err
-    assert run(f"--policy={policy}", f"--out={tmp_path / 'page.html'}", "--config.prompt.prefill_think_token=False") == 0
+    assert (
+        run(f"--policy={policy}", f"--out={tmp_path / 'page.html'}", "--config.prompt.prefill_think_token=False") == 0
+    )
 
 
 def test_a_run_is_explained_with_its_own_prompts(tmp_path: Path, capsys) -> None:

@@ -20,7 +20,11 @@ def test_a_run_that_is_resumed_is_one_run_at_each_tracker(tmp_path: Path, monkey
     for name in ("wandb", "trackio"):
         pytest.importorskip(name)
     workdir = tmp_path / "run"
-    fields = SHORT | {"logging.trackers": "wandb,trackio", "logging.project": "tracked", "training.log_rollouts_every": 1}
+    fields = SHORT | {
+        "logging.trackers": "wandb,trackio",
+        "logging.project": "tracked",
+        "training.log_rollouts_every": 1,
+    }
     with interruption_after(2, monkeypatch):
         main.run(experiment(**fields), workdir)
     main.run(experiment(**fields), workdir)
