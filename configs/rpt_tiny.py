@@ -51,7 +51,10 @@ def get_config() -> Any:
     config.optimizer.warmup_steps = 10
 
     config.training.microbatch_tokens = 512
-    config.evaluation.every_steps = 70
+    # Seven evaluations after the start, for the fit of accuracy against compute. Half of training's samples cost half as much,
+    # and widen the 95 % intervals by only 4 to 10 % (from 4.2 to 4.5 points on each side at step 0).
+    config.evaluation.every_steps = 30
+    config.evaluation.samples = 4
     config.evaluation.positions = 320
     config.evaluation.unseen_positions = 128
     config.checkpoint.every_steps = 20

@@ -92,11 +92,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.infra.run_context import RunContext
-    from rpt_jax.infra.run_format import POLICY
     from rpt_jax.infra.signals import StopSignals
-    from rpt_jax.infra.workdir import is_run_directory
-    from rpt_jax.setup import mesh_from_config
-    from rpt_jax.weights.hf import check_files
+    from rpt_jax.setup import find_policy, mesh_from_config
 
     if options.config is None:
         raise UserError(f"--config is missing: --suite={options.suite} needs a config file.", field="--config")
@@ -110,14 +107,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     policy = str(user_path(options.policy)) if options.policy else experiment.policy.path
     if not policy:
         raise UserError("--policy is missing, and policy.path of the config is empty: give a policy.", field="--policy")
-    if is_run_directory(Path(policy)):
-        if not (Path(policy) / POLICY).is_dir():
-            raise UserError(
-                f"{policy_field}='{policy}' is a run that has no {POLICY}/ yet: a run writes its policy at its end.",
-                field=policy_field,
-            )
-        policy = str(Path(policy) / POLICY)
-    check_files(policy, policy_field)
+    policy = find_policy(policy, policy_field)
     check_platforms()
     mesh = mesh_from_config(experiment.mesh)
     workdir = user_path(options.workdir or f"runs/evaluate_{Path(options.config).stem}_{options.suite}")

@@ -40,6 +40,7 @@ from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import POLICY, format_stamp
+from rpt_jax.infra.trackers import Trackers
 from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, RESULT, is_complete, read_result
 from rpt_jax.model.flops import causal_pairs, forward_flops
 from rpt_jax.model.model_config import ModelConfig, preset
@@ -255,7 +256,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     }
     last_step = recorded_step(workdir) if replay else total_steps
     with (
-        MetricsWriter(workdir, step) as metrics,
+        MetricsWriter(workdir, step, Trackers(experiment, workdir)) as metrics,
         Progress("pretrain", expected_steps(**budget_spent()), step) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,

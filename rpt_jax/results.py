@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,31 +74,41 @@ def next_token_result(before: dict[str, Any], after: dict[str, Any]) -> dict[str
     }
 
 
-def show_next_token_evaluation(name: str, evaluation: dict[str, Any]) -> None:
-    """Show a table of the accuracies of an evaluation with 95 % intervals and numbers of positions, by difficulty.
+def show_next_token_evaluations(evaluations: Mapping[str, dict[str, Any]]) -> None:
+    """Show one table of the accuracies of evaluations with 95 % intervals and numbers of positions, by difficulty.
 
     Args:
-      name: says which evaluation it is ("before", "after").
-      evaluation: as `Evaluator.full` returns it.
+      evaluations: "before" training and, at its end, "after" it, as `Evaluator.full` returns them.
     """
-    parts = {"": evaluation, ", unseen": evaluation.get("unseen") or {}}
-    details = evaluation["details"]
-    rows = [
-        (f"{mode}{suffix}", *(_format_accuracy(part[mode][difficulty]) for difficulty in DIFFICULTIES))
-        for suffix, part in parts.items()
-        for mode in ("direct", "reasoning")
-        if mode in part
-    ]
     title = "Next-token accuracy"
-    if "exact" in details:
-        title = "Share of segments"
-        rows.append(
-            ("reasoning, whole", *(_format_accuracy(details["exact"][difficulty]) for difficulty in DIFFICULTIES))
-        )
-    table(f"{title}, {name} (%, 95 % interval, positions)", ("predicted", *DIFFICULTIES), rows)
-    logger.info(
-        "format rate %.1f%%, response length %.1f tokens", 100 * details["format_rate"], details["response_length"]
+    rows = []
+    for part, suffix in (("", ""), ("unseen", ", unseen")):
+        for mode in ("direct", "reasoning"):
+            for name, evaluation in evaluations.items():
+                results = (evaluation.get(part) or {}) if part else evaluation
+                if mode in results:
+                    rows.append((f"{mode}{suffix}, {name}", *_accuracies(results[mode])))
+    for name, evaluation in evaluations.items():
+        if "exact" in evaluation["details"]:
+            title = "Share of segments"
+            rows.append((f"reasoning, whole, {name}", *_accuracies(evaluation["details"]["exact"])))
+    table(
+        f"{title}, {' and '.join(evaluations)} training (%, 95 % interval, positions)",
+        ("predicted", *DIFFICULTIES),
+        rows,
     )
+    for name, evaluation in evaluations.items():
+        details = evaluation["details"]
+        logger.info(
+            "%s training: format rate %.1f%%, response length %.1f tokens",
+            name.capitalize(),
+            100 * details["format_rate"],
+            details["response_length"],
+        )
+
+
+def _accuracies(by_level: Mapping[str, dict[str, Any]]) -> list[str]:
+    return [_format_accuracy(by_level[level]) for level in DIFFICULTIES]
 
 
 def _format_accuracy(accuracy: dict[str, Any]) -> str:

@@ -24,6 +24,8 @@ from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.workdir import is_run_directory
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.model_config import ModelConfig, check_preset
@@ -186,6 +188,25 @@ def read_architecture(config: PolicyConfig, field: str = "policy.path") -> tuple
             field=field,
         )
     return model, tokenizer
+
+
+def find_policy(path: str, field: str) -> str:
+    """Return the path of a policy; for the directory of a run, that of the policy which the run has trained.
+
+    Args:
+      path: a Hugging Face directory, a GGUF file, or the directory of a run.
+      field: the config field or flag that gives the path, for errors.
+
+    Raises: UserError, if there is no policy.
+    """
+    if is_run_directory(Path(path)):
+        if not (Path(path) / POLICY).is_dir():
+            raise UserError(
+                f"{field}='{path}' is a run that has no {POLICY}/ yet: a run writes its policy at its end.", field=field
+            )
+        path = str(Path(path) / POLICY)
+    check_files(path, field)
+    return path
 
 
 def load_starting_policy(

@@ -20,6 +20,7 @@ from rpt_jax.errors import check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
 from rpt_jax.infra.source_commit import source_commit
+from rpt_jax.infra.trackers import check_installed
 from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START
 from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig
@@ -42,8 +43,8 @@ _FLOAT32_BYTES = 4
 def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
     """Check everything about a run that takes neither a forward pass nor a compilation, before its workdir is touched.
 
-    These are the batch sizes, the policy's files and tokenizer, the prompt template, the prepared corpus and the disk.
-    `setup.make_run_mesh` has checked that the files exist, and `sizes.plan.plan_run` checks the memory.
+    These are the batch sizes, the policy's files and tokenizer, the prompt template, the prepared corpus, the disk and the
+    packages of trackers. `setup.make_run_mesh` has checked that the files exist, and `sizes.plan.plan_run` checks the memory.
 
     Args:
       experiment: a validated config.
@@ -63,6 +64,7 @@ def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         functools.partial(_check_sizes, experiment, model, mesh),
         check_tokenizer,
         functools.partial(_check_disk, experiment, model, workdir),
+        functools.partial(check_installed, experiment.logging),
     )
 
 

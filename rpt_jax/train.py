@@ -38,6 +38,7 @@ from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.rollout_files import RolloutFiles
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.trackers import Trackers
 from rpt_jax.infra.workdir import COLD_START, RESULT, is_complete
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
@@ -140,6 +141,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
     last_rewarded: RewardedRollouts | None = None  # Rollouts of the last step, until they are shown.
+    last_kept: RewardedRollouts | None = None  # Those of them that are kept, on the host.
     if restored := checkpoints.restore():
         step, state, saved = restored
         task.restore(saved)
@@ -183,7 +185,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     stage_checkpoint()
     is_last = is_last_step(**budget_spent())
     with (
-        MetricsWriter(workdir, step - 1) as metrics,
+        MetricsWriter(workdir, step - 1, Trackers(config, workdir)) as metrics,
         RolloutFiles(
             workdir, step, training.log_rollouts_every, evaluations=experiment.evaluation.keep_rollouts
         ) as files,
@@ -192,6 +194,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             expected_steps(**budget_spent()),
             step,
             interludes_left=lambda done: interludes_left(experiment, done, progress.total),
+            alike=alike_interludes(experiment),
+            compile_seconds=lambda: context.compile_times.total_seconds,
         ) as progress,
         ProfileWindow(experiment.profile, workdir) as profile,
         guarded_loop(replay) as take_recompiled,
@@ -203,7 +207,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             if before is None:
                 with progress.interlude("full evaluation"), files.evaluation(0) as keep:
                     before = task.evaluate(task.params, step=0, full=True, keep=keep)
-                task.show_evaluation("before", before)
+                task.show_evaluations({"before": before})
                 end_phase("evaluation")
                 stage_checkpoint()
             evaluation, after = evaluate(experiment, task, step, state.params, before, progress, files, is_last=is_last)
@@ -214,7 +218,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
                 show_rollouts(f"step {step}", texts)
-            last_rewarded = None
+                if last_kept:
+                    metrics.show_table("rollouts", step, functools.partial(task.rollout_table, last_kept, step=step))
+            last_rewarded = last_kept = None
             if is_last:
                 break
             if step >= last_step:
@@ -238,27 +244,29 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             end_phase("data")
             weights = task.sample.weights(state.params)
             end_phase("reshard")
-            rewarded, sampling, generated = sample_and_reward(weights, prompts)
+            with progress.part("sampling"):
+                rewarded, sampling, generated = sample_and_reward(weights, prompts)
             drawn = [drawn_metrics(rewarded.reward_PxG)]
 
             # Dynamic sampling: groups whose samples all have the same reward have no gradient. Replace them by new prompts.
             dynamic = step >= training.dynamic_sampling_from
             rounds = 1
-            while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
-                end_phase("reward")
-                fresh, fresh_sampling, fresh_generated = sample_and_reward(weights, next(task.stream))
-                drawn.append(drawn_metrics(fresh.reward_PxG))
-                rewarded = prefer_variance(rewarded, fresh)
-                sampling = sampling.plus(fresh_sampling)
-                generated = generated.plus(fresh_generated)
-                rounds += 1
+            with progress.interlude("dynamic sampling") if dynamic else contextlib.nullcontext():
+                while dynamic and rounds < training.dynamic_sampling_rounds and not rewarded.all_vary():
+                    end_phase("reward")
+                    fresh, fresh_sampling, fresh_generated = sample_and_reward(weights, next(task.stream))
+                    drawn.append(drawn_metrics(fresh.reward_PxG))
+                    rewarded = prefer_variance(rewarded, fresh)
+                    sampling = sampling.plus(fresh_sampling)
+                    generated = generated.plus(fresh_generated)
+                    rounds += 1
             del weights  # The update needs the memory.
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, sampling)) | {"groups/rounds": rounds}
             rollout_scalars |= jax.device_get(status_metrics(rewarded.status_PxG, task.statuses))
             rollout_scalars |= mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics()
             if training.kept_prompts_per_step:
-                kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
-                files.add_training(step, functools.partial(task.rollout_table, kept, step=step))
+                last_kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
+                files.add_training(step, functools.partial(task.rollout_table, last_kept, step=step))
             end_phase("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------
@@ -314,8 +322,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         assert after is not None
         evaluations = task.result(before, after)
         write_result(workdir, config, evaluations, steps=step, flops=counters.flops, clock=clock)
-        for name, evaluation in (("before", before), ("after", after)):
-            task.show_evaluation(name, evaluation)
+        task.show_evaluations({"before": before, "after": after})
         update_page(workdir)
         logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
         logger.info("Complete in %.0f s: %s, with the page %s", clock.seconds, workdir / RESULT, workdir / REPORT)
@@ -367,7 +374,10 @@ def evaluate(
 
 
 def interludes_left(experiment: Experiment, done: int, total: int) -> dict[str, int]:
-    """Return how many evaluations and rescorings are still to come when `done` of `total` steps have just been completed."""
+    """Return how many interludes are still to come when `done` of `total` steps have just been completed.
+
+    These are evaluations, rescorings, and the further rounds of dynamic sampling of a step.
+    """
 
     def multiples(every: int) -> int:
         """Return how many multiples of `every` there are from `done`, which is followed by its evaluation, to before the end."""
@@ -378,6 +388,18 @@ def interludes_left(experiment: Experiment, done: int, total: int) -> dict[str, 
         "evaluation": multiples(experiment.evaluation.every_steps),
         "full evaluation": 1,
         "rescoring": multiples(experiment.data.rescore_every_steps) if is_rescored else 0,
+        "dynamic sampling": max(0, total - max(done, experiment.training.dynamic_sampling_from - 1)),
+    }
+
+
+def alike_interludes(experiment: Experiment) -> dict[str, tuple[str, float]]:
+    """Return what an interlude that has not happened yet is expected to take, see `Progress`."""
+    evaluation = experiment.evaluation
+    unseen = 0 if experiment.asks_questions else evaluation.unseen_positions
+    return {
+        "evaluation": ("full evaluation", evaluation.positions / (evaluation.positions + unseen)),
+        "full evaluation": ("evaluation", 1.0),
+        "dynamic sampling": ("sampling", experiment.training.dynamic_sampling_rounds - 1),
     }
 
 

@@ -24,6 +24,7 @@ ATTENTIONS = ("auto", "reference", "blockwise", "gpu_kernels", "tpu_kernels")
 EVALUATION_SPLITS = ("held_out", "unseen", "train")
 UNPARSED = ("wrong", "random")
 DIVERGENCE_ACTIONS = ("warn", "stop")
+TRACKERS = ("wandb", "trackio")
 TEMPLATE_SEPARATOR = "|||"  # Between the document templates of the parts of a mixture.
 
 # An instance of the options dataclass of the choice that the field above it names, or None for the defaults.
@@ -437,6 +438,21 @@ class DivergenceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Experiment trackers that get metrics and rollouts, beside `metrics.jsonl` and TensorBoard."""
+
+    # Trackers, separated by commas: "wandb", "trackio" or "wandb,trackio"; "" for none.
+    trackers: str = ""
+    # Name of the project at the trackers.
+    project: str = "rpt_jax"
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The names in `trackers`."""
+        return tuple(name.strip() for name in self.trackers.split(",") if name.strip())
+
+
+@dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """Steps that the JAX profiler records into `workdir/profile`, for TensorBoard and xprof."""
 
@@ -487,6 +503,7 @@ class Experiment:
     multiple_choice: MultipleChoiceConfig = MultipleChoiceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     divergence: DivergenceConfig = DivergenceConfig()
+    logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
     mesh: MeshConfig = MeshConfig()
 

@@ -61,6 +61,7 @@ _TRAINING_ONLY = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     "divergence.",
+    "logging.",
     "profile.",
 )
 # What a task whose prompts are questions does not read.
@@ -122,6 +123,7 @@ _UNREAD = {
         "pretrain.",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "logging.",
         "profile.",
     ),
 }

@@ -20,9 +20,11 @@ from rpt_jax.config.schema import (
     TASKS,
     TEMPLATE_SEPARATOR,
     TRACE_PROMPTS,
+    TRACKERS,
     UNPARSED,
     DataConfig,
     Experiment,
+    LoggingConfig,
     ObjectiveConfig,
     PolicyConfig,
     QuestionsConfig,
@@ -222,6 +224,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
     _check_question_fields(experiment.questions)
     _check_evaluation_temperature(experiment.evaluation.temperature)
     _check_budget(experiment)
+    _check_trackers(experiment.logging)
     _check_box_reading(experiment)
     if trains:
         _check_sizes(experiment)
@@ -375,6 +378,16 @@ def _check_verified_reward(experiment: Experiment) -> None:
             f"prompt.box_reading='{reading}' has no effect with objective.reward='verified': verifiers read the box up to the "
             "brace that balances it. Leave it out.",
             field="prompt.box_reading",
+        )
+
+
+def _check_trackers(logging: LoggingConfig) -> None:
+    """Check the names of trackers, and refuse a project without one. Raises: UserError."""
+    for name in logging.tracker_names:
+        check_choice("logging.trackers", name, TRACKERS)
+    if logging.project != LoggingConfig().project and not logging.tracker_names:
+        raise UserError(
+            f"logging.project='{logging.project}' has no effect without logging.trackers.", field="logging.project"
         )
 
 

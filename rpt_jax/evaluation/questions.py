@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -242,28 +242,42 @@ def question_metrics(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def show_question_results(name: str, results: dict[str, Any]) -> None:
-    """Show a table of accuracies with 95 % intervals, and what describes the responses; `name` says whose they are."""
+def show_question_results(evaluations: Mapping[str, dict[str, Any]]) -> None:
+    """Show one table of accuracies with 95 % intervals, and what describes the responses.
+
+    Args:
+      evaluations: results by the name of the policy, such as "before" and "after".
+    """
+    rows = []
+    for measure in dict.fromkeys(measure for results in evaluations.values() for measure in _averages(results)):
+        for name, results in evaluations.items():
+            if average := _averages(results).get(measure):
+                rows.append((f"{measure}, {name}", _format(average), average["count"]))
+    names = " and ".join(evaluations)
+    table(f"Accuracy on questions, {names} training (%, 95 % interval)", ("measure", "accuracy", "questions"), rows)
+    for name, results in evaluations.items():
+        logger.info(
+            "%s training: format rate %.1f%%, response length %.1f tokens, %.1f%% truncated, %d verifications timed out and %d "
+            "crashed",
+            name.capitalize(),
+            100 * results["format_rate"],
+            results["response_length"],
+            100 * results["truncated"],
+            results["timed_out"],
+            results["crashed"],
+        )
+
+
+def _averages(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the averages of a policy by the name of the measure; those of categories if there are several."""
     samples = results["samples"]
-    rows = [(f"avg@{samples}", _format(results["accuracy"]["micro"]), results["questions"])]
-    rows += [
-        (f"pass@{k}", _format(average), results["questions"]) for k, average in results["pass"].items() if k != "1"
-    ]
+    averages = {f"avg@{samples}": results["accuracy"]["micro"]}
+    averages |= {f"pass@{k}": average for k, average in results["pass"].items() if k != "1"}
+    averages = {name: average | {"count": results["questions"]} for name, average in averages.items()}
     categories = results["accuracy"]["categories"]
     if len(categories) > 1:
-        rows += [
-            (f"avg@{samples}, {category}", _format(average), average["count"])
-            for category, average in categories.items()
-        ]
-    table(f"Accuracy on questions, {name} (%, 95 % interval)", ("measure", "accuracy", "questions"), rows)
-    logger.info(
-        "format rate %.1f%%, response length %.1f tokens, %.1f%% truncated, %d verifications timed out and %d crashed",
-        100 * results["format_rate"],
-        results["response_length"],
-        100 * results["truncated"],
-        results["timed_out"],
-        results["crashed"],
-    )
+        averages |= {f"avg@{samples}, {category}": average for category, average in categories.items()}
+    return averages
 
 
 def _format(average: dict[str, float]) -> str:

@@ -21,9 +21,14 @@ _TRAINING_PHASES = ("data", "reshard", "rollout", "reward", "update")
 
 
 class CompileTimes:
-    """Counts the programs that XLA compiles, and the seconds that this takes, between `start` and `stop`."""
+    """Counts the programs that XLA compiles, and the seconds that this takes, between `start` and `stop`.
+
+    Attributes:
+      total_seconds: of all compilations so far.
+    """
 
     def __init__(self) -> None:
+        self.total_seconds = 0.0
         self._seconds = 0.0
         self._programs = 0
 
@@ -45,6 +50,7 @@ class CompileTimes:
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self._seconds += duration_secs
+            self.total_seconds += duration_secs
             self._programs += 1
 
     def take(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Self
 
 import rich
@@ -85,7 +86,7 @@ class Progress:
     """Progress of a loop of known length: a live bar on a terminal, a plain line every few seconds elsewhere.
 
     The remaining time is the median duration of the recent steps times the number of steps left, and the same for each kind of
-    interlude. The first step is not counted, because it compiles.
+    interlude. Compilation is not counted, and neither is the first step.
 
     Args:
       name: what the loop does, in a word or two.
@@ -93,6 +94,9 @@ class Progress:
       done: steps that an earlier run completed.
       transient: for a loop inside another one: leave nothing on a terminal, and print lines elsewhere only if it takes long.
       interludes_left: returns, for a number of completed steps, how many interludes of each kind are still to come.
+      alike: for a kind of interlude that has not happened yet, another kind, or a part of the steps, and how many times its duration
+        to expect.
+      compile_seconds: returns the seconds that programs have been compiled for.
       clock: returns seconds from any origin.
 
     Attributes:
@@ -107,6 +111,8 @@ class Progress:
         *,
         transient: bool = False,
         interludes_left: Callable[[int], Mapping[str, int]] = lambda done: {},
+        alike: Mapping[str, tuple[str, float]] = MappingProxyType({}),
+        compile_seconds: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = _encodable(name)
@@ -114,14 +120,17 @@ class Progress:
         self._done = done
         self._transient = transient
         self._interludes_left = interludes_left
+        self._alike = alike
+        self._compile_seconds = compile_seconds
         self._clock = clock
         self._console = rich.get_console()
-        self._start = self._last_step = self._last_line = clock()
+        self._start = self._last_line = clock()
+        self._last_step = self._work_clock()
         self._steps = 0
         self._status = ""
         self._has_unprinted_step = False
         self._durations: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
-        self._interludes: dict[str, list[float]] = {}  # Durations by kind.
+        self._measured: dict[str, list[float]] = {}  # Durations of interludes and parts by kind.
         self._live: LiveProgress | None = None
         if self._console.is_interactive:
             self._live = LiveProgress(
@@ -142,16 +151,24 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Estimated seconds until the end of the loop; None before the second step, unless the loop is finished.
 
-        A kind of interlude that has not happened yet is not included.
+        A kind of interlude that has not happened yet, and that is like no other one, is not included.
         """
         left = self.total - self._done
         if left > 0 and not self._durations:
             return None
         steps = left * statistics.median(self._durations) if left > 0 else 0.0
-        interludes_left = self._interludes_left(self._done)
-        return steps + sum(
-            interludes_left.get(kind, 0) * statistics.median(durations) for kind, durations in self._interludes.items()
-        )
+        return steps + sum(count * self._expected(kind) for kind, count in self._interludes_left(self._done).items())
+
+    def _expected(self, kind: str) -> float:
+        """Return the seconds to expect of an interlude."""
+        if kind in self._measured:
+            return statistics.median(self._measured[kind])
+        other, times = self._alike.get(kind, ("", 0.0))
+        return times * statistics.median(self._measured.get(other, [0.0]))
+
+    def _work_clock(self) -> float:
+        """Return seconds without those of compilation: the same program is not compiled again."""
+        return self._clock() - self._compile_seconds()
 
     def _eta(self) -> str:
         """Return the estimate as text; after the last step, with the names of the interludes that are still to come."""
@@ -162,11 +179,17 @@ class Progress:
     @contextlib.contextmanager
     def interlude(self, kind: str) -> Iterator[None]:
         """Count the time inside the block as an interlude, such as an evaluation, and not as a part of a step."""
-        start = self._clock()
+        start = self._work_clock()
+        with self.part(kind):
+            yield
+        self._last_step += self._work_clock() - start
+
+    @contextlib.contextmanager
+    def part(self, kind: str) -> Iterator[None]:
+        """Measure the time inside the block, a part of a step that a kind of interlude is like."""
+        start = self._work_clock()
         yield
-        seconds = self._clock() - start
-        self._last_step += seconds
-        self._interludes.setdefault(kind, []).append(seconds)
+        self._measured.setdefault(kind, []).append(self._work_clock() - start)
 
     def advance(self, status: str = "") -> None:
         """Count one completed step.
@@ -175,9 +198,10 @@ class Progress:
           status: a few words to show next to the count, such as "reward 0.31".
         """
         now = self._clock()
+        worked = self._work_clock()
         if self._steps:
-            self._durations.append(now - self._last_step)
-        self._last_step = now
+            self._durations.append(worked - self._last_step)
+        self._last_step = worked
         self._steps += 1
         self._done += 1
         self._status = _encodable(status)

@@ -1,7 +1,7 @@
-"""The metrics of a run: `metrics.jsonl` and TensorBoard.
+"""The metrics of a run: `metrics.jsonl`, TensorBoard and the trackers of `infra.trackers`.
 
 `metrics.jsonl` is the record for plots and comparisons: exactly one line per step, also if the run was interrupted and resumed.
-TensorBoard shows the same scalars.
+TensorBoard and trackers show the same scalars.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rpt_jax.distributed.processes import is_leader
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.trackers import Trackers
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FILE_NAME = "metrics.jsonl"
 
@@ -86,29 +90,32 @@ class MetricsWriter:
       workdir: directory of the run; created if it is missing.
       resume_step: last completed step of the run that is resumed; -1 for a new run. Lines of later steps are dropped, so that
         the file has neither gaps nor repeated steps.
+      trackers: get the same scalars; closed with the files.
 
     Raises:
       UserError: the file of the earlier run is corrupt before its last line.
     """
 
-    def __init__(self, workdir: Path, resume_step: int) -> None:
+    def __init__(self, workdir: Path, resume_step: int, trackers: Trackers | None = None) -> None:
         # Imported late, because tools that only read metrics do not need it.
         from tensorboardX import SummaryWriter
 
         self._step = resume_step
+        self._trackers = trackers
         self._is_writer = is_leader()
         if not self._is_writer:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / FILE_NAME
-        kept = _truncate(self._path, resume_step) if self._path.exists() else []
+        # The trackers have got the steps after `resume_step` too: a run writes them again, to the same numbers.
+        kept, self._tracked_step = _truncate(self._path, resume_step) if self._path.exists() else ([], -1)
         self._file = self._path.open("a", encoding="utf-8", newline="\n")
         # TensorBoard buffers events, so the files of a killed run lack steps or repeat them: write them again.
         shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"))
         for values in kept:
-            self._write_tensorboard(int(values.pop("step")), values)
+            self._show(int(values.pop("step")), values)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append the scalars of `step` to the file, and flush it.
@@ -133,17 +140,33 @@ class MetricsWriter:
         line = json.dumps({"step": int(step), **values}, sort_keys=True, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
-        self._write_tensorboard(step, values)
+        self._show(step, values)
 
-    def _write_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
+    def show_table(self, key: str, step: int, make_table: Callable[[], pa.Table]) -> None:
+        """Log a table of rollouts to the trackers, if there are any.
+
+        Args:
+          key: name of the table.
+          step: that the rollouts are of.
+          make_table: returns a row for each rollout.
+        """
+        if self._trackers and self._trackers.are_running and step > self._tracked_step:
+            self._trackers.log_table(key, step, make_table())
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the scalars of a step to TensorBoard and to the trackers."""
         for key, value in values.items():
             self._tensorboard.add_scalar(key, value, step)
+        if self._trackers:
+            self._trackers.log(step, values, logged=step <= self._tracked_step)
 
     def close(self) -> None:
         """Close the files."""
         if self._is_writer:
             self._file.close()
             self._tensorboard.close()
+            if self._trackers:
+                self._trackers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -165,8 +188,9 @@ def as_floats(step: int, scalars: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def _truncate(path: Path, resume_step: int) -> list[dict[str, float]]:
-    """Drop the lines after `resume_step` and return the scalars of the others."""
-    kept = [(raw, scalars) for raw, scalars in _read(path) if scalars["step"] <= resume_step]
+def _truncate(path: Path, resume_step: int) -> tuple[list[dict[str, float]], int]:
+    """Drop the lines after `resume_step`; return the scalars of the others, and the last step before (-1 for none)."""
+    lines = _read(path)
+    kept = [(raw, scalars) for raw, scalars in lines if scalars["step"] <= resume_step]
     atomic_write(path, b"".join(raw + b"\n" for raw, _ in kept))
-    return [scalars for _, scalars in kept]
+    return [scalars for _, scalars in kept], int(lines[-1][1]["step"]) if lines else -1

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _QUESTION_ACCURACY = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
+_ONE_RUN = (
+    "This is one run: how its accuracy grew, and how closely a power law follows that.\n"
+    "Its evaluations are not independent. It does not show what other seeds, more compute or a larger policy would reach."
+)
 PLOTS = "plots"  # Directory of the plots in that of the run.
 # Distinguishable by color-blind readers (Okabe and Ito), and by marker when printed in gray.
 COLORS = {"easy": "#0072B2", "medium": "#E69F00", "hard": "#C4457C"}
@@ -279,19 +283,31 @@ def _plot_scaling(metrics: _Metrics) -> Figure | None:
     trained = {level: xy_2xN for level, xy_2xN in trained.items() if xy_2xN.size}
     if not trained:
         return None
+    before = {
+        level: percent_N[0] for level, (step_N, percent_N) in metrics.evaluations("step").items() if not step_N[0]
+    }
     figure, (axes,) = _figure()
     for level, (flops_N, percent_N) in trained.items():
         law = fit_power_law(flops_N, percent_N / 100)
         style = {"color": COLORS[level], "marker": MARKERS[level], "markersize": 7}
+        curve = law.closest if isinstance(law, NotDetermined) else law
+        if curve:
+            curve_M = np.geomspace(flops_N.min(), flops_N.max(), 200)
+            axes.plot(curve_M, 100 * curve(curve_M), color=COLORS[level], linewidth=1.5)
         if isinstance(law, NotDetermined):
-            formula = "not determined by these evaluations"
+            formula = "not determined by these evaluations" + (rf",  $R^2 = {curve.r_squared:.3f}$" if curve else "")
         else:
             formula = _formula(law)
-            curve_M = np.geomspace(flops_N.min(), flops_N.max(), 200)
-            axes.plot(curve_M, 100 * law(curve_M), color=COLORS[level], linewidth=1.5)
         axes.plot(flops_N, percent_N, linestyle="none", label=f"{level}: {formula}", **style)
+        if level in before:
+            axes.axhline(before[level], color=COLORS[level], linestyle=":", linewidth=1.5)
+    if before:
+        axes.plot([], color="#808080", linestyle=":", linewidth=1.5, label="before training")
     axes.set_xscale("log")
-    axes.set_xlabel("training compute (FLOPs) of one run, whose evaluations are not independent")
+    first, last = (find(flops_N[end] for flops_N, _ in trained.values()) for find, end in ((min, 0), (max, -1)))
+    axes.set_xlim(first / 1.05, last * 1.05)
+    axes.set_xlabel("training compute (FLOPs)")
+    figure.supxlabel(_ONE_RUN, fontsize=10, color="#606060")
     _finish(axes, r"Accuracy against compute, with the fit $P(C) = A / C^{\alpha} + P^*$", "accuracy (%)", columns=1)
     return figure
 

@@ -65,9 +65,16 @@ class Sigmoid:
 
 @dataclasses.dataclass(frozen=True)
 class NotDetermined:
-    """The points do not determine a curve, and why not."""
+    """The points do not determine a curve.
+
+    Attributes:
+      reason: why not.
+      closest: the power law with the least squared error, which describes the points and says nothing beyond them; None if there
+        are too few points for one, or another curve was to be fitted.
+    """
 
     reason: str
+    closest: PowerLaw | None = None
 
 
 # --- fits ---------------------------------------------------------------------------------------------
@@ -105,12 +112,11 @@ def fit_power_law(flops: Sequence[float], accuracy: Sequence[float]) -> PowerLaw
     lower = (-np.inf, np.log(ALPHA_BOUNDS[0]), ACCURACY_BOUNDS[0])
     upper = (np.inf, np.log(ALPHA_BOUNDS[1]), ACCURACY_BOUNDS[1])
     best = _least_squares(residuals, jacobian, (a, np.log(alpha), p_star), lower, upper)
-    reason = _undetermined(best, ("A", "alpha", "P*"), exponent=1)
-    if reason:
-        return NotDetermined(reason)
     a, log_alpha, p_star = map(float, best.x)
     alpha = float(np.exp(log_alpha))
-    return PowerLaw(A=a * float(scale**alpha), alpha=alpha, p_star=p_star, r_squared=_r_squared(best, p_N))
+    law = PowerLaw(A=a * float(scale**alpha), alpha=alpha, p_star=p_star, r_squared=_r_squared(best, p_N))
+    reason = _undetermined(best, ("A", "alpha", "P*"), exponent=1)
+    return NotDetermined(reason, law) if reason else law
 
 
 def fit_sigmoid(flops: Sequence[float], accuracy: Sequence[float], start: float) -> Sigmoid | NotDetermined:

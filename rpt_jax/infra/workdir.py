@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 RUN_CONFIG = "run_config.json"
 CHECKPOINTS = "checkpoints"
 RESULT = "result.json"
+TRACKERS_FILE = "trackers.json"  # The id of the run at each tracker.
 COLD_START = "cold_start"  # The folder of the cold start.
 TRACES = "traces"  # The folder of task "traces".
 _FORMAT_1_CONFIG = "config.json"
@@ -40,6 +41,7 @@ _OUTPUTS = (
     f"{CHECKPOINTS}/*",
     "metrics.jsonl",
     ROLLOUTS,
+    TRACKERS_FILE,
     RESULT,
     "tokenizer.model",
     "tokenizer_config.json",
@@ -53,6 +55,7 @@ _MAY_CHANGE = (
     "checkpoint",
     "divergence",
     "evaluation",
+    "logging",
     "mesh",
     "multiple_choice",
     "profile",

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
-from rpt_jax import __version__
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.run_page.html import render_html
 from rpt_jax.run_page.reading import RunData, read_run
 
 REPORT = "report.html"  # Name of the page in the directory of a run.
@@ -34,37 +26,20 @@ def write_page(workdirs: Sequence[Path], path: Path) -> Path:
 def render_page(runs: Sequence[RunData], *, live: bool = False) -> str:
     """Return the page as HTML that needs no other file.
 
-    Everything that comes from a run is escaped by the template, or is JSON that the page's script inserts as text. Besides, the
-    page's policy lets the browser run its two scripts only and connect to nothing but the server that it is from.
-
     Args:
       runs: what it shows.
       live: whether it asks its server for a newer version.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rpt_jax.run_page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    scripts = [get_plotlyjs(), _resource("page.js")]
-    page = environment.get_template("page.html").render(
+    return render_html(
+        "page.html",
+        "page.js",
+        {"live": live, "difficulties": DIFFICULTIES, "runs": [_shown_data(run) for run in runs]},
         title=" and ".join(run.name for run in runs),
         runs=runs,
         headlines=[headline(run) for run in runs],
         config_rows=_config_rows(runs),
         time_rows=_time_rows(runs),
-        version=__version__,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        style=Markup(_resource("page.css")),
-        policy=_content_policy(scripts),
-        scripts=[Markup(script) for script in scripts],
-        data=Markup(
-            _embedded_json({"live": live, "difficulties": DIFFICULTIES, "runs": [_shown_data(run) for run in runs]})
-        ),
     )
-    return page.encode("utf-8", "backslashreplace").decode()  # JSON can hold what UTF-8 cannot.
 
 
 def headline(run: RunData) -> dict[str, Any]:
@@ -135,22 +110,3 @@ def _shown_data(run: RunData) -> dict[str, Any]:
     """Return what the page's script shows of a run."""
     fields = ("name", "metrics", "fits", "groups", "windows")
     return {name: value for name, value in dataclasses.asdict(run).items() if name in fields}
-
-
-def _resource(name: str) -> str:
-    return (resources.files("rpt_jax.run_page") / "templates" / name).read_text(encoding="utf-8")
-
-
-def _embedded_json(value: Any) -> str:
-    """Return JSON that can stand in a <script> element: without characters that could end it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
-
-
-def _content_policy(scripts: Sequence[str]) -> str:
-    """Return the Content-Security-Policy that allows these scripts, by their digests, and no others."""
-    digests = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    return (
-        f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'"
-    )

@@ -24,7 +24,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
 from rpt_jax.infra.rollout_files import EVALUATION, TEXT, TRAINING, read_table, rollout_files
 from rpt_jax.infra.run_format import FORMAT
-from rpt_jax.infra.scaling_laws import PowerLaw, fit_power_law
+from rpt_jax.infra.scaling_laws import NotDetermined, fit_power_law
 from rpt_jax.infra.workdir import RESULT, RUN_CONFIG
 
 MAX_POINTS = 1000  # Of a curve.
@@ -176,12 +176,16 @@ def _fits(lines: Sequence[Mapping[str, float]]) -> Iterator[dict[str, Any]]:
         if not points:
             continue
         flops, accuracy = map(list, zip(*points, strict=True))
-        fit: dict[str, Any] = {"level": level, "flops": flops, "accuracy": accuracy, "curve": None}
+        before = next((line[key] for line in lines if line["step"] == 0 and key in line), None)
+        fit: dict[str, Any] = {"level": level, "flops": flops, "accuracy": accuracy, "before": before, "curve": None}
         law = fit_power_law(flops, accuracy)
-        if isinstance(law, PowerLaw):
+        curve = law.closest if isinstance(law, NotDetermined) else law
+        if curve:
             curve_M = np.geomspace(min(flops), max(flops), 60)
-            fit["curve"] = {"flops": curve_M.tolist(), "accuracy": law(curve_M).tolist()}
-            fit["law"] = {"A": law.A, "alpha": law.alpha, "p_star": law.p_star, "r_squared": law.r_squared}
+            fit["curve"] = {"flops": curve_M.tolist(), "accuracy": curve(curve_M).tolist()}
+            fit["law"] = dataclasses.asdict(curve)
+        if isinstance(law, NotDetermined):
+            fit["reason"] = law.reason
         yield fit
 
 
@@ -229,7 +233,7 @@ def _read_training(run: RunData, workdir: Path, characters: int) -> None:
         run.left_out.append(f"{chosen:,} of {total:,} kept prompts of training steps are shown; all are in rollouts/.")
     filters = [("step", "in", set(steps)), ("prompt", "<", per_step)]
     for path in readable:
-        run.groups += _groups(read_table(path, filters=filters).to_pylist(), TRAINING)
+        run.groups += group_rollouts(read_table(path, filters=filters).to_pylist(), TRAINING)
 
 
 def _read_evaluations(run: RunData, workdir: Path, characters: int) -> None:
@@ -244,7 +248,7 @@ def _read_evaluations(run: RunData, workdir: Path, characters: int) -> None:
     groups: dict[str, list[Group]] = {}
     for name, step in steps.items():
         rows = _read_rows(run, evaluations[step])
-        groups[name] = _groups(rows, name)
+        groups[name] = group_rollouts(rows, name)
 
     # Show the same prompts of both, as many as there is room for: whole windows, if there are any.
     wanted: dict[tuple[Any, ...], int] = {}
@@ -281,7 +285,7 @@ def _unit(group: Group) -> tuple[Any, ...]:
     return (group["split"], group["window"] if group["window"] >= 0 else group["source"])
 
 
-def _groups(rows: Iterable[dict[str, Any]], kind: str) -> list[Group]:
+def group_rollouts(rows: Iterable[dict[str, Any]], kind: str) -> list[Group]:
     """Return the rollouts of each prompt together.
 
     Args:
@@ -349,7 +353,7 @@ def _windows(run: RunData, workdir: Path, steps: Mapping[str, int]) -> dict[tupl
                 {
                     "split": key[0],
                     "window": key[1],
-                    "tokens": list(_token_texts(token["token"] for token in of_window)),
+                    "tokens": list(token_texts(token["token"] for token in of_window)),
                     "entropy": [max(0.0, _rounded(token["entropy"], 3) or 0.0) for token in of_window],
                     "direct": {},
                 },
@@ -358,7 +362,7 @@ def _windows(run: RunData, workdir: Path, steps: Mapping[str, int]) -> dict[tupl
     return windows
 
 
-def _token_texts(tokens: Iterable[bytes]) -> Iterator[str]:
+def token_texts(tokens: Iterable[bytes]) -> Iterator[str]:
     """Yield the text of each token; a character that several tokens make up belongs to the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     for token in tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,8 @@ class QuestionTask:
     def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
         return question_metrics(evaluation)
 
-    def show_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
-        show_question_results(name, evaluation)
+    def show_evaluations(self, evaluations: Mapping[str, dict[str, Any]]) -> None:
+        show_question_results(evaluations)
 
     def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         return {"rejected_questions": self._rejected, "before": before, "after": after}

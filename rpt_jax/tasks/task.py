@@ -92,8 +92,8 @@ class Task(Protocol):
         """Return the scalars of an evaluation by their names in metrics.jsonl."""
         ...
 
-    def show_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
-        """Show the table of a full evaluation; `name` says which one it is ("before", "after")."""
+    def show_evaluations(self, evaluations: Mapping[str, dict[str, Any]]) -> None:
+        """Show one table of full evaluations: the one "before" training and, at the end, the one "after" it."""
         ...
 
     def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from rpt_jax.objective.update import TrainState
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
 from rpt_jax.prompts.selection import PolicyEntropies, rescoring_is_due, score_sample, training_orders, training_stream
 from rpt_jax.questions.question import Question
-from rpt_jax.results import next_token_result, show_next_token_evaluation
+from rpt_jax.results import next_token_result, show_next_token_evaluations
 from rpt_jax.rewards.prefix_match import Status
 from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier
@@ -134,8 +134,8 @@ class TextTask:
     def evaluation_metrics(self, evaluation: dict[str, Any]) -> dict[str, float]:
         return evaluation_metrics(evaluation["reasoning"], evaluation.get("direct"), evaluation["details"].get("exact"))
 
-    def show_evaluation(self, name: str, evaluation: dict[str, Any]) -> None:
-        show_next_token_evaluation(name, evaluation)
+    def show_evaluations(self, evaluations: Mapping[str, dict[str, Any]]) -> None:
+        show_next_token_evaluations(evaluations)
 
     def result(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         return next_token_result(before, after)

@@ -65,6 +65,36 @@ def test_the_estimate_counts_evaluations_apart_from_steps() -> None:
     assert estimates[4] == 5 * 2.0 + 7.0 + 30.0 and estimates[9] == 30.0
 
 
+def test_what_has_not_happened_yet_is_expected_to_be_like_something_else() -> None:
+    """Six steps of 2 s, of which 1 s is sampling; the last three sample more. Compilation does not count."""
+    clock = FakeClock()
+    compiled = 0.0
+
+    progress = Progress(
+        "train",
+        total=6,
+        clock=clock,
+        interludes_left=lambda done: {"more sampling": min(3, 6 - done), "evaluation": 1 if done < 6 else 0},
+        alike={"more sampling": ("sampling", 2.0), "evaluation": ("full evaluation", 0.5)},
+        compile_seconds=lambda: compiled,
+    )
+    with progress.interlude("full evaluation"):
+        clock.now += 50.0
+        compiled += 30.0
+    for step in range(1, 7):
+        if step >= 4:
+            with progress.interlude("more sampling"):
+                clock.now += 3.0
+        with progress.part("sampling"):
+            clock.now += 1.0
+        clock.now += 1.0
+        progress.advance()
+        if step == 2:
+            assert progress.seconds_left == 4 * 2.0 + 3 * (2 * 1.0) + 0.5 * (50.0 - 30.0)
+        if step == 4:
+            assert progress.seconds_left == 2 * 2.0 + 2 * 3.0 + 0.5 * (50.0 - 30.0)
+
+
 def test_a_short_loop_inside_another_one_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     clock = FakeClock()
     for seconds in (1.0, 6.0):

@@ -51,7 +51,13 @@ def test_the_curves_show_the_metrics_of_the_run(tmp_path: Path, monkeypatch: pyt
     assert levels == {COLORS[level]: 100 * accuracy for level, accuracy in BASE_ACCURACY.items()}
     points = next(line for line in figures["scaling"].axes[0].lines if line.get_label().startswith("hard"))
     np.testing.assert_allclose(points.get_xdata(), [3e12 * step for step in range(5, 41, 5)])
-    assert all("R^2 = 0.9" in label or "R^2 = 1.0" in label for label in legend_of(figures["scaling"]))
+    *fits, before = legend_of(figures["scaling"])
+    assert before == "before training" and all("R^2 = 0.9" in label or "R^2 = 1.0" in label for label in fits)
+    dotted = [
+        line for line in figures["scaling"].axes[0].lines if line.get_linestyle() == ":" and len(line.get_ydata())
+    ]
+    assert [line.get_ydata()[0] for line in dotted] == [pytest.approx(10 * value) for value in BASE_ACCURACY.values()]
+    assert figures["scaling"].axes[0].get_xlim()[0] > 0.9 * 3e12 * 5
 
 
 def test_the_moving_mean_is_centered_and_truncated_at_the_ends() -> None:
@@ -73,7 +79,9 @@ def test_a_short_run_gets_the_plots_that_its_metrics_allow(tmp_path: Path, monke
     write_plots(write_run(tmp_path / "few_evaluations", steps=30, every=10, levels=("easy", "hard")))
     assert sorted(figures) == sorted(PLOTS)
     labels = [label.split(":") for label in legend_of(figures["scaling"])]
-    assert [(level, text[:15]) for level, text in labels] == [("easy", " not determined"), ("hard", " not determined")]
+    assert [(label[0], label[1:]) for label in labels[:2]] == [
+        (level, [" not determined by these evaluations"]) for level in ("easy", "hard")
+    ]
     assert legend_of(figures["accuracy"]) == ["easy", "hard", "base policy, without reasoning"]
 
 

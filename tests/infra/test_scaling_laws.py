@@ -96,6 +96,15 @@ def test_points_that_do_not_determine_the_curve_have_no_fit(accuracy: np.ndarray
     assert word in law.reason
 
 
+def test_points_that_do_not_determine_the_curve_are_described_by_the_closest_one() -> None:
+    accuracy = 0.3 + 0.03 * np.log10(SEVERAL / 1e18)
+    law = fit_power_law(SEVERAL, accuracy)
+    assert isinstance(law, NotDetermined) and law.closest
+    np.testing.assert_allclose(law.closest(SEVERAL), accuracy, atol=0.002)
+    residuals = law.closest(SEVERAL) - accuracy
+    np.testing.assert_allclose(law.closest.r_squared, 1 - (residuals @ residuals) / (np.var(accuracy) * len(accuracy)))
+
+
 def test_little_noise_leaves_the_curve_determined() -> None:
     law = fit_power_law(SEVERAL, 0.5 - 0.3 * (SEVERAL / 1e18) ** -0.5 + 0.01 * NOISE)
     assert isinstance(law, PowerLaw)

@@ -46,7 +46,7 @@ def test_the_page_holds_the_rollouts_the_text_and_the_headline(tmp_path: Path) -
 def test_nothing_in_a_run_is_markup(tmp_path: Path) -> None:
     page = write_page([write_run(tmp_path / "a<b>", hostile=HOSTILE)], tmp_path / "report.html").read_text()
     assert "<img" not in page and "a<b>" not in page
-    assert page.count("</script>") == 3
+    assert page.count("</script>") == 4
     [run] = data_of(page)["runs"]
     assert HOSTILE in run["groups"][0]["context"]
     assert HOSTILE in run["groups"][0]["samples"][0]["reasoning"]

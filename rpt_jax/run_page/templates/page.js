@@ -1,4 +1,4 @@
-// The page of a run: curves, rollouts, text. Everything from the run is inserted as text, never as HTML.
+// The page of a run: curves, rollouts, text.
 "use strict";
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
@@ -11,67 +11,7 @@ const FIRST_METRICS = [
 const PHASES = ["data", "rescore", "reshard", "rollout", "reward", "update", "checkpoint", "evaluation"];
 const SHOWN_AT_ONCE = 100;
 
-const byId = (id) => document.getElementById(id);
-
-/** Returns an element with text and children; names of attributes that are not given are left out. */
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value !== undefined) made.setAttribute(name, value);
-  }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
-  return made;
-}
-
-/** Returns text that Plotly, which reads some HTML in labels, shows as it is. */
-function label(text) {
-  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-}
-
-/** Returns text as a literal, so that spaces and line feeds are visible. */
-const literal = (text) => (text === null ? "none" : JSON.stringify(text));
-
-const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const run = () => RUNS[Number(byId("run")?.value ?? 0)];
-
-// --- theme ---------------------------------------------------------------------------------------------
-
-/** Reads or writes what the browser remembers of this page; it may refuse for a page that is opened from disk. */
-function remembered(key, value) {
-  try {
-    if (value !== undefined) sessionStorage.setItem(key, value);
-    return sessionStorage.getItem(key);
-  } catch {
-    return value ?? null;
-  }
-}
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  for (const chart of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(chart, themed());
-}
-
-/** Returns the colors of a plot in the page's theme. */
-function themed() {
-  const style = getComputedStyle(document.documentElement);
-  const [ink, line] = ["--ink", "--line"].map((name) => style.getPropertyValue(name));
-  const axes = {};
-  for (const axis of ["xaxis", "yaxis"]) Object.assign(axes, { [`${axis}.gridcolor`]: line, [`${axis}.linecolor`]: line, [`${axis}.zerolinecolor`]: line });
-  return { "font.color": ink, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", ...axes };
-}
-
-// --- plots ---------------------------------------------------------------------------------------------
-
-function plot(target, title, traces, layout = {}) {
-  const base = {
-    title: { text: title, font: { size: 13 }, x: 0.02, xanchor: "left" },
-    font: { size: 11 }, margin: { l: 55, r: 15, t: 38, b: 38 }, showlegend: traces.some((trace) => trace.showlegend !== false && trace.name),
-    legend: { orientation: "h", y: -0.28, yanchor: "top" }, hovermode: "x", xaxis: { title: { text: "step", standoff: 4 } }, yaxis: { rangemode: "tozero" },
-    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // A finger scrolls the page.
-  };
-  const config = { responsive: true, displayModeBar: false };
-  return Plotly.newPlot(target, traces, { ...base, ...layout }, config).then(() => Plotly.relayout(target, themed()));
-}
 
 function movingMean(values) {
   const half = Math.floor(Math.max(5, values.length / 20) / 2);
@@ -163,10 +103,15 @@ function drawScaling() {
       const name = RUNS.length > 1 ? `${fit.level}, ${label(run.name)}` : fit.level;
       traces.push({ x: fit.flops, y: fit.accuracy, mode: "markers", marker: { color, size: 9 }, name });
       if (fit.curve) traces.push({ x: fit.curve.flops, y: fit.curve.accuracy, mode: "lines", line: { color }, showlegend: false, hoverinfo: "skip" });
+      if (fit.before !== null) {
+        const ends = [fit.flops[0], fit.flops.at(-1)];
+        traces.push({ x: ends, y: [fit.before, fit.before], mode: "lines", line: { color, dash: "dot" }, name: "before training", legendgroup: "before", showlegend: !traces.some((trace) => trace.legendgroup) });
+      }
       const law = fit.law;
-      const found = law
-        ? `A = ${law.A.toExponential(2)}, α = ${law.alpha.toFixed(3)}, P* = ${(100 * law.p_star).toFixed(1)} %, R² = ${law.r_squared.toFixed(3)}`
-        : `not determined by ${fit.flops.length} evaluation${fit.flops.length === 1 ? "" : "s"} after the start`;
+      const quality = law ? `, R² = ${law.r_squared.toFixed(3)}` : "";
+      const found = fit.reason
+        ? `not determined by ${fit.flops.length} evaluation${fit.flops.length === 1 ? "" : "s"} after the start: ${fit.reason}${quality}`
+        : `A = ${law.A.toExponential(2)}, α = ${law.alpha.toFixed(3)}, P* = ${(100 * law.p_star).toFixed(1)} %${quality}`;
       rows.push(element("li", {}, `${RUNS.length > 1 ? `${run.name}, ` : ""}${fit.level}: ${found}`));
     }
   });
@@ -211,8 +156,6 @@ const filters = byId("filters");
 let found = [];
 let selected = -1;
 
-const isCorrect = (sample) => sample.status === "correct";
-
 function matches(group, filter) {
   const rewards = group.samples.map((sample) => sample.reward);
   const uniform = rewards.every((reward) => reward === rewards[0]);
@@ -225,10 +168,6 @@ function matches(group, filter) {
     (filter.reward === "" || (filter.reward === "mixed" ? !uniform : uniform && (filter.reward === "all" ? rewards[0] >= 1 : rewards[0] === 0))) &&
     (filter.text === "" || [group.context, group.truth, ...group.samples.flatMap((s) => [s.reasoning, s.answer ?? ""])].some((text) => text.toLowerCase().includes(filter.text.toLowerCase())))
   );
-}
-
-function place(group) {
-  return group.position < 0 ? `question ${group.source}` : `document ${group.source}, position ${group.position}`;
 }
 
 function applyFilters() {
@@ -277,33 +216,6 @@ function select(index, scroll = true) {
   showGroup(byId("group"), found[index]);
 }
 
-/** Shows the context, the truth and all samples of a prompt. */
-function showGroup(target, group) {
-  const facts = [`step ${group.step}`, place(group), group.split.replace("_", " "), group.entropy === null ? null : `entropy ${group.entropy.toFixed(3)} nats`];
-  const context = element("div", { class: "context" }, group.context);
-  target.replaceChildren(
-    element("p", { class: "hint" }, facts.filter(Boolean).join(" · ")),
-    context,
-    element("p", {}, "Truth ", element("code", { class: "literal truth" }, literal(group.truth))),
-    element("div", { class: "samples" }, ...group.samples.map(sampleCard)),
-  );
-  context.scrollTop = context.scrollHeight;
-}
-
-function sampleCard(sample) {
-  const right = isCorrect(sample);
-  const facts = [sample.status, `reward ${sample.reward}`, `${sample.length} tokens`, `log p ${sample.logprob}`];
-  const rest = sample.answer !== null && sample.prediction === null ? element("pre", {}, sample.answer) : null;
-  return element(
-    "article",
-    { class: right ? "sample right" : "sample" },
-    element("p", { class: "facts" }, ...facts.map((fact) => element("span", {}, fact))),
-    element("pre", {}, sample.reasoning),
-    rest,
-    element("p", { class: "facts" }, "prediction ", element("code", { class: right ? "literal" : "literal wrong" }, literal(sample.prediction))),
-  );
-}
-
 function fillChoices() {
   const statuses = [...new Set(RUNS.flatMap((run) => run.groups.flatMap((group) => group.samples.map((sample) => sample.status))))].sort();
   filters.elements.status.append(...statuses.map((status) => element("option", { value: status }, status)));
@@ -334,21 +246,12 @@ function tokenValue(window, position, color) {
   return values.includes(null) ? null : values[1] - values[0];
 }
 
-function tokenColor(value, color) {
-  if (value === null) return "";
-  if (color === "entropy") return `rgba(230, 126, 0, ${0.75 * value})`;
-  if (color === "gain") return value < 0 ? `rgba(214, 60, 80, ${-0.7 * value})` : `rgba(30, 160, 100, ${0.7 * value})`;
-  return value > 0.5 ? `rgba(30, 160, 100, ${0.15 + 0.5 * (2 * value - 1)})` : `rgba(214, 60, 80, ${0.15 + 0.4 * (1 - 2 * value)})`;
-}
-
 function showLegend(color) {
   const stops = {
-    entropy: [["0 nats", 0], ["1.5", 0.5], ["3 and more", 1]],
+    entropy: ENTROPY_STOPS,
     gain: [["worse", -1], ["same", 0], ["better", 1]],
-  }[color] ?? (color.startsWith("direct") ? [["wrong", 0], ["right", 1]] : [["0 % of samples right", 0], ["50 %", 0.5], ["100 %", 1]]);
-  byId("legend").replaceChildren(
-    ...stops.flatMap(([name, value]) => [element("span", { class: "swatch", style: `background: ${tokenColor(value, color)}` }), name]),
-  );
+  }[color] ?? (color.startsWith("direct") ? RIGHT_STOPS : [["0 % of samples right", 0], ["50 %", 0.5], ["100 %", 1]]);
+  byId("legend").replaceChildren(...swatches(stops, color));
 }
 
 function showWindow() {
@@ -429,8 +332,7 @@ function watch() {
   }, 5000);
 }
 
-setTheme(remembered("theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
-byId("theme").addEventListener("click", () => setTheme(remembered("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark")));
+startTheme();
 byId("metric-search").addEventListener("input", listMetrics);
 byId("metric-reset").addEventListener("click", resetMetrics);
 filters.addEventListener("input", applyFilters);
