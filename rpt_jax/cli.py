@@ -16,6 +16,7 @@ COMMANDS = {
     "lm_eval": ("rpt_jax.lm_eval", "evaluate a policy with lm-evaluation-harness"),
     "convert": ("rpt_jax.convert", "import a policy from Hugging Face or GGUF, or export one"),
     "report": ("rpt_jax.report", "draw the plots of a run again"),
+    "doctor": ("rpt_jax.doctor", "say what is wrong with a run, and which config fields to change"),
     "study": ("rpt_jax.study", "compare arms at the same budget: run them all, then one table and one page"),
     "preflight": ("rpt_jax.preflight", "compile a run for absent chips: does it fit, and what limits its speed"),
     "bench": ("rpt_jax.bench", "measure the speed of one part of the system on this machine"),
