@@ -9,10 +9,13 @@ from rpt_jax.diagnosis.rule import RULES
 from rpt_jax.diagnosis.run_record import RunRecord, mean_of
 
 # From this fraction of groups without variance on, at most a fifth of the rollouts teach anything; DAPO (2503.14476) samples
-# such groups again for this reason. Healthy runs of configs/rpt_tiny.py have 0.3 to 0.6.
+# such groups again for this reason. configs/rpt_tiny.py has 0.35 at the start and 0.65 at the end.
 ALIKE_GROUPS = 0.8
-# Groups that are all alike are too easy if most of their responses are right, and too hard otherwise.
-MOSTLY = 0.5
+NEARLY_ALL = 0.95
+# Alike groups are too easy, or too hard, if nearly all responses are right, or wrong. In between, they are some of each, because
+# the samples of a prompt hardly differ.
+TOO_EASY = 0.8
+TOO_HARD = 0.2
 # A run whose updates add up to less than this fraction of the parameters' norm cannot change its policy: their sum bounds the
 # distance from the start. A thousand of the paper's steps (learning rate 1e-6) add up to about 2e-3, and bfloat16 rounds to 4e-3.
 LEAST_MOTION = 1e-4
@@ -32,15 +35,20 @@ def groups_alike(run: RunRecord) -> Iterator[Finding]:
     if alike.value < ALIKE_GROUPS:
         return
     correct = run.last("status/correct")
-    easy = correct.value >= MOSTLY
+    cause = "the samples of a prompt hardly differ"
+    changes: tuple[Change, ...] = (run.raised("rollout.temperature"),)
+    if correct.value >= TOO_EASY or correct.value <= TOO_HARD:
+        easy = correct.value >= TOO_EASY
+        cause = f"the prompts are too {'easy' if easy else 'hard'}"
+        changes = tuple(_difficulty_changes(run, easy))
     yield Finding(
-        severity=Severity.PROBLEM,
+        severity=Severity.PROBLEM if alike.value >= NEARLY_ALL else Severity.WARNING,
         sentence=(
             f"In {alike.value:.0%} of the groups of {alike.steps}, all samples earned the same, so that nothing is learned from "
-            f"them. {correct.value:.0%} of the responses were right: the prompts are too {'easy' if easy else 'hard'}."
+            f"them. {correct.value:.0%} of the responses were right: {cause}."
         ),
         evidence=(alike, correct, run.last("reward/drawn_mean")),
-        changes=tuple(_difficulty_changes(run, easy)),
+        changes=(*changes, run.raised("rollout.samples_per_prompt"), *_earlier_dynamic_sampling(run)),
     )
 
 
@@ -52,7 +60,9 @@ def _difficulty_changes(run: RunRecord, easy: bool) -> Iterator[Change]:
         yield run.lowered("questions.max_passes") if easy else run.raised("questions.min_passes")
     elif run.config.get("data.positions") in ("threshold", "curriculum"):
         yield run.raised("data.entropy_threshold") if easy else run.lowered("data.entropy_threshold")
-    yield run.raised("rollout.samples_per_prompt")
+
+
+def _earlier_dynamic_sampling(run: RunRecord) -> Iterator[Change]:
     if run.number("training.dynamic_sampling_from") > run.last_step:
         yield run.set_to("training.dynamic_sampling_from", 1)
 

@@ -104,7 +104,7 @@ class PromptStream:
         return batch
 
     def take_metrics(self) -> dict[str, float]:
-        """Return scalars about the batches since the last call, of which there is at least one, by their names in metrics.jsonl."""
+        """Return scalars about the batches since the last call, at least one, by their names in metrics.jsonl."""
         drawn = (self._next_batch - self._first_batch) * self._batch
         cut_fractions = self._cut_fractions
         self._cut_fractions = []
