@@ -71,20 +71,17 @@ def evaluation_too_small(run: RunRecord) -> Iterator[Finding]:
     if not unclear:
         return
     gain = unclear[0]
-    sentence = f"The evaluation is too small to show a gain: accuracy went from {gain}. "
+    sentence = (
+        f"The evaluation is too small to show a gain: accuracy went from {gain}. It finds gains of {100 * gain.detectable:.1f} "
+        "points or more with a probability of 80 %"
+    )
     if gain.difference > 0 and gain.count:
         needed = gain.count * (gain.detectable / gain.difference) ** 2
-        sentence += (
-            f"It has {gain.count:,}; to find such a gain with a probability of 80 %, it would need about {needed:,.2g}."
-            if needed > gain.count
-            else f"It has {gain.count:,}."
-        )
-    else:
-        sentence += f"It finds gains of {100 * gain.detectable:.1f} points or more with a probability of 80 %."
+        sentence += f"; for this one, it would need about {float(f'{needed:.2g}'):,.0f} in place of {gain.count:,}"
     claimed = gain.difference > 0 and gain == gains[0]
     yield Finding(
         severity=Severity.WARNING if claimed else Severity.NOTE,
-        sentence=sentence,
+        sentence=f"{sentence}.",
         evidence=(gain.before, gain.after),
         changes=_larger_evaluation(run),
     )

@@ -177,5 +177,13 @@ def write_evaluation_rollouts(workdir: Path, step: int, right_D: np.ndarray, *, 
 
 
 def _rollout(**values: Any) -> dict[str, Any]:
-    texts = {"source": "0", "context": "12 pears", "truth": " 3", "status": "correct", "reasoning": "3 pears"}
-    return texts | {"prompt": 0, "sample": 0, "window": 0, "position": 0, "entropy": 1.0, "reward": 1.0} | values
+    same = {
+        "source": "0",
+        "context": "12 pears",
+        "truth": " 3",
+        "status": "correct",
+        "reasoning": "",
+        "length": 9,
+        "logprob": -3.0,
+    }
+    return same | {"prompt": 0, "sample": 0, "window": 0, "position": 0, "entropy": 1.0, "reward": 1.0} | values
