@@ -20,6 +20,7 @@ _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
 _CONFIG = "{{ config reference }}"
 _STUDY = "{{ study reference }}"
 _CHOICES = "{{ choices }}"
+_RULES = "{{ doctor rules }}"
 
 
 def on_config(config: Any) -> Any:
@@ -43,6 +44,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(_STUDY, study_reference())
     if _CHOICES in markdown:
         markdown = markdown.replace(_CHOICES, choices_reference())
+    if _RULES in markdown:
+        markdown = markdown.replace(_RULES, rules_reference())
     return _HELP.sub(lambda match: help_text(match["command"]), markdown)
 
 
@@ -88,6 +91,17 @@ def choices_reference() -> str:
             lines.append(f"| `{choice.name}` | {_cell(choice.summary)} | {fields} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def rules_reference() -> str:
+    """Return the rules of the command `doctor` as a Markdown table, from the functions' docstrings."""
+    rules = importlib.import_module("rpt_jax.diagnosis.rule").RULES
+    lines = ["| rule | what it finds | tasks | needs |", "|---|---|---|---|"]
+    for rule in rules.choices():
+        needs = [f"`{metric}`" for metric in rule.requirements.metrics] + [f"{rule.requirements.steps} steps"]
+        tasks = ", ".join(rule.requirements.tasks)
+        lines.append(f"| `{rule.name}` | {_cell(rule.summary)} | {tasks} | {', '.join(needs)} |")
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

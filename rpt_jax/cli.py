@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": ("rpt_jax.convert", "import a policy from Hugging Face or GGUF, or export one"),
     "explain": ("rpt_jax.explain", "show what a policy makes of a text of yours: one HTML page, without training"),
     "report": ("rpt_jax.report", "write the page and the plots of a run, compare runs, watch a run"),
+    "doctor": ("rpt_jax.doctor", "say what is wrong with a run, and which config fields to change"),
     "study": ("rpt_jax.study", "compare arms at the same budget: run them all, then one table and one page"),
     "preflight": ("rpt_jax.preflight", "compile a run for absent chips: does it fit, and what limits its speed"),
     "bench": ("rpt_jax.bench", "measure the speed of one part of the system on this machine"),

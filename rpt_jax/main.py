@@ -185,7 +185,9 @@ def run(
     import jax
 
     from rpt_jax import difficulty, pretrain, score, traces, train
+    from rpt_jax.diagnosis.examination import log_verdict
     from rpt_jax.distributed.mesh import use_mesh
+    from rpt_jax.distributed.processes import is_leader
     from rpt_jax.infra.compilation_progress import CompilationProgress
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
@@ -224,6 +226,8 @@ def run(
             difficulty.measure(experiment, workdir, mesh, context)
         else:
             traces.sample_traces(experiment, workdir, mesh, context)
+        if experiment.trains and not replay and is_leader():
+            log_verdict(workdir)
 
 
 def run_with_processes(experiment: Experiment, workdir: Path) -> None:

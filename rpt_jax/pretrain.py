@@ -170,6 +170,7 @@ def pretrain_step(
     metrics["update/skipped"] = 1.0 - learns
     params: Any = optax.apply_updates(state.params, updates)
     new_state = keep_if(learns, TrainState(params=params, optimizer=optimizer_state), state)
+    metrics["parameters/norm"] = optax.tree.norm(new_state.params)
     return if_finite(metrics, new_state, state), metrics
 
 
@@ -284,7 +285,11 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
                         checkpoints.replace_staged_state(state)
                         checkpoints.save_and_wait()
                     raise
-                scalars |= {"update/learning_rate": learning_rate, "flops/train_total": flops}
+                scalars |= {
+                    "update/learning_rate": learning_rate,
+                    "flops/train_total": flops,
+                    "data/passes": step * config.windows_per_step / len(windows),
+                }
                 metrics.write(step, scalars | {"time/step": time.monotonic() - began})
                 stage_checkpoint()
             is_last = is_last_step(**budget_spent())

@@ -124,7 +124,7 @@ class TextPositions:
         boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
         [order] = training_orders(experiment, prepared, windows, boxable_V, segments=segments)
         # After an epoch the order repeats positions, but each of them is used once.
-        first: list[Any] = [order[i] for i in range(experiment.traces.total_prompts)]
+        first: list[Any] = [order.positions[i] for i in range(experiment.traces.total_prompts)]
         self.positions = list({(p.window, p.position): p for p in first}.values())
         self.preparation_flops = position_flops(experiment.data, prepared)
         self.fingerprint = prepared.fingerprint

@@ -17,6 +17,7 @@ from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.config.loading import split_overrides
 from rpt_jax.config.study import load_study
+from rpt_jax.diagnosis.rule import RULES
 from rpt_jax.evaluation.run import check_task
 from rpt_jax.evaluation.suite import SUITES
 from rpt_jax.infra.metrics import read_metrics
@@ -102,6 +103,13 @@ def test_the_page_explains_exactly_the_keys_of_pretraining(workdir: Path) -> Non
 def test_the_page_explains_exactly_the_keys_of_a_result(workdir: Path) -> None:
     result = json.loads((workdir / "result.json").read_text()) | {"config": {"<field>": "any"}}
     assert set(leaf_paths(result)) == explained("result")
+
+
+def test_a_run_writes_what_the_rules_of_the_doctor_read(workdir: Path) -> None:
+    for rule in RULES.choices():
+        for task, directory in (("rpt", workdir), ("pretrain", workdir / "cold_start")):
+            if task in rule.requirements.tasks and rule.name != "answers_unverified":
+                assert set(rule.requirements.metrics) <= written(directory), rule.name
 
 
 def test_tensorboard_has_the_keys_of_the_metrics_file(workdir: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import configs.rft_tiny
 from rpt_jax import main
 from rpt_jax.config import from_config_dict
+from rpt_jax.diagnosis.rule import RULES
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
@@ -57,13 +58,17 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
     assert fingerprint == load_tokenizer(finished / "policy").fingerprint
 
 
-def test_the_page_of_metrics_explains_every_key(finished: Path) -> None:
+def test_the_page_of_metrics_explains_every_key_and_the_doctor_reads_them(finished: Path) -> None:
     page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     [section] = re.findall(r"^## .*\{#rft\}$(.*?)^## ", page, flags=re.MULTILINE | re.DOTALL)
     own = set(re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE))
     everywhere = set(re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE))
     written = set().union(*read_metrics(finished / "metrics.jsonl"))
     assert own <= written <= everywhere
+    read = {
+        metric for rule in RULES.choices() if "rft" in rule.requirements.tasks for metric in rule.requirements.metrics
+    }
+    assert read <= written
 
 
 def test_an_interrupted_run_resumes_to_the_same_metrics(

@@ -90,6 +90,7 @@ def update_policy(
         metrics = _over_steps(per_step)
         metrics["update/flops"] += old_flops.sum()
 
+    metrics["parameters/norm"] = optax.tree.norm(state.params)
     if state.average is not None:
         state = state._replace(average=moving_average(state.average, state.params, objective.baseline_decay))
     return if_finite(metrics, state, initial), metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -17,6 +17,18 @@ from rpt_jax.prompts.positions import Position, PositionIndex
 # grain's default would build 500 batches ahead: too much memory, and CPU time that the training process needs.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _MAX_SHUFFLED = 2**32 - 1  # Elements that grain can shuffle.
+
+
+class PositionOrder(NamedTuple):
+    """An infinite order of positions.
+
+    Attributes:
+      positions: the order.
+      per_pass: positions of it after which one comes again; of a mixture with weights, in the part where that is soonest.
+    """
+
+    positions: grain.MapDataset
+    per_pass: float
 
 
 class PromptStream:
@@ -34,7 +46,7 @@ class PromptStream:
         self,
         builder: PromptBuilder,
         windows: Sequence[Sequence[int]],
-        orders: Sequence[grain.MapDataset],
+        orders: Sequence[PositionOrder],
         *,
         batch: int,
         workers: int = 0,
@@ -62,11 +74,12 @@ class PromptStream:
         self._next_batch = 0
         self._stage = 0
         self._first_batch = 0
+        self._cut_fractions: list[float] = []  # Of the batches since the last `take_metrics`.
         self._orders = list(orders)
         self.stages = len(self._orders)
         self._iterator = self._make_iterator()
 
-    def switch_orders(self, orders: Sequence[grain.MapDataset]) -> None:
+    def switch_orders(self, orders: Sequence[PositionOrder]) -> None:
         """Take the following batches from the beginning of the first of other orders."""
         self._orders = list(orders)
         self.stages = len(self._orders)
@@ -87,7 +100,15 @@ class PromptStream:
     def __next__(self) -> PromptBatch:
         batch = next(self._iterator)
         self._next_batch += 1
+        self._cut_fractions.append(float((batch.position_P > self._builder.max_context_tokens).mean()))
         return batch
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return scalars about the batches since the last call, at least one, by their names in metrics.jsonl."""
+        drawn = (self._next_batch - self._first_batch) * self._batch
+        cut_fractions = self._cut_fractions
+        self._cut_fractions = []
+        return {"data/passes": drawn / self._orders[self._stage].per_pass, "data/cut": float(np.mean(cut_fractions))}
 
     def get_state(self) -> dict[str, int]:
         """Return the state for `set_state`, as JSON values."""
@@ -122,7 +143,7 @@ class PromptStream:
         def build(prompts: Sequence[tuple[int, Position]]) -> PromptBatch:
             return stack([builder.build(i, windows[p.window], p) for i, p in prompts[local_part]])
 
-        order = self._orders[self._stage]
+        order = self._orders[self._stage].positions
         batches = order.map_with_index(add_id).batch(self._batch, drop_remainder=True, batch_fn=list).map(build)
         remaining = batches[self._next_batch - self._first_batch :].to_iter_dataset(_READ_OPTIONS)
         if self._workers:
@@ -138,7 +159,7 @@ def position_order(
     batch: int,
     per_window: int,
     seed: tuple[int, ...],
-) -> grain.MapDataset:
+) -> PositionOrder:
     """Return an infinite order of positions, shuffled anew in every epoch; a function of (seed, index).
 
     Args:
@@ -155,7 +176,10 @@ def position_order(
         grain.MapDataset.source(_shuffle(positions, batch=batch, per_window=per_window, seed=(*seed, part)))
         for part, positions in enumerate(parts)
     ]
-    return grain.MapDataset.mix(orders, weights) if weights else orders[0]
+    if not weights:
+        return PositionOrder(positions=orders[0], per_pass=len(parts[0]))
+    per_pass = min(len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True))
+    return PositionOrder(positions=grain.MapDataset.mix(orders, weights), per_pass=per_pass)
 
 
 def _shuffle(

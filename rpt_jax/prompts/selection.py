@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from rpt_jax.config import DataConfig, Experiment
@@ -19,7 +18,7 @@ from rpt_jax.corpus.prepared import PreparedCorpus
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.errors import UserError
 from rpt_jax.prompts.builder import PromptBuilder
-from rpt_jax.prompts.pipeline import PromptStream, ShuffledEpochs, position_order
+from rpt_jax.prompts.pipeline import PositionOrder, PromptStream, ShuffledEpochs, position_order
 from rpt_jax.prompts.positions import Entropies, PositionIndex, index_positions, read_in_blocks
 from rpt_jax.prompts.targets import Segments
 from rpt_jax.registry import POSITION_CHOICES, position_fields
@@ -134,7 +133,7 @@ def training_orders(
     boxable_V: np.ndarray,
     policy_entropies: PolicyEntropies | None = None,
     segments: Segments | None = None,
-) -> list[grain.MapDataset]:
+) -> list[PositionOrder]:
     """Return an infinite order of the training positions that `data.positions` chooses, for each stage of training.
 
     Args:

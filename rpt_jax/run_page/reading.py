@@ -7,6 +7,7 @@ read, and sentences on what cannot.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -20,6 +21,7 @@ import numpy as np
 from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
+from rpt_jax.diagnosis.examination import Diagnosis, examine
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import FILE_NAME, read_metrics
 from rpt_jax.infra.rollout_files import EVALUATION, TEXT, TRAINING, read_table, rollout_files
@@ -56,6 +58,7 @@ class RunData:
       groups: rollouts of training steps and of the first and the last evaluation, by prompt.
       windows: evaluated text.
       left_out: sentences on what is in the run directory, but not on the page.
+      diagnosis: what the rules of `rpt_jax.diagnosis` say; None if the run cannot be examined.
     """
 
     name: str
@@ -70,6 +73,7 @@ class RunData:
     groups: list[Group] = dataclasses.field(default_factory=list)
     windows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
+    diagnosis: Diagnosis | None = None
 
     @property
     def last_step(self) -> int:
@@ -95,6 +99,8 @@ def read_run(workdir: Path, runs: int = 1) -> RunData:
     _read_metrics(run, workdir)
     _read_training(run, workdir, ROLLOUT_CHARACTERS // runs)
     _read_evaluations(run, workdir, EVALUATION_CHARACTERS // runs)
+    with contextlib.suppress(UserError):  # What cannot be read is named in `problems` already.
+        run.diagnosis = examine(workdir)
     return run
 
 

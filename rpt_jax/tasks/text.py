@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,6 +26,7 @@ from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch
 from rpt_jax.objective.update import TrainState
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.prompts.pipeline import PositionOrder
 from rpt_jax.prompts.selection import PolicyEntropies, rescoring_is_due, score_sample, training_orders, training_stream
 from rpt_jax.questions.question import Question
 from rpt_jax.results import next_token_result, show_next_token_evaluations
@@ -193,7 +193,7 @@ class TextTask:
         reading = RolloutReading(self.statuses, self.tokenizer, self._experiment.prompt.box_reading)
         return rollout_table(rewarded, origins, reading, step=step, split=split)
 
-    def _orders(self, entropies: PolicyEntropies) -> list[grain.MapDataset]:
+    def _orders(self, entropies: PolicyEntropies) -> list[PositionOrder]:
         """Return the orders of the positions that the policy's own entropies choose."""
         setup = self._setup
         return training_orders(

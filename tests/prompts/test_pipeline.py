@@ -146,7 +146,7 @@ def test_epochs_and_seeds_have_independent_orders() -> None:
 def test_the_parts_of_a_mixture_have_independent_orders() -> None:
     parts = [[Position(part, i, 0.0) for i in range(40)] for part in range(2)]
     mixture = order(parts, [1.0, 1.0])
-    first = [mixture[i] for i in range(80)]
+    first = [mixture.positions[i] for i in range(80)]
     orders = [[p.position for p in first if p.window == part] for part in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
 
@@ -195,7 +195,7 @@ def test_more_positions_than_can_be_shuffled_are_rejected() -> None:
     with pytest.raises(UserError) as raised:
         order([TooMany()], [])
     assert raised.value.field == "data.positions"
-    assert isinstance(order([[Position(0, 0, 0.0)]], []), grain.MapDataset)
+    assert isinstance(order([[Position(0, 0, 0.0)]], []).positions, grain.MapDataset)
 
 
 def open_stream(seed: int = 0, batch: int = 4, count: int = 10) -> PromptStream:

@@ -95,7 +95,7 @@ def test_positions_are_the_hardest_of_the_sampled_windows(experiment: Experiment
     entropies = sample(experiment, setup, step=6)
     min_context = experiment.data.min_context
     [order] = training_orders(experiment, setup.prepared, setup.train, setup.boxable_V, entropies)
-    chosen = {order[i] for i in range(400)}
+    chosen = {order.positions[i] for i in range(400)}
     assert {p.window for p in chosen} <= set(entropies.windows_M.tolist())
     every = np.sort(np.concatenate([record[0][min_context:] for record in entropies.records.values()]))
     assert min(p.entropy for p in chosen) > every[int(0.65 * len(every))]

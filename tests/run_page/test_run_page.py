@@ -16,6 +16,8 @@ from rpt_jax.run_page import reading
 from rpt_jax.run_page.build import render_page, write_page
 from rpt_jax.run_page.reading import read_run
 from rpt_jax.run_page.server import RunServer
+from tests.helpers.diagnosis import write_run as write_sick_run
+from tests.helpers.diagnosis import write_training_rollouts
 from tests.helpers.run_pages import HOSTILE, write_run
 
 MAX_BYTES = 10_000_000
@@ -50,6 +52,24 @@ def test_nothing_in_a_run_is_markup(tmp_path: Path) -> None:
     [run] = data_of(page)["runs"]
     assert HOSTILE in run["groups"][0]["context"]
     assert HOSTILE in run["groups"][0]["samples"][0]["reasoning"]
+
+
+def test_the_page_has_the_findings_of_the_doctor(tmp_path: Path) -> None:
+    sick = write_sick_run(tmp_path, metrics={"ended/length": 0.7})
+    page = write_page([sick], tmp_path / "report.html").read_text()
+    section = page.partition('<section id="doctor"')[2].partition("</section>")[0]
+    assert "<strong>problem</strong> 70% of the responses" in section
+    assert "raise rollout.max_new_tokens (now 48)" in section and "loss_rose: not checked" in section
+
+
+def test_what_the_doctor_quotes_of_a_run_is_not_markup(tmp_path: Path) -> None:
+    sick = write_sick_run(tmp_path, metrics={"status/no_box": 0.7}, config={"prompt.template": HOSTILE})
+    write_training_rollouts(
+        sick, 60, lambda step, p: f"{HOSTILE} {step}" if step > 30 else f"{'abcdefgh'[p]}{step % 7}"
+    )
+    page = write_page([sick], tmp_path / "report.html").read_text()
+    section = page.partition('<section id="doctor"')[2].partition("</section>")[0]
+    assert section.count("&lt;img") == 2 and "<img" not in page
 
 
 def test_a_large_run_stays_small_and_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
