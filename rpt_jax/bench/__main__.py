@@ -40,6 +40,7 @@ def run_bench(argv: list[str]) -> int:
     """Parse the command line, measure, and show the figures. Raises: UserError or OSError."""
     import_jax()
     from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
+    from rpt_jax.bench.device import command as device
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.console import table
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
@@ -53,6 +54,7 @@ def run_bench(argv: list[str]) -> int:
         "update": update,
         "data": data,
         "soak": soak,
+        "device": device,
     }
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.bench", description=description)
@@ -75,6 +77,8 @@ def run_bench(argv: list[str]) -> int:
         check_local_path(f"--{name}", value)
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"--json={options.json}: the folder {options.json.parent} does not exist.", field="--json")
+    if options.name == "device":
+        return device.run(options)  # It measures in other processes, and writes the file as it goes.
     check_platforms()
     with needed_jax_settings():
         columns, rows = benches[options.name].measure(options)

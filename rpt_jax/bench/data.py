@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     tokenizer = load_tokenizer(options.tokenizer or options.policy)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.jsonl"
-        _generate_corpus(path, int(options.megabytes * 1e6))
+        generate_corpus(path, int(options.megabytes * 1e6))
         data = DataConfig(
             source="path",
             path=str(path),
@@ -167,7 +167,7 @@ def _measure_scoring(options: argparse.Namespace, data: DataConfig, corpus: Toke
         return [*rows, _measure_prompts(experiment, tokenizer, prepared, options.batches)]
 
 
-def _generate_corpus(path: Path, size: int) -> None:
+def generate_corpus(path: Path, size: int) -> None:
     """Write documents of made-up words, with Zipf-distributed frequencies, until the file has `size` bytes."""
     rng = np.random.default_rng(0)
     letters = rng.integers(ord("a"), ord("z") + 1, (_VOCABULARY_WORDS, 9)).astype(np.uint8)

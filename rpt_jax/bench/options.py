@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import math
 
-from rpt_jax.config.schema import ATTENTIONS, REMATS
+from rpt_jax.config import PolicyConfig
+from rpt_jax.config.schema import ATTENTIONS, HEAD_PRECISIONS, REMATS
 from rpt_jax.model.model_config import ModelConfig, preset
 
 _DEFAULT_MODEL = ModelConfig(
@@ -56,11 +57,19 @@ def chosen_model(options: argparse.Namespace) -> ModelConfig:
 
 
 def add_compute_options(parser: argparse.ArgumentParser, remat: str, dtype: bool = True) -> None:
-    """Add the compute dtype, the attention and the rematerialization, whose default is `remat`."""
+    """Add the compute dtype and the head's precision, the attention, and the rematerialization, whose default is `remat`."""
     if dtype:
         parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+        parser.add_argument("--head-precision", choices=HEAD_PRECISIONS, default="tensorfloat32")
     parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
     parser.add_argument("--remat", choices=[remat for remat in REMATS if remat != "auto"], default=remat)
+
+
+def policy_config(options: argparse.Namespace) -> PolicyConfig:
+    """Return what the options of `add_compute_options` with a dtype say."""
+    return PolicyConfig(
+        dtype=options.dtype, head_precision=options.head_precision, remat=options.remat, attention=options.attention
+    )
 
 
 def add_logit_chunk_option(parser: argparse.ArgumentParser) -> None:

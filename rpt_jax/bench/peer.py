@@ -75,28 +75,71 @@ def transformers_update(
     return {f"transformers: {'bfloat16 autocast' if autocast else 'float32'}": update}
 
 
-def _random_qwen2(config: ModelConfig, length: int, dtype: str) -> tuple[Any, Any]:
-    """Return the torch module and a random model in training mode. Raises UserError if they are not installed."""
+def transformers_generate(config: ModelConfig, prompts_BxS: np.ndarray, new_tokens: int) -> Callable[[], Any]:
+    """Return a call that samples `new_tokens` tokens after every prompt, in bfloat16.
+
+    Raises:
+      UserError: torch or transformers is not installed.
+    """
+    torch, model = _random_qwen2(config, prompts_BxS.shape[1] + new_tokens, "bfloat16")
+    model.eval()
+    prompts = torch.from_numpy(prompts_BxS).long().to(model.device)
+
+    def generate() -> int:
+        with torch.no_grad():
+            tokens = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=True,
+                temperature=0.8,
+                top_k=0,
+                pad_token_id=0,
+            )
+        return int(tokens[:, -1].sum())  # Wait for the last token.
+
+    return generate
+
+
+def torch_matmul(size: int) -> Callable[[], Any]:
+    """Return a product of large bfloat16 matrices. Raises: UserError, if torch or transformers is not installed."""
+    torch, _ = _import_peers()
+    x = torch.randn(size, size, dtype=torch.bfloat16, device=_torch_device(torch))
+    return lambda: float((x @ x)[0, 0])  # Wait for it.
+
+
+def _import_peers() -> tuple[Any, Any]:
+    """Return the modules torch and transformers. Raises: UserError, if one is not installed."""
     try:
         import torch
-        from transformers import Qwen2Config, Qwen2ForCausalLM
+        import transformers
     except ImportError as error:
         raise UserError(
             f"--compare=transformers: {error}. Install torch and transformers, or omit --compare.", field="--compare"
         ) from None
-    qwen2_config = Qwen2Config(
+    return torch, transformers
+
+
+def _torch_device(torch: Any) -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _random_qwen2(config: ModelConfig, length: int, dtype: str) -> tuple[Any, Any]:
+    """Return the torch module and a random model in training mode. Raises UserError if they are not installed."""
+    torch, transformers = _import_peers()
+    qwen2_config = transformers.Qwen2Config(
         num_hidden_layers=config.layers,
         hidden_size=config.width,
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
-        head_dim=config.head_size,  # pyright: ignore[reportCallIssue] - missing in the stubs.
+        head_dim=config.head_size,
         intermediate_size=config.ffn,
         vocab_size=config.vocab,
         tie_word_embeddings=config.tied,
         max_position_embeddings=length,
         rms_norm_eps=config.norm_epsilon,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = Qwen2ForCausalLM(qwen2_config)
-    model = model.to(device, getattr(torch, dtype)).train()
-    return torch, model
+    with torch.device(_torch_device(torch)):  # Large models are initialized much faster on a GPU.
+        model = transformers.Qwen2ForCausalLM(qwen2_config)
+    return torch, model.to(getattr(torch, dtype)).train()

@@ -19,8 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
-from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model, positive
-from rpt_jax.config import PolicyConfig
+from rpt_jax.bench.options import (
+    add_compute_options,
+    add_logit_chunk_option,
+    add_model_options,
+    chosen_model,
+    policy_config,
+    positive,
+)
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.distributed.sharding import init_parameters
 from rpt_jax.errors import UserError
@@ -58,7 +64,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     """
     # The programs, and the product that measures the peak.
     config = chosen_model(options)
-    policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), config)
+    policy = make_policy(policy_config(options), config)
     mesh = make_mesh(-1, 1, 1)
     with use_mesh(mesh):
         calls = policy_calls(

@@ -30,7 +30,7 @@ from rpt_jax.rollout.engine import decode_until, live_sizes, start_decoding
 from rpt_jax.rollout.generate import sample_rollouts
 from rpt_jax.rollout.memory import cache_bytes, device_memory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, share_prefixes
-from rpt_jax.rollout.rollouts import Decoding, Rollouts
+from rpt_jax.rollout.rollouts import Decoding
 from rpt_jax.setup import make_policy
 from rpt_jax.weights.hf import load_policy
 
@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     total_seconds = seconds["all"].median
     prefill_seconds = seconds["prefill"].median
     decode_seconds = total_seconds - prefill_seconds
-    bytes_read = steps * weight_bytes + _keys_read(result, prompts) * cache_bytes(config, options.dtype)
+    bytes_read = steps * weight_bytes + keys_read(result.lengths_PxG, prompts) * cache_bytes(config, options.dtype)
     bandwidth = _READ_BYTES / seconds["read"].fastest
     figures: dict[str, float] = {
         "tokens_per_second": generated / total_seconds,
@@ -214,9 +214,14 @@ def _parse_stop_ids(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _keys_read(rollouts: Rollouts, prompts: Prompts) -> int:
-    """Return how many keys decoding reads: those of a prompt or a root once per step while one of its rollouts is live."""
-    lengths_PxG = np.asarray(rollouts.lengths_PxG).astype(np.int64)
+def keys_read(lengths_PxG: Any, prompts: Prompts) -> int:
+    """Return how many keys decoding reads: those of a prompt or a root once per step while one of its rollouts is live.
+
+    Args:
+      lengths_PxG: response lengths, an array of JAX or NumPy.
+      prompts: the prompts.
+    """
+    lengths_PxG = np.asarray(lengths_PxG).astype(np.int64)
     own = (lengths_PxG * (lengths_PxG - 1) // 2).sum()
     steps_P = lengths_PxG.max(axis=1)
     members_NxW = prompts.members_NxW

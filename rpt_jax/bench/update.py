@@ -17,9 +17,16 @@ import jax
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
-from rpt_jax.bench.options import add_compute_options, add_logit_chunk_option, add_model_options, chosen_model, positive
+from rpt_jax.bench.options import (
+    add_compute_options,
+    add_logit_chunk_option,
+    add_model_options,
+    chosen_model,
+    policy_config,
+    positive,
+)
 from rpt_jax.bench.peer import transformers_update
-from rpt_jax.config import ObjectiveConfig, OptimizerConfig, PolicyConfig
+from rpt_jax.config import ObjectiveConfig, OptimizerConfig
 from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
@@ -134,7 +141,7 @@ def _host(x: np.ndarray) -> Any:
 
 def update_call(options: argparse.Namespace, config: ModelConfig, batch: UpdateBatch) -> Callable[[], Any]:
     """Return a call that takes one optimizer step from the state that the previous call left."""
-    policy = make_policy(PolicyConfig(dtype=options.dtype, remat=options.remat, attention=options.attention), config)
+    policy = make_policy(policy_config(options), config)
     mesh = make_mesh(-1, 1, 1)
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
     objective = ObjectiveConfig()

@@ -85,6 +85,12 @@ CHIPS = {
 }
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """Return the published figures of a device by its `device_kind` in JAX, None if it is not listed."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
+
+
 def published_flops(device_kind: str) -> float | None:
     """Return the FLOP/s of a device in bfloat16 by its `device_kind` in JAX, None if it is not listed."""
-    return next((chip.flops for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
+    chip = chip_of(device_kind)
+    return chip and chip.flops
