@@ -139,8 +139,8 @@ def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 0.5 < figures["occupancy"] <= 1
     assert figures["decode_seconds"] > 0
     random = ["--random-prompts=3", "--prompt-tokens=5", "--shared-tokens=2"]
-    (figures,) = run_bench(tmp_path, *arguments[:-1], "--decode-slots=12", *random)
-    assert figures["slots"] == 12 and figures["generated_tokens"] > 0
+    (figures,) = run_bench(tmp_path, *arguments[:-1], "--decode-slots=8", *random)
+    assert figures["slots"] == 8 and figures["generated_tokens"] > 0
     assert bench.main(["bench", *arguments, "--prompt-tokens=5", "--shared-tokens=6"]) == 2
     assert "--shared-tokens=6" in capsys.readouterr().err
     np.savez(tmp_path / "bad.npz", prompts=prompts, lengths=lengths + 100)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors
 from tests.helpers.hf_models import PLAIN, SHAPE, SPECIAL, tokenizer_spec, write_gguf
 from tests.helpers.paths import ROOT
 from tests.helpers.policy_reference import random_params
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import CHILD_SECONDS, with_devices
 
 
 @pytest.fixture
@@ -305,11 +304,8 @@ def test_loading_puts_only_its_own_shards_on_each_device(tmp_path):
     """For a policy with biases and an untied head."""
     config = dataclasses.replace(SHAPE, qkv_bias=True, tied=False)
     save_policy(tmp_path, config, random_params(Transformer(config), 0), {}, "")
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
     argv = [sys.executable, "-c", _LOAD_ON_EIGHT_DEVICES, str(tmp_path)]
-    done = subprocess.run(
-        argv, cwd=ROOT, env=os.environ | devices, capture_output=True, text=True, timeout=CHILD_SECONDS
-    )
+    done = subprocess.run(argv, cwd=ROOT, env=with_devices(8), capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -24,7 +24,7 @@ from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from rpt_jax.study import __main__ as study
 from rpt_jax.study.plan import check_stages
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import ROOT, TINY
 
 PAGE = (ROOT / "docs" / "reference" / "metrics.md").read_text()
 INTERVAL = ("accuracy", "low", "high", "positions")
@@ -40,6 +40,7 @@ FIELDS = {
     "prompt.max_tokens": 96,
     "rollout.samples_per_prompt": 2,
     "rollout.max_new_tokens": 12,
+    "rollout.decode_slots": 8,
     "rollout.stop_at_box": True,
     "objective.importance": "mask",
     "objective.kl": "k2",
@@ -55,6 +56,7 @@ FIELDS = {
     "evaluation.unseen_positions": 4,
     "checkpoint.every_steps": 1,
     "cold_start.total_steps": 1,
+    "optimizer.learning_rate": 0.0,  # The cold start has its own, so it alone changes the policy.
     "pretrain.windows_per_step": 2,
     "pretrain.rows_per_window": 2,
 }
@@ -98,6 +100,14 @@ def test_the_page_explains_exactly_the_keys_of_an_rpt_run(workdir: Path) -> None
 
 def test_the_page_explains_exactly_the_keys_of_pretraining(workdir: Path) -> None:
     assert written(workdir / "cold_start") == explained("pretrain")
+
+
+def test_a_cold_start_comes_first(workdir: Path) -> None:
+    start, cold, end = (
+        (path / "model.safetensors").read_bytes()
+        for path in (TINY, workdir / "cold_start" / "policy", workdir / "policy")
+    )
+    assert start != cold == end
 
 
 def test_the_page_explains_exactly_the_keys_of_a_result(workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Next-token pre-training and the cold start: they resume, and export a policy."""
+"""Next-token pre-training: it resumes, and exports a policy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 from rpt_jax import main
 from rpt_jax.model.model_config import preset
 from rpt_jax.pretrain import update_flops
-from tests.helpers.paths import ROOT
-from tests.helpers.runs import COLD_START, PRETRAIN, assert_goes_on, comparable, experiment, interruption_after
+from tests.helpers.runs import PRETRAIN, assert_goes_on, comparable, experiment, interruption_after
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +43,6 @@ def test_finished_pretraining_is_left_as_it_is(tmp_path: Path, pretrained: Path)
     main.run(experiment("pretrain_tiny", **PRETRAIN | {"checkpoint.keep": 7}), tmp_path / "run")
     assert (tmp_path / "run" / "policy" / "model.safetensors").read_bytes() == b"not exported again"
     assert (tmp_path / "run" / "run_config.json").read_bytes() == config
-
-
-def test_a_cold_start_comes_first(tmp_path: Path) -> None:
-    """The learning rate of the run itself is 0, so its policy is that of the cold start."""
-    main.run(experiment(**COLD_START), tmp_path)
-    assert not any("loss/trace" in line for line in comparable(tmp_path))
-    assert all("loss/trace" in line for line in comparable(tmp_path / "cold_start"))
-    start, cold, end = (
-        (path / "model.safetensors").read_bytes()
-        for path in (ROOT / "configs" / "tiny", tmp_path / "cold_start" / "policy", tmp_path / "policy")
-    )
-    assert start != cold == end
 
 
 @pytest.mark.parametrize("trace_weight", [0.0, 1.0])

@@ -22,7 +22,7 @@ from rpt_jax.infra.run_context import RunContext
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import SELF_ENTROPY, SMALL, assert_resumes, comparable, experiment
+from tests.helpers.runs import SMALL, assert_resumes, comparable, experiment
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,7 @@ def test_a_run_leaves_metrics_result_plots_and_policy(finished: Path) -> None:
     assert result["config"].keys() == given.keys()
     assert {name: result["config"][name] for name in SMALL} == {name: given[name] for name in SMALL}
     assert list((finished / "plots").glob("*.png")) and list((finished / "tensorboard").iterdir())
+    assert not (finished / "profile").exists(), "no profile by default"
 
     shape, _, fingerprint = load_policy(finished / "policy")
     assert shape.parameters < 2_000_000 and fingerprint == load_tokenizer(finished / "policy").fingerprint
@@ -77,23 +78,6 @@ def test_a_result_of_an_older_format_is_refused(finished: Path, tmp_path: Path) 
     (workdir / "result.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="result.json has format 1"):
         main.run(experiment(**SMALL), workdir)
-
-
-@pytest.fixture(scope="module")
-def rescored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("rescored")
-    main.run(experiment(**SMALL | SELF_ENTROPY | {"profile.start": 2, "profile.steps": 1}), workdir)
-    return workdir
-
-
-def test_positions_are_chosen_again_during_training(rescored: Path) -> None:
-    lines = read_metrics(rescored / "metrics.jsonl")
-    assert [line["step"] for line in lines if line.get("time/rescore")] == [3, 5]
-
-
-def test_a_profile_window_writes_a_trace(rescored: Path, finished: Path) -> None:
-    assert list((rescored / "profile").rglob("*.xplane.pb"))
-    assert not (finished / "profile").exists(), "no profile by default"
 
 
 def test_an_interrupted_run_resumes_to_the_same_metrics(

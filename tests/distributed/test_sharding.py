@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,10 +13,14 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from rpt_jax.distributed.mesh import DECODING, MESH_AXES, check_batches, make_mesh, mesh_fields
 from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError
-from tests.helpers import sharded_child
-from tests.helpers.paths import ROOT
 from tests.helpers.policy_reference import POLICY
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.sharded_results import (
+    ALONE,
+    assert_equal_steps,
+    assert_shardings_kept,
+    assert_stored_once_per_replica,
+    run_on_meshes,
+)
 
 FIELDS = ("data", "fsdp", "tensor", "rollout_tensor")
 
@@ -32,80 +33,29 @@ def abstract_mesh(data: int, fsdp: int, tensor: int, rollout_tensor: int = 0) ->
     return AbstractMesh((data, fsdp // fsdp_to_tp, fsdp_to_tp, tp_to_dp, tensor // tp_to_dp), MESH_AXES)
 
 
-ALONE, *SHARDED = ("x".join(map(str, sizes)) for sizes in sharded_child.MESHES)
-FEWER = ["x".join(map(str, sizes)) for sizes in sharded_child.FEWER]
+# One where the rollouts use less tensor parallelism than the update, whose rows are split, and one where they use more.
+# tests/slow/test_sharding.py has others.
+MESHES = ["1x4x2x1", "2x4x1x2"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return {mesh: {name: array}}, computed by a process with eight devices."""
-    out = tmp_path_factory.mktemp("sharded") / "out.npz"
-    devices = f"--xla_force_host_platform_device_count={sharded_child.DEVICES}"
-    # The programs run for milliseconds; optimizing them is what would take time.
-    environment = os.environ | {"XLA_FLAGS": f"{devices} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    child = [sys.executable, "-m", "tests.helpers.sharded_child", str(out)]
-    done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
-    assert done.returncode == 0, done.stderr[-3000:]
-    # XLA's warning when it can only change a sharding by replicating the array on every device. (Programs from the cache do not
-    # warn, but those have not changed.)
-    assert "Involuntary full rematerialization" not in done.stderr, done.stderr[-3000:]
-    by_mesh = {}
-    with np.load(out) as arrays:
-        for name in arrays:
-            mesh, _, leaf = name.partition("/")
-            by_mesh.setdefault(mesh, {})[leaf] = arrays[name]
-    return by_mesh
+    return run_on_meshes(tmp_path_factory.mktemp("sharded") / "out.npz", *MESHES)
 
 
-def assert_equal(results, mesh, prefix, tolerance):
-    names = [name for name in results[ALONE] if name.startswith(prefix)]
-    assert names
-    for name in names:
-        np.testing.assert_allclose(results[mesh][name], results[ALONE][name], rtol=0, atol=tolerance, err_msg=name)
-
-
-@pytest.mark.parametrize("mesh", SHARDED)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_sharded_equals_unsharded(results, mesh):
-    """Initial weights, tokens and rewards are equal bit for bit; log-probabilities, loss and gradients up to rounding."""
-    reward, lengths = results[ALONE]["first.reward"], results[ALONE]["first.rollouts.lengths_PxG"]
-    varied = reward.max(axis=1) > reward.min(axis=1)
-    assert 2 <= varied.sum() < len(varied) and len(np.unique(lengths)) > 2, "the example tests too little"
-    for exact in ("tokens", "lengths", "ended"):
-        assert_equal(results, mesh, f"first.rollouts.{exact}", 0)
-    for exact in ("start", "first.reward", "first.status"):
-        assert_equal(results, mesh, exact, 0)
-    assert_equal(results, mesh, "first.rollouts.logprobs", 1e-5)
-    assert_equal(results, mesh, "first.metrics", 1e-5)
-    assert_equal(results, mesh, "moments", 1e-7)
-    assert results[ALONE]["first.metrics.gradient/norm"] > 0.1, "the gradients test too little"
-    # The second step samples from the weights that the first one changed.
-    assert_equal(results, mesh, "second", 0)
-    assert_equal(results, mesh, "params", 1e-5)
+    assert_equal_steps(results, mesh)
 
 
-@pytest.mark.parametrize("mesh", FEWER)
-def test_rollouts_on_fewer_devices_equal_those_on_one(results, mesh):
-    for leaf, tolerance in (("tokens", 0), ("lengths", 0), ("ended", 0), ("logprobs", 1e-5)):
-        assert_equal(results, mesh, f"first.rollouts.{leaf}", tolerance)
-
-
-@pytest.mark.parametrize("mesh", SHARDED)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_parameters_and_moments_are_stored_once_per_replica(results, mesh):
-    """Matrices and Adam's moments are stored once per data-parallel replica; only vectors are replicated on every device."""
-    data, fsdp, *_ = map(int, mesh.split("x"))
-    for name, stored in results[mesh].items():
-        if name.startswith("stored."):
-            whole, copies = results[ALONE][name], sharded_child.DEVICES if "norm" in name else data
-            assert stored == whole * copies, name
-    assert results[mesh]["prompts_on_one_device"] == sharded_child.P // (data * fsdp)
+    assert_stored_once_per_replica(results, mesh)
 
 
-@pytest.mark.parametrize("mesh", [ALONE, *SHARDED])
+@pytest.mark.parametrize("mesh", [ALONE, *MESHES])
 def test_a_step_keeps_the_shardings_of_the_state(results, mesh):
-    """Otherwise the next step would be compiled again and could not reuse donated buffers."""
-    moved = [name for name, leaf in results[mesh].items() if name.startswith("moved.") and leaf]
-    assert not moved
-    assert results[mesh]["compiled_again"] == 0
+    assert_shardings_kept(results, mesh)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,12 @@ WITH_SIGNALS = [
 ]
 
 
+def with_devices(devices: int, *flags: str) -> dict[str, str]:
+    """Return the environment of a process that has so many simulated devices, with more flags of XLA beside those of this one."""
+    own = os.environ.get("XLA_FLAGS", "")
+    return os.environ | {"XLA_FLAGS": " ".join([own, f"--xla_force_host_platform_device_count={devices}", *flags])}
+
+
 def free_port() -> int:
     """Return a port that is free together with the next one."""
     while True:
@@ -39,10 +45,12 @@ def starter() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
     """Give a function that starts a module once for each list of arguments; all processes are killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start_all(module: str, arguments: Sequence[Sequence[str]], **environ: str) -> list[subprocess.Popen[str]]:
+    def start_all(
+        module: str, arguments: Sequence[Sequence[str]], devices: int = 1, **environ: str
+    ) -> list[subprocess.Popen[str]]:
         for own in arguments:
             command = [sys.executable, "-m", module, *own]
-            environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | environ
+            environment = with_devices(devices) | environ
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True))
         return started[-len(arguments) :]
 

@@ -11,6 +11,7 @@ SMALL_RFT = {
     "prompt.max_tokens": 256,
     "rollout.samples_per_prompt": 4,
     "rollout.max_new_tokens": 24,
+    "rollout.decode_slots": 8,  # A decode loop for one size of the live batch is compiled, not for many.
     "training.prompts_per_step": 8,
     "training.microbatch_tokens": 512,
     "training.total_steps": 3,

@@ -1,6 +1,8 @@
-"""Two steps of RL on several meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz`.
+"""Two steps of RL on meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz 1x1x1x1 2x2x2x2`.
 
-This is a separate process because the number of devices is fixed when JAX starts. It writes its results and checks nothing.
+The sizes of a mesh are data, fsdp, tensor and rollout_tensor. Meshes of one and of eight devices run two steps, other meshes
+only sample the first rollouts. This is a separate process because the number of devices is fixed when JAX starts. It writes its
+results and checks nothing.
 """
 
 from __future__ import annotations
@@ -28,14 +30,7 @@ from rpt_jax.rollout.rollouts import Rollouts
 from tests.helpers.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
-# data, fsdp, tensor, rollout_tensor: the last one equal to tensor, smaller and larger.
-MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 2), (1, 4, 2, 2), (1, 4, 2, 1), (2, 4, 1, 2))
 SPLIT_ROWS = (1, 4, 2, 1)  # On this mesh the update splits the tokens of its rows.
-FEWER = (
-    (2, 1, 1, 1),
-    (1, 1, 2, 2),
-    (2, 1, 2, 2),
-)  # Meshes of two and of four devices: only the first rollouts are compared.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
 LIMITS = UpdateLimits(
@@ -67,8 +62,8 @@ def prompts() -> tuple[np.ndarray, ...]:
 
 
 def roll(params: Any, sharded: tuple[jax.Array, ...], seed: int) -> Rollouts:
-    """Sample with slots for half of the rollouts."""
-    static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS, "slots": P * G // 2}
+    """Sample with few slots: they are refilled, and the decode loop is compiled for one batch size only."""
+    static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS, "slots": 6}
     return generate(SHALLOW, params, *sharded[:3], jax.random.key(seed), **static)
 
 
@@ -157,10 +152,10 @@ def main() -> None:
     assert jax.device_count() == DEVICES
     alone = mesh_from_config((1, 1, 1, 1))
     results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
-    for sizes in MESHES:
-        results |= flat(run(sizes), "x".join(map(str, sizes)))
-    for sizes in FEWER:
-        results |= flat(run_rollouts(sizes), "x".join(map(str, sizes)))
+    for mesh in sys.argv[2:]:
+        data, fsdp, tensor, rollout_tensor = map(int, mesh.split("x"))
+        compute = run if data * fsdp * tensor in (1, DEVICES) else run_rollouts
+        results |= flat(compute((data, fsdp, tensor, rollout_tensor)), mesh)
     np.savez(sys.argv[1], **results)
 
 

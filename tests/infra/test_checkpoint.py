@@ -24,7 +24,7 @@ from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.run_format import FORMAT
 from rpt_jax.objective.update import TrainState
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import CHILD_SECONDS, with_devices
 
 RUN = {"stream": {"next_index": 37, "nested": [1, 2.5, None]}, "counters": {"tokens": 2**40}, "fingerprint": "ab12"}
 
@@ -258,10 +258,9 @@ def test_a_truncated_large_array_is_refused(tmp_path):
 def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
     """Eight devices, then two, then one: the checksums of a checkpoint do not depend on the sharding."""
     for action, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         run = [sys.executable, "-m", "tests.helpers.checkpoint_child", action, str(tmp_path), str(fsdp), str(tensor)]
         done = subprocess.run(
-            run, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, timeout=CHILD_SECONDS
+            run, cwd=ROOT, env=with_devices(devices), capture_output=True, text=True, timeout=CHILD_SECONDS
         )
         assert done.stdout == f"{action} {devices}\n", done.stderr
 
@@ -282,9 +281,8 @@ def test_a_checkpoint_of_an_older_format_is_refused(copy):
 
 def test_a_stop_signal_saves_what_the_registered_checkpointer_has_staged(tmp_path):
     """Another checkpointer is open, but only the one that was registered saves."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     command = [sys.executable, "-m", "tests.helpers.checkpoint_child"]
-    options = {"cwd": ROOT, "env": os.environ | flags, "capture_output": True, "text": True, "timeout": 600}
+    options = {"cwd": ROOT, "env": with_devices(1), "capture_output": True, "text": True, "timeout": 600}
     stopped = subprocess.run([*command, "stop", str(tmp_path), "1", "1"], **options)
     assert stopped.returncode == ExitCode.RESTART and "Stopped: everything up to step 3 is in" in stopped.stderr, (
         stopped

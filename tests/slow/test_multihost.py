@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, starter
+from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, starter, with_devices
 from tests.helpers.runs import SMALL, comparable
 
 
@@ -41,7 +40,7 @@ def start_run(start, workdir: Path, processes: int, devices: int, **overrides: o
     common = ["--config=configs/rpt_tiny.py", f"--workdir={workdir}", *fields]
     joint = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"] if processes > 1 else []
     own = [[*common, *joint, *([f"--process={i}"] if joint else [])] for i in range(processes)]
-    return start("rpt_jax.main", own, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    return start("rpt_jax.main", own, devices)
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], code: int = 0) -> list[tuple[str, str]]:
@@ -75,8 +74,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("alone") / "run"
     fields = [f"--config.{name}={value}" for name, value in RUN.items()]
     command = [sys.executable, "-m", "rpt_jax.main", "--config=configs/rpt_tiny.py", f"--workdir={workdir}", *fields]
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run(command, cwd=ROOT, env=os.environ | devices, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, env=with_devices(4), check=True, capture_output=True)
     return workdir
 
 
@@ -140,11 +138,9 @@ def test_a_workdir_that_is_not_shared_is_refused(start, tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / str(number)).mkdir()
         command = [sys.executable, "-m", "rpt_jax.main", *common, f"--process={number}"]
-        environ = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        environ = with_devices(1) | {"PYTHONPATH": str(ROOT)}
         started.append(
-            subprocess.Popen(
-                command, cwd=tmp_path / str(number), env=os.environ | environ, stdout=-1, stderr=-1, text=True
-            )
+            subprocess.Popen(command, cwd=tmp_path / str(number), env=environ, stdout=-1, stderr=-1, text=True)
         )
     for _, err in finish(started, 2):
         assert f"--workdir=run is not the same directory on {HERE} as on the host of process 0" in err

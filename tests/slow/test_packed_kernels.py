@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.packed_rows import RowShape, check_kernels
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import CHILD_SECONDS, with_devices
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_the_kernels_equal_the_reference(name, shape, seed):
 
 def test_sharded_rows_equal_unsharded_ones():
     """Rows and kv heads over eight simulated devices, each of which visits the blocks of its own rows."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = with_devices(8) | {"JAX_PLATFORMS": "cpu"}
     child = [sys.executable, "-m", "tests.helpers.sharded_rows_child"]
     done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
