@@ -66,7 +66,7 @@ def _check_grows(directory: Path, theirs: Mapping[str, Any], values: Mapping[str
         now = values.get(name)
         if there == now or (name not in theirs and name.startswith(added)):
             continue
-        if name in _GROWING and isinstance(there, list) and now[: len(there)] == there:
+        if name in _GROWING and isinstance(there, list) and values[name][: len(there)] == there:
             continue
         hint = " What a study has stays in front; more may follow." if name in _GROWING else ""
         raise UserError(
