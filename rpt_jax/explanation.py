@@ -49,7 +49,7 @@ class Text(NamedTuple):
     """
 
     name: str
-    windows: list[np.ndarray]
+    windows: list[list[int]]
 
     @property
     def starts(self) -> list[int]:
@@ -94,14 +94,14 @@ def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> Text:
         content = data.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"--text={path} is not UTF-8 (byte {error.start}).", field="--text") from None
-    ids = np.array(tokenizer.encode(content), np.int32)
+    ids = np.array(tokenizer.encode(content))
     if len(ids) < 2:
         raise UserError(
             f"--text={path} has {len(ids)} tokens, and a prediction needs a context and a token that follows it.",
             field="--text",
         )
     ends = window_ends(np.array([len(ids)]), max_tokens)
-    return Text(name=path.name, windows=np.split(ids, ends[:-1]))
+    return Text(name=path.name, windows=[window.tolist() for window in np.split(ids, ends[:-1])])
 
 
 def window_tokens(experiment: Experiment, policy: Transformer) -> int:
@@ -308,7 +308,7 @@ def render_explanation(
 
 
 def _shown_window(
-    number: int, start: int, ids: np.ndarray, scores: TokenScores, tokenizer: Tokenizer
+    number: int, start: int, ids: Sequence[int], scores: TokenScores, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Return what the page's script shows of a window."""
     return {

@@ -267,8 +267,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics() | task.stream.take_metrics()
             )
             if training.kept_prompts_per_step:
-                last_kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
-                files.add_training(step, functools.partial(task.rollout_table, last_kept, step=step))
+                kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
+                files.add_training(step, functools.partial(task.rollout_table, kept, step=step))
+                last_kept = kept
             end_phase("reward")
 
             # --- 7. Update the policy --------------------------------------------------------------

@@ -446,10 +446,10 @@ class LoggingConfig:
     # Name of the project at the trackers.
     project: str = "rpt_jax"
 
-    @property
-    def tracker_names(self) -> tuple[str, ...]:
-        """The names in `trackers`."""
-        return tuple(name.strip() for name in self.trackers.split(",") if name.strip())
+
+def tracker_names(trackers: str) -> tuple[str, ...]:
+    """Return the names in `logging.trackers`."""
+    return tuple(name.strip() for name in trackers.split(",") if name.strip())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from rpt_jax.config.schema import (
     ObjectiveConfig,
     PolicyConfig,
     QuestionsConfig,
+    tracker_names,
 )
 from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path
 from rpt_jax.errors import UserError, check_choice
@@ -383,9 +384,10 @@ def _check_verified_reward(experiment: Experiment) -> None:
 
 def _check_trackers(logging: LoggingConfig) -> None:
     """Check the names of trackers, and refuse a project without one. Raises: UserError."""
-    for name in logging.tracker_names:
+    names = tracker_names(logging.trackers)
+    for name in names:
         check_choice("logging.trackers", name, TRACKERS)
-    if logging.project != LoggingConfig().project and not logging.tracker_names:
+    if logging.project != LoggingConfig().project and not names:
         raise UserError(
             f"logging.project='{logging.project}' has no effect without logging.trackers.", field="logging.project"
         )

@@ -94,8 +94,8 @@ class Progress:
       done: steps that an earlier run completed.
       transient: for a loop inside another one: leave nothing on a terminal, and print lines elsewhere only if it takes long.
       interludes_left: returns, for a number of completed steps, how many interludes of each kind are still to come.
-      alike: for a kind of interlude that has not happened yet, another kind, or a part of the steps, and how many times its duration
-        to expect.
+      alike: for a kind of interlude that has not happened yet, another kind, or a part of the steps, and how many times its
+        duration to expect.
       compile_seconds: returns the seconds that programs have been compiled for.
       clock: returns seconds from any origin.
 

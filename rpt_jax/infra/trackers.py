@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpt_jax.config import Experiment, LoggingConfig
 from rpt_jax.config.dataclass_io import leaves
+from rpt_jax.config.schema import tracker_names
 from rpt_jax.distributed.processes import is_leader
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 def check_installed(config: LoggingConfig) -> None:
     """Check that the trackers of a config are installed. Raises: UserError."""
-    for name in config.tracker_names:
+    for name in tracker_names(config.trackers):
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"logging.trackers='{config.trackers}' needs the package {name}, which is not installed: "
@@ -54,7 +55,9 @@ class Trackers:
         """
         self._runs: dict[str, Any] = {}
         self._new: set[str] = set()  # Trackers that have nothing of this run yet.
-        names = experiment.logging.tracker_names if is_leader() else ()
+        config = experiment.logging
+        arguments = {"project": config.project, "config": dict(leaves(experiment)), "resume": "allow"}
+        names = tracker_names(config.trackers) if is_leader() else ()
         if not names:
             return
         place = workdir.resolve()
@@ -63,7 +66,6 @@ class Trackers:
         ids = _read_ids(path)
         self._new = set(names) - set(ids)
         ids |= {tracker: secrets.token_hex(4) for tracker in names if tracker in self._new}
-        arguments = {"project": experiment.logging.project, "config": dict(leaves(experiment)), "resume": "allow"}
         for tracker in names:
             identity = _identity(tracker, name, ids[tracker], workdir)
             self._attempt(tracker, functools.partial(self._start, tracker, arguments | identity))

@@ -16,6 +16,21 @@ from rpt_jax.run_page.reading import RunData, read_run
 REPORT = "report.html"  # Name of the page in the directory of a run.
 _PHASES = ("setup", "data", "rescore", "reshard", "rollout", "reward", "update", "checkpoint", "evaluation")
 
+# Fields that decide which positions or questions an evaluation has, and those of them that do not.
+_EVALUATED = ("task", "data.", "questions.", "evaluation.positions", "policy.path")
+_NOT_EVALUATED = (
+    "data.positions",
+    "data.positions_per_window",
+    "data.rescore_every_steps",
+    "data.rescore_windows",
+    "data.workers",
+    "data.keep_fraction",
+    "data.entropy_threshold",
+    "data.score_batch_windows",
+    "data.shard",
+    "questions.verifier_workers",
+)
+
 
 def write_page(workdirs: Sequence[Path], path: Path) -> Path:
     """Write the page of some runs to `path`, atomically, and return the path. Raises: OSError."""
@@ -36,10 +51,23 @@ def render_page(runs: Sequence[RunData], *, live: bool = False) -> str:
         {"live": live, "difficulties": DIFFICULTIES, "runs": [_shown_data(run) for run in runs]},
         title=" and ".join(run.name for run in runs),
         runs=runs,
+        differently_evaluated=differently_evaluated(runs),
         headlines=[headline(run) for run in runs],
         config_rows=_config_rows(runs),
         time_rows=_time_rows(runs),
     )
+
+
+def differently_evaluated(runs: Sequence[RunData]) -> list[str]:
+    """Return the config fields by which the evaluations of runs may be of other text, positions or questions."""
+    configs = [run.config for run in runs if run.config]
+    return [
+        name
+        for name in sorted({name for config in configs for name in config})
+        if name.startswith(_EVALUATED)
+        and name not in _NOT_EVALUATED
+        and len({json.dumps(config.get(name)) for config in configs}) > 1
+    ]
 
 
 def headline(run: RunData) -> dict[str, Any]:

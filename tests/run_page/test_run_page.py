@@ -13,7 +13,7 @@ import pytest
 
 from rpt_jax import report
 from rpt_jax.run_page import reading
-from rpt_jax.run_page.build import render_page, write_page
+from rpt_jax.run_page.build import differently_evaluated, render_page, write_page
 from rpt_jax.run_page.reading import read_run
 from rpt_jax.run_page.server import RunServer
 from tests.helpers.diagnosis import write_run as write_sick_run
@@ -115,6 +115,17 @@ def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFix
     assert report.main(["report", f"--workdir={first}", f"--workdir={second}", f"--output={output}"]) == 0
     capsys.readouterr()
     assert [run["name"] for run in data_of(output.read_text())["runs"]] == ["first", "second"]
+
+
+def test_runs_that_are_evaluated_on_different_corpora_are_named(tmp_path: Path) -> None:
+    paths = {name: write_run(tmp_path / name) / "run_config.json" for name in ("first", "second")}
+    runs = [read_run(path.parent) for path in paths.values()]
+    assert differently_evaluated(runs) == [] and "need not be comparable" not in render_page(runs)
+    content = json.loads(paths["second"].read_text())
+    content["config"] |= {"data.path": "other/texts", "data.entropy_threshold": 1.5, "optimizer.learning_rate": 1.0}
+    paths["second"].write_text(json.dumps(content))
+    runs = [read_run(path.parent) for path in paths.values()]
+    assert differently_evaluated(runs) == ["data.path"] and "need not be comparable" in render_page(runs)
 
 
 def test_the_server_gives_a_new_version_when_the_run_has_changed(tmp_path: Path) -> None:
