@@ -17,7 +17,7 @@ NO_PREDICTION = 0.2
 # A response that is cut counts as wrong: with a tenth of them, no accuracy is above 90 %.
 CUT_RESPONSES = 0.1
 HALF = 0.5
-# Below this entropy, the samples of a prompt hardly differ (0.01 nats per token is one other token in about 500).
+# Below this entropy, the samples of a prompt hardly differ (0.01 nats per token is one other token in about 750).
 LEAST_ENTROPY = 0.01
 # The entropy has collapsed if it fell below this fraction of its start and most groups have no variance: then exploration is used
 # up, and the reward no longer rises (2505.22617). In configs/rpt_tiny.py it falls to half.
