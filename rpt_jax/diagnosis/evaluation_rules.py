@@ -62,7 +62,7 @@ class Gain(NamedTuple):
         )
 
 
-@RULES.register("evaluation_too_small", tasks=("rpt", "rft"), steps=1)
+@RULES.register("evaluation_too_small", tasks=("rpt", "rft"))
 def evaluation_too_small(run: RunRecord) -> Iterator[Finding]:
     """The interval of the accuracy's gain includes 0: the evaluation is too small to show it."""
     gains = list(_gains(run))
@@ -87,7 +87,7 @@ def evaluation_too_small(run: RunRecord) -> Iterator[Finding]:
     )
 
 
-@RULES.register("accuracy_fell", tasks=("rpt", "rft"), steps=1)
+@RULES.register("accuracy_fell", tasks=("rpt", "rft"))
 def accuracy_fell(run: RunRecord) -> Iterator[Finding]:
     """The accuracy on held-out data is lower than before training, and the interval of the difference says so."""
     fell = [gain for gain in _gains(run) if gain.high < 0]
