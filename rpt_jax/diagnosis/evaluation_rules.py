@@ -138,17 +138,17 @@ def _gains(run: RunRecord) -> Iterator[Gain]:
 def _paired_gain(run: RunRecord, before: Evidence, after: Evidence) -> Gain | None:
     """Return the gain with the interval of paired differences; None without the rollouts of both evaluations."""
     try:
-        scores = [_scores(run, before.metric, last=last) for last in (False, True)]
+        before_scores, after_scores = (_scores(run, before.metric, last=last) for last in (False, True))
     except CannotCheck:
         return None
-    common = [key for key in scores[0] if key in scores[1]]
-    values_2xN = np.array([[score[key] for key in common] for score in scores])
+    common = [key for key in before_scores if key in after_scores]
+    before_N, after_N = (np.array([scores[key] for key in common]) for scores in (before_scores, after_scores))
     # The files must be those of the two evaluations, with the same measure.
-    if not common or not np.allclose(values_2xN.mean(axis=1), [before.value, after.value], atol=1e-4):
+    if not common or not np.allclose([before_N.mean(), after_N.mean()], [before.value, after.value], atol=1e-4):
         return None
     sources = {source: i for i, source in enumerate(dict.fromkeys(key[0] for key in common))}
     cluster_N = np.array([sources[key[0]] for key in common])
-    comparison = compare(*values_2xN, [""] * len(common), cluster_N)
+    comparison = compare(before_N, after_N, [""] * len(common), cluster_N)
     return Gain(before.metric, before, after, comparison.low, comparison.high, len(common))
 
 
