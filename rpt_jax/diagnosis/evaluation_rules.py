@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -129,8 +130,7 @@ def _gains(run: RunRecord) -> Iterator[Gain]:
         if paired := _paired_gain(run, first, last):
             yield paired
         else:
-            widths = [(line[f"{metric}/high"] - line[f"{metric}/low"]) / 2 for line in (before, after)]
-            half_width = float(np.hypot(*widths))
+            half_width = math.hypot(*((line[f"{metric}/high"] - line[f"{metric}/low"]) / 2 for line in (before, after)))
             difference = last.value - first.value
             yield Gain(metric, first, last, difference - half_width, difference + half_width, 0)
 
