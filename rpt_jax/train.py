@@ -263,9 +263,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             del weights  # The update needs the memory.
             rollout_scalars = jax.device_get(rollout_metrics(rewarded, sampling)) | {"groups/rounds": rounds}
             rollout_scalars |= jax.device_get(status_metrics(rewarded.status_PxG, task.statuses))
-            rollout_scalars |= (
-                mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics() | task.stream.take_metrics()
-            )
+            rollout_scalars |= mean_over_rounds(jax.device_get(drawn)) | task.reward_metrics()
+            rollout_scalars |= task.stream.take_metrics()
             if training.kept_prompts_per_step:
                 kept = to_host(first_prompts(rewarded, training.kept_prompts_per_step))
                 files.add_training(step, functools.partial(task.rollout_table, kept, step=step))

@@ -43,7 +43,7 @@ def too_few_positions(run: RunRecord) -> Iterator[Finding]:
 
 def _chooses_again(run: RunRecord) -> bool:
     """Return whether the positions are chosen again during the run, so that passes start at 0."""
-    choice = run.config.get("data.positions")
+    choice = str(run.config.get("data.positions"))
     if choice not in POSITION_CHOICES:
         return True  # A user's own, which is not registered here.
     requirements = POSITION_CHOICES[choice].requirements

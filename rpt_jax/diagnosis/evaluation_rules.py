@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class Gain(NamedTuple):
         )
 
 
-@RULES.register("evaluation_too_small", tasks=("rpt", "rft"), steps=1)
+@RULES.register("evaluation_too_small", tasks=("rpt", "rft"))
 def evaluation_too_small(run: RunRecord) -> Iterator[Finding]:
     """The interval of the accuracy's gain includes 0: the evaluation is too small to show it."""
     gains = list(_gains(run))
@@ -87,7 +88,7 @@ def evaluation_too_small(run: RunRecord) -> Iterator[Finding]:
     )
 
 
-@RULES.register("accuracy_fell", tasks=("rpt", "rft"), steps=1)
+@RULES.register("accuracy_fell", tasks=("rpt", "rft"))
 def accuracy_fell(run: RunRecord) -> Iterator[Finding]:
     """The accuracy on held-out data is lower than before training, and the interval of the difference says so."""
     fell = [gain for gain in _gains(run) if gain.high < 0]
@@ -129,8 +130,7 @@ def _gains(run: RunRecord) -> Iterator[Gain]:
         if paired := _paired_gain(run, first, last):
             yield paired
         else:
-            widths = [(line[f"{metric}/high"] - line[f"{metric}/low"]) / 2 for line in (before, after)]
-            half_width = float(np.hypot(*widths))
+            half_width = math.hypot(*((line[f"{metric}/high"] - line[f"{metric}/low"]) / 2 for line in (before, after)))
             difference = last.value - first.value
             yield Gain(metric, first, last, difference - half_width, difference + half_width, 0)
 
@@ -138,17 +138,17 @@ def _gains(run: RunRecord) -> Iterator[Gain]:
 def _paired_gain(run: RunRecord, before: Evidence, after: Evidence) -> Gain | None:
     """Return the gain with the interval of paired differences; None without the rollouts of both evaluations."""
     try:
-        scores = [_scores(run, before.metric, last=last) for last in (False, True)]
+        before_scores, after_scores = (_scores(run, before.metric, last=last) for last in (False, True))
     except CannotCheck:
         return None
-    common = [key for key in scores[0] if key in scores[1]]
-    values_2xN = np.array([[score[key] for key in common] for score in scores])
+    common = [key for key in before_scores if key in after_scores]
+    before_N, after_N = (np.array([scores[key] for key in common]) for scores in (before_scores, after_scores))
     # The files must be those of the two evaluations, with the same measure.
-    if not common or not np.allclose(values_2xN.mean(axis=1), [before.value, after.value], atol=1e-4):
+    if not common or not np.allclose([before_N.mean(), after_N.mean()], [before.value, after.value], atol=1e-4):
         return None
     sources = {source: i for i, source in enumerate(dict.fromkeys(key[0] for key in common))}
     cluster_N = np.array([sources[key[0]] for key in common])
-    comparison = compare(*values_2xN, [""] * len(common), cluster_N)
+    comparison = compare(before_N, after_N, [""] * len(common), cluster_N)
     return Gain(before.metric, before, after, comparison.low, comparison.high, len(common))
 
 

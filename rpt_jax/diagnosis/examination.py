@@ -128,4 +128,4 @@ def log_verdict(workdir: Path) -> None:
         return
     worst = diagnosis.findings[0]
     level = logging.INFO if worst.severity == Severity.NOTE else logging.WARNING
-    logger.log(level, "Doctor: %s All %d findings: %s", worst.sentence, len(diagnosis.findings), command)
+    logger.log(level, "Doctor: %s All findings (%d): %s", worst.sentence, len(diagnosis.findings), command)

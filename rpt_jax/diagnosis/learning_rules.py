@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rpt_jax.diagnosis.finding import Change, Evidence, Finding, Severity
-from rpt_jax.diagnosis.rule import RULES
+from rpt_jax.diagnosis.rule import RULES, CannotCheck
 from rpt_jax.diagnosis.run_record import RunRecord, mean_of
 
 # From this fraction of groups without variance on, at most a fifth of the rollouts teach anything; DAPO (2503.14476) samples
@@ -70,6 +70,8 @@ def _earlier_dynamic_sampling(run: RunRecord) -> Iterator[Change]:
 @RULES.register("nothing_moves", metrics=("update/norm", "parameters/norm", "gradient/norm"))
 def nothing_moves(run: RunRecord) -> Iterator[Finding]:
     """There is a gradient, but all updates together are less than 1e-4 of the parameters: the learning rate is too low."""
+    if not run.is_complete and run.last_step <= run.number("optimizer.warmup_steps"):
+        raise CannotCheck("the learning rate is still warming up")
     steps, norms = run.series("update/norm")
     moving = [norm for norm in run.series("gradient/norm")[1] if norm > 0]
     if len(moving) < len(steps) / 2:

@@ -17,7 +17,7 @@ NO_PREDICTION = 0.2
 # A response that is cut counts as wrong: with a tenth of them, no accuracy is above 90 %.
 CUT_RESPONSES = 0.1
 HALF = 0.5
-# Below this entropy, the samples of a prompt hardly differ (0.01 nats per token is one other token in about 500).
+# Below this entropy, the samples of a prompt hardly differ (0.01 nats per token is one other token in about 750).
 LEAST_ENTROPY = 0.01
 # The entropy has collapsed if it fell below this fraction of its start and most groups have no variance: then exploration is used
 # up, and the reward no longer rises (2505.22617). In configs/rpt_tiny.py it falls to half.
@@ -33,6 +33,7 @@ MISMATCH_GROWTH = 3.0
 TEMPLATE_SHARE = 0.5
 TEMPLATE_GROWTH = 2.0
 LEAST_PROMPTS = 20  # Different prompts whose responses are compared.
+_OPENING_STEPS = 10  # Steps whose kept responses are compared with those of as many others.
 _OPENING_WORDS = 8
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
@@ -161,8 +162,8 @@ def mismatch(run: RunRecord) -> Iterator[Finding]:
 @RULES.register("template_collapse", tasks=("rpt", "rft"), metrics=("distinct/3",), steps=20)
 def template_collapse(run: RunRecord) -> Iterator[Finding]:
     """Half of the responses or more begin with the same words, numbers aside, and at most half as many did in the beginning."""
-    before = _most_frequent_opening(run, last=False)
-    after = _most_frequent_opening(run, last=True)
+    before = _openings(run, last=False)
+    after = _openings(run, last=True)
     earlier = before.share_of(after.opening)
     if after.share < TEMPLATE_SHARE or earlier * TEMPLATE_GROWTH > after.share:
         return
@@ -214,14 +215,19 @@ class _Openings(NamedTuple):
         return self.counts[tuple(opening)] / self.counts.total()
 
 
-def _most_frequent_opening(run: RunRecord, *, last: bool) -> _Openings:
-    """Return the openings of the responses in the first or the last kept file. Raises: CannotCheck."""
+def _openings(run: RunRecord, *, last: bool) -> _Openings:
+    """Return the openings of the responses in the first steps of the first kept file or the last steps of the last one.
+
+    Raises: CannotCheck, if there are too few.
+    """
     rows = run.rollouts(TRAINING, ("step", "prompt", "reasoning"), last=last)
+    kept_steps = sorted({row["step"] for row in rows})
+    compared = set(kept_steps[-_OPENING_STEPS:] if last else kept_steps[:_OPENING_STEPS])
+    rows = [row for row in rows if row["step"] in compared]
     prompts = {(row["step"], row["prompt"]) for row in rows}
     if len(prompts) < LEAST_PROMPTS:
         raise CannotCheck(f"{len(prompts)} of the {LEAST_PROMPTS} prompts are kept that it needs")
-    steps = [row["step"] for row in rows]
-    return _Openings(collections.Counter(_opening(row) for row in rows), min(steps), max(steps))
+    return _Openings(collections.Counter(_opening(row) for row in rows), min(compared), max(compared))
 
 
 def _opening(row: dict[str, Any]) -> tuple[str, ...]:

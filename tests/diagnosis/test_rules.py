@@ -186,6 +186,12 @@ def test_a_step_that_has_nothing_to_learn_is_not_blamed_on_the_learning_rate(tmp
     assert not findings_of(examine(write_run(tmp_path, metrics=still)), "nothing_moves")
 
 
+def test_a_learning_rate_that_warms_up_is_not_too_low_yet(tmp_path: Path) -> None:
+    slow: Any = {"metrics": {"update/norm": 1e-7}, "config": {"optimizer.warmup_steps": 60}}
+    assert "nothing_moves" in dict(examine(write_run(tmp_path, finished=False, **slow)).not_checked)
+    assert findings_of(examine(write_run(tmp_path, **slow)), "nothing_moves")
+
+
 def test_programs_of_evaluations_and_of_the_first_dynamic_sampling_may_compile(tmp_path: Path) -> None:
     dynamic = {
         "groups/rounds": lambda done: 2.0 if done > 0.5 else 1.0,

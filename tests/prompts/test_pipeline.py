@@ -102,6 +102,35 @@ def test_parts_of_a_mixture_are_sampled_by_their_weights(index: PositionIndex) -
     assert len(set(first_epoch)) == size, "a position was repeated within an epoch"
 
 
+def test_a_stream_counts_its_passes_and_the_prompts_that_it_cuts(index: PositionIndex) -> None:
+    stage, other = list(index)[::2], list(index)[1::4]
+    stream = PromptStream(BUILDER, DOCUMENTS, [order([stage], []), order([other], [])], batch=8)
+    for batches in (1, 3):
+        positions = concatenate(take(stream, batches), "position_P")
+        metrics = stream.take_metrics()
+        assert metrics["data/cut"] == pytest.approx(np.mean(positions > BUILDER.max_context_tokens))
+    assert 0 < metrics["data/cut"] < 1
+    assert metrics["data/passes"] == pytest.approx(4 * 8 / len(stage))
+
+    # The passes of a restored stream are those of its stage.
+    stream.enter_stage(1)
+    take(stream, 1)
+    restored = PromptStream(BUILDER, DOCUMENTS, [order([stage], []), order([other], [])], batch=8)
+    restored.set_state(stream.get_state())
+    take(restored, 1)
+    assert restored.take_metrics()["data/passes"] == pytest.approx(2 * 8 / len(other))
+
+
+def test_the_passes_of_a_mixture_are_those_of_its_smallest_part(index: PositionIndex) -> None:
+    parts = [list(index)[:10], list(index)[10:60]]
+    found = positions_of(take(PromptStream(BUILDER, DOCUMENTS, [order(parts, [1.0, 1.0])], batch=8), 20))
+    first = {(p.window, p.position) for p in parts[0]}
+    drawn = sum(place in first for place in found)
+    stream = PromptStream(BUILDER, DOCUMENTS, [order(parts, [1.0, 1.0])], batch=8)
+    take(stream, 20)
+    assert stream.take_metrics()["data/passes"] == pytest.approx(drawn / 10, abs=0.2)
+
+
 def test_a_stream_takes_its_positions_from_the_stage_that_it_is_in(index: PositionIndex) -> None:
     stages = [list(index)[i::3] for i in range(3)]
     sets = [{(p.window, p.position) for p in stage} for stage in stages]
