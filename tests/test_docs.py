@@ -103,6 +103,8 @@ def test_the_page_explains_exactly_the_keys_of_pretraining(workdir: Path) -> Non
 
 
 def test_a_cold_start_comes_first(workdir: Path) -> None:
+    assert all("loss/trace" in line for line in read_metrics(workdir / "cold_start" / "metrics.jsonl"))
+    assert not any("loss/trace" in line for line in read_metrics(workdir / "metrics.jsonl"))
     start, cold, end = (
         (path / "model.safetensors").read_bytes()
         for path in (TINY, workdir / "cold_start" / "policy", workdir / "policy")

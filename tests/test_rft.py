@@ -20,6 +20,7 @@ from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
 from tests.helpers.questions import SMALL_RFT
+from tests.helpers.run_pages import training_files
 from tests.helpers.runs import comparable, experiment, interruption_after
 
 READ_BY_DIFFICULTY = ("questions.", "prompt.", "rollout.", "training.prompts_per_step")
@@ -76,8 +77,10 @@ def test_an_interrupted_run_resumes_to_the_same_metrics(
 ) -> None:
     with interruption_after(2, monkeypatch):
         main.run(experiment("rft_tiny", **SMALL_RFT), tmp_path)
+    assert not (tmp_path / "result.json").exists()
     main.run(experiment("rft_tiny", **SMALL_RFT), tmp_path)
     assert comparable(tmp_path) == comparable(finished)
+    assert training_files(tmp_path) == training_files(finished)
 
 
 def test_other_questions_are_refused_when_a_run_resumes(tmp_path: Path, finished: Path) -> None:

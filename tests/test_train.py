@@ -22,7 +22,7 @@ from rpt_jax.infra.run_context import RunContext
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
-from tests.helpers.runs import SMALL, assert_resumes, comparable, experiment
+from tests.helpers.runs import SMALL, comparable, experiment
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,6 @@ def test_a_result_of_an_older_format_is_refused(finished: Path, tmp_path: Path) 
     (workdir / "result.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="result.json has format 1"):
         main.run(experiment(**SMALL), workdir)
-
-
-def test_an_interrupted_run_resumes_to_the_same_metrics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
-) -> None:
-    assert_resumes(SMALL, 4, finished, tmp_path, monkeypatch)
 
 
 def test_a_complete_run_is_left_alone_and_a_changed_config_is_refused(

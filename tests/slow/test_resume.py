@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("fields", "step"),
-    [(SMALL, 1), (SMALL | SELF_ENTROPY, 4), (EVERYTHING, 3)],
-    ids=["default", "rescored", "everything"],
+    [(SMALL, 1), (SMALL, 4), (SMALL | SELF_ENTROPY, 4), (EVERYTHING, 3)],
+    ids=["first step", "fourth step", "rescored", "everything"],
 )
 def test_an_interrupted_run_resumes_to_the_same_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object], step: int
