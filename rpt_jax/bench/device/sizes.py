@@ -80,12 +80,12 @@ SIZES = {
     ),
     # Runs through all of the code on a CPU; its figures mean nothing.
     "tiny": Sizes(
-        workloads=(Workload("tiny", 8, 16), Workload("tiny", 16, 16)),
+        workloads=(Workload("tiny", 8, 16),),
         row_tokens=192,
         parity_tokens=192,
         copy_bytes=2**20,
         matrix=128,
-        step_prompts=2,
-        step_tokens=48,
+        step_prompts=1,
+        step_tokens=32,
     ),
 }
