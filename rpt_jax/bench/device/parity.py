@@ -35,8 +35,8 @@ _TOLERANCES = {
     "bfloat16": {"out": 1e-2, "dq": 5e-2, "dk": 5e-2, "dv": 1e-2},
     "float32": dict.fromkeys(("out", "dq", "dk", "dv"), 1e-4),
 }
-# Mean difference of log-probabilities, in nats.
-_LOGPROB_TOLERANCES = {"bfloat16": 1e-2, "float32": 1e-4}
+# Mean difference of log-probabilities, in nats, of random weights.
+_LOGPROB_TOLERANCES = {"bfloat16": 3e-2, "float32": 1e-4}
 _PARITY_LAYERS = 2
 _PARITY_VOCAB = 4096
 _LIVE = 64
