@@ -130,6 +130,10 @@ def _show_tables(content: Mapping[str, Any]) -> None:
             print(f"{name}: {note}")
     if content["ratios"]:
         _show_figures("tokens per second, ours over those of transformers", content["ratios"])
+    compared = content["parts"].get("parity", {}).get("figures", [])
+    differing = [figure for figure in compared if not figure["agrees"]]
+    if differing:
+        _show_figures(f"{len(differing)} of {len(compared)} results differ from the reference", differing)
     rows = [
         [name, entry["status"], entry["seconds"], entry["limit_seconds"], len(entry["figures"]), len(entry["notes"])]
         for name, entry in content["parts"].items()

@@ -73,7 +73,7 @@ SIZES = {
         ),
         row_tokens=16_384,
         parity_tokens=2048,
-        copy_bytes=2**32,
+        copy_bytes=2**31,
         matrix=8192,
         step_prompts=32,
         step_tokens=256,
