@@ -41,7 +41,7 @@ from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
 from rpt_jax.errors import ExitCode, UserError, check_choice, nearest
-from rpt_jax.infra.command_line import import_jax, run_command
+from rpt_jax.infra.command_line import import_jax, run_command, set_memory_fraction
 from rpt_jax.infra.console import console_logging, silent_console
 from rpt_jax.infra.signals import StopSignals
 
@@ -280,6 +280,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return ExitCode.COMPLETE
+    set_memory_fraction(os.environ)
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:

@@ -22,12 +22,13 @@ from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import DECODING, TRAINING, check_batches, make_mesh, mesh_fields, num_batch_shards
 from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.errors import UserError, check_all
+from rpt_jax.infra.chips import chip_of
 from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import POLICY
 from rpt_jax.infra.workdir import is_run_directory
 from rpt_jax.model.attention.dispatch import choose_attention
-from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.attention.platform import target_device_kind, target_platform
 from rpt_jax.model.model_config import ModelConfig, check_preset
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.prompts.targets import Segments, find_segments
@@ -87,7 +88,16 @@ def make_run_mesh(experiment: Experiment) -> Mesh:
     make = functools.partial(mesh_from_config, experiment.mesh)
 
     def check_attention() -> None:
-        choose_attention(policy.attention, target_platform())
+        chosen = attention_of(policy)
+        kernels = choose_attention(policy.attention, target_platform())
+        if chosen != kernels:
+            logger.warning(
+                "policy.attention='auto' is '%s' on %s, on which '%s' was never tried. Set policy.attention='%s' to try it.",
+                chosen,
+                target_device_kind(),
+                kernels,
+                kernels,
+            )
 
     def check_policy() -> None:
         check_random_weights(experiment)
@@ -153,17 +163,25 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
 
     Raises: UserError, if the attention implementation does not run on this platform.
     """
-    attention = choose_attention(config.attention, target_platform())
     absent_ids = tokenizer.absent_ids(model.vocab) if tokenizer else ()
     return Transformer(
         config=model,
         dtype=jnp.dtype(config.dtype),
         remat="none" if config.remat == "auto" else config.remat,  # A run that differentiates has planned it.
-        attention=attention,
+        attention=attention_of(config),
         absent_ids=absent_ids,
         precision=config.precision,
         head_precision=config.head_precision,
     )
+
+
+def attention_of(config: PolicyConfig) -> str:
+    """Return the attention implementation of a policy on the target devices.
+
+    Raises: UserError, if it does not run on this platform.
+    """
+    is_known_chip = chip_of(target_device_kind()) is not None
+    return choose_attention(config.attention, target_platform(), is_known_chip)
 
 
 def read_architecture(config: PolicyConfig, field: str = "policy.path") -> tuple[ModelConfig, Tokenizer]:

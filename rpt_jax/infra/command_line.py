@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import NoReturn, TextIO
 
 from rpt_jax.errors import ExitCode, UserError
+
+# Variables that say how much of a GPU's memory JAX takes. It refuses the first two together.
+_MEMORY_VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
 
 
 class _Pipe(io.FileIO):
@@ -64,6 +67,16 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     if code == ExitCode.USER_ERROR:
         os._exit(code)  # At a normal exit, libraries would try again to write what could not be written.
     sys.exit(code)
+
+
+def set_memory_fraction(environment: MutableMapping[str, str]) -> None:
+    """Let JAX take nine tenths of a GPU's memory instead of three quarters, unless the environment says how much.
+
+    Args:
+      environment: of a process in which JAX has not started its backends yet.
+    """
+    if not any(name in environment for name in _MEMORY_VARIABLES):
+        environment[_MEMORY_VARIABLES[0]] = "0.9"
 
 
 def import_jax() -> None:

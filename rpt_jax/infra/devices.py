@@ -17,11 +17,13 @@ _GOOGLE = "0x1ae0"  # PCI vendor of TPUs. Drivers of other devices also make fil
 
 
 def describe_devices() -> str:
-    """Return the number, kind and platform of the devices of the run, and of its processes if there are several."""
+    """Return the number, kind, platform and memory of the devices of the run, and its processes if there are several."""
     device = jax.devices()[0]
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = "" if device.device_kind == device.platform else f" {device.device_kind}"
-    return f"{jax.device_count()} x {device.platform}{kind}{processes}, jax {jax.__version__}"
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = f" with {limit / 2**30:.1f} GiB for JAX" if limit else ""
+    return f"{jax.device_count()} x {device.platform}{kind}{memory}{processes}, jax {jax.__version__}"
 
 
 def unused_accelerator(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> str:

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from rpt_jax.config import PolicyConfig
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.blockwise import attend_blockwise
 from rpt_jax.model.attention.dispatch import KERNELS, Context, KeyValues, as_key_block, attend, choose_attention
 from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
+from rpt_jax.model.model_config import preset
 from rpt_jax.model.transformer import prefill, segment_starts
+from rpt_jax.setup import make_policy
 from tests.helpers import policy_reference as reference
 from tests.helpers.policy_reference import SHALLOW, random_params
 
@@ -254,6 +257,14 @@ def test_auto_chooses_the_kernels_of_the_platform():
         assert choose_attention("auto", platform) == name
         assert choose_attention(name, platform) == name
         assert choose_attention("reference", platform) == "reference"
+
+
+def test_auto_is_plain_xla_on_a_chip_that_is_not_listed():
+    for kind, name in {"NVIDIA H100 80GB HBM3": "gpu_kernels", "NVIDIA GeForce RTX 4080": "blockwise"}.items():
+        device = jax.sharding.AbstractDevice(kind, num_cores=None, platform="gpu")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
+            assert make_policy(PolicyConfig(), preset("tiny")).attention == name
+            assert make_policy(PolicyConfig(attention="gpu_kernels"), preset("tiny")).attention == "gpu_kernels"
 
 
 def test_blockwise_replaces_a_kernel_that_does_not_compute_in_the_dtype():

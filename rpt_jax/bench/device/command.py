@@ -22,6 +22,7 @@ from rpt_jax.bench.device.sizes import SIZES
 from rpt_jax.bench.measure import round_to_4_digits
 from rpt_jax.bench.options import positive_number
 from rpt_jax.errors import ExitCode, UserError, check_choice
+from rpt_jax.infra.command_line import set_memory_fraction
 from rpt_jax.infra.console import table
 from rpt_jax.infra.source_commit import source_commit
 
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     )
     log = options.json.with_suffix(".log")
     log.unlink(missing_ok=True)
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9", "PYTHONUNBUFFERED": "1", **os.environ}
+    environment = {"PYTHONUNBUFFERED": "1", **os.environ}
+    set_memory_fraction(environment)
 
     # Find out which device there is.
     seconds = 60 * options.minutes
@@ -128,6 +130,10 @@ def _show_tables(content: Mapping[str, Any]) -> None:
             print(f"{name}: {note}")
     if content["ratios"]:
         _show_figures("tokens per second, ours over those of transformers", content["ratios"])
+    compared = content["parts"].get("parity", {}).get("figures", [])
+    differing = [figure for figure in compared if not figure["agrees"]]
+    if differing:
+        _show_figures(f"{len(differing)} of {len(compared)} results differ from the reference", differing)
     rows = [
         [name, entry["status"], entry["seconds"], entry["limit_seconds"], len(entry["figures"]), len(entry["notes"])]
         for name, entry in content["parts"].items()

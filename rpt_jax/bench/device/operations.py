@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +20,13 @@ from rpt_jax.objective.packing import pack_groups
 
 
 class Arrays(NamedTuple):
-    """Queries, keys and values, and the gradient of the output, which has the shape of the queries."""
+    """Queries, keys and values, the gradient of the output, which has the shape of the queries, and the ranges of packed rows."""
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     dout: jax.Array
+    key_ranges: KeyRanges | None
 
 
 class Operation(NamedTuple):
@@ -36,16 +36,18 @@ class Operation(NamedTuple):
       name: of the operation.
       rows, tokens: number and length of the rows.
       pairs: pairs of a query and a key that it attends to, per head.
+      key_ranges: of packed rows. They are data: the compiler must not know how long its loops are.
       kernel: the kernel among those of a platform.
-      attend: function of the name of an implementation, queries, keys and values.
+      attend: function of the name of an implementation, queries, keys, values and key ranges.
     """
 
     name: str
     rows: int
     tokens: int
     pairs: float
+    key_ranges: KeyRanges | None
     kernel: Callable[[str], Kernel]
-    attend: Callable[[str, jax.Array, jax.Array, jax.Array], jax.Array]
+    attend: Callable[[str, jax.Array, jax.Array, jax.Array, Any], jax.Array]
 
     def implementations(self, dtype: str) -> list[str]:
         """Return the implementations that this platform has for a dtype, plain XLA first."""
@@ -60,17 +62,21 @@ class Operation(NamedTuple):
         dims_kv = (self.rows, *heads[:2], self.tokens, config.head_size)
         keys = jax.random.split(jax.random.key(0), 4)
         dims = (dims_q, dims_kv, dims_kv, dims_q)
-        return Arrays(*(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, dims, strict=True)))
+        q, k, v, dout = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, dims, strict=True))
+        return Arrays(q=q, k=k, v=v, dout=dout, key_ranges=self.key_ranges)
 
     def forward(self, implementation: str) -> Callable[[Arrays], jax.Array]:
         """Return the compiled function from the arrays to the output."""
-        return jax.jit(lambda x: self.attend(implementation, x.q, x.k, x.v))
+        return jax.jit(lambda x: self.attend(implementation, x.q, x.k, x.v, x.key_ranges))
 
     def forward_and_backward(self, implementation: str) -> Callable[[Arrays], dict[str, jax.Array]]:
         """Return the compiled function from the arrays to the output and the gradients of queries, keys and values."""
 
         def run(x: Arrays) -> dict[str, jax.Array]:
-            out, pull_back = jax.vjp(functools.partial(self.attend, implementation), x.q, x.k, x.v)
+            def attend_all(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                return self.attend(implementation, q, k, v, x.key_ranges)
+
+            out, pull_back = jax.vjp(attend_all, x.q, x.k, x.v)
             dq, dk, dv = pull_back(x.dout)
             return {"out": out, "dq": dq, "dk": dk, "dv": dv}
 
@@ -80,7 +86,7 @@ class Operation(NamedTuple):
 def causal_attention(rows: int, tokens: int) -> Operation:
     """Return causal self-attention, as in prefill and pre-training."""
 
-    def attend_causal(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend_causal(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: None) -> jax.Array:
         return attend(q, [Context(KeyValues(k=k, v=v))], implementation)
 
     return Operation(
@@ -88,6 +94,7 @@ def causal_attention(rows: int, tokens: int) -> Operation:
         rows=rows,
         tokens=tokens,
         pairs=rows * causal_pairs(tokens),
+        key_ranges=None,
         kernel=lambda name: KERNELS[name].causal,
         attend=attend_causal,
     )
@@ -98,7 +105,7 @@ def packed_attention(tokens: int, context: int) -> Operation:
     key_ranges = packed_row(tokens, context)
     begin_NxMxW, end_NxMxW = key_ranges.begin_NxMxW, key_ranges.end_NxMxW
 
-    def attend_row(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend_row(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, key_ranges: KeyRanges) -> jax.Array:
         return attend_packed(q, k, v, key_ranges, implementation)
 
     return Operation(
@@ -106,6 +113,7 @@ def packed_attention(tokens: int, context: int) -> Operation:
         rows=1,
         tokens=begin_NxMxW.shape[2],
         pairs=float((end_NxMxW - begin_NxMxW).sum()),
+        key_ranges=key_ranges,
         kernel=lambda name: KERNELS[name].packed,
         attend=attend_row,
     )

@@ -35,8 +35,8 @@ _TOLERANCES = {
     "bfloat16": {"out": 1e-2, "dq": 5e-2, "dk": 5e-2, "dv": 1e-2},
     "float32": dict.fromkeys(("out", "dq", "dk", "dv"), 1e-4),
 }
-# Mean difference of log-probabilities, in nats.
-_LOGPROB_TOLERANCES = {"bfloat16": 1e-2, "float32": 1e-4}
+# Mean difference of log-probabilities, in nats, of random weights.
+_LOGPROB_TOLERANCES = {"bfloat16": 3e-2, "float32": 1e-4}
 _PARITY_LAYERS = 2
 _PARITY_VOCAB = 4096
 _LIVE = 64
@@ -64,7 +64,9 @@ def _compare_operation(report: Report, operation: Operation, implementation: str
     arrays = operation.arrays(preset(model), dtype)
     # The reference sees the same rounded numbers. Its products, and those of kernels in float32, are not TensorFloat-32.
     with jax.default_matmul_precision("highest"):
-        expected = operation.forward_and_backward("reference")(jax.tree.map(lambda x: x.astype(jnp.float32), arrays))
+        expected = operation.forward_and_backward("reference")(
+            arrays._replace(**{name: getattr(arrays, name).astype(jnp.float32) for name in ("q", "k", "v", "dout")})
+        )
     with jax.default_matmul_precision("highest" if dtype == "float32" else None):
         results = operation.forward_and_backward(implementation)(arrays)
     for name, theirs in expected.items():

@@ -10,6 +10,7 @@ import threading
 from rpt_jax.bench.device.parts import PARTS
 from rpt_jax.bench.device.report import Report
 from rpt_jax.bench.device.sizes import SIZES
+from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.compilation_cache import compilation_cache, default_directory
 from rpt_jax.infra.jax_settings import needed_jax_settings
 
@@ -21,7 +22,12 @@ def main(argv: list[str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Parts that run the same programs, and the next run of this command, need not compile them again.
     with compilation_cache(default_directory()), needed_jax_settings():
-        PARTS[name].measure(Report(int(descriptor)), SIZES[sizes])
+        report = Report(int(descriptor))
+        try:
+            PARTS[name].measure(report, SIZES[sizes])
+        except UserError as error:
+            report.note(str(error))
+            sys.exit(ExitCode.USER_ERROR)
 
 
 def _end_with_parent() -> None:

@@ -73,19 +73,19 @@ SIZES = {
         ),
         row_tokens=16_384,
         parity_tokens=2048,
-        copy_bytes=2**32,
+        copy_bytes=2**31,
         matrix=8192,
         step_prompts=32,
         step_tokens=256,
     ),
     # Runs through all of the code on a CPU; its figures mean nothing.
     "tiny": Sizes(
-        workloads=(Workload("tiny", 8, 16), Workload("tiny", 16, 16)),
+        workloads=(Workload("tiny", 8, 16),),
         row_tokens=192,
         parity_tokens=192,
         copy_bytes=2**20,
         matrix=128,
-        step_prompts=2,
-        step_tokens=48,
+        step_prompts=1,
+        step_tokens=32,
     ),
 }

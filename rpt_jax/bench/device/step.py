@@ -30,7 +30,7 @@ from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import save_policy
 
 _STEPS = 6
-_CORPUS_BYTES = 400_000
+_CORPUS_BYTES = 60_000
 _POLL_SECONDS = 0.5
 
 
@@ -68,7 +68,7 @@ def _overrides(folder: Path, model: str, sizes: Sizes) -> list[str]:
         f"policy.head_precision={HEAD_PRECISION}",
         "data.source=path",
         f"data.path={folder / 'corpus.jsonl'}",
-        "data.held_out_documents=20",
+        "data.held_out_documents=5",
         f"data.max_document_tokens={tokens}",
         "data.min_context=8",
         f"prompt.max_tokens={tokens}",
@@ -83,7 +83,7 @@ def _overrides(folder: Path, model: str, sizes: Sizes) -> list[str]:
         "training.log_rollouts_every=1000",
         "evaluation.every_steps=1000",
         "evaluation.positions=4",
-        "evaluation.unseen_positions=0",
+        "evaluation.unseen_positions=1",
         "checkpoint.every_steps=1000",
     ]
 

@@ -113,18 +113,19 @@ class Context(NamedTuple):
 AttentionFn = Callable[[jax.Array, KeyValues], jax.Array]
 
 
-def choose_attention(name: str, platform: str) -> str:
+def choose_attention(name: str, platform: str, is_known_chip: bool = True) -> str:
     """Return the implementation that `policy.attention` stands for.
 
     Args:
-      name: value of `policy.attention`; "auto" stands for the platform's kernels, or "blockwise" if it has none.
+      name: value of `policy.attention`; "auto" stands for the platform's kernels on a known chip, and else for "blockwise".
       platform: "cpu", "gpu" or "tpu".
+      is_known_chip: whether infra/chips.py lists the device. On others, nobody has compiled or run the kernels.
 
     Raises: UserError if the kernels are those of another platform.
     """
     available = next((name for name, kernels in KERNELS.items() if kernels.platform == platform), "blockwise")
     if name == "auto":
-        return available
+        return available if is_known_chip else "blockwise"
     if name in KERNELS and name != available:
         raise UserError(
             f"policy.attention='{name}' needs platform '{KERNELS[name].platform}', but the platform is '{platform}'. Use "

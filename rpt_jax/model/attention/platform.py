@@ -14,3 +14,9 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def target_device_kind() -> str:
+    """Return the `device_kind` in JAX of the devices that `target_platform` returns the platform of."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
