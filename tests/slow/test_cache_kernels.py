@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.cached_rows import INTERPRETED, CacheShape, check_kernel
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import CHILD_SECONDS, with_devices
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def test_the_kernels_equal_numpy(name, shape, seed):
 
 def test_rollouts_by_the_kernels_equal_those_in_plain_xla():
     """With slots that are refilled, shared prefixes and shrinking batches; on one device and on eight simulated ones."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = with_devices(8) | {"JAX_PLATFORMS": "cpu"}
     child = [sys.executable, "-m", "tests.helpers.cache_rollouts_child"]
     done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
