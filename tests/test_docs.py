@@ -35,7 +35,7 @@ FIELDS = {
     "data.source_options.held_out_templates": 2,
     "data.max_document_tokens": 96,
     "data.positions": "self_entropy",
-    "data.rescore_every_steps": 1,
+    "data.rescore_every_steps": 2,
     "data.rescore_windows": 32,
     "prompt.max_tokens": 96,
     "rollout.samples_per_prompt": 2,
@@ -49,7 +49,7 @@ FIELDS = {
     "objective.document_weight": 0.5,
     "training.prompts_per_step": 4,
     "training.microbatch_tokens": 128,
-    "training.total_steps": 2,
+    "training.total_steps": 3,
     "training.dynamic_sampling_from": 1,
     "evaluation.every_steps": 9,
     "evaluation.positions": 16,
@@ -100,6 +100,11 @@ def test_the_page_explains_exactly_the_keys_of_an_rpt_run(workdir: Path) -> None
 
 def test_the_page_explains_exactly_the_keys_of_pretraining(workdir: Path) -> None:
     assert written(workdir / "cold_start") == explained("pretrain")
+
+
+def test_positions_are_chosen_again_during_training(workdir: Path) -> None:
+    lines = read_metrics(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines if line.get("time/rescore")] == [3]
 
 
 def test_a_cold_start_comes_first(workdir: Path) -> None:

@@ -10,13 +10,13 @@ import pytest
 from rpt_jax import main
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from tests.helpers.runs import EVERYTHING, SELF_ENTROPY, SHORT, experiment
+from tests.helpers.runs import EVERYTHING, SHORT, experiment
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("everything")
-    main.run(experiment(**EVERYTHING | SELF_ENTROPY | {"profile.start": 2, "profile.steps": 1}), workdir)
+    main.run(experiment(**EVERYTHING | {"profile.start": 2, "profile.steps": 1}), workdir)
     return workdir
 
 
@@ -35,11 +35,6 @@ def test_each_option_has_an_effect_on_the_metrics(finished: Path) -> None:
     assert lines[0]["groups/zero_variance"] < 1 and not float(lines[0]["reward/mean"] * 32).is_integer()
     # The reward adds two passes over prompts and one over responses, and the update two more.
     assert lines[0]["flops/train_total"] > 1.3 * 8 * 0.9e6 * lines[0]["tokens/generated_total"]
-
-
-def test_positions_are_chosen_again_during_training(finished: Path) -> None:
-    lines = read_metrics(finished / "metrics.jsonl")
-    assert [line["step"] for line in lines if line.get("time/rescore")] == [3]
 
 
 def test_a_profile_window_writes_a_trace(finished: Path) -> None:

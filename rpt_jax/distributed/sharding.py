@@ -26,8 +26,7 @@ def parameter_shardings(policy: nn.Module, mesh: Mesh | AbstractMesh, table: Map
     Raises:
       UserError: the mesh does not divide a parameter evenly; the message gives the nearest mesh that divides all of them.
     """
-    boxed = jax.eval_shape(lambda: _init(policy, jax.random.key(0)))
-    shardings = logical_to_mesh_sharding(nn.get_partition_spec(boxed), cast(Mesh, mesh), tuple(table.items()))
+    shardings = logical_to_mesh_sharding(_logical_axes(policy), cast(Mesh, mesh), tuple(table.items()))
     tensor_field = "tensor" if table is TRAINING else "rollout_tensor"
     _check_divisible(
         mesh, shardings, _abstract_values(policy), {table["width"]: "fsdp", table["kv_heads"]: tensor_field}
@@ -73,6 +72,13 @@ def _init(policy: nn.Module, key: jax.Array) -> Any:
     return policy.init(key, tokens, tokens)["params"]
 
 
+@functools.lru_cache(maxsize=8)
+def _logical_axes(policy: nn.Module) -> Any:
+    """Return the names of the axes of every parameter."""
+    return nn.get_partition_spec(jax.eval_shape(lambda: _init(policy, jax.random.key(0))))
+
+
+@functools.lru_cache(maxsize=8)
 def _abstract_values(policy: nn.Module) -> Any:
     """Return shape and dtype of every parameter."""
     # Unboxed inside: on a mesh, unboxing applies a sharding constraint, which abstract values do not support.
