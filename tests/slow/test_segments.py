@@ -23,6 +23,7 @@ SEGMENTS: dict[str, Any] = SHORT | {
 MASKED: dict[str, Any] = SEGMENTS | {
     "data.target_options.tokens": 20,
     "data.target_options.right_context": 8,
+    "data.min_context": 16,  # The unseen documents have few sentences behind more tokens.
     "data.workers": 1,
     "prompt.max_tokens": 256,
 }
@@ -68,8 +69,7 @@ def test_segments_are_verified_by_the_verifiers_of_questions(tmp_path: Path) -> 
 def test_traces_of_segments_are_accepted_by_prefix(tmp_path: Path) -> None:
     fields: dict[str, Any] = SEGMENTS | {"data.target_options.unit": "tokens", "data.target_options.tokens": 2}
     changed = {name: value for name, value in fields.items() if name.partition(".")[0] in ("data", "prompt", "rollout")}
-    main.run(
-        experiment("traces_tiny", **changed, **{"traces.total_prompts": 8, "training.prompts_per_step": 8}), tmp_path
-    )
+    traces = {"task": "traces", "traces.total_prompts": 8, "training.prompts_per_step": 8}
+    main.run(experiment(**changed, **traces), tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["accepted"] == result["status"]["correct"]
