@@ -54,7 +54,7 @@ PARTS = {
     "attention": MeasuredPart(attention.measure, 9, "attention by plain XLA against kernels, forward and backward"),
     "rollout": MeasuredPart(rollouts.measure, 15, "decoding: tokens/s, and the share of the bound of bytes and FLOPs"),
     "update": MeasuredPart(updates.measure, 12, "the update with shared and repeated prompts: tokens/s and MFU"),
-    "step": MeasuredPart(step.measure, 8, "whole steps of a run by phase"),
+    "step": MeasuredPart(step.measure, 20, "whole steps of a run by phase"),
     "transformers": MeasuredPart(peer.measure, 12, "the same rollouts and updates by transformers on PyTorch"),
     "profile": MeasuredPart(
         profile.measure, 8, "kernels of a decode step and of an update, and the device's busy share"
