@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import NamedTuple
 
 import jax
-import jaxlib
 
 from rpt_jax.bench.device import attention, ceilings, parity, peer, profile, rollouts, step, updates
 from rpt_jax.bench.device.report import Report
@@ -38,7 +38,7 @@ def report_machine(report: Report, sizes: Sizes) -> None:
         | {
             "platform": device.platform,
             "memory_gib": round(statistics.get("bytes_limit", 0) / 2**30, 1),
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": version("jaxlib"),
             "runtime": device.client.platform_version,
             "python": platform.python_version(),
         }
