@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import NamedTuple
 
 import jax
-import jaxlib
 
 from rpt_jax.bench.device import attention, ceilings, parity, peer, profile, rollouts, step, updates
 from rpt_jax.bench.device.report import Report
@@ -38,7 +38,7 @@ def report_machine(report: Report, sizes: Sizes) -> None:
         | {
             "platform": device.platform,
             "memory_gib": round(statistics.get("bytes_limit", 0) / 2**30, 1),
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": version("jaxlib"),
             "runtime": device.client.platform_version,
             "python": platform.python_version(),
         }
@@ -54,7 +54,7 @@ PARTS = {
     "attention": MeasuredPart(attention.measure, 9, "attention by plain XLA against kernels, forward and backward"),
     "rollout": MeasuredPart(rollouts.measure, 15, "decoding: tokens/s, and the share of the bound of bytes and FLOPs"),
     "update": MeasuredPart(updates.measure, 12, "the update with shared and repeated prompts: tokens/s and MFU"),
-    "step": MeasuredPart(step.measure, 8, "whole steps of a run by phase"),
+    "step": MeasuredPart(step.measure, 20, "whole steps of a run by phase"),
     "transformers": MeasuredPart(peer.measure, 12, "the same rollouts and updates by transformers on PyTorch"),
     "profile": MeasuredPart(
         profile.measure, 8, "kernels of a decode step and of an update, and the device's busy share"

@@ -28,7 +28,7 @@ INTERRUPTED = "interrupted"
 _SHORTEST_SECONDS = 10.0
 # How long a process may take to die after it was killed. A device works on until the program that it runs has ended.
 _KILL_SECONDS = 20.0
-_LOG_LINES = 15  # Of the log of a part that failed, kept with its figures.
+_LOG_LINES = 15  # Of the log of a part that did not complete, kept with its figures.
 
 
 class Part(NamedTuple):
@@ -136,18 +136,21 @@ def _run_part(
         finally:
             os.close(writer)
         stack.callback(_end, process)
-        in_time = _read_messages(reader, limit, part.name, record, show)
-        if not in_time:
-            return TIME_LIMIT
-        try:
-            code = process.wait(_KILL_SECONDS)  # It has closed its messages, so it is about to end.
-        except subprocess.TimeoutExpired:
-            code = f"none {_KILL_SECONDS:.0f} s after its last message"
-    if code == 0:
-        return COMPLETE
+        if _read_messages(reader, limit, part.name, record, show):
+            try:
+                code = process.wait(_KILL_SECONDS)  # It has closed its messages, so it is about to end.
+            except subprocess.TimeoutExpired:
+                code = f"none {_KILL_SECONDS:.0f} s after its last message"
+            if code == 0:
+                return COMPLETE
+            status = FAILED
+            reason = f"the process ended with code {code}"
+        else:
+            status = TIME_LIMIT
+            reason = "ended at its time limit"
     lines = log.read_bytes()[log_start:].decode(errors="replace").splitlines()[-_LOG_LINES:]
-    record.part(part.name)["notes"].append("\n".join([f"the process ended with code {code}", *lines]))
-    return FAILED
+    record.part(part.name)["notes"].append("\n".join([f"{reason}. Its last lines:", *lines] if lines else [reason]))
+    return status
 
 
 def _read_messages(
