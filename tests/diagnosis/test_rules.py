@@ -44,6 +44,11 @@ SICK: dict[str, tuple[str, str, dict[str, Any]]] = {
         "questions.pass_rates",
         {"task": "rft", "metrics": ALIKE | {"status/correct": 0.99, "reward/drawn_mean": 0.99}},
     ),
+    "without predictions": (
+        "groups_alike",
+        "",
+        {"metrics": ALIKE | {"status/no_box": 0.4, "status/not_finished": 0.3}},
+    ),
     "tiny learning rate": ("nothing_moves", "optimizer.learning_rate", {"metrics": {"update/norm": 1e-7}}),
     "no learning rate": (
         "nothing_moves",
