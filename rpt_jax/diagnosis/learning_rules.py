@@ -9,7 +9,7 @@ from rpt_jax.diagnosis.rule import RULES, CannotCheck
 from rpt_jax.diagnosis.run_record import RunRecord, mean_of
 
 # From this fraction of groups without variance on, at most a fifth of the rollouts teach anything; DAPO (2503.14476) samples
-# such groups again for this reason. configs/rpt_tiny.py has 0.35 at the start and 0.65 at the end.
+# such groups again for this reason. configs/rpt_tiny.py has 0.4 at the start and 0.7 later.
 ALIKE_GROUPS = 0.8
 NEARLY_ALL = 0.95
 # Alike groups are too easy, or too hard, if nearly all responses are right, or wrong. In between, they are some of each, because

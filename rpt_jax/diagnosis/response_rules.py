@@ -20,7 +20,7 @@ HALF = 0.5
 # Below this entropy, the samples of a prompt hardly differ (0.01 nats per token is one other token in about 750).
 LEAST_ENTROPY = 0.01
 # The entropy has collapsed if it fell below this fraction of its start and most groups have no variance: then exploration is used
-# up, and the reward no longer rises (2505.22617). In configs/rpt_tiny.py it falls to half.
+# up, and the reward no longer rises (2505.22617). In configs/rpt_tiny.py it falls to 0.4 of it.
 COLLAPSED_ENTROPY = 0.1
 # Above this entropy, a sampled token is one of 20 equally likely ones (e^3). Policies that reason are below 1 nat.
 MOST_ENTROPY = 3.0
