@@ -64,17 +64,19 @@ def format_not_learned(run: RunRecord) -> Iterator[Finding]:
 @RULES.register("responses_cut", tasks=("rpt", "rft"), metrics=("ended/length", "length/mean"))
 def responses_cut(run: RunRecord) -> Iterator[Finding]:
     """A tenth of the responses or more are cut off at the length limit, in training or in an evaluation on questions."""
-    cut = run.last("ended/length")
+    before, cut = run.first("ended/length"), run.last("ended/length")
     limit = "rollout.max_new_tokens"
     if cut.value >= CUT_RESPONSES:
         yield Finding(
             severity=Severity.PROBLEM if cut.value >= HALF else Severity.WARNING,
             sentence=(
                 f"{cut.value:.0%} of the responses of {cut.steps} were cut off at {limit}={run.number(limit):g} and earned "
-                "nothing."
+                f"nothing ({before.value:.0%} in {before.steps})."
             ),
-            evidence=(cut, run.last("length/mean")),
+            evidence=(before, cut, run.last("length/mean")),
             changes=(
+                # Responses that became so long have come apart, which a higher limit does not mend.
+                *((run.lowered("optimizer.learning_rate"),) if before.value < cut.value / 2 else ()),
                 run.raised(limit),
                 *(() if run.config.get("rollout.stop_at_box") else (run.set_to("rollout.stop_at_box", True),)),
             ),
@@ -109,8 +111,8 @@ def entropy_collapse(run: RunRecord) -> Iterator[Finding]:
         ),
         evidence=(first, last, alike),
         changes=(
+            *(() if began_low else (run.lowered("optimizer.learning_rate"), run.raised("objective.entropy_weight"))),
             run.raised("rollout.temperature"),
-            *(() if began_low else (run.raised("objective.entropy_weight"), run.lowered("optimizer.learning_rate"))),
         ),
     )
 
