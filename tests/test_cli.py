@@ -103,6 +103,7 @@ def test_a_setting_of_jax_that_cannot_be_used_is_named(tmp_path: Path, name: str
     (
         ("convert", "--from=configs/tiny", "--to=nowhere/new"),
         ("report", "--workdir=configs"),
+        ("doctor", "--workdir=configs"),
         ("evaluate", "--suite=compare", "--results=a,b"),
         ("preflight", "--config=configs/rpt_tiny.py", "--topology=h100:8"),
         ("bench", "rollout"),

@@ -9,13 +9,14 @@ from rpt_jax.diagnosis.rule import RULES, CannotCheck
 from rpt_jax.diagnosis.run_record import RunRecord, mean_of
 
 # From this fraction of groups without variance on, at most a fifth of the rollouts teach anything; DAPO (2503.14476) samples
-# such groups again for this reason. configs/rpt_tiny.py has 0.35 at the start and 0.65 at the end.
+# such groups again for this reason. configs/rpt_tiny.py has 0.4 at the start and 0.7 later.
 ALIKE_GROUPS = 0.8
 NEARLY_ALL = 0.95
 # Alike groups are too easy, or too hard, if nearly all responses are right, or wrong. In between, they are some of each, because
 # the samples of a prompt hardly differ.
 TOO_EASY = 0.8
 TOO_HARD = 0.2
+MOSTLY = 0.5
 # A run whose updates add up to less than this fraction of the parameters' norm cannot change its policy: their sum bounds the
 # distance from the start. A thousand of the paper's steps (learning rate 1e-6) add up to about 2e-3, and bfloat16 rounds to 4e-3.
 LEAST_MOTION = 1e-4
@@ -27,14 +28,28 @@ RISEN_LOSS = 1.2
 
 
 @RULES.register(
-    "groups_alike", tasks=("rpt", "rft"), metrics=("groups/drawn_zero_variance", "reward/drawn_mean", "status/correct")
+    "groups_alike",
+    tasks=("rpt", "rft"),
+    metrics=("groups/drawn_zero_variance", "status/correct", "status/no_box", "status/empty", "status/not_finished"),
 )
 def groups_alike(run: RunRecord) -> Iterator[Finding]:
-    """In 80 % of the groups or more, all samples earn the same, so that they have no gradient: too easy or too hard."""
+    """In 80 % of the groups or more, all samples earn the same: prompts are too easy or too hard, or samples too similar."""
     alike = run.last("groups/drawn_zero_variance")
     if alike.value < ALIKE_GROUPS:
         return
     correct = run.last("status/correct")
+    missing = [run.last(f"status/{name}") for name in ("no_box", "empty", "not_finished")]
+    if sum(evidence.value for evidence in missing) >= MOSTLY:
+        yield Finding(
+            severity=Severity.WARNING,
+            sentence=(
+                f"In {alike.value:.0%} of the groups of {alike.steps}, all samples earned the same, because most responses have "
+                "no prediction: see the other findings."
+            ),
+            evidence=(alike, *missing),
+            changes=(),
+        )
+        return
     cause = "the samples of a prompt hardly differ"
     changes: tuple[Change, ...] = (run.raised("rollout.temperature"),)
     if correct.value >= TOO_EASY or correct.value <= TOO_HARD:
@@ -47,7 +62,7 @@ def groups_alike(run: RunRecord) -> Iterator[Finding]:
             f"In {alike.value:.0%} of the groups of {alike.steps}, all samples earned the same, so that nothing is learned from "
             f"them. {correct.value:.0%} of the responses were right: {cause}."
         ),
-        evidence=(alike, correct, run.last("reward/drawn_mean")),
+        evidence=(alike, correct),
         changes=(*changes, run.raised("rollout.samples_per_prompt"), *_earlier_dynamic_sampling(run)),
     )
 

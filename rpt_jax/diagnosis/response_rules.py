@@ -20,7 +20,7 @@ HALF = 0.5
 # Below this entropy, the samples of a prompt hardly differ (0.01 nats per token is one other token in about 750).
 LEAST_ENTROPY = 0.01
 # The entropy has collapsed if it fell below this fraction of its start and most groups have no variance: then exploration is used
-# up, and the reward no longer rises (2505.22617). In configs/rpt_tiny.py it falls to half.
+# up, and the reward no longer rises (2505.22617). In configs/rpt_tiny.py it falls to 0.4 of it.
 COLLAPSED_ENTROPY = 0.1
 # Above this entropy, a sampled token is one of 20 equally likely ones (e^3). Policies that reason are below 1 nat.
 MOST_ENTROPY = 3.0
@@ -64,17 +64,19 @@ def format_not_learned(run: RunRecord) -> Iterator[Finding]:
 @RULES.register("responses_cut", tasks=("rpt", "rft"), metrics=("ended/length", "length/mean"))
 def responses_cut(run: RunRecord) -> Iterator[Finding]:
     """A tenth of the responses or more are cut off at the length limit, in training or in an evaluation on questions."""
-    cut = run.last("ended/length")
+    before, cut = run.first("ended/length"), run.last("ended/length")
     limit = "rollout.max_new_tokens"
     if cut.value >= CUT_RESPONSES:
         yield Finding(
             severity=Severity.PROBLEM if cut.value >= HALF else Severity.WARNING,
             sentence=(
                 f"{cut.value:.0%} of the responses of {cut.steps} were cut off at {limit}={run.number(limit):g} and earned "
-                "nothing."
+                f"nothing ({before.value:.0%} in {before.steps})."
             ),
-            evidence=(cut, run.last("length/mean")),
+            evidence=(before, cut, run.last("length/mean")),
             changes=(
+                # Responses that became so long have come apart, which a higher limit does not mend.
+                *((run.lowered("optimizer.learning_rate"),) if before.value < cut.value / 2 else ()),
                 run.raised(limit),
                 *(() if run.config.get("rollout.stop_at_box") else (run.set_to("rollout.stop_at_box", True),)),
             ),
@@ -109,8 +111,8 @@ def entropy_collapse(run: RunRecord) -> Iterator[Finding]:
         ),
         evidence=(first, last, alike),
         changes=(
+            *(() if began_low else (run.lowered("optimizer.learning_rate"), run.raised("objective.entropy_weight"))),
             run.raised("rollout.temperature"),
-            *(() if began_low else (run.raised("objective.entropy_weight"), run.lowered("optimizer.learning_rate"))),
         ),
     )
 

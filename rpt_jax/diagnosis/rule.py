@@ -39,8 +39,8 @@ class RuleRequirements(Requirements):
 RULES = Registry(
     "--rule",
     (
-        "rpt_jax.diagnosis.learning_rules",
         "rpt_jax.diagnosis.response_rules",
+        "rpt_jax.diagnosis.learning_rules",
         "rpt_jax.diagnosis.data_rules",
         "rpt_jax.diagnosis.speed_rules",
         "rpt_jax.diagnosis.evaluation_rules",

@@ -44,6 +44,11 @@ SICK: dict[str, tuple[str, str, dict[str, Any]]] = {
         "questions.pass_rates",
         {"task": "rft", "metrics": ALIKE | {"status/correct": 0.99, "reward/drawn_mean": 0.99}},
     ),
+    "without predictions": (
+        "groups_alike",
+        "",
+        {"metrics": ALIKE | {"status/no_box": 0.4, "status/not_finished": 0.3}},
+    ),
     "tiny learning rate": ("nothing_moves", "optimizer.learning_rate", {"metrics": {"update/norm": 1e-7}}),
     "no learning rate": (
         "nothing_moves",
@@ -71,6 +76,7 @@ SICK: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"task": "rft", "metrics": {"status/no_box": 0.3}},
     ),
     "short limit": ("responses_cut", "rollout.max_new_tokens", {"metrics": {"ended/length": 0.4}}),
+    "grown responses": ("responses_cut", "optimizer.learning_rate", {"metrics": {"ended/length": line(0.0, 0.9)}}),
     "short limit of evaluations": (
         "responses_cut",
         "evaluation.max_new_tokens",
@@ -78,7 +84,7 @@ SICK: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "collapsed entropy": (
         "entropy_collapse",
-        "rollout.temperature",
+        "optimizer.learning_rate",
         {"metrics": {"policy/entropy": lambda done: 0.8 * 0.02**done, "groups/drawn_zero_variance": line(0.3, 0.75)}},
     ),
     "low temperature": ("entropy_collapse", "rollout.temperature", {"metrics": {"policy/entropy": 0.002}}),
