@@ -52,7 +52,7 @@ def get_config() -> Any:
 
     config.training.microbatch_tokens = 512
     # Seven evaluations after the start, for the fit of accuracy against compute. Half of training's samples cost half as much,
-    # and widen the 95 % intervals by only 4 to 10 % (from 4.2 to 4.5 points on each side at step 0).
+    # and widen the 95 % intervals by only 4 to 10 % (from 4.2 to 4.4 points on each side for easy positions at step 0).
     config.evaluation.every_steps = 30
     config.evaluation.samples = 4
     config.evaluation.positions = 320
