@@ -42,9 +42,7 @@ LONGEST = (
     "tests/rollout/test_engine.py",
     "tests/objective/test_objective.py",
     "tests/distributed/test_sharding.py",
-    "tests/test_bench.py",
     "tests/distributed/test_multihost.py",
-    "tests/test_objective_run.py",
     "tests/test_pretrain.py",
 )
 

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import pytest
 
 import rpt_jax
-from rpt_jax import main, train
+from rpt_jax import main, setup, train
 from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.infra.run_context import RunContext
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
@@ -96,25 +95,6 @@ def test_a_complete_run_is_left_alone_and_a_changed_config_is_refused(
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_goes_on_with_more_steps(
-    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, logger="rpt_jax")
-    shutil.copytree(finished, tmp_path / "run")
-    result = (finished / "result.json").read_bytes()
-    context = RunContext()
-    main.run(experiment(**SMALL | {"training.total_steps": 6}), tmp_path / "run", context=context)
-    # One step: each phase feeds the heartbeat that the other processes of a run watch.
-    assert context.heartbeat.count >= 2 + 6 and context.heartbeat.phase == "evaluation"
-    said = caplog.text
-    assert "training.total_steps: 5 there, 6 now" in said
-    assert "A response ends at </s> (2)." in said
-    assert "optimizer.schedule='cosine', the learning rate of step 6" in said and "Resuming from step 5" in said
-    assert (tmp_path / "run" / "result_5.json").read_bytes() == result and (tmp_path / "run" / "policy_5").is_dir()
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 6
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(7))
-
-
 def test_a_nan_stops_the_run_before_the_update_and_can_be_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,14 +134,6 @@ def test_a_replay_without_a_record_is_refused(tmp_path: Path) -> None:
     assert raised.value.field == "--replay"
 
 
-def test_a_nan_in_a_rollout_metric_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "rollout_metrics", lambda rewarded, usage: {"reward/mean": float("nan")})
-    with pytest.raises(FloatingPointError, match="step 1: reward/mean"):
-        main.run(experiment(**SMALL | {"checkpoint.every_steps": 1}), tmp_path)
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0]
-    assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["0"]
-
-
 def test_the_tokenizer_of_another_policy_is_refused(tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     policy.mkdir()
@@ -181,3 +153,15 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path: Path) -> None:
             dataclasses.replace(experiment(**SMALL), mesh=dataclasses.replace(Experiment().mesh, tensor=3)), tmp_path
         )
     assert raised.value.field == "mesh.tensor"
+
+
+def test_a_reward_that_needs_an_end_of_thinking_token_is_refused_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_think(source):
+        return dataclasses.replace(load_tokenizer(source), end_think_id=-1)
+
+    monkeypatch.setattr(setup, "load_tokenizer", without_think)
+    with pytest.raises(UserError) as raised:
+        main.run(experiment(**SMALL | {"objective.reward": "mean_prob"}), tmp_path)
+    assert raised.value.field == "objective.reward"

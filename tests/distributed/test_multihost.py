@@ -20,7 +20,7 @@ from rpt_jax.distributed.hosts import Hosts, Names, find_hosts
 from rpt_jax.distributed.rendezvous import Connection, meet
 from rpt_jax.errors import ExitCode, UserError
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, starter
+from tests.helpers.processes import HERE, free_port, run_children, starter
 
 # --- detection ---
 
@@ -167,7 +167,6 @@ def test_a_value_that_is_missing_or_out_of_range_is_named(flags, environ, field,
 
 # Limits that must pass in a test, in seconds. If a process of a busy machine came too late for one, the next is tried.
 JOIN_SECONDS = (1, 10, 100)
-STALL_SECONDS = (6, 60, 600)
 
 
 def meet_all(*members: tuple[Hosts, dict], seconds: float = 20.0) -> list[object]:
@@ -306,19 +305,6 @@ def start() -> Iterator[object]:
         yield start_all
 
 
-def run_children(
-    start, event: str, processes: int, stall_seconds: int = 600
-) -> tuple[list[int], list[tuple[str, str]]]:
-    """Run `multihost_child` as several processes; return the exit code and the output of each that is not frozen."""
-    port = free_port()
-    arguments = [[event, *map(str, (number, processes, port, stall_seconds))] for number in range(processes)]
-    children = start("tests.helpers.multihost_child", arguments)
-    if event == "leader is frozen":
-        children = children[1:]
-    outputs = [child.communicate(timeout=CHILD_SECONDS) for child in children]
-    return [child.returncode for child in children], outputs
-
-
 @pytest.mark.parametrize(
     ("event", "codes", "sentence"),
     [
@@ -341,36 +327,9 @@ def test_all_processes_exit_with_the_one_that_failed_and_name_it(
             assert f"error: {sentence.format(HERE)}" in err, err
 
 
-def run_until_stall(start, event: str, processes: int) -> tuple[int, list[int], list[tuple[str, str]]]:
-    """Run `multihost_child` with a limit that does not strike during startup; return it, and what `run_children` does."""
-    limit, codes, outputs = 0, [], []
-    for limit in STALL_SECONDS:
-        codes, outputs = run_children(start, event, processes, limit)
-        if not any("after phase startup" in err for _, err in outputs):
-            break
-    return limit, codes, outputs
-
-
-def test_all_processes_name_the_one_that_stalls(start) -> None:
-    limit, codes, outputs = run_until_stall(start, "another stalls", 3)
-    assert codes == [ExitCode.RESTART] * 3, outputs
-    stalled = (
-        f"no progress for {limit} s (--stall_seconds): all wait for process 1 on {HERE}, which stopped after phase data"
-    )
-    for out, err in outputs:
-        assert f"error: {stalled}" in err, err
-        assert not [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-
-
 def test_the_loss_of_process_0_is_detected(start) -> None:
     """Process 0 also hosts JAX's service, so JAX may abort the other processes before they print the reason."""
     codes, outputs = run_children(start, "leader is killed", 2)
     assert codes[1] in (ExitCode.RESTART, -signal.SIGABRT)
     err = outputs[1][1]
     assert f"process 0 on {HERE} is gone" in err or "JAX distributed service" in err
-
-
-def test_a_frozen_process_0_is_detected(start) -> None:
-    limit, codes, [(_, err)] = run_until_stall(start, "leader is frozen", 2)
-    assert codes == [ExitCode.RESTART]
-    assert f"no progress for {limit} s (--stall_seconds), and process 0 on {HERE}" in err

@@ -60,3 +60,16 @@ def starter() -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
         for process in started:
             process.kill()
             process.wait()
+
+
+def run_children(
+    start: Callable[..., list[subprocess.Popen[str]]], event: str, processes: int, stall_seconds: int = 600
+) -> tuple[list[int], list[tuple[str, str]]]:
+    """Run `multihost_child` as several processes; return the exit code and the output of each that is not frozen."""
+    port = free_port()
+    arguments = [[event, *map(str, (number, processes, port, stall_seconds))] for number in range(processes)]
+    children = start("tests.helpers.multihost_child", arguments)
+    if event == "leader is frozen":
+        children = children[1:]
+    outputs = [child.communicate(timeout=CHILD_SECONDS) for child in children]
+    return [child.returncode for child in children], outputs

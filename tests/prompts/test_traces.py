@@ -35,7 +35,7 @@ def test_every_trace_earns_the_full_reward(tokenizer: Tokenizer, documents: list
     builder = PromptBuilder(PromptConfig(max_tokens=16, reference_bytes=64), tokenizer)
     prompts, traces = [], []
     num_calculated = 0
-    for window, ids in enumerate(documents[:15]):
+    for window, ids in enumerate(documents[:6]):
         writers = [arithmetic_traces(tokenizer, ids, calculation_fraction) for calculation_fraction in (0.0, 1.0)]
         num_calculated += len(writers[0].preferred_positions)
         for position in range(len(ids)):
@@ -43,7 +43,7 @@ def test_every_trace_earns_the_full_reward(tokenizer: Tokenizer, documents: list
             traces.append([writer.write(position, np.random.default_rng(0)) for writer in writers])
             for trace in traces[-1]:
                 split_trace(tokenizer, trace)
-    assert num_calculated > 30, "the documents have too few calculations to test anything"
+    assert num_calculated > 10, "the documents have too few calculations to test anything"
 
     batch, vocab = stack(prompts), tokenizer.byte_vocab
     lengths = np.array([[len(trace) for trace in pair] for pair in traces], np.int32)

@@ -21,7 +21,7 @@ from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.weights.hf import load_policy
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, starter, with_devices
+from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, run_children, starter, with_devices
 from tests.helpers.runs import SMALL, comparable
 
 
@@ -144,3 +144,36 @@ def test_a_workdir_that_is_not_shared_is_refused(start, tmp_path: Path) -> None:
         )
     for _, err in finish(started, 2):
         assert f"--workdir=run is not the same directory on {HERE} as on the host of process 0" in err
+
+
+# Limits that must pass in a test, in seconds. If one strikes during startup on a busy machine, the next is tried.
+STALL_SECONDS = (6, 60, 600)
+
+
+def run_until_stall(start, event: str, processes: int) -> tuple[int, list[int], list[tuple[str, str]]]:
+    """Run `multihost_child` with a limit that does not strike during startup; return it, and what `run_children` does."""
+    limit, codes, outputs = 0, [], []
+    for limit in STALL_SECONDS:
+        codes, outputs = run_children(start, event, processes, limit)
+        if not any("after phase startup" in err for _, err in outputs):
+            break
+    return limit, codes, outputs
+
+
+@pytest.mark.slow
+def test_all_processes_name_the_one_that_stalls(start) -> None:
+    limit, codes, outputs = run_until_stall(start, "another stalls", 3)
+    assert codes == [ExitCode.RESTART] * 3, outputs
+    stalled = (
+        f"no progress for {limit} s (--stall_seconds): all wait for process 1 on {HERE}, which stopped after phase data"
+    )
+    for out, err in outputs:
+        assert f"error: {stalled}" in err, err
+        assert not [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+
+
+@pytest.mark.slow
+def test_a_frozen_process_0_is_detected(start) -> None:
+    limit, codes, [(_, err)] = run_until_stall(start, "leader is frozen", 2)
+    assert codes == [ExitCode.RESTART]
+    assert f"no progress for {limit} s (--stall_seconds), and process 0 on {HERE}" in err

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from rpt_jax import main
-from rpt_jax.errors import UserError
 from rpt_jax.infra.metrics import read_metrics
-from tests.helpers.runs import EVERYTHING, SHORT, experiment
+from tests.helpers.runs import EVERYTHING, experiment
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +40,3 @@ def test_each_option_has_an_effect_on_the_metrics(finished: Path) -> None:
 
 def test_a_profile_window_writes_a_trace(finished: Path) -> None:
     assert list((finished / "profile").rglob("*.xplane.pb"))
-
-
-def test_a_reward_that_needs_an_end_of_thinking_token_is_refused_without_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from rpt_jax import setup
-    from rpt_jax.tokenizers.tokenizer import load_tokenizer
-
-    def without_think(source):
-        import dataclasses
-
-        return dataclasses.replace(load_tokenizer(source), end_think_id=-1)
-
-    monkeypatch.setattr(setup, "load_tokenizer", without_think)
-    with pytest.raises(UserError) as raised:
-        main.run(experiment(**SHORT | {"objective.reward": "mean_prob"}), tmp_path)
-    assert raised.value.field == "objective.reward"
