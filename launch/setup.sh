@@ -144,8 +144,7 @@ install_requirements() {
     local output
     echo "launch: installing ${names[*]} into $venv (a new environment takes $size_mb MB and a few minutes)" >&2
     "$python" -P -c "$constrain" >"$constraints" || die "cannot write to $constraints."
-    # Python compiles a module when it is first imported; pip would compile all of them, most of which nothing imports.
-    output=$("$python" -P -m pip install --no-input --disable-pip-version-check --progress-bar off --no-compile \
+    output=$("$python" -P -m pip install --no-input --disable-pip-version-check --progress-bar off \
         "${flags[@]}" -c "$constraints" 2>&1) || explain "installing the packages" "$output"
     "$python" -P -c "$fingerprint" "${requirements[@]}" >"$stamp" || die "cannot write to $stamp."
 }
