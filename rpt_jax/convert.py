@@ -20,24 +20,16 @@ Exit codes: 0 converted, 2 error (one line on stderr).
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import UserError
-from rpt_jax.infra.command_line import import_jax, run_command
+from rpt_jax.infra.command_line import command_parser, import_jax, run_command
 
 
 def main(argv: list[str]) -> int:
     """Run the command line tool and return its exit code."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m rpt_jax.convert",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("convert", __doc__ or "")
     parser.add_argument(
         "--from",
         dest="source",

@@ -27,19 +27,12 @@ from pathlib import Path
 
 from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import ExitCode, UserError
-from rpt_jax.infra.command_line import import_jax, run_command
+from rpt_jax.infra.command_line import command_parser, import_jax, run_command
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags; overrides of config fields are no flags."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m rpt_jax.evaluate",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("evaluate", __doc__ or "")
     parser.add_argument("--suite", required=True, help="what to evaluate, by name")
     parser.add_argument("--config", help="config file; it names the corpus or the questions, and how prompts are made")
     parser.add_argument(

@@ -16,7 +16,7 @@ from typing import Any
 
 from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import ExitCode, UserError
-from rpt_jax.infra.command_line import import_jax, run_command
+from rpt_jax.infra.command_line import command_parser, import_jax, run_command
 
 # The config fields that have an effect on the page. Those that a flag sets are not among them.
 _READ = (
@@ -60,14 +60,7 @@ def _token_numbers(text: str) -> list[int]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags; overrides of config fields are no flags."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m rpt_jax.explain",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("explain", __doc__ or "")
     parser.add_argument(
         "--policy",
         default="",

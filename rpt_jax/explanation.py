@@ -295,7 +295,7 @@ def render_explanation(
                 for number, (start, ids, scored) in enumerate(zip(text.starts, text.windows, scores, strict=True))
             ],
         },
-        name=text.name,
+        title=text.name,
         policy_name=policy,
         tokens=tokens,
         positions=len(groups),

@@ -122,7 +122,7 @@ def _gains(run: RunRecord) -> Iterator[Gain]:
         raise CannotCheck("metrics.jsonl has no evaluation before training and one after it")
     before, after = lines[0], lines[-1]
     if 2 * after["step"] < run.total_steps:
-        raise CannotCheck("there is no evaluation in the second half of the run yet")
+        raise CannotCheck("no evaluation of the second half of the run is in metrics.jsonl")
     for metric in metrics:
         if metric not in before or metric not in after:
             continue

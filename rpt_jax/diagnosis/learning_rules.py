@@ -10,10 +10,10 @@ from rpt_jax.diagnosis.run_record import RunRecord, mean_of
 
 # From this fraction of groups without variance on, at most a fifth of the rollouts teach anything; DAPO (2503.14476) samples
 # such groups again for this reason. configs/rpt_tiny.py has 0.4 at the start and 0.7 later.
-ALIKE_GROUPS = 0.8
+ZERO_VARIANCE_GROUPS = 0.8
 NEARLY_ALL = 0.95
-# Alike groups are too easy, or too hard, if nearly all responses are right, or wrong. In between, they are some of each, because
-# the samples of a prompt hardly differ.
+# Groups have no variance because prompts are too easy if most responses are right, and too hard if most are wrong. In between, the
+# samples of a prompt hardly differ.
 TOO_EASY = 0.8
 TOO_HARD = 0.2
 MOSTLY = 0.5
@@ -28,14 +28,14 @@ RISEN_LOSS = 1.2
 
 
 @RULES.register(
-    "groups_alike",
+    "zero_variance",
     tasks=("rpt", "rft"),
     metrics=("groups/drawn_zero_variance", "status/correct", "status/no_box", "status/empty", "status/not_finished"),
 )
-def groups_alike(run: RunRecord) -> Iterator[Finding]:
+def zero_variance(run: RunRecord) -> Iterator[Finding]:
     """In 80 % of the groups or more, all samples earn the same: prompts are too easy or too hard, or samples too similar."""
-    alike = run.last("groups/drawn_zero_variance")
-    if alike.value < ALIKE_GROUPS:
+    share = run.last("groups/drawn_zero_variance")
+    if share.value < ZERO_VARIANCE_GROUPS:
         return
     correct = run.last("status/correct")
     missing = [run.last(f"status/{name}") for name in ("no_box", "empty", "not_finished")]
@@ -43,10 +43,10 @@ def groups_alike(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             severity=Severity.WARNING,
             sentence=(
-                f"In {alike.value:.0%} of the groups of {alike.steps}, all samples earned the same, because most responses have "
+                f"In {share.value:.0%} of the groups of {share.steps}, all samples earned the same, because most responses have "
                 "no prediction: see the other findings."
             ),
-            evidence=(alike, *missing),
+            evidence=(share, *missing),
             changes=(),
         )
         return
@@ -57,12 +57,12 @@ def groups_alike(run: RunRecord) -> Iterator[Finding]:
         cause = f"the prompts are too {'easy' if easy else 'hard'}"
         changes = tuple(_difficulty_changes(run, easy))
     yield Finding(
-        severity=Severity.PROBLEM if alike.value >= NEARLY_ALL else Severity.WARNING,
+        severity=Severity.PROBLEM if share.value >= NEARLY_ALL else Severity.WARNING,
         sentence=(
-            f"In {alike.value:.0%} of the groups of {alike.steps}, all samples earned the same, so that nothing is learned from "
+            f"In {share.value:.0%} of the groups of {share.steps}, all samples earned the same, so that nothing is learned from "
             f"them. {correct.value:.0%} of the responses were right: {cause}."
         ),
-        evidence=(alike, correct),
+        evidence=(share, correct),
         changes=(*changes, run.raised("rollout.samples_per_prompt"), *_earlier_dynamic_sampling(run)),
     )
 

@@ -12,7 +12,7 @@ from rpt_jax.diagnosis.rule import RULES, CannotCheck
 from rpt_jax.diagnosis.run_record import RunRecord, mean_of
 from rpt_jax.infra.rollout_files import TRAINING
 
-# Each response without a prediction earns nothing, whatever it reasons: a fifth of them is a large part of what there is to gain.
+# A response without a prediction earns nothing, so this fraction of the reward is out of reach.
 NO_PREDICTION = 0.2
 # A response that is cut counts as wrong: with a tenth of them, no accuracy is above 90 %.
 CUT_RESPONSES = 0.1
@@ -96,10 +96,10 @@ def responses_cut(run: RunRecord) -> Iterator[Finding]:
 
 @RULES.register("entropy_collapse", tasks=("rpt", "rft"), metrics=("policy/entropy", "groups/drawn_zero_variance"))
 def entropy_collapse(run: RunRecord) -> Iterator[Finding]:
-    """The policy hardly explores: its entropy is below 0.01 nats, or below a tenth of its start while most groups are alike."""
+    """The policy hardly explores: its entropy is below 0.01 nats, or a tenth of its start while most groups have no variance."""
     first, last = run.first("policy/entropy"), run.last("policy/entropy")
-    alike = run.last("groups/drawn_zero_variance")
-    fell = last.value < COLLAPSED_ENTROPY * first.value and alike.value >= HALF
+    share = run.last("groups/drawn_zero_variance")
+    fell = last.value < COLLAPSED_ENTROPY * first.value and share.value >= HALF
     if last.value >= LEAST_ENTROPY and not fell:
         return
     began_low = first.value < LEAST_ENTROPY
@@ -107,9 +107,9 @@ def entropy_collapse(run: RunRecord) -> Iterator[Finding]:
         severity=Severity.PROBLEM,
         sentence=(
             f"The policy hardly explores: its entropy is {last.value:.2g} nats per token in {last.steps} "
-            f"({first.value:.2g} in {first.steps}), and in {alike.value:.0%} of the groups all samples earn the same."
+            f"({first.value:.2g} in {first.steps}), and in {share.value:.0%} of the groups all samples earn the same."
         ),
-        evidence=(first, last, alike),
+        evidence=(first, last, share),
         changes=(
             *(() if began_low else (run.lowered("optimizer.learning_rate"), run.raised("objective.entropy_weight"))),
             run.raised("rollout.temperature"),

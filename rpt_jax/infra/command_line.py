@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -67,6 +68,23 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     if code == ExitCode.USER_ERROR:
         os._exit(code)  # At a normal exit, libraries would try again to write what could not be written.
     sys.exit(code)
+
+
+def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser without flags.
+
+    Args:
+      name: of the command, as in `python -m rpt_jax.NAME`.
+      description: docstring of its module; the first paragraph comes before the flags in the help, the rest after them.
+    """
+    summary, _, details = description.partition("\n\n")
+    return argparse.ArgumentParser(
+        prog=f"python -m rpt_jax.{name}",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def set_memory_fraction(environment: MutableMapping[str, str]) -> None:

@@ -101,7 +101,9 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
 
 
 def kernel_bytes_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Return the bytes that a run of each kernel reads and writes on a chip, by a scope or name of its own, at full lengths.
+    """Return the bytes that a call of each kernel reads and writes on a chip at full lengths.
+
+    The keys are names in the HLO metadata: the kernel's, or that of the scope around it where several calls run one kernel.
 
     These kernels read only the blocks of keys that are attended to, which the compiled program does not show. For GPUs, preflight
     compiles no kernels.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.errors import ExitCode, UserError
-from rpt_jax.infra.command_line import import_jax, run_command
+from rpt_jax.infra.command_line import command_parser, import_jax, run_command
 
 if TYPE_CHECKING:
     from rpt_jax.study.plan import UnitPlan
@@ -33,14 +33,7 @@ _EXTRA_GRACE_SECONDS = 10.0
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m rpt_jax.study",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("study", __doc__ or "")
     parser.add_argument("--config", required=True, help="config file of the study")
     parser.add_argument("--workdir", help="directory of the study; default: runs/<name of the config>")
     parser.add_argument("--part", default="", help='run a share of the units, such as "3/12" of "0/12" to "11/12"')

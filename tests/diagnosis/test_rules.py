@@ -16,38 +16,38 @@ from rpt_jax.diagnosis.finding import Finding, Severity
 from rpt_jax.diagnosis.rule import RULES
 from tests.helpers.diagnosis import METRICS, line, write_evaluation_rollouts, write_run, write_training_rollouts
 
-ALIKE = {"groups/drawn_zero_variance": 0.97}
+ZERO_VARIANCE = {"groups/drawn_zero_variance": 0.97}
 # Case: rule, field that is to be changed first, and arguments of `write_run`.
 SICK: dict[str, tuple[str, str, dict[str, Any]]] = {
     "too easy": (
-        "groups_alike",
+        "zero_variance",
         "data.entropy_threshold",
-        {"metrics": ALIKE | {"status/correct": 0.96, "reward/drawn_mean": 0.96}},
+        {"metrics": ZERO_VARIANCE | {"status/correct": 0.96, "reward/drawn_mean": 0.96}},
     ),
     "too hard": (
-        "groups_alike",
+        "zero_variance",
         "data.entropy_threshold",
-        {"metrics": ALIKE | {"status/correct": 0.01, "reward/drawn_mean": 0.01}},
+        {"metrics": ZERO_VARIANCE | {"status/correct": 0.01, "reward/drawn_mean": 0.01}},
     ),
-    "deterministic": ("groups_alike", "rollout.temperature", {"metrics": ALIKE}),
+    "deterministic": ("zero_variance", "rollout.temperature", {"metrics": ZERO_VARIANCE}),
     "too hard questions": (
-        "groups_alike",
+        "zero_variance",
         "questions.min_passes",
         {
             "task": "rft",
-            "metrics": ALIKE | {"status/correct": 0.01, "reward/drawn_mean": 0.01},
+            "metrics": ZERO_VARIANCE | {"status/correct": 0.01, "reward/drawn_mean": 0.01},
             "config": {"questions.pass_rates": "rates.jsonl"},
         },
     ),
     "unfiltered questions": (
-        "groups_alike",
+        "zero_variance",
         "questions.pass_rates",
-        {"task": "rft", "metrics": ALIKE | {"status/correct": 0.99, "reward/drawn_mean": 0.99}},
+        {"task": "rft", "metrics": ZERO_VARIANCE | {"status/correct": 0.99, "reward/drawn_mean": 0.99}},
     ),
     "without predictions": (
-        "groups_alike",
+        "zero_variance",
         "",
-        {"metrics": ALIKE | {"status/no_box": 0.4, "status/not_finished": 0.3}},
+        {"metrics": ZERO_VARIANCE | {"status/no_box": 0.4, "status/not_finished": 0.3}},
     ),
     "tiny learning rate": ("nothing_moves", "optimizer.learning_rate", {"metrics": {"update/norm": 1e-7}}),
     "no learning rate": (
@@ -188,7 +188,7 @@ def test_a_short_run_is_left_alone(tmp_path: Path, task: str) -> None:
 
 
 def test_a_step_that_has_nothing_to_learn_is_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
-    still = {"update/norm": 0.0, "gradient/norm": 0.0, "update/skipped": 1.0} | ALIKE
+    still = {"update/norm": 0.0, "gradient/norm": 0.0, "update/skipped": 1.0} | ZERO_VARIANCE
     assert not findings_of(examine(write_run(tmp_path, metrics=still)), "nothing_moves")
 
 

@@ -1,4 +1,4 @@
-"""Parts of a measurement that run one after the other, each in a process of its own and with a time limit.
+"""Runs the parts of a measurement one after the other, each in a separate process with a time limit.
 
 Whatever happens to a part, the others run, and what it measured before is kept: figures are written to a file as they come.
 """

@@ -35,7 +35,7 @@ _POLL_SECONDS = 0.5
 
 
 def measure(report: Report, sizes: Sizes) -> None:
-    """Run a few steps of the trainer in a process of its own, and report each of them when it is done."""
+    """Run a few training steps in a separate process, and report each step when it is done."""
     # The device belongs to the process of the run: this one only writes files.
     jax.config.update("jax_platforms", "cpu")
     model = sizes.models[-1]

@@ -152,7 +152,7 @@ def cache_kernel(attention: str, dtype: str) -> CacheKernel:
     assert axes is not None  # It is None only for names that are None.
     whole = PartitionSpec()
     attend = jax.shard_map(
-        lambda q, cache, layer, ranges: kernel.attend(q, cache, layer, ranges),
+        kernel.attend,
         in_specs=(axes, PartitionSpec(None, None, *axes), whole, PartitionSpec(axes[0])),
         out_specs=axes,
         check_vma=False,
