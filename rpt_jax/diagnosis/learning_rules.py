@@ -12,8 +12,8 @@ from rpt_jax.diagnosis.run_record import RunRecord, mean_of
 # such groups again for this reason. configs/rpt_tiny.py has 0.4 at the start and 0.7 later.
 ZERO_VARIANCE_GROUPS = 0.8
 NEARLY_ALL = 0.95
-# Groups have no variance because prompts are too easy if most responses are right, and too hard if most are wrong. In between, the
-# samples of a prompt hardly differ.
+# Without variance, prompts are too easy if most responses are right, and too hard if most are wrong. In between, the samples of a
+# prompt hardly differ.
 TOO_EASY = 0.8
 TOO_HARD = 0.2
 MOSTLY = 0.5
