@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import jax
 import pytest
 
 from rpt_jax.bench import __main__ as bench
-from rpt_jax.bench import update
 from rpt_jax.bench.measure import interleaved
-from rpt_jax.bench.options import chosen_model
-from tests.helpers.benches import MODEL, UPDATE, run_bench
-
-
-def update_options(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    update.add_options(parser)
-    return parser.parse_args([*MODEL, *UPDATE, *arguments])
+from tests.helpers.benches import MODEL, run_bench
 
 
 def test_policy_prints_and_writes_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -49,14 +40,6 @@ def test_the_reward_kernel_is_compared_with_python(tmp_path: Path):
     ratio = python["seconds"] / kernel["seconds"]
     assert kernel["speedup over Python"] == pytest.approx(ratio, rel=0.01)
     assert python["fraction of a step"] == pytest.approx(kernel["fraction of a step"] * ratio, rel=0.01)
-
-
-def test_an_update_with_repeated_prompts_has_the_same_gradient():
-    options = update_options()
-    config = chosen_model(options)
-    batch = update.make_batch(options, config)
-    shared, alone = (float(update.update_call(options, config, b)()) for b in (batch, update.unshared(batch)))
-    assert shared == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(

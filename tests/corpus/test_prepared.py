@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from rpt_jax import main
 from rpt_jax.config import DataConfig
 from rpt_jax.corpus import entropy, prepared, tokenization
-from rpt_jax.corpus.prepared import PreparedCorpus, open_prepared, tokenize_on_leader
+from rpt_jax.corpus.prepared import open_prepared, tokenize_on_leader
 from rpt_jax.corpus.store import Records
 from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.corpora import scoring_experiment, write_number_corpus
-from tests.helpers.paths import ROOT, TINY
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.paths import TINY
 
 TOKENIZER = load_tokenizer(TINY)
 
@@ -165,36 +159,3 @@ def test_a_disk_without_room_for_the_corpus_is_found_before_it_is_tokenized(
     assert raised.value.field == "--workdir" and not (tmp_path / "corpus").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**40, free=14_000))
     tokenize_on_leader(data, plan_shards(data), TOKENIZER, tmp_path / "corpus", Heartbeat())
-
-
-def test_two_processes_write_the_scores_of_one(finished: Path, corpus: DataConfig, tmp_path: Path) -> None:
-    """On a mesh of two processes, as in training, both compute and one writes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "tests.helpers.prepare_child"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(number), "2", port, corpus.path, str(tmp_path)],
-            cwd=ROOT,
-            env=os.environ | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=CHILD_SECONDS)
-        assert process.returncode == 0, output
-        assert "Complete, " in output
-
-    def by_tokens(opened: PreparedCorpus) -> dict[bytes, np.ndarray]:
-        pairs = zip(opened.corpus.tokens, opened.scores, strict=True)
-        return {ids.tobytes(): np.stack(entropies) for (ids, _), entropies in pairs}
-
-    expected = by_tokens(open_prepared(corpus, TOKENIZER, finished))
-    found = by_tokens(open_prepared(corpus, TOKENIZER, tmp_path))
-    assert expected.keys() == found.keys()
-    for ids, entropies in expected.items():
-        np.testing.assert_allclose(found[ids], entropies, atol=1e-5)

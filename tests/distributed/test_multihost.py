@@ -19,6 +19,7 @@ import pytest
 from rpt_jax.distributed.hosts import Hosts, Names, find_hosts
 from rpt_jax.distributed.rendezvous import Connection, meet
 from rpt_jax.errors import ExitCode, UserError
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import HERE, free_port, run_children, starter
 
@@ -305,13 +306,19 @@ def start() -> Iterator[object]:
         yield start_all
 
 
+KILLED = ("another is killed", [ExitCode.RESTART, -signal.SIGKILL, ExitCode.RESTART], "process 1 on {} is gone: killed")
+
+
 @pytest.mark.parametrize(
     ("event", "codes", "sentence"),
-    [
-        ("nothing", [0, 0, 0], ""),
-        ("another is killed", [ExitCode.RESTART, -signal.SIGKILL, ExitCode.RESTART], "process 1 on {} is gone: killed"),
-        ("another fails", [2, 2, 2], "process 1 on {} ended: error: data.path does not exist."),
-    ],
+    mostly_slow(
+        [
+            ("nothing", [0, 0, 0], ""),
+            KILLED,
+            ("another fails", [2, 2, 2], "process 1 on {} ended: error: data.path does not exist."),
+        ],
+        KILLED,
+    ),
 )
 def test_all_processes_exit_with_the_one_that_failed_and_name_it(
     start, event: str, codes: list[int], sentence: str

@@ -74,6 +74,39 @@ EVERYTHING = SHORT | {
     "optimizer.warmup_steps": 0,  # These runs are short: every step has the full learning rate.
     "checkpoint.every_steps": 1,
 }
+# Changes of configs/rpt_tiny.py with which a run writes every metric: a cold start, all optional terms of the objective, dynamic
+# sampling and a rescoring.
+EVERY_METRIC = {
+    "data.source_options.documents": 40,
+    "data.held_out_documents": 20,
+    "data.source_options.held_out_templates": 2,
+    "data.max_document_tokens": 96,
+    "data.positions": "self_entropy",
+    "data.rescore_every_steps": 2,
+    "data.rescore_windows": 32,
+    "prompt.max_tokens": 96,
+    "rollout.samples_per_prompt": 2,
+    "rollout.max_new_tokens": 12,
+    "rollout.decode_slots": 8,
+    "rollout.stop_at_box": True,
+    "objective.importance": "mask",
+    "objective.kl": "k2",
+    "objective.kl_weight": 0.1,
+    "objective.entropy_weight": 0.01,
+    "objective.document_weight": 0.5,
+    "training.prompts_per_step": 4,
+    "training.microbatch_tokens": 128,
+    "training.total_steps": 4,
+    "training.dynamic_sampling_from": 3,
+    "evaluation.every_steps": 2,
+    "evaluation.positions": 16,
+    "evaluation.unseen_positions": 4,
+    "checkpoint.every_steps": 1,
+    "cold_start.total_steps": 1,
+    "optimizer.learning_rate": 0.0,  # The cold start has its own, so it alone changes the policy.
+    "pretrain.windows_per_step": 2,
+    "pretrain.rows_per_window": 2,
+}
 # Changes of configs/pretrain_tiny.py, likewise.
 PRETRAIN = {
     "data.source_options.documents": 200,

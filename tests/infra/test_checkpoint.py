@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,13 +16,12 @@ import numpy as np
 import pytest
 
 from rpt_jax.config import OptimizerConfig
-from rpt_jax.errors import ExitCode, UserError
+from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.run_format import FORMAT
 from rpt_jax.objective.update import TrainState
-from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS, with_devices
+from tests.helpers.processes import CHILD_SECONDS
 
 RUN = {"stream": {"next_index": 37, "nested": [1, 2.5, None]}, "counters": {"tokens": 2**40}, "fingerprint": "ab12"}
 
@@ -255,16 +252,6 @@ def test_a_truncated_large_array_is_refused(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_checkpoint_is_restored_on_another_mesh(tmp_path):
-    """Eight devices, then two, then one: the checksums of a checkpoint do not depend on the sharding."""
-    for action, devices, fsdp, tensor in (("save", 8, 4, 2), ("restore", 2, 1, 2), ("restore", 1, 1, 1)):
-        run = [sys.executable, "-m", "tests.helpers.checkpoint_child", action, str(tmp_path), str(fsdp), str(tensor)]
-        done = subprocess.run(
-            run, cwd=ROOT, env=with_devices(devices), capture_output=True, text=True, timeout=CHILD_SECONDS
-        )
-        assert done.stdout == f"{action} {devices}\n", done.stderr
-
-
 def test_a_checkpoint_of_an_older_format_is_refused(copy):
     """Format 1 had no format number, and called the checksums marks."""
     before = make_state(0)
@@ -277,16 +264,3 @@ def test_a_checkpoint_of_an_older_format_is_refused(copy):
     ):
         restore(copy, before)
     assert contents(copy) == files, "nothing is moved or deleted"
-
-
-def test_a_stop_signal_saves_what_the_registered_checkpointer_has_staged(tmp_path):
-    """Another checkpointer is open, but only the one that was registered saves."""
-    command = [sys.executable, "-m", "tests.helpers.checkpoint_child"]
-    options = {"cwd": ROOT, "env": with_devices(1), "capture_output": True, "text": True, "timeout": 600}
-    stopped = subprocess.run([*command, "stop", str(tmp_path), "1", "1"], **options)
-    assert stopped.returncode == ExitCode.RESTART and "Stopped: everything up to step 3 is in" in stopped.stderr, (
-        stopped
-    )
-    assert not list((tmp_path / "other").rglob("9"))
-    restored = subprocess.run([*command, "restore", str(tmp_path), "1", "1"], **options)
-    assert restored.returncode == 0, restored.stderr

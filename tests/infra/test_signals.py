@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from rpt_jax.errors import ExitCode
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CHILD_SECONDS, WITH_SIGNALS
 
@@ -31,7 +32,10 @@ def child() -> Iterator[object]:
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.mark.parametrize("number", mostly_slow(SIGNALS, signal.SIGTERM, signal.SIGUSR1))
 def test_a_signal_saves_while_the_main_thread_is_inside_xla(child, number):
     process = child("works", "60")
     process.send_signal(number)
@@ -40,7 +44,7 @@ def test_a_signal_saves_while_the_main_thread_is_inside_xla(child, number):
     assert f"{number.name}: stopping within 60 s" in err and "Stopped: step 7." in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", mostly_slow([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_second_signal_exits_at_once(child, number):
     process = child("hangs", "600")
     process.send_signal(signal.SIGTERM)
@@ -50,7 +54,10 @@ def test_a_second_signal_exits_at_once(child, number):
     assert "Stopped at once" in process.stderr.read()
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    "signals",
+    mostly_slow([(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)], (signal.SIGUSR1, signal.SIGTERM)),
+)
 def test_a_warning_of_a_scheduler_and_one_sigterm_leave_time_to_save(child, signals):
     process = child("hangs", "2")
     for number in signals:

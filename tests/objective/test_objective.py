@@ -33,6 +33,7 @@ from tests.helpers.dense_objective import (
     T,
 )
 from tests.helpers.flops import token_flops
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.policy_reference import SHALLOW, SHAPE, random_params
 
 OBJECTIVE = ObjectiveConfig(clip_low=LOW, clip_high=HIGH)
@@ -93,7 +94,7 @@ def assert_close(ours, theirs, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * scale), ours, theirs)
 
 
-@pytest.mark.parametrize(("rows", "microbatch_tokens"), ROWS)
+@pytest.mark.parametrize(("rows", "microbatch_tokens"), mostly_slow(ROWS, *ROWS[1:3]))
 def test_gradient_equals_the_dense_reference(params, batch, old, expected, rows, microbatch_tokens):
     """Rows of any size give the same gradient, although groups without variance are left out and prefixes are shared."""
     grads, metrics = gradient(params, batch, old, rows=rows, microbatch_tokens=microbatch_tokens)
@@ -111,7 +112,7 @@ def test_gradient_does_not_depend_on_prefix_sharing(params, batch, old, expected
     assert metrics["update/trunk_tokens"] > shared["update/trunk_tokens"]
 
 
-@pytest.mark.parametrize("logit_chunk_tokens", [1, 7])
+@pytest.mark.parametrize("logit_chunk_tokens", mostly_slow([1, 7], 7))
 def test_gradient_does_not_depend_on_logit_chunks(params, batch, old, expected, logit_chunk_tokens):
     grads, _ = gradient(params, batch, old, logit_chunk_tokens=logit_chunk_tokens)
     assert_close(grads, expected.gradient)
@@ -158,7 +159,7 @@ def test_uncounted_groups_are_in_neither_numerator_nor_denominator(params, batch
     np.testing.assert_allclose(metrics["loss/policy"], theirs.loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "microbatch_tokens"), ROWS[:2])
+@pytest.mark.parametrize(("rows", "microbatch_tokens"), mostly_slow(ROWS[:2], ROWS[1]))
 def test_metrics_cover_groups_with_variance(params, batch, old, current, rows, microbatch_tokens):
     used = batch.mask_PxGxT & ~np.isin(np.arange(P), ZERO_VARIANCE)[:, None, None]
     _, metrics = gradient(params, batch, old, rows=rows, microbatch_tokens=microbatch_tokens)
@@ -203,7 +204,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", mostly_slow(OPTIONS, "gspo, masked", "cispo, k3, entropy"))
 def test_gradient_of_every_option(params, batch, old, current, scores, name):
     """Sums over passes, in any order of the groups, are divided once by the total denominator.
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rpt_jax.model.attention.key_ranges import make_key_ranges
 from rpt_jax.model.attention.packed import attend_packed
 from rpt_jax.objective.packing import fitting_divisor, pack_groups, shared_prefixes
+from tests.helpers.parameters import mostly_slow
 
 P, G, S, T = 6, 3, 7, 4
 
@@ -44,7 +45,9 @@ def pack_all(arrays, rows, microbatch_tokens):
     return jax.jit(run)(arrays)
 
 
-@pytest.mark.parametrize(("rows", "microbatch_tokens"), [(1, S - 1 + T), (2, 17), (1, 60), (3, 200)])
+@pytest.mark.parametrize(
+    ("rows", "microbatch_tokens"), mostly_slow([(1, S - 1 + T), (2, 17), (1, 60), (3, 200)], (2, 17), (3, 200))
+)
 def test_every_token_attends_to_its_own_past_only(rows, microbatch_tokens):
     """Each used response is in one row, where its tokens attend to the prompt and the response so far, in order."""
     for seed in range(8):

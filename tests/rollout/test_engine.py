@@ -28,6 +28,7 @@ from rpt_jax.rollout.rollouts import Decoding, Ended, Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, truncate
 from rpt_jax.tokenizers.tokenizer import ByteVocab
 from tests.helpers import policy_reference as reference
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.policy_reference import POLICY, SHALLOW, SHAPE, random_params
 from tests.helpers.rollouts import STOPS, TEMPERATURE, assert_same, select
 
@@ -82,7 +83,7 @@ def expected(params) -> Rollouts:
     )
 
 
-@pytest.mark.parametrize("slots", [1, 5, 0])
+@pytest.mark.parametrize("slots", mostly_slow([1, 5, 0], 5))
 def test_rollouts_do_not_depend_on_the_number_of_slots(params, expected, slots):
     """One slot decodes one rollout after the other, five are refilled and wrap around the ring, and all shrink in the end."""
     ours, steps = run(params, slots=slots)
@@ -104,7 +105,7 @@ def test_rollouts_of_a_policy_with_many_layers_equal_numpy(params):
     np.testing.assert_allclose(ours.logprobs_PxGxT[p, g, : len(response)], theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize(("prefill_tokens", "tail"), [(7, 0), (30, 3), (512, 3)])
+@pytest.mark.parametrize(("prefill_tokens", "tail"), mostly_slow([(7, 0), (30, 3), (512, 3)], (30, 3)))
 def test_rollouts_do_not_depend_on_shared_prefixes_and_prefill_chunks(params, expected, prefill_tokens, tail):
     """Prefill processes a part of a root, one root, or all roots at once, with dynamic and with fixed shapes."""
     prompts = share_prefixes(*nested(), tail=tail)

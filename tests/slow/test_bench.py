@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rpt_jax.bench import __main__ as bench
+from rpt_jax.bench import update
+from rpt_jax.bench.options import chosen_model
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.weights.hf import save_policy
@@ -49,3 +52,17 @@ def test_rollout_measures_its_stages(tmp_path: Path, capsys: pytest.CaptureFixtu
     np.savez(tmp_path / "bad.npz", prompts=prompts, lengths=lengths + 100)
     assert bench.main(["bench", *arguments, f"--prompts={tmp_path / 'bad.npz'}"]) == 2
     assert "bad.npz" in capsys.readouterr().err
+
+
+def update_options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    update.add_options(parser)
+    return parser.parse_args([*MODEL, *UPDATE, *arguments])
+
+
+def test_an_update_with_repeated_prompts_has_the_same_gradient():
+    options = update_options()
+    config = chosen_model(options)
+    batch = update.make_batch(options, config)
+    shared, alone = (float(update.update_call(options, config, b)()) for b in (batch, update.unshared(batch)))
+    assert shared == pytest.approx(alone, rel=1e-5)

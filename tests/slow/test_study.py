@@ -1,4 +1,4 @@
-"""A small study of real runs: it is killed, resumed, and its results add up."""
+"""A small study of real runs: it is killed, resumed, and its results add up. A stop signal reaches the run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,27 @@ import pytest
 from rpt_jax.errors import ExitCode
 from rpt_jax.study.outcome import AFTER_TUNING, RESULTS, read_outcomes
 from tests.helpers.paths import ROOT
-from tests.helpers.studies import BUDGET
+from tests.helpers.processes import WITH_SIGNALS
+from tests.helpers.studies import BUDGET, calls
 
 pytestmark = pytest.mark.slow
+
+STOPPED = """
+import sys
+from pathlib import Path
+from rpt_jax.infra.signals import StopSignals
+from rpt_jax.study.execution import Executor, Stopped, run_units
+from tests.helpers.studies import script_run, script_unit
+
+study = Path(sys.argv[1])
+slow = script_run(study / "a" / "seed0", "tuning", seconds=3600.0)
+signals = StopSignals()
+with signals.handle():
+    try:
+        run_units([script_unit(study, "a", tuning=slow)], Executor(study, signals), lambda: None)
+    except Stopped:
+        pass
+"""
 
 
 def test_a_study_that_was_killed_and_stopped_resumes_to_its_results(tmp_path: Path) -> None:
@@ -54,6 +72,19 @@ def test_a_study_that_was_killed_and_stopped_resumes_to_its_results(tmp_path: Pa
     # The traces are charged to the arm that learns them, and the scoring of the corpus to the arm that chooses positions by it.
     spent = {path.parent.name: json.loads(path.read_text())["flops"] for path in study.glob("*/seed0/*/result.json")}
     assert sft.flops == spent["traces"] + spent["sft"] and spent["traces"] > 0
+
+
+def test_a_stop_signal_lets_the_run_save_and_ends_with_the_code_to_restart(tmp_path: Path) -> None:
+    process = subprocess.Popen([*WITH_SIGNALS, sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT)
+    try:
+        while calls(tmp_path) != ["tuning"]:
+            assert process.poll() is None, "ended before its run began"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == ExitCode.RESTART
+    finally:
+        process.kill()
+    assert calls(tmp_path) == ["tuning", "saved"]
+    assert not list(tmp_path.glob("*/*/failure.json"))
 
 
 def _wait_for(process: subprocess.Popen[bytes], path: Path) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rpt_jax.errors import ExitCode, UserError
+from rpt_jax.errors import UserError
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.signals import StopSignals
 from rpt_jax.study.collection import outcome
 from rpt_jax.study.execution import FAILURE, Executor, planned_command, read_failure, run_units
 from rpt_jax.study.file_lock import locked
 from rpt_jax.study.plan import UnitPlan
-from tests.helpers.paths import ROOT
-from tests.helpers.processes import WITH_SIGNALS
 from tests.helpers.studies import calls, script_run, script_unit
 
 
@@ -92,37 +89,6 @@ def test_a_process_that_outlives_its_parent_keeps_the_lock(tmp_path: Path) -> No
 
     with locked(tmp_path / "lock", end_child):
         assert child.returncode == 0 and waits == [1]
-
-
-STOPPED = """
-import sys
-from pathlib import Path
-from rpt_jax.infra.signals import StopSignals
-from rpt_jax.study.execution import Executor, Stopped, run_units
-from tests.helpers.studies import script_run, script_unit
-
-study = Path(sys.argv[1])
-slow = script_run(study / "a" / "seed0", "tuning", seconds=3600.0)
-signals = StopSignals()
-with signals.handle():
-    try:
-        run_units([script_unit(study, "a", tuning=slow)], Executor(study, signals), lambda: None)
-    except Stopped:
-        pass
-"""
-
-
-def test_a_stop_signal_lets_the_run_save_and_ends_with_the_code_to_restart(tmp_path: Path) -> None:
-    process = subprocess.Popen([*WITH_SIGNALS, sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT)
-    try:
-        while calls(tmp_path) != ["tuning"]:
-            assert process.poll() is None, "ended before its run began"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == ExitCode.RESTART
-    finally:
-        process.kill()
-    assert calls(tmp_path) == ["tuning", "saved"]
-    assert not list(tmp_path.glob("*/*/failure.json"))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"flops": 1.0, "seconds": 1.0, "steps": 1}'])
