@@ -17,6 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 # Files of the repository that pages show, by their path in the site.
 FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
 _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
+# Prints the help of each argument, a module and its subcommand, with a null character after it. One process for all of them,
+# because importing JAX takes seconds.
+_PRINT_HELP = """
+import runpy, sys
+commands = sys.argv[1:]
+for command in commands:
+    module, *subcommand = command.split()
+    sys.argv = [module, *subcommand, "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+    print(end="\\0", flush=True)
+"""
 _CONFIG = "{{ config reference }}"
 _STUDY = "{{ study reference }}"
 _CHOICES = "{{ choices }}"
@@ -46,7 +61,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace(_CHOICES, choices_reference())
     if _RULES in markdown:
         markdown = markdown.replace(_RULES, rules_reference())
-    return _HELP.sub(lambda match: help_text(match["command"]), markdown)
+    texts = help_texts(_HELP.findall(markdown))
+    return _HELP.sub(lambda match: texts[match["command"]], markdown)
 
 
 def config_reference() -> str:
@@ -108,10 +124,13 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def help_text(command: str) -> str:
-    """Return the output of `python -m COMMAND --help` as a fenced block. Raises: CalledProcessError."""
+def help_texts(commands: list[str]) -> dict[str, str]:
+    """Return the output of `python -m COMMAND --help` for each command as a fenced block. Raises: CalledProcessError."""
+    if not commands:
+        return {}
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    run = [sys.executable, "-m", *command.split(), "--help"]
+    run = [sys.executable, "-c", _PRINT_HELP, *commands]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    text = done.stdout.strip().replace(f"{ROOT}/", "")
-    return f"```text\n{text}\n```"
+    *outputs, rest = done.stdout.replace(f"{ROOT}/", "").split("\0")
+    assert not rest.strip() and len(outputs) == len(commands), rest
+    return {command: f"```text\n{text.strip()}\n```" for command, text in zip(commands, outputs, strict=True)}
