@@ -145,6 +145,8 @@ def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
     # One number of shards divides the other: a batch that splits into the larger one splits into both.
     phase = max((TRAINING, DECODING), key=lambda table: num_batch_shards(mesh, table))
     check_batches(mesh, {"training.prompts_per_step": training.prompts_per_step}, phase)
+    if experiment.evaluation.prompts_per_batch:
+        check_batches(mesh, {"evaluation.prompts_per_batch": experiment.evaluation.prompts_per_batch}, DECODING)
     if experiment.reinforces and experiment.mesh.split_rows and training.microbatch_tokens % tensor:
         raise UserError(
             f"training.microbatch_tokens={training.microbatch_tokens} must be a multiple of mesh.tensor={tensor} with "

@@ -28,6 +28,7 @@ from rpt_jax.model.attention.key_ranges import make_key_ranges
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.model.transformer import Transformer
 from tests.helpers.flops import token_flops
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.paths import CONFIGS, EXPERIMENTS
 
 GIB = 2**30
@@ -146,7 +147,7 @@ def test_reference_attention_stores_its_scores():
     assert memory.update.backward.attention_scores == 5 * (4 + 2) * 20_480**2
 
 
-@pytest.mark.parametrize("devices", [1, 6, 64])
+@pytest.mark.parametrize("devices", mostly_slow([1, 6, 64], 64))
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_config_is_described_on_any_machine(path: Path, devices: int):
     derived = derive(load(path), devices, 20 * GIB)

@@ -23,11 +23,15 @@ def cold_start_experiment(experiment: Experiment) -> Experiment:
 
 
 def evaluation_experiment(experiment: Experiment) -> Experiment:
-    """Return an experiment whose section `rollout` says how responses are sampled in evaluations."""
+    """Return an experiment whose `rollout` and `training.prompts_per_step` say how responses are sampled in evaluations."""
     rollout = experiment.rollout
+    training = experiment.training
     evaluation = experiment.evaluation
     return dataclasses.replace(
         experiment,
+        training=dataclasses.replace(
+            training, prompts_per_step=evaluation.prompts_per_batch or training.prompts_per_step
+        ),
         rollout=dataclasses.replace(
             rollout,
             samples_per_prompt=evaluation.samples or rollout.samples_per_prompt,

@@ -384,6 +384,9 @@ class EvaluationConfig:
     split: str = "held_out"
     # Responses that are sampled at each held-out position or to each question; 0 for as many as in training.
     samples: int = 0
+    # [memory] Prompts of a batch of evaluations, whose responses take turns in the decode slots; 0 for as many as in a step of
+    # training.
+    prompts_per_batch: int = 0
     # Sampling temperature of evaluations (paper, section 4.3, for questions: 0.6); 0 for that of training.
     temperature: float = 0.0
     # Maximum number of tokens of a response in evaluations (paper, section 4.3, for questions: 32,000); 0 for that of training.

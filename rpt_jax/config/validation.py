@@ -149,6 +149,7 @@ _BOUNDS = {
     "evaluation.positions": (1, _UNBOUNDED),
     "evaluation.unseen_positions": (1, _UNBOUNDED),
     "evaluation.samples": (0, _UNBOUNDED),
+    "evaluation.prompts_per_batch": (0, _UNBOUNDED),
     "evaluation.temperature": (0.0, 100.0),
     "evaluation.max_new_tokens": (0, _UNBOUNDED),
     "multiple_choice.samples": (1, _UNBOUNDED),

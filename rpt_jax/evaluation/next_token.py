@@ -201,7 +201,7 @@ class Evaluator:
     def __init__(self, experiment: Experiment, setup: Setup, sample: Sampler, reward: Rewarder, builder: PromptBuilder):
         """
         Args:
-          experiment: the config.
+          experiment: the config, with the sampling of evaluations (`evaluation_experiment`).
           setup: initial policy and corpus.
           sample: samples the predictions.
           reward: compares them with the text.

@@ -25,8 +25,10 @@ from rpt_jax.rollout.sampling import sample_tokens, truncate, uniform_noise
 from rpt_jax.tokenizers.tokenizer import ByteVocab
 
 # Batch sizes that live rollouts are compacted to, in 32nds of the number of slots, and the smallest one. Each size is
-# compiled separately. The small ones matter when few long responses outlast the others.
+# compiled separately. The small ones matter when few long responses outlast the others. Where rollouts wait for a slot, most
+# steps have all slots in use, so that fewer sizes serve.
 _SHRINK_32NDS = (24, 16, 12, 8, 6, 4, 2, 1)
+_SHRINK_32NDS_REFILLED = (16, 8, 4, 2)
 _SMALLEST_BATCH = 8
 _OUT_OF_RANGE = 2**30  # An index beyond every array.
 
@@ -141,7 +143,8 @@ def decode_rollouts(
 def live_sizes(slots: int, rollouts: int) -> list[int]:
     """Return the batch sizes that the live rollouts of a replica are compacted to, the number of slots first."""
     size = min(slots or rollouts, rollouts)
-    return [size, *(size * n // 32 for n in _SHRINK_32NDS if size * n // 32 >= _SMALLEST_BATCH)]
+    shrink_32nds = _SHRINK_32NDS if size == rollouts else _SHRINK_32NDS_REFILLED
+    return [size, *(size * n // 32 for n in shrink_32nds if size * n // 32 >= _SMALLEST_BATCH)]
 
 
 @jax.named_scope("decode_loop")

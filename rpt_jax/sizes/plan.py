@@ -91,14 +91,15 @@ def plan_run(experiment: Experiment, mesh: Mesh) -> Experiment:
 def plan_evaluation(experiment: Experiment, mesh: Mesh) -> Experiment:
     """Return the experiment with the sampling of its evaluations, see `evaluation_experiment`.
 
-    Responses that are longer in evaluations than in training take more memory, so fewer of them may be decoded at the same time.
+    Longer responses and more prompts than in training take more memory, so fewer responses may be decoded at the same time.
 
     Args:
       experiment: a config whose memory fields are planned.
       mesh: the mesh.
     """
     evaluation = evaluation_experiment(experiment)
-    if evaluation.rollout.max_new_tokens <= experiment.rollout.max_new_tokens:
+    longer = evaluation.rollout.max_new_tokens > experiment.rollout.max_new_tokens
+    if not longer and evaluation.training.prompts_per_step <= experiment.training.prompts_per_step:
         return evaluation
     config, _ = model_config_of(experiment)
     fitting, _ = _plan_decode_slots(evaluation, config, mesh_sizes(mesh), _usable_memory())

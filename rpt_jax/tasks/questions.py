@@ -59,11 +59,11 @@ class QuestionTask:
         self.sample = Sampler(experiment, self.policy, self.tokenizer, mesh, builder)
         rewarder = Rewarder(experiment, self.policy, self.tokenizer, mesh, builder)
         evaluation = plan_evaluation(experiment, mesh)
-        same = evaluation.rollout == experiment.rollout
+        same = evaluation == experiment
         sample = self.sample if same else Sampler(evaluation, self.policy, self.tokenizer, mesh, builder)
         self._verify = BatchVerifier(experiment.questions, self.tokenizer)
         self._reward = VerifiedRewarder(self._verify, rewarder, mesh)
-        self._evaluation = QuestionSampling(sample, self._test, builder, experiment.training.prompts_per_step)
+        self._evaluation = QuestionSampling(sample, self._test, builder, evaluation.training.prompts_per_step)
         self.evaluated = [len(self._test.questions), *sampling_numbers(evaluation)]
         self.advice = _advice(experiment)
 

@@ -69,9 +69,9 @@ class TextTask:
             self._verified = VerifiedRewarder(self._verify, self._reward, mesh)
         self.stream = training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder, setup.segments)
         evaluation = plan_evaluation(experiment, mesh)
-        same = evaluation.rollout == experiment.rollout
+        same = evaluation == experiment
         sample = self.sample if same else Sampler(evaluation, setup.policy, setup.tokenizer, mesh, builder)
-        self._evaluator = Evaluator(experiment, setup, sample, self._reward, builder)
+        self._evaluator = Evaluator(evaluation, setup, sample, self._reward, builder)
         self.evaluated = [*self._evaluator.counts, *sampling_numbers(evaluation)]
         self.preparation_flops = position_flops(experiment.data, setup.prepared)
         self._policy_entropies: PolicyEntropies | None = None  # Of the last rescoring.

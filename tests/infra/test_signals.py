@@ -55,13 +55,13 @@ def test_a_second_signal_exits_at_once(child, number):
 
 
 @pytest.mark.parametrize(
-    "signals",
+    ("first", "second"),
     mostly_slow([(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR1)], (signal.SIGUSR1, signal.SIGTERM)),
 )
-def test_a_warning_of_a_scheduler_and_one_sigterm_leave_time_to_save(child, signals):
+def test_a_warning_of_a_scheduler_and_one_sigterm_leave_time_to_save(child, first, second):
     process = child("hangs", "2")
-    for number in signals:
-        process.send_signal(number)
+    process.send_signal(first)
+    process.send_signal(second)
     assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
     assert "Nothing was saved within checkpoint.grace_seconds=2" in process.stderr.read()
 

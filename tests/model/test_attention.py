@@ -21,6 +21,7 @@ from rpt_jax.model.model_config import preset
 from rpt_jax.model.transformer import prefill, segment_starts
 from rpt_jax.setup import make_policy
 from tests.helpers import policy_reference as reference
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.policy_reference import SHALLOW, random_params
 
 N, K, G, R, Q, S, C = 2, 2, 3, 2, 10, 9, 6
@@ -120,7 +121,7 @@ def test_a_segment_begins_where_the_segment_number_changes():
 # --- blocks ---
 
 
-@pytest.mark.parametrize("block_size", [4, 9])
+@pytest.mark.parametrize("block_size", mostly_slow([4, 9], 4))
 @pytest.mark.parametrize("case", CASES)
 def test_blockwise_equals_the_reference(case, block_size):
     """Block sizes that divide neither length, and one that holds all keys but not all queries."""

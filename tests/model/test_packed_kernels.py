@@ -16,12 +16,13 @@ from rpt_jax.model.attention.key_ranges import KeyRanges, make_key_ranges
 from rpt_jax.model.attention.packed import attend_packed
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic, packed_attention_bytes
 from tests.helpers.packed_rows import RowShape, check_kernels, make_example
+from tests.helpers.parameters import mostly_slow
 
 SMALL = RowShape(rows=2, kv_heads=1, heads=2, blocks=3, block=16, ranges=2, head_size=16, dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["mosaic", "triton"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_kernels_equal_the_reference(name, seed):
     """Forward and backward; more shapes in tests/slow/test_packed_kernels.py."""
@@ -51,7 +52,7 @@ def test_pairs_of_blocks_are_visited_by_their_own_block(seed):
             assert [listed[first][0] for first in pairs.first_NxB[n]] == list(range(SMALL.blocks))
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.bfloat16, jnp.float32], jnp.bfloat16))
 @pytest.mark.parametrize(
     ("name", "platform", "call"),
     [("tpu_kernels", "tpu", "tpu_custom_call"), ("gpu_kernels", "cuda", "__gpu$xla.gpu.triton")],

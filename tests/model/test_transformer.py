@@ -18,6 +18,7 @@ from rpt_jax.model.transformer import Transformer, branch_hidden, head, prefill,
 from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
 from rpt_jax.weights.model_files import WEIGHTS_FILE
 from tests.helpers import policy_reference as reference
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.policy_reference import POLICY, SHALLOW, SHAPE, random_params
 
 # Grouped, full and multi-query attention.
@@ -40,7 +41,7 @@ def identical_trees(a, b) -> bool:
 # --- the forward pass ---
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", mostly_slow(VARIANTS, "qwen3"))
 def test_each_branch_equals_its_sequence_run_alone(name):
     """The padding of the prompts is random ids, which must not affect any response."""
     config = VARIANTS[name]

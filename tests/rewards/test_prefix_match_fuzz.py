@@ -28,9 +28,9 @@ def vocab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("reading", BOX_READINGS)
 def test_kernel_equals_the_reference(vocab: Vocabulary, reading: str) -> None:
-    counts = sum(count_agreeing(vocab, seed, prompts=250, reading=reading) for seed in (0, 1))
-    assert counts.sum() == 4_000
-    assert counts.min() > 80, f"the generated responses hardly cover some outcome: {counts}"
+    counts = sum(count_agreeing(vocab, seed, prompts=125, reading=reading) for seed in (0, 1))
+    assert counts.sum() == 2_000
+    assert counts.min() > 40, f"the generated responses hardly cover some outcome: {counts}"
 
 
 def test_rewards_do_not_depend_on_the_order_of_rollouts(vocab: Vocabulary) -> None:

@@ -45,6 +45,13 @@ def test_a_finished_run_goes_on_with_more_steps(
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(7))
 
 
+def test_evaluations_do_not_depend_on_their_batches(finished: Path, tmp_path: Path) -> None:
+    main.run(experiment(**SMALL | {"evaluation.prompts_per_batch": 16, "training.total_steps": 1}), tmp_path)
+    [ours, theirs] = (read_metrics(workdir / "metrics.jsonl")[0] for workdir in (tmp_path, finished))
+    evaluated = [name for name in theirs if name.startswith("eval/")]
+    assert len(evaluated) > 10 and all(ours[name] == theirs[name] for name in evaluated)
+
+
 def test_a_nan_in_a_rollout_metric_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "rollout_metrics", lambda rewarded, usage: {"reward/mean": float("nan")})
     with pytest.raises(FloatingPointError, match="step 1: reward/mean"):

@@ -104,14 +104,17 @@ def assert_close(ours, expected, scale: float | None = None) -> None:
     assert np.abs(np.asarray(ours) - expected).max() < 1e-4 * scale
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("llama", "qwen2, untied, yarn", "qwen3")
+
+
+@pytest.mark.parametrize("name", mostly_slow(CASES, *QUICK))
 def test_logits_equal_those_of_transformers(models, name):
     directory, model = models[name]
     config, params, _ = load_policy(directory)
     assert_close(full_forward(Transformer(config), params, TOKENS), hf_logits(model, TOKENS))
 
 
-@pytest.mark.parametrize("name", mostly_slow(CASES, "llama", "qwen2, untied, yarn", "qwen3"))
+@pytest.mark.parametrize("name", mostly_slow(CASES, *QUICK))
 def test_decoding_equals_the_full_forward_pass_of_transformers(models, name):
     """Responses to prompts of several lengths, with two kinds of padding; `transformers` scores every sampled token."""
     directory, model = models[name]
@@ -171,7 +174,7 @@ def assert_identical(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray
         assert ours[name].dtype == tensor.dtype and ours[name].tobytes() == tensor.tobytes(), name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, *QUICK))
 def test_import_and_export_are_bit_identical(models, tmp_path, name):
     """By converting files, and by loading and saving parameters; `transformers` computes the same logits from the result."""
     directory, model = models[name]
