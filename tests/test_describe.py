@@ -161,7 +161,9 @@ def test_every_config_is_described_on_any_machine(path: Path, devices: int):
 
 def test_a_cold_start_is_described_like_pretraining():
     """It is added to the description of the run, whose other sizes do not change."""
-    experiment = replaced(Experiment(), "training", logit_chunk_tokens=4096)  # A plan also depends on the rows of the update.
+    experiment = replaced(
+        Experiment(), "training", logit_chunk_tokens=4096
+    )  # A plan also depends on the rows of the update.
     derived = derive(replaced(experiment, "cold_start", total_steps=7), 1)
     alone = derive(replaced(dataclasses.replace(experiment, task="pretrain"), "training", total_steps=7), 1)
     assert derived.cold_start == alone.pretrain

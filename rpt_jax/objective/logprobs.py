@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: one definition for the sampler and the trainer, with a gradient of its own."""
+"""Logits, one definition for the sampler and the trainer, and log-probabilities of given tokens with their gradient."""
 
 from __future__ import annotations
 
@@ -74,11 +74,6 @@ def scaled_logits(head: Head, hidden_MxD: jax.Array, temperature: float) -> jax.
         return logits
     # The probability is exactly zero. -inf would turn masked padding into NaN (0 · -inf).
     return jnp.where(head.absent_V, jnp.finfo(jnp.float32).min, logits)
-
-
-def chosen_logprobs(logits_MxV: jax.Array, tokens_M: jax.Array) -> jax.Array:
-    """Return log softmax(logits)[token], float32 [M]."""
-    return _chosen(logits_MxV, tokens_M) - jax.nn.logsumexp(logits_MxV, axis=-1)
 
 
 def over_token_chunks(fn: Callable[..., Output], logit_chunk_tokens: int, *arrays: jax.Array) -> Output:
@@ -170,7 +165,8 @@ def _score_chunks(
         logits_MxV = scaled_logits(head, hidden_MxD, scoring.temperature)
         totals_M = jax.nn.logsumexp(logits_MxV, axis=-1)
         entropies_M = _entropies(logits_MxV, totals_M) if scoring.entropies else None
-        scores = TokenScores(_chosen(logits_MxV, tokens_M) - totals_M, entropies_M)
+        chosen_M = jnp.take_along_axis(logits_MxV, tokens_M[:, None], axis=-1)[:, 0]
+        scores = TokenScores(chosen_M - totals_M, entropies_M)
         return None, _ChunkScores(scores, totals_M, logits_MxV if scoring.keep else None)
 
     chunks = scoring.chunks
@@ -221,10 +217,6 @@ def _chunks(rows: int, size: int, logit_chunk_tokens: int) -> TokenChunks:
     if logit_chunk_tokens < 1:
         raise ValueError("training.logit_chunk_tokens has not been planned.")
     return TokenChunks(rows=rows, size=size, width=min(max(1, logit_chunk_tokens // rows), size))
-
-
-def _chosen(logits_MxV: jax.Array, tokens_M: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(logits_MxV, tokens_M[:, None], axis=-1)[:, 0]
 
 
 def _entropies(logits_MxV: jax.Array, totals_M: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rpt_jax.model.precision import head_product
 from rpt_jax.model.transformer import Head
-from rpt_jax.objective.logprobs import chosen_logprobs, over_token_chunks, scaled_logits, token_logprobs, token_scores
+from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits, token_logprobs, token_scores
 from tests.helpers import policy_reference as reference
 
 
@@ -41,7 +41,7 @@ def test_logits_are_float32_for_a_bfloat16_trunk():
     assert logits.dtype == jnp.float32
     expected = np.asarray(rounded, np.float64) @ head_VxD.T.astype(np.float64) / 0.8
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    ours = chosen_logprobs(logits, tokens_M)
+    ours = token_logprobs(Head(head_VxD), rounded, tokens_M, 0.8, 5)
     np.testing.assert_allclose(ours, reference.log_softmax(expected)[np.arange(5), tokens_M], atol=1e-4)
 
 
