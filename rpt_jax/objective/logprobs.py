@@ -140,9 +140,11 @@ def token_scores(
 
     Raises: ValueError, if `logit_chunk_tokens` is 0.
     """
-    keep = tokens_NxW.size <= logit_chunk_tokens
-    chunk_tokens = min(logit_chunk_tokens, _KEPT_CHUNK_TOKENS) if keep else logit_chunk_tokens
     rows, size = tokens_NxW.shape
+    keep = rows * size <= logit_chunk_tokens
+    chunk_tokens = logit_chunk_tokens
+    if keep:
+        chunk_tokens = -(-rows * size // -(-rows * size // _KEPT_CHUNK_TOKENS))
     scoring = _Scoring(temperature, entropies, _chunks(rows, size, chunk_tokens), keep)
     return _scores(scoring, head, filled_N, hidden_NxWxD, tokens_NxW)
 
