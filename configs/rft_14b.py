@@ -29,6 +29,7 @@ def get_config() -> Any:
     config.policy.path = "models/DeepSeek-R1-Distill-Qwen-14B"  # P §4.3, beside the policy of configs/rpt_14b.py
     config.policy.preset = "qwen2.5-14b"  # The configuration of that model.
     config.policy.dtype = "bfloat16"  # ours
+    config.policy.head_precision = "bfloat16"  # ours; logits are float32
     config.policy.remat = "full"  # ours
 
     config.questions.source = "path"

@@ -627,7 +627,7 @@ def _backward_rows(backward: BackwardBytes, batch_field: str) -> list[Row]:
     return [
         _bytes_row("per device: saved attention scores", backward.attention_scores, fields),
         _bytes_row("per device: other saved activations", backward.other_activations, fields),
-        _bytes_row("per device: one chunk of logits", backward.logit_chunk, logits),
+        _bytes_row("per device: logits that exist at once", backward.logit_chunk, logits),
     ]
 
 

@@ -41,8 +41,9 @@ from rpt_jax.config.user_paths import check_local_path, user_path
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
 from rpt_jax.errors import ExitCode, UserError, check_choice, nearest
-from rpt_jax.infra.command_line import import_jax, run_command, set_memory_fraction
+from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.infra.console import console_logging, silent_console
+from rpt_jax.infra.gpu_settings import exclude_nondeterministic_operations
 from rpt_jax.infra.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "Directory for compiled programs, which later runs load instead of compiling them again; 'off' for none. Default: rpt_jax in "
     "your cache directory.",
 )
+_DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic",
+    False,
+    "On a GPU, use only operations that give the same bits in every run, which may be slower. A CPU or TPU has no others.",
+)
 _DESCRIBE = flags.DEFINE_bool("describe", False, "Print every size that the config implies, and exit.")
 _FLAGS = (
     _CONFIG,
@@ -91,6 +97,7 @@ _FLAGS = (
     _JOIN_SECONDS,
     _STALL_SECONDS,
     _COMPILATION_CACHE,
+    _DETERMINISTIC,
 )
 
 
@@ -238,7 +245,15 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
     """
     hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
     # All processes must agree on these.
-    facts = {"--workdir": str(workdir), "--replay": _REPLAY.value, "jax": version("jax"), **dict(leaves(experiment))}
+    facts = {
+        "--workdir": str(workdir),
+        "--replay": _REPLAY.value,
+        "--deterministic": _DETERMINISTIC.value,
+        "jax": version("jax"),
+        **dict(leaves(experiment)),
+    }
+    if _DETERMINISTIC.value:
+        exclude_nondeterministic_operations(os.environ)
     signals = StopSignals(experiment.checkpoint.grace_seconds)
     heartbeat = Heartbeat()
     connected = connect_processes(hosts, facts, heartbeat, _JOIN_SECONDS.value, _STALL_SECONDS.value)
@@ -280,7 +295,6 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(help_text())
         return ExitCode.COMPLETE
-    set_memory_fraction(os.environ)
     try:
         experiment = load_experiment(argv)
         if _DESCRIBE.value:

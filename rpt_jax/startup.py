@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.errors import check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
+from rpt_jax.infra.gpu_settings import describe_gpu_settings
 from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.trackers import check_installed
 from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START
@@ -124,6 +126,9 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
     sizes = derive(experiment, jax.device_count(), device_memory())
     logger.info("Code: rpt_jax %s, commit %s", __version__, source_commit() or "unknown")
     logger.info("Devices: %s", describe_devices())
+    if jax.default_backend() == "gpu":
+        level = f"JAX_OPTIMIZATION_LEVEL={jax.config.values['jax_optimization_level']}"
+        logger.info("Settings: %s %s", describe_gpu_settings(os.environ), level)
     logger.info(
         "Policy: %s parameters, %s, %s", f"{sizes.policy.parameters:,}", experiment.policy.dtype, sizes.policy.source
     )
@@ -148,6 +153,11 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
     if unread := unread_changes(experiment):
         logger.info("Without effect in this run: %s", ", ".join(unread))
     logger.info("Results: %s", workdir)
+    if jax.default_backend() != "cpu" and experiment.policy.dtype == "float32":
+        logger.info(
+            "Hint: policy.dtype=bfloat16 and policy.head_precision=bfloat16 are several times as fast on these devices; see "
+            "docs/concepts/precision.md."
+        )
     for warning in (unused_accelerator(), *context_warnings(experiment, model_config_of(experiment)[0])):
         if warning:
             logger.warning(warning)

@@ -309,7 +309,8 @@ class TrainingConfig:
     # [memory] Tokens of a forward and backward pass on each device, prompts and responses together; 0 for 16,384, or more for
     # a longer prompt and response, or fewer if the device's memory demands it.
     microbatch_tokens: int = 0
-    # [memory] Tokens whose logits exist at the same time; 0 for up to 4,096, as the device's memory allows.
+    # [memory] Tokens per device whose logits exist at the same time: with at least training.microbatch_tokens, they are kept for
+    # the backward pass, with fewer it computes them again; 0 = planned.
     logit_chunk_tokens: int = 0
     # Steps between two prints of sampled responses, and steps in a file of kept ones.
     log_rollouts_every: int = 50

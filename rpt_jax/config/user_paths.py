@@ -6,6 +6,7 @@ become a folder called "gs:" on the local disk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -38,6 +39,15 @@ _COPY = {
     "http": "curl -O",
     "https": "curl -O",
 }
+
+
+def cache_directory(name: str) -> Path | None:
+    """Return the directory `name` of rpt_jax in the user's cache directory, or None if the user has no home."""
+    if cache_home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache_home) / "rpt_jax" / name
+    with contextlib.suppress(RuntimeError):
+        return Path.home() / ".cache" / "rpt_jax" / name
+    return None
 
 
 def user_path(text: str) -> Path:

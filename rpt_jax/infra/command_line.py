@@ -6,13 +6,11 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from rpt_jax.errors import ExitCode, UserError
-
-# Variables that say how much of a GPU's memory JAX takes. It refuses the first two together.
-_MEMORY_VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
+from rpt_jax.infra.gpu_settings import has_gpu, set_gpu_defaults
 
 
 class _Pipe(io.FileIO):
@@ -62,6 +60,8 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A notebook's own backend, which its child processes inherit, need not exist here; a tool shows no figure, but writes files.
     os.environ["MPLBACKEND"] = "agg"
+    if has_gpu():
+        set_gpu_defaults(os.environ)
     code = main(sys.argv)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -85,16 +85,6 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-
-def set_memory_fraction(environment: MutableMapping[str, str]) -> None:
-    """Let JAX take nine tenths of a GPU's memory instead of three quarters, unless the environment says how much.
-
-    Args:
-      environment: of a process in which JAX has not started its backends yet.
-    """
-    if not any(name in environment for name in _MEMORY_VARIABLES):
-        environment[_MEMORY_VARIABLES[0]] = "0.9"
 
 
 def import_jax() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from rpt_jax.config.user_paths import user_path
+from rpt_jax.config.user_paths import cache_directory, user_path
 from rpt_jax.infra.atomic_write import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -90,11 +90,7 @@ class ProgramFiles:
 
 def default_directory() -> Path | None:
     """Return the directory for compiled programs in the user's cache directory, or None if the user has no home."""
-    if cache_home := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache_home) / "rpt_jax" / "compiled"
-    with contextlib.suppress(RuntimeError):
-        return Path.home() / ".cache" / "rpt_jax" / "compiled"
-    return None
+    return cache_directory("compiled")
 
 
 def chosen_directory(flag: str | None) -> Path | None:

@@ -19,16 +19,22 @@ _SETTINGS = {
     "jax_numpy_rank_promotion": "allow",
     "jax_disable_jit": False,
 }
+_LEVEL = "jax_optimization_level"
 
 
 @contextlib.contextmanager
 def needed_jax_settings() -> Iterator[None]:
-    """Set inside the block what rpt_jax's programs are written for, and say which of the user's settings are not used."""
-    earlier = {name: getattr(jax.config, name) for name in _SETTINGS}
+    """Set inside the block what rpt_jax's programs are written for, and say which of the user's settings are not used.
+
+    On several GPUs, XLA hides the latency of collectives at its level O1 only; a level that the user chose stays.
+    """
+    earlier = {name: getattr(jax.config, name) for name in (*_SETTINGS, _LEVEL)}
     for name, value in _SETTINGS.items():
         if earlier[name] != value:
             logger.warning("%s=%s is not used: rpt_jax runs with %s only.", name.upper(), earlier[name], value)
             jax.config.update(name, value)
+    if earlier[_LEVEL] == "UNKNOWN" and jax.default_backend() == "gpu" and jax.device_count() > 1:
+        jax.config.update(_LEVEL, "O1")
     try:
         yield
     finally:

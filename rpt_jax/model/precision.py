@@ -1,8 +1,8 @@
-"""Precision of matrix products of float32 numbers, by name.
+"""Precision of matrix products of float32 numbers, by name; docs/concepts/precision.md says which products the programs have.
 
     name            CPU       GPU                                     TPU
     float32         float32   float32, without tensor cores           six bfloat16 products
-    tensorfloat32   float32   TensorFloat-32 (10 bits of mantissa)    three bfloat16 products
+    tensorfloat32   float32   TensorFloat-32 (10 bits of mantissa)    three bfloat16 products; six with Pallas kernels
     bfloat16        operands rounded to bfloat16, products summed in float32, on every platform
 
 Without a name, XLA computes "float32" products with TensorFloat-32 on a GPU and with one bfloat16 product on a TPU.

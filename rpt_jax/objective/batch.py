@@ -62,7 +62,7 @@ class UpdateLimits:
       minibatches: optimizer steps per batch; each uses an equal part of the groups.
       rows: packed rows per forward pass, at least one per device. Does not change the result.
       microbatch_tokens: tokens per row. Does not change the result.
-      logit_chunk_tokens: tokens whose logits exist at once. Does not change the result.
+      logit_chunk_tokens: tokens per device whose logits exist at once. Does not change the result.
       temperature: sampling temperature of the rollouts.
       max_new_tokens: length limit of responses.
     """

@@ -12,9 +12,9 @@ import numpy as np
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.distributed.sharding import shard_map_batch
 from rpt_jax.model.flops import causal_pairs, forward_flops
-from rpt_jax.model.transformer import Head, Params, Transformer, head, prefill
+from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits
-from rpt_jax.objective.logprobs import over_row_chunks, scores, token_logprobs
+from rpt_jax.objective.logprobs import TokenScores, token_logprobs, token_scores
 from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.packing import PackedGroups, Rows, fitting_divisor, pack_groups
 from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
@@ -213,7 +213,7 @@ def loss_sums(
 
 def row_scores(
     policy: Transformer, limits: UpdateLimits, params: Params, rows: Rows, size: int, *, entropies: bool = False
-) -> tuple[jax.Array, jax.Array | None]:
+) -> TokenScores:
     """Return the log-probability of every response token at the sampling temperature and, if `entropies`, its entropy.
 
     Both are float32 [N, J, T] with T = `size`, and undefined after each response's length.
@@ -222,13 +222,12 @@ def row_scores(
     positions_Nx1xW = rows.positions_NxW[:, None]
     hidden_Nx1xWxD, _ = policy.apply({"params": params}, tokens_Nx1xW, positions_Nx1xW, key_ranges=rows.key_ranges)
 
-    @jax.named_scope("token_logprobs")
-    def score(head: Head, filled_N: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        # The part of the chunk that belongs to this device's rows.
-        logit_chunk_tokens = limits.logit_chunk_tokens * len(filled_N) // limits.rows
-        fn = functools.partial(scores, head, temperature=limits.temperature, entropies=entropies)
-        return over_row_chunks(fn, logit_chunk_tokens, filled_N, *arrays)
-
+    score = functools.partial(
+        token_scores,
+        temperature=limits.temperature,
+        logit_chunk_tokens=limits.logit_chunk_tokens,
+        entropies=entropies,
+    )
     # Under shard_map the gradient of the head is summed over devices once, and not after every chunk.
     results = shard_map_batch(score, head(policy, params), rows.filled_N, hidden_Nx1xWxD[:, 0], rows.targets_NxW)
     return jax.tree.map(lambda x_NxW: rows.split(x_NxW, size), results)

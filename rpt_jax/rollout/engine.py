@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rpt_jax.model.attention.blocked_cache import BlockedCache
 from rpt_jax.model.attention.dispatch import KeyValues, cache_kernel
 from rpt_jax.model.transformer import Head, Params, Transformer, head
-from rpt_jax.objective.logprobs import chosen_logprobs, scaled_logits
+from rpt_jax.objective.logprobs import scaled_logits
 from rpt_jax.rewards.boxed import BoxReader, read_box
 from rpt_jax.rollout.decode import decode_head, decode_token, prepare_decode_params
 from rpt_jax.rollout.kv_cache import SharedCache, cache_layout, cached_attention, empty_ring, write_token
@@ -182,8 +182,7 @@ def start_decoding(
     # The first tokens: all samples of a prompt are drawn from the same distribution.
     logits_PxV = _sampling_logits(head(policy, params), hidden_PxD, decoding)
     uniform_PxG = noise_RxT[:, 0].reshape(-1, samples)
-    token_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
-    logprob_PxG = jax.vmap(chosen_logprobs, in_axes=(None, 1), out_axes=1)(logits_PxV, token_PxG)
+    token_PxG, logprob_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
     token_R = token_PxG.reshape(-1)
     boxes_R = None if vocab is None else BoxReader.start(count)
     ended_R, boxes_R = _check_end(token_R, boxes_R, vocab, decoding)
@@ -257,14 +256,14 @@ def _decode_step(
 
     # Sample with the noise of this token, and find out which responses end with it.
     logits_MxV = _sampling_logits(decode_head(policy, inputs.params), hidden_MxD, decoding)
-    token_M = sample_tokens(logits_MxV, inputs.noise_RxT.at[rollout_M, state.count_M].get(mode="clip"))
+    uniform_M = inputs.noise_RxT.at[rollout_M, state.count_M].get(mode="clip")
+    token_M, logprob_M = sample_tokens(logits_MxV, uniform_M)
     ended_M, box_M = _check_end(token_M, state.box_M, inputs.vocab, decoding)
 
     # Store the results. Idle slots have an index out of range, whose update is dropped.
     old = state.rollouts
     index = state.count_M
     count_M = state.count_M + 1
-    logprob_M = chosen_logprobs(logits_MxV, token_M)
     rollouts = Rollouts(
         tokens_PxGxT=old.tokens_PxGxT.at[rollout_M, index].set(token_M, mode="drop"),
         lengths_PxG=old.lengths_PxG.at[rollout_M].set(count_M, mode="drop"),

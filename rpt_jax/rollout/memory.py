@@ -20,7 +20,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _FLOAT32 = 4
 # Arrays with an entry per possible token: ids, log-probabilities and noise.
 _TOKEN_ARRAYS = 3
-# Copies of a slot's logits: logits, sampling weights and sums.
+# Copies of a slot's logits: logits, and temporaries of sampling on platforms that fuse less than the CPU.
 _LOGIT_COPIES = 3
 # When the batch of live rollouts first shrinks to three quarters, that part of the keys, and then of the values, exists
 # twice.

@@ -52,15 +52,18 @@ def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 @jax.named_scope("sample_tokens")
-def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
-    """Draw one token per row from softmax(logits) by inverse transform sampling, int32 [M].
+def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Draw one token per row from softmax(logits) by inverse transform sampling.
 
     It takes one random number per token instead of V for Gumbel noise. The inversion has two levels, first a block of
-    about √V tokens and then a token of it, so no cumulative sum over the whole vocabulary is formed.
+    about √V tokens and then a token of it, so no cumulative sum over the whole vocabulary is formed. The logits are read
+    twice, for their maximum and for the sums of blocks, which also normalize the log-probability.
 
     Args:
       logits_MxV: float32.
       uniform_M: float32 uniform numbers in [0, 1).
+
+    Returns: tokens, int32 [M], and their log-probabilities, float32 [M].
     """
     rows, vocab = logits_MxV.shape
     width = math.isqrt(vocab - 1) + 1
@@ -68,23 +71,29 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> jax.Array:
     # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective
     # permute, for which XLA's CPU backend waits for all replicas: their loops have different lengths, so this would
     # deadlock.
-    weights = with_logical_constraint(jnp.exp(logits_MxV - logits_MxV.max(axis=-1, keepdims=True)), (None, None))
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * width - vocab))).reshape(rows, blocks, width)
+    logits_MxV = with_logical_constraint(logits_MxV, (None, None))
+    largest_M = logits_MxV.max(axis=-1)
+    padded = jnp.pad(logits_MxV, ((0, 0), (0, blocks * width - vocab)), constant_values=-jnp.inf)
 
     # First level: the block. Only blocks with a positive weight qualify, since a cumulative sum that is computed as a
     # tree may increase by rounding where nothing is added, and the end of the interval would fall into the padding.
-    sums_MxB = weights.sum(axis=-1)
+    sums_MxB = jnp.exp(padded.reshape(rows, blocks, width) - largest_M[:, None, None]).sum(axis=-1)
     ends_MxB = jnp.cumsum(sums_MxB, axis=-1)
     positive_ends_MxB = jnp.where(sums_MxB > 0, ends_MxB, 0.0)
-    target_M = uniform_M * positive_ends_MxB.max(axis=-1)
+    total_M = positive_ends_MxB.max(axis=-1)
+    target_M = uniform_M * total_M
     block_M = jnp.argmax(positive_ends_MxB > target_M[:, None], axis=-1)
 
     # Second level: the token in the block. The two levels round differently; if no token passes the target, the last
     # one with a positive weight is taken.
     before_M = jnp.where(block_M > 0, jnp.take_along_axis(ends_MxB, block_M[:, None] - 1, axis=1)[:, 0], 0.0)
-    weights_MxW = jnp.take_along_axis(weights, block_M[:, None, None], axis=1)[:, 0]
+    start_M = jnp.minimum(block_M * width, vocab - width)  # The last block may overlap with the one before.
+    logits_MxW = jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start,), (width,)))(logits_MxV, start_M)
+    is_in_block_MxW = start_M[:, None] + jnp.arange(width) >= block_M[:, None] * width
+    weights_MxW = jnp.where(is_in_block_MxW, jnp.exp(logits_MxW - largest_M[:, None]), 0.0)
     ends_MxW = jnp.cumsum(weights_MxW, axis=-1)
     passed_MxW = (ends_MxW > (target_M - before_M)[:, None]) & (weights_MxW > 0)
     last_M = width - 1 - jnp.argmax(weights_MxW[:, ::-1] > 0, axis=-1)
-    token_M = jnp.where(passed_MxW.any(axis=-1), jnp.argmax(passed_MxW, axis=-1), last_M)
-    return (block_M * width + token_M).astype(jnp.int32)
+    index_M = jnp.where(passed_MxW.any(axis=-1), jnp.argmax(passed_MxW, axis=-1), last_M)
+    chosen_M = jnp.take_along_axis(logits_MxW, index_M[:, None], axis=1)[:, 0]
+    return (start_M + index_M).astype(jnp.int32), chosen_M - largest_M - jnp.log(total_M)

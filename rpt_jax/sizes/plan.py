@@ -36,8 +36,8 @@ _SHORT_ROW_TOKENS = 8_192
 _ROW_MULTIPLE = 128
 _REMATS = ("none", "dots", "full")  # From the fastest to the one that needs least memory.
 _LOGIT_CHUNKS = (4096, 2048, 1024, 512, 256)
-_LOGIT_COPIES = 3  # Logits, probabilities and their gradient.
-_LOGIT_SHARE = 1 / 8  # Of the memory, for one chunk of logits.
+_LOGIT_COPIES = 2  # Logits and their gradient.
+_LOGIT_SHARE = 1 / 8  # Of the memory, for logits.
 
 
 class PlannedField(NamedTuple):
@@ -121,7 +121,7 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
       mesh: the mesh.
       memory: bytes to plan with on each device; may be infinite.
     """
-    fields: list[PlannedField] = []
+    fields: dict[str, PlannedField] = {}
     warnings: list[str] = []
     planned = experiment
 
@@ -131,11 +131,11 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
         planned = dataclasses.replace(
             planned, **{section: dataclasses.replace(getattr(planned, section), **{field: value})}
         )
-        fields.append(PlannedField(field=name, value=value, reason=reason))
+        fields[name] = PlannedField(field=name, value=value, reason=reason)
 
+    logit_bytes = _LOGIT_COPIES * FLOAT32_BYTES * config.vocab // mesh.tensor
     if not experiment.training.logit_chunk_tokens:
-        chunk_bytes = _LOGIT_COPIES * FLOAT32_BYTES * config.vocab // mesh.tensor
-        fitting = (chunk for chunk in _LOGIT_CHUNKS if chunk * chunk_bytes <= _LOGIT_SHARE * memory)
+        fitting = (chunk for chunk in _LOGIT_CHUNKS if chunk * logit_bytes <= _LOGIT_SHARE * memory)
         set_field(
             "training.logit_chunk_tokens",
             next(fitting, _LOGIT_CHUNKS[-1]),
@@ -145,7 +145,7 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
     if not experiment.rollout.decode_slots and experiment.samples and not experiment.reinforces:
         set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
     if experiment.task in ("score", "difficulty", "traces"):
-        return Plan(experiment=planned, fields=tuple(fields), warnings=())
+        return Plan(experiment=planned, fields=tuple(fields.values()), warnings=())
 
     # The backward pass: the fastest rematerialization that fits, with rows that are not short.
     needs = _backward_needs(planned, config, mesh)
@@ -165,6 +165,12 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
         )
 
     if experiment.reinforces:
+        if not experiment.training.logit_chunk_tokens:
+            row = planned.training.microbatch_tokens
+            kept = dataclasses.replace(planned, training=dataclasses.replace(planned.training, logit_chunk_tokens=row))
+            fits = all(need(remat, row) <= memory for need in _backward_needs(kept, config, mesh))
+            if row > planned.training.logit_chunk_tokens and fits and row * logit_bytes <= _LOGIT_SHARE * memory:
+                set_field("training.logit_chunk_tokens", row, "the update keeps all logits of a row")
         slots = experiment.rollout.decode_slots
         rollouts = _rollouts_per_replica(experiment, mesh) * mesh.rollout_replicas
         if not slots:
@@ -174,7 +180,7 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
                 f"rollout.decode_slots={slots:,} is more than the {rollouts:,} rollouts of a step (training.prompts_per_step × "
                 f"rollout.samples_per_prompt): only {rollouts:,} slots are used. Lower it, or set it to 0."
             )
-    return Plan(experiment=planned, fields=tuple(fields), warnings=tuple(warnings))
+    return Plan(experiment=planned, fields=tuple(fields.values()), warnings=tuple(warnings))
 
 
 def check_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, memory: int) -> None:

@@ -8,18 +8,13 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rpt_jax.model.precision import head_product
 from rpt_jax.model.transformer import Head
-from rpt_jax.objective.logprobs import (
-    chosen_logprobs,
-    over_row_chunks,
-    over_token_chunks,
-    scaled_logits,
-    scores,
-    token_logprobs,
-)
+from rpt_jax.objective.logprobs import over_token_chunks, scaled_logits, token_logprobs, token_scores
 from tests.helpers import policy_reference as reference
 
 
@@ -46,7 +41,7 @@ def test_logits_are_float32_for_a_bfloat16_trunk():
     assert logits.dtype == jnp.float32
     expected = np.asarray(rounded, np.float64) @ head_VxD.T.astype(np.float64) / 0.8
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    ours = chosen_logprobs(logits, tokens_M)
+    ours = token_logprobs(Head(head_VxD), rounded, tokens_M, 0.8, 5)
     np.testing.assert_allclose(ours, reference.log_softmax(expected)[np.arange(5), tokens_M], atol=1e-4)
 
 
@@ -108,29 +103,75 @@ def test_logits_exist_for_one_chunk_at_a_time():
         assert largest_logits(program.jaxpr, 97) == chunk
 
 
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 12), st.data())
-@settings(deadline=None, max_examples=10)
-def test_over_row_chunks_equals_the_function_on_filled_tokens(rows, size, chunk, data):
-    """This holds for outputs and gradients. Outputs of skipped chunks are zeros."""
-    filled = np.array(data.draw(st.lists(st.integers(0, size), min_size=rows, max_size=rows)))
-    x = np.random.default_rng(size).standard_normal((rows, size, 2)).astype(np.float32)
-    counts = np.arange(size) < filled[:, None]
+@pytest.mark.parametrize("precision", ["tensorfloat32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [1, 6, 14])
+def test_scores_of_rows_and_their_gradients_equal_the_dense_ones(chunk, precision):
+    """This holds for filled tokens, with logits that are kept (a chunk of all tokens) and recomputed, and with absent ids."""
+    rows, size, filled_N = 2, 7, np.array([5, 2])
+    head_VxD, hidden_MxD, tokens_M = logprob_inputs(rows * size)
+    hidden_NxWxD, tokens_NxW = hidden_MxD.reshape(rows, size, -1), tokens_M.reshape(rows, size)
+    absent_V = np.arange(11) == 11 - 1
+    weights_2xNxW = np.random.default_rng(1).standard_normal((2, rows, size)).astype(np.float32)
+    weights_2xNxW *= (np.arange(size) < filled_N[:, None]) & (tokens_NxW != 10)
 
-    def total(x):
-        ours = over_row_chunks(lambda x: jnp.exp(x).sum(-1), chunk, jnp.asarray(filled), x)
-        return jnp.sum(ours * counts), ours
+    def total(head_VxD, hidden_NxWxD):
+        ours = token_scores(
+            Head(head_VxD, absent_V, precision),
+            jnp.asarray(filled_N),
+            hidden_NxWxD,
+            tokens_NxW,
+            temperature=0.8,
+            logit_chunk_tokens=chunk,
+            entropies=True,
+        )
+        return jnp.sum(jnp.stack(ours) * weights_2xNxW)
 
-    gradient, ours = jax.grad(total, has_aux=True)(x)
-    np.testing.assert_allclose(np.where(counts, ours, 0), np.where(counts, np.exp(x).sum(-1), 0), rtol=1e-5)
-    np.testing.assert_allclose(gradient, np.where(counts[..., None], np.exp(x), 0), rtol=1e-5)
-    width = max(1, chunk // rows)
-    assert (np.asarray(ours)[:, -(-filled.max() // width) * width :] == 0).all()
+    def dense_total(head_VxD, hidden_NxWxD):
+        logits = head_product(hidden_NxWxD.reshape(rows * size, -1), head_VxD[:10], precision).reshape(rows, size, 10)
+        logprobs = jax.nn.log_softmax(logits / 0.8)
+        chosen = jnp.take_along_axis(logprobs, np.minimum(tokens_NxW, 9)[..., None], axis=-1)[..., 0]
+        entropies = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return jnp.sum(jnp.stack([chosen, entropies]) * weights_2xNxW)
+
+    ours, our_gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(head_VxD, hidden_NxWxD)
+    theirs, their_gradients = jax.jit(jax.value_and_grad(dense_total, argnums=(0, 1)))(head_VxD, hidden_NxWxD)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    tolerance = 2e-2 if precision == "bfloat16" else 1e-4  # Derivatives of logits are rounded to bfloat16.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), our_gradients, their_gradients
+    )
+
+
+def test_chunks_without_a_needed_token_are_skipped():
+    head_VxD, hidden_MxD, tokens_M = logprob_inputs(12)
+    scores = token_scores(
+        Head(head_VxD),
+        jnp.array([0, 3]),
+        hidden_MxD.reshape(2, 6, -1),
+        tokens_M.reshape(2, 6),
+        temperature=0.8,
+        logit_chunk_tokens=4,
+    )
+    assert (scores.logprobs[:, 4:] == 0).all() and (scores.logprobs[:, :4] != 0).all()
 
 
 def test_entropies_equal_their_definition():
     head_VxD, hidden_MxD, tokens_M = logprob_inputs(7)
-    score = functools.partial(scores, Head(head_VxD), temperature=0.8, entropies=True)
-    logprobs, entropies = over_token_chunks(score, 3, hidden_MxD, tokens_M)
+    logprobs, entropies = token_scores(
+        Head(head_VxD), None, hidden_MxD[None], tokens_M[None], temperature=0.8, logit_chunk_tokens=3, entropies=True
+    )
     theirs = reference.log_softmax(hidden_MxD.astype(np.float64) @ head_VxD.T / 0.8)
-    np.testing.assert_allclose(entropies, -(np.exp(theirs) * theirs).sum(-1), rtol=1e-4)
-    np.testing.assert_allclose(logprobs, theirs[np.arange(7), tokens_M], atol=1e-4)
+    np.testing.assert_allclose(entropies[0], -(np.exp(theirs) * theirs).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(logprobs[0], theirs[np.arange(7), tokens_M], atol=1e-4)
+
+
+@pytest.mark.parametrize(("chunk", "count"), [(64, 3), (16, 4)])
+def test_kept_logits_are_not_computed_again(chunk, count):
+    """The backward pass has two products of the head, and one more if the logits do not all exist at once."""
+    head_VxD, hidden_MxD, tokens_M = logprob_inputs(64, vocab=97)
+
+    def loss(head, hidden):
+        return token_logprobs(Head(head), hidden, tokens_M, 0.8, chunk).sum()
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head_VxD, hidden_MxD).compile().as_text()
+    assert program.count(" dot(") == count

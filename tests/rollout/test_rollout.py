@@ -22,7 +22,7 @@ from tests.helpers.rollouts import STOPS, TEMPERATURE, assert_same, select
 LAST = np.float32(1 - 2**-24)  # The largest float32 below 1.
 ROWS = 4096
 VOCABS = [1, 2, 3, 37, 1000]
-sample = jax.jit(sample_tokens)
+sample = jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms)[0])
 
 
 def draw(logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -49,7 +49,10 @@ def test_tokens_are_drawn_in_proportion_to_their_probability(vocab):
 def test_each_row_is_sampled_from_its_own_distribution():
     logits = np.random.default_rng(0).standard_normal((64, 37)).astype(np.float32)
     uniforms = np.random.default_rng(1).random(64, np.float32)
-    ours = sample(jnp.asarray(logits), jnp.asarray(uniforms))
+    ours, logprobs = jax.jit(sample_tokens)(jnp.asarray(logits), jnp.asarray(uniforms))
+    np.testing.assert_allclose(
+        logprobs, reference.log_softmax(logits.astype(np.float64))[np.arange(64), ours], atol=1e-5
+    )
     ends = np.cumsum(reference.softmax(logits.astype(np.float64)), axis=-1)
     np.testing.assert_array_equal(ours, [np.searchsorted(end, u, side="right") for end, u in zip(ends, uniforms)])  # noqa: B905
 
@@ -77,7 +80,7 @@ def test_tokens_without_probability_are_never_drawn(vocab, hidden):
 def test_tokens_without_probability_are_never_drawn_with_tree_sums(monkeypatch):
     """A backend may sum in any order. In a tree, rounding can increase a cumulative sum where nothing is added."""
     monkeypatch.setattr(jnp, "cumsum", lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis))
-    rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms))
+    rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms)[0])
     for _ in range(20):
         logits = np.where(rng.random(400) < 0.5, -1e30, rng.standard_normal(400) * 2).astype(np.float32)
         uniforms = jnp.asarray(near_boundaries(logits, rng), jnp.float32)
@@ -88,7 +91,7 @@ def test_tokens_without_probability_are_never_drawn_with_tree_sums(monkeypatch):
 def test_vocabulary_padding_is_never_drawn_with_tree_sums(monkeypatch):
     """At the largest uniform number, rounding alone can suggest that there is probability after the last token."""
     monkeypatch.setattr(jnp, "cumsum", lambda x, axis: jax.lax.associative_scan(jnp.add, x, axis=axis))
-    rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms))
+    rng, tree = np.random.default_rng(0), jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms)[0])
     logits = rng.standard_normal((ROWS, 400)).astype(np.float32) * 2
     absent = (np.arange(400) < 60) | (np.arange(400) >= rng.integers(200, 400, (ROWS, 1)))
     tokens = np.asarray(tree(jnp.where(absent, -1e30, logits), jnp.full(ROWS, LAST)))

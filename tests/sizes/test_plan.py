@@ -66,6 +66,15 @@ def test_more_memory_never_makes_a_plan_slower():
     assert values(plans[-1]) == values(plan(float("inf")))
 
 
+def test_all_logits_of_a_row_are_kept_where_they_take_a_small_part_of_the_memory():
+    small = load(
+        "rpt_smollm2", "training.microbatch_tokens=0", "training.logit_chunk_tokens=0", "rollout.max_new_tokens=512"
+    )
+    ours, less = (plan(memory * GIB, small).experiment.training for memory in (120, 24))
+    assert ours.logit_chunk_tokens == ours.microbatch_tokens > 4096
+    assert less.logit_chunk_tokens == 4096 < less.microbatch_tokens
+
+
 def test_a_plan_is_a_function_of_config_and_memory():
     assert plan(70 * GIB) == plan(70 * GIB)
 

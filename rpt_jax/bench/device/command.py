@@ -22,7 +22,6 @@ from rpt_jax.bench.device.sizes import SIZES
 from rpt_jax.bench.measure import round_to_4_digits
 from rpt_jax.bench.options import positive_number
 from rpt_jax.errors import ExitCode, UserError, check_choice
-from rpt_jax.infra.command_line import set_memory_fraction
 from rpt_jax.infra.console import table
 from rpt_jax.infra.source_commit import source_commit
 
@@ -66,7 +65,6 @@ def run(options: argparse.Namespace) -> int:
     log = options.json.with_suffix(".log")
     log.unlink(missing_ok=True)
     environment = {"PYTHONUNBUFFERED": "1", **os.environ}
-    set_memory_fraction(environment)
 
     # Find out which device there is.
     seconds = 60 * options.minutes
