@@ -45,17 +45,35 @@ class Collective(NamedTuple):
     in_host: bool
 
 
+class Source(NamedTuple):
+    """The memory traffic of all instructions of a kind that come from one place in the program.
+
+    Attributes:
+      scope: their path of named scopes and primitives, `op_name` in the HLO metadata.
+      opcode: HLO opcode.
+      runs: how often they run, in sum.
+      memory: bytes read from and written to device memory.
+    """
+
+    scope: str
+    opcode: str
+    runs: float
+    memory: float
+
+
 class Traffic(NamedTuple):
     """Data that one device moves while a program runs.
 
     Attributes:
       memory: bytes read from and written to device memory, assuming that every instruction reads its operands from there.
+      sources: where in the program these bytes come from, the largest first.
       sent: bytes sent to other devices by each collective, with ring algorithms.
       runs: how often each collective runs.
       unknown_loops: names of loops without a known trip count, which are counted once.
     """
 
     memory: float
+    sources: tuple[Source, ...]
     sent: Mapping[Collective, float]
     runs: Mapping[Collective, float]
     unknown_loops: frozenset[str]
@@ -142,9 +160,12 @@ class _Reader:
 
     def total(self) -> Traffic:
         """Return the traffic of the whole program."""
-        memory = 0.0
+        sources: dict[tuple[str, str], Source] = {}
         for count, instruction, computation in self._executed(self._entry, 1.0):
-            memory += count * self._memory_bytes(instruction, computation)
+            if moved := self._memory_bytes(instruction, computation):
+                key = instruction.op_name, instruction.opcode
+                source = sources.get(key, Source(*key, runs=0.0, memory=0.0))
+                sources[key] = source._replace(runs=source.runs + count, memory=source.memory + count * moved)
         sent: dict[Collective, float] = collections.defaultdict(float)
         runs: dict[Collective, float] = collections.defaultdict(float)
         for count, instruction, computation in self._executed(self._entry, 1.0, into_fusions=True):
@@ -153,7 +174,13 @@ class _Reader:
                 collective, size = self._sent_bytes(kind, instruction, computation)
                 sent[collective] += count * size
                 runs[collective] += count
-        return Traffic(memory=memory, sent=dict(sent), runs=dict(runs), unknown_loops=frozenset(self._unknown_loops))
+        return Traffic(
+            memory=sum(source.memory for source in sources.values()),
+            sources=tuple(sorted(sources.values(), key=lambda source: -source.memory)),
+            sent=dict(sent),
+            runs=dict(runs),
+            unknown_loops=frozenset(self._unknown_loops),
+        )
 
     def _executed(
         self, name: str, count: float, into_fusions: bool = False

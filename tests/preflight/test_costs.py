@@ -35,6 +35,7 @@ SCOPES = {
 def test_the_longest_part_is_the_bound():
     moved = Traffic(
         memory=3350e9,
+        sources=(),
         sent={
             Collective(kind="all-reduce", size=8, in_host=True): 45e9,
             Collective(kind="all-gather", size=16, in_host=False): 100e9,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rpt_jax.preflight.hlo import Collective, first_group, loop_scope, traffic
+from rpt_jax.preflight.hlo import Collective, Source, first_group, loop_scope, traffic
 
 # A program for four devices. A loop of three iterations gathers 16 floats from each of two devices, then sums 64 over all four.
 # A loop with an unknown trip count, which runs twice in a row, passes 8 floats on. A fusion reads one of four rows of a matrix.
@@ -83,6 +83,14 @@ def test_only_the_slice_of_a_sliced_array_is_read():
     # (64 + 128), a broadcast (64 + 256), an all-reduce (256 + 256) and the comparison of two numbers of 4 bytes to 1.
     found = traffic(PROGRAM, {"decode_loop": (0,)}, hosts=[0] * 4)
     assert found.memory == 64 + 64 + 4 + 3 * (192 + 320 + 512 + 9)
+
+
+def test_traffic_is_counted_by_where_it_comes_from():
+    found = traffic(PROGRAM, {"decode_loop": (5, 0)}, hosts=[0] * 4)
+    assert sum(source.memory for source in found.sources) == found.memory
+    # The two loops that pass 8 floats on stand for one permutation of 2 · 32 bytes; only the first of them runs.
+    assert found.sources[0] == Source(scope="", opcode="all-reduce", runs=3, memory=3 * 512)
+    assert Source(scope="", opcode="collective-permute", runs=5, memory=5 * 64) in found.sources
 
 
 def test_a_kernel_moves_what_is_said_of_it():
