@@ -92,7 +92,8 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     if experiment.policy.remat == "full":
         update *= 4 / 3  # Forward, recomputed forward and backward instead of forward and backward.
     tokens = experiment.training.prompts_per_step * rpt.tokens.shared_tokens_per_prompt
-    update *= max(1.0, update_rows(experiment) * experiment.training.microbatch_tokens / tokens)
+    row = row_size(experiment.training.microbatch_tokens, step.mesh.devices.flat[0].platform)
+    update *= max(1.0, update_rows(experiment) * row / tokens)
     return flops | {
         ProgramName.SAMPLE: rpt.flops.sampling / chips,
         ProgramName.TRAINING_REWARD: rpt.flops.reward / chips,

@@ -276,11 +276,18 @@ class _Reader:
                 total += self._bytes_read(name, user.name)
             elif user.opcode == "fusion":
                 called = user.called("calls")[0]
-                fused = self._computations[called].values()
-                by_number = {p.attributes: p.name for p in fused if p.opcode == "parameter"}
+                fused = self._computations[called]
+                by_number = {p.attributes: p.name for p in fused.values() if p.opcode == "parameter"}
+                result = next(i for i in fused.values() if i.is_root)
+                while result.opcode == "bitcast":
+                    result = fused[result.operands[0]]
                 for index, operand in enumerate(user.operands):
                     if operand == parameter:
-                        total += self._bytes_read(called, by_number[f"parameter({index})"])
+                        number = f"parameter({index})"
+                        total += self._bytes_read(called, by_number[number])
+                        # A fusion may return its parameter in another shape: what uses the result reads the parameter.
+                        if result.attributes == number:
+                            total += self._bytes_read(name, user.name)
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter:
                 return whole
         return min(whole, total)

@@ -93,6 +93,26 @@ def test_traffic_is_counted_by_where_it_comes_from():
     assert Source(scope="", opcode="collective-permute", runs=5, memory=5 * 64) in found.sources
 
 
+def test_an_array_that_a_fusion_passes_on_is_read_by_its_user():
+    nested = """%same (p: f32[8,4]) -> f32[4,8] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %q = f32[4,8]{0,1} bitcast(%p)
+}
+
+%sum (p.1: f32[8,4]) -> f32[4] {
+  %p.1 = f32[8,4]{1,0} parameter(0)
+  %inner = f32[4,8]{0,1} fusion(%p.1), kind=kLoop, calls=%same
+  ROOT %r = f32[4]{0} negate(%inner)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %b = f32[4]{0} fusion(%a), kind=kLoop, calls=%sum
+}
+"""
+    assert traffic(nested, {}, hosts=[0]).memory == 4 * 8 * 4 + 4 * 4
+
+
 def test_a_kernel_moves_what_is_said_of_it():
     kernel = """ENTRY %main (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
