@@ -93,8 +93,7 @@ def test_traffic_is_counted_by_where_it_comes_from():
     assert Source(scope="", opcode="collective-permute", runs=5, memory=5 * 64) in found.sources
 
 
-def test_an_array_that_a_fusion_passes_on_is_read_by_its_user():
-    nested = """%same (p: f32[8,4]) -> f32[4,8] {
+FUSIONS = """%same (p: f32[8,4]) -> f32[4,8] {
   %p = f32[8,4]{1,0} parameter(0)
   ROOT %q = f32[4,8]{0,1} bitcast(%p)
 }
@@ -105,12 +104,38 @@ def test_an_array_that_a_fusion_passes_on_is_read_by_its_user():
   ROOT %r = f32[4]{0} negate(%inner)
 }
 
-ENTRY %main (a: f32[8,4]) -> f32[4] {
+%padded (p.2: f32[8,4], i: s32[]) -> f32[2,4] {
+  %p.2 = f32[8,4]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = bf16[16,4]{1,0} pad(%p.2, %zero), padding=0_8x0_0
+  %i = s32[] parameter(1)
+  ROOT %s = bf16[2,4]{1,0} dynamic-slice(%pad, %i), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (a: f32[8,4], k: s32[]) -> f32[4] {
   %a = f32[8,4]{1,0} parameter(0)
-  ROOT %b = f32[4]{0} fusion(%a), kind=kLoop, calls=%sum
+  %k = s32[] parameter(1)
+  INSTRUCTION
 }
 """
-    assert traffic(nested, {}, hosts=[0]).memory == 4 * 8 * 4 + 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("instruction", "moved"),
+    [
+        # A nested fusion passes the array on in another shape.
+        ("ROOT %b = f32[4]{0} fusion(%a), kind=kLoop, calls=%sum", 128 + 16),
+        # Two of sixteen rows of the padded array are an eighth of its 128 bytes.
+        ("ROOT %b = bf16[2,4]{1,0} fusion(%a, %k), kind=kLoop, calls=%padded", 128 / 8 + 4 + 16),
+        # On the way to and from the chip's own memory, S(1).
+        ("%b = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%a)", 128),
+        ("%b = f32[8,4]{1,0} copy-done(%a)", 128),
+        ("%b = f32[8,4]{1,0:S(1)} copy-done(%a)", 0),
+        ("%b = f32[1,4]{1,0:S(1)} dynamic-slice(%a, %k), dynamic_slice_sizes={1,4}", 16),
+    ],
+)
+def test_what_an_instruction_reads_and_writes(instruction: str, moved: float):
+    assert traffic(FUSIONS.replace("INSTRUCTION", instruction), {}, hosts=[0]).memory == moved
 
 
 def test_a_kernel_moves_what_is_said_of_it():
