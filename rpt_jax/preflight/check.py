@@ -92,7 +92,7 @@ def check_programs(
       step: the programs.
       topology: the chips that they are compiled for.
       flops: FLOPs per chip, by program.
-      kernel_bytes: bytes that a run of a kernel reads and writes on a chip, by kernel.
+      kernel_bytes: bytes that each kernel reads and writes on a chip for every row, from `kernel_bytes_per_row`.
     """
     counts = trip_counts(experiment, step)
     devices = step.mesh.devices.flat

@@ -117,8 +117,8 @@ def traffic(
       trip_counts: trip counts of loops whose end depends on the data, by the `jax.named_scope` around them (see
         `loop_scope`). The n-th loop of a scope has the n-th count; the last count holds for all further loops.
       hosts: host number of each device of the mesh, in mesh order.
-      kernel_bytes: bytes that a run of a kernel reads and writes, by its name in `pallas_call`. A kernel that is not listed
-        is counted as if it read each operand and wrote each result once.
+      kernel_bytes: bytes that a kernel reads and writes for each row, the first axis of its results, by its name in
+        `pallas_call`. A kernel that is not listed is counted as if it read each operand and wrote each result once.
     """
     return _Reader(text, trip_counts, hosts, kernel_bytes or {}).total()
 
@@ -256,7 +256,8 @@ class _Reader:
             # The kernel's name is a component of the op_name: "jit(f)/transpose(jvp(NAME))/pallas_call".
             for component in re.findall(r"\w+", instruction.op_name):
                 if component in self._kernel_bytes:
-                    return self._kernel_bytes[component]
+                    rows = int(_ARRAY.findall(instruction.shape)[0][1].split(",")[0])
+                    return rows * self._kernel_bytes[component]
         written = _bytes(instruction.shape)
         shapes = [computation[name].shape for name in instruction.operands if name in computation]
         if opcode in ("dynamic-slice", "gather"):

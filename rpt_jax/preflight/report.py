@@ -16,7 +16,7 @@ from rpt_jax.distributed.mesh import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
-from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes_per_chip
+from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes_per_row
 from rpt_jax.preflight.programs import ProgramName, Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
@@ -125,7 +125,7 @@ def check_mesh(
             step = step._replace(programs=tuple(programs[name] for name in programs if name in only))
     # Outside of the mesh's context: these compute on this machine, and the devices of the mesh may not exist here.
     flops = flops_per_chip(experiment, step)
-    kernel_bytes = kernel_bytes_per_chip(experiment, step)
+    kernel_bytes = kernel_bytes_per_row(experiment, step)
     with use_mesh(mesh, experiment.mesh.split_rows):
         return step, check_programs(experiment, step, topology, flops, kernel_bytes)
 
