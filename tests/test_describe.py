@@ -38,11 +38,11 @@ def load(path: Path) -> Experiment:
     return from_config_dict(load_config_file(str(path)))
 
 
-PAPER = load(CONFIGS / "rpt_14b.py")
-
-
 def replaced(experiment: Experiment, section: str, **fields: Any) -> Experiment:
     return dataclasses.replace(experiment, **{section: dataclasses.replace(getattr(experiment, section), **fields)})
+
+
+PAPER = replaced(load(CONFIGS / "rpt_14b.py"), "policy", remat="full")
 
 
 def with_task(task: str) -> Experiment:

@@ -1,4 +1,4 @@
-"""python -m rpt_jax.preflight --config=configs/rpt_14b.py --topology=v5p:4x4x4 [--sweep] [--json=FILE] [--config.a.b=v …]
+"""python -m rpt_jax.preflight --config=FILE --topology=v5p:4x4x4 [--sweep] [--programs=A,B] [--json=FILE] [--config.a.b=v …]
 
 Compiles the programs of a run for chips that are not present, and reports whether they fit, what data they move and what bounds
 them. TPUs, such as v5e:4x4, v6e:8x8, v5p:4x4x4 or v4:2x2x4, need libtpu (`pip install "jax[tpu]"` in the range of
@@ -28,7 +28,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--topology", required=True, help="chips and their arrangement: v5p:4x4x4, v6e:8x8, v6e-64, h100:8"
     )
-    parser.add_argument("--sweep", action="store_true", help="try meshes and numbers of decode slots and recommend one")
+    selection = parser.add_mutually_exclusive_group()
+    selection.add_argument(
+        "--sweep", action="store_true", help="try meshes and numbers of decode slots and recommend one"
+    )
+    selection.add_argument(
+        "--programs",
+        type=lambda names: names.split(","),
+        default=(),
+        help="compile only these programs of a step, separated by commas: score, reshard, sample, reward, update, …",
+    )
     parser.add_argument("--json", type=user_path, help="file to write all figures to")
     overrides, rest = split_overrides(argv[1:])
     options = parser.parse_args(rest)
@@ -48,7 +57,10 @@ def main(argv: list[str]) -> int:
         for warning in context_warnings(experiment, model_config_of(experiment)[0]):
             print(f"warning: {warning}", file=sys.stderr)
         with needed_jax_settings():
-            result = (sweep if options.sweep else preflight)(experiment, topology)
+            if options.sweep:
+                result = sweep(experiment, topology)
+            else:
+                result = preflight(experiment, topology, options.programs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         if error.field == "--json":

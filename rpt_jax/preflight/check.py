@@ -21,6 +21,8 @@ GIB = 2**30
 # The two messages of libtpu 0.0.42.1 (jax 0.10.2) for a program that needs more memory than a chip has: "Used 20.5G of 15.75G
 # hbm" and "HLO temporaries (400.00G) exceeds available HBM". Any other message is raised as an error.
 _OUT_OF_MEMORY = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)\)? (?:of|exceeds)")
+# Places in a program of which the JSON record says how much memory traffic they cause.
+_RECORDED_SOURCES = 20
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -90,7 +92,7 @@ def check_programs(
       step: the programs.
       topology: the chips that they are compiled for.
       flops: FLOPs per chip, by program.
-      kernel_bytes: bytes that a run of a kernel reads and writes on a chip, by kernel.
+      kernel_bytes: bytes that each kernel reads and writes on a chip for every row, from `kernel_bytes_per_row`.
     """
     counts = trip_counts(experiment, step)
     devices = step.mesh.devices.flat
@@ -175,6 +177,7 @@ def as_record(report: ProgramReport) -> dict[str, Any]:
     if report.traffic and report.times:
         record |= {
             "memory_traffic_bytes": report.traffic.memory,
+            "largest_memory_traffic": [source._asdict() for source in report.traffic.sources[:_RECORDED_SOURCES]],
             "collectives": [
                 collective._asdict() | {"sent_bytes": sent, "runs": report.traffic.runs[collective]}
                 for collective, sent in report.traffic.sent.items()

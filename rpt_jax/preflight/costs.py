@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -92,7 +92,8 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     if experiment.policy.remat == "full":
         update *= 4 / 3  # Forward, recomputed forward and backward instead of forward and backward.
     tokens = experiment.training.prompts_per_step * rpt.tokens.shared_tokens_per_prompt
-    update *= max(1.0, update_rows(experiment) * experiment.training.microbatch_tokens / tokens)
+    row = row_size(experiment.training.microbatch_tokens, step.mesh.devices.flat[0].platform)
+    update *= max(1.0, update_rows(experiment) * row / tokens)
     return flops | {
         ProgramName.SAMPLE: rpt.flops.sampling / chips,
         ProgramName.TRAINING_REWARD: rpt.flops.reward / chips,
@@ -100,10 +101,11 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     }
 
 
-def kernel_bytes_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Return the bytes that a call of each kernel reads and writes on a chip at full lengths.
+def kernel_bytes_per_row(experiment: Experiment, step: Step) -> dict[str, float]:
+    """Return the bytes that each kernel reads and writes on a chip for every row, at full lengths.
 
-    The keys are names in the HLO metadata: the kernel's, or that of the scope around it where several calls run one kernel.
+    Rows are the first axis of a kernel's results: rows of an update, or rows of a KV cache. The keys are names in the HLO
+    metadata: the kernel's, or that of the scope around it where several calls run one kernel.
 
     These kernels read only the blocks of keys that are attended to, which the compiled program does not show. For GPUs, preflight
     compiles no kernels.
@@ -115,7 +117,7 @@ def kernel_bytes_per_chip(experiment: Experiment, step: Step) -> dict[str, float
     heads_per_kv = config.heads // config.kv_heads
     itemsize = step.policy.dtype.itemsize
 
-    # Packed rows: each device runs one row, with its share of the kv heads.
+    # Packed rows, with the device's share of the kv heads.
     packed = packed_attention_bytes(
         full_row(experiment), heads_per_kv=heads_per_kv, head_size=config.head_size, itemsize=itemsize
     )
@@ -123,7 +125,6 @@ def kernel_bytes_per_chip(experiment: Experiment, step: Step) -> dict[str, float
     traffic = {name: kv_heads * size for name, size in packed.items()}
 
     # A decode step: the cache of a rollout's own tokens grows from empty to full; all rollouts of a prompt share its keys.
-    prompts, slots = _replica(experiment, step)
     layout = CACHE_LAYOUTS["tpu"]
     response = experiment.rollout.max_new_tokens
     prompt = experiment.prompt.max_tokens
@@ -133,14 +134,14 @@ def kernel_bytes_per_chip(experiment: Experiment, step: Step) -> dict[str, float
     sizes = {"kv_heads": kv_heads, "head_size": config.head_size, "itemsize": itemsize}
     return traffic | {
         "own_cache_blocks": cached_attention_bytes(
-            rows=slots,
+            rows=1,
             num_queries=heads_per_kv,
             blocks_per_row=(-(-response // own_block) + 1) / 2,
             block=own_block,
             **sizes,
         ),
         "shared_cache_blocks": cached_attention_bytes(
-            rows=prompts,
+            rows=1,
             num_queries=experiment.rollout.samples_per_prompt * heads_per_kv,
             blocks_per_row=-(-prompt // prompt_block),
             block=prompt_block,
@@ -154,19 +155,36 @@ class _Replica(NamedTuple):
 
     Attributes:
       prompts: its prompts.
-      slots: rollouts that it decodes at once.
+      live_sizes: rollouts that it decodes at once, in each of its decode loops.
     """
 
     prompts: int
-    slots: int
+    live_sizes: Sequence[int]
 
 
 def _replica(experiment: Experiment, step: Step) -> _Replica:
     replicas = num_batch_shards(step.mesh, DECODING)
     prompts = -(-experiment.training.prompts_per_step // replicas)
     rollouts = prompts * experiment.rollout.samples_per_prompt
-    slots = live_sizes(-(-step.decoding.slots // replicas), rollouts)[0] if step.decoding else 1
-    return _Replica(prompts=prompts, slots=slots)
+    sizes = live_sizes(-(-step.decoding.slots // replicas), rollouts) if step.decoding else [1]
+    return _Replica(prompts=prompts, live_sizes=sizes)
+
+
+def decode_steps(rollouts: int, live_sizes: Sequence[int], response: int) -> tuple[int, ...]:
+    """Return the steps of each decode loop of a replica if all responses have full length.
+
+    Args:
+      rollouts: rollouts of the replica.
+      live_sizes: rollouts that are decoded at once in each loop.
+      response: tokens of a response; the first one comes from the prefill.
+    """
+    full, rest = divmod(rollouts, live_sizes[0])
+    steps = [0] * len(live_sizes)
+    steps[0] = full * (response - 1)
+    if rest:
+        # The smallest batch that holds the rollouts that are left.
+        steps[max(index for index, size in enumerate(live_sizes) if size >= rest)] += response - 1
+    return tuple(steps)
 
 
 def full_row(experiment: Experiment) -> KeyRanges:
@@ -208,11 +226,10 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     samples = experiment.rollout.samples_per_prompt
 
     # Sampling: each replica has an equal part of the prompts and of the decode slots.
-    prompts, slots = _replica(experiment, step)
+    prompts, sizes = _replica(experiment, step)
     prefill_tokens = experiment.rollout.prefill_tokens
     chunks = -(-prompt // prefill_tokens)
     rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
-    waves = -(-prompts * samples // slots)
     layout = CACHE_LAYOUTS[platform]
     own_blocks = -(-response // layout.own_block)
 
@@ -222,8 +239,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / ROW_BLOCK_SIZES[platform]
 
     return {
-        # All slots are live until the last rollouts end; the loops over smaller batches have nothing left to do.
-        "decode_loop": (waves * (response - 1), 0),
+        "decode_loop": decode_steps(prompts * samples, sizes, response),
         # The cache of a rollout's own tokens grows from empty to full.
         "own_cache_blocks": ((own_blocks + 1) / 2,),
         "shared_cache_blocks": (-(-prompt // layout.prompt_block),),

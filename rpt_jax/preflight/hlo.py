@@ -32,8 +32,10 @@ _FREE = {
     "iota",
     "opt-barrier",
 }
+# Instructions of which an element of the result needs one element of the operand.
+_ELEMENT_BY_ELEMENT = {"bitcast", "convert", "copy", "pad", "reshape", "transpose"}
 # Instructions whose traffic is that of the computations they call.
-_CALLS = {"while", "conditional", "call", "async-start"}
+_CALLS = {"while", "conditional", "call", "async-start", "async-update", "async-done"}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 
@@ -45,17 +47,35 @@ class Collective(NamedTuple):
     in_host: bool
 
 
+class Source(NamedTuple):
+    """The memory traffic of all instructions of a kind that come from one place in the program.
+
+    Attributes:
+      scope: their path of named scopes and primitives, `op_name` in the HLO metadata.
+      opcode: HLO opcode.
+      runs: how often they run, in sum.
+      memory: bytes read from and written to device memory.
+    """
+
+    scope: str
+    opcode: str
+    runs: float
+    memory: float
+
+
 class Traffic(NamedTuple):
     """Data that one device moves while a program runs.
 
     Attributes:
       memory: bytes read from and written to device memory, assuming that every instruction reads its operands from there.
+      sources: where in the program these bytes come from, the largest first.
       sent: bytes sent to other devices by each collective, with ring algorithms.
       runs: how often each collective runs.
       unknown_loops: names of loops without a known trip count, which are counted once.
     """
 
     memory: float
+    sources: tuple[Source, ...]
     sent: Mapping[Collective, float]
     runs: Mapping[Collective, float]
     unknown_loops: frozenset[str]
@@ -97,8 +117,8 @@ def traffic(
       trip_counts: trip counts of loops whose end depends on the data, by the `jax.named_scope` around them (see
         `loop_scope`). The n-th loop of a scope has the n-th count; the last count holds for all further loops.
       hosts: host number of each device of the mesh, in mesh order.
-      kernel_bytes: bytes that a run of a kernel reads and writes, by its name in `pallas_call`. A kernel that is not listed
-        is counted as if it read each operand and wrote each result once.
+      kernel_bytes: bytes that a kernel reads and writes for each row, the first axis of its results, by its name in
+        `pallas_call`. A kernel that is not listed is counted as if it read each operand and wrote each result once.
     """
     return _Reader(text, trip_counts, hosts, kernel_bytes or {}).total()
 
@@ -142,9 +162,12 @@ class _Reader:
 
     def total(self) -> Traffic:
         """Return the traffic of the whole program."""
-        memory = 0.0
+        sources: dict[tuple[str, str], Source] = {}
         for count, instruction, computation in self._executed(self._entry, 1.0):
-            memory += count * self._memory_bytes(instruction, computation)
+            if moved := self._memory_bytes(instruction, computation):
+                key = instruction.op_name, instruction.opcode
+                source = sources.get(key, Source(*key, runs=0.0, memory=0.0))
+                sources[key] = source._replace(runs=source.runs + count, memory=source.memory + count * moved)
         sent: dict[Collective, float] = collections.defaultdict(float)
         runs: dict[Collective, float] = collections.defaultdict(float)
         for count, instruction, computation in self._executed(self._entry, 1.0, into_fusions=True):
@@ -153,7 +176,13 @@ class _Reader:
                 collective, size = self._sent_bytes(kind, instruction, computation)
                 sent[collective] += count * size
                 runs[collective] += count
-        return Traffic(memory=memory, sent=dict(sent), runs=dict(runs), unknown_loops=frozenset(self._unknown_loops))
+        return Traffic(
+            memory=sum(source.memory for source in sources.values()),
+            sources=tuple(sorted(sources.values(), key=lambda source: -source.memory)),
+            sent=dict(sent),
+            runs=dict(runs),
+            unknown_loops=frozenset(self._unknown_loops),
+        )
 
     def _executed(
         self, name: str, count: float, into_fusions: bool = False
@@ -216,47 +245,67 @@ class _Reader:
     def _memory_bytes(self, instruction: _Instruction, computation: _Computation) -> float:
         """Return the bytes of memory that one instruction reads and writes."""
         opcode = instruction.opcode
-        if opcode in _FREE or opcode in _CALLS or opcode.endswith("-done"):
+        if opcode in _FREE or opcode in _CALLS:
             return 0
         if opcode == "fusion":
             called = instruction.called("calls")[0]
             parameters = [i for i in self._computations[called].values() if i.opcode == "parameter"]
-            return sum(self._bytes_read(called, p.name) for p in parameters) + self._bytes_written(called)
+            read = sum(_bytes(p.shape) * self._part_read(called, p.name) for p in parameters)
+            return read + self._bytes_written(called)
         if opcode == "custom-call":
             # The kernel's name is a component of the op_name: "jit(f)/transpose(jvp(NAME))/pallas_call".
             for component in re.findall(r"\w+", instruction.op_name):
                 if component in self._kernel_bytes:
-                    return self._kernel_bytes[component]
-        operands = [_bytes(computation[name].shape) for name in instruction.operands if name in computation]
+                    rows = int(_ARRAY.findall(instruction.shape)[0][1].split(",")[0])
+                    return rows * self._kernel_bytes[component]
+        written = _bytes(instruction.shape)
+        shapes = [computation[name].shape for name in instruction.operands if name in computation]
         if opcode in ("dynamic-slice", "gather"):
-            return 2 * _bytes(instruction.shape)
+            return _bytes_of_part(shapes[0], instruction.shape) + written
         if opcode in ("dynamic-update-slice", "scatter"):
-            return 2 * operands[-1 if opcode == "scatter" else 1]
-        return sum(operands) + (_bytes(instruction.shape) if not opcode.endswith("-start") else 0)
+            update = shapes[-1 if opcode == "scatter" else 1]
+            return _bytes(update) + _bytes_of_part(instruction.shape, update)
+        # An asynchronous instruction reads when it starts, and has written when it is done.
+        if opcode.endswith("-done"):
+            return written
+        return sum(map(_bytes, shapes)) + (0 if opcode.endswith("-start") else written)
 
     @functools.cache  # noqa: B019 - a reader is discarded after one program.
-    def _bytes_read(self, name: str, parameter: str) -> float:
-        """Return the bytes that a fused computation reads of its parameter: its slices, if nothing else is used."""
+    def _part_read(self, name: str, array: str) -> float:
+        """Return the part of an array that a fused computation reads: that of its slices, if nothing else is used."""
         computation = self._computations[name]
-        whole = _bytes(computation[parameter].shape)
-        total = 0.0
+        if computation[array].is_root:
+            return 1.0
+        part = 0.0
         for user in computation.values():
-            if parameter not in user.operands:
+            if array not in user.operands:
                 continue
-            if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == parameter:
-                total += _bytes(user.shape)
-            elif user.opcode == "bitcast":
-                total += self._bytes_read(name, user.name)
+            if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == array:
+                part += _bytes(user.shape, on_chip=True) / _bytes(computation[array].shape, on_chip=True)
+            elif user.opcode in _ELEMENT_BY_ELEMENT:
+                part += self._part_read(name, user.name)
             elif user.opcode == "fusion":
                 called = user.called("calls")[0]
-                fused = self._computations[called].values()
-                by_number = {p.attributes: p.name for p in fused if p.opcode == "parameter"}
                 for index, operand in enumerate(user.operands):
-                    if operand == parameter:
-                        total += self._bytes_read(called, by_number[f"parameter({index})"])
-            elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter:
-                return whole
-        return min(whole, total)
+                    if operand == array:
+                        parameter = self._parameter(called, index)
+                        is_passed_on = self._alias(called) == parameter
+                        part += self._part_read(name, user.name) if is_passed_on else self._part_read(called, parameter)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != array:
+                return 1.0
+        return min(1.0, part)
+
+    def _parameter(self, name: str, number: int) -> str:
+        """Return the name of a parameter of a computation."""
+        return next(i.name for i in self._computations[name].values() if i.attributes == f"parameter({number})")
+
+    def _alias(self, name: str) -> str:
+        """Return the instruction whose array a fused computation returns, maybe in another shape."""
+        computation = self._computations[name]
+        result = next(i for i in computation.values() if i.is_root)
+        while result.opcode == "bitcast":
+            result = computation[result.operands[0]]
+        return result.name
 
     def _bytes_written(self, name: str) -> float:
         """Return the bytes that a fused computation writes: only the slice, if it updates a slice of an array in place."""
@@ -268,7 +317,7 @@ class _Reader:
             if instruction.opcode in ("tuple", "bitcast"):
                 pending += [computation[operand] for operand in instruction.operands]
             elif instruction.opcode == "dynamic-update-slice":
-                total += _bytes(computation[instruction.operands[1]].shape)
+                total += _bytes_of_part(instruction.shape, computation[instruction.operands[1]].shape)
             elif instruction.opcode == "fusion":
                 total += self._bytes_written(instruction.called("calls")[0])
             else:
@@ -348,6 +397,11 @@ def _bytes(shape: str, on_chip: bool = False) -> float:
             bits = _BITS[dtype] if dtype in _BITS else int(re.findall(r"\d+", dtype)[0])
             total += bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
     return total
+
+
+def _bytes_of_part(whole: str, part: str) -> float:
+    """Return the bytes of a part of an array that are read from or written to memory: none if the array is on the chip."""
+    return _bytes(part, on_chip=True) if _bytes(whole) else 0.0
 
 
 def first_group(attributes: str, devices: int) -> list[int]:

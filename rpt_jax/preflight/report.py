@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from rpt_jax.distributed.mesh import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
-from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes_per_chip
+from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes_per_row
 from rpt_jax.preflight.programs import ProgramName, Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
@@ -28,11 +29,16 @@ from rpt_jax.sizes.policy import model_config_of
 _BEFORE_FIRST_STEP = (ProgramName.SCORE,)  # Programs that do not run in every step.
 
 
-def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
+def preflight(experiment: Experiment, topology: Topology, only: Collection[str] = ()) -> dict[str, Any]:
     """Compile the programs of a step for the config's mesh, print tables and return the JSON record.
 
+    Args:
+      experiment: the experiment.
+      topology: the chips.
+      only: names of the programs to compile; empty for all of them.
+
     Raises:
-      UserError: the config does not fit the topology.
+      UserError: the config does not fit the topology, or it has no program of a name.
     """
     experiment = for_topology(experiment, topology)
     mesh = mesh_from_config(experiment.mesh, devices(topology))
@@ -44,7 +50,7 @@ def preflight(experiment: Experiment, topology: Topology) -> dict[str, Any]:
     config, _ = model_config_of(experiment)
     for warning in (*plan.warnings, *short_response_warnings(experiment, config)):
         print(f"Warning: {warning}")
-    step, reports = check_mesh(experiment, topology, mesh)
+    step, reports = check_mesh(experiment, topology, mesh, only)
     show(experiment, topology, mesh, step, reports)
     return as_result(experiment, topology, mesh, step, reports)
 
@@ -100,19 +106,26 @@ def plan_for(experiment: Experiment, topology: Topology, mesh: Mesh) -> Plan:
 
 
 def check_mesh(
-    experiment: Experiment, topology: Topology, mesh: Mesh, only: str = ""
+    experiment: Experiment, topology: Topology, mesh: Mesh, only: Collection[str] = ()
 ) -> tuple[Step, list[ProgramReport]]:
-    """Compile the programs of a step on a mesh, or only the program called `only`; the experiment is planned.
+    """Compile the programs of a step on a mesh, or only those whose names are in `only`; the experiment is planned.
 
     Raises:
-      UserError: the config does not fit the mesh.
+      UserError: the config does not fit the mesh, or it has no program of a name.
     """
     with use_mesh(mesh, experiment.mesh.split_rows):
         step = make_step(experiment, mesh)
-        step = step._replace(programs=tuple(p for p in step.programs if only in ("", p.name)))
+        programs = {program.name: program for program in step.programs}
+        for name in only:
+            if name not in programs:
+                raise UserError(
+                    f"--programs: this run has no program '{name}'. It has: {', '.join(programs)}.", field="--programs"
+                )
+        if only:
+            step = step._replace(programs=tuple(programs[name] for name in programs if name in only))
     # Outside of the mesh's context: these compute on this machine, and the devices of the mesh may not exist here.
     flops = flops_per_chip(experiment, step)
-    kernel_bytes = kernel_bytes_per_chip(experiment, step)
+    kernel_bytes = kernel_bytes_per_row(experiment, step)
     with use_mesh(mesh, experiment.mesh.split_rows):
         return step, check_programs(experiment, step, topology, flops, kernel_bytes)
 
@@ -237,7 +250,7 @@ def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[
         print("It does not fit.")
         return
     seconds = step_seconds(reports)
-    print("It fits." + (f" A step takes at least {seconds:.4g} s (estimate)." if experiment.reinforces else ""))
+    print("It fits." + (f" These take at least {seconds:.4g} s per step (estimate)." if experiment.reinforces else ""))
     budget = experiment.training.seconds_budget
     if experiment.reinforces and budget and seconds:
         steps = min(experiment.training.total_steps, math.ceil(budget / seconds))

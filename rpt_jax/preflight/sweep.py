@@ -133,7 +133,7 @@ def try_mesh(experiment: Experiment, topology: Topology, mesh: Mesh) -> Trial:
         rollout = dataclasses.replace(experiment.rollout, decode_slots=rollouts // divisor)
         candidate = dataclasses.replace(experiment, rollout=rollout)
         # Decode slots change the sampling program alone: keep the reports of the others.
-        only = ProgramName.SAMPLE if trial.reports else ""
+        only = (ProgramName.SAMPLE,) if trial.reports else ()
         try:
             step, reports = check_mesh(plan_for(candidate, topology, mesh).experiment, topology, mesh, only)
         except UserError as error:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.model.attention.key_ranges import KeyRanges, make_key_ranges
+from rpt_jax.model.attention.key_ranges import ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed import attend_packed
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic, packed_attention_bytes
 from tests.helpers.packed_rows import RowShape, check_kernels, make_example
@@ -27,6 +27,14 @@ SMALL = RowShape(rows=2, kv_heads=1, heads=2, blocks=3, block=16, ranges=2, head
 def test_the_kernels_equal_the_reference(name, seed):
     """Forward and backward; more shapes in tests/slow/test_packed_kernels.py."""
     check_kernels(name, SMALL, seed)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("tokens", [100, 5000, 18_432])
+def test_a_row_has_whole_blocks_and_little_padding(platform, tokens):
+    size = row_size(tokens, platform)
+    assert size % min(size, ROW_BLOCK_SIZES[platform]) == 0
+    assert tokens <= size < tokens + 512
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,9 +8,11 @@ import types
 import jax
 import pytest
 
+from rpt_jax.errors import UserError
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.check import Memory, ProgramReport, advise, as_record, check_programs
 from rpt_jax.preflight.programs import Program, bytes_per_device
+from rpt_jax.preflight.report import check_mesh
 from rpt_jax.preflight.topology import parse_topology
 from tests.helpers.preflight import SmallStep, check_small_step, make_small_step, small_experiment
 
@@ -30,6 +32,12 @@ def test_compiled_programs_are_checked(small: SmallStep):
     assert json.loads(json.dumps(as_record(score)))["fits"] is True
     assert not score._replace(limit=score.memory.total - 1).fits
     assert not score._replace(traffic=None).fits
+
+
+def test_a_program_that_the_run_does_not_have_is_an_error(small: SmallStep):
+    with pytest.raises(UserError) as raised:
+        check_mesh(small.experiment, parse_topology("h100:1"), small.mesh, ("update", "reshard"))
+    assert raised.value.field == "--programs"
 
 
 def test_arrays_that_are_not_arguments_are_resident(small: SmallStep):

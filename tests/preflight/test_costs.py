@@ -10,9 +10,10 @@ import pytest
 
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.infra.chips import CHIPS
-from rpt_jax.preflight.costs import estimate_times, full_row, trip_counts, update_rows
+from rpt_jax.preflight.costs import decode_steps, estimate_times, full_row, trip_counts, update_rows
 from rpt_jax.preflight.hlo import Collective, Traffic
 from rpt_jax.preflight.programs import make_step
+from rpt_jax.rollout.engine import live_sizes
 from tests.helpers.preflight import make_small_step, small_experiment
 
 # The scopes of data-dependent loops in each program.
@@ -35,6 +36,7 @@ SCOPES = {
 def test_the_longest_part_is_the_bound():
     moved = Traffic(
         memory=3350e9,
+        sources=(),
         sent={
             Collective(kind="all-reduce", size=8, in_host=True): 45e9,
             Collective(kind="all-gather", size=16, in_host=False): 100e9,
@@ -66,8 +68,14 @@ def test_trip_counts_are_those_of_full_lengths():
         experiment = small_experiment(f"rollout.decode_slots={slots}")
         with use_mesh(mesh):
             counts = trip_counts(experiment, make_step(experiment, mesh))
-        assert counts["decode_loop"] == (waves * 7, 0)
+        assert counts["decode_loop"] == (waves * 7,)
         assert counts["policy_gradient"] == (1,)
+
+
+def test_the_last_rollouts_are_decoded_in_the_smallest_batch_that_holds_them():
+    sizes = live_sizes(slots=32, rollouts=80)
+    assert decode_steps(80, sizes, response=8) == tuple(14 if size == 32 else 7 if size == 16 else 0 for size in sizes)
+    assert decode_steps(96, sizes, response=8)[0] == 21
 
 
 def test_every_scope_with_a_trip_count_is_found_in_its_programs():

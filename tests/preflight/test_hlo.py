@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rpt_jax.preflight.hlo import Collective, first_group, loop_scope, traffic
+from rpt_jax.preflight.hlo import Collective, Source, first_group, loop_scope, traffic
 
 # A program for four devices. A loop of three iterations gathers 16 floats from each of two devices, then sums 64 over all four.
 # A loop with an unknown trip count, which runs twice in a row, passes 8 floats on. A fusion reads one of four rows of a matrix.
@@ -85,14 +85,67 @@ def test_only_the_slice_of_a_sliced_array_is_read():
     assert found.memory == 64 + 64 + 4 + 3 * (192 + 320 + 512 + 9)
 
 
+def test_traffic_is_counted_by_where_it_comes_from():
+    found = traffic(PROGRAM, {"decode_loop": (5, 0)}, hosts=[0] * 4)
+    assert sum(source.memory for source in found.sources) == found.memory
+    # The two loops that pass 8 floats on stand for one permutation of 2 · 32 bytes; only the first of them runs.
+    assert found.sources[0] == Source(scope="", opcode="all-reduce", runs=3, memory=3 * 512)
+    assert Source(scope="", opcode="collective-permute", runs=5, memory=5 * 64) in found.sources
+
+
+FUSIONS = """%same (p: f32[8,4]) -> f32[4,8] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %q = f32[4,8]{0,1} bitcast(%p)
+}
+
+%sum (p.1: f32[8,4]) -> f32[4] {
+  %p.1 = f32[8,4]{1,0} parameter(0)
+  %inner = f32[4,8]{0,1} fusion(%p.1), kind=kLoop, calls=%same
+  ROOT %r = f32[4]{0} negate(%inner)
+}
+
+%padded (p.2: f32[8,4], i: s32[]) -> f32[2,4] {
+  %p.2 = f32[8,4]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = bf16[16,4]{1,0} pad(%p.2, %zero), padding=0_8x0_0
+  %i = s32[] parameter(1)
+  ROOT %s = bf16[2,4]{1,0} dynamic-slice(%pad, %i), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (a: f32[8,4], k: s32[]) -> f32[4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  INSTRUCTION
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "moved"),
+    [
+        # A nested fusion passes the array on in another shape.
+        ("ROOT %b = f32[4]{0} fusion(%a), kind=kLoop, calls=%sum", 128 + 16),
+        # Two of sixteen rows of the padded array are an eighth of its 128 bytes.
+        ("ROOT %b = bf16[2,4]{1,0} fusion(%a, %k), kind=kLoop, calls=%padded", 128 / 8 + 4 + 16),
+        # On the way to and from the chip's own memory, S(1).
+        ("%b = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%a)", 128),
+        ("%b = f32[8,4]{1,0} copy-done(%a)", 128),
+        ("%b = f32[8,4]{1,0:S(1)} copy-done(%a)", 0),
+        ("%b = f32[1,4]{1,0:S(1)} dynamic-slice(%a, %k), dynamic_slice_sizes={1,4}", 16),
+    ],
+)
+def test_what_an_instruction_reads_and_writes(instruction: str, moved: float):
+    assert traffic(FUSIONS.replace("INSTRUCTION", instruction), {}, hosts=[0]).memory == moved
+
+
 def test_a_kernel_moves_what_is_said_of_it():
     kernel = """ENTRY %main (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
   ROOT %b = f32[4]{0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(fold)/pallas_call"}
 }
 """
-    moved = [traffic(kernel, {}, [0], known).memory for known in ({"fold": 100.0}, {"unfold": 100.0})]
-    # An unknown kernel reads its operands and writes its results once.
+    moved = [traffic(kernel, {}, [0], known).memory for known in ({"fold": 25.0}, {"unfold": 25.0})]
+    # Four rows; an unknown kernel reads its operands and writes its results once.
     assert moved == [100, 32]
 
 

@@ -80,7 +80,7 @@ def test_a_plan_is_a_function_of_config_and_memory():
 
 
 def test_fields_that_the_config_sets_are_kept():
-    experiment = load("rpt_14b", "training.logit_chunk_tokens=77", "rollout.decode_slots=64")
+    experiment = load("rpt_14b", "policy.remat=full", "training.logit_chunk_tokens=77", "rollout.decode_slots=64")
     mesh = MeshSizes(data=1, fsdp=8, tensor=8, rollout_tensor=4, available=64)
     planned = plan_memory(experiment, preset("qwen2.5-14b"), mesh, 28 * GIB)
     assert planned.fields == () and planned.experiment == experiment
@@ -91,7 +91,7 @@ def test_slots_are_those_of_the_compiled_run():
     mesh = MeshSizes(data=1, fsdp=8, tensor=8, rollout_tensor=4, available=64)
     planned = plan_memory(load("rpt_14b"), preset("qwen2.5-14b"), mesh, USABLE * CHIPS["v6e"].memory)
     assert planned.experiment.rollout.decode_slots == 336
-    assert [field.field for field in planned.fields] == ["rollout.decode_slots"]
+    assert [field.field for field in planned.fields] == ["policy.remat", "rollout.decode_slots"]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.packed_rows import RowShape, check_kernels
+from rpt_jax.model.attention.key_ranges import make_key_ranges
+from rpt_jax.model.attention.packed import attend_packed
+from tests.helpers.packed_rows import RowShape, check_kernels, make_example
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CHILD_SECONDS, with_devices
 
@@ -43,6 +48,24 @@ SHAPES = [
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_kernels_equal_the_reference(name, shape, seed):
     check_kernels(name, shape, seed)
+
+
+def test_plain_xla_equals_the_reference_for_rows_of_parts_of_panels():
+    """A panel of 32 blocks on a CPU does not divide the 36 blocks of a row."""
+    shape = RowShape(rows=1, kv_heads=1, heads=1, blocks=36, block=16, ranges=2, head_size=16, dtype="float32")
+    example = make_example(shape, seed=0)
+    # Padding attends to itself, as in packed batches.
+    padding_Nx1xW = ~example.real_NxW[:, None]
+    index_W = np.arange(example.real_NxW.shape[1], dtype=np.int32)
+    begin = np.where(padding_Nx1xW, index_W, example.begin_NxMxW)
+    key_ranges = make_key_ranges(begin, np.where(padding_Nx1xW, index_W + 1, example.end_NxMxW), shape.block)
+    q, k, v, dout = (np.expand_dims(example.arrays[name], 2) for name in ("q", "k", "v", "dout"))
+
+    def gradients(name: str) -> Any:
+        return jax.grad(lambda *x: (attend_packed(*x, key_ranges, name) * dout).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    for ours, expected in zip(gradients("blockwise"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_sharded_rows_equal_unsharded_ones():

@@ -16,6 +16,8 @@ from rpt_jax.model.attention.platform import target_platform
 # Queries and keys per block of a row, by platform. On CPUs, blocks that fit in a core's cache are fastest; a visit of the TPU
 # kernels needs a larger matrix product than one of the GPU kernels to outweigh its overhead.
 ROW_BLOCK_SIZES = {"cpu": 64, "gpu": 64, "tpu": 512}
+# The tokens of a row are a multiple of the first of these that is less, by platform: of whole blocks and, on CPUs, whole panels.
+_ROW_MULTIPLES = {"cpu": (512, 64), "gpu": (64,), "tpu": (512,)}
 # A row shorter than a block is one block. The kernels need whole tiles of a TPU's registers, or of a GPU's tensor cores.
 _SHORT_ROW_MULTIPLES = {"cpu": 1, "gpu": 64, "tpu": 128}
 # Queries per panel, by platform: how many query tokens of each row plain XLA processes at a time.
@@ -64,15 +66,14 @@ class KeyRanges(NamedTuple):
 
 
 def row_size(tokens: int, platform: str | None = None) -> int:
-    """Return `tokens` rounded up to whole query panels, or to whole blocks if a row is shorter than a panel.
+    """Return `tokens` rounded up to whole blocks and, on a CPU, to whole query panels if a row is longer than a panel.
 
     Args:
       tokens: tokens that a row has to hold.
       platform: "cpu", "gpu" or "tpu"; None for the target platform.
     """
     platform = platform or target_platform()
-    sizes = QUERY_PANEL_SIZES[platform], ROW_BLOCK_SIZES[platform]
-    multiple = next((size for size in sizes if tokens > size), _SHORT_ROW_MULTIPLES[platform])
+    multiple = next((size for size in _ROW_MULTIPLES[platform] if tokens > size), _SHORT_ROW_MULTIPLES[platform])
     return -(-tokens // multiple) * multiple
 
 

@@ -12,6 +12,7 @@ Letters in shape suffixes: N rows of W tokens, each of B blocks of b tokens (W =
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -202,7 +203,8 @@ def _fold_panels(run_panel: Callable[..., Any], carry: Any, queries: _QueryBlock
     num_blocks = queries.q.shape[0]
     block_size = queries.q.shape[4]
     panel_blocks = max(1, QUERY_PANEL_SIZES[target_platform()] // block_size)
-    panel_blocks = panel_blocks if num_blocks % panel_blocks == 0 else 1
+    # A row that is shorter than a panel is processed block by block.
+    panel_blocks = math.gcd(panel_blocks, num_blocks) if num_blocks >= panel_blocks else 1
 
     def step(i: jax.Array, carry: Any) -> Any:
         first = i * panel_blocks
