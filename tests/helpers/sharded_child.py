@@ -1,8 +1,8 @@
 """Two steps of RL on meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz 1x1x1x1 2x2x2x2`.
 
-With `--lora` adapters are trained. The sizes of a mesh are data, fsdp, tensor and rollout_tensor. Meshes of one and of eight devices run two steps, other meshes
-only sample the first rollouts. This is a separate process because the number of devices is fixed when JAX starts. It writes its
-results and checks nothing.
+With `--lora` adapters are trained. The sizes of a mesh are data, fsdp, tensor and rollout_tensor. Meshes of one and of eight
+devices run two steps, other meshes only sample the first rollouts. This is a separate process because the number of devices is
+fixed when JAX starts. It writes its results and checks nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Low-rank adapters against a policy whose matrices hold them."""
+"""Low-rank adapters: where a policy starts, how it is stored, and the fields of the config. tests/slow/test_lora.py has the rest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.distributed.mesh import make_mesh
 from rpt_jax.distributed.sharding import init_parameters, make_reshard_fn
 from rpt_jax.errors import UserError
-from rpt_jax.model.lora import Lora, join_adapters, lora_of, matrix_sizes, split_adapters
-from rpt_jax.model.transformer import Params, head, in_compute_dtype, prefill
+from rpt_jax.model.lora import Lora, lora_of, matrix_sizes, split_adapters
+from rpt_jax.model.transformer import in_compute_dtype, prefill
 from tests.helpers.policy_reference import SHALLOW, random_params
 
 # Not all matrices, so that one without adapters is tested, too.
@@ -24,45 +24,9 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, SHALLOW.config.vocab, 
 LENGTHS = jnp.array([6, 6])
 
 
-def merged(frozen: Params, adapters: Params) -> Params:
-    """Return the dense parameters W + alpha / rank · A B of every matrix with adapters."""
-    layers = dict(frozen["layers"])
-    for name in LORA.targets:
-        a = adapters["layers"][f"{name}_lora_a"]
-        b = adapters["layers"][f"{name}_lora_b"]
-        product = jnp.einsum("lir,lro->lio", a.reshape(len(a), -1, LORA.rank), b.reshape(len(b), LORA.rank, -1))
-        layers[name] = layers[name] + LORA.alpha / LORA.rank * product.reshape(layers[name].shape)
-    return frozen | {"layers": layers}
-
-
-def loss(policy, params: Params) -> jax.Array:
-    """Return a number that depends on every logit."""
-    hidden, _, _ = prefill(policy, params, TOKENS, LENGTHS)
-    logits = hidden @ head(policy, params).matrix_VxD.T
-    return jnp.sum(jnp.sin(logits))
-
-
-def test_values_and_gradients_equal_those_of_merged_matrices() -> None:
-    frozen, adapters = split_adapters(random_params(POLICY, 0))
-    assert set(adapters["layers"]) == {f"{name}_lora_{half}" for name in LORA.targets for half in "ab"}
-
-    def with_adapters(adapters: Params) -> jax.Array:
-        return loss(POLICY, join_adapters(frozen, adapters))
-
-    def with_merged(adapters: Params) -> jax.Array:
-        return loss(SHALLOW, merged(frozen, adapters))
-
-    ours, theirs = (jax.jit(jax.value_and_grad(fn))(adapters) for fn in (with_adapters, with_merged))
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4)
-    assert abs(ours[0] - loss(SHALLOW, frozen)) > 0.1, "the adapters hardly change the policy"
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs[1]))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale), ours[1], theirs[1])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_new_policy_is_exactly_its_base(dtype: str) -> None:
-    """Its base is stored once, in the dtype of decoding, which copies nothing but the adapters."""
-    policy = POLICY.clone(dtype=jnp.dtype(dtype), head_precision=dtype)
+def test_a_new_policy_is_exactly_its_base() -> None:
+    """Its base is stored in the dtype of decoding, which then copies nothing but the adapters."""
+    policy = POLICY.clone(dtype=jnp.dtype("bfloat16"), head_precision="bfloat16")
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     params = init_parameters(policy, mesh, seed=0)
     frozen, adapters = split_adapters(params)
@@ -71,9 +35,10 @@ def test_a_new_policy_is_exactly_its_base(dtype: str) -> None:
     )
     np.testing.assert_array_equal(hidden, base_hidden)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapters))
-    assert frozen["layers"]["q"].dtype == frozen["embedding"].dtype == jnp.dtype(dtype)
+    assert frozen["layers"]["q"].dtype == frozen["embedding"].dtype == jnp.bfloat16
     reshard = make_reshard_fn(policy, mesh, lambda params: in_compute_dtype(policy, params))
-    decoding, _ = split_adapters(reshard(params) if reshard else params)
+    assert reshard is not None
+    decoding, _ = split_adapters(reshard(params))
     assert all(x is y for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(decoding), strict=True))
 
 
