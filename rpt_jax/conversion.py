@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rpt_jax.config import Experiment, LoraConfig, PolicyConfig
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
-from rpt_jax.infra.workdir import CHECKPOINTS, RUN_CONFIG, is_run_directory, read_run_config
+from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, RUN_CONFIG, is_run_directory, read_run_config
+from rpt_jax.model.lora import Lora, lora_of
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from rpt_jax.weights.adapters import GetAdapter, merged_tensors, write_adapters
 from rpt_jax.weights.hf import load_model_config, open_weights, params_as_tensors, write_policy
 from rpt_jax.weights.hf_config import FINGERPRINT_KEY, read_json_object, to_hf_config
 from rpt_jax.weights.model_files import MODEL_CONFIG_FILE, find_gguf, missing_hint
 from rpt_jax.weights.safetensors_io import Tensors
+
+
+class Adapters(NamedTuple):
+    """Adapters of a checkpoint.
+
+    Attributes:
+      base: path of the policy that they belong to.
+      config: its architecture.
+      lora: the adapters.
+      get: returns their parameters.
+    """
+
+    base: Path
+    config: ModelConfig
+    lora: Lora
+    get: GetAdapter
 
 
 class SourcePolicy(NamedTuple):
@@ -29,6 +51,7 @@ class SourcePolicy(NamedTuple):
       tensors: weights with Hugging Face's names, loaded on demand.
       tokenizer_files: content by file name.
       tokenizer: the tokenizer of these files.
+      adapters: those of a checkpoint, which `tensors` has merged; None for none.
     """
 
     description: str
@@ -37,6 +60,7 @@ class SourcePolicy(NamedTuple):
     tensors: Tensors
     tokenizer_files: dict[str, bytes]
     tokenizer: Tokenizer
+    adapters: Adapters | None = None
 
 
 def open_source(source: Path) -> SourcePolicy:
@@ -113,22 +137,39 @@ def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
         config = preset(str(run_config.get("policy.preset")))
     tokenizer = load_tokenizer(tokenizer_source)
     step, get_param = open_parameters(workdir, step)
+    adapters = None
+    if lora := _lora_of_run(run_config):
+        has_cold_start = run_config["task"] == "rpt" and run_config["cold_start.total_steps"]
+        base = workdir / COLD_START / POLICY if has_cold_start else Path(initial_policy)
+        adapters = Adapters(base=base, config=config, lora=lora, get=lambda name: get_param(("layers", name)))
+        tensors = merged_tensors(open_weights(base, config), config, lora, adapters.get)
+    else:
+        tensors = params_as_tensors(config, get_param)
     return SourcePolicy(
         description=f"checkpoint {step} of a run",
         is_import=False,
         hf_config=to_hf_config(config) | {"torch_dtype": "float32"},
-        tensors=params_as_tensors(config, get_param),
+        tensors=tensors,
         tokenizer_files=exported_files(tokenizer),
         tokenizer=tokenizer,
+        adapters=adapters,
     )
 
 
-def convert(source: Path, target: Path) -> str:
+def _lora_of_run(run_config: dict[str, Any]) -> Lora | None:
+    """Return the adapters that a run trains; its config may be older than section `policy.lora`."""
+    prefix = "policy.lora."
+    fields = {name.removeprefix(prefix): value for name, value in run_config.items() if name.startswith(prefix)}
+    return lora_of(Experiment(task=run_config["task"], policy=PolicyConfig(lora=LoraConfig(**fields))))
+
+
+def convert(source: Path, target: Path, *, adapters: bool = False) -> str:
     """Convert a policy.
 
     Args:
       source: a Hugging Face directory, a .gguf file, an rpt_jax policy, the workdir of a run or one of its checkpoints.
       target: directory to create; after an error, it does not exist.
+      adapters: write the adapters of a checkpoint in PEFT's format, and not the weights that they are merged into.
 
     Returns: a message that says what was done, with notes about the tokenizer.
 
@@ -136,25 +177,48 @@ def convert(source: Path, target: Path) -> str:
     """
     if target.exists():
         raise UserError(f"--to={target} already exists. Give a new directory.", field="--to")
+    if adapters:
+        return _convert_adapters(source, target)
     policy = open_source(source)
     hf_config = {name: value for name, value in policy.hf_config.items() if name != FINGERPRINT_KEY}
     if policy.is_import:
         hf_config[FINGERPRINT_KEY] = policy.tokenizer.fingerprint
 
-    # Write into a temporary directory next to the target, so that the target never exists incomplete.
+    with _created(target) as directory:
+        write_policy(directory, hf_config, policy.tensors, policy.tokenizer_files)
+    result = "an rpt_jax policy" if policy.is_import else "a Hugging Face directory"
+    message = f"Converted {source} ({policy.description}) to {target} ({result})."
+    return " ".join([message, *_tokenizer_notes(policy)])
+
+
+def _convert_adapters(source: Path, target: Path) -> str:
+    """Write the adapters of a checkpoint, or of the latest one of a run, and return a message. Raises: UserError."""
+    is_checkpoint = source.parent.name == CHECKPOINTS and source.name.isdecimal()
+    workdir, step = (source.parents[1], int(source.name)) if is_checkpoint else (source, None)
+    policy = _open_checkpoint(workdir, step)
+    adapters = policy.adapters
+    if adapters is None:
+        raise UserError(
+            f"--from={source} has no adapters: the run trained all parameters (policy.lora.rank=0). Leave --adapters out.",
+            field="--adapters",
+        )
+    with _created(target) as directory:
+        write_adapters(directory, str(adapters.base.resolve()), adapters.config, adapters.lora, adapters.get)
+    return f"Converted {source} ({policy.description}) to {target} (PEFT adapters of {adapters.base.resolve()})."
+
+
+@contextlib.contextmanager
+def _created(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory next to the target, which becomes the target: it never exists incomplete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        write_policy(partial, hf_config, policy.tensors, policy.tokenizer_files)
+        yield partial
         partial.chmod(0o755)  # mkdtemp creates directories that only their owner can read.
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial)
         raise
-
-    result = "an rpt_jax policy" if policy.is_import else "a Hugging Face directory"
-    message = f"Converted {source} ({policy.description}) to {target} ({result})."
-    return " ".join([message, *_tokenizer_notes(policy)])
 
 
 def _tokenizer_notes(policy: SourcePolicy) -> list[str]:

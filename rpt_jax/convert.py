@@ -10,6 +10,9 @@ What is written to DIR depends on what SOURCE is:
     a checkpoint of a run,                  a Hugging Face directory
     WORKDIR/checkpoints/STEP
 
+The adapters of a run with policy.lora are merged into its weights. With --adapters they
+are written alone, in the format of Hugging Face's PEFT, from a checkpoint.
+
 An rpt_jax policy is a Hugging Face directory whose weights were checked and whose
 config.json records the fingerprint of its tokenizer; `transformers` loads it, too.
 policy.path accepts the first two kinds of SOURCE also without conversion. Tensors keep
@@ -46,6 +49,9 @@ def main(argv: list[str]) -> int:
         required=True,
         help="directory to create; it must not exist",
     )
+    parser.add_argument(
+        "--adapters", action="store_true", help="write the adapters of a run with policy.lora, for Hugging Face's PEFT"
+    )
     options = parser.parse_args(argv[1:])
     try:
         check_local_path("--from", options.source)
@@ -53,7 +59,7 @@ def main(argv: list[str]) -> int:
         import_jax()
         from rpt_jax.conversion import convert
 
-        print(convert(options.source, options.target))
+        print(convert(options.source, options.target, adapters=options.adapters))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

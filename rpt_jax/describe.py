@@ -20,7 +20,8 @@ from rpt_jax.corpus.prepared import CORPUS_BYTES_PER_TOKEN
 from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.model.context_length import context_warnings
-from rpt_jax.model.flops import cache_flops, causal_pairs, forward_flops
+from rpt_jax.model.flops import cache_flops, causal_pairs, forward_flops, training_flops
+from rpt_jax.model.lora import lora_of
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import device_memory
@@ -31,10 +32,12 @@ from rpt_jax.sizes.memory import (
     BackwardBytes,
     PretrainMemory,
     RptMemory,
+    frozen_bytes,
     pretrain_memory,
     pretrain_tree,
     rollout_tree,
     rpt_memory,
+    trained_parameters,
 )
 from rpt_jax.sizes.mesh import MeshSizes, resolve_mesh
 from rpt_jax.sizes.plan import Plan, plan_memory
@@ -52,7 +55,8 @@ class PolicySizes:
 
     Attributes:
       source: the config field that the sizes were read from, with its value.
-      parameters: number of parameters.
+      parameters: number of parameters, without adapters.
+      trained_parameters: parameters that are trained: all, or those of the adapters.
       matmul_parameters: parameters that each token is multiplied with (N).
     """
 
@@ -61,6 +65,7 @@ class PolicySizes:
     width: int
     vocab: int
     parameters: int
+    trained_parameters: int
     matmul_parameters: int
 
 
@@ -108,7 +113,8 @@ class RptFlops:
       sampling_attention: the part of attention in them.
       update: FLOPs of the update on rollouts.
       update_attention: the part of attention in them.
-      update_forward_passes: forward passes that the update amounts to; the differentiated pass counts as three.
+      update_forward_passes: forward passes that the update amounts to; the differentiated pass counts as three, or as two if the
+        matrices are frozen.
       reward: forward passes of the training reward beyond sampling.
       documents: the next-token loss on documents.
       dynamic_sampling: upper bound of the FLOPs of repeated sampling rounds, over the whole run.
@@ -284,6 +290,7 @@ def derive(experiment: Experiment, devices: int, memory: float = math.inf) -> De
             width=config.width,
             vocab=config.vocab,
             parameters=config.parameters,
+            trained_parameters=trained_parameters(experiment, config),
             matmul_parameters=config.matmul_parameters,
         ),
         mesh=mesh,
@@ -340,21 +347,24 @@ def _rpt_tokens(experiment: Experiment) -> RptTokens:
 def _rpt_flops(experiment: Experiment, config: ModelConfig) -> RptFlops:
     training = experiment.training
     prompts = training.prompts_per_step
-    # Forward and backward cost three forward passes. Several minibatches need the log-probabilities from before the first
-    # update, and a KL term those of the reference policy: one forward pass each.
-    passes = 3 + (training.minibatches_per_step > 1) + (experiment.objective.kl != "none")
+    # Forward and backward cost three forward passes, and those of frozen matrices two. Several minibatches need the
+    # log-probabilities from before the first update, and a KL term those of the reference policy: one forward pass each.
+    more_passes = (training.minibatches_per_step > 1) + (experiment.objective.kl != "none")
+    passes = (2 if lora_of(experiment) else 3) + more_passes
+    matmul = _update_flops(experiment, config, with_attention=False)
+    update_attention = prompts * (3 + more_passes) * (_update_flops(experiment, config) - matmul)
+    update = prompts * passes * matmul + update_attention
     sampling = prompts * _sampling_flops(experiment, config)
     reward = prompts * _reward_flops(experiment, config)
     dynamic_steps = max(0, training.total_steps + 1 - max(1, training.dynamic_sampling_from))
     extra_rounds = dynamic_steps * (training.dynamic_sampling_rounds - 1)
-    update = prompts * passes * _update_flops(experiment, config)
     documents = prompts * _document_flops(experiment, config)
     rounds = training.dynamic_sampling_rounds if dynamic_steps else 1
     return RptFlops(
         sampling=sampling,
         sampling_attention=sampling - prompts * _sampling_flops(experiment, config, with_attention=False),
         update=update,
-        update_attention=update - prompts * passes * _update_flops(experiment, config, with_attention=False),
+        update_attention=update_attention,
         update_forward_passes=passes,
         reward=reward,
         documents=documents,
@@ -400,14 +410,21 @@ def _reward_flops(experiment: Experiment, config: ModelConfig) -> float:
 
 def _document_flops(experiment: Experiment, config: ModelConfig) -> float:
     tokens = experiment.data.max_document_tokens if experiment.objective.document_weight else 0
-    return 3 * forward_flops(config, tokens=tokens, pairs=causal_pairs(tokens), head_tokens=tokens)
+    return training_flops(
+        config,
+        tokens=tokens,
+        pairs=causal_pairs(tokens),
+        head_tokens=tokens,
+        frozen=lora_of(experiment) is not None,
+    )
 
 
 def _pretrain_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> PretrainSizes:
     pretrain = experiment.pretrain
     tree = pretrain_tree(experiment)
     pairs = causal_pairs(tree.prefix) + tree.branches * causal_pairs(tree.branch, tree.prefix)
-    document = 3 * forward_flops(config, tokens=tree.tokens, pairs=pairs, head_tokens=tree.tokens)
+    frozen = lora_of(experiment) is not None
+    document = training_flops(config, tokens=tree.tokens, pairs=pairs, head_tokens=tree.tokens, frozen=frozen)
     return PretrainSizes(
         windows_per_step=pretrain.windows_per_step,
         windows_per_device=mesh.max_per_batch_shard(pretrain.windows_per_step),
@@ -430,7 +447,8 @@ def _score_sizes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -
         tokens_per_batch=windows * window_tokens,
         flops_per_batch=windows * window_flops,
         corpus_bytes_per_token=CORPUS_BYTES_PER_TOKEN,
-        parameter_bytes=FLOAT32_BYTES * config.parameters // mesh.weight_shards,
+        parameter_bytes=frozen_bytes(experiment, config, mesh)
+        + FLOAT32_BYTES * trained_parameters(experiment, config) // mesh.weight_shards,
     )
 
 
@@ -459,7 +477,7 @@ def _run_sizes(experiment: Experiment, config: ModelConfig, budget_steps: int | 
         budget_steps=budget_steps,
         seconds_budget=experiment.training.seconds_budget,
         learning_rates=tuple((update + 1, float(np.asarray(schedule(update)))) for update in updates),
-        checkpoint_bytes=trees * FLOAT32_BYTES * config.parameters * experiment.checkpoint.keep,
+        checkpoint_bytes=trees * FLOAT32_BYTES * trained_parameters(experiment, config) * experiment.checkpoint.keep,
         kept_training_bytes=kept_training_bytes(experiment) if experiment.reinforces else 0,
         kept_evaluation_bytes=kept_evaluation_bytes(experiment) if experiment.reinforces else 0,
     )
@@ -516,9 +534,12 @@ def _policy_rows(derived: Derived) -> list[Row]:
     mesh = derived.mesh
     note = "" if mesh.devices == mesh.available else f"; {mesh.available} available, so this will not run here"
     devices = f"{mesh.devices} device{'s' * (mesh.devices > 1)}{note}"
+    has_adapters = policy.trained_parameters != policy.parameters
+    trained = [Row("trained parameters, of adapters", policy.trained_parameters, "policy.lora")] if has_adapters else []
     return [
         Row("policy: layers x width, vocabulary", f"{policy.layers} x {policy.width}, {policy.vocab}", policy.source),
         Row("parameters", policy.parameters, "policy"),
+        *trained,
         Row("matmul parameters (N)", policy.matmul_parameters, "policy"),
         Row("mesh: data x fsdp x tensor", f"{mesh.data} x {mesh.fsdp} x {mesh.tensor} = {devices}", "mesh"),
     ]
@@ -589,6 +610,7 @@ def _memory_rows(memory: RptMemory) -> list[Row]:
     minibatches = f"{_WEIGHTS}, training.minibatches_per_step"
     # Resident in the whole step.
     rows = [
+        *_frozen_rows(state.frozen),
         _bytes_row("per device: parameters and reference", state.parameters_and_reference, _WEIGHTS),
         _bytes_row("per device: Adam moments", state.adam_moments, _WEIGHTS),
     ]
@@ -621,6 +643,11 @@ def _memory_rows(memory: RptMemory) -> list[Row]:
     ]
 
 
+def _frozen_rows(size: int) -> list[Row]:
+    """Return the line of the parameters that are not trained, if there are any."""
+    return [_bytes_row("per device: frozen parameters", size, f"{_WEIGHTS}, policy.dtype")] if size else []
+
+
 def _backward_rows(backward: BackwardBytes, batch_field: str) -> list[Row]:
     fields = f"policy, mesh, {batch_field}"
     logits = "policy, mesh.tensor, training.logit_chunk_tokens"
@@ -641,11 +668,12 @@ def _pretrain_rows(sizes: PretrainSizes) -> list[Row]:
         Row("tokens per step, at most", sizes.tokens_per_step, lengths),
         Row("FLOPs of a step, at most", sizes.flops_per_step, f"policy, {lengths}"),
         Row("FLOPs of all steps, at most", sizes.run_flops, "training.total_steps"),
+        *_frozen_rows(memory.frozen),
         _bytes_row("per device: parameters", memory.parameters, _WEIGHTS),
         _bytes_row("per device: Adam moments", memory.adam_moments, _WEIGHTS),
         _bytes_row("per device: gradients", memory.gradients, _WEIGHTS),
         *_backward_rows(memory.backward, _DOCUMENTS),
-        _bytes_row("per device: total, at least", memory.total, "the six above"),
+        _bytes_row("per device: total, at least", memory.total, "all above"),
     ]
 
 

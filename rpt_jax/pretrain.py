@@ -42,8 +42,9 @@ from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import POLICY, format_stamp
 from rpt_jax.infra.trackers import Trackers
 from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, RESULT, is_complete, read_result
-from rpt_jax.model.flops import causal_pairs, forward_flops
-from rpt_jax.model.model_config import ModelConfig, preset
+from rpt_jax.model.flops import causal_pairs, training_flops
+from rpt_jax.model.lora import join_adapters, split_adapters
+from rpt_jax.model.model_config import preset
 from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
@@ -52,11 +53,11 @@ from rpt_jax.prompts.pipeline import example_stream
 from rpt_jax.prompts.pretraining_examples import ExampleMaker
 from rpt_jax.prompts.sampled_traces import traces_fingerprint
 from rpt_jax.rewards.boxable import boxable_tokens
-from rpt_jax.setup import load_starting_policy, make_policy
+from rpt_jax.setup import load_policy_to_train, make_policy
 from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
-from rpt_jax.weights.hf import save_policy
+from rpt_jax.weights.adapters import save_trained
 from rpt_jax.weights.model_files import MODEL_CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -113,11 +114,11 @@ def mixed_loss(
     return weights[0] * document + weights[1] * trace, {"loss/document": document, "loss/trace": trace}
 
 
-def update_flops(config: ModelConfig, batch: Mapping[str, np.ndarray], trace_weight: float) -> float:
-    """Return the model FLOPs of an update, without padding: a forward pass, and a backward pass of twice its FLOPs.
+def update_flops(policy: Transformer, batch: Mapping[str, np.ndarray], trace_weight: float) -> float:
+    """Return the model FLOPs of an update, a forward and a backward pass, without padding.
 
     Args:
-      config: of the policy.
+      policy: the policy.
       batch: arrays of `ExampleMaker.make`, stacked, on the host.
       trace_weight: 0 if traces are left out.
     """
@@ -130,7 +131,8 @@ def update_flops(config: ModelConfig, batch: Mapping[str, np.ndarray], trace_wei
         tokens += int(is_trace.sum())
         # A token of a trace attends to its prefix of the window, to the trace before it and to itself.
         pairs += (batch["trace_position"][is_trace] + 1).sum()
-    return 3.0 * forward_flops(config, tokens=tokens, pairs=float(pairs), head_tokens=tokens)
+    frozen = policy.lora is not None
+    return training_flops(policy.config, tokens=tokens, pairs=float(pairs), head_tokens=tokens, frozen=frozen)
 
 
 @functools.partial(
@@ -145,6 +147,7 @@ def pretrain_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: dict[str, jax.Array],
+    frozen: Params | None = None,
     *,
     weights: tuple[float, float],
     logit_chunk_tokens: int,
@@ -157,11 +160,15 @@ def pretrain_step(
       policy, optimizer, weights, logit_chunk_tokens: static.
       state: donated.
       batch: arrays of `ExampleMaker.make`, stacked.
+      frozen: parameters of the policy that are not trained; None if all are.
 
     Returns:
       The new state, and metrics by their names in metrics.jsonl.
     """
-    loss = functools.partial(mixed_loss, policy, batch=batch, weights=weights, logit_chunk_tokens=logit_chunk_tokens)
+
+    def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mixed_loss(policy, join_adapters(frozen, params), batch, weights, logit_chunk_tokens)
+
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     learns = (weights[0] > 0) & batch["mask"].any() | (weights[1] > 0) & batch["trace_mask"].any()
@@ -209,14 +216,16 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     policy, params, tokenizer = _load_or_init(experiment, plan, workdir, mesh, context)
     windows = _training_windows(experiment.data, plan, workdir, tokenizer, context)
     optimizer = make_optimizer(experiment.optimizer, total_steps)
-    state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh))
+    frozen, trained = split_adapters(params)
+    del params
+    state = TrainState(params=trained, optimizer=init_optimizer(optimizer, trained, mesh))
     boxable_V = boxable_tokens(tokenizer.byte_vocab, experiment.prompt)
     traces = traces_fingerprint(config, tokenizer)
     maker = ExampleMaker(experiment, tokenizer, windows, boxable_V)
     stream = example_stream(maker.make, len(windows), batch=config.windows_per_step, seed=experiment.seed)
 
     # --- 2. Restore the newest checkpoint ----------------------------------------------------------
-    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
+    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state, frozen)
     checkpoints.register_with(context.signals)
     step = 0
     flops = 0.0
@@ -269,13 +278,13 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
             began = time.monotonic()
             profile.begin_step(step)
             examples = next(stream)
-            flops += update_flops(policy.config, examples, config.trace_weight)
+            flops += update_flops(policy, examples, config.trace_weight)
             batch = shard_prompts(examples, mesh)
             learning_rate = learning_rates.next(state.optimizer)
             # The update donates the state that is staged, so a stop signal must wait until the new one is staged.
             with context.signals.defer(), explain_out_of_memory("the pre-training update", memory_fields):
                 try:
-                    state, losses = pretrain_step(policy, optimizer, state, batch, **step_options)
+                    state, losses = pretrain_step(policy, optimizer, state, batch, frozen, **step_options)
                     scalars = as_floats(step, jax.device_get(losses))
                 except FloatingPointError as error:
                     # The update returned the state unchanged. Save it with a record of the step. In a replay, JAX's own check may
@@ -312,7 +321,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
         logger.info("Step %d was replayed, and all its metrics are finite.", last_step)
         return
     files = exported_files(tokenizer)
-    save_policy(directory, policy.config, state.params, files, tokenizer.fingerprint)
+    save_trained(directory, policy, state.params, experiment.policy.path, files, tokenizer.fingerprint)
     if is_leader():
         spent = {"steps": step, "flops": flops, "seconds": clock.seconds}
         result = {**format_stamp(), **spent, "policy": str(directory)}
@@ -362,7 +371,7 @@ def _load_or_init(
 ) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, or initialize one and train a tokenizer on the documents. Raises: UserError."""
     if experiment.policy.path:
-        return load_starting_policy(experiment.policy, mesh)
+        return load_policy_to_train(experiment, mesh)
 
     # Train the tokenizer in one process: the others, and a run that resumes, load its file.
     path = workdir / "tokenizer.model"

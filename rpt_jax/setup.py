@@ -20,7 +20,7 @@ from rpt_jax.corpus.sources import check_source
 from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.corpus.tokenized import Windows
 from rpt_jax.distributed.mesh import DECODING, TRAINING, check_batches, make_mesh, mesh_fields, num_batch_shards
-from rpt_jax.distributed.sharding import parameter_shardings
+from rpt_jax.distributed.sharding import abstract_parameters, init_parameters
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.chips import chip_of
 from rpt_jax.infra.plots import PLOTS
@@ -29,6 +29,7 @@ from rpt_jax.infra.run_format import POLICY
 from rpt_jax.infra.workdir import is_run_directory
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_device_kind, target_platform
+from rpt_jax.model.lora import Lora, join_adapters, lora_of, split_adapters
 from rpt_jax.model.model_config import ModelConfig, check_preset
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.prompts.targets import Segments, find_segments
@@ -155,13 +156,16 @@ def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
         )
 
 
-def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer | None = None) -> Transformer:
+def make_policy(
+    config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer | None = None, lora: Lora | None = None
+) -> Transformer:
     """Return the transformer of a model config, computed as `config` says.
 
     Args:
       config: dtype, precision, rematerialization and attention implementation.
       model: layers and sizes.
       tokenizer: if given, ids of the vocabulary that it does not have get probability zero.
+      lora: adapters to train in place of the policy's own parameters. `config.lora` is not read: most policies are not trained.
 
     Raises: UserError, if the attention implementation does not run on this platform.
     """
@@ -174,6 +178,7 @@ def make_policy(config: PolicyConfig, model: ModelConfig, tokenizer: Tokenizer |
         absent_ids=absent_ids,
         precision=config.precision,
         head_precision=config.head_precision,
+        lora=lora,
     )
 
 
@@ -230,7 +235,7 @@ def find_policy(path: str, field: str) -> str:
 
 
 def load_starting_policy(
-    config: PolicyConfig, mesh: Mesh, field: str = "policy.path"
+    config: PolicyConfig, mesh: Mesh, field: str = "policy.path", lora: Lora | None = None
 ) -> tuple[Transformer, Params, Tokenizer]:
     """Load the policy of `policy.path`, with its parameters sharded for training, and its tokenizer.
 
@@ -238,12 +243,26 @@ def load_starting_policy(
       config: section `policy`.
       mesh: the device mesh.
       field: the config field or flag that gives the path, for errors.
+      lora: adapters that the policy is to have; they are not among the returned parameters.
 
     Raises: UserError, as `read_architecture` does.
     """
     model, tokenizer = read_architecture(config, field)
-    policy = make_policy(config, model, tokenizer)
-    _, params, _ = load_policy(config.path, parameter_shardings(policy, mesh), field)
+    policy = make_policy(config, model, tokenizer, lora)
+    _, params, _ = load_policy(config.path, abstract_parameters(policy, mesh), field)
+    return policy, params, tokenizer
+
+
+def load_policy_to_train(experiment: Experiment, mesh: Mesh) -> tuple[Transformer, Params, Tokenizer]:
+    """Load the starting policy of a run, with the adapters of `policy.lora` among its parameters, and its tokenizer.
+
+    Raises: UserError, as `read_architecture` does.
+    """
+    lora = lora_of(experiment)
+    policy, params, tokenizer = load_starting_policy(experiment.policy, mesh, lora=lora)
+    if lora:
+        adapters = init_parameters(policy, mesh, experiment.seed, select=lambda params: split_adapters(params)[1])
+        params = join_adapters(params, adapters)
     return policy, params, tokenizer
 
 
@@ -284,9 +303,9 @@ def open_or_prepare_corpus(
 def set_up(experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext) -> Setup:
     """Load the starting policy, then open its corpus, or tokenize and score it if `data.prepared` is not set.
 
-    Raises: UserError, as `load_starting_policy` and `open_or_prepare_corpus` do.
+    Raises: UserError, as `load_policy_to_train` and `open_or_prepare_corpus` do.
     """
-    policy, params, tokenizer = load_starting_policy(experiment.policy, mesh)
+    policy, params, tokenizer = load_policy_to_train(experiment, mesh)
     logger.info(tokenizer.describe_stop_ids())
     prepared = open_or_prepare_corpus(experiment, policy, params, tokenizer, mesh, workdir, context)
     plot_entropies(prepared, workdir / PLOTS)

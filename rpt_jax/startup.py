@@ -34,6 +34,7 @@ from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking
 from rpt_jax.rollout.memory import device_memory
 from rpt_jax.setup import check_sampling, check_top_k, read_architecture, starts_with_pretraining
+from rpt_jax.sizes.memory import trained_parameters
 from rpt_jax.sizes.policy import model_config_of
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
@@ -113,7 +114,7 @@ def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) ->
     """Return the bytes that a run will add to `workdir`, at most: checkpoints and the policy. Compression is not counted on."""
     # Parameters, two moments and, for some rewards, the moving average.
     has_average = experiment.reinforces and REWARDS[experiment.objective.reward].requirements.average
-    checkpoint = (4 if has_average else 3) * _FLOAT32_BYTES * model.parameters
+    checkpoint = (4 if has_average else 3) * _FLOAT32_BYTES * trained_parameters(experiment, model)
     # A new checkpoint is complete before the oldest one is deleted.
     saves = -(-experiment.training.total_steps // experiment.checkpoint.every_steps)
     present = sum(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
@@ -129,9 +130,10 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
     if jax.default_backend() == "gpu":
         level = f"JAX_OPTIMIZATION_LEVEL={jax.config.values['jax_optimization_level']}"
         logger.info("Settings: %s %s", describe_gpu_settings(os.environ), level)
-    logger.info(
-        "Policy: %s parameters, %s, %s", f"{sizes.policy.parameters:,}", experiment.policy.dtype, sizes.policy.source
-    )
+    policy = sizes.policy
+    logger.info("Policy: %s parameters, %s, %s", f"{policy.parameters:,}", experiment.policy.dtype, policy.source)
+    if policy.trained_parameters != policy.parameters:
+        logger.info("Trained: %s parameters of adapters (policy.lora)", f"{policy.trained_parameters:,}")
     if sizes.rpt:
         batch = sizes.rpt.batch
         tokens = sizes.rpt.tokens

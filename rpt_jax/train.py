@@ -38,8 +38,10 @@ from rpt_jax.infra.plots import write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.rollout_files import RolloutFiles
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.run_format import POLICY
 from rpt_jax.infra.trackers import Trackers
 from rpt_jax.infra.workdir import COLD_START, RESULT, is_complete
+from rpt_jax.model.lora import join_adapters, split_adapters
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits, to_update_batch
@@ -64,7 +66,7 @@ from rpt_jax.tasks.questions import QuestionTask
 from rpt_jax.tasks.task import Task
 from rpt_jax.tasks.text import TextTask
 from rpt_jax.tokenizers.export import exported_files
-from rpt_jax.weights.hf import save_policy
+from rpt_jax.weights.adapters import save_trained
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +125,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     optimizer = make_optimizer(experiment.optimizer, updates)
     learning_rates = LearningRates(experiment.optimizer, updates)
     # Copies, because the update donates its state, and the parameters of the starting policy are still needed.
-    params = jax.tree.map(jnp.copy, task.params)
+    frozen, trained = split_adapters(task.params)
+    params = jax.tree.map(jnp.copy, trained)
     needs_average = REWARDS[objective.reward].requirements.average
-    average = jax.tree.map(jnp.copy, task.params) if needs_average else None
+    average = jax.tree.map(jnp.copy, trained) if needs_average else None
     state = TrainState(params=params, optimizer=init_optimizer(optimizer, params, mesh), average=average)
     limits = update_limits(experiment, rows=num_batch_shards(mesh))
     reference = task.params if objective.kl != "none" else None
@@ -134,7 +137,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     signal = LearningSignal(experiment, task.advice)
 
     # --- 3. Restore the newest checkpoint ----------------------------------------------------------
-    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state)
+    checkpoints = Checkpointer(workdir, experiment.checkpoint.keep, state, frozen)
     checkpoints.register_with(context.signals)
     step = 0
     scalars: dict[str, float] = {}  # Of the step that was completed last.
@@ -153,6 +156,10 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         before = saved["before"] if saved["evaluated"] == task.evaluated else None
         logger.info("Resuming from step %d of %s.", step, workdir)
     end_phase("setup")
+
+    def params_now() -> Params:
+        """Return all parameters of the current policy."""
+        return join_adapters(frozen, state.params)
 
     def budget_spent() -> dict[str, Any]:
         """Return what decides on the last step, as arguments of the functions of `infra.budget`."""
@@ -177,7 +184,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         """Return rollouts of `weights` with their rewards, what sampling took, and the total cost, which is counted."""
         rollouts, sampling = task.sample(weights, prompts, step)
         end_phase("rollout")
-        rewarded = task.reward(state, prompts, rollouts, step)
+        rewarded = task.reward(state.with_frozen(frozen), prompts, rollouts, step)
         cost = rollout_cost(policy.config, objective, rewarded, sampling)
         counters.count_rollouts(cost)
         return rewarded, sampling, cost
@@ -210,7 +217,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
                 task.show_evaluations({"before": before})
                 end_phase("evaluation")
                 stage_checkpoint()
-            evaluation, after = evaluate(experiment, task, step, state.params, before, progress, files, is_last=is_last)
+            evaluation, after = evaluate(experiment, task, step, params_now(), before, progress, files, is_last=is_last)
             end_phase("evaluation")
             metrics.write(step, scalars | evaluation | clock.scalars())
             if evaluation:
@@ -235,14 +242,14 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             # --- 5. Choose prompts again with the current policy, if it is time --------------------
             if task.rescoring_is_due(step):
                 with progress.interlude("rescoring"):
-                    counters.count_flops(task.rescore(step, state.params))
+                    counters.count_flops(task.rescore(step, params_now()))
                 end_phase("rescore")
 
             # --- 6. Sample rollouts and reward them ------------------------------------------------
             task.stream.enter_stage(training_stage(step, training.total_steps, task.stream.stages))
             prompts = next(task.stream)
             end_phase("data")
-            weights = task.sample.weights(state.params)
+            weights = task.sample.weights(params_now())
             end_phase("reshard")
             with progress.part("sampling"):
                 rewarded, sampling, generated = sample_and_reward(weights, prompts)
@@ -279,7 +286,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             with context.signals.defer(), explain_out_of_memory("the update", update_memory_fields(experiment)):
                 try:
                     as_floats(step, rollout_scalars)
-                    state, losses = update_policy(policy, optimizer, objective, limits, state, batch, reference)
+                    state, losses = update_policy(policy, optimizer, objective, limits, state, batch, reference, frozen)
                     scalars = as_floats(step, rollout_scalars | jax.device_get(losses))
                 except FloatingPointError as error:
                     # The update returned the state unchanged. Save it with a record of the step. In a replay, JAX's own check may
@@ -319,7 +326,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     # --- 9. Write the policy, the result and the plots ---------------------------------------------
     checkpoints.wait()  # A finished run has its last step, so that it can be continued.
     files = exported_files(task.tokenizer)
-    save_policy(workdir / "policy", policy.config, state.params, files, task.tokenizer.fingerprint)
+    path = experiment.policy.path
+    save_trained(workdir / POLICY, policy, state.params, path, files, task.tokenizer.fingerprint)
     if is_leader():
         assert after is not None
         evaluations = task.result(before, after)

@@ -20,7 +20,7 @@ from rpt_jax import convert as command
 from rpt_jax.config import Experiment, PolicyConfig
 from rpt_jax.conversion import convert
 from rpt_jax.distributed.mesh import make_mesh
-from rpt_jax.distributed.sharding import parameter_shardings
+from rpt_jax.distributed.sharding import abstract_parameters
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
 from rpt_jax.infra.workdir import claimed_workdir
@@ -253,8 +253,8 @@ def test_loading_holds_at_most_two_tensors_on_the_host(tmp_path, sharded):
     config = dataclasses.replace(SHAPE, layers=4, width=128, ffn=4096, vocab=4096, tied=False)
     params, largest = random_params(Transformer(config), 0), 4096 * 128 * 4
     save_policy(tmp_path, config, params, {}, "")
-    shardings = parameter_shardings(Transformer(config), make_mesh(1, 1, 1)) if sharded else None
-    load_policy(tmp_path, shardings)  # Compile first.
+    abstract = abstract_parameters(Transformer(config), make_mesh(1, 1, 1)) if sharded else None
+    load_policy(tmp_path, abstract)  # Compile first.
     peaks, read = [], Tensors.read
 
     def measured(self, name):
@@ -265,25 +265,27 @@ def test_loading_holds_at_most_two_tensors_on_the_host(tmp_path, sharded):
     tracemalloc.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensors, "read", measured)
-        _, loaded, _ = load_policy(tmp_path, shardings)
+        _, loaded, _ = load_policy(tmp_path, abstract)
     tracemalloc.stop()
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     # The next tensor may be read while the one before is on its way to the device; everything else is small.
     assert max(peaks) < 2 * largest + 2**18
     if sharded:
-        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
+        assert jax.tree.all(
+            jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), loaded, abstract)
+        )
 
 
 # Loads a policy on eight devices, and asserts that no transfer puts more than an eighth of a matrix on one of them.
 _LOAD_ON_EIGHT_DEVICES = """
 import sys, jax, numpy as np
 from rpt_jax.distributed.mesh import make_mesh
-from rpt_jax.distributed.sharding import parameter_shardings
+from rpt_jax.distributed.sharding import abstract_parameters
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.weights.hf import load_policy
 
 config, expected, _ = load_policy(sys.argv[1])
-shardings = parameter_shardings(Transformer(config), make_mesh(1, 4, 2))
+abstract = abstract_parameters(Transformer(config), make_mesh(1, 4, 2))
 make_array, fractions = jax.make_array_from_callback, []
 
 def measured(shape, sharding, callback):
@@ -293,9 +295,9 @@ def measured(shape, sharding, callback):
     return array
 
 jax.make_array_from_callback = measured
-_, loaded, _ = load_policy(sys.argv[1], shardings)
+_, loaded, _ = load_policy(sys.argv[1], abstract)
 jax.tree.map(np.testing.assert_array_equal, loaded, expected)
-assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
+assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim), loaded, abstract))
 assert len(jax.devices()) == 8 and max(fractions) == 1 / 8, fractions
 """
 

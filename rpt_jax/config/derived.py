@@ -6,14 +6,19 @@ import dataclasses
 from typing import Any
 
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.config.schema import Experiment
+from rpt_jax.config.schema import Experiment, LoraConfig
 
 
 def cold_start_experiment(experiment: Experiment) -> Experiment:
-    """Return the pre-training that an experiment of task "rpt" starts with, as an experiment of task "pretrain"."""
+    """Return the pre-training that an experiment of task "rpt" starts with, as an experiment of task "pretrain".
+
+    Random weights are trained in full: adapters of them could learn little.
+    """
+    policy = experiment.policy
     return dataclasses.replace(
         experiment,
         task="pretrain",
+        policy=policy if policy.path else dataclasses.replace(policy, lora=LoraConfig()),
         training=dataclasses.replace(
             experiment.training, total_steps=experiment.cold_start.total_steps, flops_budget=0.0, seconds_budget=0.0
         ),

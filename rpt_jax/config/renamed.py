@@ -35,4 +35,8 @@ USUAL_NAMES = {
     "dataset": "data.path",
     "max_length": "rollout.max_new_tokens",
     "beta": "objective.kl_weight",
+    "lora_rank": "policy.lora.rank",
+    "lora_r": "policy.lora.rank",
+    "lora_alpha": "policy.lora.alpha",
+    "target_modules": "policy.lora.targets",
 }

@@ -25,10 +25,30 @@ EVALUATION_SPLITS = ("held_out", "unseen", "train")
 UNPARSED = ("wrong", "random")
 DIVERGENCE_ACTIONS = ("warn", "stop")
 TRACKERS = ("wandb", "trackio")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEMPLATE_SEPARATOR = "|||"  # Between the document templates of the parts of a mixture.
 
 # An instance of the options dataclass of the choice that the field above it names, or None for the defaults.
 Options = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685), which are trained in place of the policy's own parameters."""
+
+    # Rank of the adapters; 0 trains all parameters instead.
+    rank: int = 0
+    # The adapters' products are scaled by alpha / rank.
+    alpha: float = 32.0
+    # Matrices with adapters, by their names in Hugging Face's models: "all", or some of "q_proj", "k_proj", "v_proj", "o_proj",
+    # "gate_proj", "up_proj" and "down_proj", separated by commas.
+    targets: str = "all"
+
+
+def lora_targets(targets: str) -> tuple[str, ...]:
+    """Return the names in `policy.lora.targets`, in the order of a layer."""
+    names = {name.strip() for name in targets.split(",")}
+    return tuple(name for name in LORA_TARGETS if name in names or names == {"all"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +71,7 @@ class PolicyConfig:
     remat: str = "auto"
     # [memory] Attention: "reference", "blockwise" (plain XLA), "gpu_kernels", "tpu_kernels", or "auto" (the platform's).
     attention: str = "auto"
+    lora: LoraConfig = LoraConfig()
 
 
 @dataclasses.dataclass(frozen=True)

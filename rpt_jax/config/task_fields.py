@@ -46,6 +46,7 @@ _RPT_ONLY = (
 # What leaves a task or suite that does not train unread.
 _TRAINING_ONLY = (
     "policy.remat",
+    "policy.lora.",
     "objective.",
     "optimizer.",
     "training.total_steps",
@@ -113,6 +114,7 @@ _UNREAD = {
     "score": (
         *_RPT_ONLY,
         "policy.remat",
+        "policy.lora.",
         "data.min_context",
         "data.entropy_renormalized",
         "prompt.",
@@ -247,5 +249,7 @@ def _unread(experiment: Experiment) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("pretrain.recalled_tokens",), "with pretrain.traces='sampled', which does not write traces"
         if experiment.task == "pretrain":
             yield ("data.min_context",), "with pretrain.traces='sampled', whose prompts have been chosen"
+    if not experiment.policy.lora.rank:
+        yield ("policy.lora.alpha", "policy.lora.targets"), "with policy.lora.rank=0, which trains all parameters"
     if experiment.policy.path:
         yield ("pretrain.vocab_size",), "with policy.path, which has a tokenizer"

@@ -14,6 +14,7 @@ from rpt_jax.config.schema import (
     EVALUATION_SPLITS,
     HEAD_PRECISIONS,
     LONG_CONTEXTS,
+    LORA_TARGETS,
     PRECISIONS,
     REMATS,
     SCHEDULES,
@@ -25,6 +26,7 @@ from rpt_jax.config.schema import (
     DataConfig,
     Experiment,
     LoggingConfig,
+    LoraConfig,
     ObjectiveConfig,
     PolicyConfig,
     QuestionsConfig,
@@ -80,6 +82,8 @@ _SEEDS = 2**32 - 1  # The largest seed that grain accepts.
 # Least and greatest value of each number.
 _BOUNDS = {
     "mesh.rollout_tensor": (0, _UNBOUNDED),
+    "policy.lora.rank": (0, _UNBOUNDED),
+    "policy.lora.alpha": (1e-6, _UNBOUNDED),
     "seed": (0, _SEEDS),
     "data.seed": (0, _SEEDS),
     "data.held_out_documents": (1, _UNBOUNDED),
@@ -218,6 +222,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
 
     # Fields that depend on each other.
     _check_precision(experiment.policy)
+    _check_lora_targets(experiment.policy.lora)
     _check_weighted_terms(experiment.objective)
     _check_question_task(experiment)
     _check_positions_of_traces(experiment)
@@ -231,6 +236,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
     if trains:
         _check_sizes(experiment)
         _check_sampling_distribution(experiment)
+        _check_frozen_weights(experiment)
         _check_effects(experiment)
 
 
@@ -443,6 +449,30 @@ def _check_precision(policy: PolicyConfig) -> None:
         raise UserError(
             f"policy.precision={policy.precision} has no effect with policy.dtype={policy.dtype}: it belongs to float32.",
             field="policy.precision",
+        )
+
+
+def _check_lora_targets(lora: LoraConfig) -> None:
+    """Refuse an unknown name in `policy.lora.targets`. Raises: UserError."""
+    if lora.targets.strip() == "all":
+        return
+    for name in lora.targets.split(","):
+        check_choice("policy.lora.targets", name.strip(), (*LORA_TARGETS, "all"))
+        if name.strip() == "all":
+            raise UserError(
+                f"policy.lora.targets='{lora.targets}' must be 'all' or names of matrices, not both.",
+                field="policy.lora.targets",
+            )
+
+
+def _check_frozen_weights(experiment: Experiment) -> None:
+    """Refuse to freeze random weights, which the pre-training of a new policy starts from. Raises: UserError."""
+    policy = experiment.policy
+    if policy.lora.rank and not policy.path and experiment.task == "pretrain":
+        raise UserError(
+            f"policy.lora.rank={policy.lora.rank} freezes the weights, but without policy.path they are random: give a policy, "
+            "or set policy.lora.rank=0.",
+            field="policy.lora.rank",
         )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,31 +34,83 @@ def parameter_shardings(policy: nn.Module, mesh: Mesh | AbstractMesh, table: Map
     return jax.tree.map(_canonical, shardings)
 
 
-def make_reshard_fn(policy: nn.Module, mesh: Mesh, convert: Callable[[Any], Any]) -> Callable[[Any], Any] | None:
-    """Return a compiled function that moves parameters from the training layout to the rollout layout.
+class _Change(NamedTuple):
+    """What resharding does to a parameter: its dtype and sharding afterwards, and a sharding on the way."""
+
+    dtype: Any
+    between: NamedSharding
+    after: NamedSharding
+
+
+class Reshard:
+    """Moves parameters from the training layout to the rollout layout, and rounds them; what does not change is not copied.
+
+    Args:
+      changes: of each parameter, in the order of `jax.tree.leaves`; None for no change.
+    """
+
+    def __init__(self, changes: Sequence[_Change | None]):
+        self._changes = changes
+        done = [change for change in changes if change]
+
+        def move(params: list[jax.Array]) -> list[jax.Array]:
+            return [
+                jax.lax.with_sharding_constraint(x.astype(change.dtype), change.between)
+                for x, change in zip(params, done, strict=True)
+            ]
+
+        self._move = jax.jit(move, out_shardings=[change.after for change in done])
+
+    def __call__(self, params: Any) -> Any:
+        moved = iter(self._move(self._changing(params)))
+        leaves, structure = jax.tree.flatten(params)
+        return structure.unflatten(
+            [next(moved) if change else x for x, change in zip(leaves, self._changes, strict=True)]
+        )
+
+    def lower(self, params: Any) -> jax.stages.Lowered:
+        """Return the program for abstract parameters."""
+        return self._move.lower(self._changing(params))
+
+    def _changing(self, params: Any) -> list[Any]:
+        return [x for x, change in zip(jax.tree.leaves(params), self._changes, strict=True) if change]
+
+
+def make_reshard_fn(policy: nn.Module, mesh: Mesh, convert: Callable[[Any], Any]) -> Reshard | None:
+    """Return what moves parameters from the training layout to the rollout layout; None if nothing changes.
 
     Args:
       policy: the module whose parameters are moved.
       mesh: the mesh of the run.
-      convert: applied on the way, for example a cast to the compute dtype.
-
-    Returns:
-      The function; None if neither layout nor `convert` changes anything.
+      convert: returns parameters with the dtypes that rollouts use.
     """
-    training = parameter_shardings(policy, mesh, TRAINING)
-    decoding = parameter_shardings(policy, mesh, DECODING)
-    abstract = _abstract_values(policy)
-    if training == decoding and jax.eval_shape(convert, abstract) == abstract:
-        return None
     # Reshard in two steps: first turn the split of the width over "fsdp_to_tp" into a split of the heads (an all-to-all), then
     # gather the rest of the width. In a single step XLA would first replicate every parameter on every device.
-    between = parameter_shardings(policy, mesh, DECODING | {"width": "fsdp"})
-    return jax.jit(lambda x: jax.lax.with_sharding_constraint(convert(x), between), out_shardings=decoding)
+    layouts = (parameter_shardings(policy, mesh, table) for table in (TRAINING, DECODING | {"width": "fsdp"}, DECODING))
+    abstract = _abstract_values(policy)
+
+    def change(old: Any, new: Any, before: NamedSharding, between: NamedSharding, after: NamedSharding) -> Any:
+        return None if old == new and before == after else _Change(dtype=new.dtype, between=between, after=after)
+
+    trees = (abstract, jax.eval_shape(convert, abstract), *layouts)
+    changes = [change(*leaves) for leaves in zip(*map(jax.tree.leaves, trees), strict=True)]
+    return Reshard(changes) if any(changes) else None
 
 
-def init_parameters(policy: nn.Module, mesh: Mesh, seed: int) -> Any:
-    """Return random float32 parameters, each shard initialized on the device that holds it."""
-    init = jax.jit(lambda key: nn.meta.unbox(_init(policy, key)), out_shardings=parameter_shardings(policy, mesh))
+def init_parameters(
+    policy: nn.Module, mesh: Mesh, seed: int, select: Callable[[Any], Any] = lambda params: params
+) -> Any:
+    """Return random parameters, each shard initialized on the device that holds it.
+
+    Args:
+      policy: the module whose parameters are initialized.
+      mesh: the mesh of the run.
+      seed: of the random numbers.
+      select: returns the part of a tree of parameters that is needed.
+    """
+    init = jax.jit(
+        lambda key: select(nn.meta.unbox(_init(policy, key))), out_shardings=select(parameter_shardings(policy, mesh))
+    )
     return init(jax.random.key(seed))
 
 

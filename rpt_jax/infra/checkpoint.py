@@ -34,9 +34,11 @@ class Checkpointer:
       workdir: directory of the run.
       keep: number of checkpoints to keep.
       state: a tree of arrays with the structure, shapes and shardings of the states to save and restore.
+      frozen: arrays that the run needs beside the state and that never change, such as weights below adapters. A checkpoint has
+        only their checksum. None for none.
     """
 
-    def __init__(self, workdir: Path, keep: int, state: Any):
+    def __init__(self, workdir: Path, keep: int, state: Any, frozen: Any = None):
         self._directory = (workdir / CHECKPOINTS).resolve()
         self._damaged = (workdir / DAMAGED).resolve()
         options = ocp.CheckpointManagerOptions(
@@ -45,6 +47,7 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=("state", "run"))
         self._abstract = _abstract(state)
         fingerprint_arrays(state)  # Compile this now: after a stop signal there is little time.
+        self._frozen = {} if frozen is None else {"frozen": fingerprint_arrays(frozen)}
         self._staged: tuple[int, Any, dict[str, Any]] | None = None
         self._signals = StopSignals()
         self._write_first: Callable[[], None] = lambda: None
@@ -84,7 +87,7 @@ class Checkpointer:
             step, state, run = self._get_staged()
             self._write_first()
             self.check_writes()
-            checksums = {"state": fingerprint_arrays(state), "run": digest(run)}
+            checksums = {"state": fingerprint_arrays(state), "run": digest(run)} | self._frozen
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 run=ocp.args.JsonSave({**format_stamp(), "run": run, "checksums": checksums}),
@@ -114,7 +117,8 @@ class Checkpointer:
         Newer checkpoints that are damaged are moved to `workdir/damaged`, with a warning.
 
         Raises:
-          UserError: no checkpoint is intact (nothing is moved then), or one was written in another format.
+          UserError: no checkpoint is intact (nothing is moved then), one was written in another format, or the frozen arrays are
+            others than those of the newest.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -140,6 +144,7 @@ class Checkpointer:
             check_format(saved, self._directory / str(step))
             run = saved["run"]
             checksums = dict(saved["checksums"])
+            self._check_frozen(checksums, self._directory / str(step))
             state = self._read_item(step, "state", ocp.args.StandardRestore(self._abstract))
         except UserError:
             raise
@@ -148,9 +153,21 @@ class Checkpointer:
         # Each process reads its own shards. If one of them cannot, the others must not wait for it in `fingerprint_arrays`.
         if in_any_process(bool(reason)):
             return None, {}, reason or "another process cannot read its part"
-        found = {"state": fingerprint_arrays(state), "run": digest(run)}
+        found = {"state": fingerprint_arrays(state), "run": digest(run)} | self._frozen
         altered = [item for item, checksum in checksums.items() if found.get(item) != checksum]
         return state, run, f"the checksum of its {' and '.join(altered)} does not match" if altered else ""
+
+    def _check_frozen(self, checksums: dict[str, str], checkpoint: Path) -> None:
+        """Raise UserError if the frozen weights are others than those that the adapters in a checkpoint belong to."""
+        expected = checksums.get("frozen", "")
+        found = self._frozen.get("frozen", "")
+        if found != expected:
+            raise UserError(
+                f"the adapters in {checkpoint} belong to other weights than those of policy.path, stored as policy.dtype says "
+                f"(checksum {expected[:12] or 'none'}… there, {found[:12] or 'none'}… now): give the policy that the run started "
+                "from, or choose another --workdir.",
+                field="policy.path",
+            )
 
     def _read_item(self, step: int, name: str, args: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]

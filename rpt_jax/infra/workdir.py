@@ -258,7 +258,8 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
     """Compare the config with that of the run in `workdir`, and write it if the run goes on. Raises: UserError."""
     # Refuse what the run cannot continue with.
     ours = _values(experiment)
-    theirs = read_run_config(workdir)
+    # A field that the run does not know has been added since; until then, its default was what the run did.
+    theirs = _values(Experiment()) | read_run_config(workdir)
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     refused = [name for name in differing if not force and not _may_change(name)]
     if refused:

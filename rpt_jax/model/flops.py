@@ -3,7 +3,8 @@
 A matrix product takes 2 FLOPs per parameter and token, and attention 4·C FLOPs per query head and pair of a query and a key that
 it attends to: 2·C for the score and 2·C for the weighted value. Masked pairs, norms, softmax and the embedding lookup do not
 count, and neither does anything that rematerialization computes again: these are model FLOPs (PaLM, 2204.02311, appendix B). A
-backward pass takes twice the FLOPs of its forward pass.
+backward pass takes twice the FLOPs of its forward pass; where matrices are frozen, their products take the same FLOPs again. The
+products of low-rank adapters do not count.
 
 The functions accept Python numbers and arrays of JAX.
 """
@@ -29,6 +30,18 @@ def forward_flops(config: ModelConfig, *, tokens: Count, pairs: Count, head_toke
     head = config.vocab * config.width
     matmul = 2.0 * (config.matmul_parameters - head) * tokens + 2.0 * head * head_tokens
     return matmul + attention_flops(config, pairs)
+
+
+def training_flops(config: ModelConfig, *, tokens: Count, pairs: Count, head_tokens: Count, frozen: bool) -> Any:
+    """Return the FLOPs of a forward and a backward pass.
+
+    Args:
+      config, tokens, pairs, head_tokens: as those of `forward_flops`.
+      frozen: whether the matrices are frozen, so that they have no gradients.
+    """
+    forward = forward_flops(config, tokens=tokens, pairs=pairs, head_tokens=head_tokens)
+    attention = attention_flops(config, pairs)
+    return (2 if frozen else 3) * (forward - attention) + 3 * attention
 
 
 def cache_flops(config: ModelConfig, *, tokens: Count, pairs: Count) -> Any:

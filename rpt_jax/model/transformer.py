@@ -37,6 +37,7 @@ from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
 from rpt_jax.model.attention.dispatch import AttentionFn, Context, KeyValues, attend
 from rpt_jax.model.attention.key_ranges import KeyRanges
 from rpt_jax.model.attention.packed import attend_packed
+from rpt_jax.model.lora import Lora
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Scaling, rope_frequencies
 
@@ -168,19 +169,41 @@ class Layer(nn.Module):
       config: architecture.
       dtype: dtype of activations and of the matrices in products; parameters are stored in float32.
       attention: name of the attention implementation, as `choose_attention` returns it.
+      lora: adapters of the matrices, which are then frozen and stored in `dtype`; None for none.
     """
 
     config: ModelConfig
     dtype: Any
     attention: str
+    lora: Lora | None = None
 
-    def _weight(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, fan_in: int) -> jax.Array:
-        """Return a matrix parameter in `dtype`, initialized with variance 1 / `fan_in` and gathered over the fsdp axis."""
-        init = _partitioned(nn.initializers.normal(fan_in**-0.5), axes)
+    def _project(self, x: jax.Array, name: str, dims: tuple[int, ...], axes: LogicalAxes, inputs: int = 1) -> jax.Array:
+        """Contract the last `inputs` axes of `x` with the first ones of matrix `name`, and add the product of its adapters.
+
+        Args:
+          x: activations in `dtype`.
+          name: of the parameter.
+          dims: its dimensions, the input axes first.
+          axes: their logical names.
+          inputs: number of input axes.
+        """
+        init = nn.initializers.normal(math.prod(dims[:inputs]) ** -0.5)
+        y = project(x, self._matrix(name, dims, axes, init, self.dtype if self.lora else jnp.float32), inputs)
+        if self.lora is None or name not in self.lora.targets:
+            return y
+        rank = self.lora.rank
+        a = self._matrix(f"{name}_lora_a", (*dims[:inputs], rank), (*axes[:inputs], None), init, jnp.float32)
+        b_dims = (rank, *dims[inputs:])
+        b = self._matrix(f"{name}_lora_b", b_dims, (None, *axes[inputs:]), nn.initializers.zeros, jnp.float32)
+        return y + project(self.lora.scale * project(x, a, inputs), b)
+
+    def _matrix(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, init: Any, stored: Any) -> jax.Array:
+        """Return a matrix parameter, stored in dtype `stored`, in `dtype` and gathered over the fsdp axis."""
         # All-gather over "width" (FSDP) and reduce-scatter the gradient. Without the constraint, XLA shards the width of the
         # activations instead and sums partial products, which takes twice as long on 256 chips.
         gathered = tuple(None if axis == "width" else axis for axis in axes)
-        return constrain_with_gradient(self.param(name, init, dims, jnp.float32).astype(self.dtype), gathered, axes)
+        param = self.param(name, _partitioned(init, axes), dims, stored)
+        return constrain_with_gradient(param.astype(self.dtype), gathered, axes)
 
     def _constant(self, name: str, dims: tuple[int, ...], axes: LogicalAxes, value: float) -> jax.Array:
         """Return a float32 parameter, initialized with a constant."""
@@ -246,15 +269,12 @@ class Layer(nn.Module):
         heads_per_kv = config.heads // kv_heads
 
         # Project, and move the heads before the tokens: q [N, K, G, R, Q, C], k and v [N, K, G, Q, C].
-        wq = self._weight("q", (width, kv_heads, heads_per_kv, head_size), ("width", "kv_heads", None, None), width)
-        wk = self._weight("k", (width, kv_heads, head_size), ("width", "kv_heads", None), width)
-        wv = self._weight("v", (width, kv_heads, head_size), ("width", "kv_heads", None), width)
-        wo = self._weight(
-            "o", (kv_heads, heads_per_kv, head_size, width), ("kv_heads", None, None, "width"), config.heads * head_size
-        )
-        q = project(x_NxGxQxD, wq).transpose(0, 3, 1, 4, 2, 5)
-        k = project(x_NxGxQxD, wk).transpose(0, 3, 1, 2, 4)
-        v = project(x_NxGxQxD, wv).transpose(0, 3, 1, 2, 4)
+        q_dims = (width, kv_heads, heads_per_kv, head_size)
+        kv_dims = (width, kv_heads, head_size)
+        kv_axes = ("width", "kv_heads", None)
+        q = self._project(x_NxGxQxD, "q", q_dims, (*kv_axes, None)).transpose(0, 3, 1, 4, 2, 5)
+        k = self._project(x_NxGxQxD, "k", kv_dims, kv_axes).transpose(0, 3, 1, 2, 4)
+        v = self._project(x_NxGxQxD, "v", kv_dims, kv_axes).transpose(0, 3, 1, 2, 4)
         if config.qkv_bias:
             dims = (1, kv_heads, 1, 1, head_size)
             axes = (None, "kv_heads", None, None, None)
@@ -284,18 +304,19 @@ class Layer(nn.Module):
                 for kv, (begin, end) in zip((*kvs, new), ranges, strict=True)
             ]
             out_NxKxGxRxQxC = attend(q, contexts, self.attention)
-        return project(out_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5), wo, axes=3), new
+        out_NxGxQxKxRxC = out_NxKxGxRxQxC.transpose(0, 2, 4, 1, 3, 5)
+        return self._project(
+            out_NxGxQxKxRxC, "o", (*q_dims[1:], width), ("kv_heads", None, None, "width"), inputs=3
+        ), new
 
     def _ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
         """Compute SwiGLU (Shazeer, arXiv 2002.05202) on the normalized residual stream."""
         config = self.config
-        w_gate = self._weight("gate", (config.width, config.ffn), ("width", "ffn"), config.width)
-        gate = project(x_NxGxQxD, w_gate)
-        w_up = self._weight("up", (config.width, config.ffn), ("width", "ffn"), config.width)
-        up = project(x_NxGxQxD, w_up)
-        w_down = self._weight("down", (config.ffn, config.width), ("ffn", "width"), config.ffn)
+        dims = (config.width, config.ffn)
+        gate = self._project(x_NxGxQxD, "gate", dims, ("width", "ffn"))
+        up = self._project(x_NxGxQxD, "up", dims, ("width", "ffn"))
         hidden_NxGxQxF = with_logical_constraint(nn.silu(gate) * up, ("prompt", None, None, "ffn"))
-        return project(hidden_NxGxQxF, w_down)
+        return self._project(hidden_NxGxQxF, "down", dims[::-1], ("ffn", "width"))
 
 
 class Transformer(nn.Module):
@@ -309,6 +330,7 @@ class Transformer(nn.Module):
       absent_ids: ids of the vocabulary without a token, most of them padding; the head gives them no probability.
       precision: of products of float32 numbers in the layers, where `dtype` is float32 (model/precision.py).
       head_precision: of the head's products.
+      lora: adapters, beside which all other parameters are frozen and stored as `in_compute_dtype` returns them; None for none.
     """
 
     config: ModelConfig
@@ -318,6 +340,13 @@ class Transformer(nn.Module):
     absent_ids: tuple[int, ...] = ()
     precision: str = "tensorfloat32"
     head_precision: str = "tensorfloat32"
+    lora: Lora | None = None
+
+    @property
+    def table_dtype(self) -> Any:
+        """Dtype of the embedding and the head for decoding: that of the head's products, if the layers have it too."""
+        is_bfloat16 = self.head_precision == jnp.dtype(self.dtype).name == "bfloat16"
+        return jnp.bfloat16 if is_bfloat16 else jnp.float32
 
     @nn.compact
     def __call__(
@@ -347,10 +376,11 @@ class Transformer(nn.Module):
 
         # Embed the tokens.
         init = _partitioned(nn.initializers.normal(config.width**-0.5), ("vocab", "width"))
-        embedding_VxD = self.param("embedding", init, (config.vocab, config.width), jnp.float32)
+        stored = self.table_dtype if self.lora else jnp.float32
+        embedding_VxD = self.param("embedding", init, (config.vocab, config.width), stored)
         if not config.tied:
             # Only created here; `head` reads it.
-            self.param("head", init, (config.vocab, config.width), jnp.float32)
+            self.param("head", init, (config.vocab, config.width), stored)
         x_NxGxQxD = embed({"embedding": embedding_VxD}, tokens_NxGxQ, self.dtype)
         rotary = rotary_angles(positions_NxGxQ, config.head_size, config.rope_base, config.rope_scaling)
 
@@ -366,7 +396,7 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] (the stub omits tuples)
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config=config, dtype=self.dtype, attention=self.attention, name="layers")
+        )(config=config, dtype=self.dtype, attention=self.attention, lora=self.lora, name="layers")
 
         # The ranges of keys are the same in every layer; keys and values are scanned with the layers.
         kvs = tuple(context.kv for context in contexts)
@@ -403,9 +433,11 @@ def embed(params: Params, tokens_NxGxQ: jax.Array, dtype: Any) -> jax.Array:
 
 def in_compute_dtype(policy: Transformer, params: Params) -> Params:
     """Return parameters for decoding: matrices that each step would round to `policy.dtype` are rounded once for all steps."""
-    layers = {k: x.astype(policy.dtype) if k in _MATRICES else x for k, x in params["layers"].items()}
-    rounded = ("embedding", "head") if policy.head_precision == jnp.dtype(policy.dtype).name == "bfloat16" else ()
-    tables = {name: params[name].astype(policy.dtype) for name in rounded if name in params}
+    layers = {
+        name: x.astype(policy.dtype) if name.partition("_lora_")[0] in _MATRICES else x
+        for name, x in params["layers"].items()
+    }
+    tables = {name: params[name].astype(policy.table_dtype) for name in ("embedding", "head") if name in params}
     return params | {"layers": layers} | tables
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.distributed.sharding import shard_map_batch
-from rpt_jax.model.flops import causal_pairs, forward_flops
+from rpt_jax.model.flops import causal_pairs, forward_flops, training_flops
+from rpt_jax.model.lora import join_adapters
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits
 from rpt_jax.objective.logprobs import TokenScores, token_logprobs, token_scores
@@ -75,6 +76,7 @@ def policy_gradient(
     batch: UpdateBatch,
     old_logprobs_PxGxT: jax.Array | None,
     reference: Params | None = None,
+    frozen: Params | None = None,
 ) -> tuple[Params, dict[str, jax.Array]]:
     """Return the gradient of the loss over the counted groups, and its metrics.
 
@@ -88,6 +90,7 @@ def policy_gradient(
       batch: the groups.
       old_logprobs_PxGxT: float32 log-probabilities before the first minibatch; None if the update is exactly on-policy.
       reference: parameters of the KL term's reference policy; None without a KL term.
+      frozen: parameters of the policy that are not differentiated by; None if all are.
     """
     size = batch.tokens_PxGxT.shape[-1]
     # Pack only the groups that contribute to the numerator.
@@ -97,7 +100,7 @@ def policy_gradient(
     groups = _pack(batch, used_P, limits)
 
     def numerator(params: Params, part: RowBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = loss_sums(policy, objective, limits, params, part, reference)
+        sums = loss_sums(policy, objective, limits, join_adapters(frozen, params), part, reference)
         return sums["loss"], sums
 
     def accumulate(index: jax.Array, carry: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
@@ -144,7 +147,7 @@ def loss_sums(
 
     Args:
       policy, objective, limits: static.
-      params: parameters to differentiate by.
+      params: all parameters of the policy.
       part: the rows.
       reference: parameters of the KL term's reference policy; None without a KL term.
 
@@ -156,7 +159,7 @@ def loss_sums(
     mask = part.mask_NxJxT
     size = mask.shape[-1]
     logprobs, entropies = row_scores(policy, limits, params, part.rows, size, entropies=objective.entropy_weight > 0)
-    flops = 3 * row_flops(policy, part.rows)
+    flops = row_flops(policy, part.rows, trains=True)
     current = jax.lax.stop_gradient(logprobs)
     old = current if part.old_logprobs_NxJxT is None else part.old_logprobs_NxJxT
 
@@ -233,23 +236,35 @@ def row_scores(
     return jax.tree.map(lambda x_NxW: rows.split(x_NxW, size), results)
 
 
-def row_flops(policy: Transformer, rows: Rows) -> jax.Array:
-    """Return the FLOPs of a forward pass over packed rows, float32; only response tokens reach the head."""
+def row_flops(policy: Transformer, rows: Rows, *, trains: bool = False) -> jax.Array:
+    """Return the FLOPs of a forward pass over packed rows, float32, and of the backward pass if `trains`.
+
+    Only response tokens reach the head.
+    """
     used = rows.used.astype(jnp.float32)
     # A token attends to as many earlier tokens as its position says, wherever they are in the row, and to itself.
     pairs = rows.positions_NxW.astype(jnp.float32).sum() + used
-    return forward_flops(policy.config, tokens=used, pairs=pairs, head_tokens=rows.filled_N.sum().astype(jnp.float32))
+    head_tokens = rows.filled_N.sum().astype(jnp.float32)
+    if not trains:
+        return forward_flops(policy.config, tokens=used, pairs=pairs, head_tokens=head_tokens)
+    frozen = policy.lora is not None
+    return training_flops(policy.config, tokens=used, pairs=pairs, head_tokens=head_tokens, frozen=frozen)
 
 
 @jax.named_scope("document_gradient")
 def document_gradient(
-    policy: Transformer, limits: UpdateLimits, params: Params, documents: NextTokenBatch
+    policy: Transformer,
+    limits: UpdateLimits,
+    params: Params,
+    documents: NextTokenBatch,
+    frozen: Params | None = None,
 ) -> tuple[Params, jax.Array, jax.Array]:
     """Return the gradient and value of the mean next-token cross-entropy of documents (paper, Equation 1), and the FLOPs."""
     count, size = documents.inputs_NxS.shape
     microbatch = fitting_divisor(count, maximum=limits.rows * limits.microbatch_tokens // size, multiple=limits.rows)
 
     def cross_entropy(params: Params, part: NextTokenBatch) -> jax.Array:
+        params = join_adapters(frozen, params)
         lengths_N = jnp.full(microbatch, size, jnp.int32)
         hidden_NxSxD, _, _ = prefill(policy, params, part.inputs_NxS, lengths_N)
         logprobs_M = token_logprobs(
@@ -270,7 +285,13 @@ def document_gradient(
     loss, grads = jax.lax.fori_loop(0, count // microbatch, accumulate, zeros)
     lengths_N = documents.mask_NxS.sum(axis=1).astype(jnp.float32)
     tokens = lengths_N.sum()
-    flops = 3 * forward_flops(policy.config, tokens=tokens, pairs=causal_pairs(lengths_N).sum(), head_tokens=tokens)
+    flops = training_flops(
+        policy.config,
+        tokens=tokens,
+        pairs=causal_pairs(lengths_N).sum(),
+        head_tokens=tokens,
+        frozen=policy.lora is not None,
+    )
     tokens = jnp.maximum(tokens, 1)
     return jax.tree.map(lambda g: g / tokens, grads), loss / tokens, flops
 

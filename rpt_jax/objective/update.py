@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from rpt_jax.config import ObjectiveConfig
+from rpt_jax.model.lora import join_adapters
 from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
@@ -24,14 +25,19 @@ class TrainState(NamedTuple):
     """What an optimizer step changes.
 
     Attributes:
-      params: float32 parameters of the policy.
+      params: float32 parameters that are trained: all of the policy, or its adapters (model/lora.py).
       optimizer: state of the optimizer.
-      average: moving average of the parameters, the baseline of the reward "info_gain"; None for other rewards.
+      average: moving average of `params`, the baseline of the reward "info_gain"; None for other rewards.
     """
 
     params: Params
     optimizer: optax.OptState
     average: Params | None = None
+
+    def with_frozen(self, frozen: Params | None) -> TrainState:
+        """Return the state with all parameters of the policy, and of the average, in place of those that are trained."""
+        average = None if self.average is None else join_adapters(frozen, self.average)
+        return self._replace(params=join_adapters(frozen, self.params), average=average)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "optimizer", "objective", "limits"), donate_argnames=("state",))
@@ -45,6 +51,7 @@ def update_policy(
     state: TrainState,
     batch: UpdateBatch,
     reference: Params | None = None,
+    frozen: Params | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take `limits.minibatches` optimizer steps on `batch`, each on its own part of the groups.
 
@@ -58,6 +65,7 @@ def update_policy(
       state: donated.
       batch: the groups to learn from.
       reference: parameters of the KL term's reference policy; None without a KL term.
+      frozen: parameters of the policy that are not trained; None if all are.
 
     Returns: the new state, and metrics by their names in metrics.jsonl.
     """
@@ -65,10 +73,12 @@ def update_policy(
 
     def step(state: TrainState, inputs: tuple[UpdateBatch, jax.Array | None]) -> tuple[TrainState, dict[str, Any]]:
         part, old_logprobs_PxGxT = inputs
-        grads, metrics = policy_gradient(policy, objective, limits, state.params, part, old_logprobs_PxGxT, reference)
+        grads, metrics = policy_gradient(
+            policy, objective, limits, state.params, part, old_logprobs_PxGxT, reference, frozen
+        )
         if objective.document_weight:
             assert part.documents is not None
-            document_grads, loss, flops = document_gradient(policy, limits, state.params, part.documents)
+            document_grads, loss, flops = document_gradient(policy, limits, state.params, part.documents, frozen)
             grads = jax.tree.map(lambda g, d: g + objective.document_weight * d, grads, document_grads)
             metrics |= {"loss/document": loss, "update/skipped": jnp.float32(0)}
             metrics["update/flops"] += flops
@@ -85,7 +95,8 @@ def update_policy(
         state, metrics = step(state, (batch, None))
     else:
         minibatches = split_minibatches(batch, limits.minibatches)
-        old, old_flops = jax.lax.map(lambda part: response_logprobs(policy, limits, state.params, part), minibatches)
+        params = join_adapters(frozen, state.params)
+        old, old_flops = jax.lax.map(lambda part: response_logprobs(policy, limits, params, part), minibatches)
         state, per_step = jax.lax.scan(step, state, (minibatches, old))
         metrics = _over_steps(per_step)
         metrics["update/flops"] += old_flops.sum()

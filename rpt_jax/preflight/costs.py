@@ -90,7 +90,9 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     # The update: as `describe` counts it, with what is recomputed and what is repeated.
     update = (rpt.flops.update + rpt.flops.documents) / chips
     if experiment.policy.remat == "full":
-        update *= 4 / 3  # Forward, recomputed forward and backward instead of forward and backward.
+        # Forward, recomputed forward and backward instead of forward and backward. The last is two forward passes, or one if the
+        # weights are frozen.
+        update *= 3 / 2 if step.policy.lora else 4 / 3
     tokens = experiment.training.prompts_per_step * rpt.tokens.shared_tokens_per_prompt
     row = row_size(experiment.training.microbatch_tokens, step.mesh.devices.flat[0].platform)
     update *= max(1.0, update_rows(experiment) * row / tokens)

@@ -24,6 +24,7 @@ from rpt_jax.distributed.sharding import (
     parameter_shardings,
 )
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.model.lora import lora_of, split_adapters
 from rpt_jax.model.transformer import Transformer, in_compute_dtype
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch
 from rpt_jax.objective.update import TrainState, update_policy
@@ -109,7 +110,7 @@ def make_step(experiment: Experiment, mesh: Mesh) -> Step:
         template = "question" if experiment.asks_questions else "plain"
         prompt = dataclasses.replace(experiment.prompt, template=template, chat_template=False)
         experiment = dataclasses.replace(experiment, prompt=prompt)
-    policy = make_policy(experiment.policy, config, tokenizer)
+    policy = make_policy(experiment.policy, config, tokenizer, lora_of(experiment))
     params = abstract_parameters(policy, mesh)
     score = () if experiment.asks_questions else (_score_program(experiment, policy, params, mesh),)
     if experiment.task == "score":
@@ -160,10 +161,18 @@ def _rl_programs(
 
     # Abstract arrays of the run.
     optimizer = make_optimizer(experiment.optimizer, training.total_steps * training.minibatches_per_step)
-    average = params if REWARDS[objective.reward].requirements.average else None
-    state = TrainState(params=params, optimizer=abstract_optimizer(optimizer, params, mesh), average=average)
+    frozen, trained = split_adapters(params)
+    average = trained if REWARDS[objective.reward].requirements.average else None
+    state = TrainState(params=trained, optimizer=abstract_optimizer(optimizer, trained, mesh), average=average)
     reshard = make_reshard_fn(policy, mesh, lambda p: in_compute_dtype(policy, p))
     rollout_params = _resharded_params(policy, params, mesh, reshard) if reshard else params
+    # Parameters that nothing changes are not copied.
+    changed = [
+        (old, new)
+        for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(rollout_params), strict=True)
+        if old != new
+    ]
+    scored = state.with_frozen(frozen)
     sampled = _abstract_rollouts(experiment, mesh)
     vocab: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tokenizer.byte_vocab)
     segments = find_segments(experiment, tokenizer)
@@ -193,37 +202,32 @@ def _rl_programs(
 
     def lower_training_reward() -> jax.stages.Lowered:
         layout = reward_layout(experiment, tokenizer, mesh, builder)
-        return training_reward.lower(policy, objective, layout, params, average, sampled, vocab, _ids())
+        return training_reward.lower(policy, objective, layout, scored.params, scored.average, sampled, vocab, _ids())
 
     def lower_update() -> jax.stages.Lowered:
         reference = params if objective.kl != "none" else None
         limits = update_limits(experiment, num_batch_shards(mesh))
         batch = _update_batch(experiment, sampled)
-        return update_policy.lower(policy, optimizer, objective, limits, state, batch, reference)
+        return update_policy.lower(policy, optimizer, objective, limits, state, batch, reference, frozen)
 
     # The state and the reference parameters live through the whole step. A program's resident bytes are those of all live
     # arrays less those of its arguments.
-    param_bytes = bytes_per_device(params)
     run_bytes = bytes_per_device((state, params))
-    resharded_bytes = bytes_per_device(rollout_params) if reshard else 0
+    resharded_bytes = bytes_per_device([new for _, new in changed])
     programs = []
     if reshard:
-        programs.append(
-            Program(
-                name=ProgramName.RESHARD, lower=lambda: reshard.lower(params), resident_bytes=run_bytes - param_bytes
-            )
-        )
-    programs.append(
-        Program(name=ProgramName.SAMPLE, lower=lower_sample, resident_bytes=run_bytes - (0 if reshard else param_bytes))
-    )
+        resident = run_bytes - bytes_per_device([old for old, _ in changed])
+        programs.append(Program(name=ProgramName.RESHARD, lower=lambda: reshard.lower(params), resident_bytes=resident))
+    resident = run_bytes + resharded_bytes - bytes_per_device(rollout_params)
+    programs.append(Program(name=ProgramName.SAMPLE, lower=lower_sample, resident_bytes=resident))
     if not experiment.asks_questions:  # Verifiers run on the host.
         resident = run_bytes + resharded_bytes
         programs.append(Program(name=ProgramName.REWARD, lower=lower_reward, resident_bytes=resident))
     if not is_prefix_match(objective):
-        resident = run_bytes + resharded_bytes - bytes_per_device((params, average))
+        resident = run_bytes + resharded_bytes - bytes_per_device((scored.params, scored.average))
         programs.append(Program(name=ProgramName.TRAINING_REWARD, lower=lower_training_reward, resident_bytes=resident))
-    reference_bytes = param_bytes if objective.kl != "none" else 0
-    resident = run_bytes - bytes_per_device(state) - reference_bytes + bytes_per_device(sampled)
+    reference_bytes = bytes_per_device(params) if objective.kl != "none" else 0
+    resident = run_bytes - bytes_per_device((state, frozen)) - reference_bytes + bytes_per_device(sampled)
     programs.append(Program(name=ProgramName.UPDATE, lower=lower_update, resident_bytes=resident))
     return programs
 

@@ -57,7 +57,7 @@ def decode_token(
     """
     config = policy.config
     rotary = rotary_angles(positions_M[:, None, None], config.head_size, config.rope_base, config.rope_scaling)
-    layer = Layer(config=config, dtype=policy.dtype, attention=policy.attention)
+    layer = Layer(config=config, dtype=policy.dtype, attention=policy.attention, lora=policy.lora)
 
     def run(x_Mx1x1xD: jax.Array, weights_and_index: tuple[Any, jax.Array | int]) -> tuple[jax.Array, KeyValues]:
         weights, index = weights_and_index

@@ -96,7 +96,7 @@ def _keys_and_values(
     config = policy.config
     positions = jnp.broadcast_to(first + jnp.arange(tokens_NxGxQ.shape[-1]), tokens_NxGxQ.shape)
     rotary = rotary_angles(positions, config.head_size, config.rope_base, config.rope_scaling)
-    layer = Layer(config=config, dtype=policy.dtype, attention=policy.attention)
+    layer = Layer(config=config, dtype=policy.dtype, attention=policy.attention, lora=policy.lora)
     ranges = (*((context.begin_NxGxQ, context.end_NxGxQ) for context in contexts), (None, None))
 
     def run(x_NxGxQxD: jax.Array, index: jax.Array | int) -> tuple[jax.Array, KeyValues]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from rpt_jax.config import Experiment
+from rpt_jax.model.lora import lora_of
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import RolloutMemory, cache_bytes, rollout_memory
@@ -32,10 +33,12 @@ class StateBytes(_Parts):
     """Bytes per device of the training state.
 
     Attributes:
-      parameters_and_reference: the parameters and those that the run started from.
-      moving_average: the moving average of the parameters, 0 if the reward does not need it.
+      frozen: the parameters that are not trained, 0 if all are.
+      parameters_and_reference: the parameters that are trained, and their values that the run started from.
+      moving_average: the moving average of the former, 0 if the reward does not need it.
     """
 
+    frozen: int
     parameters_and_reference: int
     adam_moments: int
     moving_average: int
@@ -116,8 +119,14 @@ class RptMemory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainMemory(_Parts):
-    """Bytes per device of task "pretrain": lower bounds, to which XLA adds its temporaries."""
+    """Bytes per device of task "pretrain": lower bounds, to which XLA adds its temporaries.
 
+    Attributes:
+      frozen: the parameters that are not trained, 0 if all are.
+      parameters: the parameters that are trained.
+    """
+
+    frozen: int
     parameters: int
     adam_moments: int
     gradients: int
@@ -186,11 +195,23 @@ def rollout_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) 
     )
 
 
+def trained_parameters(experiment: Experiment, config: ModelConfig) -> int:
+    """Return the number of parameters that are trained: all, or those of the adapters."""
+    lora = lora_of(experiment)
+    return lora.parameters(config) if lora else config.parameters
+
+
+def frozen_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> int:
+    """Return the bytes per device of the parameters that are not trained, which are stored as decoding needs them."""
+    return _decoding_bytes(experiment, config) // mesh.weight_shards if lora_of(experiment) else 0
+
+
 def rpt_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> RptMemory:
     """Return the memory of task "rpt", whose memory fields are planned or set."""
-    parameters = FLOAT32_BYTES * config.parameters // mesh.weight_shards
+    parameters = FLOAT32_BYTES * trained_parameters(experiment, config) // mesh.weight_shards
     needs_average = REWARDS[experiment.objective.reward].requirements.average
     state = StateBytes(
+        frozen=frozen_bytes(experiment, config, mesh),
         parameters_and_reference=2 * parameters,
         adam_moments=2 * parameters,
         moving_average=parameters if needs_average else 0,
@@ -199,8 +220,8 @@ def rpt_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> 
     row = PrefixTree(prefix=training.microbatch_tokens, branches=0, branch=0)
     update = UpdateBytes(
         gradients=2 * parameters,
-        # The reference parameters never change, so the copy does not hold them.
-        state_before_step=state.total - parameters if training.minibatches_per_step > 1 else 0,
+        # The frozen and the reference parameters never change, so the copy does not hold them.
+        state_before_step=state.total - state.frozen - parameters if training.minibatches_per_step > 1 else 0,
         backward=backward_bytes(experiment, config, mesh, row, count=1),
     )
     return RptMemory(state=state, sampling=_sampling_bytes(experiment, config, mesh), update=update)
@@ -224,16 +245,30 @@ def _sampling_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
 
 
 def _resharded_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> int:
-    """Return the bytes per device of the decoding copy of the parameters: gathered over fsdp, matrices in policy.dtype."""
-    policy = experiment.policy
-    dtype = jnp.dtype(policy.dtype)
-    if mesh.fsdp == 1 and mesh.tensor == mesh.rollout_tensor and dtype == jnp.float32:
+    """Return the bytes per device of the parameters that are copied for decoding: gathered over fsdp, or rounded."""
+    lora = lora_of(experiment)
+    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+    adapters = lora.parameters(config) * itemsize if lora else 0
+    if mesh.fsdp > 1 or mesh.tensor != mesh.rollout_tensor:
+        return (_decoding_bytes(experiment, config) + adapters) // mesh.rollout_tensor
+    if experiment.policy.dtype == "float32":
         return 0
+    return (adapters if lora else _rounded_parameters(experiment, config) * itemsize) // mesh.rollout_tensor
+
+
+def _decoding_bytes(experiment: Experiment, config: ModelConfig) -> int:
+    """Return the bytes of all parameters but adapters for decoding: matrices in policy.dtype, the rest in float32."""
+    rounded = _rounded_parameters(experiment, config)
+    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+    return rounded * itemsize + (config.parameters - rounded) * FLOAT32_BYTES
+
+
+def _rounded_parameters(experiment: Experiment, config: ModelConfig) -> int:
+    """Return the number of parameters that decoding needs in policy.dtype, see `model.transformer.in_compute_dtype`."""
+    policy = experiment.policy
+    tables = config.vocab * config.width * (1 if config.tied else 2)
     matrices = config.matmul_parameters - config.vocab * config.width
-    if policy.head_precision == policy.dtype == "bfloat16":
-        matrices += config.vocab * config.width * (1 if config.tied else 2)
-    size = matrices * dtype.itemsize + (config.parameters - matrices) * FLOAT32_BYTES
-    return size // mesh.rollout_tensor
+    return matrices + tables if policy.head_precision == policy.dtype == "bfloat16" else matrices
 
 
 def _forms_all_scores(experiment: Experiment) -> bool:
@@ -287,9 +322,10 @@ def pretrain_tree(experiment: Experiment) -> PrefixTree:
 
 def pretrain_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> PretrainMemory:
     """Return the memory of task "pretrain", whose memory fields are planned or set."""
-    parameters = FLOAT32_BYTES * config.parameters // mesh.weight_shards
+    parameters = FLOAT32_BYTES * trained_parameters(experiment, config) // mesh.weight_shards
     documents = mesh.max_per_batch_shard(experiment.pretrain.windows_per_step)
     return PretrainMemory(
+        frozen=frozen_bytes(experiment, config, mesh),
         parameters=parameters,
         adam_moments=2 * parameters,
         gradients=parameters,

@@ -232,7 +232,12 @@ def _backward_needs(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
 
     def pretraining(base: Experiment, remat: str, row: int) -> float:
         memory = pretrain_memory(with_values(base, remat, row), config, mesh)
-        return memory.parameters + memory.adam_moments + _XLA_FACTOR * (memory.gradients + memory.backward.total)
+        return (
+            memory.frozen
+            + memory.parameters
+            + memory.adam_moments
+            + _XLA_FACTOR * (memory.gradients + memory.backward.total)
+        )
 
     if experiment.task == "pretrain":
         return [lambda remat, row: pretraining(experiment, remat, row)]

@@ -30,7 +30,7 @@ from rpt_jax.rewards.rewarder import RewardedRollouts, Rewarder
 from rpt_jax.rewards.verified import AnswerStatus, BatchVerifier, load_verifiable_questions
 from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampler import Sampler, sampling_numbers
-from rpt_jax.setup import load_starting_policy
+from rpt_jax.setup import load_policy_to_train
 from rpt_jax.sizes.plan import plan_evaluation
 from rpt_jax.tasks.task import Keep
 from rpt_jax.tasks.verification import VerifiedRewarder
@@ -48,7 +48,7 @@ class QuestionTask:
     def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path, context: RunContext):
         """Load the policy and the questions, and start the verifiers. Raises: UserError."""
         del context
-        self.policy, self.params, self.tokenizer = load_starting_policy(experiment.policy, mesh)
+        self.policy, self.params, self.tokenizer = load_policy_to_train(experiment, mesh)
         self._builder = builder = PromptBuilder(experiment.prompt, self.tokenizer, experiment.prompt_slot)
         questions = load_verifiable_questions(experiment, self.params, self.tokenizer, workdir)
         self._rejected = questions.rejected

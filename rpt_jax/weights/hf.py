@@ -37,7 +37,7 @@ from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors
 _TOP_NAMES = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 # Parameter of a layer -> (tensor on disk, number of leading axes of the parameter that are inputs). Matrices on disk are
 # [outputs, inputs], transposed relative to ours, with the head axes merged. 0 means a vector, which is only reshaped.
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attention_norm": ("input_layernorm.weight", 0),
     "q": ("self_attn.q_proj.weight", 1),
     "k": ("self_attn.k_proj.weight", 1),
@@ -140,15 +140,16 @@ def open_weights(source: str | Path, config: ModelConfig) -> Tensors:
 
 
 def load_policy(
-    source: str | Path, shardings: Any = None, field: str = "policy.path"
+    source: str | Path, abstract: Any = None, field: str = "policy.path"
 ) -> tuple[ModelConfig, Params, str]:
-    """Load architecture, float32 parameters and tokenizer fingerprint ("" if it is not recorded).
+    """Load architecture, parameters and tokenizer fingerprint ("" if it is not recorded).
 
     The host holds one tensor at a time, in the dtype on disk, and each device only its own shards.
 
     Args:
       source: a directory in Hugging Face format, or a GGUF file.
-      shardings: `NamedSharding`s in a tree with the structure of the parameters; None to put them on the default device.
+      abstract: dtypes and shardings (`jax.ShapeDtypeStruct`) in a tree that has the structure of the parameters, and may have
+        more; None for float32 on the default device.
       field: the config field or option that gives the source, for errors.
 
     Raises: UserError that names the file and the tensor that cannot be loaded.
@@ -159,16 +160,20 @@ def load_policy(
     params: Params = {"layers": {}}
     for entry in _tensor_entries(config):
         name = entry.parameter
+        dtype = jnp.dtype(jnp.float32)
+        sharding = None
+        if abstract:
+            expected = abstract[name] if entry.layer is None else abstract["layers"][name]
+            dtype = expected.dtype
+            sharding = expected.sharding
         if entry.layer is None:
-            sharding = shardings and shardings[name]
-            params[name] = jax.block_until_ready(_to_device(tensors.read(entry.name), sharding).astype(jnp.float32))
+            params[name] = jax.block_until_ready(_to_device(tensors.read(entry.name), sharding).astype(dtype))
             continue
 
         # A layer's tensor is written into the parameter that stacks all layers.
-        _, input_axes = _LAYER_NAMES[name]
-        sharding = shardings and shardings["layers"][name]
+        _, input_axes = LAYER_NAMES[name]
         if entry.layer == 0:
-            params["layers"][name] = _zeros((config.layers, *shapes[name]), sharding)
+            params["layers"][name] = _zeros((config.layers, *shapes[name]), dtype, sharding)
         # The tensor is not bound to a variable, which would keep it alive while the next one is read.
         params["layers"][name] = _write_layer(
             params["layers"][name],
@@ -204,7 +209,7 @@ def _sharding_on_disk(sharding: NamedSharding, input_axes: int) -> NamedSharding
 
     Args:
       sharding: of the parameter, with the layer axis.
-      input_axes: as in `_LAYER_NAMES`.
+      input_axes: as in `LAYER_NAMES`.
     """
     axes = sharding.spec[1:]
     groups = (axes[input_axes:], axes[:input_axes]) if input_axes else (axes,)
@@ -213,9 +218,9 @@ def _sharding_on_disk(sharding: NamedSharding, input_axes: int) -> NamedSharding
     return NamedSharding(sharding.mesh, PartitionSpec(*merged))
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "sharding"))
-def _zeros(shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
-    stack = jnp.zeros(shape, jnp.float32)
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
+    stack = jnp.zeros(shape, dtype)
     return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
 
 
@@ -229,7 +234,7 @@ def _write_layer(
     sharding: NamedSharding | None,
 ) -> jax.Array:
     """Write one layer's tensor, as it is on disk, into the parameter with a layer axis."""
-    value = (tensor.T if input_axes else tensor).reshape(shape).astype(jnp.float32)
+    value = (tensor.T if input_axes else tensor).reshape(shape).astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
     return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
 
@@ -307,7 +312,7 @@ def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]]
                 f"parameter {parameter} has shape {array.shape}, expected {expected} for its policy.", field=parameter
             )
         array = to_host(array if layer is None else array[layer])
-        if layer is not None and _LAYER_NAMES[parameter][1]:
+        if layer is not None and LAYER_NAMES[parameter][1]:
             return array.reshape(entry.shape[::-1]).T
         return array.reshape(entry.shape)
 
@@ -330,7 +335,7 @@ def _tensor_entries(config: ModelConfig) -> Iterator[_TensorEntry]:
     for parameter, name in _TOP_NAMES.items():
         if parameter in shapes:
             yield _TensorEntry(name=name, shape=shapes[parameter], parameter=parameter, layer=None)
-    for parameter, (name, input_axes) in _LAYER_NAMES.items():
+    for parameter, (name, input_axes) in LAYER_NAMES.items():
         if parameter not in shapes:
             continue
         inputs = int(np.prod(shapes[parameter][:input_axes]))

@@ -1,8 +1,8 @@
 """Two steps of RL on meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz 1x1x1x1 2x2x2x2`.
 
-The sizes of a mesh are data, fsdp, tensor and rollout_tensor. Meshes of one and of eight devices run two steps, other meshes
-only sample the first rollouts. This is a separate process because the number of devices is fixed when JAX starts. It writes its
-results and checks nothing.
+With `--lora` adapters are trained. The sizes of a mesh are data, fsdp, tensor and rollout_tensor. Meshes of one and of eight
+devices run two steps, other meshes only sample the first rollouts. This is a separate process because the number of devices is
+fixed when JAX starts. It writes its results and checks nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rpt_jax.config import ObjectiveConfig, OptimizerConfig
 from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, make_reshard_fn, shard_prompts
 from rpt_jax.infra.optimizer import make_optimizer
+from rpt_jax.model.lora import Lora, join_adapters, split_adapters
 from rpt_jax.objective.advantage import group_advantages
 from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.update import TrainState, update_policy
@@ -30,6 +31,9 @@ from rpt_jax.rollout.rollouts import Rollouts
 from tests.helpers.policy_reference import SHALLOW, SHAPE
 
 DEVICES = 8
+# A large scale, because B is small after one step.
+LORA = Lora(rank=2, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
+POLICY = SHALLOW.clone(lora=LORA) if "--lora" in sys.argv else SHALLOW
 SPLIT_ROWS = (1, 4, 2, 1)  # On this mesh the update splits the tokens of its rows.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
@@ -64,14 +68,19 @@ def prompts() -> tuple[np.ndarray, ...]:
 def roll(params: Any, sharded: tuple[jax.Array, ...], seed: int) -> Rollouts:
     """Sample with few slots: they are refilled, and the decode loop is compiled for one batch size only."""
     static = {"samples": G, "max_new_tokens": T, "temperature": 0.8, "stop_ids": STOPS, "slots": 6}
-    return generate(SHALLOW, params, *sharded[:3], jax.random.key(seed), **static)
+    return generate(POLICY, params, *sharded[:3], jax.random.key(seed), **static)
 
 
 def step(
-    state: TrainState, layout: Callable[[Any], Any], sharded: tuple[jax.Array, ...], seed: int, rows: int
+    state: TrainState,
+    frozen: Any,
+    layout: Callable[[Any], Any],
+    sharded: tuple[jax.Array, ...],
+    seed: int,
+    rows: int,
 ) -> tuple[TrainState, dict[str, Any]]:
     tokens, lengths, ids, reference, boundaries = sharded
-    rollouts = roll(layout(state.params), sharded, seed)
+    rollouts = roll(layout(join_adapters(frozen, state.params)), sharded, seed)
     ended = rollouts.lengths_PxG, rollouts.stopped_PxG
     reward, status = prefix_match_reward(
         rollouts.tokens_PxGxT, *ended, reference, boundaries, BYTES_VxX, LENGTHS_V, end_think_id=-1
@@ -88,7 +97,7 @@ def step(
         counted_P=counted,
     )
     limits = dataclasses.replace(LIMITS, rows=rows)
-    state, metrics = update_policy(SHALLOW, OPTIMIZER, ObjectiveConfig(), limits, state, batch)
+    state, metrics = update_policy(POLICY, OPTIMIZER, ObjectiveConfig(), limits, state, batch, frozen=frozen)
     # These depend on how groups are packed, which depends on the mesh.
     packing = ("update/filled", "update/trunk_tokens", "update/flops")
     metrics = {name: value for name, value in metrics.items() if name not in packing}
@@ -107,15 +116,16 @@ def run(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """
     mesh = mesh_from_config(sizes)
     with use_mesh(mesh, split_rows=sizes == SPLIT_ROWS):
-        params = init_parameters(SHALLOW, mesh, seed=0)
-        state = TrainState(params, init_optimizer(OPTIMIZER, params, mesh))
+        params = init_parameters(POLICY, mesh, seed=0)
+        frozen, trained = split_adapters(params)
+        state = TrainState(trained, init_optimizer(OPTIMIZER, trained, mesh))
         start, before = jax.device_get(params), jax.tree.map(lambda x: x.sharding, state)
         sharded = shard_prompts(prompts(), mesh)
-        layout = make_reshard_fn(SHALLOW, mesh, lambda params: params) or (lambda params: params)
-        state, first = step(state, layout, sharded, seed=1, rows=num_batch_shards(mesh))
+        layout = make_reshard_fn(POLICY, mesh, lambda params: params) or (lambda params: params)
+        state, first = step(state, frozen, layout, sharded, seed=1, rows=num_batch_shards(mesh))
         moments = jax.device_get(state.optimizer[1][0].mu)
         COMPILED.clear()
-        state, second = step(state, layout, sharded, seed=2, rows=num_batch_shards(mesh))
+        state, second = step(state, frozen, layout, sharded, seed=2, rows=num_batch_shards(mesh))
     moved = jax.tree.map(lambda x, sharding: not x.sharding.is_equivalent_to(sharding, x.ndim), state, before)
 
     def stored(tree: Any) -> Any:
@@ -138,8 +148,8 @@ def run_rollouts(sizes: tuple[int, int, int, int]) -> dict[str, Any]:
     """Return the rollouts of the first step of `run`."""
     mesh = mesh_from_config(sizes)
     with use_mesh(mesh):
-        layout = make_reshard_fn(SHALLOW, mesh, lambda params: params) or (lambda params: params)
-        params = layout(init_parameters(SHALLOW, mesh, seed=0))
+        layout = make_reshard_fn(POLICY, mesh, lambda params: params) or (lambda params: params)
+        params = layout(init_parameters(POLICY, mesh, seed=0))
         return {"first": {"rollouts": roll(params, shard_prompts(prompts(), mesh), seed=1)._asdict()}}
 
 
@@ -151,8 +161,8 @@ def flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:
 def main() -> None:
     assert jax.device_count() == DEVICES
     alone = mesh_from_config((1, 1, 1, 1))
-    results = flat({"start": init_parameters(SHALLOW, alone, seed=1)}, "another seed")
-    for mesh in sys.argv[2:]:
+    results = flat({"start": init_parameters(POLICY, alone, seed=1)}, "another seed")
+    for mesh in (argument for argument in sys.argv[2:] if argument != "--lora"):
         data, fsdp, tensor, rollout_tensor = map(int, mesh.split("x"))
         compute = run if data * fsdp * tensor in (1, DEVICES) else run_rollouts
         results |= flat(compute((data, fsdp, tensor, rollout_tensor)), mesh)

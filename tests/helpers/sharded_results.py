@@ -17,9 +17,9 @@ Results = dict[str, dict[str, np.ndarray]]
 ALONE = "1x1x1x1"
 
 
-def run_on_meshes(out: Path, *meshes: str) -> Results:
+def run_on_meshes(out: Path, *meshes: str, lora: bool = False) -> Results:
     """Return the results on one device, on the given meshes and of another seed, computed by a process with eight devices."""
-    child = [sys.executable, "-m", "tests.helpers.sharded_child", str(out), ALONE, *meshes]
+    child = [sys.executable, "-m", "tests.helpers.sharded_child", str(out), ALONE, *meshes, *["--lora"] * lora]
     done = subprocess.run(
         child, cwd=ROOT, env=with_devices(sharded_child.DEVICES), capture_output=True, text=True, timeout=CHILD_SECONDS
     )
