@@ -1,4 +1,4 @@
-"""Settings of JAX and XLA for NVIDIA GPUs, where the environment does not have them. Importing this module does not import JAX."""
+"""Settings of JAX and XLA for NVIDIA GPUs, where the environment does not have them. This module does not import JAX."""
 
 from __future__ import annotations
 

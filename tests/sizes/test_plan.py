@@ -87,9 +87,14 @@ def test_fields_that_the_config_sets_are_kept():
 
 
 def test_slots_are_those_of_the_compiled_run():
-    """Preflight compiled 336 slots for a v6e (docs/results/preflight.md)."""
+    """Preflight compiled 336 slots for a v6e, with the head that the config had then (docs/results/preflight.md)."""
     mesh = MeshSizes(data=1, fsdp=8, tensor=8, rollout_tensor=4, available=64)
-    planned = plan_memory(load("rpt_14b"), preset("qwen2.5-14b"), mesh, USABLE * CHIPS["v6e"].memory)
+    planned = plan_memory(
+        load("rpt_14b", "policy.head_precision=tensorfloat32"),
+        preset("qwen2.5-14b"),
+        mesh,
+        USABLE * CHIPS["v6e"].memory,
+    )
     assert planned.experiment.rollout.decode_slots == 336
     assert [field.field for field in planned.fields] == ["policy.remat", "rollout.decode_slots"]
 
