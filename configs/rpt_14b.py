@@ -78,7 +78,9 @@ def get_config() -> Any:
 
     # P gives no hardware.
     config.mesh.data = 1  # ours
-    config.mesh.fsdp = -1  # ours: all remaining devices shard parameters and split the batch
+    # ours: all remaining devices shard parameters and split the batch. With more than 64 devices set fsdp to 8 and data to -1,
+    # or an update moves more bytes (docs/results/preflight.md).
+    config.mesh.fsdp = -1
     config.mesh.tensor = 8  # ours: one KV head per device
     config.mesh.rollout_tensor = 4  # ours: the chips of one TPU host, so that collectives of decoding stay inside it
     return config

