@@ -1,4 +1,4 @@
-"""Low-rank adapters: where a policy starts, how it is stored, and the fields of the config. tests/slow/test_lora.py has the rest."""
+"""Low-rank adapters: where a policy starts, how it is stored, and the fields of the config."""
 
 from __future__ import annotations
 
