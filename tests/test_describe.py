@@ -20,7 +20,7 @@ from flax import linen as nn
 from rich.console import Console
 
 from rpt_jax import describe
-from rpt_jax.config import Experiment, MeshConfig, from_config_dict, load_config_file
+from rpt_jax.config import Experiment, LoraConfig, MeshConfig, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.describe import derive, print_description, render
 from rpt_jax.errors import UserError
@@ -138,6 +138,24 @@ def test_14b_memory_by_hand():
     assert memory.update_total == 6 * shard + activations + 4096 * 152_064 * 4 // 8
     assert derived.run.checkpoint_bytes == 12 * 14_770_033_664 * PAPER.checkpoint.keep
     assert derived.peak_bytes_per_device == max(memory.sampling_total, memory.update_total)
+
+
+def test_14b_with_adapters_by_hand():
+    """The frozen matrices are stored in bfloat16, everything else in float32; only adapters have gradients and moments."""
+    with_adapters = replaced(PAPER, "policy", lora=LoraConfig(rank=16, targets="q_proj,down_proj"))
+    derived = derive(with_adapters, 64)
+    adapters = 48 * 16 * (5120 + 5120 + 13_824 + 5120)
+    matrices = 48 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 13_824)
+    state = derived.rpt.memory.state
+    assert derived.policy.trained_parameters == adapters
+    assert state.frozen == (4 * 14_770_033_664 - 2 * matrices) // 64
+    assert state.parameters_and_reference == state.adam_moments == 2 * (4 * adapters // 64)
+    assert derived.rpt.memory.update.gradients == 2 * (4 * adapters // 64)
+    assert derived.run.checkpoint_bytes == 12 * adapters * PAPER.checkpoint.keep
+    # The backward pass has no gradients of matrices, so it takes one forward pass where it takes two otherwise.
+    dense = derive(PAPER, 64).rpt.flops
+    matmul = (dense.update - dense.update_attention) / 3
+    assert derived.rpt.flops.update == pytest.approx(2 * matmul + dense.update_attention)
 
 
 def test_reference_attention_stores_its_scores():

@@ -47,10 +47,14 @@ def field_docs() -> list[FieldDoc]:
     return docs
 
 
-def section_docs() -> dict[str, str]:
-    """Return the docstring of every section, by its name."""
-    types = typing.get_type_hints(Experiment)
-    return {name: inspect.getdoc(t) or "" for name, t in types.items() if dataclasses.is_dataclass(t)}
+def section_docs(schema: type = Experiment, prefix: str = "") -> dict[str, str]:
+    """Return the docstring of every section, and of those in it, by its dotted name."""
+    docs: dict[str, str] = {}
+    for name, section in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(section):
+            docs[f"{prefix}{name}"] = inspect.getdoc(section) or ""
+            docs |= section_docs(typing.cast(type, section), f"{prefix}{name}.")
+    return docs
 
 
 def comments(schema: type) -> dict[str, str]:

@@ -226,6 +226,7 @@ def _rl_programs(
     if not is_prefix_match(objective):
         resident = run_bytes + resharded_bytes - bytes_per_device((scored.params, scored.average))
         programs.append(Program(name=ProgramName.TRAINING_REWARD, lower=lower_training_reward, resident_bytes=resident))
+    # The frozen parameters may be arguments twice, as the policy's and as the reference's, although they exist once.
     reference_bytes = bytes_per_device(params) if objective.kl != "none" else 0
     resident = run_bytes - bytes_per_device((state, frozen)) - reference_bytes + bytes_per_device(sampled)
     programs.append(Program(name=ProgramName.UPDATE, lower=lower_update, resident_bytes=resident))

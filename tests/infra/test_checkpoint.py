@@ -81,6 +81,21 @@ def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     assert restore(tmp_path, make_state(0)) is None
 
 
+def test_a_state_beside_other_frozen_arrays_is_refused(tmp_path):
+    """It belongs to the arrays that it was trained with, which are not in the checkpoint."""
+    frozen = {"q": jnp.arange(3.0)}
+    checkpointer = Checkpointer(tmp_path, 2, make_state(0), frozen)
+    checkpointer.stage(1, make_state(1), RUN)
+    checkpointer.save()
+    checkpointer.close()
+    _, state, _ = Checkpointer(tmp_path, 2, make_state(0), frozen).restore()
+    assert same(state, make_state(1))
+    for other in ({"q": jnp.arange(3.0) + 1e-6}, None):
+        with pytest.raises(UserError) as raised:
+            Checkpointer(tmp_path, 2, make_state(0), other).restore()
+        assert raised.value.field == "policy.path"
+
+
 def test_a_save_copies_the_state_before_it_is_donated(copy):
     """A step that donates the state does not affect the write in the background."""
     checkpointer = Checkpointer(copy, 2, make_state(0))

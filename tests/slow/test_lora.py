@@ -14,11 +14,13 @@ from safetensors.numpy import load_file
 
 from rpt_jax import main
 from rpt_jax.conversion import convert
+from rpt_jax.distributed.mesh import make_mesh
+from rpt_jax.distributed.sharding import init_parameters, make_reshard_fn
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.model.lora import Lora, join_adapters, split_adapters
-from rpt_jax.model.transformer import Params, Transformer, head, prefill
+from rpt_jax.model.transformer import Params, Transformer, head, in_compute_dtype, prefill
 from rpt_jax.weights.adapters import merged_tensors, write_adapters
 from rpt_jax.weights.hf import load_policy, open_weights, save_policy, write_policy
 from rpt_jax.weights.hf_config import to_hf_config
@@ -78,6 +80,24 @@ def test_values_and_gradients_equal_those_of_merged_matrices() -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * scale), ours[1], theirs[1])
 
 
+def test_a_new_policy_is_exactly_its_base() -> None:
+    """Its base is stored in the dtype of decoding, which then copies nothing but the adapters."""
+    policy = ADAPTED.clone(dtype=jnp.dtype("bfloat16"), head_precision="bfloat16")
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    params = init_parameters(policy, mesh, seed=0)
+    frozen, adapters = split_adapters(params)
+    hidden, base_hidden = (
+        prefill(p, x, TOKENS, LENGTHS)[0] for p, x in ((policy, params), (policy.clone(lora=None), frozen))
+    )
+    np.testing.assert_array_equal(hidden, base_hidden)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(adapters))
+    assert frozen["layers"]["q"].dtype == frozen["embedding"].dtype == jnp.bfloat16
+    reshard = make_reshard_fn(policy, mesh, lambda params: in_compute_dtype(policy, params))
+    assert reshard is not None
+    decoding, _ = split_adapters(reshard(params))
+    assert all(x is y for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(decoding), strict=True))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
     return run_on_meshes(tmp_path_factory.mktemp("sharded") / "out.npz", *MESHES, lora=True)
@@ -131,11 +151,10 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path, finished: Path) ->
 
 def test_a_checkpoint_holds_adapters_alone_and_is_exported(tmp_path: Path, finished: Path) -> None:
     """Merged, it is the policy that the run has written; alone, it is what PEFT reads."""
-    _, read = open_parameters(finished, None)
-    assert read(("layers", "q_lora_a")).shape[-1] == 4
-    with pytest.raises(UserError):
-        read(("layers", "q"))
-    convert(finished / "checkpoints" / "3", tmp_path / "merged")
+    checkpoint = finished / "checkpoints" / "3"
+    stored = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    assert stored < (TINY / WEIGHTS_FILE).stat().st_size / 5
+    convert(checkpoint, tmp_path / "merged")
     ours = load_file(tmp_path / "merged" / WEIGHTS_FILE)
     theirs = load_file(finished / "policy" / WEIGHTS_FILE)
     base = load_file(TINY / WEIGHTS_FILE)
@@ -146,9 +165,10 @@ def test_a_checkpoint_holds_adapters_alone_and_is_exported(tmp_path: Path, finis
         changed = not np.array_equal(ours[name], base[name].astype(np.float32))
         assert changed == bool(adapted & set(name.split("."))), name
     convert(finished, tmp_path / "adapters", adapters=True)
-    a = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    adapters = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    _, read = open_parameters(finished, None)
     np.testing.assert_array_equal(
-        a["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"], read(("layers", "v_lora_a"))[1].T
+        adapters["base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"], read(("layers", "v_lora_a"))[1].T
     )
 
 
