@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
+# A TPU's tiles have this many columns. Blocks of other widths are copied into new tiles, pass by pass.
+_LANES = 128
+
 
 def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, max_new_tokens: int) -> jax.Array:
     """Return one uniform number in [0, 1) for every possible token of R = P·G rollouts, float32 [R, T].
@@ -67,6 +70,8 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> tuple[jax.Arra
     """
     rows, vocab = logits_MxV.shape
     width = math.isqrt(vocab - 1) + 1
+    if width > _LANES:
+        width = -(-width // _LANES) * _LANES
     blocks = -(-vocab // width)
     # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective
     # permute, for which XLA's CPU backend waits for all replicas: their loops have different lengths, so this would
