@@ -21,7 +21,7 @@ from tests.helpers.rollouts import STOPS, TEMPERATURE, assert_same, select
 
 LAST = np.float32(1 - 2**-24)  # The largest float32 below 1.
 ROWS = 4096
-VOCABS = [1, 2, 3, 37, 1000]
+VOCABS = [1, 2, 3, 37, 1000, 20_000]
 sample = jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms)[0])
 
 
