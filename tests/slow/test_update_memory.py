@@ -59,5 +59,6 @@ def test_memory_does_not_grow_with_vocabulary_times_tokens(capsys: pytest.Captur
             print(f"\nvocabulary {vocab:,}, rows of {S + G * response:,} tokens: {size / 2**30:.2f} GiB", end="")
     (small, longer), (larger, both) = ([found[v, r] for r in responses] for v in vocabs)
     logits = 4 * (vocabs[1] - vocabs[0]) * G * (responses[1] - responses[0])
-    assert abs(both - larger - longer + small) < 0.01 * logits
+    # It may add less: with the smaller vocabulary the layers need most memory, with the larger one the head does.
+    assert both - larger - longer + small < 0.01 * logits
     assert longer > small and larger > small, "the compiler reports no memory"
