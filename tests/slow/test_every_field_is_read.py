@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,12 @@ QUESTIONS = {
 @pytest.mark.slow
 def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     read: set[str] = set()
-    for section in [None, *(f.name for f in dataclasses.fields(Experiment) if dataclasses.is_dataclass(f.default))]:
-        schema = Experiment if section is None else type(getattr(Experiment(), section))
-        monkeypatch.setattr(schema, "__getattribute__", _recorder(schema, f"{section}." if section else "", read))
+    for prefix, schema in _sections(Experiment):
+        monkeypatch.setattr(schema, "__getattribute__", _recorder(schema, prefix, read))
     (tmp_path / "corpus.txt").write_text((ROOT / "docs" / "concepts" / "reward.md").read_text() * 20)
     files = {"data.source": "path", "data.path": str(tmp_path / "corpus.txt")}
     threshold = {"data.positions": "threshold", "data.entropy_threshold": 0.1, "training.total_steps": 1}
+    threshold |= {"policy.lora.rank": 2}
     pretrain = {"policy.path": "", "data.source_options.documents": 60, "pretrain.windows_per_step": 2}
     _run(tmp_path / "rpt", **REINFORCE)
     _run(tmp_path / "threshold", **SMALL | files | threshold)
@@ -109,6 +110,14 @@ def test_every_field_is_read_by_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path:
     every = {name for name, _ in leaves(from_config_dict({}))}
     unread = {name for name in every - read if not name.startswith(OPTIONS)}
     assert not unread
+
+
+def _sections(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yield a dataclass and those of its sections, each after what comes before the names of its fields."""
+    yield prefix, schema
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(field.default):
+            yield from _sections(type(field.default), f"{prefix}{field.name}.")
 
 
 def _recorder(schema: type, prefix: str, read: set[str]):
