@@ -126,8 +126,8 @@ def test_14b_memory_by_hand():
     assert memory.state.parameters_and_reference == 2 * shard
     assert memory.state.adam_moments == 2 * shard
     assert memory.update.gradients == 2 * shard
-    # The copy for decoding is split over 4 devices: the layers' matrices in bfloat16, the rest in float32.
-    matrices = 48 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 13_824)
+    # The copy for decoding is split over 4 devices: matrices, embedding and head in bfloat16, the rest in float32.
+    matrices = 48 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 13_824) + 2 * 152_064 * 5120
     copy = 16 * shard - 2 * matrices // 4
     assert memory.sampling.resharded_parameters == copy
     assert memory.sampling_total == 4 * shard + copy + 51 * GIB
@@ -145,7 +145,7 @@ def test_14b_with_adapters_by_hand():
     with_adapters = replaced(PAPER, "policy", lora=LoraConfig(rank=16, targets="q_proj,down_proj"))
     derived = derive(with_adapters, 64)
     adapters = 48 * 16 * (5120 + 5120 + 13_824 + 5120)
-    matrices = 48 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 13_824)
+    matrices = 48 * 5120 * (2 * 5120 + 2 * 1024 + 3 * 13_824) + 2 * 152_064 * 5120
     state = derived.rpt.memory.state
     assert derived.policy.trained_parameters == adapters
     assert state.frozen == (4 * 14_770_033_664 - 2 * matrices) // 64
@@ -402,8 +402,8 @@ def test_the_description_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):
     }
     assert lines.keys() > {row.quantity for row in render(derive(PAPER, 64))}
     # The memory of this machine does not hold all rollouts of 14B parameters, so they are not assumed to be live.
-    assert lines["rollout.decode_slots"] == "208"
-    assert lines["per device: keys and values of responses"] == "4.875 GiB"  # 13 slots of 8,192 tokens on each replica.
+    assert lines["rollout.decode_slots"] == "224"
+    assert lines["per device: keys and values of responses"] == "5.25 GiB"  # 14 slots of 8,192 tokens on each replica.
     assert lines["parameters"] == "14,770,033,664"
     assert lines["per token: keys and values"] == "192 KiB"
     assert max(map(len, out.getvalue().splitlines())) <= 120
