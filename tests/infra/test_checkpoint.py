@@ -54,8 +54,8 @@ def copy(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def restore(workdir: Path, state: TrainState):
-    checkpointer = Checkpointer(workdir, 2, state)
+def restore(workdir: Path, state: TrainState, frozen=None):
+    checkpointer = Checkpointer(workdir, 2, state, frozen)
     try:
         return checkpointer.restore()
     finally:
@@ -88,11 +88,11 @@ def test_a_state_beside_other_frozen_arrays_is_refused(tmp_path):
     checkpointer.stage(1, make_state(1), RUN)
     checkpointer.save()
     checkpointer.close()
-    _, state, _ = Checkpointer(tmp_path, 2, make_state(0), frozen).restore()
+    _, state, _ = restore(tmp_path, make_state(0), frozen)
     assert same(state, make_state(1))
     for other in ({"q": jnp.arange(3.0) + 1e-6}, None):
         with pytest.raises(UserError) as raised:
-            Checkpointer(tmp_path, 2, make_state(0), other).restore()
+            restore(tmp_path, make_state(0), other)
         assert raised.value.field == "policy.path"
 
 
