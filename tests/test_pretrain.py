@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.model.model_config import preset
+from rpt_jax.model.transformer import Transformer
 from rpt_jax.pretrain import update_flops
 
 
@@ -22,4 +23,4 @@ def test_the_flops_of_an_update_are_those_of_its_tokens_without_padding(trace_we
     attended = [1, 2, 3, 4] + ([3, 4, 5, 2] if trace_weight else [])
     matrices = 2 * config.matmul_parameters * len(attended)
     attention = 4 * config.layers * config.heads * config.head_size * sum(attended)
-    assert update_flops(config, batch, trace_weight) == 3 * (matrices + attention)
+    assert update_flops(Transformer(config), batch, trace_weight) == 3 * (matrices + attention)

@@ -34,9 +34,7 @@ def evaluation_experiment(experiment: Experiment) -> Experiment:
     evaluation = experiment.evaluation
     return dataclasses.replace(
         experiment,
-        training=dataclasses.replace(
-            training, prompts_per_step=evaluation.prompts_per_batch or training.prompts_per_step
-        ),
+        training=dataclasses.replace(training, prompts_per_step=_evaluation_batch(experiment)),
         rollout=dataclasses.replace(
             rollout,
             samples_per_prompt=evaluation.samples or rollout.samples_per_prompt,
@@ -44,6 +42,18 @@ def evaluation_experiment(experiment: Experiment) -> Experiment:
             max_new_tokens=evaluation.max_new_tokens or rollout.max_new_tokens,
         ),
     )
+
+
+def _evaluation_batch(experiment: Experiment) -> int:
+    """Return the prompts of a batch of evaluations: no more than positions, up to a whole number of batches of training."""
+    evaluation = experiment.evaluation
+    step = experiment.training.prompts_per_step
+    if not evaluation.prompts_per_batch:
+        return step
+    if experiment.asks_questions:
+        return evaluation.prompts_per_batch
+    positions = max(evaluation.positions, evaluation.unseen_positions)
+    return min(evaluation.prompts_per_batch, -(-positions // step) * step)
 
 
 def multiple_choice_experiment(experiment: Experiment) -> Experiment:

@@ -35,6 +35,7 @@ SMALL = {
     "training.log_rollouts_every": 2,
     "evaluation.every_steps": 2,
     "evaluation.positions": 16,
+    "evaluation.prompts_per_batch": 0,  # As many as in training: one program less to compile.
     "evaluation.unseen_positions": 8,
     "checkpoint.every_steps": 2,
 }
@@ -100,6 +101,7 @@ EVERY_METRIC = {
     "training.dynamic_sampling_from": 3,
     "evaluation.every_steps": 2,
     "evaluation.positions": 16,
+    "evaluation.prompts_per_batch": 0,  # As many as in training: one program less to compile.
     "evaluation.unseen_positions": 4,
     "checkpoint.every_steps": 1,
     "cold_start.total_steps": 1,
