@@ -10,8 +10,10 @@ from rpt_jax import evaluate, main
 from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.loading import split_overrides
 from rpt_jax.config.study import load_study
+from rpt_jax.corpus import store
 from rpt_jax.evaluation.run import check_task
 from rpt_jax.evaluation.suite import SUITES
+from rpt_jax.infra import run_format
 from rpt_jax.rewards.prefix_match import Status, prefix_match_reward
 from rpt_jax.study import __main__ as study
 from rpt_jax.study.plan import check_stages
@@ -45,6 +47,16 @@ def test_the_examples_of_the_reward_page_are_read_as_it_says() -> None:
         finished = "length limit" not in remark
         result = reward_and_status(f"</think>{response}".encode(), finished, [b" size", b" and", b" decreases"])
         assert result == (float(reward), Status[status.upper()]), response
+
+
+def test_the_pages_have_the_formats_of_today() -> None:
+    resume, corpus = (
+        (ROOT / "docs" / path).read_text() for path in ("concepts/resume.md", "guides/prepare-a-corpus.md")
+    )
+    assert re.findall(r"format of run directories\s+is (\d+); prepared corpora have their own, (\d+)", resume) == [
+        (str(run_format.FORMAT), str(store.FORMAT))
+    ]
+    assert re.findall(r"`manifest.json` \| format \((\d+)\)", corpus) == [str(store.FORMAT)]
 
 
 def test_every_command_of_the_papers_results_can_be_run() -> None:
