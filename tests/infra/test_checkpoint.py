@@ -17,7 +17,7 @@ import pytest
 
 from rpt_jax.config import OptimizerConfig
 from rpt_jax.errors import UserError
-from rpt_jax.infra.checkpoint import Checkpointer
+from rpt_jax.infra.checkpoint import Checkpointer, open_parameters
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.infra.run_format import FORMAT
 from rpt_jax.objective.update import TrainState
@@ -71,6 +71,15 @@ def test_a_state_is_restored_bit_for_bit(saved):
     step, state, run = restore(saved, make_state(0))
     assert step == 4 and run == RUN | {"step": 4}
     assert same(state, make_state(4)) and isinstance(state, TrainState)
+
+
+def test_single_parameters_are_read_or_refused(saved):
+    step, read = open_parameters(saved, None)
+    assert step == 4
+    np.testing.assert_array_equal(read(("layers", "q")), make_state(4).params["layers"]["q"])
+    with pytest.raises(UserError, match=r"there is no parameter layers\.k") as raised:
+        read(("layers", "k"))
+    assert raised.value.field == "--workdir"
 
 
 def test_old_checkpoints_are_deleted(saved):
