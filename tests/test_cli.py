@@ -14,18 +14,7 @@ import rpt_jax
 from rpt_jax.cli import COMMANDS
 from tests.helpers.parameters import mostly_slow
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS
-
-
-def run_rpt(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rpt_jax.cli", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=CHILD_SECONDS,
-    )
+from tests.helpers.processes import CHILD_SECONDS, run_rpt
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])

@@ -44,7 +44,7 @@ def exclude_nondeterministic_operations(environment: MutableMapping[str, str]) -
 
 
 def describe_gpu_settings(environment: Mapping[str, str]) -> str:
-    """Return the variables above that the environment has, whoever has set them."""
+    """Return the settings in the environment as `NAME=value …`, those of the user included."""
     return " ".join(f"{name}={environment[name]}" for name in (*_MEMORY_VARIABLES, _XLA_FLAGS) if name in environment)
 
 

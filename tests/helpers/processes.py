@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from tests.helpers.paths import ROOT
 
@@ -73,3 +74,15 @@ def run_children(
         children = children[1:]
     outputs = [child.communicate(timeout=CHILD_SECONDS) for child in children]
     return [child.returncode for child in children], outputs
+
+
+def run_rpt(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command `rpt` in the directory `cwd`."""
+    return subprocess.run(
+        [sys.executable, "-m", "rpt_jax.cli", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=CHILD_SECONDS,
+    )

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import ROOT
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import run_rpt
 
 pytestmark = pytest.mark.slow
-
-
-def run_rpt(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rpt_jax.cli", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=CHILD_SECONDS,
-    )
 
 
 def test_options_and_exit_code_are_those_of_the_module(tmp_path: Path) -> None:

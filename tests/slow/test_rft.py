@@ -16,10 +16,7 @@ from tests.helpers.runs import comparable, experiment, interruption_after
 
 pytestmark = pytest.mark.slow
 
-
 READ_BY_DIFFICULTY = ("questions.", "prompt.", "rollout.", "training.prompts_per_step")
-
-
 DIFFICULTY = {
     "task": "difficulty",
     **{field: value for field, value in SMALL_RFT.items() if field.startswith(READ_BY_DIFFICULTY)},
