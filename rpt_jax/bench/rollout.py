@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=positive, default=8, help="responses per prompt")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length limit of responses")
     parser.add_argument(
-        "--stop-ids", default="", help="token ids that end a response, as in 7,71; none: all have full length"
+        "--stop-ids", default="", help="token ids that end a response, as in 7,71; without any, all have full length"
     )
     parser.add_argument("--temperature", type=positive_number, default=0.8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -14,24 +14,16 @@ from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.transformer import Head, Layer, Params, Transformer, embed, head, rms_norm, rotary_angles
 from rpt_jax.rollout.kv_cache import AttentionFn
 
-# Policies with more layers run them in a loop: unrolled layers are compiled separately, for every size of the live
-# batch.
-_MAX_UNROLLED_LAYERS = 6
-
 
 def prepare_decode_params(policy: Transformer, params: Params) -> Params:
     """Convert parameters to the form that `decode_token` takes, once before the decode loop.
 
-    A policy with few layers gets a list of layers, because slicing the stack would copy every weight for every token.
     On a CPU the head is transposed here: XLA would transpose it for every token, which takes a third of the time of
     everything else for 8 rollouts of a policy with 11 M parameters.
     """
     if target_platform() == "cpu":
         params = params | {"head_DxV": jax.lax.optimization_barrier(head(policy, params).matrix_VxD.T)}
-    if policy.config.layers > _MAX_UNROLLED_LAYERS:
-        return params
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(policy.config.layers)]
-    return params | {"layers": layers}
+    return params
 
 
 def decode_head(policy: Transformer, params: Params) -> Head:
@@ -59,19 +51,11 @@ def decode_token(
     rotary = rotary_angles(positions_M[:, None, None], config.head_size, config.rope_base, config.rope_scaling)
     layer = Layer(config=config, dtype=policy.dtype, attention=policy.attention, lora=policy.lora)
 
-    def run(x_Mx1x1xD: jax.Array, weights_and_index: tuple[Any, jax.Array | int]) -> tuple[jax.Array, KeyValues]:
+    def run(x_Mx1x1xD: jax.Array, weights_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, KeyValues]:
         weights, index = weights_and_index
         output = layer.apply({"params": weights}, x_Mx1x1xD, (), (), rotary, functools.partial(attend, index))
         return cast(tuple[jax.Array, KeyValues], output)
 
     x_Mx1x1xD = embed(params, tokens_M[:, None, None], policy.dtype)
-    layers = params["layers"]
-    if isinstance(layers, list):
-        per_layer = []
-        for index, weights in enumerate(layers):
-            x_Mx1x1xD, new = run(x_Mx1x1xD, (weights, index))
-            per_layer.append(new)
-        new = jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)
-    else:
-        x_Mx1x1xD, new = jax.lax.scan(run, x_Mx1x1xD, (layers, jnp.arange(config.layers)))
+    x_Mx1x1xD, new = jax.lax.scan(run, x_Mx1x1xD, (params["layers"], jnp.arange(config.layers)))
     return rms_norm(x_Mx1x1xD[:, 0, 0], params["norm"], config.norm_epsilon), new

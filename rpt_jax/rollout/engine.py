@@ -28,7 +28,7 @@ from rpt_jax.tokenizers.tokenizer import ByteVocab
 # compiled separately. The small ones matter when few long responses outlast the others. Where rollouts wait for a slot, most
 # steps have all slots in use, so that fewer sizes serve.
 _SHRINK_32NDS = (24, 16, 12, 8, 6, 4, 2, 1)
-_SHRINK_32NDS_REFILLED = (16, 8, 4, 2)
+_SHRINK_32NDS_REFILLED = (8, 2)
 _SMALLEST_BATCH = 8
 _OUT_OF_RANGE = 2**30  # An index beyond every array.
 

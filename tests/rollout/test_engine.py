@@ -93,18 +93,6 @@ def test_rollouts_do_not_depend_on_the_number_of_slots(params, expected, slots):
     assert steps[0] == decoded if slots == 1 else decoded / (slots or P * G) <= steps.sum() < decoded
 
 
-def test_rollouts_of_a_policy_with_many_layers_equal_numpy(params):
-    """Many layers run in a loop instead of being unrolled."""
-    deep = Transformer(dataclasses.replace(SHAPE, layers=7))
-    weights, prompts = random_params(deep, 1), nested()
-    ours, _ = run(weights, deep, slots=5)
-    p, g = 2, int(ours.lengths_PxG[2].argmax())
-    prompt, response = prompts[0][p, : prompts[1][p]], ours.tokens_PxGxT[p, g, : ours.lengths_PxG[p, g]]
-    logits = reference.logits(weights, deep.config, [*prompt, *response])[len(prompt) - 1 : -1]
-    theirs = reference.log_softmax(logits / TEMPERATURE)[np.arange(len(response)), response]
-    np.testing.assert_allclose(ours.logprobs_PxGxT[p, g, : len(response)], theirs, atol=1e-4)
-
-
 @pytest.mark.parametrize(("prefill_tokens", "tail"), mostly_slow([(7, 0), (30, 3), (512, 3)], (30, 3)))
 def test_rollouts_do_not_depend_on_shared_prefixes_and_prefill_chunks(params, expected, prefill_tokens, tail):
     """Prefill processes a part of a root, one root, or all roots at once, with dynamic and with fixed shapes."""
