@@ -6,6 +6,7 @@
 Suites that run a policy:
 
     next_token                  next-token accuracy at positions of a corpus, directly and by reasoning
+    altered_reasoning           the same, and after reasoning that is emptied, shuffled, or of another document
     questions                   questions with a verifier: avg@k and pass@k
     multiple_choice             zero-shot, by reasoning: the letter in a box
     multiple_choice_likelihood  without reasoning: the most likely letter, and the most likely option

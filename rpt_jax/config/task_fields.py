@@ -145,23 +145,25 @@ _NOT_OF_QUESTION_SUITES = (
     "evaluation.split",
 )
 _VERIFIERS = ("questions.verifier", "questions.verifier_seconds", "questions.verifier_workers")
+_UNREAD_BY_NEXT_TOKEN = (
+    *_TRAINING_ONLY,
+    "questions.",
+    "multiple_choice.",
+    "data.positions",
+    "data.keep_fraction",
+    "data.entropy_threshold",
+    "data.rescore_every_steps",
+    "data.rescore_windows",
+    "cold_start.",
+    "pretrain.",
+    "traces.",
+    "evaluation.every_steps",
+    "evaluation.keep_rollouts",
+    "evaluation.unseen_positions",
+)
 _UNREAD_BY_SUITE = {
-    "next_token": (
-        *_TRAINING_ONLY,
-        "questions.",
-        "multiple_choice.",
-        "data.positions",
-        "data.keep_fraction",
-        "data.entropy_threshold",
-        "data.rescore_every_steps",
-        "data.rescore_windows",
-        "cold_start.",
-        "pretrain.",
-        "traces.",
-        "evaluation.every_steps",
-        "evaluation.keep_rollouts",
-        "evaluation.unseen_positions",
-    ),
+    "next_token": _UNREAD_BY_NEXT_TOKEN,
+    "altered_reasoning": _UNREAD_BY_NEXT_TOKEN,
     "questions": (*_NOT_OF_QUESTION_SUITES, "training.logit_chunk_tokens", "multiple_choice."),
     "multiple_choice": (
         *_NOT_OF_QUESTION_SUITES,

@@ -29,12 +29,12 @@ from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.positions import Position, choose_positions
 from rpt_jax.registry import TARGETS
 from rpt_jax.rewards.boxable import boxable_tokens
-from rpt_jax.rollout.rollouts import Ended
+from rpt_jax.rollout.rollouts import Ended, Rollouts
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 from rpt_jax.setup import load_starting_policy, open_or_prepare_corpus
 
 _CONTEXT_CHARACTERS = 400  # Of the text before a position that its record has, from the end.
-_RULES = ("prefix", "first_token")
+RULES = ("prefix", "first_token")
 
 
 @SUITES.register("next_token")
@@ -104,15 +104,12 @@ class NextTokenSuite:
         """Read the predictions at each position of a batch, and find which of them are right."""
         direct = collect(self._direct_requests(batch), arrays["rows"], arrays["direct"])
         rollouts = arrays["rollouts"]
+        responses = responses_of(rollouts)
         records = []
         for p, position in enumerate(self._positions(batch)):
             [likelihood] = direct[p]
             finished_G = rollouts.ended_PxG[p] != Ended.LENGTH
-            responses = [
-                tokens_T[:length].tolist()
-                for tokens_T, length in zip(rollouts.tokens_PxGxT[p], rollouts.lengths_PxG[p], strict=True)
-            ]
-            records.append(self._record(position, likelihood, responses, finished_G.tolist()))
+            records.append(self._record(position, likelihood, responses[p], finished_G.tolist()))
         return lambda: records
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -155,23 +152,11 @@ class NextTokenSuite:
         """
         tokenizer = self._tokenizer
         window = self._windows[position.window]
-        ids = window[position.position :].tolist()
-        continuation = self._continuation(ids)
-
-        def right(prediction: Prediction) -> dict[str, float]:
-            return {
-                "prefix": float(prediction.is_right(continuation)),
-                "first_token": float(prediction.first_token == ids[0]),
-            }
-
-        predictions = [
-            read_prediction(response, tokenizer.pieces, tokenizer.end_think_id, is_finished, self._reading)
-            for response, is_finished in zip(responses, finished, strict=True)
-        ]
-        direct = right(direct_prediction(likelihood.first_token, tokenizer.pieces, self._reading))
-        reasoned = [right(prediction) for prediction in predictions]
-        scores = {f"direct/{rule}": direct[rule] for rule in _RULES}
-        for rule in _RULES:
+        predictions = self._predictions(responses, finished)
+        [direct] = self._correct(position, [direct_prediction(likelihood.first_token, tokenizer.pieces, self._reading)])
+        reasoned = self._correct(position, predictions)
+        scores = {f"direct/{rule}": direct[rule] for rule in RULES}
+        for rule in RULES:
             votes = [
                 p.content if rule == "prefix" else (p.first_token if p.first_token >= 0 else None) for p in predictions
             ]
@@ -182,7 +167,7 @@ class NextTokenSuite:
             "cluster": int(self._cluster_W[position.window] % 2**53),
             "entropy": position.entropy,
             "context": tokenizer.decode(window[: position.position])[-_CONTEXT_CHARACTERS:],
-            "truth": continuation[0].decode(errors="replace"),
+            "truth": tokenizer.pieces[window[position.position]].decode(errors="replace"),
             "logprob": likelihood.logprob,
             "direct": tokenizer.decode([likelihood.first_token]),
             "predictions": [None if p.content is None else p.content.decode(errors="replace") for p in predictions],
@@ -193,6 +178,26 @@ class NextTokenSuite:
             "responses": [tokenizer.decode(response) for response in responses],
             "scores": scores,
         }
+
+    def _predictions(self, responses: Sequence[Sequence[int]], finished: Sequence[bool]) -> list[Prediction]:
+        """Return what each response predicts, given its token ids and whether it ended by itself."""
+        tokenizer = self._tokenizer
+        return [
+            read_prediction(response, tokenizer.pieces, tokenizer.end_think_id, is_finished, self._reading)
+            for response, is_finished in zip(responses, finished, strict=True)
+        ]
+
+    def _correct(self, position: Position, predictions: Sequence[Prediction]) -> list[dict[str, float]]:
+        """Return by rule whether each prediction at a position is right, 0 or 1."""
+        ids = self._windows[position.window][position.position :].tolist()
+        continuation = self._continuation(ids)
+        return [
+            {
+                "prefix": float(prediction.is_right(continuation)),
+                "first_token": float(prediction.first_token == ids[0]),
+            }
+            for prediction in predictions
+        ]
 
     def _continuation(self, ids: Sequence[int]) -> list[bytes]:
         """Return the bytes of the first tokens that fit in `prompt.reference_bytes`; a longer prediction is wrong."""
@@ -223,6 +228,14 @@ class NextTokenSuite:
                 field="evaluation.split",
             )
         return positions
+
+
+def responses_of(rollouts: Rollouts) -> list[list[list[int]]]:
+    """Return the token ids of the G responses to each of P prompts, given rollouts on the host."""
+    return [
+        [tokens_T[:length].tolist() for tokens_T, length in zip(tokens_GxT, lengths_G, strict=True)]
+        for tokens_GxT, lengths_G in zip(rollouts.tokens_PxGxT, rollouts.lengths_PxG, strict=True)
+    ]
 
 
 def open_corpus(inputs: SuiteInputs) -> PreparedCorpus:

@@ -158,6 +158,9 @@ def show(summary: dict[str, Any]) -> None:
         table(title, ("measure", *DIFFICULTIES), rows)
     else:
         table(title, ("measure", "mean", "questions"), summary_rows(summary["scores"]))
+    if differences := details.pop("differences", None):
+        rows = [(name, percent(difference)) for name, difference in differences.items()]
+        table("Differences (points, 95 % interval)", ("reasoning", "difference"), rows)
     parts = [f"{name} {value:.4g}" for name, value in _flat(details)]
     if summary["device_busy"] is not None:
         parts.append(f"device busy {100 * summary['device_busy']:.1f} %")

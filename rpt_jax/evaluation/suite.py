@@ -39,6 +39,7 @@ SUITES = Registry(
     "--suite",
     (
         "rpt_jax.evaluation.next_token_suite",
+        "rpt_jax.evaluation.altered_reasoning",
         "rpt_jax.evaluation.question_suites",
         "rpt_jax.evaluation.comparisons",
     ),

@@ -21,7 +21,7 @@ import numpy as np
 from rpt_jax.config import PretrainConfig
 from rpt_jax.prompts.response_format import BOX
 from rpt_jax.registry import TRACE_WRITERS
-from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
+from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 
 class Drill(NamedTuple):
@@ -119,10 +119,9 @@ class RecallTraces:
     def format_response(self, reasoning: list[int], prediction: list[int]) -> list[int]:
         """Return the token ids of a complete response: reasoning, end of thinking, the boxed prediction, end of sequence."""
         tokenizer = self._tokenizer
-        end_think = [tokenizer.end_think_id] if tokenizer.end_think_id >= 0 else tokenizer.encode(END_THINK)
         return [
             *reasoning,
-            *end_think,
+            *tokenizer.end_think_ids,
             *tokenizer.encode(BOX),
             *prediction,
             *tokenizer.encode("}"),

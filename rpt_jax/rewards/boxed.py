@@ -91,9 +91,15 @@ class BoxReader(NamedTuple):
     closed_M: jax.Array
 
     @classmethod
-    def start(cls, rows: int) -> BoxReader:
-        """Return the state of `rows` empty responses."""
-        parser = jax.tree.map(lambda x: jnp.full((rows,), x), _initial_state())
+    def start(cls, rows: int, *, answering: bool = False) -> BoxReader:
+        """Return the state of `rows` empty responses.
+
+        Args:
+          rows: number of responses.
+          answering: whether the end-of-thinking marker is in front of them.
+        """
+        initial = _initial_state()._replace(answering=jnp.bool_(answering))
+        parser = jax.tree.map(lambda x: jnp.full((rows,), x), initial)
         return cls(parser=parser, closed_M=jnp.zeros(rows, bool))
 
 

@@ -184,7 +184,7 @@ def start_decoding(
     uniform_PxG = noise_RxT[:, 0].reshape(-1, samples)
     token_PxG, logprob_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
     token_R = token_PxG.reshape(-1)
-    boxes_R = None if vocab is None else BoxReader.start(count)
+    boxes_R = None if vocab is None else BoxReader.start(count, answering=decoding.answers)
     ended_R, boxes_R = _check_end(token_R, boxes_R, vocab, decoding)
     rollouts = Rollouts(
         tokens_PxGxT=jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(token_R),

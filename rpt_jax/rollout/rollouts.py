@@ -72,6 +72,7 @@ class Decoding:
       top_k: number of most likely tokens to sample from; 0 for all.
       top_p: probability mass of the most likely tokens to sample from; 1 for all.
       end_think_id: id of the end-of-thinking token, or -1. Used to end responses at their box.
+      answers: whether prompts end with the end-of-thinking marker, so that a response is an answer from its first token.
       slots: rollouts that are decoded at once, over all replicas; 0 for all.
       prefill_tokens: tokens that are prefilled at once.
     """
@@ -83,5 +84,6 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     end_think_id: int = -1
+    answers: bool = False
     slots: int = 0
     prefill_tokens: int = 4096

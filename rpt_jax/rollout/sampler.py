@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -29,7 +30,14 @@ class Sampler:
     """Samples responses to batches of prompts with one compiled program."""
 
     def __init__(
-        self, experiment: Experiment, policy: Transformer, tokenizer: Tokenizer, mesh: Mesh, builder: PromptBuilder
+        self,
+        experiment: Experiment,
+        policy: Transformer,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        builder: PromptBuilder,
+        *,
+        answers: bool = False,
     ):
         """
         Args:
@@ -38,11 +46,12 @@ class Sampler:
           tokenizer: gives the stop tokens and, to end responses at their box, the bytes of tokens.
           mesh: the devices.
           builder: gives the length of the prompt template.
+          answers: see `Decoding`.
         """
         self._max_tail_tokens = max_tail_tokens(experiment, builder)
         self._mesh = mesh
         self._policy = policy
-        self._decoding = make_decoding(experiment, tokenizer)
+        self._decoding = dataclasses.replace(make_decoding(experiment, tokenizer), answers=answers)
         self._memory_fields = {
             "rollout.decode_slots": self._decoding.slots,
             "rollout.prefill_tokens": self._decoding.prefill_tokens,

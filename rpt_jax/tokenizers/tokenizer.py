@@ -125,6 +125,11 @@ class Tokenizer:
         return (*sorted(self.unused_ids), *range(self.vocab_size, size))
 
     @functools.cached_property
+    def end_think_ids(self) -> tuple[int, ...]:
+        """Token ids that write </think>: the special token or, without one, the bytes."""
+        return (self.end_think_id,) if self.end_think_id >= 0 else tuple(self.encode(END_THINK))
+
+    @functools.cached_property
     def byte_vocab(self) -> ByteVocab:
         """The byte strings of all tokens as arrays."""
         lengths_V = np.array([len(piece) for piece in self.pieces], np.int32)

@@ -35,7 +35,9 @@ SMALL = {
     "training.log_rollouts_every": 2,
     "evaluation.every_steps": 2,
     "evaluation.positions": 16,
-    "evaluation.prompts_per_batch": 0,  # As many as in training: one program less to compile.
+    # As in training: one program less to compile.
+    "evaluation.prompts_per_batch": 0,
+    "evaluation.samples": 0,
     "evaluation.unseen_positions": 8,
     "checkpoint.every_steps": 2,
 }
@@ -101,7 +103,9 @@ EVERY_METRIC = {
     "training.dynamic_sampling_from": 3,
     "evaluation.every_steps": 2,
     "evaluation.positions": 16,
-    "evaluation.prompts_per_batch": 0,  # As many as in training: one program less to compile.
+    # As in training: one program less to compile.
+    "evaluation.prompts_per_batch": 0,
+    "evaluation.samples": 0,
     "evaluation.unseen_positions": 4,
     "checkpoint.every_steps": 1,
     "cold_start.total_steps": 1,

@@ -38,7 +38,14 @@ def run(workdir: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, 
 
 def test_next_token_suite_finds_what_the_evaluator_of_the_training_loop_finds(tmp_path: Path):
     config = str(CONFIGS / "rpt_tiny.py")
-    read_by_suite = ("data.", "prompt.", "rollout.", "training.prompts_per_step", "evaluation.positions")
+    read_by_suite = (
+        "data.",
+        "prompt.",
+        "rollout.",
+        "training.prompts_per_step",
+        "evaluation.positions",
+        "evaluation.samples",
+    )
     overrides = [f"{name}={value}" for name, value in SMALL.items() if name.startswith(read_by_suite)]
     flags = ["--suite=next_token", f"--config={config}", *(f"--config.{override}" for override in overrides)]
     summary, records = run(tmp_path / "suite", *flags)
@@ -79,6 +86,28 @@ def test_next_token_suite_finds_what_the_evaluator_of_the_training_loop_finds(tm
     random_at_1 = summary["scores"]["reasoning/prefix/random@1"]["micro"]["mean"]
     assert random_at_1 == pytest.approx(np.mean(rewarded.reward_PxG)) and 0 < summary["device_busy"] <= 1
     assert summary["summary"]["difficulties"]["direct/prefix"]["easy"]["positions"] == len(records)
+
+
+def test_predictions_after_the_own_reasoning_are_those_of_the_responses(tmp_path: Path):
+    """At a temperature of almost 0 the predictions after unchanged reasoning must be the ones that followed it at first."""
+    flags = ["--suite=altered_reasoning", f"--config={CONFIGS / 'rpt_tiny.py'}"]
+    overrides = {name: value for name, value in SMALL.items() if name.startswith("data.")} | {
+        "evaluation.positions": 20,
+        "evaluation.prompts_per_batch": 16,
+        "evaluation.samples": 2,
+        "evaluation.temperature": 1e-3,
+    }
+    flags += [f"--config.{name}={value}" for name, value in overrides.items()]
+    summary, records = run(tmp_path / "out", *flags)
+    finished = [record for record in records if all(record["finished"])]
+    assert len(records) == 20 and len(finished) > 10
+    for rule in ("prefix", "first_token"):
+        own = [record["scores"][f"own/{rule}"] for record in finished]
+        assert own == [record["scores"][f"reasoning/{rule}/random@1"] for record in finished]
+    difference = summary["summary"]["differences"]["empty minus own"]
+    means = [np.mean([record["scores"][f"{name}/prefix"] for record in records]) for name in ("empty", "own")]
+    assert difference["mean"] == pytest.approx(means[0] - means[1])
+    assert difference["low"] <= difference["mean"] <= difference["high"]
 
 
 @pytest.mark.parametrize(("suite", "name"), [("multiple_choice", "multiple_choice"), ("questions", "evaluation")])
