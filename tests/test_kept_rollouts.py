@@ -63,9 +63,7 @@ def test_a_response_is_divided_into_reasoning_answer_and_prediction() -> None:
 def test_the_fields_bound_what_is_kept() -> None:
     kept = experiment()
     nothing = experiment(**{"training.kept_prompts_per_step": 0, "evaluation.keep_rollouts": False})
-    twice = experiment(
-        **{"training.kept_prompts_per_step": 8, "evaluation.samples": 2 * kept.rollout.samples_per_prompt}
-    )
+    twice = experiment(**{"training.kept_prompts_per_step": 8, "evaluation.samples": 2 * kept.evaluation.samples})
     assert kept_training_bytes(nothing) == kept_evaluation_bytes(nothing) == 0
     assert kept_training_bytes(twice) == 2 * kept_training_bytes(kept) > 0
     assert kept_evaluation_bytes(twice) == 2 * kept_evaluation_bytes(kept) > 0

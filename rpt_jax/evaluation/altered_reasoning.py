@@ -1,8 +1,8 @@
 """Suite "altered_reasoning": do predictions depend on what the reasoning says, or is its format enough? A causal check.
 
 A policy samples responses at the positions of the suite "next_token". The reasoning of each is then replaced and ended with
-`</think>`, and the policy samples its prediction again. If predictions after altered reasoning are as good as those after the own,
-the content of the reasoning does no work.
+`</think>`, and the policy samples its prediction again. If predictions after altered reasoning are as good as those after its
+own, the content of the reasoning does no work.
 """
 
 from __future__ import annotations
