@@ -42,6 +42,8 @@ class ArmConfig:
     description: str = ""
     # Runs before fine-tuning, in order; the last one trains until the budget of all is spent. None for the base policy itself.
     stages: tuple[StageConfig, ...] = ()
+    # Number of the study's seeds, from the first, that the arm runs with; 0 for all.
+    seeds: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,12 @@ def check_study(study: StudyConfig) -> None:
     if bool(trained) != bool(study.budgets):
         problem = f"arm '{trained[0]}' has stages, which need one" if trained else "no arm has stages to spend it on"
         raise UserError(f"budgets={study.budgets}: {problem}.", field="budgets")
+    for arm in study.arms:
+        if not 0 <= arm.seeds <= len(study.seeds):
+            raise UserError(
+                f"arms.{arm.name}.seeds={arm.seeds} must be from 0, for all, to the {len(study.seeds)} seeds of the study.",
+                field=f"arms.{arm.name}.seeds",
+            )
     for budget in study.budgets:
         if not (math.isfinite(budget) and budget > 0):
             raise UserError(f"budgets={study.budgets}: {budget} must be a positive number.", field="budgets")

@@ -13,12 +13,9 @@ from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.diagnosis.finding import Change, Evidence, Finding, Severity
 from rpt_jax.diagnosis.rule import RULES, CannotCheck
 from rpt_jax.diagnosis.run_record import RunRecord
-from rpt_jax.evaluation.statistics import compare
+from rpt_jax.evaluation.statistics import compare, detectable_difference
 from rpt_jax.infra.rollout_files import EVALUATION
 
-# Standard errors between no difference and one that a two-sided test at 5 % finds with a probability of 80 %: 1.96 + 0.84.
-_DETECTABLE = 2.8
-_HALF_WIDTH = 1.96  # Standard errors of half a 95 % interval.
 _COLUMNS = ("split", "source", "window", "position", "entropy", "reward")
 _QUESTIONS = "eval/questions/accuracy"
 
@@ -54,7 +51,7 @@ class Gain(NamedTuple):
     @property
     def detectable(self) -> float:
         """The smallest difference that this evaluation finds with a probability of 80 %."""
-        return _DETECTABLE * (self.high - self.low) / 2 / _HALF_WIDTH
+        return detectable_difference(self.low, self.high)
 
     def __str__(self) -> str:
         return (

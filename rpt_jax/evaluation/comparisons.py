@@ -66,7 +66,11 @@ def compare_results(first: Path, second: Path, workdir: Path) -> dict[str, Any]:
     atomic_write(workdir / COMPARISON, json.dumps(result, indent=1) + "\n")
     rows = [_comparison_row(measure, values) for measure, values in result["comparisons"].items()]
     title = f"{summary_b['policy']} minus {summary_a['policy']} (points, 95 % interval)"
-    table(title, ("measure", "difference", "macro difference", "only first", "only second", "McNemar p", "count"), rows)
+    table(
+        title,
+        ("measure", "difference", "macro difference", "only first", "only second", "McNemar p", "detectable", "count"),
+        rows,
+    )
     logger.info("Results: %s", workdir / COMPARISON)
     return result
 
@@ -155,4 +159,5 @@ def _comparison_row(measure: str, values: dict[str, Any]) -> tuple[str, ...]:
 
     p = "-" if values["mcnemar_p"] is None else f"{values['mcnemar_p']:.3g}"
     counts = (f"{values[name]:,}" for name in ("only_a", "only_b"))
-    return (measure, points(""), points("macro_"), *counts, p, f"{values['count']:,}")
+    detectable = f"{100 * values['detectable']:.1f}"
+    return (measure, points(""), points("macro_"), *counts, p, detectable, f"{values['count']:,}")

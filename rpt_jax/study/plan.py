@@ -221,9 +221,10 @@ def _budget_index(study: StudyConfig, unit: Unit) -> int:
 
 
 def _units(study: StudyConfig) -> Iterator[tuple[ArmConfig, Unit]]:
-    for seed in study.seeds:
+    for number, seed in enumerate(study.seeds, start=1):
+        arms = [arm for arm in study.arms if not arm.seeds or number <= arm.seeds]
         for i, budget in enumerate(study.budgets or (None,)):
-            for arm in study.arms:
+            for arm in arms:
                 if arm.stages:
                     yield arm, Unit(arm.name, seed, budget and float(budget))
                 elif i == 0:

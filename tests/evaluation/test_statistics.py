@@ -12,6 +12,7 @@ import scipy.stats
 from rpt_jax.evaluation.statistics import (
     averages,
     compare,
+    detectable_difference,
     macro_average,
     majority_correct,
     majority_vote,
@@ -98,6 +99,15 @@ def test_bootstrap_interval_of_a_difference_is_near_that_of_the_paired_t_test():
     np.testing.assert_allclose([comparison.low, comparison.high], interval, atol=0.005)
     assert comparison.only_a == 0 and comparison.only_b == int(np.sum(b > a))
     np.testing.assert_allclose(comparison[:3], comparison[3:6], atol=0.005)  # One category: macro is micro.
+
+
+def test_a_detectable_difference_is_found_by_four_of_five_tests():
+    rng = np.random.default_rng(5)
+    differences_SxN = rng.normal(size=(2000, 300))
+    interval = scipy.stats.ttest_1samp(differences_SxN[0], 0.0).confidence_interval(0.95)
+    shifted_SxN = differences_SxN + detectable_difference(interval.low, interval.high)
+    found = scipy.stats.ttest_1samp(shifted_SxN, 0.0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.06)
 
 
 def test_comparison_of_clusters_is_wider_than_that_of_independent_questions():

@@ -45,6 +45,21 @@ def test_equal_runs_of_a_seed_are_shared(tmp_path: Path) -> None:
     assert len({unit.directory for unit in units.values()}) == len(units)
 
 
+def test_an_arm_may_run_with_the_first_seeds_only(tmp_path: Path) -> None:
+    arms = (BASE, RPT, dataclasses.replace(SFT, seeds=2))
+    plans = make_plan(dataclasses.replace(STUDY, arms=arms, seeds=(3, 1, 2), budgets=(1e12, 2e12)), tmp_path)
+    seeds = {(plan.unit.arm, plan.unit.budget): [] for plan in plans}
+    for plan in plans:
+        seeds[plan.unit.arm, plan.unit.budget].append(plan.unit.seed)
+    assert seeds.pop(("base", None)) == [3, 1, 2]
+    assert seeds == {
+        ("rpt", 1e12): [3, 1, 2],
+        ("rpt", 2e12): [3, 1, 2],
+        ("sft", 1e12): [3, 1],
+        ("sft", 2e12): [3, 1],
+    }
+
+
 def test_runs_of_different_budgets_have_different_seeds(tmp_path: Path) -> None:
     study = dataclasses.replace(STUDY, seeds=(2, 4), budgets=(1e12, 2e12, 4e12))
     plans = [plan for plan in make_plan(study, tmp_path) if plan.unit.arm == "rpt"]
@@ -89,6 +104,7 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, part: str) -> Non
         ({"seeds": [0, 1]}, "seeds"),
         ({"seeds": ()}, "seeds"),
         ({"seeds": (0, 1000)}, "seeds"),
+        ({"arms": (BASE, dataclasses.replace(RPT, seeds=2))}, "arms.rpt.seeds"),
         ({"references": ("bse",)}, "references"),
         ({"matched_by": "tokens"}, "matched_by"),
         ({"tuning": tuned_by(name="rpt")}, "arms.rpt.stages"),
