@@ -13,6 +13,7 @@ from rpt_jax.config import Experiment, LoraConfig, PolicyConfig
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import open_parameters
 from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.storage import LARGE_FOLDERS, fetch, with_urls
 from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, RUN_CONFIG, is_run_directory, read_run_config
 from rpt_jax.model.lora import Lora, lora_of
 from rpt_jax.model.model_config import ModelConfig, preset
@@ -61,6 +62,14 @@ class SourcePolicy(NamedTuple):
     tokenizer_files: dict[str, bytes]
     tokenizer: Tokenizer
     adapters: Adapters | None = None
+
+
+def fetch_source(location: str) -> Path:
+    """Return a local path of what is converted; a checkpoint is in a copy of its run. Raises: UserError."""
+    run, slash, step = location.rstrip("/").rpartition(f"/{CHECKPOINTS}/")
+    if slash and step.isdecimal():
+        return fetch(run, "--from") / CHECKPOINTS / step
+    return fetch(location, "--from")
 
 
 def open_source(source: Path) -> SourcePolicy:
@@ -129,6 +138,7 @@ def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
         ) from None
     initial_policy = str(run_config.get("policy.path", ""))
     if initial_policy:
+        initial_policy = str(fetch(initial_policy, "policy.path", skip=LARGE_FOLDERS))
         # A relative path refers to the directory in which the run was started.
         tokenizer_source = Path(initial_policy)
         config, _ = load_model_config(tokenizer_source)
@@ -203,7 +213,7 @@ def _convert_adapters(source: Path, target: Path) -> str:
             field="--adapters",
         )
     with _created(target) as directory:
-        write_adapters(directory, str(adapters.base.resolve()), adapters.config, adapters.lora, adapters.get)
+        write_adapters(directory, with_urls(str(adapters.base.resolve())), adapters.config, adapters.lora, adapters.get)
     return f"Converted {source} ({policy.description}) to {target} (PEFT adapters of {adapters.base.resolve()})."
 
 

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 import sys
 
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_local_path, check_location, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import command_parser, import_jax, run_command
+from rpt_jax.infra.storage import with_urls
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +38,6 @@ def main(argv: list[str]) -> int:
         "--from",
         dest="source",
         metavar="SOURCE",
-        type=user_path,
         required=True,
         help="a Hugging Face directory, a .gguf file, an rpt_jax policy, the --workdir of a run or one of its checkpoints",
     )
@@ -54,14 +54,14 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv[1:])
     try:
-        check_local_path("--from", options.source)
+        check_location("--from", options.source)
         check_local_path("--to", options.target)
         import_jax()
-        from rpt_jax.conversion import convert
+        from rpt_jax.conversion import convert, fetch_source
 
-        print(convert(options.source, options.target, adapters=options.adapters))
+        print(with_urls(convert(fetch_source(options.source), options.target, adapters=options.adapters)))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(with_urls(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 

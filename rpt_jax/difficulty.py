@@ -24,6 +24,7 @@ from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import Progress, table
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
+from rpt_jax.infra.shared_files import share
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.question_prompts import tokenize_questions
 from rpt_jax.questions.difficulty import PASS_RATES, PassRate, question_digest, read_pass_rates
@@ -51,7 +52,7 @@ def measure(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunConte
     stamp = measured_with(experiment, params, tokenizer)
     if is_leader():
         _begin(path, stamp)
-    wait_for_all("pass rates begun")
+    share(workdir, "pass rates begun")
     measured = _read_measured(path, stamp, prompts.questions)
     wait_for_all("pass rates read")
     remaining = [i for i, question in enumerate(prompts.questions) if question.id not in measured]

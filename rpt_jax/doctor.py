@@ -13,9 +13,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_location
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import import_jax, run_command
+from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.storage import LARGE_FOLDERS, fetch, with_urls
 
 if TYPE_CHECKING:
     from rpt_jax.diagnosis.examination import Diagnosis
@@ -25,9 +27,7 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.doctor", description=description)
-    parser.add_argument(
-        "--workdir", type=user_path, required=True, action="append", help="directory of a run; may be repeated"
-    )
+    parser.add_argument("--workdir", required=True, action="append", help="directory of a run; may be repeated")
     parser.add_argument("--rule", action="append", help="check only this rule; may be repeated")
     parser.add_argument("--json", action="store_true", help="print a JSON list with an object for each run")
     options = parser.parse_args(argv[1:])
@@ -38,17 +38,17 @@ def main(argv: list[str]) -> int:
             import_jax()
             from rpt_jax.diagnosis.examination import describe, examine
 
-            check_local_path("--workdir", workdir)
-            diagnosis = examine(workdir, options.rule)
+            check_location("--workdir", workdir)
+            diagnosis = examine(fetch(workdir, "--workdir", skip={*LARGE_FOLDERS, POLICY}), options.rule)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(with_urls(f"error: {error}"), file=sys.stderr)
             failed = True
             continue
         diagnoses.append(diagnosis)
         if not options.json:
-            print(describe(diagnosis))
+            print(with_urls(describe(diagnosis)))
     if options.json:
-        print(json.dumps([_json_values(diagnosis) for diagnosis in diagnoses], indent=1))
+        print(with_urls(json.dumps([_json_values(diagnosis) for diagnosis in diagnoses], indent=1)))
     return ExitCode.USER_ERROR if failed else ExitCode.COMPLETE
 
 

@@ -26,9 +26,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_local_path, check_location
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import command_parser, import_jax, run_command
+from rpt_jax.infra.storage import LARGE_FOLDERS, fetch, fetch_inputs, with_urls
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,8 +59,9 @@ def main(argv: list[str]) -> int:
     overrides, others = split_overrides(argv)
     options = make_parser().parse_args(others[1:])
     try:
-        for flag in ("policy", "workdir", "compilation_cache"):
-            check_local_path(f"--{flag}", getattr(options, flag))
+        for flag in ("policy", "workdir", "results"):
+            check_location(f"--{flag}", getattr(options, flag))
+        check_local_path("--compilation_cache", options.compilation_cache)
         import_jax()
         from rpt_jax.evaluation.suite import SUITES
         from rpt_jax.infra.console import console_logging
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
             else:
                 _read_results(options, overrides)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(with_urls(f"error: {error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
     return ExitCode.COMPLETE
 
@@ -85,6 +87,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.infra.compilation_progress import CompilationProgress
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
+    from rpt_jax.infra.remote_workdir import local_workdir
     from rpt_jax.infra.run_context import RunContext
     from rpt_jax.infra.signals import StopSignals
     from rpt_jax.setup import find_policy, mesh_from_config
@@ -95,19 +98,22 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(
             f"--results has no effect with --suite={options.suite}, which runs a policy.", field="--results"
         )
-    experiment = from_config_dict(load_config_file(options.config), overrides, options.suite)
+    experiment = fetch_inputs(from_config_dict(load_config_file(options.config), overrides, options.suite))
     check_task(options.suite, experiment)
     policy_field = "--policy" if options.policy else "policy.path"
-    policy = str(user_path(options.policy)) if options.policy else experiment.policy.path
+    policy = experiment.policy.path
+    if options.policy:
+        policy = str(fetch(options.policy, policy_field, skip=LARGE_FOLDERS))
     if not policy:
         raise UserError("--policy is missing, and policy.path of the config is empty: give a policy.", field="--policy")
     policy = find_policy(policy, policy_field)
     check_platforms()
     mesh = mesh_from_config(experiment.mesh)
-    workdir = user_path(options.workdir or f"runs/evaluate_{Path(options.config).stem}_{options.suite}")
+    location = options.workdir or f"runs/evaluate_{Path(options.config).stem}_{options.suite}"
     signals = StopSignals(experiment.checkpoint.grace_seconds)
     with (
         signals.handle(),
+        local_workdir(location, signals) as workdir,
         compilation_cache(chosen_directory(options.compilation_cache)),
         needed_jax_settings(),
         use_mesh(mesh, experiment.mesh.split_rows),
@@ -121,6 +127,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 def _read_results(options: argparse.Namespace, overrides: list[str]) -> None:
     """Run a suite that reads finished evaluations. Raises: UserError."""
     from rpt_jax.evaluation.suite import SUITES
+    from rpt_jax.infra.remote_workdir import local_workdir
+    from rpt_jax.infra.signals import StopSignals
 
     unused = [f"--{flag}" for flag in ("config", "policy", "restart", "compilation_cache") if getattr(options, flag)]
     unused += [override.partition("=")[0] for override in overrides]
@@ -129,14 +137,15 @@ def _read_results(options: argparse.Namespace, overrides: list[str]) -> None:
             f"{unused[0]} has no effect with --suite={options.suite}, which reads finished evaluations.",
             field=unused[0],
         )
-    directories = [user_path(part.strip()) for part in options.results.split(",") if part.strip()]
-    if len(directories) != 2:
+    locations = [part.strip() for part in options.results.split(",") if part.strip()]
+    if len(locations) != 2:
         raise UserError(
             f"--results={options.results or '(none)'} must name the --workdir of two finished evaluations, separated by a comma.",
             field="--results",
         )
-    workdir = user_path(options.workdir or f"runs/evaluate_{options.suite}")
-    SUITES[options.suite].function(*directories, workdir)
+    directories = [fetch(location, "--results") for location in locations]
+    with local_workdir(options.workdir or f"runs/evaluate_{options.suite}", StopSignals()) as workdir:
+        SUITES[options.suite].function(*directories, workdir)
 
 
 if __name__ == "__main__":

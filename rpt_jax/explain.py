@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_local_path, check_location, user_path
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import command_parser, import_jax, run_command
+from rpt_jax.infra.storage import LARGE_FOLDERS, fetch, with_urls
 
 # The config fields that have an effect on the page. Those that a flag sets are not among them.
 _READ = (
@@ -95,7 +96,8 @@ def main(argv: list[str]) -> int:
     overrides, others = split_overrides(argv)
     options = make_parser().parse_args(others[1:])
     try:
-        for flag in ("policy", "text", "out", "compilation_cache"):
+        check_location("--policy", options.policy)
+        for flag in ("text", "out", "compilation_cache"):
             check_local_path(f"--{flag}", getattr(options, flag))
         import_jax()
         from rpt_jax.infra.console import console_logging
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> int:
         with console_logging():
             _explain(options, overrides)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(with_urls(f"error: {error}"), file=sys.stderr)
         return ExitCode.USER_ERROR
     return ExitCode.COMPLETE
 
@@ -133,7 +135,9 @@ def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.sizes.plan import plan_run
 
     # --- Read what was asked for -------------------------------------------------------------------
-    given = str(user_path(options.policy)) if options.policy else str(packaged_configs() / "tiny")
+    given = str(
+        fetch(options.policy, "--policy", skip=LARGE_FOLDERS) if options.policy else packaged_configs() / "tiny"
+    )
     policy_path = find_policy(given, "--policy")
     for assignment in overrides:
         if not assignment.startswith(_READ):

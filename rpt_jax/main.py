@@ -37,14 +37,16 @@ from absl import flags
 from rpt_jax.config import Experiment, from_config_dict, load_config_file
 from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.loading import split_overrides
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_local_path, check_location
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.distributed.rendezvous import Heartbeat, connect_processes
 from rpt_jax.errors import ExitCode, UserError, check_choice, nearest
 from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.infra.console import console_logging, silent_console
 from rpt_jax.infra.gpu_settings import exclude_nondeterministic_operations
+from rpt_jax.infra.remote_workdir import local_workdir
 from rpt_jax.infra.signals import StopSignals
+from rpt_jax.infra.storage import fetch_inputs, with_urls
 
 if TYPE_CHECKING:
     from rpt_jax.infra.run_context import RunContext
@@ -162,7 +164,7 @@ def load_experiment(argv: list[str]) -> Experiment:
         raise UserError(
             "--config is missing: give a config file, such as --config=configs/rpt_tiny.py.", field="--config"
         )
-    check_local_path("--workdir", _WORKDIR.value)
+    check_location("--workdir", _WORKDIR.value)
     check_local_path("--compilation_cache", _COMPILATION_CACHE.value)
     import_jax()  # The registered choices, which the config is checked against, load it.
     return from_config_dict(load_config_file(_CONFIG.value), overrides)
@@ -179,7 +181,7 @@ def run(
     """Run the task of an experiment.
 
     Args:
-      experiment: the config.
+      experiment: the config. Files at URLs are copied to the local disk first.
       workdir: directory of the run; a run that is there is resumed.
       force: resume even if the run in `workdir` had another config.
       replay: repeat the step in which a number was not finite, with NaN checks.
@@ -209,11 +211,13 @@ def run(
         check_choice("--replay: task", experiment.task, ["rpt", "rft", "pretrain"])
     context = context or RunContext()
     check_platforms()
+    given = experiment
+    experiment = fetch_inputs(experiment)
     mesh = make_run_mesh(experiment)
     check_start(experiment, workdir, mesh)
     with (
         needed_jax_settings(),
-        claimed_workdir(workdir, experiment, force),
+        claimed_workdir(workdir, given, force),
         use_mesh(mesh, experiment.mesh.split_rows),
         context.compile_times,
         CompilationProgress(),
@@ -237,8 +241,12 @@ def run(
             log_verdict(workdir)
 
 
-def run_with_processes(experiment: Experiment, workdir: Path) -> None:
+def run_with_processes(experiment: Experiment, location: str) -> None:
     """Call `run` as the flags say, as one process of possibly several, with stop signals handled.
+
+    Args:
+      experiment: a validated config.
+      location: path or URL of the workdir.
 
     Raises:
       UserError: as `run` does, or another process is missing or was started with another config.
@@ -246,7 +254,7 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
     hosts = find_hosts(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
     # All processes must agree on these.
     facts = {
-        "--workdir": str(workdir),
+        "--workdir": location,
         "--replay": _REPLAY.value,
         "--deterministic": _DETERMINISTIC.value,
         "jax": version("jax"),
@@ -266,7 +274,15 @@ def run_with_processes(experiment: Experiment, workdir: Path) -> None:
             signals.on_exit = rendezvous.announce_exit
         context = RunContext(signals=signals, heartbeat=heartbeat, rendezvous=rendezvous)
         try:
-            with compilation_cache(chosen_directory(_COMPILATION_CACHE.value)):
+            with (
+                compilation_cache(chosen_directory(_COMPILATION_CACHE.value)),
+                local_workdir(
+                    location,
+                    signals,
+                    process=hosts.process if hosts else 0,
+                    is_shared=experiment.task == "score",
+                ) as workdir,
+            ):
                 run(experiment, workdir, force=_FORCE.value, replay=_REPLAY.value, context=context)
         except (Exception, KeyboardInterrupt) as error:
             if rendezvous:
@@ -301,14 +317,13 @@ def main(argv: list[str]) -> int:
             with console_logging():
                 describe(experiment)
             return ExitCode.COMPLETE
-        # In --workdir=~/runs, the shell does not expand the tilde.
-        workdir = user_path(_WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}")
+        location = _WORKDIR.value or f"runs/{Path(str(_CONFIG.value)).stem}_seed{experiment.seed}"
         with console_logging():
-            run_with_processes(experiment, workdir)
+            run_with_processes(experiment, location)
         return ExitCode.COMPLETE
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each kind of exception has its exit code.
         code, message = exit_code_and_message(error)
-        print(message, file=sys.stderr)
+        print(with_urls(message), file=sys.stderr)
         return code
 
 

@@ -23,7 +23,7 @@ from rpt_jax.corpus.prepared import corpus_directory, open_and_report, open_prep
 from rpt_jax.corpus.sources import training_texts
 from rpt_jax.corpus.tokenization import ShardPlan, plan_shards
 from rpt_jax.corpus.tokenized import Windows
-from rpt_jax.distributed.processes import is_leader, wait_for_all
+from rpt_jax.distributed.processes import is_leader
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.accounting import Clock
@@ -40,6 +40,8 @@ from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import POLICY, format_stamp
+from rpt_jax.infra.shared_files import share
+from rpt_jax.infra.storage import push, with_urls
 from rpt_jax.infra.trackers import Trackers
 from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, RESULT, is_complete, read_result
 from rpt_jax.model.flops import causal_pairs, training_flops
@@ -323,8 +325,9 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     files = exported_files(tokenizer)
     save_trained(directory, policy, state.params, experiment.policy.path, files, tokenizer.fingerprint)
     if is_leader():
+        push(directory)
         spent = {"steps": step, "flops": flops, "seconds": clock.seconds}
-        result = {**format_stamp(), **spent, "policy": str(directory)}
+        result = {**format_stamp(), **spent, "policy": with_urls(str(directory))}
         atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     logger.info("The policy is in %s.", directory)
 
@@ -339,7 +342,7 @@ def cold_start_result(workdir: Path) -> dict[str, Any] | None:
 
 def delete_cold_start_checkpoints(workdir: Path) -> None:
     """Delete the checkpoints of a complete cold start: its policy replaces them, at a third of their size."""
-    wait_for_all("cold start")
+    share(workdir / COLD_START, "cold start")
     if is_leader():
         shutil.rmtree(workdir / COLD_START / CHECKPOINTS, ignore_errors=True)
 
@@ -385,7 +388,7 @@ def _load_or_init(
 
             texts = training_texts(experiment.data, whole, _TOKENIZER_BYTES, advance)
             train_sentencepiece(texts, experiment.pretrain.vocab_size, path)
-    wait_for_all("tokenizer")
+    share(workdir, "tokenizer")
     tokenizer = load_tokenizer(workdir)
     policy = make_policy(experiment.policy, preset(experiment.policy.preset), tokenizer)
     return policy, init_parameters(policy, mesh, experiment.seed), tokenizer

@@ -12,9 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_location, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
+from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.storage import LARGE_FOLDERS, fetch, with_urls
 
 _COMPARISON = "comparison.html"  # Name of the page of several runs, in the directory of the first.
 
@@ -23,32 +25,31 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.report", description=description)
-    parser.add_argument(
-        "--workdir", type=user_path, required=True, action="append", help="directory of a run; may be repeated"
-    )
+    parser.add_argument("--workdir", required=True, action="append", help="directory of a run; may be repeated")
     parser.add_argument("--output", type=user_path, help="file to write the page to")
     parser.add_argument("--serve", action="store_true", help="serve the page instead of writing files, until Ctrl-C")
     parser.add_argument("--port", type=int, default=8000, help="port to serve at; 0 for any (default: %(default)s)")
     options = parser.parse_args(argv[1:])
     try:
         import_jax()
-        for workdir in options.workdir:
-            _check_workdir(workdir)
+        workdirs = [_find_workdir(location) for location in options.workdir]
         if options.serve:
-            _serve(options.workdir, options.port)
+            _serve(workdirs, options.port)
         else:
-            _write(options.workdir, options.output)
+            _write(workdirs, options.output)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(with_urls(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 
 
-def _check_workdir(workdir: Path) -> None:
+def _find_workdir(location: str) -> Path:
+    """Return the directory of a run, for a URL a copy of it. Raises: UserError, if it is not one."""
     from rpt_jax.infra.metrics import FILE_NAME
     from rpt_jax.infra.workdir import is_run_directory
 
-    check_local_path("--workdir", workdir)
+    check_location("--workdir", location)
+    workdir = fetch(location, "--workdir", skip={*LARGE_FOLDERS, POLICY})
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is not the directory of a run.", field="--workdir")
     if not (workdir / FILE_NAME).exists() and not is_run_directory(workdir):
@@ -56,6 +57,7 @@ def _check_workdir(workdir: Path) -> None:
             f"{workdir / FILE_NAME} is missing, and so is a run's config: --workdir={workdir} is not the directory of a run.",
             field="--workdir",
         )
+    return workdir
 
 
 def _write(workdirs: list[Path], output: Path | None) -> None:

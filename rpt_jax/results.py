@@ -12,7 +12,6 @@ from typing import Any
 import jax
 
 from rpt_jax.config import Experiment
-from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.distributed.processes import to_host
 from rpt_jax.infra.accounting import Clock
@@ -20,6 +19,7 @@ from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import RolloutText, table
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.source_commit import source_commit
+from rpt_jax.infra.storage import named_by_urls
 from rpt_jax.infra.workdir import RESULT
 from rpt_jax.prompts.builder import PromptBatch
 from rpt_jax.rewards.rewarder import RewardedRollouts
@@ -55,7 +55,7 @@ def write_result(
         "seconds": clock.training_seconds,
         "steps": steps,
         "seed": experiment.seed,
-        "config": dict(leaves(experiment)),
+        "config": named_by_urls(experiment),
         **evaluations,
     }
     atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")

@@ -26,6 +26,7 @@ from rpt_jax.infra.chips import chip_of
 from rpt_jax.infra.plots import PLOTS
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.storage import with_urls
 from rpt_jax.infra.workdir import is_run_directory
 from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_device_kind, target_platform
@@ -293,7 +294,7 @@ def open_or_prepare_corpus(
     if data.prepared:
         return open_prepared(data, tokenizer, Path(data.prepared))
     plan = plan_shards(data)
-    directory = corpus_directory(workdir, data, plan, tokenizer, data.entropy_top_k, experiment.policy.path)
+    directory = corpus_directory(workdir, data, plan, tokenizer, data.entropy_top_k, with_urls(experiment.policy.path))
     scorer = Scorer(policy=policy, params=params, tokenizer=tokenizer, mesh=mesh, config=experiment)
     prepared = prepare(scorer, plan, directory, context)
     assert prepared is not None, "all shards were prepared, so none is missing"

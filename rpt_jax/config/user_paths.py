@@ -1,7 +1,7 @@
 """Paths that a user gives in a config or on a command line.
 
-`~` is expanded here, because in `--config.data.path=~/texts` the shell does not do it. URLs are refused: "gs://bucket/run" would
-become a folder called "gs:" on the local disk.
+`~` is expanded here, because in `--config.data.path=~/texts` the shell does not do it. `infra.storage` opens URLs; where a path
+must be local, they are refused: "gs://bucket/run" would become a folder called "gs:" on the local disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ PATH_FIELDS = (
 # A tilde at the beginning of a path: of the whole text, or of a part of the mixture in `data.path`.
 _HOME = re.compile(r"(^|,\s*|(?:^|,\s*)[\d.]+=)(~[^/,]*)")
 # "gs://bucket/run", and "gs:/bucket/run", which `Path` makes of it; also after a weight or a comma, as in data.path.
-_URL = re.compile(r"(?:^|[=,])\s*(?P<scheme>[a-z][a-z0-9+.-]+):/", re.IGNORECASE)
+_ANY_URL = re.compile(r"(?:^|[=,])\s*(?P<scheme>[a-z][a-z0-9+.-]+):/", re.IGNORECASE)
+# A URL in the value of a path field.
+URL = re.compile(r"(?P<before>^|[=,]\s*)(?P<url>[a-z][a-z0-9+.-]+://[^,]+)", re.IGNORECASE)
+_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 # The command that copies from and to what URLs of a scheme name.
 _COPY = {
     "gs": "gcloud storage cp -r",
@@ -70,6 +73,38 @@ def with_expanded_paths(experiment: Experiment) -> Experiment:
     return experiment
 
 
+def is_url(text: str | None) -> bool:
+    """Return whether a path, or one of its comma-separated parts, is a URL such as gs://bucket/run."""
+    return bool(URL.search(text or ""))
+
+
+def check_location(name: str, location: str | None) -> None:
+    """Check that `location` is a path or a well-formed URL. Whether the URL can be used is known when it is opened.
+
+    Args:
+      name: the config field or flag that has this value.
+      location: its value; None if it is not set.
+
+    Raises: UserError.
+    """
+    text = location or ""
+    if _PASSWORD.search(text):
+        raise UserError(
+            f"{name} is a URL with a password, which would be printed and stored: give it without, and the credentials as "
+            "docs/guides/object-storage.md says.",
+            field=name,
+        )
+    for match in _ANY_URL.finditer(text):
+        rest = text[match.end() :]
+        scheme = match["scheme"].lower()
+        if scheme == "file":
+            raise UserError(f"{name}={text}: give a path of this machine without file://.", field=name)
+        if not re.match(r"/[^/,]", rest):
+            raise UserError(
+                f"{name}={text} is not a URL of object storage: it must be like {scheme}://BUCKET/PATH.", field=name
+            )
+
+
 def check_local_path(name: str, path: str | Path | None) -> None:
     """Check that `path` is not a URL.
 
@@ -80,7 +115,7 @@ def check_local_path(name: str, path: str | Path | None) -> None:
     Raises:
       UserError: it is a URL, or has one among its comma-separated parts.
     """
-    url = _URL.search(str(path or ""))
+    url = _ANY_URL.search(str(path or ""))
     if not url:
         return
     command = _COPY.get("hf" if "huggingface.co/" in str(path) else url["scheme"].lower())

@@ -32,7 +32,7 @@ from rpt_jax.config.schema import (
     QuestionsConfig,
     tracker_names,
 )
-from rpt_jax.config.user_paths import PATH_FIELDS, check_local_path
+from rpt_jax.config.user_paths import PATH_FIELDS, check_location
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.registry import (
     CORPUS_SOURCES,
@@ -207,7 +207,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
         _check_named_choice(experiment.objective, registry)
 
     for name in PATH_FIELDS:
-        check_local_path(name, values[name])
+        check_location(name, values[name])
 
     # Numbers.
     for name, (low, high) in _BOUNDS.items():

@@ -13,6 +13,7 @@ from rpt_jax.corpus.json_files import has_a_record_per_line
 from rpt_jax.corpus.mixture import configs_of_parts, parse_mixture
 from rpt_jax.corpus.records import check_fields
 from rpt_jax.errors import UserError
+from rpt_jax.infra.storage import with_urls
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def list_file_ranges(patterns: Sequence[str], value: str, field: str) -> list[Fi
             if in_folder:
                 name = path.relative_to(pattern).as_posix()
             else:
-                name = path.name if str(path) == value else path.as_posix()
+                name = path.name if str(path) == value else with_urls(path.as_posix())
             try:
                 limits = list(_range_limits(path))
             except Exception as error:  # noqa: BLE001 - pyarrow and array_record raise exceptions of many classes.

@@ -16,7 +16,7 @@ from rpt_jax.corpus.expanded_size import expanded_bytes
 from rpt_jax.corpus.store import FORMAT, MANIFEST, Records, read_json, read_summaries, read_summary, write_json
 from rpt_jax.corpus.tokenization import ShardPlan, check_made_from, content_fields, plan_shards, tokenize
 from rpt_jax.corpus.tokenized import TokenizedCorpus, open_tokens, report_corpus
-from rpt_jax.distributed.processes import is_leader, wait_for_all
+from rpt_jax.distributed.processes import is_leader
 from rpt_jax.distributed.rendezvous import Heartbeat
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import Progress
@@ -24,6 +24,8 @@ from rpt_jax.infra.digest import digest
 from rpt_jax.infra.disk import check_free_space
 from rpt_jax.infra.plots import write_entropy_plot
 from rpt_jax.infra.run_context import RunContext
+from rpt_jax.infra.shared_files import share
+from rpt_jax.infra.storage import with_urls
 from rpt_jax.registry import POSITION_CHOICES
 from rpt_jax.tokenizers.tokenizer import Tokenizer
 
@@ -80,10 +82,11 @@ def prepare(scorer: Scorer, plan: ShardPlan, directory: Path, context: RunContex
     data = scorer.config.data
     tokenize_on_leader(data, plan, scorer.tokenizer, directory, context.heartbeat)
     score_tokens(scorer, plan, directory, context.heartbeat)
+    share(directory, "scored")
     if is_leader() and not (directory / MANIFEST).exists():
         if all(read_summaries(directory, kind, plan.shards) is not None for kind in ("tokens", "scores")):
             write_manifest(scorer.config, plan, scorer.tokenizer, scorer.fingerprint, directory)
-    wait_for_all("prepared")
+    share(directory, "prepared")
     if not (directory / MANIFEST).exists():
         return None
     return open_prepared(data, scorer.tokenizer, directory, scorer.fingerprint, plan)
@@ -102,7 +105,7 @@ def tokenize_on_leader(
                 heartbeat.beat("tokenization")
 
             tokenize(data, plan, tokenizer, directory, advance)
-    wait_for_all("tokenized")
+    share(directory, "tokenized")
 
 
 def _check_disk(data: DataConfig, plan: ShardPlan, directory: Path) -> None:
@@ -163,7 +166,7 @@ def write_manifest(config: Experiment, plan: ShardPlan, tokenizer: Tokenizer, pr
             "tokenizer": tokenizer.fingerprint,
             "proxy": proxy,
         },
-        "sources": {"tokenizer": tokenizer.source, "proxy": config.policy.path},
+        "sources": {"tokenizer": with_urls(tokenizer.source), "proxy": with_urls(config.policy.path)},
         "shards": shards,
         "summaries": _summaries_digest(directory, shards),
         "counts": counts,

@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.derived import evaluation_experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.config.task_fields import suite_reads
@@ -26,6 +25,7 @@ from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.source_commit import source_commit
+from rpt_jax.infra.storage import named_by_urls, with_urls
 from rpt_jax.setup import check_sampling, load_starting_policy
 from rpt_jax.sizes.plan import plan_run
 
@@ -128,13 +128,13 @@ def evaluate(
         "device_kind": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "suite": suite,
-        "policy": policy,
+        "policy": with_urls(policy),
         "policy_fingerprint": fingerprint,
         "seconds": time.monotonic() - start,
         "device_busy": busy,
         "scores": score_averages(records),
         "summary": batches.summary(records),
-        "config": {name: value for name, value in leaves(experiment)},
+        "config": named_by_urls(experiment),
     }
     store.finish(records, summary)
     show(summary)
@@ -185,7 +185,7 @@ def _settings(suite: str, experiment: Experiment) -> dict[str, Any]:
     """Return the fields of a config that the results of a suite depend on."""
     return {
         name: value
-        for name, value in leaves(experiment)
+        for name, value in named_by_urls(experiment).items()
         if (name in _FIELDS or name.partition(".")[0] in _SECTIONS)
         and name not in _WITHOUT_EFFECT
         and suite_reads(suite, name)

@@ -18,6 +18,7 @@ from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.run_format import check_format, format_stamp
 from rpt_jax.infra.signals import StopSignals
+from rpt_jax.infra.storage import push
 from rpt_jax.infra.workdir import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ class Checkpointer:
             return "no step was complete"
         self.save()
         self.wait()
+        if is_leader():
+            push(self._directory)
         return f"everything up to step {self._staged[0]} is in {self._directory}"
 
     def check_writes(self) -> None:

@@ -22,6 +22,8 @@ from rich.progress import Progress as LiveProgress
 from rich.table import Table
 from rich.text import Text
 
+from rpt_jax.infra.storage import with_urls
+
 SECONDS_BETWEEN_LINES = 10.0  # Of a progress bar where the output is not a terminal.
 RECENT_STEPS = 50  # The remaining time is estimated from this many steps.
 PROMPT_CHARACTERS = 400  # Shown of a prompt, from its end.
@@ -39,7 +41,7 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         try:
-            message = self.format(record)
+            message = with_urls(self.format(record))
             if record.levelno >= logging.WARNING:
                 print(f"{record.levelname.lower()}: {message}", file=sys.stderr, flush=True)
             else:

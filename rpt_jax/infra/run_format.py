@@ -1,4 +1,4 @@
-"""The format number and package version in the files of a run, the check that refuses other formats, and where its policy is."""
+"""The format number and package version in the files of a run, the check that refuses others, and names in its directory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from rpt_jax.errors import UserError
 # Increase it when config fields are renamed or the contents of a checkpoint change. Format 1 wrote no number, and the config of a
 # run as config.json.
 FORMAT = 5
-# Directory of the policy in that of a run.
+# In the directory of a run.
+CHECKPOINTS = "checkpoints"
 POLICY = "policy"
+RESULT = "result.json"
 
 
 def format_stamp() -> dict[str, Any]:

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from rpt_jax.errors import ExitCode
+from rpt_jax.infra.storage import with_urls
 
 _URGENT = (signal.SIGTERM, signal.SIGINT)  # A second one of these exits at once.
 _SIGNALS = (*_URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -213,4 +214,4 @@ def _stopped(saved: str) -> str:
 def _print(text: str) -> None:
     # Printed and not logged: the main thread may hold the lock of a logging handler. A closed terminal cannot be written to.
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(with_urls(text), file=sys.stderr, flush=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpt_jax.config import Experiment, LoggingConfig
-from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.schema import tracker_names
 from rpt_jax.distributed.processes import is_leader
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.storage import named_by_urls, with_urls
 from rpt_jax.infra.workdir import COLD_START, TRACKERS_FILE
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ class Trackers:
         self._runs: dict[str, Any] = {}
         self._new: set[str] = set()  # Trackers that have nothing of this run yet.
         config = experiment.logging
-        arguments = {"project": config.project, "config": dict(leaves(experiment)), "resume": "allow"}
+        arguments = {"project": config.project, "config": named_by_urls(experiment), "resume": "allow"}
         names = tracker_names(config.trackers) if is_leader() else ()
         if not names:
             return
-        place = workdir.resolve()
+        place = Path(with_urls(str(workdir.resolve())))
         name = f"{place.parent.name}_{COLD_START}" if place.name == COLD_START else place.name
         path = workdir / TRACKERS_FILE
         ids = _read_ids(path)

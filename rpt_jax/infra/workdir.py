@@ -17,19 +17,18 @@ from typing import IO, Any
 
 from rpt_jax.config import Experiment, TrainingConfig
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.distributed.processes import is_leader, wait_for_all
+from rpt_jax.distributed.processes import is_leader
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.budget import budget_used
 from rpt_jax.infra.rollout_files import ROLLOUTS
-from rpt_jax.infra.run_format import POLICY, check_format, format_stamp
+from rpt_jax.infra.run_format import CHECKPOINTS, POLICY, RESULT, check_format, format_stamp
+from rpt_jax.infra.shared_files import share
 from rpt_jax.infra.total_steps import consequences_of_total_steps
 
 logger = logging.getLogger(__name__)
 
 RUN_CONFIG = "run_config.json"
-CHECKPOINTS = "checkpoints"
-RESULT = "result.json"
 TRACKERS_FILE = "trackers.json"  # The id of the run at each tracker.
 COLD_START = "cold_start"  # The folder of the cold start.
 TRACES = "traces"  # The folder of task "traces".
@@ -100,13 +99,13 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
         `training.total_steps` steps, or it cannot be read or written.
     """
     if not is_leader():
-        wait_for_all("claimed")
+        share(workdir, "claimed")
         _check_shared(workdir, experiment)
         yield
         return
     with _lock(workdir, experiment):
         is_new = _claim(workdir, experiment, force)
-        wait_for_all("claimed")
+        share(workdir, "claimed")
         try:
             yield
         except UserError:

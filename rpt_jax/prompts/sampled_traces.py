@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpt_jax.config import PretrainConfig
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_location
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.run_format import FORMAT, format_stamp
+from rpt_jax.infra.storage import LARGE_FOLDERS, fetch
 from rpt_jax.infra.workdir import RESULT, TRACES
 from rpt_jax.prompts.traces import Drill
 from rpt_jax.registry import TRACE_WRITERS
@@ -118,7 +119,7 @@ def read_traces(paths: str, fingerprint: str, row_tokens: int) -> tuple[Drill, .
     Raises: UserError, if a run is not finished or of another tokenizer, if a file is damaged, or if no trace fits.
     """
     traces = []
-    for directory in map(user_path, paths.split(",")):
+    for directory in (fetch(path.strip(), _PATH, skip=LARGE_FOLDERS) for path in paths.split(",")):
         if not (directory / RESULT).is_file():
             raise UserError(
                 f"{_PATH}: {directory} is not the directory of a finished run of task 'traces' ({RESULT} is missing).",
@@ -158,7 +159,7 @@ class SampledOptions:
     path: str = ""
 
     def __post_init__(self) -> None:
-        check_local_path(_PATH, self.path)
+        check_location(_PATH, self.path)
 
 
 def check_sampled_traces(config: PretrainConfig, tokenizer: Tokenizer) -> None:
