@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prepares a host of a TPU slice: installs Python and a compiler, mounts an NFS export, and makes the environment. `tpu_pod.sh setup`
-# runs it on all hosts:
+# Prepares a host of a TPU slice: installs Python and a compiler, mounts an NFS export if one is given, and makes the environment,
+# with what gs:// needs. `tpu_pod.sh setup` runs it on all hosts:
 #
 #   bash launch/tpu_host.sh [EXPORT DIRECTORY]      such as 10.0.0.2:/rpt /mnt/rpt
 set -euo pipefail
@@ -44,4 +44,4 @@ mount_share() {
 install_packages
 [ $# = 0 ] || mount_share "$@"
 set_up 1300 requirements.txt
-"$python" -m pip install -q -r "$root/requirements/tpu.txt"
+"$python" -m pip install -q -r "$root/requirements/gcs.txt" -r "$root/requirements/tpu.txt"

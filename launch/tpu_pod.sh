@@ -4,7 +4,7 @@
 #   bash launch/tpu_pod.sh create          request the slice as a queued resource
 #   bash launch/tpu_pod.sh wait            wait until the slice is active
 #   bash launch/tpu_pod.sh setup           copy the repository to all hosts, and install it there (see tpu_host.sh)
-#   bash launch/tpu_pod.sh run --config=configs/rpt_14b.py --workdir=/mnt/rpt/runs/14b
+#   bash launch/tpu_pod.sh run --config=configs/rpt_14b.py --workdir=gs://BUCKET/runs/14b
 #                                          start rpt_jax.main on all hosts; restart it after a retryable exit (see again.sh)
 #   bash launch/tpu_pod.sh status          show the state of the slice and the processes on each host
 #   bash launch/tpu_pod.sh logs [WORKER]   follow the log of a host (default: 0)
@@ -18,7 +18,8 @@
 #   RPT_TPU_TYPE     accelerator type, such as v5p-128 (64 chips) or v6e-64 (default: v6e-64)
 #   RPT_TPU_RUNTIME  runtime version of the hosts (default: v2-alpha-tpuv6e, v2-alpha-tpuv5 or v2-alpha-tpuv5-lite, by type)
 #   RPT_TPU_SPOT     1 for a spot slice: cheaper, and may be preempted at any time
-#   RPT_TPU_SHARE    NFS export for --workdir, such as 10.0.0.2:/rpt; you become its owner if you cannot write to it
+#   RPT_TPU_SHARE    NFS export, such as 10.0.0.2:/rpt, for a --workdir there and not in a bucket; you become its owner if you
+#                    cannot write to it
 #   RPT_TPU_MOUNT    directory of every host at which it is mounted (default: /mnt/rpt)
 #   RPT_TPU_PORT     port on which process 0 listens; the next port is used as well (default: 8476)
 set -euo pipefail
@@ -110,7 +111,7 @@ ${share:+ ${share@Q} ${mount@Q}}"
 }
 
 run() {
-    [ $# -gt 0 ] || die "run needs the arguments of rpt_jax.main, such as --config=configs/rpt_14b.py --workdir=/mnt/rpt/14b."
+    [ $# -gt 0 ] || die "run needs the arguments of rpt_jax.main, such as --config=configs/rpt_14b.py --workdir=gs://BUCKET/14b."
     local addresses
     addresses=$(gcloud_ compute tpus tpu-vm describe "$name" ${place[@]+"${place[@]}"} \
         '--format=value(networkEndpoints[].ipAddress)')

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,9 +41,9 @@ from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import POLICY, format_stamp
 from rpt_jax.infra.shared_files import share
-from rpt_jax.infra.storage import push, with_urls
+from rpt_jax.infra.storage import checkpoint_directory, push, with_urls
 from rpt_jax.infra.trackers import Trackers
-from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START, RESULT, is_complete, read_result
+from rpt_jax.infra.workdir import COLD_START, RESULT, is_complete, read_result
 from rpt_jax.model.flops import causal_pairs, training_flops
 from rpt_jax.model.lora import join_adapters, split_adapters
 from rpt_jax.model.model_config import preset
@@ -344,7 +344,8 @@ def delete_cold_start_checkpoints(workdir: Path) -> None:
     """Delete the checkpoints of a complete cold start: its policy replaces them, at a third of their size."""
     share(workdir / COLD_START, "cold start")
     if is_leader():
-        shutil.rmtree(workdir / COLD_START / CHECKPOINTS, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            checkpoint_directory(workdir / COLD_START).rmtree()
 
 
 def start_from_cold_start(experiment: Experiment, workdir: Path) -> Experiment:

@@ -17,13 +17,14 @@ from rpt_jax.config.task_fields import unread_changes
 from rpt_jax.corpus.prepared import open_prepared
 from rpt_jax.describe import derive
 from rpt_jax.distributed.mesh import check_batches
-from rpt_jax.errors import check_all
+from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
 from rpt_jax.infra.gpu_settings import describe_gpu_settings
 from rpt_jax.infra.source_commit import source_commit
+from rpt_jax.infra.storage import RemoteCopy, checkpoint_directory, is_remote
 from rpt_jax.infra.trackers import check_installed
-from rpt_jax.infra.workdir import CHECKPOINTS, COLD_START
+from rpt_jax.infra.workdir import COLD_START
 from rpt_jax.model.context_length import context_warnings
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.pretrain import check_vocab_size
@@ -67,6 +68,7 @@ def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
         functools.partial(_check_sizes, experiment, model, mesh),
         check_tokenizer,
         functools.partial(_check_disk, experiment, model, workdir),
+        functools.partial(_check_processes, experiment, workdir),
         functools.partial(check_installed, experiment.logging),
     )
 
@@ -110,14 +112,27 @@ def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> No
     check_free_space(workdir, needed, "checkpoints and the policy", "lower checkpoint.keep")
 
 
+def _check_processes(experiment: Experiment, workdir: Path) -> None:
+    """Check that all processes can write to the checkpoints. Raises: UserError."""
+    copy = RemoteCopy.of(workdir)
+    if experiment.trains and copy and jax.process_count() > 1 and not is_remote(checkpoint_directory(workdir)):
+        raise UserError(
+            f"--workdir={copy.url}: the checkpoints of a run with several processes can be written to gs:// or to a directory "
+            "that all of them share, and to no other object storage.",
+            field="--workdir",
+        )
+
+
 def _missing_bytes(experiment: Experiment, model: ModelConfig, workdir: Path) -> int:
     """Return the bytes that a run will add to `workdir`, at most: checkpoints and the policy. Compression is not counted on."""
+    if is_remote(checkpoint_directory(workdir)):
+        return _FLOAT32_BYTES * model.parameters
     # Parameters, two moments and, for some rewards, the moving average.
     has_average = experiment.reinforces and REWARDS[experiment.objective.reward].requirements.average
     checkpoint = (4 if has_average else 3) * _FLOAT32_BYTES * trained_parameters(experiment, model)
     # A new checkpoint is complete before the oldest one is deleted.
     saves = -(-experiment.training.total_steps // experiment.checkpoint.every_steps)
-    present = sum(path.name.isdecimal() for path in (workdir / CHECKPOINTS).glob("*"))
+    present = sum(path.name.isdecimal() for path in checkpoint_directory(workdir).glob("*"))
     missing = max(0, min(experiment.checkpoint.keep + 1, saves) - present)
     return missing * checkpoint + _FLOAT32_BYTES * model.parameters
 

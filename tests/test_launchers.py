@@ -441,6 +441,40 @@ def test_image_copies_files_that_exist() -> None:
         assert (ROOT / path).exists()
 
 
+# --- SkyPilot ---
+
+
+def sky_arguments(task: dict[str, Any], **environ: str) -> list[str]:
+    """Return the arguments of rpt_jax.main with which a node of a SkyPilot task starts the launchers."""
+    script = f'exec() {{ printf "%s\n" "$@"; }}\n{task["run"]}'
+    environment = os.environ | task["envs"] | environ
+    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    command, *arguments = result.stdout.split("launch/local.sh\n")
+    assert command.split() == ["bash", "launch/again.sh", "bash"]
+    return arguments[0].splitlines()
+
+
+def test_the_task_of_skypilot_describes_a_run_in_a_bucket(capsys) -> None:
+    task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "resources", "num_nodes", "workdir", "envs", "setup", "run"}
+    subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=True)
+    for path in re.findall(r"(?:requirements|launch)[\w/$]*\.(?:txt|sh)", task["setup"]):
+        assert (ROOT / path.replace("$PLUGIN", task["envs"]["PLUGIN"])).exists(), path
+
+    arguments = sky_arguments(task, SKYPILOT_NUM_NODES="1")
+    assert arguments[1] == f"--workdir={task['envs']['WORKDIR']}" and task["envs"]["WORKDIR"].startswith("gs://")
+    assert main(["main", *arguments, "--describe"]) == 0
+    assert "matmul parameters" in capsys.readouterr().out
+
+
+def test_the_nodes_of_a_task_of_skypilot_are_the_processes_of_a_run() -> None:
+    task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    node = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    flags = dict(argument.removeprefix("--").split("=", 1) for argument in sky_arguments(task, **node))
+    found = find_hosts(flags["coordinator"], int(flags["processes"]), int(flags["process"]), {})
+    assert found and found[:4] == ("10.0.0.1", 8476, 2, 1)
+
+
 # --- studies, docs/guides/study.md ---
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -18,8 +18,7 @@ from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.run_format import check_format, format_stamp
 from rpt_jax.infra.signals import StopSignals
-from rpt_jax.infra.storage import push
-from rpt_jax.infra.workdir import CHECKPOINTS
+from rpt_jax.infra.storage import checkpoint_directory, is_remote, move_directory, push
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +30,9 @@ class Checkpointer:
 
     `state` is a tree of arrays; `run` is a dict of JSON values: data-iterator state, counters, fingerprints.
 
+    In Google Cloud Storage, every process writes its part there directly. In other object storage, the only process of the run
+    writes to the local copy of the workdir, and uploads from there.
+
     Args:
       workdir: directory of the run.
       keep: number of checkpoints to keep.
@@ -40,8 +42,9 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: Path, keep: int, state: Any, frozen: Any = None):
-        self._directory = (workdir / CHECKPOINTS).resolve()
-        self._damaged = (workdir / DAMAGED).resolve()
+        self._workdir = workdir
+        self._directory = checkpoint_directory(workdir)
+        self._damaged = checkpoint_directory(workdir, DAMAGED)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -87,6 +90,8 @@ class Checkpointer:
         with self._signals.defer():
             step, state, run = self._get_staged()
             self._write_first()
+            if is_remote(self._directory) and is_leader():
+                push(self._workdir)  # What the run has written before this checkpoint.
             self.check_writes()
             checksums = {"state": fingerprint_arrays(state), "run": digest(run)} | self._frozen
             items = ocp.args.Composite(
@@ -102,7 +107,7 @@ class Checkpointer:
         self.save()
         self.wait()
         if is_leader():
-            push(self._directory)
+            push(self._workdir)
         return f"everything up to step {self._staged[0]} is in {self._directory}"
 
     def check_writes(self) -> None:
@@ -160,7 +165,7 @@ class Checkpointer:
         altered = [item for item, checksum in checksums.items() if found.get(item) != checksum]
         return state, run, f"the checksum of its {' and '.join(altered)} does not match" if altered else ""
 
-    def _check_frozen(self, checksums: dict[str, str], checkpoint: Path) -> None:
+    def _check_frozen(self, checksums: dict[str, str], checkpoint: PurePath) -> None:
         """Raise UserError if the frozen weights are others than those that the adapters in a checkpoint belong to."""
         expected = checksums.get("frozen", "")
         found = self._frozen.get("frozen", "")
@@ -181,7 +186,7 @@ class Checkpointer:
         target = self._damaged / f"{step}-{number}"
         if is_leader():
             self._damaged.mkdir(exist_ok=True)
-            (self._directory / str(step)).rename(target)
+            move_directory(self._directory / str(step), target)
         wait_for_all("set aside")
         self._manager.reload()
         logger.warning(
@@ -212,7 +217,7 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
     Raises:
       UserError: there is no such checkpoint. The function raises it if the checkpoint is damaged.
     """
-    directory = (workdir / CHECKPOINTS).resolve()
+    directory = checkpoint_directory(workdir)
     steps = sorted(
         int(path.name) for path in directory.glob("*") if path.name.isdecimal() and (path / "state").is_dir()
     )
@@ -233,8 +238,7 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         try:
             args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-            state_directory: Any = directory / str(chosen) / "state"  # The parameter is declared as etils.epath.Path.
-            [array] = jax.tree.leaves(reader.restore(state_directory, args=args))
+            [array] = jax.tree.leaves(reader.restore(directory / str(chosen) / "state", args=args))
         except Exception as error:  # noqa: BLE001 - orbax raises `Exception` itself if an array is truncated.
             raise _damaged_error(directory / str(chosen), _first_line(error)) from None
         if not isinstance(array, np.ndarray):  # A partial restore leaves what it does not find as it is.
@@ -252,7 +256,7 @@ def _raise_os_error(write: Callable[[], Any]) -> None:
         raise OSError(f"a checkpoint could not be written ({_first_line(error)}); the one before it remains") from error
 
 
-def _damaged_error(checkpoint: Path, reason: str) -> UserError:
+def _damaged_error(checkpoint: PurePath, reason: str) -> UserError:
     return UserError(
         f"the checkpoint {checkpoint} is damaged, or it belongs to another model ({reason}). Choose another checkpoint or "
         "another --workdir; nothing was changed.",

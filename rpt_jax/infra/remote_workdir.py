@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0  # The owner of a lock rewrites it this often.
 STALE_SECONDS = 60.0  # A lock that was not rewritten for this long is of a run that was killed.
-_PUSH_SECONDS = 30.0  # Changes are uploaded this often.
+PUSH_SECONDS = 30.0  # Changes are uploaded this often.
 _PAUSES = 10  # The pause after an upload, in multiples of its duration, up to the longest pause.
 _LONGEST_PAUSE_SECONDS = 300.0
 _GIVE_UP_SECONDS = 600.0  # A run ends if nothing could be uploaded for this long.
@@ -185,7 +185,7 @@ class _Uploads:
         self._closing = threading.Event()
         self._is_closed = threading.Lock()  # Taken once.
         self._has_lost_lock = False
-        self._threads = [threading.Thread(target=self._repeat, args=(copy.push, _PUSH_SECONDS), daemon=True)]
+        self._threads = [threading.Thread(target=self._repeat, args=(copy.push, PUSH_SECONDS), daemon=True)]
         if lock:
             self._threads.append(threading.Thread(target=self._repeat, args=(lock.beat, BEAT_SECONDS), daemon=True))
         for thread in self._threads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from rpt_jax import __version__
@@ -23,7 +23,7 @@ def format_stamp() -> dict[str, Any]:
     return {"format": FORMAT, "version": __version__}
 
 
-def check_format(values: Mapping[str, Any], path: Path) -> None:
+def check_format(values: Mapping[str, Any], path: PurePath) -> None:
     """Check that `values`, read from `path`, were written in the current format.
 
     Raises:

@@ -21,8 +21,8 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpt_jax.config import Experiment
 from rpt_jax.config.dataclass_io import leaves
@@ -31,6 +31,9 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.run_format import CHECKPOINTS, RESULT
+
+if TYPE_CHECKING:
+    from etils import epath
 
 logger = logging.getLogger(__name__)
 
@@ -408,6 +411,35 @@ def push(path: Path) -> None:
     """Upload what has changed in the copy that a path belongs to; nothing for any other path. Raises: OSError."""
     if copy := RemoteCopy.of(path):
         copy.push()
+
+
+def checkpoint_directory(workdir: Path, name: str = CHECKPOINTS) -> epath.Path:
+    """Return where orbax keeps the checkpoints of a run: on the disk or, as it can, in Google Cloud Storage itself.
+
+    Args:
+      workdir: directory of the run.
+      name: of the directory in it.
+    """
+    from etils import epath
+
+    copy = RemoteCopy.of(workdir)
+    if copy is None or not copy.url.startswith("gs://"):
+        return epath.Path((workdir / name).resolve())
+    return epath.Path(copy.url) / workdir.resolve().relative_to(copy.root) / name
+
+
+def is_remote(path: PurePath) -> bool:
+    """Return whether a path of `checkpoint_directory` is in object storage."""
+    return is_url(os.fspath(path))
+
+
+def move_directory(source: epath.Path, target: epath.Path) -> None:
+    """Move a directory, on the disk or in object storage."""
+    if not is_remote(source):
+        source.rename(target)
+        return
+    file_system, path = RemoteCopy(os.fspath(source), Path()).open()
+    file_system.mv(path, file_system._strip_protocol(os.fspath(target)), recursive=True)
 
 
 def fetch_inputs(experiment: Experiment) -> Experiment:

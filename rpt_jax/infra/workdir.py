@@ -24,6 +24,7 @@ from rpt_jax.infra.budget import budget_used
 from rpt_jax.infra.rollout_files import ROLLOUTS
 from rpt_jax.infra.run_format import CHECKPOINTS, POLICY, RESULT, check_format, format_stamp
 from rpt_jax.infra.shared_files import share
+from rpt_jax.infra.storage import checkpoint_directory
 from rpt_jax.infra.total_steps import consequences_of_total_steps
 
 logger = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ def read_result(workdir: Path) -> dict[str, Any] | None:
 
 def _saved_step(workdir: Path) -> int | None:
     """Return the step of the newest checkpoint, None if there is none."""
-    steps = [int(path.name) for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdecimal()]
+    steps = [int(path.name) for path in checkpoint_directory(workdir).glob("*") if path.name.isdecimal()]
     return max(steps, default=None)
 
 

@@ -1,0 +1,160 @@
+"""Runs of the trainer in object storage: on servers of S3 and Google Cloud Storage on this machine, and in memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpt_jax import convert, doctor, main
+from rpt_jax.infra.storage import RemoteCopy
+from tests.helpers.memory_files import empty_memory_files
+from tests.helpers.object_storage import BUCKET, gcs_server, s3_server, start_run, wait_until
+from tests.helpers.paths import TINY
+from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.run_pages import training_files
+from tests.helpers.runs import SMALL, comparable, experiment
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = ["--config=configs/rpt_tiny.py", *(f"--config.{field}={value}" for field, value in SMALL.items())]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an uninterrupted run on the local disk."""
+    workdir = tmp_path_factory.mktemp("whole")
+    main.run(experiment(**SMALL), workdir)
+    return workdir
+
+
+def copy_of(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the directory that another machine makes of a URL."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    copy = RemoteCopy.at(url)
+    copy.fetch("--workdir")
+    return copy.root
+
+
+def assert_same_run(workdir: Path, whole: Path) -> None:
+    """Assert that a run has the same metrics, rollouts, result and policy as another one, bit for bit."""
+    assert comparable(workdir) == comparable(whole)
+    assert training_files(workdir) == training_files(whole)
+    mine, theirs = (json.loads((directory / "result.json").read_text()) for directory in (workdir, whole))
+    for result in (mine, theirs):
+        for name in ("wall_seconds", "seconds", "config"):
+            del result[name]
+    assert mine == theirs
+    for path in (whole / "policy").iterdir():
+        assert (workdir / "policy" / path.name).read_bytes() == path.read_bytes()
+
+
+def run_killed_and_resumed(url: str, committed: str, files: Any, tmp_path: Path, *more: str) -> str:
+    """Kill a run once a checkpoint is in object storage, run it to its end on another machine, and return what that prints."""
+    arguments = [*ARGUMENTS, f"--workdir={url}", *more]
+    first = start_run(tmp_path / "first", *arguments)
+    wait_until(lambda: files.exists(committed), first)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = start_run(tmp_path / "second", *arguments)
+    output, _ = second.communicate(timeout=CHILD_SECONDS)
+    assert second.returncode == 0, output
+    return output
+
+
+def test_a_run_in_s3_that_was_killed_resumes_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    """The policy is in the bucket as well. The lock of the killed run is taken over, and released at the end."""
+    with s3_server() as files:
+        files.put(f"{TINY}/", f"{BUCKET}/tiny", recursive=True)
+        url = f"s3://{BUCKET}/runs/a"
+        policy = f"--config.policy.path=s3://{BUCKET}/tiny"
+        output = run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2.committed", files, tmp_path, policy)
+        assert f"Resuming from step 2 of {url}" in output and f"Results: {url}" in output
+        assert str(tmp_path) not in output and "secret-of-the-test" not in output
+        assert not files.exists(f"{BUCKET}/runs/a/lock")
+        run = copy_of(url, tmp_path / "third", monkeypatch)
+        assert_same_run(run, whole)
+        result = json.loads((run / "result.json").read_text())
+        assert result["config"]["policy.path"] == f"s3://{BUCKET}/tiny"
+
+        # Other tools read the run where it is.
+        assert doctor.main(["doctor", "--workdir", url]) == 0
+        assert convert.main(["convert", "--from", f"{url}/checkpoints/4", "--to", str(tmp_path / "converted")]) == 0
+        assert (tmp_path / "converted" / "model.safetensors").exists()
+
+
+def test_a_stop_signal_saves_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    with s3_server() as files:
+        url = f"s3://{BUCKET}/run"
+        arguments = [*ARGUMENTS, f"--workdir={url}", "--config.checkpoint.every_steps=100"]
+        first = start_run(tmp_path / "first", *arguments)
+        wait_until(
+            lambda: files.exists(f"{BUCKET}/run/metrics.jsonl") and files.size(f"{BUCKET}/run/metrics.jsonl") > 0, first
+        )
+        first.terminate()
+        output, _ = first.communicate(timeout=CHILD_SECONDS)
+        assert first.returncode == 75 and f"is in {url}/checkpoints" in output
+        assert not files.exists(f"{BUCKET}/run/lock")
+        second = start_run(tmp_path / "second", *arguments)
+        output, _ = second.communicate(timeout=CHILD_SECONDS)
+        assert second.returncode == 0 and "Resuming from step" in output
+        assert_same_run(copy_of(url, tmp_path / "third", monkeypatch), whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ([f"--workdir=s3://no-such-bucket-{BUCKET}/run"], "--workdir=s3://no-such-bucket"),
+        ([f"--config.policy.path=s3://{BUCKET}/nothing"], f"policy.path=s3://{BUCKET}/nothing has no files"),
+    ],
+)
+def test_what_is_not_there_is_an_error_without_a_traceback(tmp_path: Path, arguments: list[str], field: str) -> None:
+    with s3_server():
+        process = start_run(tmp_path, *ARGUMENTS, f"--workdir={tmp_path}/run", *arguments)
+        output, _ = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == 2
+    assert f"error: {field}" in output and "Traceback" not in output
+
+
+def test_missing_credentials_are_an_error_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server():
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        process = start_run(tmp_path, *ARGUMENTS, f"--workdir=s3://{BUCKET}/run")
+        output, _ = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == 2
+    assert "error: --workdir=s3://" in output and "credentials" in output and "Traceback" not in output
+
+
+def test_a_run_in_google_cloud_storage_that_was_killed_resumes_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    """orbax writes the checkpoints there itself."""
+    with gcs_server(tmp_path) as files:
+        url = f"gs://{BUCKET}/runs/a"
+        output = run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2/commit_success.txt", files, tmp_path)
+        assert f"Resuming from step 2 of {url}" in output
+        assert_same_run(copy_of(url, tmp_path / "third", monkeypatch), whole)
+
+
+def test_text_at_a_url_is_the_same_corpus_as_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = empty_memory_files(tmp_path, monkeypatch)
+    text = "".join(f"Line {i} of a text about the number {i * i}.\n\n" for i in range(200))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(text)
+    files.pipe_file("/bucket/texts/a.txt", text.encode())
+    fields = SMALL | {"data.source": "path", "training.total_steps": 1, "data.held_out_documents": 4}
+    del fields["data.source_options.documents"], fields["data.source_options.held_out_templates"]
+    fields["evaluation.unseen_positions"] = 0
+    for name, path in (("here", f"{tmp_path}/texts"), ("there", "memory://bucket/texts")):
+        main.run(experiment(**fields, **{"data.path": path}), tmp_path / name)
+    assert comparable(tmp_path / "here") == comparable(tmp_path / "there")
+    corpora = [sorted(path.name for path in (tmp_path / name / "corpus").iterdir()) for name in ("here", "there")]
+    assert corpora[0] == corpora[1]
