@@ -303,11 +303,11 @@ class RemoteCopy:
         return _Entry(size=stat.st_size, mtime_ns=stat.st_mtime_ns, version=version)
 
     def _has(self, name: str, version: str, files: Mapping[str, _Entry], reset: bool) -> bool:
-        """Return whether a version of an object is here; with `reset`, whether its file has not been changed since."""
+        """Return whether a version of an object is here, or was; with `reset`, whether its file has not been changed since."""
         entry = files.get(name)
-        if entry is None or entry.version != version or not (self.root / name).exists():
+        if entry is None or entry.version != version:
             return False
-        return not reset or self._entry(name, version) == entry
+        return not reset or ((self.root / name).exists() and self._entry(name, version) == entry)
 
     def _delete_others(self, kept: Collection[str]) -> None:
         """Delete every file that is not one of `kept`, unfinished ones included, and the folders that are empty then."""
