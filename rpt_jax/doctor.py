@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.doctor", description=description)
-    parser.add_argument("--workdir", required=True, action="append", help="directory of a run; may be repeated")
+    parser.add_argument(
+        "--workdir", required=True, action="append", help="directory of a run, or its URL; may be repeated"
+    )
     parser.add_argument("--rule", action="append", help="check only this rule; may be repeated")
     parser.add_argument("--json", action="store_true", help="print a JSON list with an object for each run")
     options = parser.parse_args(argv[1:])

@@ -43,7 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="policy to evaluate: a Hugging Face directory, a .gguf file, or a run; default: the config's policy.path",
     )
     parser.add_argument("--results", default="", help="the --workdir of two finished evaluations, separated by a comma")
-    parser.add_argument("--workdir", help="directory of the results; default: runs/evaluate_<config>_<suite>")
+    parser.add_argument(
+        "--workdir", help="directory of the results, or its URL; default: runs/evaluate_<config>_<suite>"
+    )
     parser.add_argument(
         "--compilation_cache",
         help="directory for compiled programs, which later runs load; 'off' for none; default: rpt_jax in your cache directory",

@@ -56,7 +56,11 @@ _CONFIG = flags.DEFINE_string(
     None,
     "Config file: one of configs/ or your own. Override a field of it with --config.SECTION.FIELD=VALUE.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. Default: runs/<name of the config>_seed<seed>.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Directory of the run, or its URL in object storage. Default: runs/<name of the config>_seed<seed>.",
+)
 _FORCE = flags.DEFINE_bool("force", False, "Resume in a workdir whose run had another config.")
 _REPLAY = flags.DEFINE_bool(
     "replay", False, "Repeat the step that exit code 3 reported, with NaN checks, and stop at the operation at fault."

@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     description = (__doc__ or "").partition("\n\n")[2]
     parser = argparse.ArgumentParser(prog="python -m rpt_jax.report", description=description)
-    parser.add_argument("--workdir", required=True, action="append", help="directory of a run; may be repeated")
+    parser.add_argument(
+        "--workdir", required=True, action="append", help="directory of a run, or its URL; may be repeated"
+    )
     parser.add_argument("--output", type=user_path, help="file to write the page to")
     parser.add_argument("--serve", action="store_true", help="serve the page instead of writing files, until Ctrl-C")
     parser.add_argument("--port", type=int, default=8000, help="port to serve at; 0 for any (default: %(default)s)")

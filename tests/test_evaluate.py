@@ -28,7 +28,7 @@ def run(*arguments: str) -> int:
         (["--suite=next_token", CONFIG], "task='rft'"),
         (["--suite=questions", CONFIG, "--policy=nowhere"], "--policy='nowhere' does not exist"),
         (["--suite=questions", CONFIG, "--config.policy.path=nowhere"], "policy.path='nowhere' does not exist"),
-        (["--suite=questions", CONFIG, "--policy=gs://bucket/policy"], "URL"),
+        (["--suite=questions", CONFIG, "--policy=gs:/bucket/policy"], "URL"),
         (
             ["--suite=next_token", f"--config={CONFIGS / 'rpt_tiny.py'}", "--config.evaluation.keep_rollouts=False"],
             "no effect",

@@ -64,7 +64,7 @@ def test_positions_are_given_by_the_number_of_their_token_in_the_text() -> None:
     ("arguments", "message"),
     [
         (["--policy=nowhere"], "--policy='nowhere' does not exist"),
-        (["--policy=gs://bucket/policy"], "URL"),
+        (["--policy=gs:/bucket/policy"], "URL"),
         (["--config.data.path=x"], "no effect"),
         (["--config.rollout.temperature=1"], "no effect"),
         (["--config=nowhere.py"], "nowhere.py"),

@@ -33,6 +33,7 @@ _HOME = re.compile(r"(^|,\s*|(?:^|,\s*)[\d.]+=)(~[^/,]*)")
 _ANY_URL = re.compile(r"(?:^|[=,])\s*(?P<scheme>[a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 # A URL in the value of a path field.
 URL = re.compile(r"(?P<before>^|[=,]\s*)(?P<url>[a-z][a-z0-9+.-]+://[^,]+)", re.IGNORECASE)
+_NOT_STORAGE = ("file", "http", "https")
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")
 # The command that copies from and to what URLs of a scheme name.
 _COPY = {
@@ -79,7 +80,7 @@ def is_url(text: str | None) -> bool:
 
 
 def check_location(name: str, location: str | None) -> None:
-    """Check that `location` is a path or a well-formed URL. Whether the URL can be used is known when it is opened.
+    """Check that `location` is a path or a well-formed URL of object storage. Whether it can be used is known when it is opened.
 
     Args:
       name: the config field or flag that has this value.
@@ -97,8 +98,8 @@ def check_location(name: str, location: str | None) -> None:
     for match in _ANY_URL.finditer(text):
         rest = text[match.end() :]
         scheme = match["scheme"].lower()
-        if scheme == "file":
-            raise UserError(f"{name}={text}: give a path of this machine without file://.", field=name)
+        if scheme in _NOT_STORAGE:
+            check_local_path(name, location)
         if not re.match(r"/[^/,]", rest):
             raise UserError(
                 f"{name}={text} is not a URL of object storage: it must be like {scheme}://BUCKET/PATH.", field=name

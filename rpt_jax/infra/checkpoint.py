@@ -218,9 +218,7 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
       UserError: there is no such checkpoint. The function raises it if the checkpoint is damaged.
     """
     directory = checkpoint_directory(workdir)
-    steps = sorted(
-        int(path.name) for path in directory.glob("*") if path.name.isdecimal() and (path / "state").is_dir()
-    )
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and _is_complete(path))
     if not steps:
         raise UserError(f"{directory} has no checkpoints.", field=str(directory))
     if step is not None and step not in steps:
@@ -246,6 +244,11 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
         return array
 
     return chosen, read
+
+
+def _is_complete(checkpoint: Any) -> bool:
+    """Return whether orbax has completed a checkpoint: in object storage by its mark, elsewhere by giving it its name."""
+    return (checkpoint / ("commit_success.txt" if is_remote(checkpoint) else "state")).exists()
 
 
 def _raise_os_error(write: Callable[[], Any]) -> None:

@@ -66,7 +66,7 @@ def s3_server() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def gcs_server(tmp_path: Path) -> Iterator[Any]:
+def gcs_server() -> Iterator[Any]:
     """Run an emulator of Google Cloud Storage with an empty bucket; give a file system that uses it."""
     require("gcp_storage_emulator", "gcsfs")
     port = free_port()
@@ -76,6 +76,7 @@ def gcs_server(tmp_path: Path) -> Iterator[Any]:
         "TENSORSTORE_GCS_HTTP_URL": address,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
         "GOOGLE_CLOUD_PROJECT": "test",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It would ask a gRPC service, which the emulator has not.
     }
     command = [
         sys.executable,

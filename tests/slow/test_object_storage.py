@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,21 @@ from rpt_jax.infra.storage import RemoteCopy
 from tests.helpers.memory_files import empty_memory_files
 from tests.helpers.object_storage import BUCKET, gcs_server, s3_server, start_run, wait_until
 from tests.helpers.paths import TINY
-from tests.helpers.processes import CHILD_SECONDS
+from tests.helpers.processes import CHILD_SECONDS, free_port
 from tests.helpers.run_pages import training_files
-from tests.helpers.runs import SMALL, comparable, experiment
+from tests.helpers.runs import PRETRAIN, comparable, experiment
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = ["--config=configs/rpt_tiny.py", *(f"--config.{field}={value}" for field, value in SMALL.items())]
+FIELDS = PRETRAIN | {"policy.path": "configs/tiny", "training.total_steps": 6, "checkpoint.every_steps": 2}
+ARGUMENTS = ["--config=configs/pretrain_tiny.py", *(f"--config.{field}={value}" for field, value in FIELDS.items())]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of an uninterrupted run on the local disk."""
     workdir = tmp_path_factory.mktemp("whole")
-    main.run(experiment(**SMALL), workdir)
+    main.run(experiment("pretrain_tiny", **FIELDS), workdir)
     return workdir
 
 
@@ -45,8 +47,8 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     assert training_files(workdir) == training_files(whole)
     mine, theirs = (json.loads((directory / "result.json").read_text()) for directory in (workdir, whole))
     for result in (mine, theirs):
-        for name in ("wall_seconds", "seconds", "config"):
-            del result[name]
+        for name in ("wall_seconds", "seconds", "config", "policy"):
+            result.pop(name, None)
     assert mine == theirs
     for path in (whole / "policy").iterdir():
         assert (workdir / "policy" / path.name).read_bytes() == path.read_bytes()
@@ -79,8 +81,7 @@ def test_a_run_in_s3_that_was_killed_resumes_on_another_machine(
         assert not files.exists(f"{BUCKET}/runs/a/lock")
         run = copy_of(url, tmp_path / "third", monkeypatch)
         assert_same_run(run, whole)
-        result = json.loads((run / "result.json").read_text())
-        assert result["config"]["policy.path"] == f"s3://{BUCKET}/tiny"
+        assert json.loads((run / "result.json").read_text())["policy"] == f"{url}/policy"
 
         # Other tools read the run where it is.
         assert doctor.main(["doctor", "--workdir", url]) == 0
@@ -137,11 +138,44 @@ def test_a_run_in_google_cloud_storage_that_was_killed_resumes_on_another_machin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
     """orbax writes the checkpoints there itself."""
-    with gcs_server(tmp_path) as files:
+    with gcs_server() as files:
         url = f"gs://{BUCKET}/runs/a"
         output = run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2/commit_success.txt", files, tmp_path)
         assert f"Resuming from step 2 of {url}" in output
         assert_same_run(copy_of(url, tmp_path / "third", monkeypatch), whole)
+
+
+def start_processes(url: str, tmp_path: Path) -> list[subprocess.Popen[str]]:
+    """Start two processes of one run, each on a machine of its own."""
+    joint = [f"--workdir={url}", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
+    return [start_run(tmp_path / f"host{i}", *ARGUMENTS, *joint, f"--process={i}") for i in range(2)]
+
+
+def test_the_processes_of_a_run_share_nothing_but_a_bucket(tmp_path: Path) -> None:
+    """All are killed after a checkpoint that both have written, and one process goes on from it elsewhere."""
+    with gcs_server() as files:
+        url = f"gs://{BUCKET}/run"
+        processes = start_processes(url, tmp_path)
+        wait_until(lambda: files.exists(f"{BUCKET}/run/checkpoints/2/commit_success.txt"), processes[0])
+        parts = files.ls(f"{BUCKET}/run/checkpoints/2/state", detail=False)
+        assert len([name for name in parts if "ocdbt.process_" in name]) == 2
+        for process in processes:
+            process.kill()
+            process.wait()
+        last = start_run(tmp_path / "elsewhere", *ARGUMENTS, f"--workdir={url}")
+        output, _ = last.communicate(timeout=CHILD_SECONDS)
+        assert last.returncode == 0 and "Resuming" not in output, output
+        lines = files.cat_file(f"{BUCKET}/run/metrics.jsonl").splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
+        assert files.exists(f"{BUCKET}/run/policy/model.safetensors") and files.exists(f"{BUCKET}/run/result.json")
+
+
+def test_several_processes_cannot_write_checkpoints_to_s3(tmp_path: Path) -> None:
+    with s3_server():
+        for process in start_processes(f"s3://{BUCKET}/run", tmp_path):
+            output, _ = process.communicate(timeout=CHILD_SECONDS)
+            assert process.returncode == 2 and "Traceback" not in output
+    assert "several processes can be written to gs://" in output
 
 
 def test_text_at_a_url_is_the_same_corpus_as_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +184,11 @@ def test_text_at_a_url_is_the_same_corpus_as_on_the_disk(tmp_path: Path, monkeyp
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text(text)
     files.pipe_file("/bucket/texts/a.txt", text.encode())
-    fields = SMALL | {"data.source": "path", "training.total_steps": 1, "data.held_out_documents": 4}
-    del fields["data.source_options.documents"], fields["data.source_options.held_out_templates"]
-    fields["evaluation.unseen_positions"] = 0
+    fields = FIELDS | {"data.source": "path", "data.held_out_documents": 4, "training.total_steps": 2}
+    fields |= {"pretrain.trace_weight": 0.0, "pretrain.document_weight": 1.0}
+    del fields["data.source_options.documents"]
     for name, path in (("here", f"{tmp_path}/texts"), ("there", "memory://bucket/texts")):
-        main.run(experiment(**fields, **{"data.path": path}), tmp_path / name)
+        main.run(experiment("pretrain_tiny", **fields, **{"data.path": path}), tmp_path / name)
     assert comparable(tmp_path / "here") == comparable(tmp_path / "there")
     corpora = [sorted(path.name for path in (tmp_path / name / "corpus").iterdir()) for name in ("here", "there")]
     assert corpora[0] == corpora[1]
