@@ -47,9 +47,10 @@ def local_workdir(location: str, signals: StopSignals, *, process: int = 0, is_s
     if not is_url(location):
         yield user_path(location)
         return
-    copy = RemoteCopy.at(location, process=process)
+    copy = RemoteCopy.at(location, use=f"workdir of process {process}")
     with RemoteLock(copy) if process == 0 and not is_shared else contextlib.nullcontext() as lock:
-        copy.fetch("--workdir")
+        # Other jobs on this machine may be writing to the copy of a shared workdir.
+        copy.fetch("--workdir", reset=not is_shared)
         if process:
             yield copy.root
             return
@@ -116,7 +117,7 @@ class RemoteLock:
         """Create the lock; return False if it exists."""
         try:
             self._files.pipe_file(self._path, self._content(), mode="create")
-        except (FileExistsError, OSError):
+        except Exception:  # noqa: BLE001 - what packages for object storage raise if it exists differs.
             if self._read() is None:
                 raise
         return self._is_ours(self._read())

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import glob
 import json
 import logging
@@ -145,14 +146,16 @@ class RemoteCopy:
     root: Path
 
     @classmethod
-    def at(cls, url: str, pattern: str = "", process: int = 0) -> RemoteCopy:
-        """Return the copy of a URL, or of what matches a glob below it, which may be empty or out of date.
+    def at(cls, url: str, use: str = "") -> RemoteCopy:
+        """Return the copy of a URL, which may be empty or out of date.
 
-        The processes of a run that write to their copies have one each.
+        Args:
+          url: of a directory.
+          use: what the copy is for; each use of a URL has a copy of its own. What is written to is not shared with readers.
         """
         url = url.rstrip("/")
         name = re.sub(r"[^\w.-]", "_", url.rpartition("/")[2])[:40]
-        root = _copies() / f"{name}-{digest(url, pattern)[:12]}{f'-{process}' if process else ''}"
+        root = _copies() / f"{name}-{digest(url, use)[:12]}"
         root.mkdir(parents=True, exist_ok=True)
         if _read_index(root).get("url") != url:
             atomic_write(root / _INDEX, json.dumps({"url": url, "files": {}}))
@@ -390,7 +393,7 @@ def fetch(location: str, field: str, *, skip: Collection[str] = ()) -> Path:
             file_system, path = RemoteCopy(directory, Path()).open()
             if file_system.isfile(path):
                 directory, _, pattern = directory.rpartition("/")
-    copy = RemoteCopy.at(directory, pattern)
+    copy = RemoteCopy.at(directory, use=pattern)
     copy.fetch(field, pattern, skip=skip)
     if not copy.has_files():
         raise UserError(
@@ -456,13 +459,14 @@ def fetch_inputs(experiment: Experiment) -> Experiment:
         if not is_url(value) or (name == "data.path" and section.source != "path"):
             continue
         if name == "pretrain.export":  # The policy that is there, if any, and what will be written.
-            copy = RemoteCopy.at(value)
+            copy = RemoteCopy.at(value, use=name)
             copy.fetch(name)
             local = str(copy.root)
         else:
-            local = URL.sub(
-                lambda match, name=name: match["before"] + str(fetch(match["url"], name, skip=LARGE_FOLDERS)), value
-            )
+            # A policy may be that of a run.
+            skip = LARGE_FOLDERS if name == "policy.path" else frozenset()
+            copies = functools.partial(fetch, field=name, skip=skip)
+            local = URL.sub(lambda match, copies=copies: f"{match['before']}{copies(match['url'])}", value)
         section = dataclasses.replace(section, **{field: local})
         experiment = dataclasses.replace(experiment, **{section_name: section})
     return experiment

@@ -20,10 +20,16 @@ URL = "gs://bucket/run"
 
 @pytest.mark.parametrize("field", PATH_FIELDS)
 def test_a_field_may_be_a_url_but_no_other_text_with_a_scheme(field: str) -> None:
-    source = ["data.source=path"] if field == "data.path" else []
-    assert dict(leaves(from_config_dict({}, [f"{field}={URL}", *source])))[field] == URL
+    config = default_config()
+    if field.startswith("questions."):
+        config.task = "rft"
+        config.questions.source = "path"
+    config.data.source = "path"
+    config.update_from_flattened_dict({field: URL})
+    assert dict(leaves(from_config_dict(config)))[field] == URL
+    config.update_from_flattened_dict({field: "gs:/bucket/run"})
     with pytest.raises(UserError) as raised:
-        from_config_dict({}, [f"{field}=gs:/bucket/run", *source])
+        from_config_dict(config)
     assert raised.value.field == field
 
 

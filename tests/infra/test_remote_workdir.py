@@ -13,7 +13,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra import remote_workdir
 from rpt_jax.infra.remote_workdir import LockLost, RemoteLock, local_workdir
 from rpt_jax.infra.signals import StopSignals
-from rpt_jax.infra.storage import RemoteCopy
+from rpt_jax.infra.storage import RemoteCopy, push
 from tests.helpers.memory_files import URL, empty_memory_files
 
 LOCK = "/bucket/run/lock"
@@ -119,6 +119,6 @@ def test_two_runs_that_take_over_one_lock_do_not_both_get_it(files: fsspec.Abstr
 def test_another_process_of_the_run_has_a_copy_of_its_own(files: fsspec.AbstractFileSystem) -> None:
     with local_workdir(URL, StopSignals()) as workdir:
         (workdir / "a").write_text("x")
-        RemoteCopy.at(URL).push()
+        push(workdir)
         with local_workdir(URL, StopSignals(), process=1) as other:
             assert other != workdir and (other / "a").read_text() == "x"
