@@ -195,13 +195,15 @@ class RemoteCopy:
                 for name in files.keys() - found:
                     del files[name]
             marks = {name: version for name, (_, version) in found.items() if _is_mark(name)}
+            wanted = [name for name in found.keys() - marks.keys() if PurePosixPath(name).parts[0] not in skip]
+            checkpoints = {checkpoint for name in wanted if (checkpoint := _checkpoint_of(name))}
+            incomplete = {checkpoint for checkpoint in checkpoints if checkpoint + _COMMITTED not in marks}
+            if incomplete and not self.url.startswith("gs://"):  # There, orbax reads them itself.
+                logger.warning("Not complete at %s, and left out: %s.", self.url, ", ".join(sorted(incomplete)))
             missing = [
                 name
-                for name, (_, version) in found.items()
-                if name not in marks
-                and (not (checkpoint := _checkpoint_of(name)) or checkpoint + _COMMITTED in marks)
-                and PurePosixPath(name).parts[0] not in skip
-                and not self._has(name, version, files, reset)
+                for name in sorted(wanted)
+                if _checkpoint_of(name) not in incomplete and not self._has(name, found[name][1], files, reset)
             ]
             if missing:
                 size = sum(found[name][0] for name in missing)
@@ -228,12 +230,13 @@ class RemoteCopy:
         Raises: OSError.
         """
         with _raise_instead(self._upload_error, self.url), self._locked() as files:
+            # Checkpoints are listed before the other files, so that what was written before one of them is uploaded before it.
+            checkpoints = {checkpoint for name in self._local_files() if (checkpoint := _checkpoint_of(name))}
             here = self._local_files()
             changed = sorted(
                 (name for name, stat in here.items() if name not in files or files[name][:2] != stat),
                 key=lambda name: here[name][1],
             )
-            checkpoints = {checkpoint for name in here if (checkpoint := _checkpoint_of(name))}
             unmarked = sorted(checkpoint for checkpoint in checkpoints if checkpoint + _COMMITTED not in files)
             deleted = sorted(name for name in files if name not in here and not _is_mark(name))
             if not changed and not deleted and not unmarked:

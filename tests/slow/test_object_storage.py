@@ -64,6 +64,7 @@ def run_killed_and_resumed(url: str, committed: str, files: Any, tmp_path: Path,
     second = start_run(tmp_path / "second", *arguments)
     output, _ = second.communicate(timeout=CHILD_SECONDS)
     assert second.returncode == 0, output
+    assert "pretrain 1/6" not in output, "it began anew"
     return output
 
 
@@ -76,7 +77,7 @@ def test_a_run_in_s3_that_was_killed_resumes_on_another_machine(
         url = f"s3://{BUCKET}/runs/a"
         policy = f"--config.policy.path=s3://{BUCKET}/tiny"
         output = run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2.committed", files, tmp_path, policy)
-        assert f"Resuming from step 2 of {url}" in output and f"Results: {url}" in output
+        assert f"Results: {url}" in output
         assert str(tmp_path) not in output and "secret-of-the-test" not in output
         assert not files.exists(f"{BUCKET}/runs/a/lock")
         run = copy_of(url, tmp_path / "third", monkeypatch)
@@ -103,7 +104,7 @@ def test_a_stop_signal_saves_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not files.exists(f"{BUCKET}/run/lock")
         second = start_run(tmp_path / "second", *arguments)
         output, _ = second.communicate(timeout=CHILD_SECONDS)
-        assert second.returncode == 0 and "Resuming from step" in output
+        assert second.returncode == 0 and "pretrain 1/6" not in output, output
         assert_same_run(copy_of(url, tmp_path / "third", monkeypatch), whole)
 
 
@@ -140,8 +141,7 @@ def test_a_run_in_google_cloud_storage_that_was_killed_resumes_on_another_machin
     """orbax writes the checkpoints there itself."""
     with gcs_server() as files:
         url = f"gs://{BUCKET}/runs/a"
-        output = run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2/commit_success.txt", files, tmp_path)
-        assert f"Resuming from step 2 of {url}" in output
+        run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2/commit_success.txt", files, tmp_path)
         assert_same_run(copy_of(url, tmp_path / "third", monkeypatch), whole)
 
 
@@ -164,7 +164,7 @@ def test_the_processes_of_a_run_share_nothing_but_a_bucket(tmp_path: Path) -> No
             process.wait()
         last = start_run(tmp_path / "elsewhere", *ARGUMENTS, f"--workdir={url}")
         output, _ = last.communicate(timeout=CHILD_SECONDS)
-        assert last.returncode == 0 and "Resuming" not in output, output
+        assert last.returncode == 0 and "pretrain 1/6" not in output, output
         lines = files.cat_file(f"{BUCKET}/run/metrics.jsonl").splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
         assert files.exists(f"{BUCKET}/run/policy/model.safetensors") and files.exists(f"{BUCKET}/run/result.json")
