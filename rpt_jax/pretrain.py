@@ -344,7 +344,7 @@ def delete_cold_start_checkpoints(workdir: Path) -> None:
     """Delete the checkpoints of a complete cold start: its policy replaces them, at a third of their size."""
     share(workdir / COLD_START, "cold start")
     if is_leader():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             checkpoint_directory(workdir / COLD_START).rmtree()
 
 

@@ -165,9 +165,12 @@ class RemoteCopy:
     def of(cls, path: Path) -> RemoteCopy | None:
         """Return the copy that a local path belongs to; None for any other path."""
         copies = _copies()
-        parts = path.resolve().relative_to(copies).parts if path.resolve().is_relative_to(copies) else ()
-        url = _read_index(copies / parts[0]).get("url") if parts else None
-        return cls(url, copies / parts[0]) if url else None
+        resolved = path.resolve()
+        if copies not in resolved.parents:
+            return None
+        root = copies / resolved.relative_to(copies).parts[0]
+        url = _read_index(root).get("url")
+        return cls(url, root) if url else None
 
     def open(self) -> tuple[Any, str]:
         """Return the fsspec file system and the path of the URL in it. Raises: what fsspec and its backends raise."""
