@@ -25,7 +25,7 @@ BEAT_SECONDS = 10.0  # The owner of a lock rewrites it this often.
 STALE_SECONDS = 60.0  # A lock that was not rewritten for this long is of a run that was killed.
 PUSH_SECONDS = 30.0  # Changes are uploaded this often.
 _PAUSES = 10  # The pause after an upload, in multiples of its duration, up to the longest pause.
-_LONGEST_PAUSE_SECONDS = 300.0
+LONGEST_PAUSE_SECONDS = 300.0
 _GIVE_UP_SECONDS = 600.0  # A run ends if nothing could be uploaded for this long.
 
 
@@ -222,7 +222,7 @@ class _Uploads:
                 function()
                 succeeded = time.monotonic()
                 # A slow connection is not kept busy with files that grow.
-                pause = max(seconds, min(_PAUSES * (succeeded - start), _LONGEST_PAUSE_SECONDS))
+                pause = max(seconds, min(_PAUSES * (succeeded - start), LONGEST_PAUSE_SECONDS))
             except LockLost:
                 self._has_lost_lock = True
                 raise

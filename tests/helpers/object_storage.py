@@ -95,10 +95,10 @@ def gcs_server() -> Iterator[Any]:
         gcsfs.GCSFileSystem.clear_instance_cache()
 
 
-def start_run(cache: Path, *arguments: str, module: str = "tests.helpers.remote_child") -> subprocess.Popen[str]:
-    """Start the trainer on a machine whose disk holds the directory `cache` alone."""
-    environ = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", module, *arguments, "--compilation_cache=off"]
+def start_run(cache: Path, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+    """Start the trainer on a machine whose disk holds the directory `cache` alone; see `remote_child` for variables."""
+    environ = os.environ | {"XDG_CACHE_HOME": str(cache)} | environ
+    command = [sys.executable, "-m", "tests.helpers.remote_child", *arguments, "--compilation_cache=off"]
     return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=-1, stderr=subprocess.STDOUT, text=True)
 
 
