@@ -1,12 +1,14 @@
 """`rpt_jax.main` for a workdir in object storage: changes are uploaded at once, and locks soon become stale.
 
-With the environment variable HOLD_AFTER, the run waits to be killed or stopped once it has written the metrics of that step.
+With the environment variable KILL_AFTER, the run waits to be killed once it has written the metrics of that step; with STOP_AFTER,
+its steps from that one on take long, so that a stop signal arrives before its end.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 
 from rpt_jax.infra import remote_workdir
 from rpt_jax.infra.metrics import MetricsWriter
@@ -17,8 +19,10 @@ write = MetricsWriter.write
 
 def write_and_hold(self: MetricsWriter, step: int, scalars: dict[str, float]) -> None:
     write(self, step, scalars)
-    if str(step) == os.environ.get("HOLD_AFTER"):
+    if str(step) == os.environ.get("KILL_AFTER"):
         threading.Event().wait()
+    if step >= int(os.environ.get("STOP_AFTER", "1000")):
+        time.sleep(20)
 
 
 remote_workdir.BEAT_SECONDS = 0.5

@@ -57,7 +57,7 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
 def run_killed_and_resumed(url: str, committed: str, files: Any, tmp_path: Path, *more: str) -> str:
     """Kill a run once a checkpoint is in object storage, run it to its end on another machine, and return what that prints."""
     arguments = [*ARGUMENTS, f"--workdir={url}", *more]
-    first = start_run(tmp_path / "first", *arguments, HOLD_AFTER="3")
+    first = start_run(tmp_path / "first", *arguments, KILL_AFTER="3")
     wait_until(lambda: files.exists(committed), first)
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -94,7 +94,7 @@ def test_a_stop_signal_saves_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with s3_server() as files:
         url = f"s3://{BUCKET}/run"
         arguments = [*ARGUMENTS, f"--workdir={url}", "--config.checkpoint.every_steps=100"]
-        first = start_run(tmp_path / "first", *arguments, HOLD_AFTER="3")
+        first = start_run(tmp_path / "first", *arguments, STOP_AFTER="2")
         wait_until(
             lambda: files.exists(f"{BUCKET}/run/metrics.jsonl") and files.size(f"{BUCKET}/run/metrics.jsonl") > 0, first
         )
@@ -148,7 +148,7 @@ def test_a_run_in_google_cloud_storage_that_was_killed_resumes_on_another_machin
 def start_processes(url: str, tmp_path: Path) -> list[subprocess.Popen[str]]:
     """Start two processes of one run, each on a machine of its own."""
     joint = [f"--workdir={url}", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
-    return [start_run(tmp_path / f"host{i}", *ARGUMENTS, *joint, f"--process={i}", HOLD_AFTER="3") for i in range(2)]
+    return [start_run(tmp_path / f"host{i}", *ARGUMENTS, *joint, f"--process={i}", KILL_AFTER="3") for i in range(2)]
 
 
 def test_the_processes_of_a_run_share_nothing_but_a_bucket(tmp_path: Path) -> None:
