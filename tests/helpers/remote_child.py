@@ -1,6 +1,6 @@
 """`rpt_jax.main` for a workdir in object storage: changes are uploaded at once, and locks soon become stale.
 
-With the environment variable KILL_AFTER, the run waits to be killed once it has written the metrics of that step; with STOP_AFTER,
+With the variable KILL_AFTER, the run waits to be killed once it has written the metrics of that step. With STOP_AFTER,
 its steps from that one on take long, so that a stop signal arrives before its end.
 """
 
