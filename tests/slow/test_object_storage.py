@@ -184,7 +184,7 @@ def test_text_at_a_url_is_the_same_corpus_as_on_the_disk(tmp_path: Path, monkeyp
     files.pipe_file("/bucket/texts/a.txt", text.encode())
     fields = FIELDS | {"data.source": "path", "data.held_out_documents": 4, "training.total_steps": 2}
     fields |= {"pretrain.trace_weight": 0.0, "pretrain.document_weight": 1.0}
-    del fields["data.source_options.documents"]
+    del fields["data.source_options.documents"], fields["pretrain.rows_per_window"]
     for name, path in (("here", f"{tmp_path}/texts"), ("there", "memory://bucket/texts")):
         main.run(experiment("pretrain_tiny", **fields, **{"data.path": path}), tmp_path / name)
     assert comparable(tmp_path / "here") == comparable(tmp_path / "there")
