@@ -14,6 +14,7 @@ import numpy as np
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.model.attention.dispatch import KERNELS
 from rpt_jax.model.transformer import Transformer
+from rpt_jax.rollout import sampling
 from rpt_jax.rollout.engine import STEPS_PER_CHECK
 from rpt_jax.rollout.generate import generate
 from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS
@@ -56,9 +57,11 @@ def main() -> None:
     for name, kernel in INTERPRETED.items():
         KERNELS[name] = KERNELS[name]._replace(cache=kernel)
         policy = dataclasses.replace(POLICY, attention=name)
-        layout = CACHE_LAYOUTS[KERNELS[name].platform]
-        CACHE_LAYOUTS["cpu"] = layout._replace(own_block=16, prompt_block=16, root_block=16)
-        steps = STEPS_PER_CHECK[KERNELS[name].platform]
+        # Sampling, too, is that of the kernel's platform.
+        platform = KERNELS[name].platform
+        sampling.target_platform = lambda platform=platform: platform
+        steps = STEPS_PER_CHECK[platform]
+        CACHE_LAYOUTS["cpu"] = CACHE_LAYOUTS[platform]._replace(own_block=16, prompt_block=16, root_block=16)
         assert_same(sample(policy, steps), expected)
         # Prompts over four replicas, kv heads over the two devices of each.
         with use_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
