@@ -65,6 +65,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--decode-slots", type=not_negative, default=0, help="rollouts that are live at once; 0: as many as fit"
     )
     parser.add_argument("--prefill-tokens", type=positive, default=4096, help="tokens that are prefilled at once")
+    parser.add_argument(
+        "--steps-per-check",
+        type=not_negative,
+        default=0,
+        help="decode steps between two checks which rollouts have ended; 0: the platform's number",
+    )
     parser.add_argument("--seed", type=not_negative, default=0)
     parser.add_argument("--repeats", type=positive, default=3)
 
@@ -107,6 +113,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         stop_ids=_parse_stop_ids(options.stop_ids),
         slots=slots,
         prefill_tokens=options.prefill_tokens,
+        steps_per_check=options.steps_per_check,
     )
 
     # Time whole runs, their beginnings, and reads of memory.

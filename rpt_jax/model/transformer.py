@@ -84,10 +84,10 @@ def rotary_angles(
       base: base of the rotary frequencies.
       scaling: change of the frequencies for longer contexts, or None.
 
-    Returns: cosines and sines [N, 1, G, Q, C / 2], always float32: bfloat16 rounds position 257 to 256.
+    Returns: cosines and sines [N, G, Q, 1, C / 2], always float32: bfloat16 rounds position 257 to 256.
     """
     frequency, factor = rope_frequencies(head_size, base, scaling)
-    angle = positions_NxGxQ[:, None, :, :, None].astype(jnp.float32) * frequency
+    angle = positions_NxGxQ[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
@@ -268,28 +268,35 @@ class Layer(nn.Module):
         head_size = config.head_size
         heads_per_kv = config.heads // kv_heads
 
-        # Project, and move the heads before the tokens: q [N, K, G, R, Q, C], k and v [N, K, G, Q, C].
+        # Project: q [N, G, Q, K, R, C], k and v [N, G, Q, K, C].
         q_dims = (width, kv_heads, heads_per_kv, head_size)
         kv_dims = (width, kv_heads, head_size)
         kv_axes = ("width", "kv_heads", None)
-        q = self._project(x_NxGxQxD, "q", q_dims, (*kv_axes, None)).transpose(0, 3, 1, 4, 2, 5)
-        k = self._project(x_NxGxQxD, "k", kv_dims, kv_axes).transpose(0, 3, 1, 2, 4)
-        v = self._project(x_NxGxQxD, "v", kv_dims, kv_axes).transpose(0, 3, 1, 2, 4)
+        q = self._project(x_NxGxQxD, "q", q_dims, (*kv_axes, None))
+        k = self._project(x_NxGxQxD, "k", kv_dims, kv_axes)
+        v = self._project(x_NxGxQxD, "v", kv_dims, kv_axes)
         if config.qkv_bias:
             dims = (1, kv_heads, 1, 1, head_size)
             axes = (None, "kv_heads", None, None, None)
             bias_q = self._constant("q_bias", (1, kv_heads, 1, heads_per_kv, 1, head_size), (*axes, None), 0.0)
-            q = q + bias_q.astype(self.dtype)
-            k = k + self._constant("k_bias", dims, axes, 0.0).astype(self.dtype)
-            v = v + self._constant("v_bias", dims, axes, 0.0).astype(self.dtype)
+            bias_k = self._constant("k_bias", dims, axes, 0.0)
+            bias_v = self._constant("v_bias", dims, axes, 0.0)
+            q = q + bias_q.astype(self.dtype).reshape(q_dims[1:])
+            k = k + bias_k.astype(self.dtype).reshape(kv_dims[1:])
+            v = v + bias_v.astype(self.dtype).reshape(kv_dims[1:])
         if config.qk_norm:
             q = rms_norm(q, self._constant("q_norm", (head_size,), (None,), 1.0), config.norm_epsilon)
             k = rms_norm(k, self._constant("k_norm", (head_size,), (None,), 1.0), config.norm_epsilon)
 
         # Encode the positions. Keys are rotated before they are cached.
         cos, sin = rotary
-        q = rotate(q, cos[:, :, :, None], sin[:, :, :, None])
+        q = rotate(q, cos[..., None, :], sin[..., None, :])
         k = rotate(k, cos, sin)
+
+        # Move the heads before the tokens: q [N, K, G, R, Q, C], k and v [N, K, G, Q, C]. A kernel that takes tokens first moves
+        # them back, and XLA then removes both transpositions.
+        q = q.transpose(0, 3, 1, 4, 2, 5)
+        k, v = (x.transpose(0, 3, 1, 2, 4) for x in (k, v))
         q, k, v = (with_logical_constraint(x, ("prompt", "kv_heads")) for x in (q, k, v))
         new = KeyValues(k=k, v=v)
 

@@ -19,7 +19,7 @@ from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import ProgramName, Step
-from rpt_jax.rollout.engine import live_sizes
+from rpt_jax.rollout.engine import live_sizes, steps_per_check
 from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS
 
 # Bytes per token of text, about: the reward reads one byte per iteration.
@@ -172,21 +172,23 @@ def _replica(experiment: Experiment, step: Step) -> _Replica:
     return _Replica(prompts=prompts, live_sizes=sizes)
 
 
-def decode_steps(rollouts: int, live_sizes: Sequence[int], response: int) -> tuple[int, ...]:
-    """Return the steps of each decode loop of a replica if all responses have full length.
+def decode_trips(rollouts: int, live_sizes: Sequence[int], response: int, steps_per_check: int) -> tuple[int, ...]:
+    """Return the trip count of each decode loop of a replica if all responses have full length.
 
     Args:
       rollouts: rollouts of the replica.
       live_sizes: rollouts that are decoded at once in each loop.
       response: tokens of a response; the first one comes from the prefill.
+      steps_per_check: decode steps of an iteration.
     """
     full, rest = divmod(rollouts, live_sizes[0])
-    steps = [0] * len(live_sizes)
-    steps[0] = full * (response - 1)
+    response_trips = -(-(response - 1) // steps_per_check)
+    trips = [0] * len(live_sizes)
+    trips[0] = full * response_trips
     if rest:
         # The smallest batch that holds the rollouts that are left.
-        steps[max(index for index, size in enumerate(live_sizes) if size >= rest)] += response - 1
-    return tuple(steps)
+        trips[max(index for index, size in enumerate(live_sizes) if size >= rest)] += response_trips
+    return tuple(trips)
 
 
 def full_row(experiment: Experiment) -> KeyRanges:
@@ -234,6 +236,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
     layout = CACHE_LAYOUTS[platform]
     own_blocks = -(-response // layout.own_block)
+    decode_steps = steps_per_check(step.decoding) if step.decoding else 1
 
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
     # most keys: a prompt and, on average, half of a response.
@@ -241,7 +244,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / ROW_BLOCK_SIZES[platform]
 
     return {
-        "decode_loop": decode_steps(prompts * samples, sizes, response),
+        "decode_loop": decode_trips(prompts * samples, sizes, response, decode_steps),
         # The cache of a rollout's own tokens grows from empty to full.
         "own_cache_blocks": ((own_blocks + 1) / 2,),
         "shared_cache_blocks": (-(-prompt // layout.prompt_block),),

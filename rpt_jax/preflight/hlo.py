@@ -268,6 +268,9 @@ class _Reader:
         if opcode in ("dynamic-update-slice", "scatter"):
             update = shapes[-1 if opcode == "scatter" else 1]
             return _bytes(update) + _bytes_of_part(instruction.shape, update)
+        if opcode == "slice-start":
+            _, part, *_ = (found[0] for found in _ARRAY.finditer(instruction.shape))  # The first one is the operand.
+            return _bytes_of_part(shapes[0], part)
         # An asynchronous instruction reads when it starts, and has written when it is done.
         if opcode.endswith("-done"):
             return written

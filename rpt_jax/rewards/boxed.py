@@ -78,68 +78,70 @@ class BoxParser(NamedTuple):
     equal_size: jax.Array | None = None
 
 
-class BoxReader(NamedTuple):
-    r"""Incremental parser for M responses that are still being generated.
+def start_parsers(rows: int, *, answering: bool = False) -> BoxParser:
+    """Return the states of `rows` empty responses, each field [rows].
 
-    Attributes:
-      parser: parser state, each field [M].
-      closed_M: bool, whether the box of the answer is closed by its balancing brace. For `\boxed{}`, which may continue
-        as `\boxed{}}`, this is decided by the next byte.
+    Args:
+      rows: number of responses.
+      answering: whether the end-of-thinking marker is in front of them.
     """
-
-    parser: BoxParser
-    closed_M: jax.Array
-
-    @classmethod
-    def start(cls, rows: int, *, answering: bool = False) -> BoxReader:
-        """Return the state of `rows` empty responses.
-
-        Args:
-          rows: number of responses.
-          answering: whether the end-of-thinking marker is in front of them.
-        """
-        initial = _initial_state()._replace(answering=jnp.bool_(answering))
-        parser = jax.tree.map(lambda x: jnp.full((rows,), x), initial)
-        return cls(parser=parser, closed_M=jnp.zeros(rows, bool))
+    initial = _initial_state()._replace(answering=jnp.bool_(answering))
+    return jax.tree.map(lambda x: jnp.full((rows,), x), initial)
 
 
 def read_box(
-    reader: BoxReader,
-    token_M: jax.Array,
+    parser_M: BoxParser,
+    token_KxM: jax.Array,
     vocab_bytes_VxX: jax.Array,
     vocab_lengths_V: jax.Array,
     end_think_id: int,
-) -> BoxReader:
-    """Append one token to each of M responses and return the new state, with the reading "balanced".
+    bytes_per_check: int = 1,
+) -> tuple[BoxParser, jax.Array]:
+    r"""Append K tokens to each of M responses that are still being generated, with the reading "balanced".
 
     Args:
-      reader: state after the previous tokens.
-      token_M: int32 ids.
+      parser_M: states after the previous tokens.
+      token_KxM: int32 ids.
       vocab_bytes_VxX: uint8 raw bytes of every token.
       vocab_lengths_V: int32 number of bytes of every token.
       end_think_id: id of the end-of-thinking token, or -1.
-    """
+      bytes_per_check: bytes that are read between two checks whether all responses have been read.
 
-    def append(state: BoxParser, token: jax.Array) -> BoxParser:
-        return jax.lax.while_loop(
-            lambda state: state.token < 1,
-            lambda state: _step(
+    Returns: the new states, and bool [K, M], whether the box of the answer is closed by its balancing brace after each
+      token. For `\boxed{}`, which may continue as `\boxed{}}`, this is decided by the next byte.
+    """
+    count = len(token_KxM)
+
+    def append(state: BoxParser, token_K: jax.Array) -> tuple[BoxParser, jax.Array]:
+        def read_byte(state: BoxParser, closed_K: jax.Array) -> tuple[BoxParser, jax.Array]:
+            is_current_K = jnp.arange(count) == state.token
+            state = _step(
                 state,
-                token[None],
-                jnp.int32(1),
+                token_K,
+                jnp.int32(count),
                 jnp.zeros(1, jnp.int32),  # There is no reference to compare with.
                 vocab_bytes_VxX,
                 vocab_lengths_V,
                 end_think_id,
                 reading="balanced",
-            ),
-            state._replace(token=jnp.int32(0), offset=jnp.int32(0)),
-        )
+            )
+            # The last byte of a token decides.
+            return state, jnp.where(is_current_K, _is_closed(state), closed_K)
 
-    parser = jax.vmap(append)(reader.parser, token_M)
-    undecided = (parser.prediction_size == 0) & (parser.size == 1)
-    closed_M = (parser.depth == 0) & (parser.prediction_size >= 0) & ~undecided
-    return BoxReader(parser=parser, closed_M=closed_M)
+        def read_bytes(carry: tuple[BoxParser, jax.Array]) -> tuple[BoxParser, jax.Array]:
+            if bytes_per_check == 1:
+                return read_byte(*carry)
+            return jax.lax.fori_loop(0, bytes_per_check, lambda _, carry: read_byte(*carry), carry)
+
+        state = state._replace(token=jnp.int32(0), offset=jnp.int32(0))
+        return jax.lax.while_loop(lambda carry: carry[0].token < count, read_bytes, (state, jnp.zeros(count, bool)))
+
+    return jax.vmap(append, in_axes=(0, 1), out_axes=(0, 1))(parser_M, token_KxM)
+
+
+def _is_closed(state: BoxParser) -> jax.Array:
+    undecided = (state.prediction_size == 0) & (state.size == 1)
+    return (state.depth == 0) & (state.prediction_size >= 0) & ~undecided
 
 
 @jax.named_scope("read_box")

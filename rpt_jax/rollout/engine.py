@@ -1,7 +1,8 @@
 """Continuous batching on the device: a fixed number of slots decodes any number of rollouts in one program.
 
 A rollout that ends frees its slot, and the next one in the queue starts there, without the host. When the queue is
-empty, the live rollouts are compacted into smaller and smaller batches.
+empty, the live rollouts are compacted into smaller and smaller batches. Every few steps, a check finds the rollouts that have
+ended; what they decoded after their end is dropped.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ import jax.numpy as jnp
 
 from rpt_jax.model.attention.blocked_cache import BlockedCache
 from rpt_jax.model.attention.dispatch import KeyValues, cache_kernel
+from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.transformer import Head, Params, Transformer, head
 from rpt_jax.objective.logprobs import scaled_logits
-from rpt_jax.rewards.boxed import BoxReader, read_box
+from rpt_jax.rewards.boxed import BoxParser, read_box, start_parsers
 from rpt_jax.rollout.decode import decode_head, decode_token, prepare_decode_params
-from rpt_jax.rollout.kv_cache import SharedCache, cache_layout, cached_attention, empty_ring, write_token
+from rpt_jax.rollout.kv_cache import (
+    SharedCache,
+    cache_layout,
+    cached_attention,
+    empty_ring,
+    shared_reads,
+    write_token,
+)
 from rpt_jax.rollout.prefill import prefill_prompts
 from rpt_jax.rollout.prefix_sharing import Prompts
 from rpt_jax.rollout.rollouts import DecodeWork, Decoding, Ended, Rollouts
@@ -30,6 +39,11 @@ from rpt_jax.tokenizers.tokenizer import ByteVocab
 _SHRINK_32NDS = (24, 16, 12, 8, 6, 4, 2, 1)
 _SHRINK_32NDS_REFILLED = (8, 2)
 _SMALLEST_BATCH = 8
+# Decode steps between two checks which rollouts have ended. A GPU's host waits for the result of every check, and launches its
+# small operations one by one.
+STEPS_PER_CHECK = {"cpu": 1, "gpu": 8, "tpu": 1}
+# Bytes of a token, about: the box parser reads that many per token between its own checks, if several tokens are read at once.
+_BYTES_PER_TOKEN = 4
 _OUT_OF_RANGE = 2**30  # An index beyond every array.
 
 
@@ -54,7 +68,7 @@ class DecodeState(NamedTuple):
     rollout_M: jax.Array
     token_M: jax.Array
     count_M: jax.Array
-    box_M: BoxReader | None
+    box_M: BoxParser | None
     own: BlockedCache
     new: KeyValues
     rollouts: Rollouts
@@ -99,7 +113,7 @@ class DecodeInputs(NamedTuple):
     noise_RxT: jax.Array
     queue_R: jax.Array
     queue_size: jax.Array
-    boxes_R: BoxReader | None
+    boxes_R: BoxParser | None
 
 
 def decode_rollouts(
@@ -156,11 +170,18 @@ def decode_until(
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.started < inputs.queue_size) | (state.running_M.sum() > running)
 
-    def step(state: DecodeState) -> DecodeState:
-        state, free_M = _decode_step(policy, decoding, inputs, state)
+    def decode(state: DecodeState) -> DecodeState:
+        state, sampled = _decode_steps(policy, decoding, inputs, state)
+        state, free_M = _store(state, sampled, inputs, decoding)
         return _refill(state, free_M, inputs)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return jax.lax.while_loop(unfinished, decode, state)
+
+
+def steps_per_check(decoding: Decoding) -> int:
+    """Return the decode steps between two checks which rollouts have ended: at most those of a whole response."""
+    steps = decoding.steps_per_check or STEPS_PER_CHECK[target_platform()]
+    return max(1, min(steps, decoding.max_new_tokens - 1))
 
 
 def start_decoding(
@@ -184,17 +205,17 @@ def start_decoding(
     uniform_PxG = noise_RxT[:, 0].reshape(-1, samples)
     token_PxG, logprob_PxG = jax.vmap(sample_tokens, in_axes=(None, 1), out_axes=1)(logits_PxV, uniform_PxG)
     token_R = token_PxG.reshape(-1)
-    boxes_R = None if vocab is None else BoxReader.start(count, answering=decoding.answers)
-    ended_R, boxes_R = _check_end(token_R, boxes_R, vocab, decoding)
+    boxes_R = None if vocab is None else start_parsers(count, answering=decoding.answers)
+    ended_1xR, boxes_R = _check_end(token_R[None], boxes_R, vocab, decoding)
     rollouts = Rollouts(
         tokens_PxGxT=jnp.zeros((count, max_new_tokens), jnp.int32).at[:, 0].set(token_R),
         lengths_PxG=jnp.ones(count, jnp.int32),
         logprobs_PxGxT=jnp.zeros((count, max_new_tokens), jnp.float32).at[:, 0].set(logprob_PxG.reshape(-1)),
-        ended_PxG=ended_R,
+        ended_PxG=ended_1xR[0],
     )
 
     # Idle slots, which are then filled from the queue of unfinished rollouts.
-    unfinished_R = (ended_R == Ended.LENGTH) & (max_new_tokens > 1)
+    unfinished_R = (ended_1xR[0] == Ended.LENGTH) & (max_new_tokens > 1)
     slots = live_sizes(decoding.slots, count)[0]
     idle_M = jnp.full(slots, count, jnp.int32)
     zeros = jnp.zeros((config.layers, slots, config.kv_heads, 1, 1, config.head_size), policy.dtype)
@@ -206,7 +227,7 @@ def start_decoding(
         rollout_M=idle_M,
         token_M=idle_M,
         count_M=idle_M,
-        box_M=None if vocab is None else BoxReader.start(slots),
+        box_M=None if vocab is None else start_parsers(slots),
         # The last token of a response is never run, so its keys need no space.
         own=empty_ring(new, slots, max(max_new_tokens - 1, 1), layout.own_block, layout.transposed_keys),
         new=new,
@@ -226,55 +247,77 @@ def start_decoding(
     return inputs, _refill(state, jnp.ones(slots, bool), inputs)
 
 
-def _decode_step(
+class _Sampled(NamedTuple):
+    """Tokens of every slot and their log-probabilities, one row per decode step."""
+
+    token_KxM: jax.Array
+    logprob_KxM: jax.Array
+
+
+def _decode_steps(
     policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState
-) -> tuple[DecodeState, jax.Array]:
-    """Run the last token of every live rollout and sample the next one; return also which slots are free afterwards."""
+) -> tuple[DecodeState, _Sampled]:
+    """Run the last token of every live rollout and sample the next one, until the next check."""
     running_M = state.running_M
     rollout_M = state.rollout_M
-    shared = inputs.shared
+    heads_per_kv = policy.config.heads // policy.config.kv_heads
+    kernel = cache_kernel(policy.attention, jnp.dtype(policy.dtype).name)
 
-    # Zero the lengths of idle slots, so that their stale cache blocks are not read.
-    cached_M = jnp.where(running_M, state.count_M - 1, 0)
+    # What does not depend on the results of these steps. Idle slots read no blocks of the shared caches.
+    shared = inputs.shared
     if inputs.unshared:
         shared = tuple(cache._replace(end_NxW=jnp.where(running_M[:, None], cache.end_NxW, 0)) for cache in shared)
     slot_rollout_M = None if inputs.unshared else jnp.where(running_M, rollout_M, _OUT_OF_RANGE)
+    reads = tuple(shared_reads(cache, slot_rollout_M, heads_per_kv, kernel) for cache in shared)
+    prompt_lengths_M = inputs.prompt_lengths_R.at[rollout_M].get(mode="clip")
+    steps = steps_per_check(decoding)
+    index_KxM = state.count_M + jnp.arange(steps)[:, None]
+    uniform_KxM = inputs.noise_RxT.at[rollout_M[None], index_KxM].get(mode="clip")
 
-    # Write the previous step's keys, then run this step's tokens.
-    own = write_token(state.own, state.new, state.step - 1)
-    attend = cached_attention(
-        shared,
-        slot_rollout_M,
-        own,
-        state.step,
-        cached_M,
-        heads_per_kv=policy.config.heads // policy.config.kv_heads,
-        kernel=cache_kernel(policy.attention, jnp.dtype(policy.dtype).name),
-    )
-    positions_M = inputs.prompt_lengths_R.at[rollout_M].get(mode="clip") + cached_M
-    hidden_MxD, new = decode_token(policy, inputs.params, state.token_M, positions_M, attend)
+    def step(state: DecodeState, uniform_M: jax.Array) -> tuple[DecodeState, _Sampled]:
+        # Write the previous step's keys, then run this step's tokens. Idle slots read none of their stale keys.
+        cached_M = jnp.where(running_M, state.count_M - 1, 0)
+        own = write_token(state.own, state.new, state.step - 1)
+        attend = cached_attention(reads, own, state.step, cached_M, heads_per_kv, kernel)
+        hidden_MxD, new = decode_token(policy, inputs.params, state.token_M, prompt_lengths_M + cached_M, attend)
 
-    # Sample with the noise of this token, and find out which responses end with it.
-    logits_MxV = _sampling_logits(decode_head(policy, inputs.params), hidden_MxD, decoding)
-    uniform_M = inputs.noise_RxT.at[rollout_M, state.count_M].get(mode="clip")
-    token_M, logprob_M = sample_tokens(logits_MxV, uniform_M)
-    ended_M, box_M = _check_end(token_M, state.box_M, inputs.vocab, decoding)
+        logits_MxV = _sampling_logits(decode_head(policy, inputs.params), hidden_MxD, decoding)
+        token_M, logprob_M = sample_tokens(logits_MxV, uniform_M)
+        state = state._replace(step=state.step + 1, token_M=token_M, count_M=state.count_M + 1, own=own, new=new)
+        return state, _Sampled(token_M, logprob_M)
 
-    # Store the results. Idle slots have an index out of range, whose update is dropped.
+    if steps == 1:
+        state, sampled = step(state, uniform_KxM[0])
+        return state, jax.tree.map(lambda x: x[None], sampled)
+    return jax.lax.scan(step, state, uniform_KxM)
+
+
+def _store(
+    state: DecodeState, sampled: _Sampled, inputs: DecodeInputs, decoding: Decoding
+) -> tuple[DecodeState, jax.Array]:
+    """Append the sampled tokens to their responses, up to their ends; return also which slots are free afterwards."""
+    steps = len(sampled.token_KxM)
+    count_M = state.count_M - steps
+    index_KxM = count_M + jnp.arange(steps)[:, None]
+
+    # The first token that ends a response is its last one.
+    ended_KxM, box_M = _check_end(sampled.token_KxM, state.box_M, inputs.vocab, decoding)
+    ends_KxM = (ended_KxM != Ended.LENGTH) | (index_KxM + 1 >= decoding.max_new_tokens)
+    ends_M = ends_KxM.any(axis=0)
+    last_M = jnp.where(ends_M, jnp.argmax(ends_KxM, axis=0), steps - 1)
+    ended_M = jnp.take_along_axis(ended_KxM, last_M[None], axis=0)[0]
+
+    # Idle slots, and tokens after the end, have an index out of range, whose update is dropped.
     old = state.rollouts
-    index = state.count_M
-    count_M = state.count_M + 1
+    rollout_M = state.rollout_M
+    entries_KxM = rollout_M[None], jnp.where(jnp.arange(steps)[:, None] <= last_M, index_KxM, _OUT_OF_RANGE)
     rollouts = Rollouts(
-        tokens_PxGxT=old.tokens_PxGxT.at[rollout_M, index].set(token_M, mode="drop"),
-        lengths_PxG=old.lengths_PxG.at[rollout_M].set(count_M, mode="drop"),
-        logprobs_PxGxT=old.logprobs_PxGxT.at[rollout_M, index].set(logprob_M, mode="drop"),
+        tokens_PxGxT=old.tokens_PxGxT.at[entries_KxM].set(sampled.token_KxM, mode="drop"),
+        lengths_PxG=old.lengths_PxG.at[rollout_M].set(count_M + last_M + 1, mode="drop"),
+        logprobs_PxGxT=old.logprobs_PxGxT.at[entries_KxM].set(sampled.logprob_KxM, mode="drop"),
         ended_PxG=old.ended_PxG.at[rollout_M].set(ended_M, mode="drop"),
     )
-    free_M = (ended_M != Ended.LENGTH) | (count_M >= decoding.max_new_tokens) | ~running_M
-    state = state._replace(
-        step=state.step + 1, token_M=token_M, count_M=count_M, box_M=box_M, own=own, new=new, rollouts=rollouts
-    )
-    return state, free_M
+    return state._replace(box_M=box_M, rollouts=rollouts), ends_M | ~state.running_M
 
 
 def _refill(state: DecodeState, free_M: jax.Array, inputs: DecodeInputs) -> DecodeState:
@@ -303,12 +346,19 @@ def _sampling_logits(head: Head, hidden_MxD: jax.Array, decoding: Decoding) -> j
 
 
 def _check_end(
-    token_M: jax.Array, box_M: BoxReader | None, vocab: ByteVocab | None, decoding: Decoding
-) -> tuple[jax.Array, BoxReader | None]:
-    """Return why each response ends with its new token, LENGTH if it does not, and the new parser states."""
-    is_stop_M = jnp.isin(token_M, jnp.array(decoding.stop_ids, jnp.int32))
-    ended_M = jnp.where(is_stop_M, Ended.STOP, Ended.LENGTH).astype(jnp.int32)
+    token_KxM: jax.Array, box_M: BoxParser | None, vocab: ByteVocab | None, decoding: Decoding
+) -> tuple[jax.Array, BoxParser | None]:
+    """Return why each response ends with each of its new tokens, LENGTH if it does not, and the new parser states."""
+    is_stop_KxM = jnp.isin(token_KxM, jnp.array(decoding.stop_ids, jnp.int32))
+    ended_KxM = jnp.where(is_stop_KxM, Ended.STOP, Ended.LENGTH).astype(jnp.int32)
     if box_M is None or vocab is None:
-        return ended_M, None
-    box_M = read_box(box_M, token_M, jnp.asarray(vocab.bytes_VxX), jnp.asarray(vocab.lengths_V), decoding.end_think_id)
-    return jnp.where(box_M.closed_M & ~is_stop_M, Ended.BOX, ended_M).astype(jnp.int32), box_M
+        return ended_KxM, None
+    box_M, closed_KxM = read_box(
+        box_M,
+        token_KxM,
+        jnp.asarray(vocab.bytes_VxX),
+        jnp.asarray(vocab.lengths_V),
+        decoding.end_think_id,
+        bytes_per_check=1 if len(token_KxM) == 1 else _BYTES_PER_TOKEN * len(token_KxM),
+    )
+    return jnp.where(closed_KxM & ~is_stop_KxM, Ended.BOX, ended_KxM).astype(jnp.int32), box_M

@@ -139,9 +139,39 @@ class SharedCache(NamedTuple):
         )
 
 
+class SharedReads(NamedTuple):
+    """Which keys of a shared cache the rollouts in the slots attend to, until other rollouts take the slots.
+
+    Attributes:
+      blocks: the cache.
+      grid: which slot each entry of the cache is for; None if it has a row per slot.
+      ranges: which keys of its row each query attends to.
+    """
+
+    blocks: BlockedCache
+    grid: _SlotGrid | None
+    ranges: CacheRanges
+
+
+def shared_reads(
+    cache: SharedCache, rollout_M: jax.Array | None, heads_per_kv: int, kernel: CacheKernel
+) -> SharedReads:
+    """Return what the rollouts in the slots attend to in a shared cache.
+
+    Args:
+      cache: the cache.
+      rollout_M: int32 rollout in each slot, out of range for an idle slot. None if the cache has a row per slot.
+      heads_per_kv: query heads per kv head.
+      kernel: what computes attention over a cache.
+    """
+    grid = None if rollout_M is None else _slot_grid(cache, rollout_M)
+    end_NxW = cache.end_NxW if grid is None else grid.end_NxW
+    ranges = _cache_ranges(cache.blocks, jnp.zeros(len(end_NxW), jnp.int32), end_NxW, heads_per_kv, kernel)
+    return SharedReads(blocks=cache.blocks, grid=grid, ranges=ranges)
+
+
 def cached_attention(
-    shared: tuple[SharedCache, ...],
-    rollout_M: jax.Array | None,
+    shared: tuple[SharedReads, ...],
     own: BlockedCache,
     step: jax.Array,
     counts_M: jax.Array,
@@ -151,9 +181,7 @@ def cached_attention(
     """Return the attention of each live rollout's new token over its shared caches, its own last tokens, and itself.
 
     Args:
-      shared: caches that several rollouts share.
-      rollout_M: int32 rollout in each slot, out of range for an idle slot. None if the shared caches have a row per
-        slot.
+      shared: what the rollouts attend to in each of the caches that they share.
       own: ring buffer indexed by decode step. All rollouts use the same index, whenever they started, so that writing
         takes no scatter.
       step: number of this decode step, whose keys are not written yet.
@@ -161,24 +189,8 @@ def cached_attention(
       heads_per_kv: query heads per kv head.
       kernel: what computes attention over a cache.
     """
-
-    # What is the same in every layer: which blocks are read for which rows.
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])
-
-    def ranges_of(cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array) -> CacheRanges:
-        length_NxQ = jnp.repeat(length_NxW, heads_per_kv, axis=1)
-        max_group_rows = len(begin_N)
-        if kernel.max_visit_bytes is not None:
-            max_group_rows = max(1, shards * kernel.max_visit_bytes // visit_bytes(cache, length_NxQ.shape[1]))
-        return make_cache_ranges(begin_N, length_NxQ, cache, max_group_rows)
-
-    own_ranges = ranges_of(own, (step - counts_M) % (own.num_blocks * own.block_size), counts_M[:, None])
-    grids = [None if rollout_M is None else _slot_grid(cache, rollout_M) for cache in shared]
-    shared_ranges = []
-    for cache, grid in zip(shared, grids, strict=True):
-        end_NxW = cache.end_NxW if grid is None else grid.end_NxW
-        shared_ranges.append(ranges_of(cache.blocks, jnp.zeros(len(end_NxW), jnp.int32), end_NxW))
+    begin_M = (step - counts_M) % (own.num_blocks * own.block_size)
+    own_ranges = _cache_ranges(own, begin_M, counts_M[:, None], heads_per_kv, kernel)
 
     def attend(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
         q = q_MxKx1xRx1xC[:, :, 0, :, 0]
@@ -190,14 +202,27 @@ def cached_attention(
         # Its own last tokens, then what it shares.
         with jax.named_scope("own_cache_blocks"):
             softmax = softmax.merge(kernel.attend(q, own, layer, own_ranges))
-        for cache, grid, ranges in zip(shared, grids, shared_ranges, strict=True):
+        for blocks, grid, ranges in shared:
             with jax.named_scope("shared_cache_blocks"):
                 rows = q if grid is None else grid.to_rows(q)
-                part = kernel.attend(rows, cache.blocks, layer, ranges)
+                part = kernel.attend(rows, blocks, layer, ranges)
                 softmax = softmax.merge(part if grid is None else grid.to_slots(part))
         return (softmax.out / softmax.total).astype(q.dtype)[:, :, None, :, None]
 
     return attend
+
+
+def _cache_ranges(
+    cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array, heads_per_kv: int, kernel: CacheKernel
+) -> CacheRanges:
+    """Return which blocks are read for which rows; it is the same in every layer."""
+    length_NxQ = jnp.repeat(length_NxW, heads_per_kv, axis=1)
+    max_group_rows = len(begin_N)
+    if kernel.max_visit_bytes is not None:
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])
+        max_group_rows = max(1, shards * kernel.max_visit_bytes // visit_bytes(cache, length_NxQ.shape[1]))
+    return make_cache_ranges(begin_N, length_NxQ, cache, max_group_rows)
 
 
 class _SlotGrid(NamedTuple):

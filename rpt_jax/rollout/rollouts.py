@@ -49,7 +49,7 @@ class Rollouts(NamedTuple):
 
 
 class DecodeWork(NamedTuple):
-    """What decoding took on each replica.
+    """What decoding took on each replica. A slot is in use until the check that finds that its rollout has ended.
 
     Attributes:
       steps: int32 [replicas, sizes], decode steps at each of the sizes that the batch of live rollouts shrinks through.
@@ -62,7 +62,9 @@ class DecodeWork(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Sampling parameters. `slots` and `prefill_tokens` bound memory and do not change the result. Hashable.
+    """Sampling parameters. Hashable.
+
+    `slots` and `prefill_tokens` bound memory, and `steps_per_check` is for speed; none of them changes the result.
 
     Attributes:
       samples: G, responses per prompt.
@@ -75,6 +77,7 @@ class Decoding:
       answers: whether prompts end with the end-of-thinking marker, so that a response is an answer from its first token.
       slots: rollouts that are decoded at once, over all replicas; 0 for all.
       prefill_tokens: tokens that are prefilled at once.
+      steps_per_check: decode steps between two checks which rollouts have ended; 0 for the platform's number.
     """
 
     samples: int
@@ -87,3 +90,4 @@ class Decoding:
     answers: bool = False
     slots: int = 0
     prefill_tokens: int = 4096
+    steps_per_check: int = 0

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
+from jax.sharding import PartitionSpec
 
-# A TPU's tiles have this many columns. Blocks of other widths are copied into new tiles, pass by pass.
+from rpt_jax.distributed.mesh import DECODING, num_shards
+from rpt_jax.model.attention.platform import target_platform
+
+# A TPU's tiles have this many columns.
 _LANES = 128
 
 
@@ -54,13 +60,28 @@ def truncate(logits_MxV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return jnp.where(logits_MxV >= threshold, logits_MxV, jnp.finfo(jnp.float32).min)
 
 
+class _Blocks(NamedTuple):
+    """What sampling reads of the logits, with the vocabulary in B blocks of W tokens.
+
+    Attributes:
+      largest_M: largest logit of each row.
+      sums_MxB: sums of exp(logit - largest) over each block.
+      read: returns, for the index of a block in each row, its logits [M, W], -inf where it has no token, and the id of its first
+        entry [M].
+    """
+
+    largest_M: jax.Array
+    sums_MxB: jax.Array
+    read: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
 @jax.named_scope("sample_tokens")
 def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draw one token per row from softmax(logits) by inverse transform sampling.
 
     It takes one random number per token instead of V for Gumbel noise. The inversion has two levels, first a block of
-    about √V tokens and then a token of it, so no cumulative sum over the whole vocabulary is formed. The logits are read
-    twice, for their maximum and for the sums of blocks, which also normalize the log-probability.
+    tokens and then a token of it, so no cumulative sum over the whole vocabulary is formed. The sums of blocks also
+    normalize the log-probability.
 
     Args:
       logits_MxV: float32.
@@ -68,21 +89,12 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> tuple[jax.Arra
 
     Returns: tokens, int32 [M], and their log-probabilities, float32 [M].
     """
-    rows, vocab = logits_MxV.shape
-    width = math.isqrt(vocab - 1) + 1
-    if width > _LANES:
-        width = -(-width // _LANES) * _LANES
-    blocks = -(-vocab // width)
-    # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective
-    # permute, for which XLA's CPU backend waits for all replicas: their loops have different lengths, so this would
-    # deadlock.
-    logits_MxV = with_logical_constraint(logits_MxV, (None, None))
-    largest_M = logits_MxV.max(axis=-1)
-    padded = jnp.pad(logits_MxV, ((0, 0), (0, blocks * width - vocab)), constant_values=-jnp.inf)
+    blocks = _tile_blocks(logits_MxV) if target_platform() == "tpu" else _row_blocks(logits_MxV)
+    largest_M = blocks.largest_M
+    sums_MxB = blocks.sums_MxB
 
     # First level: the block. Only blocks with a positive weight qualify, since a cumulative sum that is computed as a
     # tree may increase by rounding where nothing is added, and the end of the interval would fall into the padding.
-    sums_MxB = jnp.exp(padded.reshape(rows, blocks, width) - largest_M[:, None, None]).sum(axis=-1)
     ends_MxB = jnp.cumsum(sums_MxB, axis=-1)
     positive_ends_MxB = jnp.where(sums_MxB > 0, ends_MxB, 0.0)
     total_M = positive_ends_MxB.max(axis=-1)
@@ -92,13 +104,85 @@ def sample_tokens(logits_MxV: jax.Array, uniform_M: jax.Array) -> tuple[jax.Arra
     # Second level: the token in the block. The two levels round differently; if no token passes the target, the last
     # one with a positive weight is taken.
     before_M = jnp.where(block_M > 0, jnp.take_along_axis(ends_MxB, block_M[:, None] - 1, axis=1)[:, 0], 0.0)
-    start_M = jnp.minimum(block_M * width, vocab - width)  # The last block may overlap with the one before.
-    logits_MxW = jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start,), (width,)))(logits_MxV, start_M)
-    is_in_block_MxW = start_M[:, None] + jnp.arange(width) >= block_M[:, None] * width
-    weights_MxW = jnp.where(is_in_block_MxW, jnp.exp(logits_MxW - largest_M[:, None]), 0.0)
+    logits_MxW, start_M = blocks.read(block_M)
+    weights_MxW = jnp.exp(logits_MxW - largest_M[:, None])
     ends_MxW = jnp.cumsum(weights_MxW, axis=-1)
     passed_MxW = (ends_MxW > (target_M - before_M)[:, None]) & (weights_MxW > 0)
-    last_M = width - 1 - jnp.argmax(weights_MxW[:, ::-1] > 0, axis=-1)
+    last_M = weights_MxW.shape[1] - 1 - jnp.argmax(weights_MxW[:, ::-1] > 0, axis=-1)
     index_M = jnp.where(passed_MxW.any(axis=-1), jnp.argmax(passed_MxW, axis=-1), last_M)
     chosen_M = jnp.take_along_axis(logits_MxW, index_M[:, None], axis=1)[:, 0]
     return (start_M + index_M).astype(jnp.int32), chosen_M - largest_M - jnp.log(total_M)
+
+
+def _row_blocks(logits_MxV: jax.Array) -> _Blocks:
+    """Return blocks of about √V tokens, for a CPU or a GPU."""
+    rows, vocab = logits_MxV.shape
+    width = math.isqrt(vocab - 1) + 1
+    if width > _LANES:
+        width = -(-width // _LANES) * _LANES
+    count = -(-vocab // width)
+    # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective
+    # permute, for which XLA's CPU backend waits for all replicas: their loops have different lengths, so this would
+    # deadlock.
+    logits_MxV = with_logical_constraint(logits_MxV, (None, None))
+    largest_M = logits_MxV.max(axis=-1)
+    padded = jnp.pad(logits_MxV, ((0, 0), (0, count * width - vocab)), constant_values=-jnp.inf)
+    sums_MxB = jnp.exp(padded.reshape(rows, count, width) - largest_M[:, None, None]).sum(axis=-1)
+
+    def read(block_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start_M = jnp.minimum(block_M * width, vocab - width)  # The last block may overlap with the one before.
+        logits_MxW = jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start,), (width,)))(logits_MxV, start_M)
+        is_in_block_MxW = start_M[:, None] + jnp.arange(width) >= block_M[:, None] * width
+        return jnp.where(is_in_block_MxW, logits_MxW, -jnp.inf), start_M
+
+    return _Blocks(largest_M=largest_M, sums_MxB=sums_MxB, read=read)
+
+
+def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
+    """Return blocks as wide as a TPU's tiles. Others would be copied into new tiles, pass by pass.
+
+    Each device has blocks of its own shard of the vocabulary. Reading a block of every row is a pass over all logits: it takes
+    as long as the maximum, and gathers nothing.
+    """
+    rows, vocab = logits_MxV.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else num_shards(mesh, DECODING["vocab"])
+    if vocab % shards:
+        shards = 1
+    size = vocab // shards
+    count = -(-size // _LANES)
+    axes = None if shards == 1 else DECODING["vocab"]
+
+    def on_shards(fn: Callable[..., Any], *args: jax.Array, in_specs: Any, out_specs: Any) -> Any:
+        if mesh.empty:
+            return fn(*args)
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+
+    def split(logits_MxV: jax.Array) -> jax.Array:
+        padded = jnp.pad(logits_MxV, ((0, 0), (0, count * _LANES - size)), constant_values=-jnp.inf)
+        return padded.reshape(rows, count, _LANES)
+
+    def sum_blocks(logits_MxV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_MxBxW = split(logits_MxV)
+        # Finite, even if a shard has no token.
+        largest_M = logits_MxBxW.max(axis=(1, 2), initial=jnp.finfo(jnp.float32).min)
+        sums_MxB = jnp.exp(logits_MxBxW - largest_M[:, None, None]).sum(axis=2)
+        return largest_M[:, None], sums_MxB[:, None]
+
+    def read_block(logits_MxV: jax.Array, first: jax.Array, block_M: jax.Array) -> jax.Array:
+        is_chosen_MxB = first + jnp.arange(count) == block_M[:, None]
+        return jnp.where(is_chosen_MxB[..., None], split(logits_MxV), -jnp.inf).max(axis=1)[:, None]
+
+    by_shard = PartitionSpec(None, axes)
+
+    def read(block_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first_S = jnp.arange(shards, dtype=jnp.int32) * count
+        in_specs = (by_shard, PartitionSpec(axes), PartitionSpec())
+        logits_MxSxW = on_shards(read_block, logits_MxV, first_S, block_M, in_specs=in_specs, out_specs=by_shard)
+        return logits_MxSxW.max(axis=1), block_M // count * size + block_M % count * _LANES
+
+    largest_MxS, sums_MxSxB = on_shards(sum_blocks, logits_MxV, in_specs=by_shard, out_specs=by_shard)
+    largest_M = largest_MxS.max(axis=1)
+    sums_MxSxB = sums_MxSxB * jnp.exp(largest_MxS - largest_M[:, None])[..., None]
+    sums_MxB = with_logical_constraint(sums_MxSxB, (None, None, None)).reshape(rows, shards * count)
+    return _Blocks(largest_M=largest_M, sums_MxB=sums_MxB, read=read)

@@ -159,17 +159,18 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
 
 
 def test_rotary_embedding_equals_a_complex_rotation():
-    x = np.random.default_rng(0).standard_normal((1, 2, 1, 9, 6)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((1, 1, 9, 2, 6)).astype(np.float32)
     cos, sin = rotary_angles(np.arange(9)[None, None], 6, 10_000.0)
-    assert cos.shape == (1, 1, 1, 9, 3)
-    np.testing.assert_allclose(rotate(x, cos, sin), reference.rotate(x, 10_000.0), atol=1e-5)
+    assert cos.shape == (1, 1, 9, 1, 3)
+    ours = rotate(x, cos, sin)
+    np.testing.assert_allclose(ours, reference.rotate(x.swapaxes(2, 3), 10_000.0).swapaxes(2, 3), atol=1e-5)
 
 
 def test_rotary_embedding_distinguishes_late_positions():
     """bfloat16 rounds 257 to 256, so positions must be integers or float32."""
     cos, sin = rotary_angles(jnp.array([[[256, 257, 8191]]]), 2, 10_000.0)
-    np.testing.assert_allclose(cos[0, 0, 0, :, 0], np.cos([256, 257, 8191]), atol=1e-5)
-    np.testing.assert_allclose(sin[0, 0, 0, :, 0], np.sin([256, 257, 8191]), atol=1e-5)
+    np.testing.assert_allclose(cos[0, 0, :, 0, 0], np.cos([256, 257, 8191]), atol=1e-5)
+    np.testing.assert_allclose(sin[0, 0, :, 0, 0], np.sin([256, 257, 8191]), atol=1e-5)
 
 
 # --- saving and loading ---

@@ -10,7 +10,7 @@ import pytest
 
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.infra.chips import CHIPS
-from rpt_jax.preflight.costs import decode_steps, estimate_times, full_row, trip_counts, update_rows
+from rpt_jax.preflight.costs import decode_trips, estimate_times, full_row, trip_counts, update_rows
 from rpt_jax.preflight.hlo import Collective, Traffic
 from rpt_jax.preflight.programs import make_step
 from rpt_jax.rollout.engine import live_sizes
@@ -74,8 +74,11 @@ def test_trip_counts_are_those_of_full_lengths():
 
 def test_the_last_rollouts_are_decoded_in_the_smallest_batch_that_holds_them():
     sizes = live_sizes(slots=32, rollouts=80)
-    assert decode_steps(80, sizes, response=8) == tuple(14 if size == 32 else 7 if size == 16 else 0 for size in sizes)
-    assert decode_steps(96, sizes, response=8)[0] == 21
+    for steps, trips in ((1, 7), (3, 3), (7, 1)):
+        expected = {32: 2 * trips, 8: trips}
+        found = decode_trips(72, sizes, response=8, steps_per_check=steps)
+        assert found == tuple(expected.get(size, 0) for size in sizes)
+        assert decode_trips(96, sizes, response=8, steps_per_check=steps)[0] == 3 * trips
 
 
 def test_every_scope_with_a_trip_count_is_found_in_its_programs():

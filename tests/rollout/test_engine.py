@@ -18,10 +18,10 @@ from rpt_jax.config import Experiment, from_config_dict
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.dispatch import KeyValues, cache_kernel
 from rpt_jax.model.transformer import Transformer, in_compute_dtype
-from rpt_jax.rewards.boxed import BoxReader, read_box
+from rpt_jax.rewards.boxed import read_box, start_parsers
 from rpt_jax.rollout.engine import live_sizes
 from rpt_jax.rollout.generate import generate, sample_rollouts
-from rpt_jax.rollout.kv_cache import SharedCache, cached_attention, empty_ring, to_blocks, write_token
+from rpt_jax.rollout.kv_cache import SharedCache, cached_attention, empty_ring, shared_reads, to_blocks, write_token
 from rpt_jax.rollout.memory import RolloutMemory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
 from rpt_jax.rollout.rollouts import Decoding, Ended, Rollouts
@@ -91,6 +91,19 @@ def test_rollouts_do_not_depend_on_the_number_of_slots(params, expected, slots):
     decoded = expected.lengths_PxG.sum() - P * G
     assert len(steps) == (5 if slots == 0 else 1) and (steps > 0).sum() >= min(3, len(steps)), steps
     assert steps[0] == decoded if slots == 1 else decoded / (slots or P * G) <= steps.sum() < decoded
+
+
+@pytest.mark.parametrize(("steps", "slots"), mostly_slow([(3, 1), (4, 5), (5, 0), (99, 7)], (4, 5)))
+def test_rollouts_do_not_depend_on_how_often_ended_ones_are_found(params, expected, steps, slots):
+    """With slots that are refilled, with batches that shrink, and with one check at the end of the longest response."""
+    prompts = share_prefixes(*nested(), tail=3)
+    ours, taken = run(params, prompts=prompts, slots=slots, steps_per_check=steps)
+    assert_same(ours, expected)
+    per_check = min(steps, T - 1)
+    assert not (taken % per_check).any()
+    # The steps until the end of a rollout is found are counted too.
+    until_found = -(-(expected.lengths_PxG - 1) // per_check) * per_check
+    assert taken.sum() == until_found.sum() if slots == 1 else taken.sum() >= until_found.sum() / (slots or P * G)
 
 
 @pytest.mark.parametrize(("prefill_tokens", "tail"), mostly_slow([(7, 0), (30, 3), (512, 3)], (30, 3)))
@@ -193,7 +206,9 @@ def attend_cached(block, shared, own, q, new, end_NxW, index_M, step, counts_M):
     ring = jax.lax.fori_loop(jnp.maximum(step - RING, 0), step, write, ring)
     blocks = to_blocks(shared, block, transposed_keys=True)
     cache = SharedCache(blocks=blocks, end_NxW=end_NxW, index_R=jnp.arange(end_NxW.size))
-    return cached_attention((cache,), index_M, ring, step, counts_M, R, BLOCKWISE)(1, q, new)
+    return cached_attention((shared_reads(cache, index_M, R, BLOCKWISE),), ring, step, counts_M, R, BLOCKWISE)(
+        1, q, new
+    )
 
 
 @pytest.mark.parametrize("block", [B, S])
@@ -226,8 +241,10 @@ def test_separate_rows_give_the_same_attention_as_shared_rows():
     cache = SharedCache(blocks=blocks, end_NxW=end, index_R=jnp.arange(end.size))
     separate_rows = cache.unshare(index)
     assert separate_rows.end_NxW.shape == (M, 1)
-    expected = cached_attention((cache,), index, ring, 0, counts, R, BLOCKWISE)(0, q, new)
-    ours = cached_attention((separate_rows,), None, ring, 0, counts, R, BLOCKWISE)(0, q, new)
+    expected, ours = (
+        cached_attention((shared_reads(*reads, R, BLOCKWISE),), ring, 0, counts, R, BLOCKWISE)(0, q, new)
+        for reads in ((cache, index), (separate_rows, None))
+    )
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
@@ -297,33 +314,39 @@ def is_closed(tokens: list[int]) -> bool:
     return False
 
 
-@jax.jit
-def append_token(reader, token, table, sizes):
-    return read_box(reader, token, table, sizes, MARKER)
+@functools.partial(jax.jit, static_argnames="bytes_per_check")
+def append_tokens(parser, tokens_KxM, table, sizes, bytes_per_check):
+    return read_box(parser, tokens_KxM, table, sizes, MARKER, bytes_per_check)
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=14))
-def test_box_reader_agrees_with_reading_all_bytes_at_once(tokens):
+@pytest.mark.parametrize(("steps", "bytes_per_check"), [(1, 1), (7, 1), (7, 5)])
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.lists(st.integers(0, len(PIECES) - 1), min_size=14, max_size=14), min_size=3, max_size=3))
+def test_box_parser_agrees_with_reading_all_bytes_at_once(steps, bytes_per_check, rows):
+    """Token by token or several at once, for three responses at once; each is read up to the first box that is closed."""
     longest = max(map(len, PIECES))
     table = np.array([list(piece.ljust(longest, b"\0")) for piece in PIECES], np.uint8)
     sizes = np.array([len(piece) for piece in PIECES], np.int32)
-    reader = BoxReader.start(1)
-    for n, token in enumerate(tokens, 1):
-        reader = append_token(reader, np.array([token], np.int32), table, sizes)
-        assert bool(reader.closed_M[0]) == is_closed(tokens[:n])
-        if reader.closed_M[0]:
-            break
+    tokens_TxM = np.array(rows, np.int32).T
+    parser, closed = start_parsers(3), []
+    for first in range(0, 14, steps):
+        parser, closed_KxM = append_tokens(parser, tokens_TxM[first : first + steps], table, sizes, bytes_per_check)
+        closed += np.asarray(closed_KxM).tolist()
+    for row, closed_T in zip(rows, zip(*closed, strict=True), strict=True):
+        end = closed_T.index(True) + 1 if any(closed_T) else 14
+        assert list(closed_T[:end]) == [is_closed(row[:n]) for n in range(1, end + 1)]
 
 
-def test_responses_end_at_their_box(params, expected):
+@pytest.mark.parametrize("steps", mostly_slow([1, 3, 4], 1))
+def test_responses_end_at_their_box(params, expected, steps):
     """With a vocabulary that often closes boxes, each response is the full-length one up to the first token that does."""
     words = [b"</think>\\boxed{", b"a", b"}", b"b}", b"c"]
     vocab = [words[i % len(words)] for i in range(SHAPE.vocab)]
     sizes = np.array([len(word) for word in vocab], np.int32)
     table = np.array([list(word.ljust(sizes.max(), b"\0")) for word in vocab], np.uint8)
     endless, _ = run(params, stop_ids=(), slots=5)
-    ours, _ = run(params, stop_ids=(), vocab=ByteVocab(bytes_VxX=table, lengths_V=sizes), slots=5)
+    byte_vocab = ByteVocab(bytes_VxX=table, lengths_V=sizes)
+    ours, _ = run(params, stop_ids=(), vocab=byte_vocab, slots=5, steps_per_check=steps)
     ends = set()
     for p, g in np.ndindex(P, G):
         tokens, length = endless.tokens_PxGxT[p, g].tolist(), T

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +14,38 @@ import scipy.stats
 
 from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.gradient import response_logprobs
+from rpt_jax.rollout import sampling
 from rpt_jax.rollout.generate import generate
 from rpt_jax.rollout.rollouts import Rollouts
 from rpt_jax.rollout.sampling import sample_tokens, uniform_noise
 from tests.helpers import policy_reference as reference
+from tests.helpers.parameters import mostly_slow
 from tests.helpers.policy_reference import POLICY, SHAPE, random_params
 from tests.helpers.rollouts import STOPS, TEMPERATURE, assert_same, select
 
 LAST = np.float32(1 - 2**-24)  # The largest float32 below 1.
 ROWS = 4096
 VOCABS = [1, 2, 3, 37, 1000, 20_000]
-sample = jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms)[0])
+PLATFORMS = mostly_slow(["cpu", "tpu"], "cpu")
+
+
+@pytest.fixture
+def platform(request, monkeypatch) -> str:
+    """Sample with the blocks of a platform."""
+    monkeypatch.setattr(sampling, "target_platform", lambda: request.param)
+    return request.param
+
+
+@functools.cache
+def compiled_sampler(platform: str) -> Callable[..., jax.Array]:
+    return jax.jit(lambda logits, uniforms: sample_tokens(logits, uniforms)[0])
 
 
 def draw(logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Sample one token from the same distribution for each of `uniforms`."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (ROWS, len(logits)))
     # A fixed number of rows, so that each vocabulary is compiled once.
+    sample = compiled_sampler(sampling.target_platform())
     tokens = sample(rows, jnp.asarray(np.resize(uniforms, ROWS), jnp.float32))
     assert tokens.dtype == jnp.int32
     return np.asarray(tokens)[: len(uniforms)]
@@ -37,8 +54,9 @@ def draw(logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
 # --- one token ---
 
 
+@pytest.mark.parametrize("platform", PLATFORMS, indirect=True)
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_tokens_are_drawn_in_proportion_to_their_probability(vocab):
+def test_tokens_are_drawn_in_proportion_to_their_probability(platform, vocab):
     """On an even grid of uniform numbers this holds exactly."""
     logits = np.random.default_rng(vocab).standard_normal(vocab) * 2
     counts = np.bincount(draw(logits, (np.arange(ROWS) + 0.5) / ROWS), minlength=vocab)
@@ -46,10 +64,11 @@ def test_tokens_are_drawn_in_proportion_to_their_probability(vocab):
     np.testing.assert_allclose(counts, ROWS * reference.softmax(logits), atol=1.01)
 
 
-def test_each_row_is_sampled_from_its_own_distribution():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"], indirect=True)
+def test_each_row_is_sampled_from_its_own_distribution(platform):
     logits = np.random.default_rng(0).standard_normal((64, 37)).astype(np.float32)
     uniforms = np.random.default_rng(1).random(64, np.float32)
-    ours, logprobs = jax.jit(sample_tokens)(jnp.asarray(logits), jnp.asarray(uniforms))
+    ours, logprobs = jax.jit(lambda *arrays: sample_tokens(*arrays))(jnp.asarray(logits), jnp.asarray(uniforms))
     np.testing.assert_allclose(
         logprobs, reference.log_softmax(logits.astype(np.float64))[np.arange(64), ours], atol=1e-5
     )
@@ -64,9 +83,10 @@ def near_boundaries(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([np.clip(near, 0, 2**23 - 1) / 2**23, [0.0, LAST]])
 
 
+@pytest.mark.parametrize("platform", PLATFORMS, indirect=True)
 @pytest.mark.parametrize("hidden", [-1e30, -np.inf])
 @pytest.mark.parametrize("vocab", VOCABS[1:])
-def test_tokens_without_probability_are_never_drawn(vocab, hidden):
+def test_tokens_without_probability_are_never_drawn(platform, vocab, hidden):
     rng = np.random.default_rng(vocab)
     for fraction in (0.5, 0.95):
         logits = rng.standard_normal(vocab) * 3
@@ -98,8 +118,9 @@ def test_vocabulary_padding_is_never_drawn_with_tree_sums(monkeypatch):
     assert not absent[np.arange(ROWS), tokens].any()
 
 
+@pytest.mark.parametrize("platform", PLATFORMS, indirect=True)
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_ends_of_the_unit_interval_select_the_first_and_last_token(vocab):
+def test_ends_of_the_unit_interval_select_the_first_and_last_token(platform, vocab):
     logits = np.zeros(vocab)
     assert draw(logits, np.array([0.0, LAST])).tolist() == [0, vocab - 1]
     if vocab > 3:

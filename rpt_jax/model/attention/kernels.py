@@ -17,8 +17,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
 
 # Block sizes of the splash kernel, in order of preference. The length is padded to a multiple of the smallest, and the largest
-# size that divides it is the fastest.
-_SPLASH_BLOCKS = (512, 256, 128)
+# size that divides it is the fastest. Larger blocks of float32 do not fit in the memory of a v5p's core.
+SPLASH_BLOCKS = {"bfloat16": (1024, 512, 256, 128), "float32": (512, 256, 128)}
+# One kernel for all gradients computes five products for each pair of blocks, two kernels compute seven. It writes a gradient
+# of the queries for each block of keys, which are then summed: up to this many take too little memory to matter.
+SPLASH_FUSED_BLOCKS = 8
 
 
 def attend_cudnn(
@@ -60,14 +63,14 @@ def attend_splash(
 
     def attend_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         q_BxRxQxC, k_BxQxC, v_BxQxC = (x.reshape(-1, *x.shape[3:]) for x in (q * q.shape[-1] ** -0.5, k, v))
-        kernel = _splash_kernel(heads=q.shape[3], length=q.shape[4], interpret=interpret)
+        kernel = _splash_kernel(q.dtype.name, heads=q.shape[3], length=q.shape[4], interpret=interpret)
         # Without residuals, the kernel returns only the output.
         out = cast(jax.Array, jax.vmap(kernel)(q_BxRxQxC, k_BxQxC, v_BxQxC))
         return out.reshape(q.shape)
 
     # Pad the length to whole blocks.
     length = q_NxKxGxRxQxC.shape[4]
-    padding = -length % _SPLASH_BLOCKS[-1]
+    padding = -length % SPLASH_BLOCKS[q_NxKxGxRxQxC.dtype.name][-1]
     q, k, v = (
         jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padding), (0, 0)]) for x in (q_NxKxGxRxQxC, k_NxKxGxQxC, v_NxKxGxQxC)
     )
@@ -78,13 +81,22 @@ def attend_splash(
     return attend_local(q, k, v)[..., :length, :]
 
 
-def _splash_kernel(heads: int, length: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _splash_kernel(dtype: str, heads: int, length: int, interpret: bool) -> splash.SplashAttentionKernel:
     """Build the kernel for `heads` query heads that share a kv head; `length` must be a multiple of the smallest block."""
-    block = next(b for b in _SPLASH_BLOCKS if length % b == 0)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    block = next(b for b in SPLASH_BLOCKS[dtype] if length % b == 0)
+    fused = length // block <= SPLASH_FUSED_BLOCKS
+    block_sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=None if fused else block,
+        block_kv_dq=None if fused else block,
+        use_fused_bwd_kernel=fused,
+    )
     return splash.make_splash_mqa_single_device(
         mask=splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * heads),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=block_sizes,
         residual_checkpoint_name=ATTENTION_RESULT,
         interpret=interpret,
     )
