@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rpt_jax.model.attention.blocked_cache import BlockedCache
 from rpt_jax.model.attention.dispatch import KeyValues, cache_kernel
+from rpt_jax.model.experts import Routing
 from rpt_jax.model.transformer import Head, Params, Transformer, head
 from rpt_jax.objective.logprobs import scaled_logits
 from rpt_jax.rewards.boxed import BoxReader, read_box
@@ -157,7 +158,7 @@ def decode_until(
         return (state.started < inputs.queue_size) | (state.running_M.sum() > running)
 
     def step(state: DecodeState) -> DecodeState:
-        state, free_M = _decode_step(policy, decoding, inputs, state)
+        state, free_M, _ = decode_step(policy, decoding, inputs, state)
         return _refill(state, free_M, inputs)
 
     return jax.lax.while_loop(unfinished, step, state)
@@ -226,10 +227,13 @@ def start_decoding(
     return inputs, _refill(state, jnp.ones(slots, bool), inputs)
 
 
-def _decode_step(
+def decode_step(
     policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState
-) -> tuple[DecodeState, jax.Array]:
-    """Run the last token of every live rollout and sample the next one; return also which slots are free afterwards."""
+) -> tuple[DecodeState, jax.Array, Routing | None]:
+    """Run the last token of every live rollout and sample the next one.
+
+    Returns: the new state, True for slots that are free afterwards, [M], and the experts of the tokens, as of `decode_token`.
+    """
     running_M = state.running_M
     rollout_M = state.rollout_M
     shared = inputs.shared
@@ -252,7 +256,7 @@ def _decode_step(
         kernel=cache_kernel(policy.attention, jnp.dtype(policy.dtype).name),
     )
     positions_M = inputs.prompt_lengths_R.at[rollout_M].get(mode="clip") + cached_M
-    hidden_MxD, new = decode_token(policy, inputs.params, state.token_M, positions_M, attend)
+    hidden_MxD, new, routing = decode_token(policy, inputs.params, state.token_M, positions_M, attend)
 
     # Sample with the noise of this token, and find out which responses end with it.
     logits_MxV = _sampling_logits(decode_head(policy, inputs.params), hidden_MxD, decoding)
@@ -274,7 +278,7 @@ def _decode_step(
     state = state._replace(
         step=state.step + 1, token_M=token_M, count_M=count_M, box_M=box_M, own=own, new=new, rollouts=rollouts
     )
-    return state, free_M
+    return state, free_M, routing
 
 
 def _refill(state: DecodeState, free_M: jax.Array, inputs: DecodeInputs) -> DecodeState:
