@@ -39,7 +39,7 @@ OBJECTIVE = ObjectiveConfig(clip_low=LOW, clip_high=HIGH, balance_weight=WEIGHT)
 LIMITS = UpdateLimits(
     minibatches=1, rows=1, microbatch_tokens=24, logit_chunk_tokens=16, temperature=TEMPERATURE, max_new_tokens=T
 )
-MESHES = ["1x4x2x1", "2x2x2x2", "2x4x1x2"]
+MESHES = ["1x4x2x1", "2x4x1x2"]
 
 
 # --- the update ---
