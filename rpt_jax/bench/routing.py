@@ -24,7 +24,7 @@ from rpt_jax.model.model_config import preset
 from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, in_compute_dtype
 from rpt_jax.objective.gradient import run_rows
-from rpt_jax.objective.packing import PackedGroups, pack_groups
+from rpt_jax.objective.packing import pack_groups
 from rpt_jax.rollout.engine import decode_step, start_decoding
 from rpt_jax.rollout.prefix_sharing import Prompts, separate
 from rpt_jax.rollout.rollouts import Decoding
@@ -73,8 +73,8 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         weights = jax.jit(in_compute_dtype, static_argnums=0)(policy, params)
         sample = jax.jit(in_policy_precision(sampler_experts), static_argnums=(0, 4))
         tokens_RxT, sampled = sample(policy, weights, prompts, jax.random.key(options.seed), decoding)
-        groups = _pack(prompts_PxS, lengths_P, tokens_RxT, options.samples)
-        trained = jax.jit(in_policy_precision(update_experts), static_argnums=0)(policy, params, groups)
+        again = jax.jit(in_policy_precision(update_experts), static_argnums=0)
+        trained = again(policy, params, prompts_PxS, lengths_P, tokens_RxT.reshape(len(lengths_P), options.samples, -1))
 
     # The order of a token's experts does not matter.
     is_same_RxTxL = (jnp.sort(sampled) == jnp.sort(trained)).all(axis=-1)
@@ -107,11 +107,26 @@ def sampler_experts(
     return state.rollouts.tokens_PxGxT, jnp.moveaxis(experts_TxRxLxA, 0, 1)
 
 
-def update_experts(policy: Transformer, params: Params, groups: PackedGroups) -> jax.Array:
-    """Return the experts of all response tokens but the last in the update's forward pass, int32 [R, T - 1, L, A]."""
+def update_experts(
+    policy: Transformer, params: Params, prompts_PxS: jax.Array, lengths_P: jax.Array, tokens_PxGxT: jax.Array
+) -> jax.Array:
+    """Return the experts of all response tokens but the last in the update's forward pass, int32 [R, T - 1, L, A].
+
+    Responses of full length are packed into rows, two in each.
+    """
     config = policy.config
-    samples, size = groups.tokens_PxGxT.shape[1:]
-    responses = len(groups.lengths_P) * samples
+    count, samples, size = tokens_PxGxT.shape
+    responses = count * samples
+    groups = pack_groups(
+        prompts_PxS=prompts_PxS,
+        lengths_P=lengths_P,
+        tokens_PxGxT=tokens_PxGxT,
+        response_lengths_PxG=jnp.full((count, samples), size, jnp.int32),
+        window_P=jnp.arange(count, dtype=jnp.int32),
+        used_P=jnp.ones(count, bool),
+        rows=1,
+        microbatch_tokens=prompts_PxS.shape[1] + 2 * size,
+    )
     per_token = config.layers * config.experts_per_token
 
     def fill(index: jax.Array, experts_RxTxX: jax.Array) -> jax.Array:
@@ -127,19 +142,3 @@ def update_experts(policy: Transformer, params: Params, groups: PackedGroups) ->
     experts_RxTxX = jax.lax.fori_loop(0, groups.passes, fill, zeros)
     # The first token of a response in a row is the last one of its prompt.
     return experts_RxTxX[:, 1:].reshape(responses, size - 1, config.layers, config.experts_per_token)
-
-
-def _pack(prompts_PxS: np.ndarray, lengths_P: np.ndarray, tokens_RxT: jax.Array, samples: int) -> PackedGroups:
-    """Pack responses of full length into rows of two responses each."""
-    count, prompt_tokens = prompts_PxS.shape
-    size = tokens_RxT.shape[1]
-    return pack_groups(
-        prompts_PxS=jnp.asarray(prompts_PxS),
-        lengths_P=jnp.asarray(lengths_P),
-        tokens_PxGxT=tokens_RxT.reshape(count, samples, size),
-        response_lengths_PxG=jnp.full((count, samples), size, jnp.int32),
-        window_P=jnp.arange(count, dtype=jnp.int32),
-        used_P=jnp.ones(count, bool),
-        rows=1,
-        microbatch_tokens=prompt_tokens + 2 * size,
-    )
