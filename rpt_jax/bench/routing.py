@@ -96,7 +96,7 @@ def sampler_experts(
     """
     inputs, state = start_decoding(policy, params, prompts, key, None, decoding)
 
-    def step(state: Any, _: None) -> tuple[Any, jax.Array]:
+    def step(state: Any, _: Any) -> tuple[Any, jax.Array]:
         # Without refilling, rollouts stay in their slots, of which there is one for each.
         rollout_M = state.rollout_M
         state, _, routing = decode_step(policy, decoding, inputs, state)

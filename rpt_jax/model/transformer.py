@@ -344,7 +344,7 @@ class Layer(nn.Module):
             # Parameters are made with a single token, which a mesh cannot split.
             return x_NxGxQxD
         routing = route(x_NxGxQxD, router_DxE, config.experts_per_token, config.normalize_expert_weights)
-        self.sow(ROUTING, "routing", routing, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        self.sow(ROUTING, "routing", routing, reduce_fn=lambda _, new: new, init_fn=lambda: routing)
         return run_experts(x_NxGxQxD, routing, matrices)
 
 
