@@ -21,5 +21,6 @@ def get_config() -> Any:
     config = rpt_14b.get_config()
     config.policy.path = "models/Qwen3-30B-A3B-Base"
     config.policy.preset = "qwen3-30b-a3b"
+    config.data.score_batch_windows = 16  # One for each of the 64 / 4 groups of devices.
     config.mesh.tensor = config.mesh.rollout_tensor = 4  # One KV head per device, and 32 of the 128 experts.
     return config
