@@ -16,6 +16,7 @@ from rpt_jax.bench import __main__ as bench
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.model.experts import ROUTING, routing_of
+from rpt_jax.model.lora import Lora, join_adapters, split_adapters
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.gradient import policy_gradient
@@ -127,6 +128,23 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
     first, *others = both(PARAMS)
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3), first, other)
+
+
+def test_adapters_of_attention_are_trained_beside_frozen_experts() -> None:
+    """In bfloat16, in which the frozen weights are stored."""
+    policy = POLICY.clone(lora=Lora(rank=2, alpha=4.0, targets=("q", "o")), dtype=jnp.dtype("bfloat16"))
+    frozen, adapters = split_adapters(random_params(policy, 0))
+    assert frozen["layers"]["gate"].dtype == frozen["layers"]["router"].dtype == jnp.bfloat16
+    assert set(adapters["layers"]) == {f"{name}_lora_{half}" for name in "qo" for half in "ab"}
+    tokens = np.random.default_rng(1).integers(0, MOE_SHAPE.vocab, (3, 6)).astype(np.int32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(adapters: Params) -> jax.Array:
+        return jnp.sum(prefill(policy, join_adapters(frozen, adapters), tokens, np.array([1, 4, 6], np.int32))[0] ** 3)
+
+    grads = gradient(adapters)
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
 # --- several devices ---
