@@ -57,7 +57,9 @@ class PolicySizes:
       source: the config field that the sizes were read from, with its value.
       parameters: number of parameters, without adapters.
       trained_parameters: parameters that are trained: all, or those of the adapters.
-      matmul_parameters: parameters that each token is multiplied with (N).
+      matmul_parameters: parameters that each token is multiplied with (N), of the experts those that it runs through.
+      experts: experts of each layer, 0 for a dense policy.
+      experts_per_token: experts that each token runs through.
     """
 
     source: str
@@ -67,6 +69,8 @@ class PolicySizes:
     parameters: int
     trained_parameters: int
     matmul_parameters: int
+    experts: int
+    experts_per_token: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,6 +296,8 @@ def derive(experiment: Experiment, devices: int, memory: float = math.inf) -> De
             parameters=config.parameters,
             trained_parameters=trained_parameters(experiment, config),
             matmul_parameters=config.matmul_parameters,
+            experts=config.experts,
+            experts_per_token=config.experts_per_token,
         ),
         mesh=mesh,
         memory=memory,
@@ -348,8 +354,10 @@ def _rpt_flops(experiment: Experiment, config: ModelConfig) -> RptFlops:
     training = experiment.training
     prompts = training.prompts_per_step
     # Forward and backward cost three forward passes, and those of frozen matrices two. Several minibatches need the
-    # log-probabilities from before the first update, and a KL term those of the reference policy: one forward pass each.
-    more_passes = (training.minibatches_per_step > 1) + (experiment.objective.kl != "none")
+    # log-probabilities from before the first update, a KL term those of the reference policy, and a load-balancing loss the
+    # experts of all tokens: one forward pass each.
+    objective = experiment.objective
+    more_passes = (training.minibatches_per_step > 1) + (objective.kl != "none") + (objective.balance_weight > 0)
     passes = (2 if lora_of(experiment) else 3) + more_passes
     matmul = _update_flops(experiment, config, with_attention=False)
     update_attention = prompts * (3 + more_passes) * (_update_flops(experiment, config) - matmul)
@@ -536,10 +544,12 @@ def _policy_rows(derived: Derived) -> list[Row]:
     devices = f"{mesh.devices} device{'s' * (mesh.devices > 1)}{note}"
     has_adapters = policy.trained_parameters != policy.parameters
     trained = [Row("trained parameters, of adapters", policy.trained_parameters, "policy.lora")] if has_adapters else []
+    experts = [Row("experts of a token, of a layer", f"{policy.experts_per_token} of {policy.experts}", "policy")]
     return [
         Row("policy: layers x width, vocabulary", f"{policy.layers} x {policy.width}, {policy.vocab}", policy.source),
         Row("parameters", policy.parameters, "policy"),
         *trained,
+        *(experts if policy.experts else []),
         Row("matmul parameters (N)", policy.matmul_parameters, "policy"),
         Row("mesh: data x fsdp x tensor", f"{mesh.data} x {mesh.fsdp} x {mesh.tensor} = {devices}", "mesh"),
     ]

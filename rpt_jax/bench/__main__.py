@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 def run_bench(argv: list[str]) -> int:
     """Parse the command line, measure, and show the figures. Raises: UserError or OSError."""
     import_jax()
-    from rpt_jax.bench import compilation, data, policy, reward, rollout, soak, update
+    from rpt_jax.bench import compilation, data, policy, reward, rollout, routing, soak, update
     from rpt_jax.bench.device import command as device
     from rpt_jax.bench.measure import machine
     from rpt_jax.infra.console import table
@@ -52,6 +52,7 @@ def run_bench(argv: list[str]) -> int:
         "compile": compilation,
         "reward": reward,
         "update": update,
+        "routing": routing,
         "data": data,
         "soak": soak,
         "device": device,

@@ -126,7 +126,9 @@ def _torch_device(torch: Any) -> str:
 
 
 def _random_qwen2(config: ModelConfig, length: int, dtype: str) -> tuple[Any, Any]:
-    """Return the torch module and a random model in training mode. Raises UserError if they are not installed."""
+    """Return the torch module and a random model in training mode. Raises UserError if there is none."""
+    if config.experts:
+        raise UserError("--compare=transformers: only dense policies are compared. Omit it.", field="--compare")
     torch, transformers = _import_peers()
     qwen2_config = transformers.Qwen2Config(
         num_hidden_layers=config.layers,

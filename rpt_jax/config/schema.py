@@ -284,6 +284,9 @@ class ObjectiveConfig:
     entropy_weight: float = 0.0
     # Weight of the next-token cross-entropy of the windows that the prompts are from.
     document_weight: float = 0.0
+    # Weight of the load-balancing loss of a policy with experts (Switch Transformer, arXiv 2101.03961, equation 4, over the whole
+    # batch); it takes one more forward pass.
+    balance_weight: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,6 +132,7 @@ _BOUNDS = {
     "objective.kl_weight": (0.0, _UNBOUNDED),
     "objective.entropy_weight": (0.0, _UNBOUNDED),
     "objective.document_weight": (0.0, _UNBOUNDED),
+    "objective.balance_weight": (0.0, _UNBOUNDED),
     "optimizer.learning_rate": (0.0, 1.0),
     "optimizer.warmup_steps": (0, _UNBOUNDED),
     "optimizer.beta1": (0.0, 0.999999),

@@ -62,6 +62,7 @@ TRAINING: dict[str, Axes] = {
     "width": ("fsdp", "fsdp_to_tp"),
     "kv_heads": ("tensor", "tp_to_dp"),
     "ffn": ("tensor", "tp_to_dp"),
+    "experts": ("tensor", "tp_to_dp"),
     "vocab": ("tensor", "tp_to_dp"),
     "layers": None,
     "sequence": None,  # `use_mesh(split_rows=True)` splits it as "kv_heads" is (sequence parallelism).
@@ -71,6 +72,7 @@ DECODING: dict[str, Axes] = {
     "width": None,
     "kv_heads": ("tensor", "fsdp_to_tp"),
     "ffn": ("tensor", "fsdp_to_tp"),
+    "experts": ("tensor", "fsdp_to_tp"),
     "vocab": ("tensor", "fsdp_to_tp"),
     "layers": None,
     "sequence": None,

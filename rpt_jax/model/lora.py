@@ -52,14 +52,21 @@ def lora_of(experiment: Experiment) -> Lora | None:
 
 
 def matrix_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return inputs and outputs of each matrix of a layer, with the head axes merged."""
+    """Return inputs and outputs of each matrix of a layer that can have adapters, with the head axes merged.
+
+    Experts cannot.
+    """
     queries = config.heads * config.head_size
     keys = config.kv_heads * config.head_size
-    return {
+    attention = {
         "q": (config.width, queries),
         "k": (config.width, keys),
         "v": (config.width, keys),
         "o": (queries, config.width),
+    }
+    if config.experts:
+        return attention
+    return attention | {
         "gate": (config.width, config.ffn),
         "up": (config.width, config.ffn),
         "down": (config.ffn, config.width),

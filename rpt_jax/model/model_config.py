@@ -14,7 +14,7 @@ class ModelConfig:
     """Architecture of a decoder: everything that determines the policy except its parameters.
 
     Letters in shape suffixes: L layers, D width, H query heads, K key/value heads, C head size, F feed-forward size,
-    V vocabulary. Each key/value head serves R = H / K query heads.
+    V vocabulary, E experts, A experts of a token. Each key/value head serves R = H / K query heads.
 
     Attributes:
       layers: number of transformer layers (L).
@@ -22,7 +22,7 @@ class ModelConfig:
       heads: number of query heads (H), a multiple of `kv_heads`.
       kv_heads: number of key/value heads (K).
       head_size: size of a query, key or value vector (C), even.
-      ffn: hidden size of the SwiGLU feed-forward layer (F).
+      ffn: hidden size of the SwiGLU feed-forward layer, or of each expert (F).
       vocab: rows of the embedding (V), which may exceed the number of tokens.
       rope_base: base of the rotary frequencies.
       rope_scaling: how the rotary frequencies are changed for longer contexts; None for no change.
@@ -30,6 +30,9 @@ class ModelConfig:
       qkv_bias: whether the query, key and value projections have a bias (Qwen2).
       qk_norm: whether queries and keys are normalized per head (Qwen3).
       tied: whether the output head is the embedding matrix.
+      experts: number of experts of every feed-forward layer (E); 0 for a dense layer.
+      experts_per_token: experts that each token runs through (A); 0 without experts.
+      normalize_expert_weights: whether the weights of a token's experts are divided by their sum (Qwen3).
       context: longest sequence that the model was trained for, in tokens. It is stored with the weights, has no effect on
         the computation, and is ignored when two configs are compared.
     """
@@ -47,29 +50,49 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied: bool = True
+    experts: int = 0
+    experts_per_token: int = 0
+    normalize_expert_weights: bool = False
     context: int = dataclasses.field(default=32_768, compare=False)
 
     def __post_init__(self) -> None:
         if self.qkv_bias and self.qk_norm:
             raise ValueError("qkv_bias and qk_norm cannot be combined: no model family of config.json has both.")
+        if self.experts and not self.qk_norm:
+            raise ValueError("experts need qk_norm: the only model family of config.json with experts has it.")
+        if not min(self.experts, 1) <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must be between 1 and experts={self.experts}."
+            )
 
     @property
     def parameters(self) -> int:
         """Number of parameters, including the embedding and the head."""
-        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         bias = self.head_size * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
         qk_norm = 2 * self.head_size if self.qk_norm else 0
         norms = 2 * self.width
-        layer = attention + bias + qk_norm + 3 * self.width * self.ffn + norms
         embedding_and_head = self.vocab * self.width * (1 if self.tied else 2)
-        return self.layers * layer + self.width + embedding_and_head
+        return self.layer_matrix_parameters + self.layers * (bias + qk_norm + norms) + self.width + embedding_and_head
+
+    @property
+    def layer_matrix_parameters(self) -> int:
+        """Number of parameters of the layers' matrices, those of all experts included."""
+        router = self.width * self.experts
+        return self.layers * (self._attention_parameters + router + max(1, self.experts) * 3 * self.width * self.ffn)
 
     @property
     def matmul_parameters(self) -> int:
-        """Number of parameters in matrix products: all except norms, biases and the embedding lookup."""
-        attention = self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.width * self.ffn
-        return self.layers * layer + self.vocab * self.width
+        """Number of parameters that a token is multiplied with: matrices of the layers and the head.
+
+        Of the experts, those that a token runs through. Norms, biases and the embedding lookup do not count.
+        """
+        router = self.width * self.experts
+        ffn = max(1, self.experts_per_token) * 3 * self.width * self.ffn
+        return self.layers * (self._attention_parameters + router + ffn) + self.vocab * self.width
+
+    @property
+    def _attention_parameters(self) -> int:
+        return self.width * self.head_size * (2 * self.heads + 2 * self.kv_heads)
 
 
 def _qwen2(
@@ -103,6 +126,25 @@ def _qwen3(layers: int, width: int, heads: int, ffn: int, tied: bool) -> ModelCo
         rope_base=1e6,
         qk_norm=True,
         tied=tied,
+        context=40_960,
+    )
+
+
+def _qwen3_moe(layers: int, width: int, heads: int, ffn: int) -> ModelConfig:
+    return ModelConfig(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=4,
+        head_size=128,
+        ffn=ffn,
+        vocab=151_936,
+        rope_base=1e6,
+        qk_norm=True,
+        tied=False,
+        experts=128,
+        experts_per_token=8,
+        normalize_expert_weights=True,
         context=40_960,
     )
 
@@ -146,8 +188,22 @@ def _smollm2(layers: int, width: int, heads: int, kv_heads: int, ffn: int, rope_
 # Values of the published config.json files, in the order of the arguments of the functions above. Base and instruct models of
 # one size have the same architecture.
 PRESETS = {
-    # Not a published model: small enough to train on two CPU cores.
+    # Not published models: small enough to train on two CPU cores.
     "tiny": ModelConfig(layers=4, width=128, heads=4, kv_heads=2, head_size=32, ffn=384, vocab=1024),
+    # As many parameters of a token as "tiny": two of eight experts.
+    "tiny-moe": ModelConfig(
+        layers=4,
+        width=128,
+        heads=4,
+        kv_heads=2,
+        head_size=32,
+        ffn=192,
+        vocab=1024,
+        qk_norm=True,
+        experts=8,
+        experts_per_token=2,
+        normalize_expert_weights=True,
+    ),
     "smollm2-135m": _smollm2(30, 576, 9, 3, 1536, 1e5),
     "smollm2-360m": _smollm2(32, 960, 15, 5, 2560, 1e5),
     "smollm2-1.7b": _smollm2(24, 2048, 32, 32, 8192, 1.3e5),
@@ -166,6 +222,8 @@ PRESETS = {
     "qwen3-8b": _qwen3(36, 4096, 32, 12_288, tied=False),
     "qwen3-14b": _qwen3(40, 5120, 40, 17_408, tied=False),
     "qwen3-32b": _qwen3(64, 5120, 64, 25_600, tied=False),
+    "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 768),
+    "qwen3-235b-a22b": _qwen3_moe(94, 4096, 64, 1536),
     "llama3.2-1b": _llama3(16, 2048, 32, 64, 8192, factor=32.0, tied=True),
     "llama3.2-3b": _llama3(28, 3072, 24, 128, 8192, factor=32.0, tied=True),
     "llama3.1-8b": _llama3(32, 4096, 32, 128, 14_336),

@@ -15,6 +15,7 @@ Parameters and activations carry logical axis names, which distributed/sharding.
     width      the residual stream of a parameter (D); activations keep it unsharded
     kv_heads   key/value heads (K), each with its R query heads
     ffn        hidden units of the feed-forward layer (F)
+    experts    experts of the feed-forward layer (E), whose hidden units are not split
     vocab      rows of the embedding and the head (V)
     layers     the stack of layers (L), never sharded
 """
@@ -37,6 +38,7 @@ from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
 from rpt_jax.model.attention.dispatch import AttentionFn, Context, KeyValues, attend
 from rpt_jax.model.attention.key_ranges import KeyRanges
 from rpt_jax.model.attention.packed import attend_packed
+from rpt_jax.model.experts import EXPERT_PRODUCT, ROUTING, ExpertMatrices, route, run_experts
 from rpt_jax.model.lora import Lora
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Scaling, rope_frequencies
@@ -46,14 +48,14 @@ LogicalAxes = tuple[str | None, ...]
 # For each context, and then for the new tokens themselves: begin and end of each query's keys, as in `Context`.
 ContextRanges = tuple[tuple[jax.Array | None, jax.Array | None], ...]
 
-_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-# What a layer saves for its backward pass, by `policy.remat`. "dots" saves the results of the projections and of attention
-# kernels and recomputes the rest. It never saves attention scores, whose size is quadratic in the length. "full" saves only the
-# input of the layer. "none", which is not in this table, saves everything.
+_MATRICES = ("q", "k", "v", "o", "router", "gate", "up", "down")
+# What a layer saves for its backward pass, by `policy.remat`. "dots" saves the results of the projections, of the experts' first
+# products and of attention kernels, and recomputes the rest. It never saves attention scores, whose size is quadratic in the
+# length. "full" saves only the input of the layer. "none", which is not in this table, saves everything.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT),
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT, EXPERT_PRODUCT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -165,6 +167,9 @@ def segment_starts(segments_NxGxQ: jax.Array) -> jax.Array:
 class Layer(nn.Module):
     """Transformer layer: attention and a SwiGLU feed-forward network, each pre-normalized and with a residual connection.
 
+    The feed-forward network may have experts (model/experts.py); the layer then records which of them each token runs through in
+    the collection `ROUTING`, for callers of `apply` that make it mutable.
+
     Attributes:
       config: architecture.
       dtype: dtype of activations and of the matrices in products; parameters are stored in float32.
@@ -250,7 +255,8 @@ class Layer(nn.Module):
             scale = self._constant("ffn_norm", (config.width,), (None,), 1.0)
             y_NxGxQxD = rms_norm(x_NxGxQxD, scale, config.norm_epsilon)
             y_NxGxQxD = constrain_with_gradient(y_NxGxQxD, inside, between)
-            x_NxGxQxD = x_NxGxQxD + constrain_with_gradient(self._ffn(y_NxGxQxD), between, inside)
+            y_NxGxQxD = self._expert_ffn(y_NxGxQxD) if config.experts else self._ffn(y_NxGxQxD)
+            x_NxGxQxD = x_NxGxQxD + constrain_with_gradient(y_NxGxQxD, between, inside)
         return x_NxGxQxD, kv
 
     def _attention(
@@ -325,6 +331,29 @@ class Layer(nn.Module):
         hidden_NxGxQxF = with_logical_constraint(nn.silu(gate) * up, ("prompt", None, None, "ffn"))
         return self._project(hidden_NxGxQxF, "down", dims[::-1], ("ffn", "width"))
 
+    def _expert_ffn(self, x_NxGxQxD: jax.Array) -> jax.Array:
+        """Compute a mixture of SwiGLU experts on the normalized residual stream."""
+        config = self.config
+        stored = self.dtype if self.lora else jnp.float32
+
+        def matrix(name: str, dims: tuple[int, ...], axes: LogicalAxes) -> jax.Array:
+            init = nn.initializers.normal(dims[-2] ** -0.5)
+            return self._matrix(name, dims, axes, init, stored)
+
+        router_DxE = matrix("router", (config.width, config.experts), ("width", None))
+        dims = (config.experts, config.width, config.ffn)
+        matrices = ExpertMatrices(
+            gate_ExDxF=matrix("gate", dims, ("experts", "width", None)),
+            up_ExDxF=matrix("up", dims, ("experts", "width", None)),
+            down_ExFxD=matrix("down", (config.experts, config.ffn, config.width), ("experts", None, "width")),
+        )
+        if self.is_initializing():
+            # Parameters are made with a single token, which a mesh cannot split.
+            return x_NxGxQxD
+        routing = route(x_NxGxQxD, router_DxE, config.experts_per_token, config.normalize_expert_weights)
+        self.sow(ROUTING, "routing", routing, reduce_fn=lambda _, new: new, init_fn=lambda: routing)
+        return run_experts(x_NxGxQxD, routing, matrices)
+
 
 class Transformer(nn.Module):
     """Decoder without its output head: from tokens to final hidden states, keys and values.
@@ -398,7 +427,7 @@ class Transformer(nn.Module):
             layer = nn.remat(Layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ROUTING: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] (the stub omits tuples)
             length=config.layers,

@@ -11,11 +11,13 @@ import numpy as np
 
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.distributed.sharding import shard_map_batch
+from rpt_jax.model.experts import ROUTING, Routing, balance_terms, expert_counts, expert_shares, routing_of
 from rpt_jax.model.flops import causal_pairs, forward_flops, training_flops
 from rpt_jax.model.lora import join_adapters
+from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits
-from rpt_jax.objective.logprobs import TokenScores, token_logprobs, token_scores
+from rpt_jax.objective.logprobs import token_logprobs, token_scores
 from rpt_jax.objective.loss import ClipRange
 from rpt_jax.objective.packing import PackedGroups, Rows, fitting_divisor, pack_groups
 from rpt_jax.registry import AGGREGATIONS, IMPORTANCE_WEIGHTS, KL_ESTIMATORS, LOSSES
@@ -44,6 +46,20 @@ class RowBatch(NamedTuple):
     advantages_NxJ: jax.Array
 
 
+class RowScores(NamedTuple):
+    """What the policy makes of N rows. Values per response token are undefined after each response's length.
+
+    Attributes:
+      logprobs_NxJxT: float32 log-probability of every response token at the sampling temperature.
+      entropies_NxJxT: float32 entropies of the distributions that they are from; None if they were not asked for.
+      routing: experts of all tokens in all layers, [L, N, W, …]; None if the policy has no experts.
+    """
+
+    logprobs_NxJxT: jax.Array
+    entropies_NxJxT: jax.Array | None
+    routing: Routing | None
+
+
 @jax.named_scope("old_logprobs")
 def response_logprobs(
     policy: Transformer, limits: UpdateLimits, params: Params, batch: UpdateBatch
@@ -59,8 +75,9 @@ def response_logprobs(
         logprobs_RxT, flops = carry
         rows = groups.rows(index)
         responses_NxJ = jnp.where(rows.lengths_NxJ > 0, rows.responses_NxJ, len(logprobs_RxT))
-        logprobs_NxJxT, _ = row_scores(policy, limits, params, rows, size)
-        return logprobs_RxT.at[responses_NxJ].set(logprobs_NxJxT, mode="drop"), flops + row_flops(policy, rows)
+        scores = row_scores(policy, limits, params, rows, size)
+        logprobs_RxT = logprobs_RxT.at[responses_NxJ].set(scores.logprobs_NxJxT, mode="drop")
+        return logprobs_RxT, flops + row_flops(policy, rows)
 
     zeros = jnp.zeros((batch.tokens_PxGxT[..., 0].size, size), jnp.float32)
     logprobs_RxT, flops = jax.lax.fori_loop(0, groups.passes, fill, (zeros, jnp.float32(0)))
@@ -98,9 +115,14 @@ def policy_gradient(
     if not _needs_all_groups(objective):
         used_P = (batch.advantages_PxG != 0).any(axis=1) & batch.counted_P
     groups = _pack(batch, used_P, limits)
+    shares_LxE = None
+    counting_flops = jnp.float32(0)
+    if objective.balance_weight > 0:
+        counts_LxE, counting_flops = count_experts(policy, join_adapters(frozen, params), groups)
+        shares_LxE = expert_shares(counts_LxE)
 
     def numerator(params: Params, part: RowBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = loss_sums(policy, objective, limits, join_adapters(frozen, params), part, reference)
+        sums = loss_sums(policy, objective, limits, join_adapters(frozen, params), part, reference, shares_LxE)
         return sums["loss"], sums
 
     def accumulate(index: jax.Array, carry: tuple[Params, dict[str, jax.Array]]) -> tuple[Params, dict[str, jax.Array]]:
@@ -120,7 +142,9 @@ def policy_gradient(
 
     # The number of passes depends on the lengths of the responses, so this is a loop on the device.
     zero_grads = jax.tree.map(jnp.zeros_like, params)
-    grads, sums = jax.lax.fori_loop(0, groups.passes, accumulate, (zero_grads, _zero_sums(objective)))
+    zero_sums = _zero_sums(policy.config, objective)
+    grads, sums = jax.lax.fori_loop(0, groups.passes, accumulate, (zero_grads, zero_sums))
+    sums["flops"] += counting_flops
 
     # Groups that were left out still count in the denominator.
     unused_PxGxT = batch.mask_PxGxT & (batch.counted_P & ~used_P)[:, None, None]
@@ -140,25 +164,29 @@ def loss_sums(
     params: Params,
     part: RowBatch,
     reference: Params | None,
+    shares_LxE: jax.Array | None,
 ) -> dict[str, jax.Array]:
     """Return the contributions of some rows to the loss (numerator "loss", denominator "count") and to the metrics.
 
-    The loss of a token is weight · policy loss + kl_weight · KL - entropy_weight · entropy.
+    The loss of a token is weight · policy loss + kl_weight · KL - entropy_weight · entropy + balance_weight · balance.
 
     Args:
       policy, objective, limits: static.
       params: all parameters of the policy.
       part: the rows.
       reference: parameters of the KL term's reference policy; None without a KL term.
+      shares_LxE: share of the batch's tokens that each expert gets; None without a load-balancing term.
 
     Returns:
-      Scalars, and the histogram of differences to the sampler's log-probabilities, int32 [len(_MISMATCH_EDGES) + 1].
+      Scalars, the histogram of differences to the sampler's log-probabilities, int32 [len(_MISMATCH_EDGES) + 1], and, of a policy
+      with experts, the number of tokens of each, int32 [L, E].
     """
     # Score the response tokens, forward and backward. With exactly on-policy updates, the old log-probabilities are the
     # current ones.
     mask = part.mask_NxJxT
     size = mask.shape[-1]
-    logprobs, entropies = row_scores(policy, limits, params, part.rows, size, entropies=objective.entropy_weight > 0)
+    scores = row_scores(policy, limits, params, part.rows, size, entropies=objective.entropy_weight > 0)
+    logprobs = scores.logprobs_NxJxT
     flops = row_flops(policy, part.rows, trains=True)
     current = jax.lax.stop_gradient(logprobs)
     old = current if part.old_logprobs_NxJxT is None else part.old_logprobs_NxJxT
@@ -181,16 +209,23 @@ def loss_sums(
     # Optional terms of the loss.
     if objective.kl != "none":
         assert reference is not None
-        reference_logprobs, _ = row_scores(policy, limits, reference, part.rows, size)
+        reference_scores = row_scores(policy, limits, reference, part.rows, size)
         flops += row_flops(policy, part.rows)
         kl = KL_ESTIMATORS[objective.kl].function(
-            jnp.where(mask, logprobs, 0.0), jnp.where(mask, reference_logprobs, 0.0)
+            jnp.where(mask, logprobs, 0.0), jnp.where(mask, reference_scores.logprobs_NxJxT, 0.0)
         )
         terms = terms + objective.kl_weight * kl
         sums["kl"] = jnp.sum(jnp.where(kept, kl, 0.0))
-    if entropies is not None:
-        terms = terms - objective.entropy_weight * entropies
-        sums["entropy"] = jnp.sum(jnp.where(kept, entropies, 0.0))
+    if scores.entropies_NxJxT is not None:
+        terms = terms - objective.entropy_weight * scores.entropies_NxJxT
+        sums["entropy"] = jnp.sum(jnp.where(kept, scores.entropies_NxJxT, 0.0))
+    if scores.routing is not None:
+        sums["experts"] = expert_counts(scores.routing, _predicting_tokens(part.rows))
+    if shares_LxE is not None:
+        assert scores.routing is not None
+        balance = part.rows.split(balance_terms(scores.routing, shares_LxE), size)
+        terms = terms + objective.balance_weight * balance
+        sums["balance"] = jnp.sum(jnp.where(kept, balance, 0.0))
 
     # Aggregate, and sum what the metrics need.
     token_weights, count = AGGREGATIONS[objective.aggregation].function(kept, limits.max_new_tokens)
@@ -216,15 +251,9 @@ def loss_sums(
 
 def row_scores(
     policy: Transformer, limits: UpdateLimits, params: Params, rows: Rows, size: int, *, entropies: bool = False
-) -> TokenScores:
-    """Return the log-probability of every response token at the sampling temperature and, if `entropies`, its entropy.
-
-    Both are float32 [N, J, T] with T = `size`, and undefined after each response's length.
-    """
-    tokens_Nx1xW = rows.tokens_NxW[:, None]
-    positions_Nx1xW = rows.positions_NxW[:, None]
-    hidden_Nx1xWxD, _ = policy.apply({"params": params}, tokens_Nx1xW, positions_Nx1xW, key_ranges=rows.key_ranges)
-
+) -> RowScores:
+    """Score every response token of some rows, with T = `size`; compute entropies too if `entropies`."""
+    hidden_NxWxD, routing = run_rows(policy, params, rows)
     score = functools.partial(
         token_scores,
         temperature=limits.temperature,
@@ -232,19 +261,52 @@ def row_scores(
         entropies=entropies,
     )
     # Under shard_map the gradient of the head is summed over devices once, and not after every chunk.
-    results = shard_map_batch(score, head(policy, params), rows.filled_N, hidden_Nx1xWxD[:, 0], rows.targets_NxW)
-    return jax.tree.map(lambda x_NxW: rows.split(x_NxW, size), results)
+    results = shard_map_batch(score, head(policy, params), rows.filled_N, hidden_NxWxD, rows.targets_NxW)
+    logprobs_NxJxT, entropies_NxJxT = jax.tree.map(lambda x_NxW: rows.split(x_NxW, size), results)
+    return RowScores(logprobs_NxJxT=logprobs_NxJxT, entropies_NxJxT=entropies_NxJxT, routing=routing)
 
 
-def row_flops(policy: Transformer, rows: Rows, *, trains: bool = False) -> jax.Array:
+def run_rows(policy: Transformer, params: Params, rows: Rows) -> tuple[jax.Array, Routing | None]:
+    """Return the hidden states of all tokens of some rows, [N, W, D], and their experts, [L, N, W, …], None without any."""
+    inputs = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
+    if not policy.config.experts:
+        hidden_Nx1xWxD, _ = policy.apply({"params": params}, *inputs, key_ranges=rows.key_ranges)
+        return hidden_Nx1xWxD[:, 0], None
+    outputs, variables = policy.apply({"params": params}, *inputs, key_ranges=rows.key_ranges, mutable=[ROUTING])
+    return outputs[0][:, 0], jax.tree.map(lambda x: x[:, :, 0], routing_of(variables))
+
+
+def _predicting_tokens(rows: Rows) -> jax.Array:
+    """Return True for tokens that predict a response token, [N, W]: all but prompts and padding."""
+    return jnp.arange(rows.tokens_NxW.shape[1]) < rows.filled_N[:, None]
+
+
+@jax.named_scope("count_experts")
+def count_experts(policy: Transformer, params: Params, groups: PackedGroups) -> tuple[jax.Array, jax.Array]:
+    """Return how many tokens that predict a response token each expert gets, int32 [L, E], and the FLOPs of counting them."""
+
+    def add(index: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        counts_LxE, flops = total
+        rows = groups.rows(index)
+        _, routing = run_rows(policy, params, rows)
+        assert routing is not None
+        return counts_LxE + expert_counts(routing, _predicting_tokens(rows)), flops + row_flops(
+            policy, rows, head=False
+        )
+
+    zeros_LxE = jnp.zeros((policy.config.layers, policy.config.experts), jnp.int32)
+    return jax.lax.fori_loop(0, groups.passes, add, (zeros_LxE, jnp.float32(0)))
+
+
+def row_flops(policy: Transformer, rows: Rows, *, trains: bool = False, head: bool = True) -> jax.Array:
     """Return the FLOPs of a forward pass over packed rows, float32, and of the backward pass if `trains`.
 
-    Only response tokens reach the head.
+    Only response tokens reach the head, and none do without `head`.
     """
     used = rows.used.astype(jnp.float32)
     # A token attends to as many earlier tokens as its position says, wherever they are in the row, and to itself.
     pairs = rows.positions_NxW.astype(jnp.float32).sum() + used
-    head_tokens = rows.filled_N.sum().astype(jnp.float32)
+    head_tokens = rows.filled_N.sum().astype(jnp.float32) * head
     if not trains:
         return forward_flops(policy.config, tokens=used, pairs=pairs, head_tokens=head_tokens)
     frozen = policy.lora is not None
@@ -315,10 +377,10 @@ def _needs_all_groups(objective: ObjectiveConfig) -> bool:
 
 
 def _has_terms_without_advantages(objective: ObjectiveConfig) -> bool:
-    return objective.kl != "none" or objective.entropy_weight > 0
+    return objective.kl != "none" or objective.entropy_weight > 0 or objective.balance_weight > 0
 
 
-def _zero_sums(objective: ObjectiveConfig) -> dict[str, jax.Array]:
+def _zero_sums(config: ModelConfig, objective: ObjectiveConfig) -> dict[str, jax.Array]:
     """Return the initial values of `loss_sums`, summed over passes."""
     floats = ["loss", "ratio", "clipped", "mismatch", "mismatch_max", "flops"]
     if objective.kl != "none":
@@ -327,10 +389,14 @@ def _zero_sums(objective: ObjectiveConfig) -> dict[str, jax.Array]:
         floats.append("entropy")
     if objective.importance != "none":
         floats.append("weight")
+    if objective.balance_weight > 0:
+        floats.append("balance")
     integers = ("tokens", "kept", "learned", "count", "trunk")
     zeros: dict[str, jax.Array] = {name: jnp.float32(0) for name in floats}
     zeros |= {name: jnp.int32(0) for name in integers}
     zeros["mismatch_histogram"] = jnp.zeros(len(_MISMATCH_EDGES) + 1, jnp.int32)
+    if config.experts:
+        zeros["experts"] = jnp.zeros((config.layers, config.experts), jnp.int32)
     return zeros
 
 
@@ -361,4 +427,10 @@ def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax
         metrics["policy/kl"] = sums["kl"] / kept
     if "entropy" in sums:
         metrics["policy/entropy_exact"] = sums["entropy"] / kept
+    if "experts" in sums:
+        shares_LxE = expert_shares(sums["experts"])
+        metrics["experts/busiest"] = (shares_LxE.max(axis=1) * shares_LxE.shape[1]).mean()
+        metrics["experts/unused"] = (shares_LxE == 0).mean()
+    if "balance" in sums:
+        metrics["loss/balance"] = sums["balance"] / kept
     return metrics

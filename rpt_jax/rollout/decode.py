@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rpt_jax.model.attention.dispatch import KeyValues
 from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.experts import ROUTING, Routing
 from rpt_jax.model.transformer import Head, Layer, Params, Transformer, embed, head, rms_norm, rotary_angles
 from rpt_jax.rollout.kv_cache import AttentionFn
 
@@ -35,7 +36,7 @@ def decode_head(policy: Transformer, params: Params) -> Head:
 @jax.named_scope("decode")
 def decode_token(
     policy: Transformer, params: Params, tokens_M: jax.Array, positions_M: jax.Array, attend: AttentionFn
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, KeyValues, Routing | None]:
     """Run one token of each of M rollouts.
 
     Args:
@@ -45,17 +46,21 @@ def decode_token(
       positions_M: int32 positions.
       attend: attention over the rollouts' caches.
 
-    Returns: hidden_MxD after the final norm, and the tokens' KeyValues [L, M, K, 1, 1, C].
+    Returns: hidden_MxD after the final norm, the tokens' KeyValues [L, M, K, 1, 1, C], and their experts, [L, M, …], None if the
+      policy has none.
     """
     config = policy.config
     rotary = rotary_angles(positions_M[:, None, None], config.head_size, config.rope_base, config.rope_scaling)
     layer = Layer(config=config, dtype=policy.dtype, attention=policy.attention, lora=policy.lora)
 
-    def run(x_Mx1x1xD: jax.Array, weights_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, KeyValues]:
+    def run(x_Mx1x1xD: jax.Array, weights_and_index: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
         weights, index = weights_and_index
-        output = layer.apply({"params": weights}, x_Mx1x1xD, (), (), rotary, functools.partial(attend, index))
-        return cast(tuple[jax.Array, KeyValues], output)
+        attention = functools.partial(attend, index)
+        outputs, recorded = layer.apply({"params": weights}, x_Mx1x1xD, (), (), rotary, attention, mutable=[ROUTING])
+        x_Mx1x1xD, new = cast(tuple[jax.Array, KeyValues], outputs)
+        return x_Mx1x1xD, (new, recorded)
 
     x_Mx1x1xD = embed(params, tokens_M[:, None, None], policy.dtype)
-    x_Mx1x1xD, new = jax.lax.scan(run, x_Mx1x1xD, (params["layers"], jnp.arange(config.layers)))
-    return rms_norm(x_Mx1x1xD[:, 0, 0], params["norm"], config.norm_epsilon), new
+    x_Mx1x1xD, (new, recorded) = jax.lax.scan(run, x_Mx1x1xD, (params["layers"], jnp.arange(config.layers)))
+    routing = jax.tree.map(lambda x: x[:, :, 0, 0], recorded[ROUTING]["routing"]) if config.experts else None
+    return rms_norm(x_Mx1x1xD[:, 0, 0], params["norm"], config.norm_epsilon), new, routing

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rpt_jax.model.attention.blocked_cache import BlockedCache
 from rpt_jax.model.attention.dispatch import KeyValues, cache_kernel
 from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.experts import Routing
 from rpt_jax.model.transformer import Head, Params, Transformer, head
 from rpt_jax.objective.logprobs import scaled_logits
 from rpt_jax.rewards.boxed import BoxParser, read_box, start_parsers
@@ -170,12 +171,16 @@ def decode_until(
     def unfinished(state: DecodeState) -> jax.Array:
         return (state.started < inputs.queue_size) | (state.running_M.sum() > running)
 
-    def decode(state: DecodeState) -> DecodeState:
-        state, sampled = _decode_steps(policy, decoding, inputs, state)
-        state, free_M = _store(state, sampled, inputs, decoding)
-        return _refill(state, free_M, inputs)
+    return jax.lax.while_loop(unfinished, lambda state: decode(policy, decoding, inputs, state)[0], state)
 
-    return jax.lax.while_loop(unfinished, decode, state)
+
+def decode(
+    policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState
+) -> tuple[DecodeState, Sampled]:
+    """Decode all live rollouts until the next check, and refill the slots of those that have ended; return also what was sampled."""
+    state, sampled = _decode_steps(policy, decoding, inputs, state)
+    state, free_M = _store(state, sampled, inputs, decoding)
+    return _refill(state, free_M, inputs), sampled
 
 
 def steps_per_check(decoding: Decoding) -> int:
@@ -247,16 +252,23 @@ def start_decoding(
     return inputs, _refill(state, jnp.ones(slots, bool), inputs)
 
 
-class _Sampled(NamedTuple):
-    """Tokens of every slot and their log-probabilities, one row per decode step."""
+class Sampled(NamedTuple):
+    """What the slots sampled in K decode steps.
+
+    Attributes:
+      token_KxM: int32 tokens.
+      logprob_KxM: float32, their log-probabilities.
+      routing: the experts of the tokens before them, [K, L, M, …]; None if the policy has none.
+    """
 
     token_KxM: jax.Array
     logprob_KxM: jax.Array
+    routing: Routing | None
 
 
 def _decode_steps(
     policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState
-) -> tuple[DecodeState, _Sampled]:
+) -> tuple[DecodeState, Sampled]:
     """Run the last token of every live rollout and sample the next one, until the next check."""
     running_M = state.running_M
     rollout_M = state.rollout_M
@@ -274,17 +286,18 @@ def _decode_steps(
     index_KxM = state.count_M + jnp.arange(steps)[:, None]
     uniform_KxM = inputs.noise_RxT.at[rollout_M[None], index_KxM].get(mode="clip")
 
-    def step(state: DecodeState, uniform_M: jax.Array) -> tuple[DecodeState, _Sampled]:
+    def step(state: DecodeState, uniform_M: jax.Array) -> tuple[DecodeState, Sampled]:
         # Write the previous step's keys, then run this step's tokens. Idle slots read none of their stale keys.
         cached_M = jnp.where(running_M, state.count_M - 1, 0)
         own = write_token(state.own, state.new, state.step - 1)
         attend = cached_attention(reads, own, state.step, cached_M, heads_per_kv, kernel)
-        hidden_MxD, new = decode_token(policy, inputs.params, state.token_M, prompt_lengths_M + cached_M, attend)
+        positions_M = prompt_lengths_M + cached_M
+        hidden_MxD, new, routing = decode_token(policy, inputs.params, state.token_M, positions_M, attend)
 
         logits_MxV = _sampling_logits(decode_head(policy, inputs.params), hidden_MxD, decoding)
         token_M, logprob_M = sample_tokens(logits_MxV, uniform_M)
         state = state._replace(step=state.step + 1, token_M=token_M, count_M=state.count_M + 1, own=own, new=new)
-        return state, _Sampled(token_M, logprob_M)
+        return state, Sampled(token_M, logprob_M, routing)
 
     if steps == 1:
         state, sampled = step(state, uniform_KxM[0])
@@ -293,7 +306,7 @@ def _decode_steps(
 
 
 def _store(
-    state: DecodeState, sampled: _Sampled, inputs: DecodeInputs, decoding: Decoding
+    state: DecodeState, sampled: Sampled, inputs: DecodeInputs, decoding: Decoding
 ) -> tuple[DecodeState, jax.Array]:
     """Append the sampled tokens to their responses, up to their ends; return also which slots are free afterwards."""
     steps = len(sampled.token_KxM)

@@ -267,7 +267,7 @@ def _rounded_parameters(experiment: Experiment, config: ModelConfig) -> int:
     """Return the number of parameters that decoding needs in policy.dtype, see `model.transformer.in_compute_dtype`."""
     policy = experiment.policy
     tables = config.vocab * config.width * (1 if config.tied else 2)
-    matrices = config.matmul_parameters - config.vocab * config.width
+    matrices = config.layer_matrix_parameters
     return matrices + tables if policy.head_precision == policy.dtype == "bfloat16" else matrices
 
 
@@ -285,7 +285,18 @@ def backward_bytes(
     # Saved per layer. Reference attention: its exponentials in float32 and its weights in the compute dtype. Everything else:
     # input and output of both norms, which compute in float32, and six products of the feed-forward block.
     pair_bytes = _forms_all_scores(experiment) * config.heads * (FLOAT32_BYTES + itemsize) / mesh.tensor
-    token_bytes = config.width * (6 * FLOAT32_BYTES + 2 * itemsize) + 6 * config.ffn * itemsize / mesh.tensor
+    ffn_tensor = mesh.tensor
+    ffn_units = config.ffn
+    expert_rows = 0
+    if config.experts:
+        # Each device has rows for all pairs of a token and an expert, because all may be those of its own experts: the input of
+        # the experts, twice, their output, and their hidden units.
+        ffn_tensor = 1
+        ffn_units *= config.experts_per_token
+        expert_rows = 3 * config.experts_per_token * config.width * itemsize
+    token_bytes = (
+        config.width * (6 * FLOAT32_BYTES + 2 * itemsize) + expert_rows + 6 * ffn_units * itemsize / ffn_tensor
+    )
     saved = AttentionSize(tokens=tree.tokens, pairs=tree.pairs)
 
     # Without rematerialization, every layer saves all of this.
@@ -297,8 +308,8 @@ def backward_bytes(
         kept_per_token = config.width
         if experiment.policy.remat == "dots":
             attended = 0 if _forms_all_scores(experiment) else config.head_size * config.heads
-            projected = config.head_size * (config.heads + 2 * config.kv_heads) + 2 * config.ffn + attended
-            kept_per_token += 2 * config.width + projected / mesh.tensor
+            projected = config.head_size * (config.heads + 2 * config.kv_heads) + attended
+            kept_per_token += 2 * config.width + projected / mesh.tensor + 2 * ffn_units / ffn_tensor
         kept = config.layers * tree.tokens * kept_per_token * itemsize
         layers = 1
         parts = tree.prefix_size, tree.branches_size

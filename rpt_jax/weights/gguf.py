@@ -13,7 +13,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Llama3, llama3_divisors, rope_frequencies
 from rpt_jax.weights.gguf_header import header_value, open_gguf, open_tensors
-from rpt_jax.weights.hf_config import check_family, from_hf_config
+from rpt_jax.weights.hf_config import DENSE_FAMILIES, check_family, from_hf_config
 from rpt_jax.weights.safetensors_io import Tensors, TensorSpec
 
 _ROPE_DIVISORS = "rope_freqs.weight"
@@ -95,7 +95,7 @@ def gguf_model_config(path: Path) -> ModelConfig:
     Raises: UserError for an architecture or an option that is not supported, and for a key of the architecture that is unknown.
     """
     family = header_value(path, "general.architecture")
-    check_family(path, "general.architecture", family)
+    check_family(path, "general.architecture", family, DENSE_FAMILIES)
     header = _architecture_header(path, family)
 
     def value(key: str) -> Any:

@@ -49,9 +49,16 @@ LAYER_NAMES = {
     "k_norm": ("self_attn.k_norm.weight", 0),
     "o": ("self_attn.o_proj.weight", 3),
     "ffn_norm": ("post_attention_layernorm.weight", 0),
+    "router": ("mlp.gate.weight", 1),
     "gate": ("mlp.gate_proj.weight", 1),
     "up": ("mlp.up_proj.weight", 1),
     "down": ("mlp.down_proj.weight", 1),
+}
+# Parameter that stacks the experts of a layer -> tensor of one expert on disk, by its number.
+_EXPERT_NAMES = {
+    "gate": "mlp.experts.{}.gate_proj.weight",
+    "up": "mlp.experts.{}.up_proj.weight",
+    "down": "mlp.experts.{}.down_proj.weight",
 }
 
 
@@ -136,7 +143,7 @@ def open_weights(source: str | Path, config: ModelConfig) -> Tensors:
                 field=tensors.source,
             )
         tensors = tensors.without(head)
-    return tensors.select((entry.name, entry.shape) for entry in _tensor_entries(config))
+    return tensors.select((name, entry.shape) for entry in _tensor_entries(config) for name in entry.names)
 
 
 def load_policy(
@@ -144,7 +151,7 @@ def load_policy(
 ) -> tuple[ModelConfig, Params, str]:
     """Load architecture, parameters and tokenizer fingerprint ("" if it is not recorded).
 
-    The host holds one tensor at a time, in the dtype on disk, and each device only its own shards.
+    The host holds one tensor at a time, or a layer's experts, in the dtype on disk, and each device only its own shards.
 
     Args:
       source: a directory in Hugging Face format, or a GGUF file.
@@ -167,7 +174,7 @@ def load_policy(
             dtype = expected.dtype
             sharding = expected.sharding
         if entry.layer is None:
-            params[name] = jax.block_until_ready(_to_device(tensors.read(entry.name), sharding).astype(dtype))
+            params[name] = jax.block_until_ready(_to_device(_read(tensors, entry), sharding).astype(dtype))
             continue
 
         # A layer's tensor is written into the parameter that stacks all layers.
@@ -177,7 +184,7 @@ def load_policy(
         # The tensor is not bound to a variable, which would keep it alive while the next one is read.
         params["layers"][name] = _write_layer(
             params["layers"][name],
-            _to_device(tensors.read(entry.name), sharding and _sharding_on_disk(sharding, input_axes)),
+            _to_device(_read(tensors, entry), sharding and _sharding_on_disk(sharding, input_axes, entry.is_stack)),
             entry.layer,
             shape=shapes[name],
             input_axes=input_axes,
@@ -186,6 +193,16 @@ def load_policy(
         # Wait, so that reading does not run ahead of the transfers, with the tensors of many layers in host memory.
         jax.block_until_ready(params["layers"][name])
     return config, params, fingerprint
+
+
+def _read(tensors: Tensors, entry: _TensorEntry) -> np.ndarray:
+    """Return a tensor as it is on disk, those of experts with an axis of the experts in front."""
+    if not entry.is_stack:
+        return tensors.read(entry.names[0])
+    stack = np.empty((len(entry.names), *entry.shape), tensors.specs[entry.names[0]].dtype)
+    for expert, name in enumerate(entry.names):
+        stack[expert] = tensors.read(name)
+    return stack
 
 
 def _to_device(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
@@ -204,18 +221,20 @@ def _to_device(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
 _copy = jax.jit(jnp.copy)
 
 
-def _sharding_on_disk(sharding: NamedSharding, input_axes: int) -> NamedSharding:
+def _sharding_on_disk(sharding: NamedSharding, input_axes: int, is_stack: bool) -> NamedSharding:
     """Return the sharding of a layer's tensor on disk, [outputs, inputs], that matches the sharding of its parameter.
 
     Args:
       sharding: of the parameter, with the layer axis.
       input_axes: as in `LAYER_NAMES`.
+      is_stack: whether an axis of the experts comes before the others, on disk too.
     """
-    axes = sharding.spec[1:]
+    experts = sharding.spec[1 : 1 + is_stack]
+    axes = sharding.spec[1 + is_stack :]
     groups = (axes[input_axes:], axes[:input_axes]) if input_axes else (axes,)
     # Of the axes that are merged on disk, only the first one longer than 1 is ever sharded.
     merged = (next((axis for axis in group if axis is not None), None) for group in groups)
-    return NamedSharding(sharding.mesh, PartitionSpec(*merged))
+    return NamedSharding(sharding.mesh, PartitionSpec(*experts, *merged))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
@@ -234,7 +253,7 @@ def _write_layer(
     sharding: NamedSharding | None,
 ) -> jax.Array:
     """Write one layer's tensor, as it is on disk, into the parameter with a layer axis."""
-    value = (tensor.T if input_axes else tensor).reshape(shape).astype(stack.dtype)
+    value = (tensor.swapaxes(-1, -2) if input_axes else tensor).reshape(shape).astype(stack.dtype)
     stack = jax.lax.dynamic_update_index_in_dim(stack, value, layer, 0)
     return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
 
@@ -299,7 +318,7 @@ def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]]
     Raises: UserError on reading a parameter whose shape does not match `config`.
     """
     shapes = _param_shapes(config)
-    entries = {entry.name: entry for entry in _tensor_entries(config)}
+    entries = {name: entry for entry in _tensor_entries(config) for name in entry.names}
 
     def fetch(name: str) -> np.ndarray:
         entry = entries[name]
@@ -311,7 +330,8 @@ def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]]
             raise UserError(
                 f"parameter {parameter} has shape {array.shape}, expected {expected} for its policy.", field=parameter
             )
-        array = to_host(array if layer is None else array[layer])
+        index = () if layer is None else (layer, entry.names.index(name)) if entry.is_stack else (layer,)
+        array = to_host(array[index])
         if layer is not None and LAYER_NAMES[parameter][1]:
             return array.reshape(entry.shape[::-1]).T
         return array.reshape(entry.shape)
@@ -321,12 +341,13 @@ def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]]
 
 
 class _TensorEntry(NamedTuple):
-    """A tensor on disk and the parameter that it belongs to."""
+    """A tensor on disk, or those of a layer's experts, and the parameter that they belong to."""
 
-    name: str
-    shape: tuple[int, ...]
+    names: tuple[str, ...]  # One, or one for each expert.
+    shape: tuple[int, ...]  # Of each tensor.
     parameter: str
     layer: int | None  # None outside of the layers.
+    is_stack: bool = False  # Whether the tensors are those of experts.
 
 
 def _tensor_entries(config: ModelConfig) -> Iterator[_TensorEntry]:
@@ -334,15 +355,24 @@ def _tensor_entries(config: ModelConfig) -> Iterator[_TensorEntry]:
     shapes = _param_shapes(config)
     for parameter, name in _TOP_NAMES.items():
         if parameter in shapes:
-            yield _TensorEntry(name=name, shape=shapes[parameter], parameter=parameter, layer=None)
+            yield _TensorEntry(names=(name,), shape=shapes[parameter], parameter=parameter, layer=None)
     for parameter, (name, input_axes) in LAYER_NAMES.items():
         if parameter not in shapes:
             continue
-        inputs = int(np.prod(shapes[parameter][:input_axes]))
-        outputs = int(np.prod(shapes[parameter][input_axes:]))
+        is_stack = config.experts > 0 and parameter in _EXPERT_NAMES
+        names = [_EXPERT_NAMES[parameter].format(expert) for expert in range(config.experts)] if is_stack else [name]
+        dims = shapes[parameter][is_stack:]
+        inputs = int(np.prod(dims[:input_axes]))
+        outputs = int(np.prod(dims[input_axes:]))
         shape = (outputs, inputs) if input_axes else (outputs,)
         for layer in range(config.layers):
-            yield _TensorEntry(name=f"model.layers.{layer}.{name}", shape=shape, parameter=parameter, layer=layer)
+            yield _TensorEntry(
+                names=tuple(f"model.layers.{layer}.{name}" for name in names),
+                shape=shape,
+                parameter=parameter,
+                layer=layer,
+                is_stack=is_stack,
+            )
 
 
 def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -351,6 +381,7 @@ def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     kv_heads = config.kv_heads
     head_size = config.head_size
     heads_per_kv = config.heads // kv_heads
+    experts = (config.experts,) if config.experts else ()
     shapes: dict[str, tuple[int, ...]] = {
         "embedding": (config.vocab, width),
         "norm": (width,),
@@ -360,10 +391,12 @@ def _param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "v": (width, kv_heads, head_size),
         "o": (kv_heads, heads_per_kv, head_size, width),
         "ffn_norm": (width,),
-        "gate": (width, config.ffn),
-        "up": (width, config.ffn),
-        "down": (config.ffn, width),
+        "gate": (*experts, width, config.ffn),
+        "up": (*experts, width, config.ffn),
+        "down": (*experts, config.ffn, width),
     }
+    if config.experts:
+        shapes["router"] = (width, config.experts)
     if not config.tied:
         shapes["head"] = (config.vocab, width)
     if config.qkv_bias:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from rpt_jax.weights.model_files import parse_object
 # Key of the tokenizer's fingerprint in config.json. Only rpt_jax writes and reads it; other readers ignore it.
 FINGERPRINT_KEY = "tokenizer_sha256"
 # Supported values of `model_type` -> names of the models, for error messages.
-_FAMILIES = {"llama": "Llama 3 and SmolLM2", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3 without experts"}
+DENSE_FAMILIES = {"llama": "Llama 3 and SmolLM2", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3 without experts"}
+_FAMILIES = DENSE_FAMILIES | {"qwen3_moe": "Qwen3 with experts"}
 # Keys of config.json that are read.
 _READ_KEYS = {
     FINGERPRINT_KEY,
@@ -40,6 +42,16 @@ _READ_KEYS = {
     "tie_word_embeddings",
     "use_sliding_window",
     "vocab_size",
+}
+# Keys that are read of a model with experts, and unknown in others.
+_EXPERT_KEYS = {
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
 }
 # Options that are not supported: key of config.json -> values that turn the option off (or are the default).
 _UNSUPPORTED_OPTIONS = {
@@ -71,10 +83,12 @@ _NEUTRAL_KEYS = {
     "name_or_path",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "pretraining_tp",
     "problem_type",
     "repetition_penalty",
     "return_dict",
+    "router_aux_loss_coef",
     "seq_length",
     "task_specific_params",
     "temperature",
@@ -87,6 +101,62 @@ _NEUTRAL_KEYS = {
     "unsloth_fixed",
     "unsloth_version",
     "use_cache",
+}
+# What other architectures have and the decoder does not, by the keys of config.json that turn it on.
+_FEATURE_KEYS = {
+    "attention_chunk_size": "chunked attention",
+    "attention_multiplier": "other scales of attention scores",
+    "attn_logit_softcapping": "a soft cap of the attention scores",
+    "cross_attention_layers": "cross-attention to images",
+    "dual_chunk_attention_config": "dual chunk attention",
+    "embedding_multiplier": "scaled embeddings",
+    "final_logit_softcapping": "a soft cap of the logits",
+    "first_k_dense_replace": "dense layers before those with experts",
+    "hidden_size_per_layer_input": "embeddings for every layer",
+    "kv_lora_rank": "multi-head latent attention",
+    "linear_num_value_heads": "linear attention",
+    "logits_scaling": "scaled logits",
+    "logit_scale": "scaled logits",
+    "mamba_d_state": "state-space layers",
+    "moe_num_shared_experts": "shared experts",
+    "n_shared_experts": "shared experts",
+    "no_rope_layers": "layers without rotary embedding",
+    "num_shared_experts": "shared experts",
+    "query_pre_attn_scalar": "other scales of attention scores",
+    "residual_multiplier": "scaled residual connections",
+    "scoring_func": "another function of the router",
+    "shared_expert_intermediate_size": "a shared expert",
+    "shared_intermediate_size": "a shared expert",
+    "sliding_window": "sliding-window attention",
+    "ssm_state_size": "state-space layers",
+    "text_config": "inputs other than text",
+    "topk_group": "a choice of experts by groups",
+}
+# What an architecture has whose keys do not show it, by `model_type`.
+_FAMILY_FEATURES = {
+    "cohere": ("attention and feed-forward layer in parallel", "LayerNorm"),
+    "cohere2": ("attention and feed-forward layer in parallel", "LayerNorm"),
+    "deepseek_v2": ("multi-head latent attention",),
+    "deepseek_v3": ("multi-head latent attention", "a router with a sigmoid"),
+    "gemma": ("scaled embeddings", "norm weights around 0"),
+    "gemma2": ("scaled embeddings", "norm weights around 0", "norms after attention and feed-forward layer"),
+    "gemma3": ("scaled embeddings", "norm weights around 0", "norms after attention and feed-forward layer"),
+    "gemma3_text": ("scaled embeddings", "norm weights around 0", "norms after attention and feed-forward layer"),
+    "glm4": ("partial rotary embedding", "norms after attention and feed-forward layer"),
+    "glm4_moe": ("partial rotary embedding", "a router with a sigmoid"),
+    "gpt_oss": ("attention sinks", "biases of router and experts", "clamped activations"),
+    "llama4_text": ("experts that scale their inputs",),
+    "mixtral": ("other names of the experts' tensors",),
+    "olmo2": ("norms after attention and feed-forward layer", "norms over all heads' queries and keys"),
+    "olmo3": ("norms after attention and feed-forward layer", "norms over all heads' queries and keys"),
+    "olmoe": ("norms over all heads' queries and keys",),
+    "phi3": ("query, key and value in one tensor", "gate and up in one tensor"),
+    "qwen2_moe": ("a gate of the shared expert",),
+    "qwen3_5_moe": ("linear attention", "gates of attention"),
+    "qwen3_5_text": ("linear attention", "gates of attention"),
+    "qwen3_next": ("linear attention", "gates of attention", "partial rotary embedding"),
+    "smollm3": ("layers without rotary embedding",),
+    "starcoder2": ("LayerNorm", "a feed-forward layer without gate"),
 }
 _QWEN3_HEAD_SIZE = 128  # Of a config.json of this family without `head_dim`.
 _QWEN2_FULL_LAYERS = 28  # Layers with full attention without `max_window_layers`.
@@ -103,21 +173,35 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the content of config.json for an architecture, in the form that `transformers` 4 and 5 both read."""
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    architecture = family.capitalize()
+    experts: dict[str, Any] = {}
+    if config.experts:
+        family, architecture = "qwen3_moe", "Qwen3Moe"
+        experts = {
+            "moe_intermediate_size": config.ffn,
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "norm_topk_prob": config.normalize_expert_weights,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
     content: dict[str, Any] = {
-        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "architectures": [f"{architecture}ForCausalLM"],
         "model_type": family,
         "num_hidden_layers": config.layers,
         "hidden_size": config.width,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
-        "intermediate_size": config.ffn,
+        # With experts, the size of dense layers, of which there are none. Published files have that of a token's experts.
+        "intermediate_size": config.ffn * max(1, config.experts_per_token),
         "vocab_size": config.vocab,
         "max_position_embeddings": config.context,
         "rope_theta": config.rope_base,
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tied,
         "hidden_act": "silu",
+        **experts,
     }
     if config.rope_scaling:
         [rope_type] = (name for name, kind in SCALINGS.items() if isinstance(config.rope_scaling, kind))
@@ -126,19 +210,41 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return content
 
 
-def check_family(path: Path, key: str, family: Any) -> None:
+def check_family(path: Path, key: str, family: Any, families: Mapping[str, str], features: Sequence[str] = ()) -> None:
     """Check that a model family is supported.
 
     Args:
       path: file that names the family, for the message.
       key: key of the family in this file, for the message.
       family: its value.
+      families: the supported values, with the names of their models.
+      features: what the model has that is not implemented, as far as it is known.
 
-    Raises: UserError with the supported families.
+    Raises: UserError with the supported families, and with what is missing.
     """
-    if not isinstance(family, str) or family not in _FAMILIES:
-        supported = ", ".join(f"'{name}' ({models})" for name, models in _FAMILIES.items())
-        raise UserError(f"{path}: {key}={family!r} is not supported; choose one of: {supported}.", field=str(path))
+    if not isinstance(family, str) or family not in families:
+        supported = ", ".join(f"'{name}' ({models})" for name, models in families.items())
+        missing = f" because of {', '.join(features)}" if features else ""
+        raise UserError(
+            f"{path}: {key}={family!r} is not supported{missing}; choose one of: {supported}.", field=str(path)
+        )
+
+
+def _missing_features(content: dict[str, Any]) -> list[str]:
+    """Return what a model has that the decoder does not, as far as its config.json tells."""
+    features = list(_FAMILY_FEATURES.get(str(content.get("model_type")), ()))
+    on = {key: content[key] for key in _FEATURE_KEYS if content.get(key)}
+    if content.get("use_sliding_window") is False:
+        on.pop("sliding_window", None)
+    features += [
+        f"{_FEATURE_KEYS[key]} ({key}={value!r})"
+        if isinstance(value, int | float | str)
+        else f"{_FEATURE_KEYS[key]} ({key})"
+        for key, value in on.items()
+    ]
+    if content.get("hidden_act", content.get("hidden_activation")) not in (None, *_UNSUPPORTED_OPTIONS["hidden_act"]):
+        features.append("another activation function")
+    return features
 
 
 def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
@@ -151,7 +257,7 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
     Raises: UserError that names the file and the key, for a value that is missing, invalid or not supported.
     """
     family = content.get("model_type")
-    check_family(path, "model_type", family)
+    check_family(path, "model_type", family, _FAMILIES, _missing_features(content))
     _check_options(content, path)
 
     def number(name: str, expected: type, default: Any = None) -> Any:
@@ -179,16 +285,45 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
-        ffn=number("intermediate_size", int),
+        ffn=number("moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size", int),
         vocab=number("vocab_size", int),
         rope_base=base,
         rope_scaling=scaling,
         norm_epsilon=number("rms_norm_eps", float),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tied=bool(content.get("tie_word_embeddings", False)),
         context=context,
+        **(_read_experts(content, path) if family == "qwen3_moe" else {}),
     )
+
+
+def _read_experts(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` about experts. Raises: UserError that names the file and the key."""
+    # Layers without experts would need a second stack of layers.
+    sparse_step = content.get("decoder_sparse_step")
+    dense_layers = content.get("mlp_only_layers")
+    if sparse_step not in (None, 1) or dense_layers:
+        raise UserError(
+            f"{path}: decoder_sparse_step={sparse_step!r} and mlp_only_layers={dense_layers!r}: dense layers between those with "
+            "experts are not supported; expected 1 and [].",
+            field=str(path),
+        )
+    # `transformers` has two names for the number of experts.
+    key = "num_experts" if content.get("num_experts") is not None else "num_local_experts"
+    experts = _check_number(path, key, content.get(key), int)
+    per_token = _check_number(path, "num_experts_per_tok", content.get("num_experts_per_tok"), int)
+    if per_token > experts or content.get("num_local_experts", experts) not in (None, experts):
+        raise UserError(
+            f"{path}: num_experts_per_tok={per_token} must be at most num_experts={experts}, and num_local_experts="
+            f"{content.get('num_local_experts')!r}, its other name, equal to it.",
+            field=str(path),
+        )
+    return {
+        "experts": experts,
+        "experts_per_token": per_token,
+        "normalize_expert_weights": bool(content.get("norm_topk_prob", False)),
+    }
 
 
 def _check_options(content: dict[str, Any], path: Path) -> None:
@@ -198,13 +333,17 @@ def _check_options(content: dict[str, Any], path: Path) -> None:
             raise UserError(
                 f"{path}: {name}={content[name]!r} is not supported; expected {supported[-1]!r}.", field=str(path)
             )
-    known = _READ_KEYS | _UNSUPPORTED_OPTIONS.keys() | _NEUTRAL_KEYS
+    has_experts = content["model_type"] == "qwen3_moe"
+    known = _READ_KEYS | _UNSUPPORTED_OPTIONS.keys() | _NEUTRAL_KEYS | (_EXPERT_KEYS if has_experts else set())
     unknown = [
         name
         for name, value in content.items()
         if name not in known and value is not None and not name.startswith("_") and not name.endswith("_token_id")
     ]
     if unknown:
+        missing = [f"{_FEATURE_KEYS[name]} ({name}={content[name]!r})" for name in unknown if name in _FEATURE_KEYS]
+        if missing:
+            raise UserError(f"{path}: {', '.join(missing)} is not supported.", field=str(path))
         raise UserError(
             f"{path}: {', '.join(unknown)} is unknown and may change the model's results, so the model is not read. If it has no "
             f"effect on them, remove it from {path.name}.",
@@ -218,11 +357,12 @@ def _check_options(content: dict[str, Any], path: Path) -> None:
         return
     layer_types = content.get("layer_types") or []
     other_layers = layer_types != ["full_attention"] * len(layer_types) if isinstance(layer_types, list) else True
-    # In Qwen models, the first layers have full attention, and the others a window if it is turned on; Llama has no switch.
+    # In Qwen models, the first layers have full attention, and the others a window if it is turned on. With experts, all layers
+    # have the window, and Llama has no switch.
     full_layers = content.get("max_window_layers", _QWEN2_FULL_LAYERS)
     layers = content.get("num_hidden_layers")
     all_full = isinstance(full_layers, int) and isinstance(layers, int) and full_layers >= layers
-    has_window = content.get("use_sliding_window") and not all_full
+    has_window = content.get("use_sliding_window") and (has_experts or not all_full)
     if other_layers or has_window or (content["model_type"] == "llama" and window is not None):
         raise UserError(
             f"{path}: layers with sliding-window or other attention are not supported (sliding_window={window!r}, "

@@ -13,7 +13,8 @@ def token_flops(config: ModelConfig, keys: int, *, head: bool, only_cache: bool 
     heads = config.heads * config.head_size
     kv = config.kv_heads * config.head_size
     layer = 2 * config.width * (heads + kv + kv + heads)  # Query, key, value and output.
-    layer += 3 * 2 * config.width * config.ffn  # Gate, up and down.
+    layer += 3 * 2 * config.width * config.ffn * max(1, config.experts_per_token)  # Gate, up and down.
+    layer += 2 * config.width * config.experts  # Router.
     layer += keys * heads * (2 + 2)  # Scores and weighted values.
     logits = 2 * config.width * config.vocab if head else 0
     if only_cache:

@@ -18,6 +18,10 @@ from rpt_jax.model.transformer import Params, Transformer
 # Two layers, so that keys of the wrong layer are noticed; two kv heads with two query heads each.
 SHAPE = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, head_size=8, ffn=24, vocab=48)
 POLICY = Transformer(SHAPE)
+# Five experts are an odd number; three of them leave enough that most tokens choose different ones.
+MOE_SHAPE = dataclasses.replace(
+    SHAPE, ffn=7, qk_norm=True, experts=5, experts_per_token=3, normalize_expert_weights=True, tied=False
+)
 # For gradients, which take seconds per layer to compile.
 SHALLOW = Transformer(dataclasses.replace(SHAPE, layers=1))
 
@@ -62,6 +66,22 @@ def causal_attention(q_SxC: np.ndarray, k_SxC: np.ndarray, v_SxC: np.ndarray) ->
     return softmax(np.where(np.tri(len(scores), dtype=bool), scores, -np.inf)) @ v_SxC
 
 
+def swiglu(x_SxD: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    gate_SxF = x_SxD @ gate
+    return (gate_SxF / (1 + np.exp(-gate_SxF)) * (x_SxD @ up)) @ down
+
+
+def mixture(x_SxD: np.ndarray, p: dict[str, np.ndarray], config: ModelConfig) -> np.ndarray:
+    """Run every expert on every token, and weight their outputs; experts that a token did not choose have a weight of 0."""
+    probabilities_SxE = softmax(x_SxD @ p["router"])
+    threshold_Sx1 = np.sort(probabilities_SxE)[:, [-config.experts_per_token]]
+    weights_SxE = np.where(probabilities_SxE >= threshold_Sx1, probabilities_SxE, 0)
+    if config.normalize_expert_weights:
+        weights_SxE = weights_SxE / weights_SxE.sum(-1, keepdims=True)
+    outputs = [swiglu(x_SxD, p["gate"][e], p["up"][e], p["down"][e]) for e in range(config.experts)]
+    return sum(weights_SxE[:, [e]] * outputs[e] for e in range(config.experts))
+
+
 def hidden(params: Params, config: ModelConfig, tokens: list[int]) -> np.ndarray:
     """Return the final hidden states [S, D] of one sequence."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -85,8 +105,10 @@ def hidden(params: Params, config: ModelConfig, tokens: list[int]) -> np.ndarray
                 out_SxD = out_SxD + causal_attention(*turned, value) @ p["o"][k, r]
         x_SxD = x_SxD + out_SxD
         y_SxD = rms_norm(x_SxD, p["ffn_norm"], config.norm_epsilon)
-        gate_SxF = y_SxD @ p["gate"]
-        x_SxD = x_SxD + (gate_SxF / (1 + np.exp(-gate_SxF)) * (y_SxD @ p["up"])) @ p["down"]
+        if config.experts:
+            x_SxD = x_SxD + mixture(y_SxD, p, config)
+        else:
+            x_SxD = x_SxD + swiglu(y_SxD, p["gate"], p["up"], p["down"])
     return rms_norm(x_SxD, params["norm"], config.norm_epsilon)
 
 

@@ -1,8 +1,8 @@
 """Two steps of RL on meshes of eight simulated devices: `python -m tests.helpers.sharded_child out.npz 1x1x1x1 2x2x2x2`.
 
-With `--lora` adapters are trained. The sizes of a mesh are data, fsdp, tensor and rollout_tensor. Meshes of one and of eight
-devices run two steps, other meshes only sample the first rollouts. This is a separate process because the number of devices is
-fixed when JAX starts. It writes its results and checks nothing.
+With `--lora` adapters are trained, and with `--experts` the policy has experts. The sizes of a mesh are data, fsdp, tensor and
+rollout_tensor. Meshes of one and of eight devices run two steps, other meshes only sample the first rollouts. This is a separate
+process because the number of devices is fixed when JAX starts. It writes its results and checks nothing.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from rpt_jax.distributed.mesh import make_mesh, num_batch_shards, use_mesh
 from rpt_jax.distributed.sharding import init_optimizer, init_parameters, make_reshard_fn, shard_prompts
 from rpt_jax.infra.optimizer import make_optimizer
 from rpt_jax.model.lora import Lora, join_adapters, split_adapters
+from rpt_jax.model.transformer import Transformer
 from rpt_jax.objective.advantage import group_advantages
 from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.update import TrainState, update_policy
 from rpt_jax.rewards.prefix_match import prefix_match_reward
 from rpt_jax.rollout.generate import generate
 from rpt_jax.rollout.rollouts import Rollouts
-from tests.helpers.policy_reference import SHALLOW, SHAPE
+from tests.helpers.policy_reference import MOE_SHAPE, SHALLOW, SHAPE
 
 DEVICES = 8
 # A large scale, because B is small after one step.
 LORA = Lora(rank=2, alpha=16.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
-POLICY = SHALLOW.clone(lora=LORA) if "--lora" in sys.argv else SHALLOW
+EXPERTS = Transformer(dataclasses.replace(MOE_SHAPE, layers=1, experts=8))
+POLICY = EXPERTS if "--experts" in sys.argv else SHALLOW.clone(lora=LORA) if "--lora" in sys.argv else SHALLOW
+# Groups without advantages count, too, if experts are balanced.
+OBJECTIVE = ObjectiveConfig(balance_weight=0.1 if POLICY.config.experts else 0.0)
 SPLIT_ROWS = (1, 4, 2, 1)  # On this mesh the update splits the tokens of its rows.
 P, G, S, T = 8, 4, 6, 6
 STOPS = (0, 9, 18, 27, 36)
@@ -97,7 +101,7 @@ def step(
         counted_P=counted,
     )
     limits = dataclasses.replace(LIMITS, rows=rows)
-    state, metrics = update_policy(POLICY, OPTIMIZER, ObjectiveConfig(), limits, state, batch, frozen=frozen)
+    state, metrics = update_policy(POLICY, OPTIMIZER, OBJECTIVE, limits, state, batch, frozen=frozen)
     # These depend on how groups are packed, which depends on the mesh.
     packing = ("update/filled", "update/trunk_tokens", "update/flops")
     metrics = {name: value for name, value in metrics.items() if name not in packing}
@@ -162,7 +166,7 @@ def main() -> None:
     assert jax.device_count() == DEVICES
     alone = mesh_from_config((1, 1, 1, 1))
     results = flat({"start": init_parameters(POLICY, alone, seed=1)}, "another seed")
-    for mesh in (argument for argument in sys.argv[2:] if argument != "--lora"):
+    for mesh in (argument for argument in sys.argv[2:] if not argument.startswith("--")):
         data, fsdp, tensor, rollout_tensor = map(int, mesh.split("x"))
         compute = run if data * fsdp * tensor in (1, DEVICES) else run_rollouts
         results |= flat(compute((data, fsdp, tensor, rollout_tensor)), mesh)

@@ -17,9 +17,15 @@ Results = dict[str, dict[str, np.ndarray]]
 ALONE = "1x1x1x1"
 
 
-def run_on_meshes(out: Path, *meshes: str, lora: bool = False) -> Results:
-    """Return the results on one device, on the given meshes and of another seed, computed by a process with eight devices."""
-    child = [sys.executable, "-m", "tests.helpers.sharded_child", str(out), ALONE, *meshes, *["--lora"] * lora]
+def run_on_meshes(out: Path, *meshes: str, option: str = "") -> Results:
+    """Return the results on one device, on the given meshes and of another seed, computed by a process with eight devices.
+
+    Args:
+      out: file that the process writes.
+      *meshes: as in `sharded_child`.
+      option: an option of `sharded_child`.
+    """
+    child = [sys.executable, "-m", "tests.helpers.sharded_child", str(out), ALONE, *meshes, *filter(None, [option])]
     done = subprocess.run(
         child, cwd=ROOT, env=with_devices(sharded_child.DEVICES), capture_output=True, text=True, timeout=CHILD_SECONDS
     )

@@ -19,13 +19,15 @@ from rpt_jax.weights.hf import load_model_config, load_policy, save_policy
 from rpt_jax.weights.model_files import WEIGHTS_FILE
 from tests.helpers import policy_reference as reference
 from tests.helpers.parameters import mostly_slow
-from tests.helpers.policy_reference import POLICY, SHALLOW, SHAPE, random_params
+from tests.helpers.policy_reference import MOE_SHAPE, POLICY, SHALLOW, SHAPE, random_params
 
 # Grouped, full and multi-query attention.
 VARIANTS = {
     "llama": SHAPE,
     "qwen2": dataclasses.replace(SHAPE, kv_heads=4, qkv_bias=True, tied=False, rope_base=1e6, norm_epsilon=1e-5),
     "qwen3": dataclasses.replace(SHAPE, kv_heads=1, qk_norm=True, head_size=6, layers=7),
+    "qwen3_moe": MOE_SHAPE,
+    "qwen3_moe, not normalized": dataclasses.replace(MOE_SHAPE, normalize_expert_weights=False, experts_per_token=1),
 }
 LENGTHS = np.array([1, 4, 6], np.int32)
 PROMPTS = np.random.default_rng(1).integers(0, SHAPE.vocab, (3, 6)).astype(np.int32)
@@ -114,10 +116,16 @@ def test_remat_changes_neither_outputs_nor_gradients():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_config_counts_its_parameters(name):
     params = random_params(Transformer(VARIANTS[name]), 0)
-    assert VARIANTS[name].parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
-    matrices = [leaf for name, leaf in params["layers"].items() if "norm" not in name and "bias" not in name]
-    matrices.append(head(Transformer(VARIANTS[name]), params).matrix_VxD)
-    assert VARIANTS[name].matmul_parameters == sum(leaf.size for leaf in matrices)
+    config = VARIANTS[name]
+    assert config.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
+    matrices = {name: leaf.size for name, leaf in params["layers"].items() if "norm" not in name and "bias" not in name}
+    assert config.layer_matrix_parameters == sum(matrices.values())
+    # Of the experts, a token is multiplied with those that it runs through.
+    if config.experts:
+        matrices |= {
+            name: matrices[name] * config.experts_per_token // config.experts for name in ("gate", "up", "down")
+        }
+    assert config.matmul_parameters == sum(matrices.values()) + head(Transformer(config), params).matrix_VxD.size
 
 
 def test_presets_are_consistent():
@@ -222,9 +230,19 @@ def hugging_face_logits(directory, tokens) -> np.ndarray:
         out = np.concatenate([reference.causal_attention(q[h], k[h], v[h]) for h in range(heads)], axis=-1)
         x = x + out @ layer["self_attn.o_proj.weight"].T
         y = reference.rms_norm(x, layer["post_attention_layernorm.weight"], eps)
-        gate = y @ layer["mlp.gate_proj.weight"].T
-        up = y @ layer["mlp.up_proj.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+
+        def swiglu(y, prefix, layer=layer):
+            gate, up, down = (layer[f"{prefix}.{kind}_proj.weight"].T for kind in ("gate", "up", "down"))
+            return reference.swiglu(y, gate, up, down)
+
+        if "mlp.gate.weight" not in layer:
+            x = x + swiglu(y, "mlp")
+            continue
+        probabilities = reference.softmax(y @ layer["mlp.gate.weight"].T)
+        for s, row in enumerate(probabilities):
+            chosen = np.argsort(-row)[: config["num_experts_per_tok"]]
+            total = row[chosen].sum() if config["norm_topk_prob"] else 1
+            x[s] = x[s] + sum(row[e] / total * swiglu(y[s], f"mlp.experts.{e}") for e in chosen)
     x = reference.rms_norm(x, w["model.norm.weight"], eps)
     return x @ w["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"].T
 

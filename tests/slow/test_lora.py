@@ -100,7 +100,7 @@ def test_a_new_policy_is_exactly_its_base() -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
-    return run_on_meshes(tmp_path_factory.mktemp("sharded") / "out.npz", *MESHES, lora=True)
+    return run_on_meshes(tmp_path_factory.mktemp("sharded") / "out.npz", *MESHES, option="--lora")
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -43,6 +43,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 YARN = {"rope_type": "yarn", "factor": 4.0}
 # With 32 positions and an original context of 8, every range of the scaled frequencies has an effect.
 SHORT = {"original_max_position_embeddings": 8}
+EXPERTS = {"moe_intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8}
 CASES = {
     "llama": ("Llama", {}),
     "llama, head_dim, untied, eps": (
@@ -63,6 +64,8 @@ CASES = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 8, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
     "qwen3, untied": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": False}),
+    "qwen3_moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True, "tie_word_embeddings": False}),
+    "qwen3_moe, not normalized": ("Qwen3Moe", EXPERTS | {"num_experts_per_tok": 3, "head_dim": 10}),
 }
 TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (3, 32)).astype(np.int32)
 
