@@ -177,7 +177,7 @@ def decode_until(
 def decode(
     policy: Transformer, decoding: Decoding, inputs: DecodeInputs, state: DecodeState
 ) -> tuple[DecodeState, Sampled]:
-    """Decode all live rollouts until the next check, and refill the slots of those that have ended; return also what was sampled."""
+    """Decode until the next check, and refill the slots of rollouts that have ended; return also what was sampled."""
     state, sampled = _decode_steps(policy, decoding, inputs, state)
     state, free_M = _store(state, sampled, inputs, decoding)
     return _refill(state, free_M, inputs), sampled
