@@ -2,14 +2,21 @@
 
 Command   python -m rpt_jax.study --config=configs/study_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      about 4 to 5 hours: an estimate from single runs (RPT 7.7 minutes, fine-tuning about 5, an evaluation about 1; 21 units)
+Time      about 14 hours: an estimate from single runs (RPT 8 minutes at the largest budget, fine-tuning 4, evaluations 3; 77 units)
 Results   not measured
 
-The budget is what the 210 steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026).
+The largest budget is what the 210 steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026).
+
+Evaluations have 1,500 positions: between two policies at 512 positions with 4 samples, a difference of 5.2 points is found with a probability of
+80 % (docs/results/tiny.md), so that 3 points need about 1,540.
 """
 
 from rpt_jax.config import ArmConfig, StageConfig, StudyConfig, SuiteConfig
 
+# So many held-out documents have 1,500 positions above 0.5 nats.
+DOCUMENTS = ("data.held_out_documents=240",)
+# Twice the samples of configs/rpt_tiny.py.
+EVALUATED = (*DOCUMENTS, "evaluation.positions=1500", "evaluation.samples=4")
 # A run ends when its budget is spent. Its number of steps is not known before, so the learning rate is constant.
 UNTIL_SPENT = (
     "training.total_steps=100000",
@@ -26,48 +33,55 @@ def get_config() -> StudyConfig:
         ArmConfig(
             name="rpt",
             description="Reinforcement pre-training at the positions of high entropy.",
-            stages=(StageConfig(name="rpt", config="configs/rpt_tiny.py", overrides=UNTIL_SPENT),),
+            stages=(StageConfig(name="rpt", config="configs/rpt_tiny.py", overrides=(*DOCUMENTS, *UNTIL_SPENT)),),
         ),
         ArmConfig(
             name="rpt_random",
             description="Reinforcement pre-training at random positions.",
+            seeds=3,
             stages=(
                 StageConfig(
                     name="rpt",
                     config="configs/rpt_tiny.py",
-                    overrides=("data.positions=random", "data.keep_fraction=0.08", *UNTIL_SPENT),
+                    overrides=("data.positions=random", "data.keep_fraction=0.08", *DOCUMENTS, *UNTIL_SPENT),
                 ),
             ),
         ),
         ArmConfig(
             name="rpt_and_ntp",
             description="Reinforcement pre-training with the next-token loss of the documents added.",
+            seeds=3,
             stages=(
                 StageConfig(
-                    name="rpt", config="configs/rpt_tiny.py", overrides=("objective.document_weight=0.1", *UNTIL_SPENT)
+                    name="rpt",
+                    config="configs/rpt_tiny.py",
+                    overrides=("objective.document_weight=0.1", *DOCUMENTS, *UNTIL_SPENT),
                 ),
             ),
         ),
         ArmConfig(
             name="ntp",
             description="Continual next-token pre-training.",
-            stages=(StageConfig(name="ntp", config="configs/ntp_tiny.py", overrides=PRETRAINED_UNTIL_SPENT),),
+            stages=(
+                StageConfig(name="ntp", config="configs/ntp_tiny.py", overrides=(*DOCUMENTS, *PRETRAINED_UNTIL_SPENT)),
+            ),
         ),
         ArmConfig(
             name="mixed_sft",
             description="Documents, and right reasoning that the starting policy sampled.",
             stages=(
-                StageConfig(name="traces", config="configs/traces_tiny.py"),
+                StageConfig(name="traces", config="configs/traces_tiny.py", overrides=DOCUMENTS),
                 StageConfig(
                     name="sft",
                     config="configs/sft_tiny.py",
-                    overrides=("pretrain.trace_options.path={traces}", *PRETRAINED_UNTIL_SPENT),
+                    overrides=("pretrain.trace_options.path={traces}", *DOCUMENTS, *PRETRAINED_UNTIL_SPENT),
                 ),
             ),
         ),
         ArmConfig(
             name="rlvr",
             description="RL fine-tuning for the whole budget, without pre-training.",
+            seeds=3,
             stages=(StageConfig(name="rft", config="configs/rft_tiny.py", overrides=UNTIL_SPENT),),
         ),
     )
@@ -75,10 +89,13 @@ def get_config() -> StudyConfig:
         question="Does reinforcement pre-training help RL fine-tuning more than other uses of the same FLOPs?",
         arms=arms,
         references=("base", "ntp", "mixed_sft"),
-        seeds=(0, 1, 2),
+        seeds=(0, 1, 2, 3, 4),
         matched_by="flops",
-        budgets=(9e12,),
+        budgets=(2.25e12, 4.5e12, 9e12),
         tuning=StageConfig(name="tuning", config="configs/rft_tiny.py", overrides=("evaluation.every_steps=100000",)),
-        evaluations=(SuiteConfig(suite="next_token", config="configs/rpt_tiny.py"),),
+        evaluations=(
+            SuiteConfig(suite="next_token", config="configs/rpt_tiny.py", overrides=EVALUATED),
+            SuiteConfig(suite="altered_reasoning", config="configs/rpt_tiny.py", overrides=EVALUATED),
+        ),
         main_score="questions/after_tuning",
     )
