@@ -54,9 +54,9 @@ def get_config() -> Any:
     # Six evaluations after the start, for the fit of accuracy against compute.
     config.evaluation.every_steps = 35
     config.evaluation.samples = 2
-    config.evaluation.positions = 256
-    config.evaluation.unseen_positions = 256
+    config.evaluation.positions = 224
+    config.evaluation.unseen_positions = 224
     # Larger batches than in training take half as long: fewer slots are idle while the longest responses end.
-    config.evaluation.prompts_per_batch = 256
+    config.evaluation.prompts_per_batch = 224
     config.checkpoint.every_steps = 20
     return config

@@ -204,6 +204,10 @@ class Registry(Generic[RequirementsT]):
         self._load()
         return iter(self._choices)
 
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._choices
+
     def __len__(self) -> int:
         self._load()
         return len(self._choices)
