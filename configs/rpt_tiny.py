@@ -2,7 +2,7 @@
 
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      8.0 minutes (28 November 2026); much longer with other work on the machine
+Time      8.0 to 8.5 minutes (28 November 2026); much longer with other work on the machine
 Results   hard held-out positions, by reasoning: 18.1 % before, 31.8 % after (mean of three seeds; docs/results/tiny.md)
 """
 
