@@ -2,18 +2,18 @@
 
 Command   python -m rpt_jax.study --config=configs/study_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      about 14 hours: an estimate from single runs (RPT 8 minutes at the largest budget, fine-tuning 4, evaluations 3; 77 units)
+Time      about 14 hours for 77 units, from single runs (RPT 8 minutes at the largest budget, fine-tuning 4, evaluations 3)
 Results   not measured
 
 The largest budget is what the 210 steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026).
 
-Evaluations have 1,500 positions: between two policies at 512 positions with 4 samples, a difference of 5.2 points is found with a probability of
-80 % (docs/results/tiny.md), so that 3 points need about 1,540.
+Evaluations have 1,500 positions. At 512 positions with 4 samples, a difference of 5.2 points between two policies is found with a
+probability of 80 % (docs/results/tiny.md), so that 3 points need about 1,540.
 """
 
 from rpt_jax.config import ArmConfig, StageConfig, StudyConfig, SuiteConfig
 
-# So many held-out documents have 1,500 positions above 0.5 nats.
+# 240 held-out documents have about 1,500 positions above 0.5 nats.
 DOCUMENTS = ("data.held_out_documents=240",)
 # Twice the samples of configs/rpt_tiny.py.
 EVALUATED = (*DOCUMENTS, "evaluation.positions=1500", "evaluation.samples=4")

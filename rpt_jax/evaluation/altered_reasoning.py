@@ -24,7 +24,7 @@ from rpt_jax.evaluation.next_token_suite import RULES, NextTokenSuite, responses
 from rpt_jax.evaluation.statistics import compare
 from rpt_jax.evaluation.stored_results import Record
 from rpt_jax.evaluation.suite import SUITES, SuiteInputs, clusters_of, scores_of
-from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
+from rpt_jax.prompts.builder import PromptBatch
 from rpt_jax.rollout.rollouts import Ended, Rollouts
 from rpt_jax.rollout.sampler import EVALUATION_STEP, Sampler
 from rpt_jax.tokenizers.tokenizer import END_THINK, THINK, Tokenizer
@@ -134,7 +134,7 @@ class AlteredReasoningSuite(NextTokenSuite):
             inputs.policy,
             inputs.tokenizer,
             inputs.mesh,
-            PromptBuilder(prompt, inputs.tokenizer),
+            self._builder,
             answers=True,
         )
 

@@ -65,16 +65,16 @@ class NextTokenSuite:
         split = experiment.evaluation.split
         self._windows = prepared.corpus.windows(split)
         self._cluster_W = prepared.corpus.clusters(split)
-        builder = PromptBuilder(experiment.prompt, inputs.tokenizer)
+        self._builder = PromptBuilder(experiment.prompt, inputs.tokenizer)
         self._set = choose_evaluation_set(
-            builder,
+            self._builder,
             self._windows,
             self._choose_positions(inputs, prepared),
             count=experiment.evaluation.positions,
             batch=self._batch,
             seed=experiment.data.seed,
         )
-        self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, builder)
+        self._sample = Sampler(experiment, inputs.policy, inputs.tokenizer, inputs.mesh, self._builder)
         self._weights = self._sample.weights(inputs.params)
         self._scorer = LikelihoodScorer(
             inputs.policy,

@@ -240,7 +240,7 @@ def open_parameters(workdir: Path, step: int | None) -> tuple[int, Callable[[tup
         except Exception as error:  # noqa: BLE001 - orbax raises `Exception` itself if an array is truncated.
             raise _damaged_error(directory / str(chosen), _first_line(error)) from None
         if not isinstance(array, np.ndarray):  # A partial restore leaves what it does not find as it is.
-            raise _damaged_error(directory / str(chosen), f"there is no parameter {'.'.join(path)}")
+            raise _damaged_error(directory / str(chosen), f"it has no parameter {'.'.join(path)}")
         return array
 
     return chosen, read

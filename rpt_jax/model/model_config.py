@@ -114,39 +114,26 @@ def _qwen2(
     return ModelConfig(**fields | options)
 
 
-def _qwen3(layers: int, width: int, heads: int, ffn: int, tied: bool) -> ModelConfig:
-    return ModelConfig(
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=8,
-        head_size=128,
-        ffn=ffn,
-        vocab=151_936,
-        rope_base=1e6,
-        qk_norm=True,
-        tied=tied,
-        context=40_960,
-    )
+def _qwen3(layers: int, width: int, heads: int, ffn: int, **options: Any) -> ModelConfig:
+    """Return a config of the Qwen3 family; `options` are further fields, which override its defaults."""
+    fields = {
+        "layers": layers,
+        "width": width,
+        "heads": heads,
+        "kv_heads": 8,
+        "head_size": 128,
+        "ffn": ffn,
+        "vocab": 151_936,
+        "rope_base": 1e6,
+        "qk_norm": True,
+        "context": 40_960,
+    }
+    return ModelConfig(**fields | options)
 
 
 def _qwen3_moe(layers: int, width: int, heads: int, ffn: int) -> ModelConfig:
-    return ModelConfig(
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=4,
-        head_size=128,
-        ffn=ffn,
-        vocab=151_936,
-        rope_base=1e6,
-        qk_norm=True,
-        tied=False,
-        experts=128,
-        experts_per_token=8,
-        normalize_expert_weights=True,
-        context=40_960,
-    )
+    experts = {"experts": 128, "experts_per_token": 8, "normalize_expert_weights": True}
+    return _qwen3(layers, width, heads, ffn, tied=False, kv_heads=4, **experts)
 
 
 def _llama3(

@@ -289,8 +289,8 @@ def backward_bytes(
     ffn_units = config.ffn
     expert_rows = 0
     if config.experts:
-        # Each device has rows for all pairs of a token and an expert, because all may be those of its own experts: the input of
-        # the experts, twice, their output, and their hidden units.
+        # In the worst case all tokens choose the experts of one device. It then has a row for each pair of a token and one of
+        # its experts: two copies of the input, the output, and the hidden units.
         ffn_tensor = 1
         ffn_units *= config.experts_per_token
         expert_rows = 3 * config.experts_per_token * config.width * itemsize

@@ -11,7 +11,7 @@ URL = "memory://bucket/run"
 
 
 def empty_memory_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fsspec.AbstractFileSystem:
-    """Return the file system in memory, empty, and give the test a cache directory of its own."""
+    """Empty the in-memory file system and return it; local copies go to a cache directory below `tmp_path`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = fsspec.filesystem("memory")
     files.store.clear()

@@ -77,7 +77,7 @@ def test_single_parameters_are_read_or_refused(saved):
     step, read = open_parameters(saved, None)
     assert step == 4
     np.testing.assert_array_equal(read(("layers", "q")), make_state(4).params["layers"]["q"])
-    with pytest.raises(UserError, match=r"there is no parameter layers\.k") as raised:
+    with pytest.raises(UserError, match=r"it has no parameter layers\.k") as raised:
         read(("layers", "k"))
     assert raised.value.field == "--workdir"
 

@@ -93,7 +93,7 @@ def expected(batch: UpdateBatch, old: np.ndarray):
 
 @pytest.mark.parametrize(("rows", "microbatch_tokens"), [(1, S - 1 + T), (2, 17), (1, 1000)])
 def test_the_gradient_equals_that_of_full_sequences(batch, old, expected, rows: int, microbatch_tokens: int) -> None:
-    """Whatever the rows, and although prompts and responses are padded with other tokens."""
+    """The size of the packed rows and the tokens in the padding do not change the gradient."""
     real = np.arange(S) < batch.lengths_P[:, None]
     poisoned = batch._replace(
         prompts_PxS=np.where(real, batch.prompts_PxS, 7), tokens_PxGxT=np.where(batch.mask_PxGxT, batch.tokens_PxGxT, 9)
@@ -169,7 +169,7 @@ def test_experts_are_stored_once_per_replica(results: Results, mesh: str) -> Non
         assert results[mesh][stored] == results["1x1x1x1"][stored] * copies, name
 
 
-# --- sampler and update route alike ---
+# --- routing in the sampler and in the update ---
 
 
 def test_sampler_and_update_route_alike_in_float32(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_run_in_google_cloud_storage_that_was_killed_resumes_on_another_machin
 
 
 def start_processes(url: str, tmp_path: Path) -> list[subprocess.Popen[str]]:
-    """Start two processes of one run, each on a machine of its own."""
+    """Start the two processes of a run, each with a cache directory of its own, as on two machines."""
     joint = [f"--workdir={url}", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
     return [start_run(tmp_path / f"host{i}", *ARGUMENTS, *joint, f"--process={i}", KILL_AFTER="3") for i in range(2)]
 
