@@ -403,7 +403,7 @@ def fetch(location: str, field: str, *, skip: Collection[str] = ()) -> Path:
     copy.fetch(field, pattern, skip=skip)
     if not copy.has_files():
         raise UserError(
-            f"{field}={location}: no files were found. Check the URL, and that your credentials may list the bucket.",
+            f"{field}={location} has no files. Check the URL, and that your credentials may list the bucket.",
             field=field,
         )
     return copy.root / pattern
