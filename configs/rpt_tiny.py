@@ -16,7 +16,7 @@ def get_config() -> Any:
     config = default_config()
     config.task = "rpt"
 
-    # Made by configs/pretrain_tiny.py, cold_start_tiny.py and practice_tiny.py, from the same training documents.
+    # Made by configs/pretrain_tiny.py.
     config.policy.path = str(Path(__file__).parent / "tiny")
     config.policy.preset = "tiny"
 
