@@ -233,7 +233,14 @@ AGGREGATIONS = Registry("objective.aggregation", "rpt_jax.objective.loss", Requi
 KL_ESTIMATORS = Registry("objective.kl", "rpt_jax.objective.loss", Requirements, optional=True)
 IMPORTANCE_WEIGHTS = Registry("objective.importance", "rpt_jax.objective.loss", Requirements, optional=True)
 CORPUS_SOURCES = Registry(
-    "data.source", ("rpt_jax.corpus.gsm_symbolic", "rpt_jax.corpus.champ", "rpt_jax.corpus.readers"), SourceRequirements
+    "data.source",
+    (
+        "rpt_jax.corpus.gsm_symbolic",
+        "rpt_jax.corpus.champ",
+        "rpt_jax.corpus.math_solutions",
+        "rpt_jax.corpus.readers",
+    ),
+    SourceRequirements,
 )
 QUESTION_SOURCES = Registry(
     "questions.source",

@@ -78,7 +78,7 @@ class PolicyConfig:
 class DataConfig:
     """The corpus, and the positions of it that become prompts."""
 
-    # Corpus source, by its registered name: "gsm_symbolic", "champ", "path" (your own files), or one that you register.
+    # Corpus source, by its registered name: "gsm_symbolic", "champ", "math", "path" (your own files), or one that you register.
     source: str = "gsm_symbolic"
     # Options of the source, such as `data.source_options.documents` of "gsm_symbolic".
     source_options: Options = None

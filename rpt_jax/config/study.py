@@ -56,6 +56,13 @@ class SuiteConfig:
     config: str
     # Assignments "SECTION.FIELD=VALUE", as on the command line.
     overrides: tuple[str, ...] = ()
+    # Name of the evaluation in directories and scores, if a suite is run more than once; "" for that of the suite.
+    name: str = ""
+
+    @property
+    def evaluation_name(self) -> str:
+        """The name of the evaluation."""
+        return self.name or self.suite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,13 +150,13 @@ def check_study(study: StudyConfig) -> None:
 
 def suite_run_name(suite: SuiteConfig) -> str:
     """Return the name of the run, and of its directory, that evaluates a policy with a suite."""
-    return f"evaluate_{suite.suite}"
+    return f"evaluate_{suite.evaluation_name}"
 
 
 def named_stages(study: StudyConfig) -> list[tuple[str, StageConfig | SuiteConfig]]:
     """Return everything that has a config file, by its name in messages."""
     stages = [(f"arms.{arm.name}.stages.{stage.name}", stage) for arm in study.arms for stage in arm.stages]
-    suites = [(f"evaluations.{suite.suite}", suite) for suite in study.evaluations]
+    suites = [(f"evaluations.{suite.evaluation_name}", suite) for suite in study.evaluations]
     return [*stages, *suites, ("tuning", study.tuning)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import unicodedata
 
 # The splits of a corpus. A source assigns documents of a kind that training never sees to "unseen"; most sources have none.
 SPLITS = ("train", "held_out", "unseen")
@@ -64,3 +65,8 @@ class Rejected:
 def hash64(seed: int, key: str) -> int:
     """Return a 64-bit hash of `seed` and `key` that is the same in every process (truncated SHA-256)."""
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:8], "big")
+
+
+def normalized_text(text: str) -> str:
+    """Return a text in the form in which problems are compared: without differences of case, spaces and Unicode forms."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -1,6 +1,6 @@
 """Read a corpus from its source and log rejected records.
 
-Sources are registered in `registry.CORPUS_SOURCES` (gsm_symbolic.py, champ.py, readers.py).
+Sources are registered in `registry.CORPUS_SOURCES` (gsm_symbolic.py, champ.py, math_solutions.py, readers.py).
 """
 
 from __future__ import annotations

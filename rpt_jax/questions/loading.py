@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from rpt_jax.config import QuestionsConfig
-from rpt_jax.corpus.documents import Rejected, hash64
+from rpt_jax.corpus.documents import Rejected, hash64, normalized_text
 from rpt_jax.corpus.near_duplicates import MIN_SHARE, contained_share, find_candidates, make_sketches
 from rpt_jax.corpus.records import InvalidRecordError
 from rpt_jax.corpus.sources import RejectLog, log_rejected
 from rpt_jax.errors import UserError
 from rpt_jax.questions.question import TEST, TRAIN, Question, SourceQuestion
-from rpt_jax.questions.text import normalized_text
 from rpt_jax.registry import QUESTION_SOURCES
 
 logger = logging.getLogger(__name__)

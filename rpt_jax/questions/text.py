@@ -1,10 +1,9 @@
-r"""What is read in a text on the host: its last `\boxed{}`, the option that it names, and the form to compare questions in."""
+r"""What is read in a text on the host: its last `\boxed{}`, and the option that it names."""
 
 from __future__ import annotations
 
 import re
 import string
-import unicodedata
 
 _BOX = b"\\boxed{"  # As `prompts.response_format.BOX`, in bytes.
 _BRACE_OR_ESCAPE = re.compile(rb"\\.|[{}]", re.DOTALL)
@@ -32,11 +31,6 @@ def last_box(text: bytes) -> bytes | None:
             return content[: match.start()]
     unbalanced, closing, _ = content.rpartition(b"}")
     return unbalanced if closing else None
-
-
-def normalized_text(text: str) -> str:
-    """Return a text in the form in which questions are compared: without differences of case, spaces and Unicode forms."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def read_letter(answer: str, choices: tuple[str, ...]) -> str:

@@ -56,9 +56,9 @@ def outcome(unit: UnitPlan) -> Outcome:
     stages = [_result(run) for run in unit.stages]
     tuning = _result(unit.tuning)
     scores: dict[str, Score] = {}
-    for suite, run in unit.evaluations.items():
+    for name, run in unit.evaluations.items():
         with _undamaged(run.directory / run.result):
-            scores |= suite_scores(suite, json.loads((run.directory / run.result).read_bytes()))
+            scores |= suite_scores(name, json.loads((run.directory / run.result).read_bytes()))
     with _undamaged(unit.tuning.directory / unit.tuning.result):
         for name, evaluation in ((BEFORE_TUNING, tuning["before"]), (AFTER_TUNING, tuning["after"])):
             scores[name] = _score(evaluation["accuracy"]["micro"])
@@ -74,21 +74,22 @@ def outcome(unit: UnitPlan) -> Outcome:
     )
 
 
-def suite_scores(suite: str, evaluation: dict[str, Any]) -> dict[str, Score]:
+def suite_scores(name: str, evaluation: dict[str, Any]) -> dict[str, Score]:
     """Return the scores of an evaluation by name.
 
     Of suite "next_token", "direct/DIFFICULTY" is the accuracy of the most likely token, and "reasoning/DIFFICULTY" that of one
-    sampled prediction, both by Equation 3. Others are "SUITE/MEASURE".
+    sampled prediction, both by Equation 3; NAME is before them if it is another. Those of other suites are "NAME/MEASURE".
 
     Args:
-      suite: its name.
+      name: of the evaluation.
       evaluation: the content of its `evaluation.json`.
     """
-    if suite != NEXT_TOKEN:
-        return {f"{suite}/{measure}": _score(result["micro"]) for measure, result in evaluation["scores"].items()}
+    if evaluation["suite"] != NEXT_TOKEN:
+        return {f"{name}/{measure}": _score(result["micro"]) for measure, result in evaluation["scores"].items()}
+    prefix = "" if name == NEXT_TOKEN else f"{name}/"
     return {
-        f"{name}/{difficulty}": Score(result["accuracy"], result["low"], result["high"], result["positions"])
-        for measure, name in _NEXT_TOKEN_MEASURES.items()
+        f"{prefix}{mode}/{difficulty}": Score(result["accuracy"], result["low"], result["high"], result["positions"])
+        for measure, mode in _NEXT_TOKEN_MEASURES.items()
         for difficulty, result in evaluation["summary"]["difficulties"][measure].items()
         if result["positions"]
     }

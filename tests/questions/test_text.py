@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rpt_jax.prompts.response_format import BOX
-from rpt_jax.questions.text import last_box, normalized_text
+from rpt_jax.questions.text import last_box
 from tests.helpers.reward_fuzz import merged, random_response
 from tests.helpers.reward_reference import read_prediction
 
@@ -47,8 +47,3 @@ def test_the_host_reads_what_the_reference_of_the_kernel_reads():
 
 def test_the_box_is_that_of_the_response_format():
     assert last_box(f"{BOX}x}}".encode()) == b"x"
-
-
-def test_questions_are_compared_without_case_spaces_and_unicode_forms():
-    assert normalized_text("  What is\n２ + 2 ") == normalized_text("what is 2 + 2")
-    assert normalized_text("x - y") != normalized_text("x + y")

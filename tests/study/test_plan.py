@@ -77,6 +77,21 @@ def test_fine_tuning_and_evaluations_start_from_the_policy_of_the_last_stage(tmp
     assert not any("policy" in argument for run in base.runs for argument in run.command)
 
 
+def test_a_suite_may_run_twice_under_other_names(tmp_path: Path) -> None:
+    [suite] = STUDY.evaluations
+    other = dataclasses.replace(suite, name="other", overrides=(*suite.overrides, "evaluation.positions=9"))
+    study = dataclasses.replace(STUDY, evaluations=(suite, other))
+    assert {"evaluations.next_token", "evaluations.other"} <= set(check_stages(study))
+    for plan in make_plan(study, tmp_path):
+        assert {name: run.directory.name for name, run in plan.evaluations.items()} == {
+            "next_token": "evaluate_next_token",
+            "other": "evaluate_other",
+        }
+        assert "--config.evaluation.positions=9" in plan.evaluations["other"].command
+    with pytest.raises(UserError, match="evaluate_next_token"):
+        check_study(dataclasses.replace(STUDY, evaluations=(suite, suite)))
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_parts_have_every_unit_once(tmp_path: Path, count: int) -> None:
     units = make_plan(dataclasses.replace(STUDY, seeds=(0, 1)), tmp_path)
