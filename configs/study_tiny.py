@@ -2,13 +2,14 @@
 
 Command   python -m rpt_jax.study --config=configs/study_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      about 14 hours for 77 units, from single runs (RPT 8 minutes at the largest budget, fine-tuning 4, evaluations 3)
+Time      about 8 hours for 77 units, from single runs (estimate)
 Results   not measured
 
-The largest budget is what the 210 steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026).
+The largest budget is what half of the steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026). A larger one may be
+appended when the study has run.
 
-Evaluations have 1,500 positions. At 512 positions with 4 samples, a difference of 5.2 points between two policies is found with a
-probability of 80 % (docs/results/tiny.md), so that 3 points need about 1,540.
+Size. A difference of 3 points between two fine-tuned policies is found with a probability of 80 % with 600 questions of 4 samples
+(2.9 points at 603 questions). QUESTIONS has about as many, 5 seeds and 2 samples each. POSITIONS
 """
 
 from rpt_jax.config import ArmConfig, StageConfig, StudyConfig, SuiteConfig

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_QUESTION_ACCURACY = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
+# Metrics of the accuracy on test questions: its value and the ends of its interval.
+QUESTION_ACCURACY = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
 _ONE_RUN = (
     "This is one run: how its accuracy grew, and how closely a power law follows that.\n"
     "Its evaluations are not independent. It does not show what other seeds, more compute or a larger policy would reach."
@@ -57,7 +58,7 @@ def write_plots(workdir: Path) -> list[Path]:
 
     workdir = Path(workdir)
     metrics = _Metrics(workdir / FILE_NAME)
-    on_questions = bool(metrics.columns(*_QUESTION_ACCURACY).size)
+    on_questions = bool(metrics.columns(*QUESTION_ACCURACY).size)
     direct = {} if on_questions else _base_accuracy(workdir / RESULT)
     directory = workdir / PLOTS
     directory.mkdir(exist_ok=True)
@@ -256,7 +257,7 @@ def _plot_accuracy(metrics: _Metrics, direct: Mapping[str, float]) -> Figure:
 
 def _plot_question_accuracy(metrics: _Metrics) -> Figure:
     figure, (axes,) = _figure()
-    steps_N, *fractions = metrics.required("step", *_QUESTION_ACCURACY)
+    steps_N, *fractions = metrics.required("step", *QUESTION_ACCURACY)
     mean_N, low_N, high_N = (100 * fraction_N for fraction_N in fractions)
     axes.fill_between(steps_N, low_N, high_N, color=INK, alpha=0.2, label="95 % interval")
     axes.plot(steps_N, mean_N, color=INK, marker="o", clip_on=False, label="mean over samples")

@@ -11,10 +11,12 @@ from typing import Any
 from rpt_jax import __version__
 from rpt_jax.config.study import StudyConfig
 from rpt_jax.errors import UserError
+from rpt_jax.infra import metrics
+from rpt_jax.infra.plots import QUESTION_ACCURACY
 from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.workdir import read_result
 from rpt_jax.study.execution import read_failure
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Arm, Outcome, Score, StudyOutcomes
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, TUNING_STEP, Arm, Outcome, Score, StudyOutcomes
 from rpt_jax.study.plan import NEXT_TOKEN, Run, UnitPlan
 
 # The measures of suite "next_token" that are scores of a study, by the beginning of their names there.
@@ -60,8 +62,7 @@ def outcome(unit: UnitPlan) -> Outcome:
         with _undamaged(run.directory / run.result):
             scores |= suite_scores(name, json.loads((run.directory / run.result).read_bytes()))
     with _undamaged(unit.tuning.directory / unit.tuning.result):
-        for name, evaluation in ((BEFORE_TUNING, tuning["before"]), (AFTER_TUNING, tuning["after"])):
-            scores[name] = _score(evaluation["accuracy"]["micro"])
+        scores |= tuning_scores(tuning, metrics.read_metrics(unit.tuning.directory / metrics.FILE_NAME))
     return Outcome(
         arm=unit.unit.arm,
         seed=unit.unit.seed,
@@ -93,6 +94,22 @@ def suite_scores(name: str, evaluation: dict[str, Any]) -> dict[str, Score]:
         for difficulty, result in evaluation["summary"]["difficulties"][measure].items()
         if result["positions"]
     }
+
+
+def tuning_scores(result: dict[str, Any], lines: Sequence[dict[str, float]]) -> dict[str, Score]:
+    """Return the accuracy on questions before fine-tuning, after it, and at the evaluations in between.
+
+    Args:
+      result: of the fine-tuning.
+      lines: of its `metrics.jsonl`, in order.
+    """
+    before, after = (_score(result[name]["accuracy"]["micro"]) for name in ("before", "after"))
+    curve = {
+        TUNING_STEP.format(int(line["step"])): Score(*(line[name] for name in QUESTION_ACCURACY), after.count)
+        for line in lines
+        if 0 < line["step"] < result["steps"] and QUESTION_ACCURACY[0] in line
+    }
+    return {BEFORE_TUNING: before, **curve, AFTER_TUNING: after}
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ RESULTS = "results.json"
 # Names of scores that the page treats specially. Others are "direct/DIFFICULTY" and "reasoning/DIFFICULTY".
 BEFORE_TUNING = "questions/before_tuning"
 AFTER_TUNING = "questions/after_tuning"
+TUNING_STEP = "questions/tuning_step_{}"  # At an evaluation during fine-tuning, after that many steps.
 
 
 @dataclasses.dataclass(frozen=True)

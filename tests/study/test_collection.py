@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rpt_jax.study.collection import suite_scores
-from rpt_jax.study.outcome import Score
+from rpt_jax.study.collection import suite_scores, tuning_scores
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Score
 
 
 def test_scores_have_the_name_of_their_evaluation():
@@ -19,3 +19,23 @@ def test_next_token_accuracies_have_a_name_only_if_it_is_another():
     score = Score(0.5, 0.25, 0.75, 8)
     assert suite_scores("next_token", evaluation) == {"direct/hard": score, "reasoning/hard": score}
     assert suite_scores("unseen", evaluation) == {"unseen/direct/hard": score, "unseen/reasoning/hard": score}
+
+
+def test_evaluations_during_fine_tuning_are_scores():
+    def evaluated(mean: float):
+        return {"accuracy": {"micro": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "count": 8}}}
+
+    def line(step: int, mean: float):
+        names = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
+        return {"step": step} | dict(zip(names, (mean, mean - 0.1, mean + 0.1), strict=True))
+
+    result = {"steps": 6, "before": evaluated(0.2), "after": evaluated(0.6)}
+    lines = [line(0, 0.2), {"step": 1}, line(2, 0.3), line(4, 0.5), {"step": 5}, line(6, 0.6)]
+    scores = tuning_scores(result, lines)
+    assert {name: score.value for name, score in scores.items()} == {
+        BEFORE_TUNING: 0.2,
+        "questions/tuning_step_2": 0.3,
+        "questions/tuning_step_4": 0.5,
+        AFTER_TUNING: 0.6,
+    }
+    assert scores["questions/tuning_step_2"] == Score(0.3, 0.3 - 0.1, 0.3 + 0.1, 8)
