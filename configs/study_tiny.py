@@ -5,19 +5,21 @@ Hardware  2 CPU cores, 4 GB of memory
 Time      about 8 hours for 77 units, from single runs (estimate)
 Results   not measured
 
-The largest budget is what half of the steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026). A larger one may be
+The largest budget is what half of the steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026). A larger one can be
 appended when the study has run.
 
-Size. A difference of 3 points between two fine-tuned policies is found with a probability of 80 % with 600 questions of 4 samples
-(2.9 points at 603 questions). QUESTIONS has about as many, 5 seeds and 2 samples each. POSITIONS
+Two trained policies that differ by 3 points are told apart with a probability of 80 % by 1,070 positions of 2 samples, or by 560
+questions of 4 samples; measured were 3.1 points at 1,000 positions and 2.9 points at 603 questions (`rpt_jax.evaluate
+--suite=compare`, 28 November 2026). Every seed is evaluated on the same questions, so five seeds with 2 samples have 10 of each.
 """
 
 from rpt_jax.config import ArmConfig, StageConfig, StudyConfig, SuiteConfig
 
 # 240 held-out documents have about 1,500 positions above 0.5 nats.
 DOCUMENTS = ("data.held_out_documents=240",)
-# Twice the samples of configs/rpt_tiny.py.
-EVALUATED = (*DOCUMENTS, "evaluation.positions=1500", "evaluation.samples=4")
+EVALUATED = (*DOCUMENTS, "evaluation.positions=1100", "evaluation.samples=2")
+# A quarter of the questions is longer than configs/rft_tiny.py allows, and left out.
+QUESTIONS = ("questions.source_options.test_documents=1500", "questions.test_questions=800", "evaluation.samples=2")
 # A run ends when its budget is spent. Its number of steps is not known before, so the learning rate is constant.
 UNTIL_SPENT = (
     "training.total_steps=100000",
@@ -92,8 +94,12 @@ def get_config() -> StudyConfig:
         references=("base", "ntp", "mixed_sft"),
         seeds=(0, 1, 2, 3, 4),
         matched_by="flops",
-        budgets=(2.25e12, 4.5e12, 9e12),
-        tuning=StageConfig(name="tuning", config="configs/rft_tiny.py", overrides=("evaluation.every_steps=100000",)),
+        budgets=(1.125e12, 2.25e12, 4.5e12),
+        tuning=StageConfig(
+            name="tuning",
+            config="configs/rft_tiny.py",
+            overrides=(*QUESTIONS, "training.total_steps=40", "evaluation.every_steps=20"),
+        ),
         evaluations=(
             SuiteConfig(suite="next_token", config="configs/rpt_tiny.py", overrides=EVALUATED),
             SuiteConfig(suite="altered_reasoning", config="configs/rpt_tiny.py", overrides=EVALUATED),

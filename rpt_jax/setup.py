@@ -32,6 +32,7 @@ from rpt_jax.model.attention.dispatch import choose_attention
 from rpt_jax.model.attention.platform import target_device_kind, target_platform
 from rpt_jax.model.lora import Lora, join_adapters, lora_of, split_adapters
 from rpt_jax.model.model_config import ModelConfig, check_preset
+from rpt_jax.model.precision import choose_dtype, choose_head_precision
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.prompts.targets import Segments, find_segments
 from rpt_jax.questions.loading import check_question_source
@@ -173,12 +174,12 @@ def make_policy(
     absent_ids = tokenizer.absent_ids(model.vocab) if tokenizer else ()
     return Transformer(
         config=model,
-        dtype=jnp.dtype(config.dtype),
+        dtype=jnp.dtype(dtype_of(config)),
         remat="none" if config.remat == "auto" else config.remat,  # A run that differentiates has planned it.
         attention=attention_of(config),
         absent_ids=absent_ids,
         precision=config.precision,
-        head_precision=config.head_precision,
+        head_precision=head_precision_of(config),
         lora=lora,
     )
 
@@ -190,6 +191,16 @@ def attention_of(config: PolicyConfig) -> str:
     """
     is_known_chip = chip_of(target_device_kind()) is not None
     return choose_attention(config.attention, target_platform(), is_known_chip)
+
+
+def dtype_of(config: PolicyConfig) -> str:
+    """Return the dtype of a policy's layers on the target devices: "float32" or "bfloat16"."""
+    return choose_dtype(config.dtype, target_platform())
+
+
+def head_precision_of(config: PolicyConfig) -> str:
+    """Return the precision of a policy's head on the target devices."""
+    return choose_head_precision(config.head_precision, target_platform())
 
 
 def read_architecture(config: PolicyConfig, field: str = "policy.path") -> tuple[ModelConfig, Tokenizer]:

@@ -34,7 +34,7 @@ from rpt_jax.prompts.traces import check_traces
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking
 from rpt_jax.rollout.memory import device_memory
-from rpt_jax.setup import check_sampling, check_top_k, read_architecture, starts_with_pretraining
+from rpt_jax.setup import check_sampling, check_top_k, dtype_of, read_architecture, starts_with_pretraining
 from rpt_jax.sizes.memory import trained_parameters
 from rpt_jax.sizes.policy import model_config_of
 from rpt_jax.tokenizers.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
         level = f"JAX_OPTIMIZATION_LEVEL={jax.config.values['jax_optimization_level']}"
         logger.info("Settings: %s %s", describe_gpu_settings(os.environ), level)
     policy = sizes.policy
-    logger.info("Policy: %s parameters, %s, %s", f"{policy.parameters:,}", experiment.policy.dtype, policy.source)
+    logger.info("Policy: %s parameters, %s, %s", f"{policy.parameters:,}", dtype_of(experiment.policy), policy.source)
     if policy.trained_parameters != policy.parameters:
         logger.info("Trained: %s parameters of adapters (policy.lora)", f"{policy.trained_parameters:,}")
     if sizes.rpt:
@@ -170,11 +170,6 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
     if unread := unread_changes(experiment):
         logger.info("Without effect in this run: %s", ", ".join(unread))
     logger.info("Results: %s", workdir)
-    if jax.default_backend() != "cpu" and experiment.policy.dtype == "float32":
-        logger.info(
-            "Hint: policy.dtype=bfloat16 and policy.head_precision=bfloat16 are several times as fast on these devices; see "
-            "docs/concepts/precision.md."
-        )
     for warning in (unused_accelerator(), *context_warnings(experiment, model_config_of(experiment)[0])):
         if warning:
             logger.warning(warning)

@@ -16,9 +16,9 @@ TRACE_PROMPTS = ("text", "questions")
 LONG_CONTEXTS = ("cut", "cut_at_line")
 BOX_READINGS = ("balanced", "to_end")
 SCHEDULES = ("constant", "cosine")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 PRECISIONS = ("tensorfloat32", "float32")
-HEAD_PRECISIONS = ("bfloat16", *PRECISIONS)
+HEAD_PRECISIONS = ("auto", "bfloat16", *PRECISIONS)
 REMATS = ("auto", "none", "dots", "full")
 ATTENTIONS = ("auto", "reference", "blockwise", "gpu_kernels", "tpu_kernels")
 EVALUATION_SPLITS = ("held_out", "unseen", "train")
@@ -60,12 +60,14 @@ class PolicyConfig:
     path: str = ""
     # Name of a model configuration in model/model_config.py; must match `path` where both are given, "" for no check.
     preset: str = "tiny"
-    # Dtype of the layers' computation, "float32" or "bfloat16"; parameters, norms, softmax and logits stay float32.
-    dtype: str = "float32"
+    # Dtype of the layers' computation: "float32", "bfloat16", or "auto" for bfloat16 on a GPU or TPU and float32 on a CPU;
+    # parameters, norms, softmax and logits stay float32.
+    dtype: str = "auto"
     # Products of the layers on a GPU or TPU if dtype is "float32": "tensorfloat32" (at least its precision) or "float32".
     precision: str = "tensorfloat32"
-    # Precision of the output head, in the sampler and the trainer: "bfloat16" (fastest; verl), "tensorfloat32" or "float32".
-    head_precision: str = "tensorfloat32"
+    # Precision of the output head, in the sampler and the trainer: "bfloat16" (fastest; verl), "tensorfloat32", "float32", or
+    # "auto" for bfloat16 on a GPU or TPU and tensorfloat32 on a CPU.
+    head_precision: str = "auto"
     # [memory] What the backward pass recomputes in each layer: "none", "dots" (all but matrix products) or "full"; "auto" is the
     # fastest of them that fits the device's memory.
     remat: str = "auto"

@@ -154,7 +154,7 @@ def mismatch(run: RunRecord) -> Iterator[Finding]:
             *((run.set_to("policy.dtype", "float32"),) if run.config.get("policy.dtype") != "float32" else ()),
             *(
                 (run.set_to("policy.head_precision", "float32"),)
-                if run.config.get("policy.head_precision") == "bfloat16"
+                if run.config.get("policy.head_precision") in ("auto", "bfloat16")
                 else ()
             ),
         ),

@@ -26,7 +26,7 @@ from rpt_jax.infra.run_context import RunContext
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.storage import named_by_urls, with_urls
-from rpt_jax.setup import check_sampling, load_starting_policy
+from rpt_jax.setup import check_sampling, dtype_of, head_precision_of, load_starting_policy
 from rpt_jax.sizes.plan import plan_run
 
 logger = logging.getLogger(__name__)
@@ -182,10 +182,12 @@ def _flat(details: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _settings(suite: str, experiment: Experiment) -> dict[str, Any]:
-    """Return the fields of a config that the results of a suite depend on."""
+    """Return the fields of a config that the results of a suite depend on, with the precision of these devices."""
+    policy = experiment.policy
+    policy = dataclasses.replace(policy, dtype=dtype_of(policy), head_precision=head_precision_of(policy))
     return {
         name: value
-        for name, value in named_by_urls(experiment).items()
+        for name, value in named_by_urls(dataclasses.replace(experiment, policy=policy)).items()
         if (name in _FIELDS or name.partition(".")[0] in _SECTIONS)
         and name not in _WITHOUT_EFFECT
         and suite_reads(suite, name)

@@ -19,7 +19,22 @@ import jax.numpy as jnp
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
+_ACCELERATORS = ("gpu", "tpu")
 MATMUL_PRECISIONS = {"float32": jax.lax.Precision.HIGHEST, "tensorfloat32": jax.lax.Precision.HIGH}
+
+
+def choose_dtype(name: str, platform: str) -> str:
+    """Return the dtype of the layers that `policy.dtype` stands for on a platform: "float32" or "bfloat16"."""
+    if name != "auto":
+        return name
+    return "bfloat16" if platform in _ACCELERATORS else "float32"
+
+
+def choose_head_precision(name: str, platform: str) -> str:
+    """Return the precision of the head that `policy.head_precision` stands for on a platform."""
+    if name != "auto":
+        return name
+    return "bfloat16" if platform in _ACCELERATORS else "tensorfloat32"
 
 
 def in_policy_precision(fn: Fn) -> Fn:

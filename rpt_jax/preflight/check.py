@@ -242,7 +242,7 @@ def _bytes_per_slot(experiment: Experiment, step: Step) -> int:
     mesh = step.mesh
     return rollout_memory(
         step.policy.config,
-        experiment.policy.dtype,
+        step.policy.dtype.name,
         prompts=-(-experiment.training.prompts_per_step // num_batch_shards(mesh, DECODING)),
         prompt_tokens=experiment.prompt.max_tokens,
         samples=rollout.samples_per_prompt,

@@ -12,6 +12,7 @@ from rpt_jax.model.lora import lora_of
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import RolloutMemory, cache_bytes, rollout_memory
+from rpt_jax.setup import dtype_of, head_precision_of
 from rpt_jax.sizes.mesh import MeshSizes
 
 FLOAT32_BYTES = 4
@@ -186,7 +187,7 @@ def rollout_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) 
     """
     return rollout_memory(
         config,
-        experiment.policy.dtype,
+        dtype_of(experiment.policy),
         prompts=-(-experiment.training.prompts_per_step // mesh.rollout_replicas),
         prompt_tokens=experiment.prompt.max_tokens,
         samples=experiment.rollout.samples_per_prompt,
@@ -229,7 +230,7 @@ def rpt_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> 
 
 def _sampling_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> SamplingBytes:
     tree = rollout_tree(experiment)
-    kv_per_token = cache_bytes(config, experiment.policy.dtype)
+    kv_per_token = cache_bytes(config, dtype_of(experiment.policy))
     # Each replica samples an equal part of the prompts, with an equal part of the decode slots.
     prompts = -(-experiment.training.prompts_per_step // mesh.rollout_replicas)
     rollouts = prompts * tree.branches
@@ -247,11 +248,11 @@ def _sampling_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
 def _resharded_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> int:
     """Return the bytes per device of the parameters that are copied for decoding: gathered over fsdp, or rounded."""
     lora = lora_of(experiment)
-    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+    itemsize = jnp.dtype(dtype_of(experiment.policy)).itemsize
     adapters = lora.parameters(config) * itemsize if lora else 0
     if mesh.fsdp > 1 or mesh.tensor != mesh.rollout_tensor:
         return (_decoding_bytes(experiment, config) + adapters) // mesh.rollout_tensor
-    if experiment.policy.dtype == "float32":
+    if dtype_of(experiment.policy) == "float32":
         return 0
     return (adapters if lora else _rounded_parameters(experiment, config) * itemsize) // mesh.rollout_tensor
 
@@ -259,7 +260,7 @@ def _resharded_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSize
 def _decoding_bytes(experiment: Experiment, config: ModelConfig) -> int:
     """Return the bytes of all parameters but adapters for decoding: matrices in policy.dtype, the rest in float32."""
     rounded = _rounded_parameters(experiment, config)
-    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+    itemsize = jnp.dtype(dtype_of(experiment.policy)).itemsize
     return rounded * itemsize + (config.parameters - rounded) * FLOAT32_BYTES
 
 
@@ -268,7 +269,7 @@ def _rounded_parameters(experiment: Experiment, config: ModelConfig) -> int:
     policy = experiment.policy
     tables = config.vocab * config.width * (1 if config.tied else 2)
     matrices = config.layer_matrix_parameters
-    return matrices + tables if policy.head_precision == policy.dtype == "bfloat16" else matrices
+    return matrices + tables if head_precision_of(policy) == dtype_of(policy) == "bfloat16" else matrices
 
 
 def _forms_all_scores(experiment: Experiment) -> bool:
@@ -280,7 +281,7 @@ def backward_bytes(
     experiment: Experiment, config: ModelConfig, mesh: MeshSizes, tree: PrefixTree, count: int
 ) -> BackwardBytes:
     """Return what a forward and backward pass over `count` trees per device saves, without parameters and gradients."""
-    itemsize = jnp.dtype(experiment.policy.dtype).itemsize
+    itemsize = jnp.dtype(dtype_of(experiment.policy)).itemsize
 
     # Saved per layer. Reference attention: its exponentials in float32 and its weights in the compute dtype. Everything else:
     # input and output of both norms, which compute in float32, and six products of the feed-forward block.

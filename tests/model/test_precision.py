@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from rpt_jax.config import PolicyConfig
 from rpt_jax.distributed.mesh import use_mesh
 from rpt_jax.model.attention.kernels import attend_splash
 from rpt_jax.model.precision import head_product, in_policy_precision
 from rpt_jax.model.transformer import Transformer, head, in_compute_dtype
+from rpt_jax.setup import make_policy
 from tests.helpers.policy_reference import SHAPE, random_params
 from tests.helpers.preflight import make_small_step
 
@@ -59,6 +62,7 @@ def test_decoding_keeps_a_bfloat16_head_in_bfloat16():
 def test_every_program_computes_in_the_chosen_precision():
     """Sampler, trainer and scorer: forward, backward and recomputed products, of layers, attention and head."""
     small = make_small_step(
+        "policy.dtype=float32",
         "policy.precision=float32",
         "policy.head_precision=float32",
         "policy.attention=blockwise",
@@ -85,3 +89,20 @@ def test_the_kernel_of_a_float32_policy_lowers_for_a_tpu():
     queries = jax.ShapeDtypeStruct((1, 1, 1, 2, 128, 64), jnp.float32)
     traced = jax.jit(gradients, static_argnums=0).trace(policy, queries, keys, keys)
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") >= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "dtype", "head"),
+    [
+        ("cpu", "cpu", "float32", "tensorfloat32"),
+        ("NVIDIA H100 80GB HBM3", "gpu", "bfloat16", "bfloat16"),
+        ("TPU v5 lite", "tpu", "bfloat16", "bfloat16"),
+    ],
+)
+def test_auto_is_bfloat16_on_accelerators_only(kind: str, platform: str, dtype: str, head: str):
+    device = jax.sharding.AbstractDevice(kind, num_cores=1, platform=platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
+        policy = make_policy(PolicyConfig(), SHAPE)
+        named = make_policy(PolicyConfig(dtype="float32", head_precision="float32"), SHAPE)
+    assert (policy.dtype, policy.head_precision) == (jnp.dtype(dtype), head)
+    assert (named.dtype, named.head_precision) == (jnp.float32, "float32")
