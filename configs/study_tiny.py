@@ -5,7 +5,7 @@ Hardware  2 CPU cores, 4 GB of memory
 Time      about 8 hours for 77 units, from single runs (estimate)
 Results   not measured
 
-The largest budget is what half of the steps of configs/rpt_tiny.py cost, 4.4e10 FLOPs each (28 November 2026). A larger one can be
+The largest budget is what half of the steps of configs/rpt_tiny.py cost, at 4.4e10 FLOPs each. A larger one can be
 appended when the study has run.
 
 Two trained policies that differ by 3 points are told apart with a probability of 80 % by 1,070 positions of 2 samples, or by 560
