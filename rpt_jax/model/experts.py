@@ -3,8 +3,9 @@
 No token is dropped and no expert has a capacity, so a token's result does not depend on other tokens, padding among them.
 
 The rows of all pairs of a token and one of its experts are sorted by expert, so that the layer is three products of groups of
-rows, each group with its expert's matrix. On a mesh, the experts of a layer are split over the devices that share the layer. Each
-of them has all tokens, computes the pairs of its own experts, and the results are summed, as those of a dense layer are.
+rows, each group with its expert's matrix (`grouped_matmul`). On a mesh, the experts of a layer are split over the devices that
+share the layer. Each of them has all tokens, computes the pairs of its own experts, and the results are summed, as those of a
+dense layer are.
 
 Letters in shape suffixes: E experts, A experts of a token, M tokens, S = M·A pairs, sorted by expert.
 """
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.ad_checkpoint import checkpoint_name
+
+from rpt_jax.model.grouped_matmul import grouped_matmul
 
 # Collection of Flax variables in which layers record their `Routing`, for callers that ask for it.
 ROUTING = "routing"
@@ -158,21 +161,6 @@ def _run_tokens(
     # Back to the order of the tokens.
     y_MxAxD = _permute(y_SxD, inverse_S, order_S).reshape(-1, per_token, x_MxD.shape[1])
     return y_MxAxD.sum(axis=1, dtype=jnp.float32).astype(x_MxD.dtype).reshape(x_NxGxQxD.shape)
-
-
-def grouped_matmul(rows_SxI: jax.Array, matrices_ExIxO: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Multiply the first `sizes_E[0]` rows with the first matrix, the next `sizes_E[1]` rows with the second, and so on.
-
-    XLA has an instruction for it on TPUs; elsewhere it multiplies all rows with every matrix and masks the results.
-
-    Args:
-      rows_SxI: sorted by the matrix that they are multiplied with.
-      matrices_ExIxO: in the dtype of the rows.
-      sizes_E: int32 number of rows of each matrix; rows after the last group have undefined results.
-
-    Returns: [S, O] in the dtype of the rows.
-    """
-    return jax.lax.ragged_dot(rows_SxI, matrices_ExIxO, sizes_E)
 
 
 @jax.custom_vjp
