@@ -12,7 +12,7 @@ Letters in shape suffixes: E experts, A experts of a token, M tokens, S = M·A p
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,20 +60,16 @@ def route(x: jax.Array, router_DxE: jax.Array, experts_per_token: int, normalize
     return Routing(experts=experts, weights=weights, probabilities=probabilities)
 
 
-def routing_of(variables: Any) -> Routing:
-    """Return what the layers recorded in the collection `ROUTING` of a policy's variables, with a leading layer axis."""
-    return variables[ROUTING]["layers"]["routing"]
-
-
-def expert_counts(routing: Routing, counted_NxW: jax.Array) -> jax.Array:
+def expert_counts(routing: Routing, is_counted: jax.Array) -> jax.Array:
     """Return how many of the counted tokens each expert gets, int32 [L, E].
 
     Args:
-      routing: of tokens [L, N, W].
-      counted_NxW: bool.
+      routing: of tokens [L, …].
+      is_counted: bool […].
     """
-    is_chosen = routing.experts[..., None] == jnp.arange(routing.probabilities.shape[-1])  # [L, N, W, A, E]
-    return jnp.sum(is_chosen & counted_NxW[..., None, None], axis=(1, 2, 3), dtype=jnp.int32)
+    is_chosen = routing.experts[..., None] == jnp.arange(routing.probabilities.shape[-1])  # [L, …, A, E]
+    counted_axes = tuple(range(1, is_chosen.ndim - 1))
+    return jnp.sum(is_chosen & is_counted[..., None, None], axis=counted_axes, dtype=jnp.int32)
 
 
 def expert_shares(counts_LxE: jax.Array) -> jax.Array:
@@ -81,19 +77,28 @@ def expert_shares(counts_LxE: jax.Array) -> jax.Array:
     return counts_LxE / jnp.maximum(counts_LxE.sum(axis=1, keepdims=True), 1)
 
 
+def load_metrics(shares_LxE: jax.Array) -> dict[str, jax.Array]:
+    """Return how evenly tokens are spread over the experts of a layer, by names in metrics.jsonl."""
+    return {
+        "experts/busiest": (shares_LxE.max(axis=1) * shares_LxE.shape[1]).mean(),
+        "experts/unused": (shares_LxE == 0).mean(),
+    }
+
+
 def balance_terms(routing: Routing, shares_LxE: jax.Array) -> jax.Array:
-    """Return the load-balancing loss of each token, float32 [N, W], a mean over layers.
+    """Return the load-balancing loss of each token, float32 […], a mean over layers.
 
     Its mean over tokens is E Σ_e f_e P_e (Switch Transformer, arXiv 2101.03961, equation 4), where f_e is the share of expert e
     and P_e its mean probability: 1 if the load is balanced. The shares are those of the whole batch (arXiv 2501.11873), and the
     gradient is that of the probabilities.
 
     Args:
-      routing: of tokens [L, N, W].
+      routing: of tokens [L, …].
       shares_LxE: from `expert_shares`.
     """
     layers, experts = shares_LxE.shape
-    return experts / layers * jnp.sum(routing.probabilities * shares_LxE[:, None, None], axis=(0, 3))
+    shares = jnp.expand_dims(shares_LxE, tuple(range(1, routing.probabilities.ndim - 1)))
+    return experts / layers * jnp.sum(routing.probabilities * shares, axis=(0, -1))
 
 
 class ExpertMatrices(NamedTuple):

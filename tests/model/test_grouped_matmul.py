@@ -109,7 +109,9 @@ def test_they_lower_for_their_platform(platform: str, instruction: str, other: s
     """On a TPU by the instruction for it; on a GPU by products of blocks."""
     kind, name = ("NVIDIA H100 80GB HBM3", "gpu") if platform == "cuda" else ("TPU v5p", "tpu")
     device = jax.sharding.AbstractDevice(kind, num_cores=None, platform=name)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(gradients).trace(*layer_arguments(8 * 512))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(instruction) >= 3 and other not in text
