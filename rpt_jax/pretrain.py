@@ -81,10 +81,8 @@ def mixed_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted sum of the mean cross-entropies of window tokens and trace tokens (paper, Equation 1).
 
-    The load-balancing term is of all these tokens together.
-
     Each window of a document runs once, for its own loss and as the context of its traces; each trace attends to its own prefix
-    of it.
+    of it. The load-balancing term is of all tokens that have a loss.
 
     Args:
       policy: the model.
@@ -115,7 +113,7 @@ def mixed_loss(
     document = mean_nll(hidden_Nx1xSxD, batch["targets"], batch["mask"])
     loss = weights[0] * document
     metrics = {"loss/document": document, "loss/trace": jnp.zeros(())}
-    routed = [(routing, batch["mask"][:, None])] if routing else []
+    routed = [(routing, batch["mask"][:, None])] if routing is not None and weights[0] else []
     if weights[1]:
         context = Context(kv=kv, end_NxGxQ=batch["trace_prefix"])
         (traced_NxKxTxD, _), routing = apply_with_routing(
@@ -123,7 +121,7 @@ def mixed_loss(
         )
         metrics["loss/trace"] = mean_nll(traced_NxKxTxD, batch["trace_targets"], batch["trace_mask"])
         loss += weights[1] * metrics["loss/trace"]
-        if routing:
+        if routing is not None:
             routed.append((routing, batch["trace_mask"]))
 
     if routed:

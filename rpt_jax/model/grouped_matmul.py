@@ -4,7 +4,7 @@ TPUs have an instruction for it, `jax.lax.ragged_dot`. What JAX lowers that to o
 with every matrix and masks the results. There, each group is padded to whole blocks of rows instead. The number of blocks, and so
 of turns of the loop over them, is known at compile time, whatever the sizes of the groups are.
 
-Letters in shape suffixes: E groups, S rows, I inputs, O outputs, B blocks, R rows of a block, C blocks of a turn.
+Letters in shape suffixes: E groups, S rows, I inputs, O outputs, T turns, C blocks of a turn, R rows of a block.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def block_count(rows: int, groups: int, size: int) -> int:
 
 
 class _Blocks(NamedTuple):
-    """The blocks of a grouped product, by turn. Those that no group needs consist of padding.
+    """The blocks of a grouped product, or those of a turn, without T. Blocks that no group needs consist of padding.
 
     Attributes:
       group_TxC: int32 number of their group.
