@@ -6,7 +6,7 @@ data, and found that supervised fine-tuning on mixed data does as well or better
 Command   python -m rpt_jax.main --config=configs/rpt_30b_a3b.py
 Sizes     python -m rpt_jax.main --config=configs/rpt_30b_a3b.py --config.mesh.fsdp=16 --describe   (on any machine)
 Needs     models/Qwen3-30B-A3B-Base, the Hugging Face directory; data/omnimath, see rpt_14b.py; 64 accelerators
-Hardware  not run; the update was compiled for v5p:4x4x4, where it fits (docs/results/preflight.md)
+Hardware  not run; compiled for v5p:4x4x4, where it fits (docs/results/preflight.md)
 Time      not measured; an estimate is on the same page
 Results   not measured
 Written   2026-11-28

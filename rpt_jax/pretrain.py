@@ -44,11 +44,13 @@ from rpt_jax.infra.shared_files import share
 from rpt_jax.infra.storage import checkpoint_directory, push, with_urls
 from rpt_jax.infra.trackers import Trackers
 from rpt_jax.infra.workdir import COLD_START, RESULT, is_complete, read_result
+from rpt_jax.model.attention.dispatch import Context
+from rpt_jax.model.experts import balance_terms, expert_counts, expert_shares, load_metrics
 from rpt_jax.model.flops import causal_pairs, training_flops
 from rpt_jax.model.lora import join_adapters, split_adapters
 from rpt_jax.model.model_config import preset
 from rpt_jax.model.precision import in_policy_precision
-from rpt_jax.model.transformer import Params, Transformer, head, prefill
+from rpt_jax.model.transformer import Params, Transformer, apply_with_routing, head
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.update import TrainState, if_finite, keep_if
 from rpt_jax.prompts.pipeline import example_stream
@@ -74,26 +76,29 @@ def mixed_loss(
     params: Params,
     batch: dict[str, jax.Array],
     weights: tuple[float, float],
+    balance_weight: float,
     logit_chunk_tokens: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the weighted sum of the mean cross-entropies of window tokens and trace tokens (paper, Equation 1).
 
     Each window of a document runs once, for its own loss and as the context of its traces; each trace attends to its own prefix
-    of it.
+    of it. The load-balancing term is of all tokens that have a loss.
 
     Args:
       policy: the model.
       params: its parameters.
       batch: arrays of `ExampleMaker.make`, stacked.
       weights: of windows and of traces.
+      balance_weight: of the load-balancing term of a policy with experts; 0 for none.
       logit_chunk_tokens: tokens whose logits exist at once.
 
     Returns:
       The loss, and the metrics `loss/document` and `loss/trace` in nats per token; the latter is 0 if traces have no weight.
+      Of a policy with experts, also those of its load, and `loss/balance` with a `balance_weight`.
     """
-    inputs_NxS = batch["inputs"]
-    lengths_N = jnp.full(inputs_NxS.shape[:1], inputs_NxS.shape[1], jnp.int32)
-    hidden_NxSxD, context, _ = prefill(policy, params, inputs_NxS, lengths_N)
+    inputs_Nx1xS = batch["inputs"][:, None]
+    positions_Nx1xS = jnp.broadcast_to(jnp.arange(inputs_Nx1xS.shape[2], dtype=jnp.int32), inputs_Nx1xS.shape)
+    (hidden_Nx1xSxD, kv), routing = apply_with_routing(policy, params, inputs_Nx1xS, positions_Nx1xS)
 
     def mean_nll(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         logprobs = token_logprobs(
@@ -105,15 +110,28 @@ def mixed_loss(
         )
         return -jnp.sum(logprobs * mask.reshape(-1)) / jnp.maximum(mask.sum(), 1)
 
-    document = mean_nll(hidden_NxSxD, batch["targets"], batch["mask"])
-    if not weights[1]:
-        return weights[0] * document, {"loss/document": document, "loss/trace": jnp.zeros(())}
-    context = context._replace(end_NxGxQ=batch["trace_prefix"])
-    traced_NxKxTxD, _ = policy.apply(
-        {"params": params}, batch["trace_inputs"], batch["trace_position"], (context,), batch["trace_segment"]
-    )
-    trace = mean_nll(traced_NxKxTxD, batch["trace_targets"], batch["trace_mask"])
-    return weights[0] * document + weights[1] * trace, {"loss/document": document, "loss/trace": trace}
+    document = mean_nll(hidden_Nx1xSxD, batch["targets"], batch["mask"])
+    loss = weights[0] * document
+    metrics = {"loss/document": document, "loss/trace": jnp.zeros(())}
+    routed = [(routing, batch["mask"][:, None])] if routing is not None and weights[0] else []
+    if weights[1]:
+        context = Context(kv=kv, end_NxGxQ=batch["trace_prefix"])
+        (traced_NxKxTxD, _), routing = apply_with_routing(
+            policy, params, batch["trace_inputs"], batch["trace_position"], (context,), batch["trace_segment"]
+        )
+        metrics["loss/trace"] = mean_nll(traced_NxKxTxD, batch["trace_targets"], batch["trace_mask"])
+        loss += weights[1] * metrics["loss/trace"]
+        if routing is not None:
+            routed.append((routing, batch["trace_mask"]))
+
+    if routed:
+        shares_LxE = expert_shares(sum((expert_counts(*part) for part in routed), jnp.int32(0)))
+        metrics |= load_metrics(shares_LxE)
+        if balance_weight:
+            balance = sum(jnp.sum(balance_terms(routing, shares_LxE) * mask) for routing, mask in routed)
+            metrics["loss/balance"] = balance / jnp.maximum(sum(mask.sum() for _, mask in routed), 1)
+            loss += balance_weight * metrics["loss/balance"]
+    return loss, metrics
 
 
 def update_flops(policy: Transformer, batch: Mapping[str, np.ndarray], trace_weight: float) -> float:
@@ -139,7 +157,7 @@ def update_flops(policy: Transformer, batch: Mapping[str, np.ndarray], trace_wei
 
 @functools.partial(
     jax.jit,
-    static_argnames=("policy", "optimizer", "weights", "logit_chunk_tokens"),
+    static_argnames=("policy", "optimizer", "weights", "balance_weight", "logit_chunk_tokens"),
     donate_argnames=("state",),
 )
 @jax.named_scope("update")
@@ -152,6 +170,7 @@ def pretrain_step(
     frozen: Params | None = None,
     *,
     weights: tuple[float, float],
+    balance_weight: float,
     logit_chunk_tokens: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one AdamW step on `mixed_loss`.
@@ -159,7 +178,7 @@ def pretrain_step(
     The state is returned unchanged if no token has a weight, or if a metric is not finite.
 
     Args:
-      policy, optimizer, weights, logit_chunk_tokens: static.
+      policy, optimizer, weights, balance_weight, logit_chunk_tokens: static.
       state: donated.
       batch: arrays of `ExampleMaker.make`, stacked.
       frozen: parameters of the policy that are not trained; None if all are.
@@ -169,7 +188,7 @@ def pretrain_step(
     """
 
     def loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return mixed_loss(policy, join_adapters(frozen, params), batch, weights, logit_chunk_tokens)
+        return mixed_loss(policy, join_adapters(frozen, params), batch, weights, balance_weight, logit_chunk_tokens)
 
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -259,6 +278,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     signal = LearningSignal(experiment)
     step_options: dict[str, Any] = {
         "weights": (config.document_weight, config.trace_weight),
+        "balance_weight": experiment.objective.balance_weight,
         "logit_chunk_tokens": experiment.training.logit_chunk_tokens,
     }
     memory_fields = {

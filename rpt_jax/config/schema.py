@@ -287,7 +287,7 @@ class ObjectiveConfig:
     # Weight of the next-token cross-entropy of the windows that the prompts are from.
     document_weight: float = 0.0
     # Weight of the load-balancing loss of a policy with experts (Switch Transformer, arXiv 2101.03961, equation 4, over the whole
-    # batch); it takes one more forward pass.
+    # batch); it takes one more forward pass. Task "pretrain" and the cold start have it too, without that pass.
     balance_weight: float = 0.0
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from rpt_jax.config.dataclass_io import leaves
-from rpt_jax.config.schema import DataConfig, Experiment, QuestionsConfig
+from rpt_jax.config.schema import DataConfig, Experiment, ObjectiveConfig, QuestionsConfig
 from rpt_jax.errors import UserError
 
 # What only suites of the command `evaluate` read.
@@ -30,7 +30,7 @@ _RPT_ONLY = (
     "data.entropy_threshold",
     "prompt.long_context",
     "rollout.",
-    "objective.",
+    *(f"objective.{field.name}" for field in dataclasses.fields(ObjectiveConfig) if field.name != "balance_weight"),
     "training.prompts_per_step",
     "training.minibatches_per_step",
     "training.dynamic_sampling_from",
@@ -113,6 +113,7 @@ _UNREAD = {
     "pretrain": (*_RPT_ONLY, "data.score_batch_windows", "data.entropy_renormalized"),
     "score": (
         *_RPT_ONLY,
+        "objective.balance_weight",
         "policy.remat",
         "policy.lora.",
         "data.min_context",

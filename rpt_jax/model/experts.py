@@ -3,21 +3,24 @@
 No token is dropped and no expert has a capacity, so a token's result does not depend on other tokens, padding among them.
 
 The rows of all pairs of a token and one of its experts are sorted by expert, so that the layer is three products of groups of
-rows, each group with its expert's matrix. On a mesh, the experts of a layer are split over the devices that share the layer. Each
-of them has all tokens, computes the pairs of its own experts, and the results are summed, as those of a dense layer are.
+rows, each group with its expert's matrix (`grouped_matmul`). On a mesh, the experts of a layer are split over the devices that
+share the layer. Each of them has all tokens, computes the pairs of its own experts, and the results are summed, as those of a
+dense layer are.
 
 Letters in shape suffixes: E experts, A experts of a token, M tokens, S = M·A pairs, sorted by expert.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.ad_checkpoint import checkpoint_name
+
+from rpt_jax.model.grouped_matmul import grouped_matmul
 
 # Collection of Flax variables in which layers record their `Routing`, for callers that ask for it.
 ROUTING = "routing"
@@ -57,20 +60,16 @@ def route(x: jax.Array, router_DxE: jax.Array, experts_per_token: int, normalize
     return Routing(experts=experts, weights=weights, probabilities=probabilities)
 
 
-def routing_of(variables: Any) -> Routing:
-    """Return what the layers recorded in the collection `ROUTING` of a policy's variables, with a leading layer axis."""
-    return variables[ROUTING]["layers"]["routing"]
-
-
-def expert_counts(routing: Routing, counted_NxW: jax.Array) -> jax.Array:
+def expert_counts(routing: Routing, is_counted: jax.Array) -> jax.Array:
     """Return how many of the counted tokens each expert gets, int32 [L, E].
 
     Args:
-      routing: of tokens [L, N, W].
-      counted_NxW: bool.
+      routing: of tokens [L, …].
+      is_counted: bool […].
     """
-    is_chosen = routing.experts[..., None] == jnp.arange(routing.probabilities.shape[-1])  # [L, N, W, A, E]
-    return jnp.sum(is_chosen & counted_NxW[..., None, None], axis=(1, 2, 3), dtype=jnp.int32)
+    is_chosen = routing.experts[..., None] == jnp.arange(routing.probabilities.shape[-1])  # [L, …, A, E]
+    counted_axes = tuple(range(1, is_chosen.ndim - 1))
+    return jnp.sum(is_chosen & is_counted[..., None, None], axis=counted_axes, dtype=jnp.int32)
 
 
 def expert_shares(counts_LxE: jax.Array) -> jax.Array:
@@ -78,19 +77,28 @@ def expert_shares(counts_LxE: jax.Array) -> jax.Array:
     return counts_LxE / jnp.maximum(counts_LxE.sum(axis=1, keepdims=True), 1)
 
 
+def load_metrics(shares_LxE: jax.Array) -> dict[str, jax.Array]:
+    """Return how evenly tokens are spread over the experts of a layer, by names in metrics.jsonl."""
+    return {
+        "experts/busiest": (shares_LxE.max(axis=1) * shares_LxE.shape[1]).mean(),
+        "experts/unused": (shares_LxE == 0).mean(),
+    }
+
+
 def balance_terms(routing: Routing, shares_LxE: jax.Array) -> jax.Array:
-    """Return the load-balancing loss of each token, float32 [N, W], a mean over layers.
+    """Return the load-balancing loss of each token, float32 […], a mean over layers.
 
     Its mean over tokens is E Σ_e f_e P_e (Switch Transformer, arXiv 2101.03961, equation 4), where f_e is the share of expert e
     and P_e its mean probability: 1 if the load is balanced. The shares are those of the whole batch (arXiv 2501.11873), and the
     gradient is that of the probabilities.
 
     Args:
-      routing: of tokens [L, N, W].
+      routing: of tokens [L, …].
       shares_LxE: from `expert_shares`.
     """
     layers, experts = shares_LxE.shape
-    return experts / layers * jnp.sum(routing.probabilities * shares_LxE[:, None, None], axis=(0, 3))
+    shares = jnp.expand_dims(shares_LxE, tuple(range(1, routing.probabilities.ndim - 1)))
+    return experts / layers * jnp.sum(routing.probabilities * shares, axis=(0, -1))
 
 
 class ExpertMatrices(NamedTuple):
@@ -158,21 +166,6 @@ def _run_tokens(
     # Back to the order of the tokens.
     y_MxAxD = _permute(y_SxD, inverse_S, order_S).reshape(-1, per_token, x_MxD.shape[1])
     return y_MxAxD.sum(axis=1, dtype=jnp.float32).astype(x_MxD.dtype).reshape(x_NxGxQxD.shape)
-
-
-def grouped_matmul(rows_SxI: jax.Array, matrices_ExIxO: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Multiply the first `sizes_E[0]` rows with the first matrix, the next `sizes_E[1]` rows with the second, and so on.
-
-    XLA has an instruction for it on TPUs; elsewhere it multiplies all rows with every matrix and masks the results.
-
-    Args:
-      rows_SxI: sorted by the matrix that they are multiplied with.
-      matrices_ExIxO: in the dtype of the rows.
-      sizes_E: int32 number of rows of each matrix; rows after the last group have undefined results.
-
-    Returns: [S, O] in the dtype of the rows.
-    """
-    return jax.lax.ragged_dot(rows_SxI, matrices_ExIxO, sizes_E)
 
 
 @jax.custom_vjp

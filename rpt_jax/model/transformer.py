@@ -38,7 +38,7 @@ from rpt_jax.model.attention.blockwise import ATTENTION_RESULT
 from rpt_jax.model.attention.dispatch import AttentionFn, Context, KeyValues, attend
 from rpt_jax.model.attention.key_ranges import KeyRanges
 from rpt_jax.model.attention.packed import attend_packed
-from rpt_jax.model.experts import EXPERT_PRODUCT, ROUTING, ExpertMatrices, route, run_experts
+from rpt_jax.model.experts import EXPERT_PRODUCT, ROUTING, ExpertMatrices, Routing, route, run_experts
 from rpt_jax.model.lora import Lora
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.model.rope import Scaling, rope_frequencies
@@ -500,6 +500,19 @@ def head(policy: Transformer, params: Params) -> Head:
     matrix_VxD = with_logical_constraint(params.get("head", params["embedding"]), ("vocab", None))
     absent_V = np.isin(np.arange(policy.config.vocab), policy.absent_ids) if policy.absent_ids else None
     return Head(matrix_VxD=matrix_VxD, absent_V=absent_V, precision=policy.head_precision)
+
+
+def apply_with_routing(
+    policy: Transformer, params: Params, *inputs: Any, **options: Any
+) -> tuple[tuple[jax.Array, KeyValues], Routing | None]:
+    """Run the policy; return its outputs, and the experts of the tokens, [L, N, G, Q, …], None if it has none."""
+    result: Any = policy.apply(
+        {"params": params}, *inputs, **options, mutable=[ROUTING] if policy.config.experts else False
+    )
+    if not policy.config.experts:
+        return result, None
+    outputs, variables = result
+    return outputs, variables[ROUTING]["layers"]["routing"]
 
 
 def prefill(

@@ -11,11 +11,11 @@ import numpy as np
 
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.distributed.sharding import shard_map_batch
-from rpt_jax.model.experts import ROUTING, Routing, balance_terms, expert_counts, expert_shares, routing_of
+from rpt_jax.model.experts import Routing, balance_terms, expert_counts, expert_shares, load_metrics
 from rpt_jax.model.flops import causal_pairs, forward_flops, training_flops
 from rpt_jax.model.lora import join_adapters
 from rpt_jax.model.model_config import ModelConfig
-from rpt_jax.model.transformer import Params, Transformer, head, prefill
+from rpt_jax.model.transformer import Params, Transformer, apply_with_routing, head, prefill
 from rpt_jax.objective.batch import NextTokenBatch, UpdateBatch, UpdateLimits
 from rpt_jax.objective.logprobs import token_logprobs, token_scores
 from rpt_jax.objective.loss import ClipRange
@@ -269,11 +269,8 @@ def row_scores(
 def run_rows(policy: Transformer, params: Params, rows: Rows) -> tuple[jax.Array, Routing | None]:
     """Return the hidden states of all tokens of some rows, [N, W, D], and their experts, [L, N, W, …], None without any."""
     inputs = rows.tokens_NxW[:, None], rows.positions_NxW[:, None]
-    if not policy.config.experts:
-        hidden_Nx1xWxD, _ = policy.apply({"params": params}, *inputs, key_ranges=rows.key_ranges)
-        return hidden_Nx1xWxD[:, 0], None
-    outputs, variables = policy.apply({"params": params}, *inputs, key_ranges=rows.key_ranges, mutable=[ROUTING])
-    return outputs[0][:, 0], jax.tree.map(lambda x: x[:, :, 0], routing_of(variables))
+    (hidden_Nx1xWxD, _), routing = apply_with_routing(policy, params, *inputs, key_ranges=rows.key_ranges)
+    return hidden_Nx1xWxD[:, 0], jax.tree.map(lambda x: x[:, :, 0], routing)
 
 
 def _predicting_tokens(rows: Rows) -> jax.Array:
@@ -428,9 +425,7 @@ def _loss_metrics(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax
     if "entropy" in sums:
         metrics["policy/entropy_exact"] = sums["entropy"] / kept
     if "experts" in sums:
-        shares_LxE = expert_shares(sums["experts"])
-        metrics["experts/busiest"] = (shares_LxE.max(axis=1) * shares_LxE.shape[1]).mean()
-        metrics["experts/unused"] = (shares_LxE == 0).mean()
+        metrics |= load_metrics(expert_shares(sums["experts"]))
     if "balance" in sums:
         metrics["loss/balance"] = sums["balance"] / kept
     return metrics

@@ -43,7 +43,7 @@ def _check_experts(experiment: Experiment, config: ModelConfig) -> None:
             field="policy.lora.targets",
         )
     weight = experiment.objective.balance_weight
-    if experiment.reinforces and weight and not config.experts:
+    if experiment.trains and weight and not config.experts:
         raise UserError(
             f"objective.balance_weight={weight:g} balances experts, but the policy has none: set it to 0.",
             field="objective.balance_weight",

@@ -17,7 +17,6 @@ from rpt_jax.model.experts import (
     balance_terms,
     expert_counts,
     expert_shares,
-    grouped_matmul,
     route,
     run_experts,
 )
@@ -75,16 +74,6 @@ def test_a_token_does_not_depend_on_others() -> None:
     is_poison = jnp.arange(9)[:, None] > 5
     poisoned = layer(jnp.where(is_poison, jnp.nan, X_NxGxQxD), ROUTER_DxE, MATRICES, True)
     np.testing.assert_array_equal(poisoned[:, :, :6], layer(X_NxGxQxD, ROUTER_DxE, MATRICES, True)[:, :, :6])
-
-
-@pytest.mark.parametrize("sizes", [[3, 0, 4], [0, 0, 0], [1, 1, 9], [11, 0, 0]])
-def test_rows_are_multiplied_with_the_matrix_of_their_group(sizes: list[int]) -> None:
-    rows = RNG.standard_normal((11, 4)).astype(np.float32)
-    matrices = RNG.standard_normal((3, 4, 5)).astype(np.float32)
-    ours = grouped_matmul(jnp.asarray(rows), jnp.asarray(matrices), jnp.array(sizes, jnp.int32))
-    groups = np.repeat(np.arange(3), sizes)
-    expected = np.einsum("si,sio->so", rows[: len(groups)], matrices[groups])
-    np.testing.assert_allclose(ours[: len(groups)], expected, atol=1e-5)
 
 
 # --- load balancing ---

@@ -82,8 +82,8 @@ def test_the_loss_is_that_of_each_prompt_with_its_response_alone(tmp_path: Path)
     boxable_V = np.ones(TOKENIZER.vocab_size, bool)
     arrays = ExampleMaker(experiment, TOKENIZER, [np.arange(100, 112)], boxable_V).make(0, np.random.default_rng(0))
     batch = {name: array[None] for name, array in arrays.items()}
-    loss = jax.jit(mixed_loss, static_argnames=("policy", "weights", "logit_chunk_tokens"))
-    _, metrics = loss(policy, params, batch, weights=(1.0, 1.0), logit_chunk_tokens=64)
+    loss = jax.jit(mixed_loss, static_argnames=("policy", "weights", "balance_weight", "logit_chunk_tokens"))
+    _, metrics = loss(policy, params, batch, weights=(1.0, 1.0), balance_weight=0.0, logit_chunk_tokens=64)
     nll = []
     for trace in TRACES:
         prompt, response = trace["prompt"], trace["response"]

@@ -15,11 +15,11 @@ from rpt_jax import main
 from rpt_jax.bench import __main__ as bench
 from rpt_jax.config import ObjectiveConfig
 from rpt_jax.infra.metrics import read_metrics
-from rpt_jax.model.experts import ROUTING, routing_of
 from rpt_jax.model.lora import Lora, join_adapters, split_adapters
-from rpt_jax.model.transformer import Params, Transformer, head, prefill
+from rpt_jax.model.transformer import Params, Transformer, apply_with_routing, head, prefill
 from rpt_jax.objective.batch import UpdateBatch, UpdateLimits
 from rpt_jax.objective.gradient import policy_gradient
+from rpt_jax.pretrain import mixed_loss
 from rpt_jax.weights.hf import load_policy, save_policy
 from rpt_jax.weights.hf_config import FINGERPRINT_KEY, read_json_object
 from tests.helpers import dense_objective
@@ -28,7 +28,7 @@ from tests.helpers.dense_objective import HIGH, LOW, TEMPERATURE, G, P, S, T
 from tests.helpers.metrics_page import explained, written
 from tests.helpers.paths import TINY
 from tests.helpers.policy_reference import MOE_SHAPE, random_params
-from tests.helpers.runs import SHORT, experiment
+from tests.helpers.runs import PRETRAIN, SHORT, experiment
 from tests.helpers.sharded_results import Results, assert_equal_steps, assert_shardings_kept, run_on_meshes
 
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def dense_loss(params: Params, batch: UpdateBatch, old: jax.Array) -> tuple[jax.
         sequence = [*batch.prompts_PxS[p, : batch.lengths_P[p]], *batch.tokens_PxGxT[p, g]]
         sequences[row, 0, : len(sequence)] = sequence
     positions = jnp.broadcast_to(jnp.arange(S + T, dtype=jnp.int32), sequences.shape)
-    (hidden, _), variables = POLICY.apply({"params": params}, sequences, positions, mutable=[ROUTING])
+    (hidden, _), routing = apply_with_routing(POLICY, params, sequences, positions)
 
     # The tokens that predict those of the responses.
     index_BxT = np.repeat(np.asarray(batch.lengths_P), G)[:, None] + np.arange(T) - 1
@@ -68,7 +68,7 @@ def dense_loss(params: Params, batch: UpdateBatch, old: jax.Array) -> tuple[jax.
 
     balance, shares = jnp.float32(0), []
     for layer in range(MOE_SHAPE.layers):
-        experts, _, probabilities = (x[layer][rows_Bx1, 0, index_BxT] for x in routing_of(variables))
+        experts, _, probabilities = (x[layer][rows_Bx1, 0, index_BxT] for x in routing)
         counts = jnp.zeros(MOE_SHAPE.experts).at[experts[mask_BxT].reshape(-1)].add(1)
         shares.append(counts / counts.sum())
         balance += MOE_SHAPE.experts * jnp.sum(shares[-1] * probabilities[mask_BxT].mean(axis=0)) / MOE_SHAPE.layers
@@ -145,6 +145,61 @@ def test_adapters_of_attention_are_trained_beside_frozen_experts() -> None:
 
     grads = gradient(adapters)
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+# --- pre-training ---
+
+
+def test_the_load_of_windows_and_traces_is_balanced_together() -> None:
+    """Two traces in a row continue the first four and the first two tokens of a window."""
+    rng = np.random.default_rng(3)
+    window, *traces = (rng.integers(0, MOE_SHAPE.vocab, size) for size in (6, 3, 2))
+    counts_in_loss = np.array([False, True, True, True, True, False])
+    batch = {
+        "inputs": window[None],
+        "targets": np.zeros((1, 6), np.int32),
+        "mask": counts_in_loss[None],
+        "trace_inputs": np.array([[[*traces[0], *traces[1], 0]]]),
+        "trace_targets": np.zeros((1, 1, 6), np.int32),
+        "trace_mask": counts_in_loss[None, None],
+        "trace_segment": np.array([[[1, 1, 1, 2, 2, 0]]]),
+        "trace_prefix": np.array([[[4, 4, 4, 2, 2, 0]]]),
+        "trace_position": np.array([[[4, 5, 6, 2, 3, 0]]]),
+    }
+    # The same tokens in sequences of their own.
+    sequences = [(window, [1, 2, 3, 4]), ([*window[:4], *traces[0]], [5, 6]), ([*window[:2], *traces[1]], [2, 3])]
+
+    def balance(params: Params) -> tuple[jax.Array, jax.Array]:
+        """Return the load-balancing loss, and the experts' shares."""
+        routings = []
+        for tokens, counted in sequences:
+            _, routing = apply_with_routing(POLICY, params, np.array([[tokens]]), np.arange(len(tokens))[None, None])
+            routings.append(jax.tree.map(lambda x, counted=counted: x[:, 0, 0, np.array(counted)], routing))
+        experts, _, probabilities = (jnp.concatenate(x, axis=1) for x in zip(*routings, strict=True))
+        shares_LxE = jnp.stack([(experts == e).mean(axis=(1, 2)) for e in range(MOE_SHAPE.experts)], axis=1)
+        return MOE_SHAPE.experts * jnp.sum(shares_LxE * probabilities.mean(axis=1), axis=1).mean(), shares_LxE
+
+    def loss(params: Params, weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return mixed_loss(POLICY, params, batch, weights=(1.0, 1.0), balance_weight=weight, logit_chunk_tokens=16)
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    (with_term, metrics), (without, _) = gradient(PARAMS, WEIGHT), gradient(PARAMS, 0.0)
+    (expected, shares_LxE), expected_gradient = jax.jit(jax.value_and_grad(balance, has_aux=True))(PARAMS)
+    np.testing.assert_allclose(metrics["loss/balance"], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["experts/busiest"], (shares_LxE.max(axis=1) * MOE_SHAPE.experts).mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(metrics["experts/unused"], (shares_LxE == 0).mean())
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(a - b, WEIGHT * c, atol=1e-4), with_term, without, expected_gradient
+    )
+    assert np.abs(expected_gradient["layers"]["router"]).max() > 1e-2, "the term hardly matters"
+
+
+def test_pretraining_writes_the_metrics_of_experts(tmp_path: Path) -> None:
+    fields = PRETRAIN | {"policy.preset": "tiny-moe", "objective.balance_weight": 0.01, "training.total_steps": 1}
+    main.run(experiment("pretrain_tiny", **fields), tmp_path)
+    assert written(tmp_path) - explained("pretrain") == explained("experts")
 
 
 # --- several devices ---
