@@ -17,7 +17,7 @@ from typing import Any
 from rpt_jax.config.user_paths import is_url, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.signals import StopSignals
-from rpt_jax.infra.storage import LOCK, RemoteCopy, usable_or_user_error
+from rpt_jax.infra.storage import LOCK, RemoteCopy, reason, usable_or_user_error
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ STALE_SECONDS = 60.0  # A lock that was not rewritten for this long is of a run 
 PUSH_SECONDS = 30.0  # Changes are uploaded this often.
 _PAUSES = 10  # The pause after an upload, in multiples of its duration, up to the longest pause.
 LONGEST_PAUSE_SECONDS = 300.0
-_GIVE_UP_SECONDS = 600.0  # A run ends if nothing could be uploaded for this long.
+GIVE_UP_SECONDS = 600.0  # A run ends if nothing could be uploaded for this long.
 
 
 @contextlib.contextmanager
@@ -185,7 +185,7 @@ class _Uploads:
         self._lock = lock
         self._closing = threading.Event()
         self._is_closed = threading.Lock()  # Taken once.
-        self._has_lost_lock = False
+        self._has_failed = False
         self._threads = [threading.Thread(target=self._repeat, args=(copy.push, PUSH_SECONDS), daemon=True)]
         if lock:
             self._threads.append(threading.Thread(target=self._repeat, args=(lock.beat, BEAT_SECONDS), daemon=True))
@@ -193,14 +193,14 @@ class _Uploads:
             thread.start()
 
     def close(self) -> None:
-        """Upload what is left and release the lock. Called again, this does nothing. Raises: OSError."""
+        """Upload what is left and release the lock, unless a thread has failed. Another call does nothing. Raises: OSError."""
         if not self._is_closed.acquire(blocking=False):
             return
         self._closing.set()
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread is not threading.current_thread() and not self._has_failed:
                 thread.join()
-        if not self._has_lost_lock:
+        if not self._has_failed:
             self._copy.push()
             if self._lock:
                 self._lock.release()
@@ -224,11 +224,13 @@ class _Uploads:
                 # A slow connection is not kept busy with files that grow.
                 pause = max(seconds, min(_PAUSES * (succeeded - start), LONGEST_PAUSE_SECONDS))
             except LockLost:
-                self._has_lost_lock = True
+                self._has_failed = True
                 raise
             except Exception as error:  # noqa: BLE001 - packages for object storage raise many classes.
-                logger.warning("%s could not be brought up to date (%s); trying again.", self._copy.url, error)
-                if time.monotonic() > succeeded + _GIVE_UP_SECONDS:
+                what = reason(error.__cause__ or error, self._copy.url)
+                logger.warning("%s could not be brought up to date (%s); trying again.", self._copy.url, what)
+                if time.monotonic() > succeeded + GIVE_UP_SECONDS:
+                    self._has_failed = True
                     raise OSError(
-                        f"{self._copy.url} could not be written for {_GIVE_UP_SECONDS:g} s ({error})"
+                        f"{self._copy.url} could not be brought up to date for {GIVE_UP_SECONDS:g} s ({what})"
                     ) from error

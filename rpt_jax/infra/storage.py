@@ -44,11 +44,14 @@ LARGE_FOLDERS = frozenset({CHECKPOINTS, "corpus", "damaged"})
 _INDEX = ".rpt_jax_index.json"
 _INDEX_LOCK = ".rpt_jax_index.lock"
 _COMMITTED = ".committed"
-_NOT_COPIED = (LOCK, _INDEX, _INDEX_LOCK)
+INDEX_FILES = (_INDEX, _INDEX_LOCK)  # Of a copy, in its root.
+_NOT_COPIED = (LOCK, *INDEX_FILES)
 # Unfinished files of this package, of orbax, and of a download.
 _UNFINISHED = re.compile(r"\.partial$|\.orbax-checkpoint-tmp")
 _CHECKPOINT = re.compile(rf"(?:^|.*/){CHECKPOINTS}/\d+(?=/)")
 PARALLEL = 8
+# A request to Google Cloud Storage is made again once no byte of it has come or gone for this long.
+IDLE_SECONDS = 60.0
 # What installs the package that opens a scheme.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 
@@ -97,12 +100,14 @@ def named_by_urls(experiment: Experiment) -> dict[str, Any]:
 # --- errors ----------------------------------------------------------------------------------------
 
 
-def _reason(error: Exception, url: str) -> str:
+def reason(error: BaseException, url: str) -> str:
     """Return what is wrong with a URL, in a few words."""
     scheme = url.partition("://")[0].lower()
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(scheme)
         return f'it needs a package: pip install "rpt-jax[{extra}]"' if extra else " ".join(str(error).split())
+    if isinstance(error, TimeoutError):
+        return "it does not answer"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
@@ -115,7 +120,7 @@ def _raise_instead(make_error: Callable[[str], Exception], url: str) -> Iterator
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001
-        raise make_error(_reason(error, url)) from error
+        raise make_error(reason(error, url)) from error
 
 
 def usable_or_user_error(field: str, url: str) -> contextlib.AbstractContextManager[None]:
@@ -176,6 +181,8 @@ class RemoteCopy:
         """Return the fsspec file system and the path of the URL in it. Raises: what fsspec and its backends raise."""
         from fsspec.core import url_to_fs  # Takes 50 ms to import.
 
+        if self.url.startswith(("gs://", "gcs://")):
+            _set_up_google_cloud()
         file_system, path = url_to_fs(self.url)
         return file_system, path.rstrip("/")
 
@@ -327,6 +334,22 @@ class RemoteCopy:
                     Path(folder, file).unlink()
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()
+
+
+def _set_up_google_cloud() -> None:
+    """Let gcsfs and tensorstore, which orbax uses, make a request again after `IDLE_SECONDS`, and fail after several times.
+
+    By default they wait for a lost answer forever (https://github.com/google/tensorstore/issues/291). s3fs does not. What the
+    user has set remains. gcsfs also logs a failure with its traceback, which it raises.
+    """
+    from aiohttp import ClientTimeout  # pyright: ignore[reportMissingImports]
+    from fsspec.config import conf
+
+    limit = ClientTimeout(sock_connect=IDLE_SECONDS, sock_read=IDLE_SECONDS)
+    conf.setdefault("gs", {}).setdefault("requests_timeout", limit)
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{IDLE_SECONDS:.0f}")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def _list_objects(file_system: Any, path: str, pattern: str) -> dict[str, tuple[int, str]]:

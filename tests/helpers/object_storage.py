@@ -29,15 +29,15 @@ def require(*packages: str) -> None:
 
 
 @contextlib.contextmanager
-def server(command: list[str], port: int, environ: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Run a server until the end of the block; give the environment of processes that use it, which this one gets as well."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def server(command: list[str], port: int, environ: dict[str, str]) -> Iterator[subprocess.Popen[Any]]:
+    """Run a server until the end of the block, in which this process has the environment of processes that use it."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: _listens(port), process)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environ.items():
                 patch.setenv(name, value)
-            yield environ
+            yield process
     finally:
         process.kill()
         process.wait()
@@ -65,33 +65,29 @@ def s3_server() -> Iterator[Any]:
         s3fs.S3FileSystem.clear_instance_cache()
 
 
-@contextlib.contextmanager
-def gcs_server() -> Iterator[Any]:
-    """Run an emulator of Google Cloud Storage with an empty bucket; give a file system that uses it."""
-    require("gcp_storage_emulator", "gcsfs")
-    port = free_port()
+def gcs_environ(port: int) -> dict[str, str]:
+    """Return the environment of processes that use a server of Google Cloud Storage on this machine."""
     address = f"http://127.0.0.1:{port}"
-    environ = {
+    return {
         "STORAGE_EMULATOR_HOST": address,
         "TENSORSTORE_GCS_HTTP_URL": address,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
         "GOOGLE_CLOUD_PROJECT": "test",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It would ask a gRPC service, which the emulator has not.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It would ask a gRPC service, which the server has not.
     }
-    command = [
-        sys.executable,
-        "-m",
-        "gcp_storage_emulator",
-        "start",
-        "--host=127.0.0.1",
-        f"--port={port}",
-        "--in-memory",
-    ]
-    with server([*command, f"--default-bucket={BUCKET}"], port, environ):
+
+
+@contextlib.contextmanager
+def gcs_server() -> Iterator[tuple[Any, subprocess.Popen[Any]]]:
+    """Run a server of Google Cloud Storage with an empty bucket; give a file system that uses it, and its process."""
+    require("gcp_storage_emulator", "gcsfs")
+    port = free_port()
+    command = [sys.executable, "-m", "tests.helpers.gcs_server", str(port), BUCKET]
+    with server(command, port, gcs_environ(port)) as process:
         import gcsfs
 
         gcsfs.GCSFileSystem.clear_instance_cache()
-        yield gcsfs.GCSFileSystem(token="anon", use_listings_cache=False)
+        yield gcsfs.GCSFileSystem(token="anon", use_listings_cache=False), process
         gcsfs.GCSFileSystem.clear_instance_cache()
 
 

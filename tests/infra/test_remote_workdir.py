@@ -27,6 +27,20 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fsspec.AbstractFil
     return empty_memory_files(tmp_path, monkeypatch)
 
 
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> list[BaseException | None]:
+    """What threads raise."""
+    raised: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: raised.append(failure.exc_value))
+    return raised
+
+
+def wait_for_failure(failures: list[BaseException | None]) -> None:
+    deadline = time.monotonic() + 60
+    while not failures and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_a_path_is_its_own_workdir(tmp_path: Path) -> None:
     with local_workdir(str(tmp_path / "run"), StopSignals()) as workdir:
         assert workdir == tmp_path / "run" and not workdir.exists()
@@ -78,19 +92,33 @@ def test_the_lock_of_a_killed_run_is_taken_over(files: fsspec.AbstractFileSystem
 
 
 def test_a_run_whose_lock_was_taken_over_ends_and_uploads_nothing_more(
-    files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+    files: fsspec.AbstractFileSystem, failures: list[BaseException | None]
 ) -> None:
-    raised: list[BaseException | None] = []
-    monkeypatch.setattr(threading, "excepthook", lambda failure: raised.append(failure.exc_value))
     with local_workdir(URL, StopSignals()) as workdir:
         files.pipe_file(LOCK, b'{"run": "another", "host": "other"}')
-        deadline = time.monotonic() + 60
-        while not raised and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for_failure(failures)
         (workdir / "metrics.jsonl").write_text("{}")
-    assert isinstance(raised[0], LockLost) and "other" in str(raised[0])
+    assert isinstance(failures[0], LockLost) and "other" in str(failures[0])
     assert not files.exists("/bucket/run/metrics.jsonl")
     assert files.exists(LOCK)
+
+
+def test_a_run_that_cannot_upload_for_long_ends_without_another_attempt(
+    files: fsspec.AbstractFileSystem, failures: list[BaseException | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[RemoteCopy] = []
+
+    def fail(copy: RemoteCopy) -> None:
+        attempts.append(copy)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(remote_workdir, "PUSH_SECONDS", 0.01)
+    monkeypatch.setattr(remote_workdir, "GIVE_UP_SECONDS", 0.0)
+    monkeypatch.setattr(RemoteCopy, "push", fail)
+    with local_workdir(URL, StopSignals()):
+        wait_for_failure(failures)
+    assert isinstance(failures[0], OSError) and "no answer" in str(failures[0])
+    assert len(attempts) == 1
 
 
 def test_two_runs_that_take_over_one_lock_do_not_both_get_it(files: fsspec.AbstractFileSystem) -> None:

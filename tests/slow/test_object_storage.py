@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import signal
 import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +19,11 @@ import pytest
 from rpt_jax import convert, doctor, main
 from rpt_jax.infra.storage import RemoteCopy
 from tests.helpers.memory_files import empty_memory_files
-from tests.helpers.object_storage import BUCKET, gcs_server, s3_server, start_run, wait_until
-from tests.helpers.paths import TINY
+from tests.helpers.object_storage import BUCKET, gcs_environ, gcs_server, require, s3_server, start_run, wait_until
+from tests.helpers.paths import ROOT, TINY
 from tests.helpers.processes import CHILD_SECONDS, free_port
-from tests.helpers.runs import PRETRAIN, comparable, experiment
+from tests.helpers.run_pages import training_files
+from tests.helpers.runs import PRETRAIN, SHORT, comparable, experiment
 
 pytestmark = pytest.mark.slow
 
@@ -45,16 +52,15 @@ def assert_same_run(workdir: Path, whole: Path) -> None:
     assert comparable(workdir) == comparable(whole)
     mine, theirs = (json.loads((directory / "result.json").read_text()) for directory in (workdir, whole))
     for result in (mine, theirs):
-        for name in ("wall_seconds", "seconds", "config", "policy"):
+        for name in ("wall_seconds", "seconds", "config", "policy", "commit"):
             result.pop(name, None)
     assert mine == theirs
     for path in (whole / "policy").iterdir():
         assert (workdir / "policy" / path.name).read_bytes() == path.read_bytes()
 
 
-def run_killed_and_resumed(url: str, committed: str, files: Any, tmp_path: Path, *more: str) -> str:
+def run_killed_and_resumed(arguments: list[str], committed: str, files: Any, tmp_path: Path) -> str:
     """Kill a run once a checkpoint is in object storage, run it to its end on another machine, and return what that prints."""
-    arguments = [*ARGUMENTS, f"--workdir={url}", *more]
     first = start_run(tmp_path / "first", *arguments, KILL_AFTER="3")
     wait_until(lambda: files.exists(committed), first)
     first.send_signal(signal.SIGKILL)
@@ -62,7 +68,7 @@ def run_killed_and_resumed(url: str, committed: str, files: Any, tmp_path: Path,
     second = start_run(tmp_path / "second", *arguments)
     output, _ = second.communicate(timeout=CHILD_SECONDS)
     assert second.returncode == 0, output
-    assert "pretrain 1/6" not in output, "it began anew"
+    assert not re.search(r"(pretrain|rpt) 1/", output), "it began anew"
     return output
 
 
@@ -74,7 +80,8 @@ def test_a_run_in_s3_that_was_killed_resumes_on_another_machine(
         files.put(f"{TINY}/", f"{BUCKET}/tiny", recursive=True)
         url = f"s3://{BUCKET}/runs/a"
         policy = f"--config.policy.path=s3://{BUCKET}/tiny"
-        output = run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2.committed", files, tmp_path, policy)
+        arguments = [*ARGUMENTS, f"--workdir={url}", policy]
+        output = run_killed_and_resumed(arguments, f"{BUCKET}/runs/a/checkpoints/2.committed", files, tmp_path)
         assert f"Results: {url}" in output
         assert str(tmp_path) not in output and "secret-of-the-test" not in output
         assert not files.exists(f"{BUCKET}/runs/a/lock")
@@ -86,6 +93,22 @@ def test_a_run_in_s3_that_was_killed_resumes_on_another_machine(
         assert doctor.main(["doctor", "--workdir", url]) == 0
         assert convert.main(["convert", "--from", f"{url}/checkpoints/4", "--to", str(tmp_path / "converted")]) == 0
         assert (tmp_path / "converted" / "model.safetensors").exists()
+
+
+def test_reinforcement_learning_in_s3_that_was_killed_resumes_on_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept rollouts of all training steps are in one file, which the killed run had begun."""
+    fields = SHORT | {"training.log_rollouts_every": 5}
+    main.run(experiment(**fields), tmp_path / "whole")
+    with s3_server() as files:
+        url = f"s3://{BUCKET}/runs/a"
+        arguments = ["--config=configs/rpt_tiny.py", f"--workdir={url}"]
+        arguments += [f"--config.{field}={value}" for field, value in fields.items()]
+        run_killed_and_resumed(arguments, f"{BUCKET}/runs/a/checkpoints/2.committed", files, tmp_path)
+        run = copy_of(url, tmp_path / "third", monkeypatch)
+    assert_same_run(run, tmp_path / "whole")
+    assert training_files(run) == training_files(tmp_path / "whole")
 
 
 def test_a_stop_signal_saves_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
@@ -137,10 +160,60 @@ def test_a_run_in_google_cloud_storage_that_was_killed_resumes_on_another_machin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
     """orbax writes the checkpoints there itself."""
-    with gcs_server() as files:
+    with gcs_server() as (files, _):
         url = f"gs://{BUCKET}/runs/a"
-        run_killed_and_resumed(url, f"{BUCKET}/runs/a/checkpoints/2/commit_success.txt", files, tmp_path)
+        committed = f"{BUCKET}/runs/a/checkpoints/2/commit_success.txt"
+        run_killed_and_resumed([*ARGUMENTS, f"--workdir={url}"], committed, files, tmp_path)
         assert_same_run(copy_of(url, tmp_path / "third", monkeypatch), whole)
+
+
+def test_a_bucket_that_stops_answering_ends_the_run(tmp_path: Path) -> None:
+    with gcs_server() as (files, server):
+        url = f"gs://{BUCKET}/run"
+        run = start_run(tmp_path, *ARGUMENTS, f"--workdir={url}", KILL_AFTER="3", IDLE_SECONDS="1")
+        wait_until(lambda: files.exists(f"{BUCKET}/run/checkpoints/2/commit_success.txt"), run)
+        server.send_signal(signal.SIGSTOP)
+        output, _ = run.communicate(timeout=CHILD_SECONDS)
+    assert run.returncode == 2
+    assert f"error: {url} could not be " in output and "does not answer" in output and "Traceback" not in output
+
+
+def test_a_request_whose_answer_is_lost_is_made_again() -> None:
+    """To a server that does not answer the first request for an object, and then says that there is none."""
+    require("gcsfs")
+    seen: set[str] = set()
+    done = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            if path not in seen:
+                seen.add(path)
+                done.wait()
+            with contextlib.suppress(OSError):
+                self.send_error(404)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Print nothing."""
+
+    program = """
+from pathlib import Path
+import tensorstore
+from rpt_jax.infra import storage
+
+storage.IDLE_SECONDS = 1.0
+files, path = storage.RemoteCopy("gs://bucket/run", Path()).open()
+print(files.exists(f"{path}/a"), tensorstore.KvStore.open("gs://bucket/").result().read("b").result().state)
+"""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environ = os.environ | gcs_environ(server.server_port)
+        command = [sys.executable, "-c", program]
+        output = subprocess.run(command, cwd=ROOT, env=environ, stdout=-1, text=True, timeout=CHILD_SECONDS).stdout
+        done.set()
+        server.shutdown()
+    assert output == "False missing\n"
+    assert len(seen) >= 2
 
 
 def start_processes(url: str, tmp_path: Path) -> list[subprocess.Popen[str]]:
@@ -151,7 +224,7 @@ def start_processes(url: str, tmp_path: Path) -> list[subprocess.Popen[str]]:
 
 def test_the_processes_of_a_run_share_nothing_but_a_bucket(tmp_path: Path) -> None:
     """All are killed after a checkpoint that both have written, and one process goes on from it elsewhere."""
-    with gcs_server() as files:
+    with gcs_server() as (files, _):
         url = f"gs://{BUCKET}/run"
         processes = start_processes(url, tmp_path)
         wait_until(lambda: files.exists(f"{BUCKET}/run/checkpoints/2/commit_success.txt"), processes[0])
