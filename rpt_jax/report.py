@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rpt_jax.config.user_paths import check_location, user_path
+from rpt_jax.config.user_paths import check_local_path, check_location, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.infra.run_format import POLICY
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=8000, help="port to serve at; 0 for any (default: %(default)s)")
     options = parser.parse_args(argv[1:])
     try:
+        check_local_path("--output", options.output)
         import_jax()
         workdirs = [_find_workdir(location) for location in options.workdir]
         if options.serve:

@@ -116,13 +116,16 @@ def check_local_path(name: str, path: str | Path | None) -> None:
     Raises:
       UserError: it is a URL, or has one among its comma-separated parts.
     """
-    url = _ANY_URL.search(str(path or ""))
+    text = str(path or "")
+    url = _ANY_URL.search(text)
     if not url:
         return
-    command = _COPY.get("hf" if "huggingface.co/" in str(path) else url["scheme"].lower())
+    if isinstance(path, Path):
+        text = text.replace(":/", "://", 1)
+    command = _COPY.get("hf" if "huggingface.co/" in text else url["scheme"].lower())
     example = f", for example with `{command}`" if command else ""
     raise UserError(
-        f"{name}={path} is a URL, which is not supported. Give a path of this machine: copy to or from the URL{example}, or "
+        f"{name}={text} is a URL, which is not supported. Give a path of this machine: copy to or from the URL{example}, or "
         "mount it as a directory.",
         field=name,
     )

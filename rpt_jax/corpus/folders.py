@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rpt_jax.corpus.compression import COMPRESSED_ENDINGS
 from rpt_jax.errors import UserError
+from rpt_jax.infra.storage import INDEX_FILES
 
 TEXT_FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv")  # Those that may be compressed.
 FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow", ".array_record")
@@ -92,7 +93,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
         evaluation_names = _evaluation_splits(subfolders, files)
         is_evaluation = folder in evaluation_folders
         evaluation_folders.update(folder / name for name in subfolders if is_evaluation or name in evaluation_names)
-        for file in files:
+        for file in (file for file in files if file not in INDEX_FILES):
             reason = _HIDDEN if _is_hidden(file) else why_not_read(folder / file)
             if not reason and (is_evaluation or file in evaluation_names):
                 reason = EVALUATION_SPLIT

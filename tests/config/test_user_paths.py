@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rpt_jax import convert, main
+from rpt_jax import convert, main, report
 from rpt_jax.bench import __main__ as bench
 from rpt_jax.config import default_config, from_config_dict
 from rpt_jax.config.dataclass_io import leaves
@@ -87,6 +87,7 @@ def test_other_paths_are_not_taken_for_urls(path: str | None) -> None:
     [
         (main.main, ["--config=configs/rpt_tiny.py", f"--compilation_cache={URL}"], "--compilation_cache"),
         (convert.main, ["--from", "configs/tiny", "--to", URL], "--to"),
+        (report.main, ["--workdir", "run", "--output", URL], "--output"),
         (
             preflight.main,
             ["--config=configs/rpt_tiny.py", "--topology=h100:8", "--json", URL],
@@ -102,7 +103,7 @@ def test_other_paths_are_not_taken_for_urls(path: str | None) -> None:
 def test_a_tool_refuses_a_url_before_it_starts(tool, arguments, flag, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert tool(["tool", *arguments]) == 2
-    assert f"error: {flag}=gs:/" in capsys.readouterr().err
+    assert f"error: {flag}={URL} " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from rpt_jax.corpus.documents import Document
 from rpt_jax.corpus.files import check_path, find_file_ranges
 from rpt_jax.corpus.readers import read_file_range
 from rpt_jax.errors import UserError
+from rpt_jax.infra.storage import INDEX_FILES
 from tests.helpers.corpora import write_jsonl
 
 
@@ -40,6 +41,14 @@ def test_hidden_files_and_folders_are_counted_and_not_read(tmp_path: Path, caplo
         assert texts_of(root) == ["a.jsonl"], "the folder itself may be in a hidden one"
     assert "hidden: 4 (such as" in caplog.text
     assert texts_of(root / "._a.jsonl") == ["._a.jsonl"], "it is named"
+
+
+def test_the_index_of_the_copy_of_a_url_is_not_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", *INDEX_FILES):
+        write(tmp_path / name)
+    with caplog.at_level(logging.INFO):
+        assert texts_of(tmp_path) == ["a.jsonl"]
+    assert "hidden" not in caplog.text
 
 
 @pytest.mark.parametrize("pattern", ["**/*.jsonl", "**", "*/*.jsonl", "*"])
