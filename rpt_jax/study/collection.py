@@ -104,11 +104,11 @@ def tuning_scores(result: dict[str, Any], lines: Sequence[dict[str, float]]) -> 
       lines: of its `metrics.jsonl`, in order.
     """
     before, after = (_score(result[name]["accuracy"]["micro"]) for name in ("before", "after"))
-    curve = {
-        TUNING_STEP.format(int(line["step"])): Score(*(line[name] for name in QUESTION_ACCURACY), after.count)
-        for line in lines
-        if 0 < line["step"] < result["steps"] and QUESTION_ACCURACY[0] in line
-    }
+    curve = {}
+    for line in lines:
+        if 0 < line["step"] < result["steps"] and QUESTION_ACCURACY[0] in line:
+            value, low, high = (line[name] for name in QUESTION_ACCURACY)
+            curve[TUNING_STEP.format(int(line["step"]))] = Score(value, low, high, after.count)
     return {BEFORE_TUNING: before, **curve, AFTER_TUNING: after}
 
 
