@@ -63,7 +63,7 @@ def test_a_finished_run_goes_on_in_another_precision(tmp_path: Path, caplog: pyt
     caplog.set_level(logging.INFO, logger="rpt_jax")
     main.run(experiment(**SMALL), tmp_path)
     main.run(experiment(**SMALL | {"policy.dtype": "bfloat16", "training.total_steps": 6}), tmp_path)
-    assert "policy.dtype: 'float32' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in caplog.text
+    assert "policy.dtype: 'auto' there, 'bfloat16' now; training.total_steps: 5 there, 6 now" in caplog.text
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert lines[5]["mismatch/max"] < 1e-4 < lines[6]["mismatch/max"] < 1
 
