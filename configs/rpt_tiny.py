@@ -16,7 +16,7 @@ def get_config() -> Any:
     config = default_config()
     config.task = "rpt"
 
-    # Made by configs/pretrain_tiny.py.
+    # See docs/results/tiny.md for how it was made; configs/pretrain_tiny.py makes another one.
     config.policy.path = str(Path(__file__).parent / "tiny")
     config.policy.preset = "tiny"
 
