@@ -5,7 +5,7 @@ Hardware  2 CPU cores, 4 GB of memory
 Time      about 8 hours for 77 units, from single runs (estimate)
 Results   not measured
 
-The largest budget is what half of the steps of configs/rpt_tiny.py cost, at 4.4e10 FLOPs each. A larger one can be
+The largest budget is that of 100 of the 210 steps of configs/rpt_tiny.py, 4.4e10 FLOPs each. A larger one can be
 appended when the study has run.
 
 Two trained policies that differ by 3 points are told apart with a probability of 80 % by 1,070 positions of 2 samples, or by 560
@@ -94,7 +94,7 @@ def get_config() -> StudyConfig:
         references=("base", "ntp", "mixed_sft"),
         seeds=(0, 1, 2, 3, 4),
         matched_by="flops",
-        budgets=(1.125e12, 2.25e12, 4.5e12),
+        budgets=(1.1e12, 2.2e12, 4.4e12),
         tuning=StageConfig(
             name="tuning",
             config="configs/rft_tiny.py",

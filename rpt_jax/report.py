@@ -15,7 +15,7 @@ from pathlib import Path
 from rpt_jax.config.user_paths import check_local_path, check_location, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
-from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.run_format import METRICS, POLICY
 from rpt_jax.infra.storage import LARGE_FOLDERS, fetch, with_urls
 
 _COMPARISON = "comparison.html"  # Name of the page of several runs, in the directory of the first.
@@ -48,16 +48,15 @@ def main(argv: list[str]) -> int:
 
 def _find_workdir(location: str) -> Path:
     """Return the directory of a run, for a URL a copy of it. Raises: UserError, if it is not one."""
-    from rpt_jax.infra.metrics import FILE_NAME
     from rpt_jax.infra.workdir import is_run_directory
 
     check_location("--workdir", location)
     workdir = fetch(location, "--workdir", skip={*LARGE_FOLDERS, POLICY})
     if not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is not the directory of a run.", field="--workdir")
-    if not (workdir / FILE_NAME).exists() and not is_run_directory(workdir):
+    if not (workdir / METRICS).exists() and not is_run_directory(workdir):
         raise UserError(
-            f"{workdir / FILE_NAME} is missing, and so is a run's config: --workdir={workdir} is not the directory of a run.",
+            f"{workdir / METRICS} is missing, and so is a run's config: --workdir={workdir} is not the directory of a run.",
             field="--workdir",
         )
     return workdir

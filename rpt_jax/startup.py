@@ -34,7 +34,14 @@ from rpt_jax.prompts.traces import check_traces
 from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking
 from rpt_jax.rollout.memory import device_memory
-from rpt_jax.setup import check_sampling, check_top_k, dtype_of, read_architecture, starts_with_pretraining
+from rpt_jax.setup import (
+    check_sampling,
+    check_top_k,
+    dtype_of,
+    head_precision_of,
+    read_architecture,
+    starts_with_pretraining,
+)
 from rpt_jax.sizes.memory import trained_parameters
 from rpt_jax.sizes.policy import model_config_of
 from rpt_jax.tokenizers.tokenizer import Tokenizer
@@ -146,7 +153,8 @@ def log_start(experiment: Experiment, workdir: Path) -> None:
         level = f"JAX_OPTIMIZATION_LEVEL={jax.config.values['jax_optimization_level']}"
         logger.info("Settings: %s %s", describe_gpu_settings(os.environ), level)
     policy = sizes.policy
-    logger.info("Policy: %s parameters, %s, %s", f"{policy.parameters:,}", dtype_of(experiment.policy), policy.source)
+    precision = f"{dtype_of(experiment.policy)}, head in {head_precision_of(experiment.policy)}"
+    logger.info("Policy: %s parameters, %s, %s", f"{policy.parameters:,}", precision, policy.source)
     if policy.trained_parameters != policy.parameters:
         logger.info("Trained: %s parameters of adapters (policy.lora)", f"{policy.trained_parameters:,}")
     if sizes.rpt:

@@ -18,7 +18,8 @@ from typing import Any
 
 from rpt_jax.bench.options import positive
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+from rpt_jax.infra.metrics import read_metrics
+from rpt_jax.infra.run_format import METRICS
 
 _SMALLEST_RUN = (
     "data.source_options.documents=60",
@@ -65,7 +66,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
         code = subprocess.run([*command, *overrides], check=False).returncode
         if code:
             raise UserError(f"the run exited with code {code}; its last message says why.", field="--config")
-        lines = read_metrics(workdir / FILE_NAME)
+        lines = read_metrics(workdir / METRICS)
 
     # Compare the beginning with the end, without the steps that compile.
     settled = lines[len(lines) // 10 :]

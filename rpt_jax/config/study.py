@@ -115,6 +115,7 @@ def check_study(study: StudyConfig) -> None:
     if not study.arms:
         raise UserError("arms is empty: a study compares arms.", field="arms")
     _check_names("arms", [arm.name for arm in study.arms])
+    _check_names("evaluations: name", [suite.evaluation_name for suite in study.evaluations])
     for arm in study.arms:
         reserved = [study.tuning.name, *(suite_run_name(suite) for suite in study.evaluations)]
         _check_names(f"arms.{arm.name}.stages", [*(stage.name for stage in arm.stages), *reserved])

@@ -448,7 +448,7 @@ def _check_precision(policy: PolicyConfig) -> None:
     """Refuse a precision of float32 products where the products are in bfloat16. Raises: UserError."""
     if policy.dtype != "float32" and policy.precision != PolicyConfig.precision:
         raise UserError(
-            f"policy.precision={policy.precision} belongs to policy.dtype=float32, but policy.dtype={policy.dtype}.",
+            f"policy.precision={policy.precision} needs policy.dtype=float32; it is {policy.dtype}.",
             field="policy.precision",
         )
 

@@ -118,6 +118,9 @@ def log_verdict(workdir: Path) -> None:
     except Exception as error:  # noqa: BLE001
         logger.warning("The run could not be examined (%s: %s). Try %s", type(error).__name__, error, command)
         return
+    if not diagnosis.checked:
+        logger.info("Doctor: the run is too short to be examined; see %s", command)
+        return
     if not diagnosis.findings:
         logger.info(
             "Doctor: no problems found by %d rules, %d were not checked; see %s",

@@ -11,8 +11,9 @@ from typing import Any
 from rpt_jax.diagnosis.finding import Change, Evidence
 from rpt_jax.diagnosis.rule import CannotCheck
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.rollout_files import read_table, rollout_files
+from rpt_jax.infra.run_format import METRICS
 from rpt_jax.infra.workdir import RESULT, RUN_CONFIG, read_run_config
 
 # A mean over fewer steps varies too much: with the 32 prompts × 8 samples of configs/rpt_tiny.py, the mean reward of a step has a
@@ -136,9 +137,9 @@ def read_run_record(workdir: Path) -> RunRecord:
         raise UserError(f"--workdir={workdir} cannot be read ({error}).", field="--workdir") from None
     if not isinstance(config.get("training.total_steps"), int):
         raise UserError(f"{workdir / RUN_CONFIG} has no training.total_steps: it is damaged.", field="--workdir")
-    lines = read_metrics(workdir / FILE_NAME)
+    lines = read_metrics(workdir / METRICS)
     if not any(line["step"] >= 1 for line in lines):
-        raise UserError(f"{workdir / FILE_NAME} has no training step yet.", field=str(workdir / FILE_NAME))
+        raise UserError(f"{workdir / METRICS} has no training step yet.", field=str(workdir / METRICS))
     return RunRecord(workdir=workdir, config=config, lines=lines, is_complete=_has_result(workdir))
 
 

@@ -171,9 +171,9 @@ class Checkpointer:
         found = self._frozen.get("frozen", "")
         if found != expected:
             raise UserError(
-                f"the adapters in {checkpoint} belong to other weights than those of policy.path, stored as policy.dtype says "
-                f"(checksum {expected[:12] or 'none'}… there, {found[:12] or 'none'}… now): give the policy that the run started "
-                "from, or choose another --workdir.",
+                f"the adapters in {checkpoint} belong to other frozen weights (checksum {expected[:12] or 'none'}… there, "
+                f"{found[:12] or 'none'}… now), which depend on policy.path and policy.dtype: give the policy that the run "
+                "started from, in the same precision, or choose another --workdir.",
                 field="policy.path",
             )
 

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 from rpt_jax.distributed.processes import is_leader
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
+from rpt_jax.infra.run_format import METRICS
 from rpt_jax.infra.trackers import Trackers
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-FILE_NAME = "metrics.jsonl"
 
 
 def _parse(line: bytes) -> dict[str, float] | None:
@@ -107,7 +106,7 @@ class MetricsWriter:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / FILE_NAME
+        self._path = workdir / METRICS
         # The trackers have got the steps after `resume_step` too: a run writes them again, to the same numbers.
         kept, self._tracked_step = _truncate(self._path, resume_step) if self._path.exists() else ([], -1)
         self._file = self._path.open("a", encoding="utf-8", newline="\n")

@@ -11,7 +11,8 @@ import numpy as np
 
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+from rpt_jax.infra.metrics import read_metrics
+from rpt_jax.infra.run_format import METRICS
 from rpt_jax.infra.scaling_laws import NotDetermined, PowerLaw, fit_power_law
 from rpt_jax.infra.workdir import RESULT
 
@@ -57,7 +58,7 @@ def write_plots(workdir: Path) -> list[Path]:
     import matplotlib
 
     workdir = Path(workdir)
-    metrics = _Metrics(workdir / FILE_NAME)
+    metrics = _Metrics(workdir / METRICS)
     on_questions = bool(metrics.columns(*QUESTION_ACCURACY).size)
     direct = {} if on_questions else _base_accuracy(workdir / RESULT)
     directory = workdir / PLOTS

@@ -14,6 +14,7 @@ from rpt_jax.errors import UserError
 FORMAT = 5
 # In the directory of a run.
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
 POLICY = "policy"
 RESULT = "result.json"
 

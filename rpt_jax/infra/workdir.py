@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.budget import budget_used
 from rpt_jax.infra.rollout_files import ROLLOUTS
-from rpt_jax.infra.run_format import CHECKPOINTS, POLICY, RESULT, check_format, format_stamp
+from rpt_jax.infra.run_format import CHECKPOINTS, METRICS, POLICY, RESULT, check_format, format_stamp
 from rpt_jax.infra.shared_files import share
 from rpt_jax.infra.storage import checkpoint_directory
 from rpt_jax.infra.total_steps import consequences_of_total_steps
@@ -39,7 +39,7 @@ _SHARED_FILE_ATTEMPTS = 10  # A network file system may show a new file late: lo
 # Files that a run leaves in its workdir, which another run would resume from or overwrite.
 _OUTPUTS = (
     f"{CHECKPOINTS}/*",
-    "metrics.jsonl",
+    METRICS,
     ROLLOUTS,
     TRACKERS_FILE,
     RESULT,
@@ -82,8 +82,8 @@ _MAY_CHANGE = (
 def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) -> Iterator[None]:
     """Lock `workdir` for this run, and write its config there or compare it with the one that is there.
 
-    A new workdir is released again if a UserError ends the run before it has written anything: after a typo in a path, the user
-    can fix the command and use the same workdir.
+    If a UserError ends the run before its first step, a new workdir without outputs is released again, so that the user can fix a
+    typo and use it, and an existing one has its config, its result and its policy as before.
 
     A finished run goes on if `training.total_steps` or its budget has grown; its result and its policy are kept as
     `result_<steps>.json` and `policy_<steps>`. Otherwise it is left as it is.
@@ -105,13 +105,14 @@ def claimed_workdir(workdir: Path, experiment: Experiment, force: bool = False) 
         yield
         return
     with _lock(workdir, experiment):
-        is_new = _claim(workdir, experiment, force)
+        progress = _progress(workdir)
+        release = _claim(workdir, experiment, force)
         share(workdir, "claimed")
         try:
             yield
         except UserError:
-            if is_new and not _outputs(workdir):
-                (workdir / RUN_CONFIG).unlink(missing_ok=True)
+            if _progress(workdir) == progress:
+                release()
             raise
 
 
@@ -240,22 +241,30 @@ def _values(experiment: Experiment) -> dict[str, Any]:
     return values
 
 
-def _claim(workdir: Path, experiment: Experiment, force: bool) -> bool:
-    """Write or compare the config; return whether the workdir is new."""
+def _progress(workdir: Path) -> tuple[int | None, int]:
+    """Return the step of the newest checkpoint and the size of the metrics, which the first step of a run changes."""
+    metrics = workdir / METRICS
+    return _saved_step(workdir), metrics.stat().st_size if metrics.exists() else 0
+
+
+def _claim(workdir: Path, experiment: Experiment, force: bool) -> Callable[[], None]:
+    """Write or compare the config; return what takes that back."""
     path = workdir / RUN_CONFIG
     try:
         if path.exists():
-            _claim_existing(workdir, experiment, force)
-            return False
+            return _claim_existing(workdir, experiment, force)
         _check_unclaimed(workdir)
         _write_config(path, _values(experiment))
-        return True
+        return lambda: None if _outputs(workdir) else path.unlink(missing_ok=True)
     except OSError as error:
         raise _unusable(workdir, error) from None
 
 
-def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
-    """Compare the config with that of the run in `workdir`, and write it if the run goes on. Raises: UserError."""
+def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> Callable[[], None]:
+    """Compare the config with that of the run in `workdir`, and write it if the run goes on; return what takes that back.
+
+    Raises: UserError.
+    """
     # Refuse what the run cannot continue with.
     ours = _values(experiment)
     # A field that the run does not know has been added since; until then, its default was what the run did.
@@ -276,13 +285,14 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
     if complete:
         if differing:
             logger.info("The run is complete, so these changes have no effect: %s.", changes)
-        return
+        return lambda: None
     finished = finished_steps(workdir) if experiment.trains else None
     completed = _check_total_steps(workdir, total_steps, finished)
 
     # Any other run goes on with the new config.
     if _saved_step(workdir) is not None:
         _check_beginning(workdir, theirs, ours)
+    earlier_config = (workdir / RUN_CONFIG).read_bytes()
     if differing:
         logger.info("The config changed: %s.", changes)
         _write_config(workdir / RUN_CONFIG, ours)
@@ -295,31 +305,44 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> None:
     earlier_total = theirs.get("training.total_steps", total_steps)
     for consequence in consequences_of_total_steps(experiment, earlier_total, completed):
         logger.warning(consequence)
-    if experiment.trains and total_steps > completed:
-        _keep_outputs(workdir, completed)
+    renamed = _keep_outputs(workdir, completed) if experiment.trains and total_steps > completed else {}
+
+    def take_back() -> None:
+        atomic_write(workdir / RUN_CONFIG, earlier_config)
+        for output, kept in renamed.items():
+            kept.replace(output)
+
+    return take_back
 
 
 def _check_beginning(workdir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Check that a run with a checkpoint keeps its task, and began with a cold start if the config has one. Raises: UserError."""
+    """Check that a run with a checkpoint keeps its task and its adapters, and its cold start if it had one. Raises: UserError."""
+    adapters = [name for name in ours if name.startswith("policy.lora.")]
+    if ours["policy.lora.rank"]:
+        adapters.append("policy.dtype")  # The frozen weights are stored in it.
     for name, is_same in (
         ("task", theirs.get("task") == ours["task"]),
         ("cold_start.total_steps", bool(theirs.get("cold_start.total_steps")) == bool(ours["cold_start.total_steps"])),
+        *((name, theirs.get(name) == ours[name]) for name in adapters),
     ):
         if not is_same:
             raise UserError(
                 f"{_changes([name], theirs, ours)}: the run in --workdir={workdir} has a checkpoint already, so that --force "
-                "cannot change how it began. Choose another --workdir, with policy.path to start from a policy of this run.",
+                "cannot change this. Choose another --workdir, with policy.path to start from a policy of this run.",
                 field=name,
             )
 
 
-def _keep_outputs(workdir: Path, steps: int) -> None:
-    """Rename the result and the policy of a run that was finished after `steps` steps and goes on."""
+def _keep_outputs(workdir: Path, steps: int) -> dict[Path, Path]:
+    """Rename the result and the policy of a run that was finished after `steps` steps and goes on; return the new paths."""
+    renamed = {}
     for output, kept in ((RESULT, f"result_{steps}.json"), (POLICY, f"{POLICY}_{steps}")):
         if (workdir / output).exists():
             shutil.rmtree(workdir / kept, ignore_errors=True)
             (workdir / output).replace(workdir / kept)
+            renamed[workdir / output] = workdir / kept
             logger.info("The finished run goes on: %s is now called %s.", workdir / output, kept)
+    return renamed
 
 
 def _check_total_steps(workdir: Path, total_steps: int, finished: int | None) -> int:

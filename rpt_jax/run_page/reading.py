@@ -23,9 +23,9 @@ from rpt_jax.config.dataclass_io import leaves
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.diagnosis.examination import Diagnosis, examine
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.rollout_files import EVALUATION, TEXT, TRAINING, read_table, rollout_files
-from rpt_jax.infra.run_format import FORMAT
+from rpt_jax.infra.run_format import FORMAT, METRICS
 from rpt_jax.infra.scaling_laws import NotDetermined, fit_power_law
 from rpt_jax.infra.workdir import RESULT, RUN_CONFIG
 
@@ -143,7 +143,7 @@ def _read_result(run: RunData, workdir: Path) -> None:
 
 def _read_metrics(run: RunData, workdir: Path) -> None:
     try:
-        lines = read_metrics(workdir / FILE_NAME)
+        lines = read_metrics(workdir / METRICS)
     except UserError as error:
         run.problems.append(str(error))
         lines = []

@@ -9,8 +9,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from rpt_jax.infra.metrics import FILE_NAME
 from rpt_jax.infra.rollout_files import ROLLOUTS
+from rpt_jax.infra.run_format import METRICS
 from rpt_jax.infra.workdir import RESULT, RUN_CONFIG
 from rpt_jax.run_page.build import render_page
 from rpt_jax.run_page.reading import read_run
@@ -44,7 +44,7 @@ class RunServer(ThreadingHTTPServer):
 
     def version(self) -> str:
         """Return a digest of the names, times and sizes of the files that the page is made from."""
-        patterns = (FILE_NAME, RUN_CONFIG, RESULT, f"{ROLLOUTS}/*")
+        patterns = (METRICS, RUN_CONFIG, RESULT, f"{ROLLOUTS}/*")
         paths = sorted(path for workdir in self._workdirs for pattern in patterns for path in workdir.glob(pattern))
         return hashlib.sha256(repr([_state(path) for path in paths]).encode()).hexdigest()
 

@@ -11,8 +11,9 @@ from typing import Any
 from rpt_jax import __version__
 from rpt_jax.config.study import StudyConfig
 from rpt_jax.errors import UserError
-from rpt_jax.infra import metrics
+from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.plots import QUESTION_ACCURACY
+from rpt_jax.infra.run_format import METRICS
 from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.workdir import read_result
 from rpt_jax.study.execution import read_failure
@@ -62,7 +63,7 @@ def outcome(unit: UnitPlan) -> Outcome:
         with _undamaged(run.directory / run.result):
             scores |= suite_scores(name, json.loads((run.directory / run.result).read_bytes()))
     with _undamaged(unit.tuning.directory / unit.tuning.result):
-        scores |= tuning_scores(tuning, metrics.read_metrics(unit.tuning.directory / metrics.FILE_NAME))
+        scores |= tuning_scores(tuning, read_metrics(unit.tuning.directory / METRICS))
     return Outcome(
         arm=unit.unit.arm,
         seed=unit.unit.seed,

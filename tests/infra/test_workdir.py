@@ -14,6 +14,7 @@ from rpt_jax.config import (
     ColdStartConfig,
     DataConfig,
     Experiment,
+    LoraConfig,
     MeshConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -84,6 +85,28 @@ def test_a_new_workdir_is_released_if_the_run_cannot_start(tmp_path):
     with pytest.raises(UserError, match="later"), claimed_workdir(tmp_path, Experiment(seed=2)):
         raise UserError("later")
     assert read_run_config(tmp_path)["seed"] == 2, "the config of an earlier run stays"
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path):
+    def contents():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    claim(tmp_path, Experiment())
+    result = {**format_stamp(), "steps": 1000, "flops": 1.0, "seconds": 1.0}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1000}\n')
+    (tmp_path / "checkpoints" / "1000").mkdir(parents=True)
+    before = contents()
+    longer = Experiment(training=TrainingConfig(total_steps=1001), policy=PolicyConfig(dtype="bfloat16"))
+    with pytest.raises(UserError, match="frozen"), claimed_workdir(tmp_path, longer):
+        assert "result_1000.json" in contents()
+        raise UserError("other frozen weights")
+    assert contents() == before
+    # Once a step is done, the changes stay.
+    with pytest.raises(UserError, match="diverged"), claimed_workdir(tmp_path, longer):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1000}\n{"step": 1001}\n')
+        raise UserError("diverged")
+    assert "result_1000.json" in contents() and read_run_config(tmp_path)["policy.dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("output", ["metrics.jsonl", "result.json", "checkpoints/20"])
@@ -169,12 +192,24 @@ def test_changes_of_a_cold_start_that_is_complete_are_said_to_have_no_effect(tmp
     assert "no effect: cold_start.total_steps: 6 there, 7 now" in record.getMessage()
 
 
+def with_adapters(**fields) -> Experiment:
+    return Experiment(policy=PolicyConfig(lora=LoraConfig(**fields)))
+
+
 @pytest.mark.parametrize(
     ("before", "after", "field"),
     [
         (Experiment(), Experiment(cold_start=ColdStartConfig(total_steps=5)), "cold_start.total_steps"),
         (Experiment(cold_start=ColdStartConfig(total_steps=5)), Experiment(), "cold_start.total_steps"),
         (Experiment(task="pretrain"), Experiment(), "task"),
+        (with_adapters(rank=8), with_adapters(rank=4), "policy.lora.rank"),
+        (with_adapters(rank=8), with_adapters(rank=8, alpha=1.0), "policy.lora.alpha"),
+        (with_adapters(rank=8), with_adapters(rank=8, targets="q_proj"), "policy.lora.targets"),
+        (
+            with_adapters(rank=8),
+            Experiment(policy=PolicyConfig(dtype="bfloat16", lora=LoraConfig(rank=8))),
+            "policy.dtype",
+        ),
     ],
 )
 def test_the_beginning_of_a_run_cannot_change_once_it_has_a_checkpoint(tmp_path, before, after, field):

@@ -88,7 +88,7 @@ def test_a_suite_may_run_twice_under_other_names(tmp_path: Path) -> None:
             "other": "evaluate_other",
         }
         assert "--config.evaluation.positions=9" in plan.evaluations["other"].command
-    with pytest.raises(UserError, match="evaluate_next_token"):
+    with pytest.raises(UserError, match="evaluations: name"):
         check_study(dataclasses.replace(STUDY, evaluations=(suite, suite)))
 
 

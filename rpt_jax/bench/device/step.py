@@ -22,7 +22,8 @@ from rpt_jax.config.loading import packaged_configs
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.distributed.sharding import init_parameters
 from rpt_jax.errors import UserError
-from rpt_jax.infra.metrics import FILE_NAME, read_metrics
+from rpt_jax.infra.metrics import read_metrics
+from rpt_jax.infra.run_format import METRICS
 from rpt_jax.model.model_config import preset
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.export import exported_files
@@ -46,7 +47,7 @@ def measure(report: Report, sizes: Sizes) -> None:
         config = packaged_configs() / "rpt_tiny.py"
         command = [sys.executable, "-m", "rpt_jax.main", f"--config={config}", f"--workdir={folder / 'run'}"]
         overrides = [f"--config.{field}" for field in _overrides(folder, model, sizes)]
-        _report_steps(report, subprocess.Popen([*command, *overrides]), folder / "run" / FILE_NAME)
+        _report_steps(report, subprocess.Popen([*command, *overrides]), folder / "run" / METRICS)
 
 
 def _write_policy(directory: Path, model: str) -> None:
