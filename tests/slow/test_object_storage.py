@@ -170,7 +170,7 @@ def test_a_run_in_google_cloud_storage_that_was_killed_resumes_on_another_machin
 def test_a_bucket_that_stops_answering_ends_the_run(tmp_path: Path) -> None:
     with gcs_server() as (files, server):
         url = f"gs://{BUCKET}/run"
-        run = start_run(tmp_path, *ARGUMENTS, f"--workdir={url}", KILL_AFTER="3", IDLE_SECONDS="1")
+        run = start_run(tmp_path, *ARGUMENTS, f"--workdir={url}", KILL_AFTER="3", IDLE_SECONDS="10")
         wait_until(lambda: files.exists(f"{BUCKET}/run/checkpoints/2/commit_success.txt"), run)
         server.send_signal(signal.SIGSTOP)
         output, _ = run.communicate(timeout=CHILD_SECONDS)
