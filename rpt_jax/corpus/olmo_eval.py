@@ -16,7 +16,7 @@ from rpt_jax.corpus.readers import line_in_file, parse_file_range
 from rpt_jax.corpus.records import InvalidRecordError, RecordParser
 from rpt_jax.errors import UserError
 
-# Parts of MATH, each with its problems in a file of its own.
+# The subjects of MATH; the package has one file for each.
 MATH_SUBJECTS = (
     "algebra",
     "counting_and_probability",

@@ -1,4 +1,4 @@
-"""Products of groups of rows, each group with a matrix of its own.
+"""Grouped matrix product: each group of rows is multiplied by its own matrix.
 
 TPUs have an instruction for it, `jax.lax.ragged_dot`. What JAX lowers that to on CPUs, and XLA may on GPUs, multiplies every row
 with every matrix and masks the results. There, each group is padded to whole blocks of rows instead. The number of blocks, and so

@@ -147,7 +147,7 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
             )
 
     scores = [BEFORE_TUNING, AFTER_TUNING]
-    if any(suite.evaluation_name == NEXT_TOKEN for suite in study.evaluations):
+    if any(suite.suite == suite.evaluation_name == NEXT_TOKEN for suite in study.evaluations):
         scores += [f"{mode}/{difficulty}" for mode in ("direct", "reasoning") for difficulty in DIFFICULTIES]
     if not study.main_score.startswith(tuple(f"{suite.evaluation_name}/" for suite in study.evaluations)):
         check_choice("main_score", study.main_score, scores)

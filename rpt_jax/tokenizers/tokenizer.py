@@ -44,8 +44,8 @@ THINK, END_THINK = "<think>", "</think>"
 Files = dict[str, bytes]  # Content by file name.
 
 _SPACE_MARK = "\u2581"  # Stands for a space in the pieces of sentencepiece.
-# With fewer texts, sentencepiece takes longer to start its threads than to encode.
-_MIN_TEXTS_FOR_THREADS = 64
+# Below this, sentencepiece takes longer to start its threads than to encode.
+_MIN_CHARACTERS_FOR_THREADS = 4096
 # Bytes that a byte-level BPE need not have (SmolLM2's does not): those that never occur in UTF-8, first bytes of unassigned
 # planes, and control characters. Encoding a text with such a byte raises an error.
 _OPTIONAL_BYTES = {
@@ -336,9 +336,9 @@ def _encode_sentencepiece(
     """Encode texts, with the ids of `symbols` for what `pattern` matches."""
     parts_of_texts = [pattern.split(text) for text in texts]
     plain = [part for parts in parts_of_texts for part in parts if part not in symbols]
-    # One call for all texts, which starts threads: not for a few texts, nor where there is a process for every core already.
-    few_texts = len(plain) < _MIN_TEXTS_FOR_THREADS
-    num_threads = 1 if few_texts or os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
+    # One call for all texts, which starts threads: not for a little text, nor where there is a process for every core already.
+    is_short = sum(map(len, plain)) < _MIN_CHARACTERS_FOR_THREADS
+    num_threads = 1 if is_short or os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1
     encoded = iter(processor.encode(plain, num_threads=num_threads))
     return [
         [i for part in parts for i in (symbols[part] if part in symbols else next(encoded))] for parts in parts_of_texts

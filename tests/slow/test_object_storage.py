@@ -217,7 +217,7 @@ print(files.exists(f"{path}/a"), tensorstore.KvStore.open("gs://bucket/").result
 
 
 def start_processes(url: str, tmp_path: Path) -> list[subprocess.Popen[str]]:
-    """Start the two processes of a run, each with a cache directory of its own, as on two machines."""
+    """Start the two processes of a run with separate cache directories, as on two machines."""
     joint = [f"--workdir={url}", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
     return [start_run(tmp_path / f"host{i}", *ARGUMENTS, *joint, f"--process={i}", KILL_AFTER="3") for i in range(2)]
 
