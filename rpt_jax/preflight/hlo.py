@@ -401,8 +401,26 @@ def _bytes(shape: str, on_chip: bool = False) -> float:
     for dtype, dims, layout in _ARRAY.findall(shape):
         if on_chip or "S(" not in layout:
             bits = _BITS[dtype] if dtype in _BITS else int(re.findall(r"\d+", dtype)[0])
-            total += bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
+            total += bits / 8 * _numbers_in_tiles([int(d) for d in dims.split(",") if d], layout)
     return total
+
+
+def _numbers_in_tiles(dims: Sequence[int], layout: str) -> int:
+    """Return how many numbers an array takes in memory, with its tiles filled up.
+
+    Args:
+      dims: dimensions of the array.
+      layout: as in HLO, such as "{0,1:T(8,128)(2,1)}": dimensions from the minor to the major one, then the tiles of the minor
+        ones. Further tiles divide the first one without padding.
+    """
+    found = re.match(r"\{([0-9,]+):T\(([0-9,]+)\)", layout)
+    if found is None:
+        return math.prod(dims)
+    minor_to_major, tile = ([int(n) for n in numbers.split(",")] for numbers in found.groups())
+    padded = list(dims)
+    for dim, size in zip(minor_to_major, reversed(tile), strict=False):
+        padded[dim] = -(-dims[dim] // size) * size
+    return math.prod(padded)
 
 
 def _bytes_of_part(whole: str, part: str) -> float:

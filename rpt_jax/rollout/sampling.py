@@ -14,9 +14,7 @@ from jax.sharding import PartitionSpec
 
 from rpt_jax.distributed.mesh import DECODING, num_shards
 from rpt_jax.model.attention.platform import target_platform
-
-# A TPU's tiles have this many columns.
-_LANES = 128
+from rpt_jax.model.tpu import LANES, fill_lanes
 
 
 def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, max_new_tokens: int) -> jax.Array:
@@ -118,8 +116,8 @@ def _row_blocks(logits_MxV: jax.Array) -> _Blocks:
     """Return blocks of about √V tokens, for a CPU or a GPU."""
     rows, vocab = logits_MxV.shape
     width = math.isqrt(vocab - 1) + 1
-    if width > _LANES:
-        width = -(-width // _LANES) * _LANES
+    if width > LANES:
+        width = fill_lanes(width)
     count = -(-vocab // width)
     # Gathered over devices before padding. Padding a sharded vocabulary would shift its shards with a collective
     # permute, for which XLA's CPU backend waits for all replicas: their loops have different lengths, so this would
@@ -150,7 +148,7 @@ def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
     if vocab % shards:
         shards = 1
     size = vocab // shards
-    count = -(-size // _LANES)
+    count = -(-size // LANES)
     axes = None if shards == 1 else DECODING["vocab"]
 
     def on_shards(fn: Callable[..., Any], *args: jax.Array, in_specs: Any, out_specs: Any) -> Any:
@@ -159,8 +157,8 @@ def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
         return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
     def split(logits_MxV: jax.Array) -> jax.Array:
-        padded = jnp.pad(logits_MxV, ((0, 0), (0, count * _LANES - size)), constant_values=-jnp.inf)
-        return padded.reshape(rows, count, _LANES)
+        padded = jnp.pad(logits_MxV, ((0, 0), (0, count * LANES - size)), constant_values=-jnp.inf)
+        return padded.reshape(rows, count, LANES)
 
     def sum_blocks(logits_MxV: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_MxBxW = split(logits_MxV)
@@ -179,7 +177,7 @@ def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
         first_S = jnp.arange(shards, dtype=jnp.int32) * count
         in_specs = (by_shard, PartitionSpec(axes), PartitionSpec())
         logits_MxSxW = on_shards(read_block, logits_MxV, first_S, block_M, in_specs=in_specs, out_specs=by_shard)
-        return logits_MxSxW.max(axis=1), block_M // count * size + block_M % count * _LANES
+        return logits_MxSxW.max(axis=1), block_M // count * size + block_M % count * LANES
 
     largest_MxS, sums_MxSxB = on_shards(sum_blocks, logits_MxV, in_specs=by_shard, out_specs=by_shard)
     largest_M = largest_MxS.max(axis=1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from rpt_jax.model.attention.blocked_cache import BlockedCache, make_cache_range
 from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic, cached_attention_bytes
 from rpt_jax.model.attention.dispatch import KERNELS
 from tests.helpers.cached_rows import BLOCKWISE, INTERPRETED, CacheShape, attended_keys, check_kernel, make_example
+from tests.helpers.pallas_blocks import copied_bytes
 from tests.helpers.parameters import mostly_slow
 
 SMALL = CacheShape(layers=2, blocks=3, rows=4, kv_heads=2, block=16, head_size=16, queries=3, dtype="float32")
@@ -90,18 +89,8 @@ def test_what_the_tpu_kernel_moves_is_what_its_block_specs_say(max_group_rows):
     ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
     jaxpr = jax.make_jaxpr(lambda q: attend_cache_mosaic(q, cache, 1, ranges))(example.q_NxKxQxC)
     [kernel] = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
-    mapping = kernel.params["grid_mapping"]
-    scalars = jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.blocks_GxJ
-
-    # A block is copied whenever its index changes.
     grid = range(len(ranges.visits_G)), range(max(1, int(ranges.visits_G.max())))
-    steps_SxG = jnp.array(list(itertools.product(*grid)))
-    moved = 0
-    for block in mapping.block_mappings:
-        starts = jax.vmap(lambda step, block=block: block.compute_start_indices_interpret(step, *scalars))
-        starts_SxD = np.stack(jnp.broadcast_arrays(*starts(steps_SxG)), axis=-1)
-        copies = 1 + np.count_nonzero((np.diff(starts_SxD, axis=0) != 0).any(axis=1))
-        moved += copies * block.block_aval.dtype.itemsize * int(np.prod(block.block_aval.shape))
+    moved = copied_bytes(kernel, grid, (jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.blocks_GxJ))
     expected = cached_attention_bytes(
         rows=SMALL.rows,
         num_queries=SMALL.queries,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.model.attention.key_ranges import ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
+from rpt_jax.model.attention.key_ranges import ROW_BLOCK_SIZES, make_key_ranges, row_size
 from rpt_jax.model.attention.packed import attend_packed
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic, packed_attention_bytes
 from tests.helpers.packed_rows import RowShape, check_kernels, make_example
+from tests.helpers.pallas_blocks import copied_bytes
 from tests.helpers.parameters import mostly_slow
 
 SMALL = RowShape(rows=2, kv_heads=1, heads=2, blocks=3, block=16, ranges=2, head_size=16, dtype="float32")
@@ -86,24 +84,6 @@ def test_the_kernels_lower_for_their_platform(name, platform, call, dtype):
         assert traced.lower(lowering_platforms=(platform,)).as_text().count(call) == 3
 
 
-def block_copies(kernel: Any, key_ranges: KeyRanges) -> float:
-    """Return the bytes that a kernel call copies, by its block specs: a block whenever its index changes."""
-    mapping = kernel.params["grid_mapping"]
-    pairs = key_ranges.by_key if "key_gradients" in str(kernel.params["name"]) else key_ranges.by_query
-    # Rows, kv heads and visits; the number of visits is data.
-    grid = [range(x) if isinstance(x, int) else range(int(pairs.visits_N.max())) for x in mapping.grid]
-    steps_SxG = jnp.array(list(itertools.product(*grid)))
-    total = 0
-    for block in mapping.block_mappings:
-        starts = jax.vmap(
-            lambda step, block=block: block.compute_start_indices_interpret(step, *jax.tree.leaves(pairs))
-        )
-        starts_SxD = np.stack(jnp.broadcast_arrays(*starts(steps_SxG)), axis=-1)
-        copies = 1 + np.count_nonzero((np.diff(starts_SxD, axis=0) != 0).any(axis=1))
-        total += copies * block.block_aval.dtype.itemsize * int(np.prod(block.block_aval.shape))
-    return total
-
-
 def test_what_the_kernels_move_is_what_their_block_specs_say():
     shape = SMALL._replace(rows=1, kv_heads=2)
     example = make_example(shape, 0)
@@ -114,4 +94,9 @@ def test_what_the_kernels_move_is_what_their_block_specs_say():
     expected = packed_attention_bytes(key_ranges, heads_per_kv=shape.heads, head_size=shape.head_size, itemsize=4)
     assert kernels.keys() == expected.keys()
     for name, kernel in kernels.items():
-        assert block_copies(kernel, key_ranges) == pytest.approx(shape.kv_heads * expected[name]), name
+        pairs = key_ranges.by_key if name == "packed_attention_key_gradients" else key_ranges.by_query
+        # Rows, kv heads and visits; the number of visits is data.
+        visits = int(pairs.visits_N.max())
+        grid = [range(x if isinstance(x, int) else visits) for x in kernel.params["grid_mapping"].grid]
+        moved = copied_bytes(kernel, grid, jax.tree.leaves(pairs))
+        assert moved == pytest.approx(shape.kv_heads * expected[name]), name

@@ -134,6 +134,11 @@ ENTRY %main (a: f32[8,4], k: s32[]) -> f32[4] {
         ("%b = f32[2,4]{1,0} slice(%a), slice={[0:2], [0:4]}", 32 + 32),
         ("%b = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:4]}", 32),
         ("%b = f32[1,4]{1,0:S(1)} dynamic-slice(%a, %k), dynamic_slice_sizes={1,4}", 16),
+        # A TPU fills up tiles: of the two minor dimensions, given first, the minor one has the tile's second size.
+        ("ROOT %b = bf16[3,9,4]{2,1,0:T(8,128)(2,1)} convert(%a)", 128 + 3 * 16 * 128 * 2),
+        ("ROOT %b = f32[3,9,4]{0,1,2:T(8,128)} convert(%a)", 128 + 4 * 16 * 128 * 4),
+        ("ROOT %b = f32[5]{0:T(256)} convert(%a)", 128 + 256 * 4),
+        ("ROOT %b = f32[]{:T(128)} convert(%a)", 128 + 4),
     ],
 )
 def test_what_an_instruction_reads_and_writes(instruction: str, moved: float):

@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
-
-# A TPU stores rows of numbers in registers of this many lanes.
-_LANES = 128
+from rpt_jax.model.tpu import fill_lanes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("transposed_keys",))
@@ -106,9 +104,8 @@ def visit_bytes(cache: BlockedCache, num_queries: int) -> int:
       num_queries: queries of a row and kv head.
     """
     kv_heads, size, head_size = cache.v.shape[3:]
-    lanes = -(-head_size // _LANES) * _LANES
     results = num_queries * jnp.dtype(jnp.float32).itemsize
-    return kv_heads * lanes * (2 * size * cache.v.dtype.itemsize + results)
+    return kv_heads * fill_lanes(head_size) * (2 * size * cache.v.dtype.itemsize + results)
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:

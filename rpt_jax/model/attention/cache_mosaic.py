@@ -1,10 +1,11 @@
 """Attention of a decode step over a KV cache on TPUs (Pallas, Mosaic).
 
 The grid runs over groups of rows and visits of a block. A visit copies that block of all rows of a group and of all kv heads,
-while the visit before is computed; blocks in which no row of the group has keys to attend to are not copied. The results stay in
-the core's memory until the last visit of a group.
+while the visit before is computed; blocks in which no row of the group has keys to attend to are not copied. The state of the
+online softmax stays in the core's memory until the last visit of a group.
 
-Keys lie along axis 0 of the scores, as in packed_mosaic.py.
+Keys lie along axis 1 of the scores, along the lanes of a register, because a row has only a few queries. In packed_mosaic.py
+they lie along axis 0.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ from jax.experimental.pallas import tpu as pltpu
 from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attended_entries
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores
+from rpt_jax.model.tpu import fill_lanes
 
-_KEYS_AXIS = 0
+_KEYS_AXIS = 1
 # Queries are padded to whole registers.
 _QUERY_MULTIPLE = 8
+_FLOAT_BYTES = 4
 
 
-class _Results(NamedTuple):
+class _State(NamedTuple):
     """Refs of the online softmax of a group of rows."""
 
-    peak_NxKx1xQ: Any
-    total_NxKx1xQ: Any
-    out_NxKxCxQ: Any
+    peak_NxKxQx1: Any
+    total_NxKxQx1: Any
+    out_NxKxQxC: Any
 
     def load(self, row: Any, head: int) -> Softmax:
         """Return the state of the queries of a row and a kv head."""
@@ -52,32 +55,55 @@ def _kernel(
     q_NxKxQxC: Any,
     k_NxKxBxC: Any,
     v_NxKxBxC: Any,
-    *results: Any,
+    peak_NxKx1xQ: Any,
+    total_NxKx1xQ: Any,
+    out_NxKxQxC: Any,
+    *state_refs: Any,
     num_blocks: int,
 ) -> None:
     group = pl.program_id(0)
     visit = pl.program_id(1)
     rows, kv_heads, num_queries, head_size = q_NxKxQxC.shape
     size = k_NxKxBxC.shape[2]
-    state = _Results(*results)
+    state = _State(*state_refs)
 
     @pl.when(visit == 0)
     def _() -> None:
-        state.peak_NxKx1xQ[...] = jnp.full_like(state.peak_NxKx1xQ, MASKED_SCORE)
-        state.total_NxKx1xQ[...] = jnp.zeros_like(state.total_NxKx1xQ)
-        state.out_NxKxCxQ[...] = jnp.zeros_like(state.out_NxKxCxQ)
+        for ref, value in zip(state, (MASKED_SCORE, 0, 0), strict=True):
+            ref[...] = jnp.full_like(ref, value)
 
     @pl.when(visit < visits_G[group])
     def _() -> None:
-        entry = blocks_GxJ[group, visit] * size + jax.lax.broadcasted_iota(jnp.int32, (size, num_queries), 0)
+        entry = blocks_GxJ[group, visit] * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
 
         @pl.loop(0, rows)
         def _(row: jax.Array) -> None:
             begin = begin_N[group * rows + row]
-            attended = attended_entries(begin, length_Nx1xQ[row], entry, num_blocks * size)
+            length = _turn(length_Nx1xQ[row], axis=1)
+            attended = attended_entries(begin, length, entry, num_blocks * size)
             for head in range(kv_heads):
                 scores = masked_scores(q_NxKxQxC[row, head], k_NxKxBxC[row, head], attended, _KEYS_AXIS)
                 state.store(row, head, add_keys(state.load(row, head), scores, v_NxKxBxC[row, head], _KEYS_AXIS))
+
+    @pl.when(visit == pl.num_programs(1) - 1)
+    def _() -> None:
+        out_NxKxQxC[...] = state.out_NxKxQxC[...]
+
+        @pl.loop(0, rows)
+        def _(row: jax.Array) -> None:
+            for head in range(kv_heads):
+                peak_NxKx1xQ[row, head] = _turn(state.peak_NxKxQx1[row, head], axis=0)
+                total_NxKx1xQ[row, head] = _turn(state.total_NxKxQx1[row, head], axis=0)
+
+
+def _turn(vector: jax.Array, axis: int) -> jax.Array:
+    """Turn a row [1, Q] into a column (`axis` 1) or a column [Q, 1] into a row (0).
+
+    In memory, a column takes a register for every eight numbers, a row for every 128.
+    """
+    queries = vector.size
+    index, other = (jax.lax.broadcasted_iota(jnp.int32, (queries, queries), side) for side in (0, 1))
+    return jnp.where(index == other, vector, 0).sum(axis, keepdims=True)
 
 
 def attend_cache_mosaic(
@@ -115,15 +141,17 @@ def attend_cache_mosaic(
         return pl.BlockSpec((group_rows, *dims), lambda group, *_: (group, *(0 for _ in dims)))
 
     keys = pl.BlockSpec((None, None, group_rows, kv_heads, size, head_size), key_block)
-    sides = (1, 1, head_size)
+    results = (1, padded), (1, padded), (padded, head_size)
+    state = (padded, 1), (padded, 1), (padded, head_size)
     peak, total, out = pl.pallas_call(
         functools.partial(_kernel, num_blocks=num_blocks),
-        out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, side, padded), jnp.float32) for side in sides),
+        out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, *dims), jnp.float32) for dims in results),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(rows // group_rows, jnp.maximum(ranges.visits_G.max(), 1)),
             in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), keys, keys),
-            out_specs=tuple(of_group(kv_heads, side, padded) for side in sides),
+            out_specs=tuple(of_group(kv_heads, *dims) for dims in results),
+            scratch_shapes=[pltpu.VMEM((group_rows, kv_heads, *dims), jnp.float32) for dims in state],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         name="cached_attention",
@@ -138,13 +166,14 @@ def attend_cache_mosaic(
         cache.k,
         cache.v,
     )
-    return PartialSoftmax(*(x.swapaxes(-1, -2)[:, :, :num_queries] for x in (peak, total, out)))
+    columns = (peak.swapaxes(-1, -2), total.swapaxes(-1, -2), out)
+    return PartialSoftmax(*(x[:, :, :num_queries] for x in columns))
 
 
 def cached_attention_bytes(
     *, rows: int, num_queries: int, blocks_per_row: float, block: int, kv_heads: int, head_size: int, itemsize: int
 ) -> float:
-    """Return the bytes that the kernel reads and writes.
+    """Return the bytes that the kernel reads and writes; the last axis of an array takes whole registers.
 
     Args:
       rows: rows of the cache.
@@ -155,9 +184,9 @@ def cached_attention_bytes(
       head_size: size of a head.
       itemsize: bytes of a query's, key's or value's number.
     """
-    padded = num_queries + -num_queries % _QUERY_MULTIPLE
-    keys_and_values = 2 * blocks_per_row * block * head_size * itemsize
-    queries = padded * head_size * itemsize
-    results = padded * (head_size + 2) * jnp.dtype(jnp.float32).itemsize
-    lengths = padded * jnp.dtype(jnp.int32).itemsize
-    return rows * (kv_heads * (keys_and_values + queries + results) + lengths)
+    queries = num_queries + -num_queries % _QUERY_MULTIPLE
+    queries_in_lanes = fill_lanes(queries)
+    head_in_lanes = fill_lanes(head_size)
+    numbers = head_in_lanes * (2 * blocks_per_row * block + queries)
+    results = queries * head_in_lanes + 2 * queries_in_lanes
+    return rows * (kv_heads * (numbers * itemsize + results * _FLOAT_BYTES) + queries_in_lanes * _FLOAT_BYTES)

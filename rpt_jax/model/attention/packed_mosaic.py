@@ -34,6 +34,7 @@ from rpt_jax.model.attention.packed_kernels import (
     sum_over_keys,
     sum_over_queries,
 )
+from rpt_jax.model.tpu import fill_lanes
 
 _KEYS_AXIS = 0
 
@@ -378,7 +379,7 @@ def packed_attention_bytes(
     """Return the bytes that each kernel, by its name, reads and writes for one row and one kv head.
 
     A block is copied when a visit needs another one than the visit before: an own block once, other blocks at almost every
-    visit.
+    visit. The last axis of an array takes whole registers.
 
     Args:
       key_ranges: concrete key ranges of one row.
@@ -389,10 +390,10 @@ def packed_attention_bytes(
     num_ranges = key_ranges.begin_NxMxW.shape[1]
     num_blocks = key_ranges.counts_NxB.shape[1]
     block = _block_size(key_ranges)
-    keys = block * head_size * itemsize
+    keys = block * fill_lanes(head_size) * itemsize
     heads = heads_per_kv * keys
-    statistics = heads_per_kv * block * jnp.dtype(jnp.float32).itemsize
-    ranges = 2 * num_ranges * block * jnp.dtype(jnp.int32).itemsize
+    statistics = heads_per_kv * fill_lanes(block) * jnp.dtype(jnp.float32).itemsize
+    ranges = 2 * num_ranges * fill_lanes(block) * jnp.dtype(jnp.int32).itemsize
 
     def copies(pairs: BlockPairs) -> int:
         other_T = np.asarray(pairs.other_NxT)[0, : int(pairs.visits_N[0])]

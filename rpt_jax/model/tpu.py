@@ -1,0 +1,9 @@
+"""How a TPU stores arrays."""
+
+# The last axis of an array lies along the lanes of a register.
+LANES = 128
+
+
+def fill_lanes(size: int) -> int:
+    """Return how many numbers of memory `size` numbers of the last axis take: whole registers."""
+    return -(-size // LANES) * LANES
