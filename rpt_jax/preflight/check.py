@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from rpt_jax.config import Experiment
 from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
-from rpt_jax.preflight.costs import Times, estimate_times, trip_counts
+from rpt_jax.preflight.costs import Times, estimate_times, least_sampling_bytes, trip_counts
 from rpt_jax.preflight.hlo import Traffic, traffic
 from rpt_jax.preflight.programs import Program, ProgramName, Step
 from rpt_jax.preflight.topology import Topology
@@ -60,6 +60,7 @@ class ProgramReport(NamedTuple):
       flops: FLOPs per chip, by formula.
       traffic: data moved per chip, None if the program did not compile.
       times: estimated time, None if the program did not compile.
+      least_memory: bytes that the program has to read, None if that is not known.
       advice: what to change if the program does not fit, else "".
     """
 
@@ -70,6 +71,7 @@ class ProgramReport(NamedTuple):
     flops: float
     traffic: Traffic | None
     times: Times | None
+    least_memory: float | None
     advice: str
 
     @property
@@ -83,7 +85,7 @@ def check_programs(
     step: Step,
     topology: Topology,
     flops: Mapping[str, float],
-    kernel_bytes: Mapping[str, float],
+    kernel_bytes: Mapping[str, Callable[[int], float]],
 ) -> list[ProgramReport]:
     """Compile all programs of a step in the context of their mesh and print a line for each.
 
@@ -92,7 +94,7 @@ def check_programs(
       step: the programs.
       topology: the chips that they are compiled for.
       flops: FLOPs per chip, by program.
-      kernel_bytes: bytes that each kernel reads and writes on a chip for every row, from `kernel_bytes_per_row`.
+      kernel_bytes: see `costs.kernel_bytes`.
     """
     counts = trip_counts(experiment, step)
     devices = step.mesh.devices.flat
@@ -116,6 +118,7 @@ def check_programs(
             flops=program_flops,
             traffic=program_traffic,
             times=estimate_times(topology.chip, program_flops, program_traffic) if program_traffic else None,
+            least_memory=least_sampling_bytes(experiment, step) if program.name == ProgramName.SAMPLE else None,
             advice="",
         )
         if not report.fits:
@@ -177,6 +180,7 @@ def as_record(report: ProgramReport) -> dict[str, Any]:
     if report.traffic and report.times:
         record |= {
             "memory_traffic_bytes": report.traffic.memory,
+            "least_memory_bytes": report.least_memory,
             "largest_memory_traffic": [source._asdict() for source in report.traffic.sources[:_RECORDED_SOURCES]],
             "collectives": [
                 collective._asdict() | {"sent_bytes": sent, "runs": report.traffic.runs[collective]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ from rpt_jax.config import Experiment
 from rpt_jax.describe import derive
 from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.infra.chips import Chip
+from rpt_jax.model.attention.blocked_cache import CacheSizes
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.cache_mosaic import cached_attention_bytes
+from rpt_jax.model.attention.dispatch import KERNELS
 from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
@@ -21,6 +25,7 @@ from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.rollout.engine import live_sizes, steps_per_check
 from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS
+from rpt_jax.rollout.memory import cache_bytes
 
 # Bytes per token of text, about: the reward reads one byte per iteration.
 _BYTES_PER_TOKEN = 4
@@ -103,8 +108,56 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
     }
 
 
-def kernel_bytes_per_row(experiment: Experiment, step: Step) -> dict[str, float]:
-    """Return the bytes that each kernel reads and writes on a chip for every row, at full lengths.
+class DecodeLoop(NamedTuple):
+    """What one of a replica's decode loops does if all responses have full length.
+
+    Attributes:
+      trips: trip count.
+      slots: rollouts that it can decode at once.
+      live: rollouts that it does decode at once.
+      prompts: prompts that these belong to, on average.
+    """
+
+    trips: int
+    slots: int
+    live: int
+    prompts: float
+
+
+def decode_loops(experiment: Experiment, step: Step) -> tuple[DecodeLoop, ...]:
+    """Return the decode loops of a replica, which has an equal part of the prompts and of the decode slots."""
+    assert step.decoding is not None
+    replicas = num_batch_shards(step.mesh, DECODING)
+    samples = experiment.rollout.samples_per_prompt
+    rollouts = prompts_per_replica(experiment, step) * samples
+    sizes = live_sizes(-(-step.decoding.slots // replicas), rollouts)
+    full, rest = divmod(rollouts, sizes[0])
+    # The first token of a response comes from the prefill.
+    trips = -(-(experiment.rollout.max_new_tokens - 1) // steps_per_check(step.decoding))
+
+    def num_prompts(first: int, end: int) -> int:
+        return (end - 1) // samples - first // samples + 1
+
+    loops = [DecodeLoop(trips=0, slots=size, live=0, prompts=0) for size in sizes]
+    waves = [num_prompts(wave * sizes[0], (wave + 1) * sizes[0]) for wave in range(full)]
+    loops[0] = loops[0]._replace(trips=full * trips, live=sizes[0], prompts=sum(waves) / full)
+    if rest:
+        # The smallest batch that holds the rollouts that are left. If that is the largest one, its idle slots count as live.
+        last = max(index for index, size in enumerate(sizes) if size >= rest)
+        if last == 0:
+            loops[0] = loops[0]._replace(trips=(full + 1) * trips)
+        else:
+            loops[last] = DecodeLoop(trips, sizes[last], rest, num_prompts(rollouts - rest, rollouts))
+    return tuple(loops)
+
+
+def prompts_per_replica(experiment: Experiment, step: Step) -> int:
+    """Return how many prompts of a step each replica samples responses to."""
+    return -(-experiment.training.prompts_per_step // num_batch_shards(step.mesh, DECODING))
+
+
+def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int], float]]:
+    """Return functions that map the number of rows of a kernel call to the bytes that it reads and writes, at full lengths.
 
     Rows are the first axis of a kernel's results: rows of an update, or rows of a KV cache. The keys are names in the HLO
     metadata: the kernel's, or that of the scope around it where several calls run one kernel.
@@ -124,71 +177,95 @@ def kernel_bytes_per_row(experiment: Experiment, step: Step) -> dict[str, float]
         full_row(experiment), heads_per_kv=heads_per_kv, head_size=config.head_size, itemsize=itemsize
     )
     kv_heads = -(-config.kv_heads // fields["tensor"])
-    traffic = {name: kv_heads * size for name, size in packed.items()}
 
-    # A decode step: the cache of a rollout's own tokens grows from empty to full; all rollouts of a prompt share its keys.
+    # A decode step: the cache of a rollout's own tokens grows from empty to full.
     layout = CACHE_LAYOUTS["tpu"]
     response = experiment.rollout.max_new_tokens
     prompt = experiment.prompt.max_tokens
-    own_block = min(layout.own_block, response)
-    prompt_block = min(layout.prompt_block, prompt)
-    kv_heads = -(-config.kv_heads // fields["rollout_tensor"])
-    sizes = {"kv_heads": kv_heads, "head_size": config.head_size, "itemsize": itemsize}
-    return traffic | {
-        "own_cache_blocks": cached_attention_bytes(
-            rows=1,
-            num_queries=heads_per_kv,
-            blocks_per_row=(-(-response // own_block) + 1) / 2,
-            block=own_block,
-            **sizes,
-        ),
-        "shared_cache_blocks": cached_attention_bytes(
-            rows=1,
-            num_queries=experiment.rollout.samples_per_prompt * heads_per_kv,
-            blocks_per_row=-(-prompt // prompt_block),
-            block=prompt_block,
-            **sizes,
-        ),
+    own = CacheSizes(
+        num_queries=heads_per_kv,
+        block=min(layout.own_block, response),
+        kv_heads=-(-config.kv_heads // fields["rollout_tensor"]),
+        head_size=config.head_size,
+        itemsize=itemsize,
+    )
+    own_blocks = (-(-response // own.block) + 1) / 2
+    loops = decode_loops(experiment, step)
+
+    # All rollouts of a prompt share its keys, until each rollout gets a row of its own.
+    prompts = prompts_per_replica(experiment, step)
+    shared = own._replace(
+        num_queries=experiment.rollout.samples_per_prompt * heads_per_kv, block=min(layout.prompt_block, prompt)
+    )
+    prompt_blocks = -(-prompt // shared.block)
+    shared_reads = [
+        _CacheReads(loop.trips, shared, prompts, loop.prompts, prompt_blocks)
+        if loop.slots > prompts or loop is loops[0]
+        else _CacheReads(loop.trips, shared._replace(num_queries=heads_per_kv), loop.slots, loop.live, prompt_blocks)
+        for loop in loops
+    ]
+    own_reads = [_CacheReads(loop.trips, own, loop.slots, loop.live, own_blocks) for loop in loops]
+    return {
+        **{name: functools.partial(operator.mul, kv_heads * size) for name, size in packed.items()},
+        "own_cache_blocks": functools.partial(_cache_bytes, own_reads),
+        "shared_cache_blocks": functools.partial(_cache_bytes, shared_reads),
     }
 
 
-class _Replica(NamedTuple):
-    """The part of a step's sampling that each replica does.
+class _CacheReads(NamedTuple):
+    """What the decode steps of a loop read of a cache.
 
     Attributes:
-      prompts: its prompts.
-      live_sizes: rollouts that it decodes at once, in each of its decode loops.
+      trips: trip count of the loop.
+      sizes: of the device's part.
+      rows: rows of the cache.
+      active_rows: rows that live rollouts attend to.
+      blocks_per_row: blocks that are read of these, on average.
     """
 
-    prompts: int
-    live_sizes: Sequence[int]
+    trips: int
+    sizes: CacheSizes
+    rows: int
+    active_rows: float
+    blocks_per_row: float
 
 
-def _replica(experiment: Experiment, step: Step) -> _Replica:
-    replicas = num_batch_shards(step.mesh, DECODING)
-    prompts = -(-experiment.training.prompts_per_step // replicas)
-    rollouts = prompts * experiment.rollout.samples_per_prompt
-    sizes = live_sizes(-(-step.decoding.slots // replicas), rollouts) if step.decoding else [1]
-    return _Replica(prompts=prompts, live_sizes=sizes)
+def _cache_bytes(reads: Sequence[_CacheReads], rows: int) -> float:
+    """Return the bytes of a kernel call over `rows` rows: the mean over the loops that have so many."""
+    found = [read for read in reads if read.rows == rows and read.trips]
+    kernel = KERNELS["tpu_kernels"].cache
+    total = sum(
+        read.trips
+        * cached_attention_bytes(
+            read.sizes,
+            rows=rows,
+            active_rows=read.active_rows,
+            max_group_rows=kernel.max_group_rows(rows, read.sizes),
+            blocks_per_row=read.blocks_per_row,
+        )
+        for read in found
+    )
+    return total / sum(read.trips for read in found) if found else 0.0
 
 
-def decode_trips(rollouts: int, live_sizes: Sequence[int], response: int, steps_per_check: int) -> tuple[int, ...]:
-    """Return the trip count of each decode loop of a replica if all responses have full length.
+def least_sampling_bytes(experiment: Experiment, step: Step) -> float:
+    """Return the bytes that sampling has to read on a chip at full lengths, without the prefill.
 
-    Args:
-      rollouts: rollouts of the replica.
-      live_sizes: rollouts that are decoded at once in each loop.
-      response: tokens of a response; the first one comes from the prefill.
-      steps_per_check: decode steps of an iteration.
+    These are all weights, and the keys and values of the live rollouts, once per decode step.
     """
-    full, rest = divmod(rollouts, live_sizes[0])
-    response_trips = -(-(response - 1) // steps_per_check)
-    trips = [0] * len(live_sizes)
-    trips[0] = full * response_trips
-    if rest:
-        # The smallest batch that holds the rollouts that are left.
-        trips[max(index for index, size in enumerate(live_sizes) if size >= rest)] += response_trips
-    return tuple(trips)
+    config = step.policy.config
+    chips_per_replica = mesh_fields(step.mesh)["rollout_tensor"]
+    itemsize = step.policy.dtype.itemsize
+    head_itemsize = 2 if step.policy.head_precision == "bfloat16" else 4
+    weights = config.layer_matrix_parameters * itemsize + config.vocab * config.width * head_itemsize
+    token = cache_bytes(config, step.policy.dtype.name)
+    # The last token of a response is never run.
+    response = experiment.rollout.max_new_tokens - 1
+    total = 0.0
+    for loop in decode_loops(experiment, step):
+        tokens = loop.live * response / 2 + loop.prompts * experiment.prompt.max_tokens
+        total += loop.trips * steps_per_check(step.decoding) * (weights + tokens * token)
+    return total / chips_per_replica
 
 
 def full_row(experiment: Experiment) -> KeyRanges:
@@ -227,16 +304,15 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     platform = target_platform()
     prompt = experiment.prompt.max_tokens
     response = experiment.rollout.max_new_tokens
-    samples = experiment.rollout.samples_per_prompt
 
-    # Sampling: each replica has an equal part of the prompts and of the decode slots.
-    prompts, sizes = _replica(experiment, step)
+    # Sampling.
+    prompts = prompts_per_replica(experiment, step)
     prefill_tokens = experiment.rollout.prefill_tokens
     chunks = -(-prompt // prefill_tokens)
     rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
     layout = CACHE_LAYOUTS[platform]
     own_blocks = -(-response // layout.own_block)
-    decode_steps = steps_per_check(step.decoding) if step.decoding else 1
+    decode_trips = tuple(loop.trips for loop in decode_loops(experiment, step)) if step.decoding else (1,)
 
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
     # most keys: a prompt and, on average, half of a response.
@@ -244,7 +320,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / ROW_BLOCK_SIZES[platform]
 
     return {
-        "decode_loop": decode_trips(prompts * samples, sizes, response, decode_steps),
+        "decode_loop": decode_trips,
         # The cache of a rollout's own tokens grows from empty to full.
         "own_cache_blocks": ((own_blocks + 1) / 2,),
         "shared_cache_blocks": (-(-prompt // layout.prompt_block),),

@@ -11,7 +11,7 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +110,7 @@ def traffic(
     text: str,
     trip_counts: Mapping[str, Sequence[float]],
     hosts: Sequence[int],
-    kernel_bytes: Mapping[str, float] | None = None,
+    kernel_bytes: Mapping[str, Callable[[int], float]] | None = None,
 ) -> Traffic:
     """Add up the traffic of a compiled program.
 
@@ -119,8 +119,9 @@ def traffic(
       trip_counts: trip counts of loops whose end depends on the data, by the `jax.named_scope` around them (see
         `loop_scope`). The n-th loop of a scope has the n-th count; the last count holds for all further loops.
       hosts: host number of each device of the mesh, in mesh order.
-      kernel_bytes: bytes that a kernel reads and writes for each row, the first axis of its results, by its name in
-        `pallas_call`. A kernel that is not listed is counted as if it read each operand and wrote each result once.
+      kernel_bytes: functions that map the number of rows of a kernel call, the first axis of its results, to the bytes that it
+        reads and writes, by its name in `pallas_call`. A kernel that is not listed is counted as if it read each operand and
+        wrote each result once.
     """
     return _Reader(text, trip_counts, hosts, kernel_bytes or {}).total()
 
@@ -151,7 +152,7 @@ class _Reader:
         text: str,
         trip_counts: Mapping[str, Sequence[float]],
         hosts: Sequence[int],
-        kernel_bytes: Mapping[str, float],
+        kernel_bytes: Mapping[str, Callable[[int], float]],
     ):
         entry = re.search(r"^ENTRY %(\S+) ", text, re.MULTILINE)
         if entry is None:
@@ -260,7 +261,7 @@ class _Reader:
             for component in re.findall(r"\w+", instruction.op_name):
                 if component in self._kernel_bytes:
                     rows = int(_ARRAY.findall(instruction.shape)[0][1].split(",")[0])
-                    return rows * self._kernel_bytes[component]
+                    return self._kernel_bytes[component](rows)
         written = _bytes(instruction.shape)
         shapes = [computation[name].shape for name in instruction.operands if name in computation]
         if opcode in _SLICES:

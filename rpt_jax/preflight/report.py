@@ -16,7 +16,7 @@ from rpt_jax.distributed.mesh import check_batches, mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
-from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes_per_row
+from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes
 from rpt_jax.preflight.programs import ProgramName, Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
@@ -125,9 +125,9 @@ def check_mesh(
             step = step._replace(programs=tuple(programs[name] for name in programs if name in only))
     # Outside of the mesh's context: these compute on this machine, and the devices of the mesh may not exist here.
     flops = flops_per_chip(experiment, step)
-    kernel_bytes = kernel_bytes_per_row(experiment, step)
+    of_kernels = kernel_bytes(experiment, step)
     with use_mesh(mesh, experiment.mesh.split_rows):
-        return step, check_programs(experiment, step, topology, flops, kernel_bytes)
+        return step, check_programs(experiment, step, topology, flops, of_kernels)
 
 
 def check_split(experiment: Experiment, mesh: Mesh) -> None:
@@ -238,6 +238,12 @@ def _print_conclusion(experiment: Experiment, topology: Topology, reports: list[
             f"There is no compiler for {topology.kind} here: memory, bytes and collectives are estimates from {topology.chips} "
             "simulated CPU devices with blockwise attention."
         )
+    for report in reports:
+        if report.least_memory and report.traffic:
+            print(
+                f"{report.program}: {report.traffic.memory / report.least_memory:.2f} times the memory traffic of reading all "
+                "weights and filled keys once per decode step."
+            )
     unknown = sorted(set().union(*(r.traffic.unknown_loops for r in reports if r.traffic)))
     if unknown:
         print(f"Loops with an unknown trip count, counted once: {', '.join(unknown)}.")

@@ -13,9 +13,9 @@ from rpt_jax.distributed.mesh import DECODING, num_shards
 from rpt_jax.model.attention.blocked_cache import (
     BlockedCache,
     CacheRanges,
+    CacheSizes,
     PartialSoftmax,
     make_cache_ranges,
-    visit_bytes,
 )
 from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues
 from rpt_jax.model.attention.platform import target_platform
@@ -217,12 +217,17 @@ def _cache_ranges(
 ) -> CacheRanges:
     """Return which blocks are read for which rows; it is the same in every layer."""
     length_NxQ = jnp.repeat(length_NxW, heads_per_kv, axis=1)
-    max_group_rows = len(begin_N)
-    if kernel.max_visit_bytes is not None:
-        mesh = jax.sharding.get_abstract_mesh()
-        shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])
-        max_group_rows = max(1, shards * kernel.max_visit_bytes // visit_bytes(cache, length_NxQ.shape[1]))
-    return make_cache_ranges(begin_N, length_NxQ, cache, max_group_rows)
+    kv_heads, block, head_size = cache.v.shape[3:]
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])
+    sizes = CacheSizes(
+        num_queries=length_NxQ.shape[1],
+        block=block,
+        kv_heads=-(-kv_heads // shards),
+        head_size=head_size,
+        itemsize=cache.v.dtype.itemsize,
+    )
+    return make_cache_ranges(begin_N, length_NxQ, cache, kernel.max_group_rows(len(begin_N), sizes))
 
 
 class _SlotGrid(NamedTuple):

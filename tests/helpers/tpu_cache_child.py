@@ -20,7 +20,7 @@ def main(topology_name: str, shapes: list[str]) -> None:
     import jax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from rpt_jax.model.attention.blocked_cache import BlockedCache, PartialSoftmax, make_cache_ranges, visit_bytes
+    from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheSizes, PartialSoftmax, make_cache_ranges
     from rpt_jax.model.attention.dispatch import KERNELS
     from rpt_jax.preflight.report import devices
 
@@ -31,8 +31,9 @@ def main(topology_name: str, shapes: list[str]) -> None:
     def attend(
         q: jax.Array, cache: BlockedCache, begin: jax.Array, length: jax.Array, layer: jax.Array
     ) -> PartialSoftmax:
-        assert kernel.max_visit_bytes is not None
-        max_group_rows = max(1, kernel.max_visit_bytes // visit_bytes(cache, q.shape[2]))
+        rows, kv_heads, num_queries, head_size = q.shape
+        sizes = CacheSizes(num_queries, cache.block_size, kv_heads, head_size, q.dtype.itemsize)
+        max_group_rows = kernel.max_group_rows(rows, sizes)
         return kernel.attend(q, cache, layer, make_cache_ranges(begin, length, cache, max_group_rows))
 
     counts = {}

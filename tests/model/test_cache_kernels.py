@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.model.attention.blocked_cache import BlockedCache, make_cache_ranges
+from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheSizes, make_cache_ranges
 from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic, cached_attention_bytes
 from rpt_jax.model.attention.dispatch import KERNELS
 from tests.helpers.cached_rows import BLOCKWISE, INTERPRETED, CacheShape, attended_keys, check_kernel, make_example
 from tests.helpers.pallas_blocks import copied_bytes
 from tests.helpers.parameters import mostly_slow
 
-SMALL = CacheShape(layers=2, blocks=3, rows=4, kv_heads=2, block=16, head_size=16, queries=3, dtype="float32")
+SMALL = CacheShape(layers=2, blocks=3, rows=5, kv_heads=2, block=16, head_size=16, queries=3, dtype="float32")
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -35,7 +35,7 @@ def test_plain_xla_equals_numpy(transposed_keys, seed):
     check_kernel(BLOCKWISE, SMALL, seed, transposed_keys)
 
 
-@pytest.mark.parametrize(("max_group_rows", "group_rows"), [(9, 4), (1, 1), (3, 2)])
+@pytest.mark.parametrize(("max_group_rows", "group_rows"), [(9, 5), (1, 1), (2, 2), (4, 3)])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_group_reads_the_blocks_that_one_of_its_rows_attends_to(seed, max_group_rows, group_rows):
     example = make_example(SMALL, seed)
@@ -43,10 +43,11 @@ def test_a_group_reads_the_blocks_that_one_of_its_rows_attends_to(seed, max_grou
         k=example.k_LxNxKxSxC, v=np.zeros((1, SMALL.blocks, 1, 1, SMALL.block, 1)), transposed_keys=False
     )
     ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
-    attended_NxS = attended_keys(example, SMALL.size).any(axis=1)
-    expected_GxJ = attended_NxS.reshape(-1, group_rows, SMALL.blocks, SMALL.block).any(axis=(1, 3))
-    for blocks_J, visits, expected_J in zip(ranges.blocks_GxJ, ranges.visits_G, expected_GxJ, strict=True):
-        assert list(blocks_J[:visits]) == list(np.flatnonzero(expected_J))
+    attended_NxJ = attended_keys(example, SMALL.size).any(axis=1).reshape(SMALL.rows, SMALL.blocks, -1).any(axis=-1)
+    groups = range(0, SMALL.rows, group_rows)
+    for first, blocks_J, visits in zip(groups, ranges.blocks_GxJ, ranges.visits_G, strict=True):
+        attended_J = attended_NxJ[first : first + group_rows].any(axis=0)
+        assert list(blocks_J[:visits]) == list(np.flatnonzero(attended_J))
 
 
 @pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float32"], "bfloat16"))
@@ -79,25 +80,31 @@ def test_the_kernels_lower_for_their_platform(name, platform, call, dtype):
 
 
 @pytest.mark.parametrize("max_group_rows", [1, 2])
-def test_what_the_tpu_kernel_moves_is_what_its_block_specs_say(max_group_rows):
-    example = make_example(SMALL, 1)
-    cache = BlockedCache(
-        k=jnp.zeros((SMALL.layers, SMALL.blocks, SMALL.rows, SMALL.kv_heads, SMALL.block, SMALL.head_size)),
-        v=jnp.zeros((SMALL.layers, SMALL.blocks, SMALL.rows, SMALL.kv_heads, SMALL.block, SMALL.head_size)),
-        transposed_keys=False,
-    )
+@pytest.mark.parametrize("active_rows", [3, 4, 6])
+def test_what_the_tpu_kernel_moves_is_what_its_block_specs_say(active_rows, max_group_rows):
+    shape = SMALL._replace(rows=6)
+    example = make_example(shape, 1)
+    example.length_NxQ[active_rows:] = 0
+    keys = jnp.zeros((shape.layers, shape.blocks, shape.rows, shape.kv_heads, shape.block, shape.head_size))
+    cache = BlockedCache(k=keys, v=keys, transposed_keys=False)
     ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
     jaxpr = jax.make_jaxpr(lambda q: attend_cache_mosaic(q, cache, 1, ranges))(example.q_NxKxQxC)
     [kernel] = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
     grid = range(len(ranges.visits_G)), range(max(1, int(ranges.visits_G.max())))
     moved = copied_bytes(kernel, grid, (jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.blocks_GxJ))
-    expected = cached_attention_bytes(
-        rows=SMALL.rows,
-        num_queries=SMALL.queries,
-        blocks_per_row=np.maximum(ranges.visits_G, 1).mean(),
-        block=SMALL.block,
-        kv_heads=SMALL.kv_heads,
-        head_size=SMALL.head_size,
+    sizes = CacheSizes(
+        num_queries=shape.queries,
+        block=shape.block,
+        kv_heads=shape.kv_heads,
+        head_size=shape.head_size,
         itemsize=4,
+    )
+    active_groups = -(-active_rows // max_group_rows)
+    expected = cached_attention_bytes(
+        sizes,
+        rows=shape.rows,
+        active_rows=active_rows,
+        max_group_rows=max_group_rows,
+        blocks_per_row=np.maximum(ranges.visits_G[:active_groups], 1).mean(),
     )
     assert moved == pytest.approx(expected)

@@ -73,6 +73,7 @@ def test_advice_names_the_field_that_makes_a_program_fit(
         flops=0.0,
         traffic=None,
         times=None,
+        least_memory=None,
         advice="",
     )
     assert not report.fits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -10,10 +11,17 @@ import pytest
 
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
 from rpt_jax.infra.chips import CHIPS
-from rpt_jax.preflight.costs import decode_trips, estimate_times, full_row, trip_counts, update_rows
+from rpt_jax.preflight.costs import (
+    DecodeLoop,
+    decode_loops,
+    estimate_times,
+    full_row,
+    least_sampling_bytes,
+    trip_counts,
+    update_rows,
+)
 from rpt_jax.preflight.hlo import Collective, Traffic
 from rpt_jax.preflight.programs import make_step
-from rpt_jax.rollout.engine import live_sizes
 from tests.helpers.preflight import make_small_step, small_experiment
 
 # The scopes of data-dependent loops in each program.
@@ -72,13 +80,40 @@ def test_trip_counts_are_those_of_full_lengths():
         assert counts["policy_gradient"] == (1,)
 
 
-def test_the_last_rollouts_are_decoded_in_the_smallest_batch_that_holds_them():
-    sizes = live_sizes(slots=32, rollouts=80)
-    for steps, trips in ((1, 7), (3, 3), (7, 1)):
-        expected = {32: 2 * trips, 8: trips}
-        found = decode_trips(72, sizes, response=8, steps_per_check=steps)
-        assert found == tuple(expected.get(size, 0) for size in sizes)
-        assert decode_trips(96, sizes, response=8, steps_per_check=steps)[0] == 3 * trips
+# Responses have 7 tokens after the first one.
+@pytest.mark.parametrize(("steps_per_check", "trips"), [(1, 7), (3, 3), (7, 1)])
+def test_the_last_rollouts_are_decoded_in_the_smallest_batch_that_holds_them(steps_per_check, trips):
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+
+    def loops(samples: int, prompts: int) -> tuple[DecodeLoop, ...]:
+        experiment = small_experiment(
+            "rollout.decode_slots=33", f"rollout.samples_per_prompt={samples}", f"training.prompts_per_step={prompts}"
+        )
+        with use_mesh(mesh):
+            step = make_step(experiment, mesh)
+            decoding = dataclasses.replace(step.decoding, steps_per_check=steps_per_check)
+            return decode_loops(experiment, step._replace(decoding=decoding))
+
+    # 72 rollouts: 33 of five prompts, 33 of five, and six of one prompt in the smallest batch.
+    assert loops(samples=8, prompts=9) == (
+        DecodeLoop(trips=2 * trips, slots=33, live=33, prompts=5),
+        DecodeLoop(trips=trips, slots=8, live=6, prompts=1),
+    )
+    # 64 rollouts: 33 and 31, for which there is no smaller batch.
+    [first, *others] = loops(samples=2, prompts=32)
+    assert first == DecodeLoop(trips=2 * trips, slots=33, live=33, prompts=17)
+    assert not any(loop.trips for loop in others)
+
+
+def test_sampling_has_to_read_the_weights_and_the_filled_keys_in_every_decode_step():
+    small = make_small_step("rollout.decode_slots=4", "policy.dtype=bfloat16", "policy.head_precision=bfloat16")
+    config = small.step.policy.config
+    with use_mesh(small.mesh):
+        least = least_sampling_bytes(small.experiment, small.step)
+    # Two prompts of 16 tokens with two responses of 8 each, of which half of 7 tokens have keys on average.
+    token = 2 * config.layers * config.kv_heads * config.head_size
+    numbers = config.layer_matrix_parameters + config.vocab * config.width + token * (2 * 16 + 4 * 3.5)
+    assert least == 7 * 2 * numbers
 
 
 def test_every_scope_with_a_trip_count_is_found_in_its_programs():

@@ -151,7 +151,11 @@ def test_a_kernel_moves_what_is_said_of_it():
   ROOT %b = f32[4]{0} custom-call(%a), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(fold)/pallas_call"}
 }
 """
-    moved = [traffic(kernel, {}, [0], known).memory for known in ({"fold": 25.0}, {"unfold": 25.0})]
+
+    def fold(rows: int) -> float:
+        return 25.0 * rows
+
+    moved = [traffic(kernel, {}, [0], known).memory for known in ({"fold": fold}, {"unfold": fold})]
     # Four rows; an unknown kernel reads its operands and writes its results once.
     assert moved == [100, 32]
 

@@ -55,7 +55,7 @@ def test_rollouts_by_the_kernels_equal_those_in_plain_xla():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_kernel_compiles_for_a_tpu(topology: str):
-    """A rollout's own tokens and a prompt that eight rollouts share, for SmolLM2, Qwen2.5-0.5B and 14B, in both dtypes."""
+    """A rollout's own tokens and a prompt that eight rollouts share, for three policies; and a prime number of rows."""
     shapes = (
         "30x4x64x3x128x64x3xbfloat16",
         "24x4x64x2x128x64x7xbfloat16",
@@ -63,6 +63,7 @@ def test_the_kernel_compiles_for_a_tpu(topology: str):
         "48x4x64x2x128x128x5xbfloat16",
         "48x4x16x2x512x128x40xfloat32",
         "2x1x3x1x64x64x1xfloat32",
+        "2x4x239x1x128x128x6xbfloat16",
     )
     child = [sys.executable, "-m", "tests.helpers.tpu_cache_child", topology, *shapes]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}

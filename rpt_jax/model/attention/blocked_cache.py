@@ -75,11 +75,8 @@ def make_cache_ranges(
     Args:
       begin_N, length_NxQ: as in `CacheRanges`.
       cache: the cache.
-      max_group_rows: limit of the rows per group, which must divide the number of rows.
+      max_group_rows: limit of the rows per group.
     """
-    rows = len(begin_N)
-    group_rows = max(n for n in range(1, min(max_group_rows, rows) + 1) if rows % n == 0)
-
     # A range has keys in a block if it contains the first key of the block, or begins within the block.
     size = cache.block_size
     first_J = jnp.arange(cache.num_blocks, dtype=jnp.int32) * size
@@ -87,7 +84,12 @@ def make_cache_ranges(
     contains_NxJ = (first_J - begin_N[:, None]) % (cache.num_blocks * size) < longest_Nx1
     begins_within_NxJ = begin_N[:, None] // size == first_J // size
     attended_NxJ = contains_NxJ | (begins_within_NxJ & (longest_Nx1 > 0))
-    attended_GxJ = attended_NxJ.reshape(-1, group_rows, cache.num_blocks).any(axis=1)
+
+    # Groups of equal size, but for the last one.
+    rows = len(begin_N)
+    groups = -(-rows // max_group_rows)
+    padding = -rows % group_size(rows, groups)
+    attended_GxJ = jnp.pad(attended_NxJ, ((0, padding), (0, 0))).reshape(groups, -1, cache.num_blocks).any(axis=1)
     return CacheRanges(
         begin_N=begin_N,
         length_NxQ=length_NxQ,
@@ -96,16 +98,33 @@ def make_cache_ranges(
     )
 
 
-def visit_bytes(cache: BlockedCache, num_queries: int) -> int:
-    """Return the bytes that a visit of a block keeps in a TPU core's memory for each row: keys, values and results.
+def group_size(rows: int, groups: int) -> int:
+    """Return the rows per group; the last group may have fewer."""
+    return -(-rows // groups)
 
-    Args:
-      cache: the cache.
+
+class CacheSizes(NamedTuple):
+    """Sizes of attention over a cache on one device.
+
+    Attributes:
       num_queries: queries of a row and kv head.
+      block: keys per block.
+      kv_heads: the device's kv heads.
+      head_size: size of a head.
+      itemsize: bytes of a query's, key's or value's number.
     """
-    kv_heads, size, head_size = cache.v.shape[3:]
-    results = num_queries * jnp.dtype(jnp.float32).itemsize
-    return kv_heads * fill_lanes(head_size) * (2 * size * cache.v.dtype.itemsize + results)
+
+    num_queries: int
+    block: int
+    kv_heads: int
+    head_size: int
+    itemsize: int
+
+    @property
+    def visit_bytes(self) -> int:
+        """Bytes that a visit of a block keeps in a TPU core's memory for each row: keys, values and results."""
+        results = self.num_queries * jnp.dtype(jnp.float32).itemsize
+        return self.kv_heads * fill_lanes(self.head_size) * (2 * self.block * self.itemsize + results)
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:

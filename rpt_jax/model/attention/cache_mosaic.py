@@ -11,6 +11,7 @@ they lie along axis 0.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attended_entries
+from rpt_jax.model.attention.blocked_cache import (
+    BlockedCache,
+    CacheRanges,
+    CacheSizes,
+    PartialSoftmax,
+    attended_entries,
+    group_size,
+)
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores
 from rpt_jax.model.tpu import fill_lanes
@@ -60,12 +68,15 @@ def _kernel(
     out_NxKxQxC: Any,
     *state_refs: Any,
     num_blocks: int,
+    num_rows: int,
 ) -> None:
     group = pl.program_id(0)
     visit = pl.program_id(1)
     rows, kv_heads, num_queries, head_size = q_NxKxQxC.shape
     size = k_NxKxBxC.shape[2]
     state = _State(*state_refs)
+    # The last group may have fewer rows.
+    rows_left = jnp.minimum(rows, num_rows - group * rows)
 
     @pl.when(visit == 0)
     def _() -> None:
@@ -76,7 +87,7 @@ def _kernel(
     def _() -> None:
         entry = blocks_GxJ[group, visit] * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
 
-        @pl.loop(0, rows)
+        @pl.loop(0, rows_left)
         def _(row: jax.Array) -> None:
             begin = begin_N[group * rows + row]
             length = _turn(length_Nx1xQ[row], axis=1)
@@ -89,7 +100,7 @@ def _kernel(
     def _() -> None:
         out_NxKxQxC[...] = state.out_NxKxQxC[...]
 
-        @pl.loop(0, rows)
+        @pl.loop(0, rows_left)
         def _(row: jax.Array) -> None:
             for head in range(kv_heads):
                 peak_NxKx1xQ[row, head] = _turn(state.peak_NxKxQx1[row, head], axis=0)
@@ -129,7 +140,8 @@ def attend_cache_mosaic(
     q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
     length_NxQ = jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding)))
 
-    group_rows = rows // len(ranges.visits_G)
+    groups = len(ranges.visits_G)
+    group_rows = group_size(rows, groups)
     padded = num_queries + padding
 
     def key_block(group: Any, visit: Any, layer: Any, _: Any, visits_G: Any, blocks_GxJ: Any) -> tuple[Any, ...]:
@@ -144,11 +156,11 @@ def attend_cache_mosaic(
     results = (1, padded), (1, padded), (padded, head_size)
     state = (padded, 1), (padded, 1), (padded, head_size)
     peak, total, out = pl.pallas_call(
-        functools.partial(_kernel, num_blocks=num_blocks),
+        functools.partial(_kernel, num_blocks=num_blocks, num_rows=rows),
         out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, *dims), jnp.float32) for dims in results),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(rows // group_rows, jnp.maximum(ranges.visits_G.max(), 1)),
+            grid=(groups, jnp.maximum(ranges.visits_G.max(), 1)),
             in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), keys, keys),
             out_specs=tuple(of_group(kv_heads, *dims) for dims in results),
             scratch_shapes=[pltpu.VMEM((group_rows, kv_heads, *dims), jnp.float32) for dims in state],
@@ -171,22 +183,25 @@ def attend_cache_mosaic(
 
 
 def cached_attention_bytes(
-    *, rows: int, num_queries: int, blocks_per_row: float, block: int, kv_heads: int, head_size: int, itemsize: int
+    sizes: CacheSizes, *, rows: int, active_rows: float, max_group_rows: int, blocks_per_row: float
 ) -> float:
     """Return the bytes that the kernel reads and writes; the last axis of an array takes whole registers.
 
     Args:
+      sizes: of the device's part.
       rows: rows of the cache.
-      num_queries: queries of a row and kv head.
-      blocks_per_row: blocks that are read of a row, on average.
-      block: keys per block.
-      kv_heads: kv heads.
-      head_size: size of a head.
-      itemsize: bytes of a query's, key's or value's number.
+      active_rows: rows of adjacent groups with keys to attend to; groups of other rows read one block.
+      max_group_rows: as in `make_cache_ranges`.
+      blocks_per_row: blocks that are read of an active row, on average.
     """
-    queries = num_queries + -num_queries % _QUERY_MULTIPLE
+    group_rows = group_size(rows, -(-rows // max_group_rows))
+    read_rows = min(rows, math.ceil(active_rows / group_rows) * group_rows)
+    blocks = read_rows * blocks_per_row + (rows - read_rows)
+
+    queries = sizes.num_queries + -sizes.num_queries % _QUERY_MULTIPLE
     queries_in_lanes = fill_lanes(queries)
-    head_in_lanes = fill_lanes(head_size)
-    numbers = head_in_lanes * (2 * blocks_per_row * block + queries)
-    results = queries * head_in_lanes + 2 * queries_in_lanes
-    return rows * (kv_heads * (numbers * itemsize + results * _FLOAT_BYTES) + queries_in_lanes * _FLOAT_BYTES)
+    head_in_lanes = fill_lanes(sizes.head_size)
+    operands = head_in_lanes * (2 * blocks * sizes.block + rows * queries)
+    results = rows * (queries * head_in_lanes + 2 * queries_in_lanes)
+    lengths = rows * queries_in_lanes
+    return sizes.kv_heads * (operands * sizes.itemsize + results * _FLOAT_BYTES) + lengths * _FLOAT_BYTES

@@ -11,7 +11,13 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import PartitionSpec
 
 from rpt_jax.errors import UserError
-from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attend_cache_blockwise
+from rpt_jax.model.attention.blocked_cache import (
+    BlockedCache,
+    CacheRanges,
+    CacheSizes,
+    PartialSoftmax,
+    attend_cache_blockwise,
+)
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES, KeyBlock, attend_blockwise, masked_scores, weighted_sums
 from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic
 from rpt_jax.model.attention.cache_triton import attend_cache_triton
@@ -34,12 +40,18 @@ class CacheKernel(NamedTuple):
     Attributes:
       attend: computes attention.
       dtypes: dtypes that it computes in; plain XLA computes the others.
-      max_visit_bytes: limit of what a visit of a block of several rows takes (`visit_bytes`); None for all rows in one group.
+      max_visit_bytes: limit of what a visit of a block of several rows takes; None for all rows in one group.
     """
 
     attend: Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
     dtypes: tuple[str, ...]
     max_visit_bytes: int | None
+
+    def max_group_rows(self, rows: int, sizes: CacheSizes) -> int:
+        """Return how many of `rows` rows of a cache may form a group."""
+        if self.max_visit_bytes is None:
+            return rows
+        return max(1, self.max_visit_bytes // sizes.visit_bytes)
 
 
 class PlatformKernels(NamedTuple):
