@@ -59,12 +59,15 @@ class CacheRanges(NamedTuple):
         ring buffer.
       blocks_GxJ: int32, all blocks, those first in which a row of the group has keys to attend to.
       visits_G: int32, the number of the latter.
+      copied_G: int32, the group whose blocks a TPU copies to its core's memory for a group: itself or, if it has no visits, the
+        last one before it that has some, whose last block is there already. The first one after it, if there is none before.
     """
 
     begin_N: jax.Array
     length_NxQ: jax.Array
     blocks_GxJ: jax.Array
     visits_G: jax.Array
+    copied_G: jax.Array
 
 
 def make_cache_ranges(
@@ -90,11 +93,14 @@ def make_cache_ranges(
     groups = -(-rows // max_group_rows)
     padding = -rows % group_size(rows, groups)
     attended_GxJ = jnp.pad(attended_NxJ, ((0, padding), (0, 0))).reshape(groups, -1, cache.num_blocks).any(axis=1)
+    visits_G = attended_GxJ.sum(axis=-1, dtype=jnp.int32)
+    visited_G = jnp.where(visits_G > 0, jnp.arange(groups, dtype=jnp.int32), jnp.argmax(visits_G > 0).astype(jnp.int32))
     return CacheRanges(
         begin_N=begin_N,
         length_NxQ=length_NxQ,
         blocks_GxJ=jnp.argsort(~attended_GxJ, axis=-1, stable=True).astype(jnp.int32),
-        visits_G=attended_GxJ.sum(axis=-1, dtype=jnp.int32),
+        visits_G=visits_G,
+        copied_G=jax.lax.cummax(visited_G),
     )
 
 

@@ -59,6 +59,7 @@ def _kernel(
     begin_N: Any,
     visits_G: Any,
     blocks_GxJ: Any,
+    copied_G: Any,
     length_Nx1xQ: Any,
     q_NxKxQxC: Any,
     k_NxKxBxC: Any,
@@ -144,10 +145,15 @@ def attend_cache_mosaic(
     group_rows = group_size(rows, groups)
     padded = num_queries + padding
 
-    def key_block(group: Any, visit: Any, layer: Any, _: Any, visits_G: Any, blocks_GxJ: Any) -> tuple[Any, ...]:
-        # A group with fewer visits than others keeps its last block.
-        last = jnp.maximum(visits_G[group] - 1, 0)
-        return layer[0], blocks_GxJ[group, jnp.minimum(visit, last)], group, 0, 0, 0
+    def key_block(
+        group: Any, visit: Any, layer: Any, _: Any, visits_G: Any, blocks_GxJ: Any, copied_G: Any
+    ) -> tuple[Any, ...]:
+        copied = copied_G[group]
+        last = jnp.maximum(visits_G[copied] - 1, 0)
+        # Nothing is copied where the index stays the same: after the last visit of a group, and in groups without visits.
+        idle = jnp.where(copied < group, last, 0)
+        index = jnp.where(copied == group, jnp.minimum(visit, last), idle)
+        return layer[0], blocks_GxJ[copied, index], copied, 0, 0, 0
 
     def of_group(*dims: int) -> pl.BlockSpec:
         return pl.BlockSpec((group_rows, *dims), lambda group, *_: (group, *(0 for _ in dims)))
@@ -159,7 +165,7 @@ def attend_cache_mosaic(
         functools.partial(_kernel, num_blocks=num_blocks, num_rows=rows),
         out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, *dims), jnp.float32) for dims in results),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=5,
             grid=(groups, jnp.maximum(ranges.visits_G.max(), 1)),
             in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), keys, keys),
             out_specs=tuple(of_group(kv_heads, *dims) for dims in results),
@@ -173,6 +179,7 @@ def attend_cache_mosaic(
         ranges.begin_N,
         ranges.visits_G,
         ranges.blocks_GxJ,
+        ranges.copied_G,
         length_NxQ[:, None],
         q,
         cache.k,
@@ -190,13 +197,12 @@ def cached_attention_bytes(
     Args:
       sizes: of the device's part.
       rows: rows of the cache.
-      active_rows: rows of adjacent groups with keys to attend to; groups of other rows read one block.
+      active_rows: rows with keys to attend to, which are adjacent.
       max_group_rows: as in `make_cache_ranges`.
       blocks_per_row: blocks that are read of an active row, on average.
     """
     group_rows = group_size(rows, -(-rows // max_group_rows))
-    read_rows = min(rows, math.ceil(active_rows / group_rows) * group_rows)
-    blocks = read_rows * blocks_per_row + (rows - read_rows)
+    blocks = min(rows, math.ceil(active_rows / group_rows) * group_rows) * blocks_per_row
 
     queries = sizes.num_queries + -sizes.num_queries % _QUERY_MULTIPLE
     queries_in_lanes = fill_lanes(queries)

@@ -83,7 +83,7 @@ KERNELS = {
         causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
         # Rows share a visit, which would otherwise be too short for its overhead; two visits have to fit in a core's memory.
-        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_visit_bytes=2**21),
+        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_visit_bytes=2**20),
     ),
 }
 _BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_visit_bytes=None)
