@@ -17,7 +17,6 @@ from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blocked_cache import CacheSizes
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.cache_mosaic import cached_attention_bytes
-from rpt_jax.model.attention.dispatch import KERNELS
 from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
@@ -233,16 +232,8 @@ class _CacheReads(NamedTuple):
 def _cache_bytes(reads: Sequence[_CacheReads], rows: int) -> float:
     """Return the bytes of a kernel call over `rows` rows: the mean over the loops that have so many."""
     found = [read for read in reads if read.rows == rows and read.trips]
-    kernel = KERNELS["tpu_kernels"].cache
     total = sum(
-        read.trips
-        * cached_attention_bytes(
-            read.sizes,
-            rows=rows,
-            active_rows=read.active_rows,
-            max_group_rows=kernel.max_group_rows(rows, read.sizes),
-            blocks_per_row=read.blocks_per_row,
-        )
+        read.trips * cached_attention_bytes(read.sizes, rows=rows, visits=read.active_rows * read.blocks_per_row)
         for read in found
     )
     return total / sum(read.trips for read in found) if found else 0.0

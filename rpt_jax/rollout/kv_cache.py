@@ -227,7 +227,7 @@ def _cache_ranges(
         head_size=head_size,
         itemsize=cache.v.dtype.itemsize,
     )
-    return make_cache_ranges(begin_N, length_NxQ, cache, kernel.max_group_rows(len(begin_N), sizes))
+    return make_cache_ranges(begin_N, length_NxQ, cache, kernel.max_group_rows(sizes))
 
 
 class _SlotGrid(NamedTuple):

@@ -24,7 +24,7 @@ INTERPRETED = {
     "gpu_kernels": KERNELS["gpu_kernels"].cache._replace(attend=functools.partial(attend_cache_triton, interpret=True)),
     "tpu_kernels": KERNELS["tpu_kernels"].cache._replace(attend=functools.partial(attend_cache_mosaic, interpret=True)),
 }
-BLOCKWISE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_visit_bytes=None)
+BLOCKWISE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_bytes=None)
 TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-2}
 
 
@@ -93,7 +93,7 @@ def to_cache(k_LxNxKxSxC: Any, v_LxNxKxSxC: Any, block: int, dtype: str, transpo
 
 @functools.cache
 def attention(
-    kernel: CacheKernel, shape: CacheShape, transposed_keys: bool, max_group_rows: int
+    kernel: CacheKernel, shape: CacheShape, transposed_keys: bool, max_group_rows: int | None
 ) -> Callable[..., PartialSoftmax]:
     """Return the compiled function from the arrays of an example and a layer to the result."""
 
@@ -115,7 +115,7 @@ def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, transposed_k
     unread_J = ~attended_NxQxS.any(axis=(0, 1)).reshape(shape.blocks, shape.block).any(axis=1)
     poison_LxS = (np.arange(shape.layers) != layer)[:, None] | np.repeat(unread_J, shape.block)
     k, v = (np.where(poison_LxS[:, None, None, :, None], np.nan, x) for x in example[1:3])
-    max_group_rows = {None: shape.rows, 0: 1}.get(kernel.max_visit_bytes, 1 + seed % 4)
+    max_group_rows = {None: None, 0: 1}.get(kernel.max_group_bytes, 1 + seed % 4)
     ours = attention(kernel, shape, transposed_keys, max_group_rows)(
         example._replace(k_LxNxKxSxC=k, v_LxNxKxSxC=v), layer
     )

@@ -31,10 +31,9 @@ def main(topology_name: str, shapes: list[str]) -> None:
     def attend(
         q: jax.Array, cache: BlockedCache, begin: jax.Array, length: jax.Array, layer: jax.Array
     ) -> PartialSoftmax:
-        rows, kv_heads, num_queries, head_size = q.shape
+        _, kv_heads, num_queries, head_size = q.shape
         sizes = CacheSizes(num_queries, cache.block_size, kv_heads, head_size, q.dtype.itemsize)
-        max_group_rows = kernel.max_group_rows(rows, sizes)
-        return kernel.attend(q, cache, layer, make_cache_ranges(begin, length, cache, max_group_rows))
+        return kernel.attend(q, cache, layer, make_cache_ranges(begin, length, cache, kernel.max_group_rows(sizes)))
 
     counts = {}
     for shape in shapes:

@@ -57,28 +57,27 @@ class CacheRanges(NamedTuple):
       begin_N: int32, the first key that the queries of a row attend to.
       length_NxQ: int32, how many keys a query attends to from there on. After the last key of a row comes its first one, as in a
         ring buffer.
-      blocks_GxJ: int32, all blocks, those first in which a row of the group has keys to attend to.
-      visits_G: int32, the number of the latter.
-      copied_G: int32, the group whose blocks a TPU copies to its core's memory for a group: itself or, if it has no visits, the
-        last one before it that has some, whose last block is there already. The first one after it, if there is none before.
+      visit_GxV: int32, the blocks that each group visits, in this order, and then those without keys to attend to. Block j of the
+        group's row n has the index n·J + j. If all rows visit a block together, its index is j.
+      visits_G: int32, the number of blocks that each group visits.
     """
 
     begin_N: jax.Array
     length_NxQ: jax.Array
-    blocks_GxJ: jax.Array
+    visit_GxV: jax.Array
     visits_G: jax.Array
-    copied_G: jax.Array
 
 
 def make_cache_ranges(
-    begin_N: jax.Array, length_NxQ: jax.Array, cache: BlockedCache, max_group_rows: int
+    begin_N: jax.Array, length_NxQ: jax.Array, cache: BlockedCache, max_group_rows: int | None
 ) -> CacheRanges:
-    """Find the blocks in which each group of rows has keys to attend to.
+    """List the blocks with keys to attend to.
 
     Args:
       begin_N, length_NxQ: as in `CacheRanges`.
       cache: the cache.
-      max_group_rows: limit of the rows per group.
+      max_group_rows: limit of the rows per group, of which each visits blocks of its own; None for one group of all rows, which
+        visit the blocks together in which any of them has keys to attend to.
     """
     # A range has keys in a block if it contains the first key of the block, or begins within the block.
     size = cache.block_size
@@ -88,19 +87,18 @@ def make_cache_ranges(
     begins_within_NxJ = begin_N[:, None] // size == first_J // size
     attended_NxJ = contains_NxJ | (begins_within_NxJ & (longest_Nx1 > 0))
 
-    # Groups of equal size, but for the last one.
-    rows = len(begin_N)
-    groups = -(-rows // max_group_rows)
-    padding = -rows % group_size(rows, groups)
-    attended_GxJ = jnp.pad(attended_NxJ, ((0, padding), (0, 0))).reshape(groups, -1, cache.num_blocks).any(axis=1)
-    visits_G = attended_GxJ.sum(axis=-1, dtype=jnp.int32)
-    visited_G = jnp.where(visits_G > 0, jnp.arange(groups, dtype=jnp.int32), jnp.argmax(visits_G > 0).astype(jnp.int32))
+    if max_group_rows is None:
+        attended_GxV = attended_NxJ.any(axis=0, keepdims=True)
+    else:
+        rows = len(begin_N)
+        groups = -(-rows // max_group_rows)
+        padding = groups * group_size(rows, groups) - rows
+        attended_GxV = jnp.pad(attended_NxJ, ((0, padding), (0, 0))).reshape(groups, -1)
     return CacheRanges(
         begin_N=begin_N,
         length_NxQ=length_NxQ,
-        blocks_GxJ=jnp.argsort(~attended_GxJ, axis=-1, stable=True).astype(jnp.int32),
-        visits_G=visits_G,
-        copied_G=jax.lax.cummax(visited_G),
+        visit_GxV=jnp.argsort(~attended_GxV, axis=-1, stable=True).astype(jnp.int32),
+        visits_G=attended_GxV.sum(axis=-1, dtype=jnp.int32),
     )
 
 
@@ -127,10 +125,15 @@ class CacheSizes(NamedTuple):
     itemsize: int
 
     @property
-    def visit_bytes(self) -> int:
-        """Bytes that a visit of a block keeps in a TPU core's memory for each row: keys, values and results."""
-        results = self.num_queries * jnp.dtype(jnp.float32).itemsize
-        return self.kv_heads * fill_lanes(self.head_size) * (2 * self.block * self.itemsize + results)
+    def block_bytes(self) -> int:
+        """Bytes of a block of keys and values of all kv heads in a TPU's memory."""
+        return 2 * self.kv_heads * self.block * fill_lanes(self.head_size) * self.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the queries of a row and of their results, float32, in a TPU's memory."""
+        numbers = self.kv_heads * self.num_queries * fill_lanes(self.head_size)
+        return numbers * (self.itemsize + jnp.dtype(jnp.float32).itemsize)
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:
@@ -187,7 +190,7 @@ def attend_cache_blockwise(
       q_NxKxQxC: scaled queries.
       cache: keys and values of all layers.
       layer: index of the layer.
-      ranges: which keys each query attends to, with all rows in one group.
+      ranges: which keys each query attends to; all rows visit blocks together.
     """
     size = cache.block_size
 
@@ -195,7 +198,7 @@ def attend_cache_blockwise(
         return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
 
     def add(visit: jax.Array | int, softmax: PartialSoftmax) -> PartialSoftmax:
-        index = ranges.blocks_GxJ[0, visit]
+        index = ranges.visit_GxV[0, visit]
         entry_B = index * size + jnp.arange(size)
         attended_NxQxB = attended_entries(
             ranges.begin_N[:, None, None], ranges.length_NxQ[..., None], entry_B, cache.num_blocks * size

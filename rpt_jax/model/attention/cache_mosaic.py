@@ -1,8 +1,9 @@
 """Attention of a decode step over a KV cache on TPUs (Pallas, Mosaic).
 
-The grid runs over groups of rows and visits of a block. A visit copies that block of all rows of a group and of all kv heads,
-while the visit before is computed; blocks in which no row of the group has keys to attend to are not copied. The state of the
-online softmax stays in the core's memory until the last visit of a group.
+The grid runs over groups of rows and steps. A step visits several blocks, each of any row of the group and for all kv heads: one
+alone is too small for the overhead of a step. They are copied to the core's memory while those of the step before are computed.
+Blocks without keys to attend to are not visited. The state of the online softmax stays in the core's memory until the last step
+of a group.
 
 Keys lie along axis 1 of the scores, along the lanes of a register, because a row has only a few queries. In packed_mosaic.py
 they lie along axis 0.
@@ -11,7 +12,6 @@ they lie along axis 0.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,9 @@ _KEYS_AXIS = 1
 # Queries are padded to whole registers.
 _QUERY_MULTIPLE = 8
 _FLOAT_BYTES = 4
+# Blocks that a step copies: about as many bytes as take longer to read than a step's overhead, in a limited number of copies.
+_STEP_BYTES = 2**20
+_MAX_STEP_VISITS = 16
 
 
 class _State(NamedTuple):
@@ -58,54 +61,53 @@ def _kernel(
     layer: Any,
     begin_N: Any,
     visits_G: Any,
-    blocks_GxJ: Any,
-    copied_G: Any,
+    visit_GxV: Any,
     length_Nx1xQ: Any,
     q_NxKxQxC: Any,
-    k_NxKxBxC: Any,
-    v_NxKxBxC: Any,
-    peak_NxKx1xQ: Any,
-    total_NxKx1xQ: Any,
-    out_NxKxQxC: Any,
-    *state_refs: Any,
+    *refs: Any,
     num_blocks: int,
-    num_rows: int,
+    step_visits: int,
 ) -> None:
+    keys, values = refs[:step_visits], refs[step_visits : 2 * step_visits]
+    peak_NxKx1xQ, total_NxKx1xQ, out_NxKxQxC = refs[2 * step_visits :][:3]
+    state = _State(*refs[2 * step_visits + 3 :])
     group = pl.program_id(0)
-    visit = pl.program_id(1)
-    rows, kv_heads, num_queries, head_size = q_NxKxQxC.shape
-    size = k_NxKxBxC.shape[2]
-    state = _State(*state_refs)
-    # The last group may have fewer rows.
-    rows_left = jnp.minimum(rows, num_rows - group * rows)
+    step = pl.program_id(1)
+    rows, kv_heads, num_queries, _ = q_NxKxQxC.shape
+    size = keys[0].shape[1]
 
-    @pl.when(visit == 0)
+    @pl.when(step == 0)
     def _() -> None:
         for ref, value in zip(state, (MASKED_SCORE, 0, 0), strict=True):
             ref[...] = jnp.full_like(ref, value)
 
-    @pl.when(visit < visits_G[group])
-    def _() -> None:
-        entry = blocks_GxJ[group, visit] * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
+    for index in range(step_visits):
+        visit = step * step_visits + index
 
-        @pl.loop(0, rows_left)
-        def _(row: jax.Array) -> None:
-            begin = begin_N[group * rows + row]
+        @pl.when(visit < visits_G[group])
+        def _(visit: jax.Array = visit, k_KxBxC: Any = keys[index], v_KxBxC: Any = values[index]) -> None:
+            row, block = _row_and_block(visit_GxV[group, visit], num_blocks)
+            entry = block * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
             length = _turn(length_Nx1xQ[row], axis=1)
-            attended = attended_entries(begin, length, entry, num_blocks * size)
+            attended = attended_entries(begin_N[group * rows + row], length, entry, num_blocks * size)
             for head in range(kv_heads):
-                scores = masked_scores(q_NxKxQxC[row, head], k_NxKxBxC[row, head], attended, _KEYS_AXIS)
-                state.store(row, head, add_keys(state.load(row, head), scores, v_NxKxBxC[row, head], _KEYS_AXIS))
+                scores = masked_scores(q_NxKxQxC[row, head], k_KxBxC[head], attended, _KEYS_AXIS)
+                state.store(row, head, add_keys(state.load(row, head), scores, v_KxBxC[head], _KEYS_AXIS))
 
-    @pl.when(visit == pl.num_programs(1) - 1)
+    @pl.when(step == pl.num_programs(1) - 1)
     def _() -> None:
         out_NxKxQxC[...] = state.out_NxKxQxC[...]
 
-        @pl.loop(0, rows_left)
+        @pl.loop(0, rows)
         def _(row: jax.Array) -> None:
             for head in range(kv_heads):
                 peak_NxKx1xQ[row, head] = _turn(state.peak_NxKxQx1[row, head], axis=0)
                 total_NxKx1xQ[row, head] = _turn(state.total_NxKxQx1[row, head], axis=0)
+
+
+def _row_and_block(index: jax.Array, num_blocks: int) -> tuple[jax.Array, jax.Array]:
+    """Return the row of a group and the block that an entry of `CacheRanges.visit_GxV` stands for."""
+    return jax.lax.div(index, num_blocks), jax.lax.rem(index, num_blocks)
 
 
 def _turn(vector: jax.Array, axis: int) -> jax.Array:
@@ -140,34 +142,39 @@ def attend_cache_mosaic(
     padding = -num_queries % _QUERY_MULTIPLE
     q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
     length_NxQ = jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding)))
-
-    groups = len(ranges.visits_G)
-    group_rows = group_size(rows, groups)
     padded = num_queries + padding
 
-    def key_block(
-        group: Any, visit: Any, layer: Any, _: Any, visits_G: Any, blocks_GxJ: Any, copied_G: Any
-    ) -> tuple[Any, ...]:
-        copied = copied_G[group]
-        last = jnp.maximum(visits_G[copied] - 1, 0)
-        # Nothing is copied where the index stays the same: after the last visit of a group, and in groups without visits.
-        idle = jnp.where(copied < group, last, 0)
-        index = jnp.where(copied == group, jnp.minimum(visit, last), idle)
-        return layer[0], blocks_GxJ[copied, index], copied, 0, 0, 0
+    groups, visits = ranges.visit_GxV.shape
+    group_rows = group_size(rows, groups)
+    block_bytes = 2 * kv_heads * size * fill_lanes(head_size) * cache.k.dtype.itemsize
+    step_visits = max(1, min(_STEP_BYTES // block_bytes, _MAX_STEP_VISITS, visits))
+
+    def block_spec(index: int) -> pl.BlockSpec:
+        """Return the spec of the blocks of the `index`-th visits of all steps."""
+
+        def block(group: Any, step: Any, layer: Any, _: Any, visits_G: Any, visit_GxV: Any) -> tuple[Any, ...]:
+            # After the last visit of a group the block stays the same, so that nothing is copied.
+            last_visit = jnp.maximum(visits_G[group] - 1, 0)
+            last_step = jax.lax.div(jnp.maximum(last_visit - index, 0), step_visits)
+            visit = jnp.minimum(jnp.minimum(step, last_step) * step_visits + index, last_visit)
+            row, block = _row_and_block(visit_GxV[group, visit], num_blocks)
+            return layer[0], block, group * group_rows + row, 0, 0, 0
+
+        return pl.BlockSpec((None, None, None, kv_heads, size, head_size), block)
 
     def of_group(*dims: int) -> pl.BlockSpec:
         return pl.BlockSpec((group_rows, *dims), lambda group, *_: (group, *(0 for _ in dims)))
 
-    keys = pl.BlockSpec((None, None, group_rows, kv_heads, size, head_size), key_block)
+    blocks = [block_spec(index) for index in range(step_visits)]
     results = (1, padded), (1, padded), (padded, head_size)
     state = (padded, 1), (padded, 1), (padded, head_size)
     peak, total, out = pl.pallas_call(
-        functools.partial(_kernel, num_blocks=num_blocks, num_rows=rows),
+        functools.partial(_kernel, num_blocks=num_blocks, step_visits=step_visits),
         out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, *dims), jnp.float32) for dims in results),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
-            grid=(groups, jnp.maximum(ranges.visits_G.max(), 1)),
-            in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), keys, keys),
+            num_scalar_prefetch=4,
+            grid=(groups, jnp.maximum(pl.cdiv(ranges.visits_G.max(), step_visits), 1)),
+            in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), *blocks, *blocks),
             out_specs=tuple(of_group(kv_heads, *dims) for dims in results),
             scratch_shapes=[pltpu.VMEM((group_rows, kv_heads, *dims), jnp.float32) for dims in state],
         ),
@@ -178,36 +185,29 @@ def attend_cache_mosaic(
         jnp.asarray(layer, jnp.int32)[None],
         ranges.begin_N,
         ranges.visits_G,
-        ranges.blocks_GxJ,
-        ranges.copied_G,
+        ranges.visit_GxV,
         length_NxQ[:, None],
         q,
-        cache.k,
-        cache.v,
+        *[cache.k] * step_visits,
+        *[cache.v] * step_visits,
     )
     columns = (peak.swapaxes(-1, -2), total.swapaxes(-1, -2), out)
     return PartialSoftmax(*(x[:, :, :num_queries] for x in columns))
 
 
-def cached_attention_bytes(
-    sizes: CacheSizes, *, rows: int, active_rows: float, max_group_rows: int, blocks_per_row: float
-) -> float:
+def cached_attention_bytes(sizes: CacheSizes, *, rows: int, visits: float) -> float:
     """Return the bytes that the kernel reads and writes; the last axis of an array takes whole registers.
+
+    Where a group has fewer visits than a step, it copies its last block several times, which is not counted.
 
     Args:
       sizes: of the device's part.
       rows: rows of the cache.
-      active_rows: rows with keys to attend to, which are adjacent.
-      max_group_rows: as in `make_cache_ranges`.
-      blocks_per_row: blocks that are read of an active row, on average.
+      visits: visits of all rows.
     """
-    group_rows = group_size(rows, -(-rows // max_group_rows))
-    blocks = min(rows, math.ceil(active_rows / group_rows) * group_rows) * blocks_per_row
-
     queries = sizes.num_queries + -sizes.num_queries % _QUERY_MULTIPLE
     queries_in_lanes = fill_lanes(queries)
-    head_in_lanes = fill_lanes(sizes.head_size)
-    operands = head_in_lanes * (2 * blocks * sizes.block + rows * queries)
-    results = rows * (queries * head_in_lanes + 2 * queries_in_lanes)
-    lengths = rows * queries_in_lanes
-    return sizes.kv_heads * (operands * sizes.itemsize + results * _FLOAT_BYTES) + lengths * _FLOAT_BYTES
+    numbers = queries * fill_lanes(sizes.head_size)
+    row = sizes.kv_heads * (numbers * (sizes.itemsize + _FLOAT_BYTES) + 2 * queries_in_lanes * _FLOAT_BYTES)
+    lengths = queries_in_lanes * _FLOAT_BYTES
+    return visits * sizes.block_bytes + rows * (row + lengths)

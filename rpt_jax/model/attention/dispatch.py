@@ -40,18 +40,16 @@ class CacheKernel(NamedTuple):
     Attributes:
       attend: computes attention.
       dtypes: dtypes that it computes in; plain XLA computes the others.
-      max_visit_bytes: limit of what a visit of a block of several rows takes; None for all rows in one group.
+      max_group_bytes: limit of `CacheSizes.row_bytes` of a group; None if all rows visit blocks together.
     """
 
     attend: Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
     dtypes: tuple[str, ...]
-    max_visit_bytes: int | None
+    max_group_bytes: int | None
 
-    def max_group_rows(self, rows: int, sizes: CacheSizes) -> int:
-        """Return how many of `rows` rows of a cache may form a group."""
-        if self.max_visit_bytes is None:
-            return rows
-        return max(1, self.max_visit_bytes // sizes.visit_bytes)
+    def max_group_rows(self, sizes: CacheSizes) -> int | None:
+        """Return how many rows of a cache may form a group; None if all rows visit blocks together."""
+        return None if self.max_group_bytes is None else max(1, self.max_group_bytes // sizes.row_bytes)
 
 
 class PlatformKernels(NamedTuple):
@@ -76,17 +74,17 @@ KERNELS = {
         platform="gpu",
         causal=Kernel(attend_cudnn, dtypes=("bfloat16",)),
         packed=Kernel(attend_triton, dtypes=("bfloat16", "float32")),
-        cache=CacheKernel(attend_cache_triton, dtypes=("bfloat16", "float32"), max_visit_bytes=0),
+        cache=CacheKernel(attend_cache_triton, dtypes=("bfloat16", "float32"), max_group_bytes=0),
     ),
     "tpu_kernels": PlatformKernels(
         platform="tpu",
         causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
-        # Rows share a visit, which would otherwise be too short for its overhead; two visits have to fit in a core's memory.
-        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_visit_bytes=2**20),
+        # A group's results stay in a core's memory, and there is a second group in it while the first one is finished.
+        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_group_bytes=2**19),
     ),
 }
-_BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_visit_bytes=None)
+_BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_bytes=None)
 # Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
 DENSE_PAIRS = 64 * 128
 
