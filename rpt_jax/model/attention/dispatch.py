@@ -80,8 +80,8 @@ KERNELS = {
         platform="tpu",
         causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
-        # A group's results stay in a core's memory, and there is a second group in it while the first one is finished.
-        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_group_bytes=2**19),
+        # The results of a group stay in a core's memory. Groups are small, because the cores of a chip share them.
+        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_group_bytes=2**17),
     ),
 }
 _BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_bytes=None)
