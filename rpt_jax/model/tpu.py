@@ -1,7 +1,8 @@
 """How a TPU stores arrays."""
 
-# The last axis of an array lies along the lanes of a register.
+# The last axis of an array lies along the lanes of a register, the axis before it along the sublanes.
 LANES = 128
+SUBLANES = 8
 
 
 def fill_lanes(size: int) -> int:

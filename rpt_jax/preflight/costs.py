@@ -17,6 +17,7 @@ from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blocked_cache import CacheSizes
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.cache_mosaic import cached_attention_bytes
+from rpt_jax.model.attention.dispatch import KERNELS
 from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
@@ -181,8 +182,9 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
     layout = CACHE_LAYOUTS["tpu"]
     response = experiment.rollout.max_new_tokens
     prompt = experiment.prompt.max_tokens
+    queries = KERNELS["tpu_kernels"].cache.pad_queries(heads_per_kv)
     own = CacheSizes(
-        num_queries=heads_per_kv,
+        num_queries=queries,
         block=min(layout.own_block, response),
         kv_heads=-(-config.kv_heads // fields["rollout_tensor"]),
         head_size=config.head_size,
@@ -194,13 +196,13 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
     # All rollouts of a prompt share its keys, until each rollout gets a row of its own.
     prompts = prompts_per_replica(experiment, step)
     shared = own._replace(
-        num_queries=experiment.rollout.samples_per_prompt * heads_per_kv, block=min(layout.prompt_block, prompt)
+        num_queries=experiment.rollout.samples_per_prompt * queries, block=min(layout.prompt_block, prompt)
     )
     prompt_blocks = -(-prompt // shared.block)
     shared_reads = [
         _CacheReads(loop.trips, shared, prompts, loop.prompts, prompt_blocks)
         if loop.slots > prompts or loop is loops[0]
-        else _CacheReads(loop.trips, shared._replace(num_queries=heads_per_kv), loop.slots, loop.live, prompt_blocks)
+        else _CacheReads(loop.trips, shared._replace(num_queries=queries), loop.slots, loop.live, prompt_blocks)
         for loop in loops
     ]
     own_reads = [_CacheReads(loop.trips, own, loop.slots, loop.live, own_blocks) for loop in loops]

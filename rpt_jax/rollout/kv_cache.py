@@ -191,10 +191,11 @@ def cached_attention(
     """
     begin_M = (step - counts_M) % (own.num_blocks * own.block_size)
     own_ranges = _cache_ranges(own, begin_M, counts_M[:, None], heads_per_kv, kernel)
+    padding = kernel.pad_queries(heads_per_kv) - heads_per_kv
 
     def attend(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
         q = q_MxKx1xRx1xC[:, :, 0, :, 0]
-        q = q * q.shape[-1] ** -0.5
+        q = jnp.pad(q * q.shape[-1] ** -0.5, ((0, 0), (0, 0), (0, padding), (0, 0)))
         # The token itself.
         scores = jnp.einsum("mkrc,mkc->mkr", q, new.k[:, :, 0, 0], preferred_element_type=jnp.float32)[..., None]
         value = jnp.broadcast_to(new.v[:, :, 0].astype(jnp.float32), q.shape)
@@ -207,7 +208,8 @@ def cached_attention(
                 rows = q if grid is None else grid.to_rows(q)
                 part = kernel.attend(rows, blocks, layer, ranges)
                 softmax = softmax.merge(part if grid is None else grid.to_slots(part))
-        return (softmax.out / softmax.total).astype(q.dtype)[:, :, None, :, None]
+        out = (softmax.out / softmax.total)[:, :, :heads_per_kv]
+        return out.astype(q.dtype)[:, :, None, :, None]
 
     return attend
 
@@ -216,7 +218,7 @@ def _cache_ranges(
     cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array, heads_per_kv: int, kernel: CacheKernel
 ) -> CacheRanges:
     """Return which blocks are read for which rows; it is the same in every layer."""
-    length_NxQ = jnp.repeat(length_NxW, heads_per_kv, axis=1)
+    length_NxQ = jnp.repeat(length_NxW, kernel.pad_queries(heads_per_kv), axis=1)
     kv_heads, block, head_size = cache.v.shape[3:]
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])

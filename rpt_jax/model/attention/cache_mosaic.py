@@ -29,11 +29,9 @@ from rpt_jax.model.attention.blocked_cache import (
 )
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores
-from rpt_jax.model.tpu import fill_lanes
+from rpt_jax.model.tpu import SUBLANES, fill_lanes
 
 _KEYS_AXIS = 1
-# Queries are padded to whole registers.
-_QUERY_MULTIPLE = 8
 _FLOAT_BYTES = 4
 # Blocks that a step copies: about as many bytes as take longer to read than a step's overhead, in a limited number of copies.
 _STEP_BYTES = 2**20
@@ -139,7 +137,7 @@ def attend_cache_mosaic(
     assert not cache.transposed_keys
     _, num_blocks, rows, kv_heads, size, head_size = cache.k.shape
     num_queries = q_NxKxQxC.shape[2]
-    padding = -num_queries % _QUERY_MULTIPLE
+    padding = -num_queries % SUBLANES
     q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
     length_NxQ = jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding)))
     padded = num_queries + padding
@@ -205,7 +203,7 @@ def cached_attention_bytes(sizes: CacheSizes, *, rows: int, visits: float) -> fl
       rows: rows of the cache.
       visits: visits of all rows.
     """
-    queries = sizes.num_queries + -sizes.num_queries % _QUERY_MULTIPLE
+    queries = sizes.num_queries + -sizes.num_queries % SUBLANES
     queries_in_lanes = fill_lanes(queries)
     numbers = queries * fill_lanes(sizes.head_size)
     row = sizes.kv_heads * (numbers * (sizes.itemsize + _FLOAT_BYTES) + 2 * queries_in_lanes * _FLOAT_BYTES)

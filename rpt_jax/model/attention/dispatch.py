@@ -25,6 +25,7 @@ from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic
 from rpt_jax.model.attention.packed_triton import attend_triton
 from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.tpu import SUBLANES
 
 
 class Kernel(NamedTuple):
@@ -41,11 +42,18 @@ class CacheKernel(NamedTuple):
       attend: computes attention.
       dtypes: dtypes that it computes in; plain XLA computes the others.
       max_group_bytes: limit of `CacheSizes.row_bytes` of a group; None if all rows visit blocks together.
+      query_multiple: a rollout's queries per kv head are padded to a multiple of this. On a TPU they then fill registers;
+        otherwise XLA would copy them to put several rollouts into a row, and copy the results back.
     """
 
     attend: Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
     dtypes: tuple[str, ...]
     max_group_bytes: int | None
+    query_multiple: int = 1
+
+    def pad_queries(self, num_queries: int) -> int:
+        """Return the queries per row and kv head with padding."""
+        return -(-num_queries // self.query_multiple) * self.query_multiple
 
     def max_group_rows(self, sizes: CacheSizes) -> int | None:
         """Return how many rows of a cache may form a group; None if all rows visit blocks together."""
@@ -81,7 +89,9 @@ KERNELS = {
         causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
         # The results of a group stay in a core's memory. Groups are small, because the cores of a chip share them.
-        cache=CacheKernel(attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_group_bytes=2**17),
+        cache=CacheKernel(
+            attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_group_bytes=2**17, query_multiple=SUBLANES
+        ),
     ),
 }
 _BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_bytes=None)
