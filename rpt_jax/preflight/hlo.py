@@ -36,6 +36,8 @@ _FREE = {
 _ELEMENT_BY_ELEMENT = {"bitcast", "convert", "copy", "pad", "reshape", "transpose"}
 # Instructions that read a part of their first operand, as large as the result.
 _SLICES = {"slice", "dynamic-slice", "gather"}
+# Instructions that write a part of their first operand in place, and the operand that they write.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 # Instructions whose traffic is that of the computations they call.
 _CALLS = {"while", "conditional", "call", "async-start", "async-update", "async-done"}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -266,8 +268,8 @@ class _Reader:
         shapes = [computation[name].shape for name in instruction.operands if name in computation]
         if opcode in _SLICES:
             return _bytes_of_part(shapes[0], instruction.shape) + written
-        if opcode in ("dynamic-update-slice", "scatter"):
-            update = shapes[-1 if opcode == "scatter" else 1]
+        if opcode in _UPDATES:
+            update = shapes[_UPDATES[opcode]]
             return _bytes(update) + _bytes_of_part(instruction.shape, update)
         if opcode == "slice-start":
             _, part, *_ = (found[0] for found in _ARRAY.finditer(instruction.shape))  # The first one is the operand.
@@ -298,7 +300,7 @@ class _Reader:
                         parameter = self._parameter(called, index)
                         is_passed_on = self._alias(called) == parameter
                         part += self._part_read(name, user.name) if is_passed_on else self._part_read(called, parameter)
-            elif user.opcode != "dynamic-update-slice" or user.operands[0] != array:
+            elif user.opcode not in _UPDATES or user.operands[0] != array:
                 return 1.0
         return min(1.0, part)
 
@@ -323,8 +325,9 @@ class _Reader:
             instruction = pending.pop()
             if instruction.opcode in ("tuple", "bitcast"):
                 pending += [computation[operand] for operand in instruction.operands]
-            elif instruction.opcode == "dynamic-update-slice":
-                total += _bytes_of_part(instruction.shape, computation[instruction.operands[1]].shape)
+            elif instruction.opcode in _UPDATES:
+                update = computation[instruction.operands[_UPDATES[instruction.opcode]]]
+                total += _bytes_of_part(instruction.shape, update.shape)
             elif instruction.opcode == "fusion":
                 total += self._bytes_written(instruction.called("calls")[0])
             else:

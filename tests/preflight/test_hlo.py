@@ -112,6 +112,13 @@ FUSIONS = """%same (p: f32[8,4]) -> f32[4,8] {
   ROOT %s = bf16[2,4]{1,0} dynamic-slice(%pad, %i), dynamic_slice_sizes={2,4}
 }
 
+%written (p.3: f32[8,4], k.3: s32[1,2], u: f32[1]) -> f32[8,4] {
+  %p.3 = f32[8,4]{1,0} parameter(0)
+  %k.3 = s32[1,2]{1,0} parameter(1)
+  %u = f32[1]{0} parameter(2)
+  ROOT %w = f32[8,4]{1,0} scatter(%p.3, %k.3, %u), to_apply=%second
+}
+
 ENTRY %main (a: f32[8,4], k: s32[]) -> f32[4] {
   %a = f32[8,4]{1,0} parameter(0)
   %k = s32[] parameter(1)
@@ -127,6 +134,8 @@ ENTRY %main (a: f32[8,4], k: s32[]) -> f32[4] {
         ("ROOT %b = f32[4]{0} fusion(%a), kind=kLoop, calls=%sum", 128 + 16),
         # Two of sixteen rows of the padded array are an eighth of its 128 bytes.
         ("ROOT %b = bf16[2,4]{1,0} fusion(%a, %k), kind=kLoop, calls=%padded", 128 / 8 + 4 + 16),
+        # A scatter reads indices (8 bytes) and updates (4), which it writes in place.
+        ("ROOT %b = f32[8,4]{1,0} fusion(%a, %k, %k), kind=kCustom, calls=%written", 8 + 4 + 4),
         # On the way to and from the chip's own memory, S(1).
         ("%b = (f32[8,4]{1,0:S(1)}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%a)", 128),
         ("%b = f32[8,4]{1,0} copy-done(%a)", 128),
