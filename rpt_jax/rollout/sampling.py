@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from rpt_jax.distributed.mesh import DECODING, num_shards
 from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.model.tpu import LANES, fill_lanes
+from rpt_jax.rollout.sampling_mosaic import read_blocks, sum_blocks
 
 
 def uniform_noise(key: jax.Array, prompt_ids_P: jax.Array, samples: int, max_new_tokens: int) -> jax.Array:
@@ -137,12 +138,11 @@ def _row_blocks(logits_MxV: jax.Array) -> _Blocks:
 
 
 def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
-    """Return blocks as wide as a TPU's tiles. Others would be copied into new tiles, pass by pass.
+    """Return blocks as wide as a TPU's tiles; each device has blocks of its own shard of the vocabulary.
 
-    Each device has blocks of its own shard of the vocabulary. Reading a block of every row is a pass over all logits: it takes
-    as long as the maximum, and gathers nothing.
+    Reading a block of every row is a pass over all logits: it takes as long as the sums, and gathers nothing.
     """
-    rows, vocab = logits_MxV.shape
+    vocab = logits_MxV.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else num_shards(mesh, DECODING["vocab"])
     if vocab % shards:
@@ -156,31 +156,19 @@ def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
             return fn(*args)
         return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
-    def split(logits_MxV: jax.Array) -> jax.Array:
-        padded = jnp.pad(logits_MxV, ((0, 0), (0, count * LANES - size)), constant_values=-jnp.inf)
-        return padded.reshape(rows, count, LANES)
-
-    def sum_blocks(logits_MxV: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_MxBxW = split(logits_MxV)
-        # Finite, even if a shard has no token.
-        largest_M = logits_MxBxW.max(axis=(1, 2), initial=jnp.finfo(jnp.float32).min)
-        sums_MxB = jnp.exp(logits_MxBxW - largest_M[:, None, None]).sum(axis=2)
-        return largest_M[:, None], sums_MxB[:, None]
-
-    def read_block(logits_MxV: jax.Array, first: jax.Array, block_M: jax.Array) -> jax.Array:
-        is_chosen_MxB = first + jnp.arange(count) == block_M[:, None]
-        return jnp.where(is_chosen_MxB[..., None], split(logits_MxV), -jnp.inf).max(axis=1)[:, None]
+    def read_from_shard(logits_MxV: jax.Array, first: jax.Array, block_M: jax.Array) -> jax.Array:
+        return read_blocks(logits_MxV, block_M - first)[:, None]
 
     by_shard = PartitionSpec(None, axes)
 
     def read(block_M: jax.Array) -> tuple[jax.Array, jax.Array]:
         first_S = jnp.arange(shards, dtype=jnp.int32) * count
         in_specs = (by_shard, PartitionSpec(axes), PartitionSpec())
-        logits_MxSxW = on_shards(read_block, logits_MxV, first_S, block_M, in_specs=in_specs, out_specs=by_shard)
+        logits_MxSxW = on_shards(read_from_shard, logits_MxV, first_S, block_M, in_specs=in_specs, out_specs=by_shard)
         return logits_MxSxW.max(axis=1), block_M // count * size + block_M % count * LANES
 
-    largest_MxS, sums_MxSxB = on_shards(sum_blocks, logits_MxV, in_specs=by_shard, out_specs=by_shard)
-    largest_M = largest_MxS.max(axis=1)
-    sums_MxSxB = sums_MxSxB * jnp.exp(largest_MxS - largest_M[:, None])[..., None]
-    sums_MxB = with_logical_constraint(sums_MxSxB, (None, None, None)).reshape(rows, shards * count)
+    blocks = on_shards(sum_blocks, logits_MxV, in_specs=by_shard, out_specs=by_shard)
+    peak_MxB, sums_MxB = (with_logical_constraint(x, (None, None)) for x in blocks)
+    largest_M = peak_MxB.max(axis=1)
+    sums_MxB = sums_MxB * jnp.exp(peak_MxB - largest_M[:, None])
     return _Blocks(largest_M=largest_M, sums_MxB=sums_MxB, read=read)

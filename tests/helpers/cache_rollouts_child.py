@@ -7,6 +7,7 @@ Ended rollouts are found as often as on the platform of the kernels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -54,6 +55,8 @@ def sample(policy: Transformer, steps_per_check: int) -> Rollouts:
 def main() -> None:
     """Compare."""
     expected = sample(POLICY, steps_per_check=1)
+    sampling.sum_blocks = functools.partial(sampling.sum_blocks, interpret=True)
+    sampling.read_blocks = functools.partial(sampling.read_blocks, interpret=True)
     for name, kernel in INTERPRETED.items():
         KERNELS[name] = KERNELS[name]._replace(cache=kernel)
         policy = dataclasses.replace(POLICY, attention=name)
