@@ -144,8 +144,8 @@ def attend_cache_mosaic(
 
     groups, visits = ranges.visit_GxV.shape
     group_rows = group_size(rows, groups)
-    block_bytes = 2 * kv_heads * size * fill_lanes(head_size) * cache.k.dtype.itemsize
-    step_visits = max(1, min(_STEP_BYTES // block_bytes, _MAX_STEP_VISITS, visits))
+    sizes = CacheSizes(num_queries, size, kv_heads, head_size, cache.k.dtype.itemsize)
+    step_visits = max(1, min(_STEP_BYTES // sizes.block_bytes, _MAX_STEP_VISITS, visits))
 
     def block_spec(index: int) -> pl.BlockSpec:
         """Return the spec of the blocks of the `index`-th visits of all steps."""
