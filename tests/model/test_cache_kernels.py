@@ -45,11 +45,13 @@ def test_a_group_visits_the_blocks_that_its_rows_attend_to(seed, max_group_rows,
     ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
     attended_NxJ = attended_keys(example, SMALL.size).any(axis=1).reshape(SMALL.rows, SMALL.blocks, -1).any(axis=-1)
     if group_rows is None:
-        expected = [attended_NxJ.any(axis=0)]
-    else:
-        expected = [attended_NxJ[first : first + group_rows] for first in range(0, SMALL.rows, group_rows)]
-    for attended, visit_V, visits in zip(expected, ranges.visit_GxV, ranges.visits_G, strict=True):
-        assert list(visit_V[:visits]) == list(np.flatnonzero(attended))
+        attended_NxJ = attended_NxJ.any(axis=0, keepdims=True)
+    first_rows = range(0, len(attended_NxJ), group_rows or 1)
+    groups = zip(first_rows, ranges.row_GxV, ranges.block_GxV, ranges.visits_G, strict=True)
+    for first, row_V, block_V, visits in groups:
+        rows, blocks = np.nonzero(attended_NxJ[first : first + (group_rows or 1)])
+        assert list(row_V[:visits]) == list(first + rows)
+        assert list(block_V[:visits]) == list(blocks)
 
 
 @pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float32"], "bfloat16"))
@@ -97,7 +99,9 @@ def test_what_the_tpu_kernel_moves_is_what_its_block_specs_say(first, end, max_g
     [kernel] = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
     steps = -(-int(ranges.visits_G.max()) // 2)
     grid = range(len(ranges.visits_G)), range(max(1, steps))
-    moved = copied_bytes(kernel, grid, (jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.visit_GxV))
+    moved = copied_bytes(
+        kernel, grid, (jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.row_GxV, ranges.block_GxV)
+    )
     sizes = CacheSizes(
         num_queries=shape.queries,
         block=shape.block,

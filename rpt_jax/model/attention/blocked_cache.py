@@ -57,14 +57,15 @@ class CacheRanges(NamedTuple):
       begin_N: int32, the first key that the queries of a row attend to.
       length_NxQ: int32, how many keys a query attends to from there on. After the last key of a row comes its first one, as in a
         ring buffer.
-      visit_GxV: int32, the blocks that each group visits, in this order, and then those without keys to attend to. Block j of the
-        group's row n has the index n·J + j. If all rows visit a block together, its index is j.
-      visits_G: int32, the number of blocks that each group visits.
+      row_GxV, block_GxV: int32, the row and the block of each visit of a group. The blocks with keys to attend to come first. If
+        all rows visit blocks together, the row is 0.
+      visits_G: int32, the number of blocks with keys to attend to.
     """
 
     begin_N: jax.Array
     length_NxQ: jax.Array
-    visit_GxV: jax.Array
+    row_GxV: jax.Array
+    block_GxV: jax.Array
     visits_G: jax.Array
 
 
@@ -88,16 +89,20 @@ def make_cache_ranges(
     attended_NxJ = contains_NxJ | (begins_within_NxJ & (longest_Nx1 > 0))
 
     if max_group_rows is None:
-        attended_GxV = attended_NxJ.any(axis=0, keepdims=True)
-    else:
-        rows = len(begin_N)
-        groups = -(-rows // max_group_rows)
-        padding = groups * group_size(rows, groups) - rows
-        attended_GxV = jnp.pad(attended_NxJ, ((0, padding), (0, 0))).reshape(groups, -1)
+        attended_NxJ = attended_NxJ.any(axis=0, keepdims=True)
+        max_group_rows = 1
+    rows = len(attended_NxJ)
+    groups = -(-rows // max_group_rows)
+    group_rows = group_size(rows, groups)
+    padding = groups * group_rows - rows
+    attended_GxV = jnp.pad(attended_NxJ, ((0, padding), (0, 0))).reshape(groups, -1)
+    order_GxV = jnp.argsort(~attended_GxV, axis=-1, stable=True).astype(jnp.int32)
+    first_row_Gx1 = jnp.arange(groups, dtype=jnp.int32)[:, None] * group_rows
     return CacheRanges(
         begin_N=begin_N,
         length_NxQ=length_NxQ,
-        visit_GxV=jnp.argsort(~attended_GxV, axis=-1, stable=True).astype(jnp.int32),
+        row_GxV=first_row_Gx1 + order_GxV // cache.num_blocks,
+        block_GxV=order_GxV % cache.num_blocks,
         visits_G=attended_GxV.sum(axis=-1, dtype=jnp.int32),
     )
 
@@ -198,7 +203,7 @@ def attend_cache_blockwise(
         return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
 
     def add(visit: jax.Array | int, softmax: PartialSoftmax) -> PartialSoftmax:
-        index = ranges.visit_GxV[0, visit]
+        index = ranges.block_GxV[0, visit]
         entry_B = index * size + jnp.arange(size)
         attended_NxQxB = attended_entries(
             ranges.begin_N[:, None, None], ranges.length_NxQ[..., None], entry_B, cache.num_blocks * size

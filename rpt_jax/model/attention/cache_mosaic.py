@@ -59,7 +59,8 @@ def _kernel(
     layer: Any,
     begin_N: Any,
     visits_G: Any,
-    visit_GxV: Any,
+    row_GxV: Any,
+    block_GxV: Any,
     length_Nx1xQ: Any,
     q_NxKxQxC: Any,
     *refs: Any,
@@ -84,8 +85,8 @@ def _kernel(
 
         @pl.when(visit < visits_G[group])
         def _(visit: jax.Array = visit, k_KxBxC: Any = keys[index], v_KxBxC: Any = values[index]) -> None:
-            row, block = _row_and_block(visit_GxV[group, visit], num_blocks)
-            entry = block * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
+            row = row_GxV[group, visit] - group * rows
+            entry = block_GxV[group, visit] * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
             length = _turn(length_Nx1xQ[row], axis=1)
             attended = attended_entries(begin_N[group * rows + row], length, entry, num_blocks * size)
             for head in range(kv_heads):
@@ -101,11 +102,6 @@ def _kernel(
             for head in range(kv_heads):
                 peak_NxKx1xQ[row, head] = _turn(state.peak_NxKxQx1[row, head], axis=0)
                 total_NxKx1xQ[row, head] = _turn(state.total_NxKxQx1[row, head], axis=0)
-
-
-def _row_and_block(index: jax.Array, num_blocks: int) -> tuple[jax.Array, jax.Array]:
-    """Return the row of a group and the block that an entry of `CacheRanges.visit_GxV` stands for."""
-    return jax.lax.div(index, num_blocks), jax.lax.rem(index, num_blocks)
 
 
 def _turn(vector: jax.Array, axis: int) -> jax.Array:
@@ -142,7 +138,7 @@ def attend_cache_mosaic(
     length_NxQ = jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding)))
     padded = num_queries + padding
 
-    groups, visits = ranges.visit_GxV.shape
+    groups, visits = ranges.block_GxV.shape
     group_rows = group_size(rows, groups)
     sizes = CacheSizes(num_queries, size, kv_heads, head_size, cache.k.dtype.itemsize)
     step_visits = max(1, min(_STEP_BYTES // sizes.block_bytes, _MAX_STEP_VISITS, visits))
@@ -150,13 +146,14 @@ def attend_cache_mosaic(
     def block_spec(index: int) -> pl.BlockSpec:
         """Return the spec of the blocks of the `index`-th visits of all steps."""
 
-        def block(group: Any, step: Any, layer: Any, _: Any, visits_G: Any, visit_GxV: Any) -> tuple[Any, ...]:
+        def block(
+            group: Any, step: Any, layer: Any, _: Any, visits_G: Any, row_GxV: Any, block_GxV: Any
+        ) -> tuple[Any, ...]:
             # After the last visit of a group the block stays the same, so that nothing is copied.
             last_visit = jnp.maximum(visits_G[group] - 1, 0)
             last_step = jax.lax.div(jnp.maximum(last_visit - index, 0), step_visits)
             visit = jnp.minimum(jnp.minimum(step, last_step) * step_visits + index, last_visit)
-            row, block = _row_and_block(visit_GxV[group, visit], num_blocks)
-            return layer[0], block, group * group_rows + row, 0, 0, 0
+            return layer[0], block_GxV[group, visit], row_GxV[group, visit], 0, 0, 0
 
         return pl.BlockSpec((None, None, None, kv_heads, size, head_size), block)
 
@@ -170,7 +167,7 @@ def attend_cache_mosaic(
         functools.partial(_kernel, num_blocks=num_blocks, step_visits=step_visits),
         out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, *dims), jnp.float32) for dims in results),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=5,
             grid=(groups, jnp.maximum(pl.cdiv(ranges.visits_G.max(), step_visits), 1)),
             in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), *blocks, *blocks),
             out_specs=tuple(of_group(kv_heads, *dims) for dims in results),
@@ -183,7 +180,8 @@ def attend_cache_mosaic(
         jnp.asarray(layer, jnp.int32)[None],
         ranges.begin_N,
         ranges.visits_G,
-        ranges.visit_GxV,
+        ranges.row_GxV,
+        ranges.block_GxV,
         length_NxQ[:, None],
         q,
         *[cache.k] * step_visits,

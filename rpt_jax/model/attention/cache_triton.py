@@ -26,7 +26,7 @@ def _kernel(
     layer: Any,
     begin: Any,
     visits: Any,
-    visit_J: Any,
+    blocks_J: Any,
     length_q: Any,
     q_qxC: Any,
     k_LxJxBxC: Any,
@@ -40,7 +40,7 @@ def _kernel(
     length_qx1 = length_q[...][:, None]
 
     def fold(visit: jax.Array, softmax: Softmax) -> Softmax:
-        block = visit_J[visit]
+        block = blocks_J[visit]
         entry_1xB = block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         attended = attended_entries(begin[0], length_qx1, entry_1xB, num_blocks * size)
         scores = masked_scores(queries, k_LxJxBxC[layer[0], block], attended, keys_axis=1)
@@ -107,7 +107,7 @@ def attend_cache_triton(
         jnp.asarray(layer, jnp.int32)[None],
         ranges.begin_N,
         ranges.visits_G,
-        ranges.visit_GxV,
+        ranges.block_GxV,
         jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding))),
         q,
         cache.k,
