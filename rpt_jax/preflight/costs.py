@@ -246,6 +246,7 @@ def least_sampling_bytes(experiment: Experiment, step: Step) -> float:
 
     These are all weights, and the keys and values of the live rollouts, once per decode step.
     """
+    assert step.decoding is not None
     config = step.policy.config
     chips_per_replica = mesh_fields(step.mesh)["rollout_tensor"]
     itemsize = step.policy.dtype.itemsize

@@ -89,7 +89,8 @@ def _sum_kernel(logits_mxt: Any, peak_mxb: Any, sum_mxb: Any, *, vocab: int) -> 
     ) -> tuple[jax.Array, jax.Array]:
         peak = jnp.maximum(logits_mxW.max(axis=1, keepdims=True), _LOWEST)
         total = jnp.exp(logits_mxW - peak).sum(axis=1, keepdims=True)
-        return tuple(jnp.where(lane == index, x, result) for x, result in zip((peak, total), results, strict=True))
+        peaks, totals = results
+        return jnp.where(lane == index, peak, peaks), jnp.where(lane == index, total, totals)
 
     zeros = jnp.zeros(peak_mxb.shape, jnp.float32)
     peak_mxb[...], sum_mxb[...] = _fold_blocks(logits_mxt, vocab, add, (zeros, zeros))
