@@ -193,7 +193,7 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
     own_blocks = (-(-response // own.block) + 1) / 2
     loops = decode_loops(experiment, step)
 
-    # All rollouts of a prompt share its keys, until each rollout gets a row of its own.
+    # The cache of the prompts has a row for each prompt and, once few rollouts are live, a row for each rollout.
     prompts = prompts_per_replica(experiment, step)
     shared = own._replace(
         num_queries=experiment.rollout.samples_per_prompt * queries, block=min(layout.prompt_block, prompt)

@@ -138,7 +138,7 @@ def _row_blocks(logits_MxV: jax.Array) -> _Blocks:
 
 
 def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
-    """Return blocks as wide as a TPU's tiles; each device has blocks of its own shard of the vocabulary.
+    """Return blocks of 128 tokens, the width of a TPU's tiles; each device divides its own shard of the vocabulary.
 
     Reading a block of every row is a pass over all logits: it takes as long as the sums, and gathers nothing.
     """

@@ -99,7 +99,7 @@ def test_the_last_rollouts_are_decoded_in_the_smallest_batch_that_holds_them(ste
         DecodeLoop(trips=2 * trips, slots=33, live=33, prompts=5),
         DecodeLoop(trips=trips, slots=8, live=6, prompts=1),
     )
-    # 64 rollouts: 33 and 31, for which there is no smaller batch.
+    # 64 rollouts: first 33, then 31, which do not fit in a smaller batch.
     [first, *others] = loops(samples=2, prompts=32)
     assert first == DecodeLoop(trips=2 * trips, slots=33, live=33, prompts=17)
     assert not any(loop.trips for loop in others)
