@@ -1,6 +1,6 @@
 """Compare what a budget is best spent on: run arms, seeds and budgets one after another, and write one table and one page.
 
-    python -m rpt_jax.study --config=configs/study_tiny.py [--workdir=DIR] [--part=0/4] [--dry-run]
+    python -m rpt_jax.study --config=configs/study_tiny.py [--workdir=DIR] [--part=0/4] [--unit=rpt/seed0] [--dry-run]
 
 Every run is an ordinary command in a directory of its own, with its output in a file beside it. The same command
 resumes: complete runs are skipped, others go on from their checkpoints, and those that failed are tried again. Processes
@@ -37,6 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="config file of the study")
     parser.add_argument("--workdir", help="directory of the study; default: runs/<name of the config>")
     parser.add_argument("--part", default="", help='run a share of the units, such as "3/12" of "0/12" to "11/12"')
+    parser.add_argument(
+        "--unit", action="append", help='run this unit, named by its directory in the workdir, such as "rpt/seed0"'
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the units and their commands, and exit")
     return parser
 
@@ -62,7 +65,7 @@ def run_study(options: argparse.Namespace) -> int:
     from rpt_jax.infra.signals import StopSignals
     from rpt_jax.study.execution import Executor, Stopped, run_units
     from rpt_jax.study.page import write_page
-    from rpt_jax.study.plan import check_stages, config_values, make_plan, select_part
+    from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units
     from rpt_jax.study.workdir import claim, write_results
 
     # Check everything that can be checked before the first run.
@@ -71,7 +74,7 @@ def run_study(options: argparse.Namespace) -> int:
     name = Path(options.config).stem
     directory = user_path(options.workdir or f"runs/{name}").resolve()
     units = make_plan(study, directory)
-    mine = select_part(units, options.part)
+    mine = select_units(units, directory, options.part, options.unit or ())
     if options.dry_run:
         show_plan(mine)
         return ExitCode.COMPLETE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -287,9 +287,23 @@ def _command(module: str, config: str, seed: int, overrides: Any) -> tuple[str, 
     return (sys.executable, "-m", module, f"--config={config}", *(f"--config.{field}" for field in fields))
 
 
-def select_part(units: list[UnitPlan], part: str) -> list[UnitPlan]:
-    """Return the units of a part, NUMBER/COUNT from "0/COUNT"; "" for all. Raises: UserError."""
-    if not part:
-        return units
-    number, count = parse_shard(part, "--part")
-    return units[number::count]
+def select_units(
+    units: Sequence[UnitPlan], directory: Path, part: str = "", names: Sequence[str] = ()
+) -> Sequence[UnitPlan]:
+    """Return some of a study's units.
+
+    Args:
+      units: of the study.
+      directory: of the study.
+      part: NUMBER/COUNT from "0/COUNT" for a share of the units; "" for all.
+      names: directories of units, relative to `directory`; none for all.
+
+    Raises: UserError, if there is no such part or unit.
+    """
+    by_name = {str(unit.directory.relative_to(directory)): unit for unit in units}
+    if names:
+        units = [by_name[check_choice("--unit", name, by_name)] for name in names]
+    if part:
+        number, count = parse_shard(part, "--part")
+        units = units[number::count]
+    return units

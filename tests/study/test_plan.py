@@ -11,7 +11,7 @@ import pytest
 from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, check_study, load_study
 from rpt_jax.errors import UserError
 from rpt_jax.study.outcome import Unit
-from rpt_jax.study.plan import check_stages, config_values, make_plan, select_part
+from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units
 from rpt_jax.study.workdir import claim
 from tests.helpers.studies import BUDGET, small_study
 
@@ -95,15 +95,23 @@ def test_a_suite_may_run_twice_under_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_parts_have_every_unit_once(tmp_path: Path, count: int) -> None:
     units = make_plan(dataclasses.replace(STUDY, seeds=(0, 1)), tmp_path)
-    parts = [select_part(units, f"{number}/{count}") for number in range(count)]
+    parts = [select_units(units, tmp_path, f"{number}/{count}") for number in range(count)]
     assert sorted(str(unit.unit) for part in parts for unit in part) == sorted(str(unit.unit) for unit in units)
 
 
 @pytest.mark.parametrize("part", ["3/3", "1", "a/b", "-1/2"])
 def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, part: str) -> None:
     with pytest.raises(UserError) as raised:
-        select_part(make_plan(STUDY, tmp_path), part)
+        select_units(make_plan(STUDY, tmp_path), tmp_path, part)
     assert raised.value.field == "--part"
+
+
+def test_units_are_selected_by_their_directories(tmp_path: Path) -> None:
+    units = make_plan(dataclasses.replace(STUDY, seeds=(0, 1), budgets=(1e12, 2e12)), tmp_path)
+    selected = select_units(units, tmp_path, names=("rpt/flops_2e+12/seed1", "base/seed0"))
+    assert [unit.unit for unit in selected] == [Unit("rpt", 1, 2e12), Unit("base", 0, None)]
+    with pytest.raises(UserError, match="Did you mean 'rpt/seed0'"):
+        select_units(units, tmp_path, names=("rpt/seed_0",))
 
 
 @pytest.mark.parametrize(
