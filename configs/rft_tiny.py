@@ -2,8 +2,8 @@
 
 Command   bash launch/local.sh --config=configs/rft_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      4.6 to 6.4 minutes on a shared machine with a load of about 10 (27 November 2026)
-Results   avg@8 on 189 test questions: 18.5 % before, 63.1 % after (mean of three seeds; docs/guides/rl-fine-tuning.md)
+Time      3.4 minutes with other work on the machine (28 November 2026)
+Results   avg@8 on 189 test questions: 17.1 % before, 64.7 % after (mean of three seeds; docs/guides/rl-fine-tuning.md)
 """
 
 from pathlib import Path

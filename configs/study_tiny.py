@@ -98,7 +98,7 @@ def get_config() -> StudyConfig:
         tuning=StageConfig(
             name="tuning",
             config="configs/rft_tiny.py",
-            overrides=(*QUESTIONS, "training.total_steps=40", "evaluation.every_steps=20"),
+            overrides=(*QUESTIONS, "training.total_steps=40", "evaluation.every_steps=10"),
         ),
         evaluations=(
             SuiteConfig(suite="next_token", config="configs/rpt_tiny.py", overrides=EVALUATED),
