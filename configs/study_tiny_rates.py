@@ -12,7 +12,7 @@ import study_tiny
 from rpt_jax.config import ArmConfig, StudyConfig
 
 ARMS = ("rpt", "ntp", "mixed_sft", "rlvr")
-RATES = ("1e-4", "3e-4", "1e-3")
+RATES = ("3e-5", "1e-4", "3e-4", "1e-3")
 
 
 def get_config() -> StudyConfig:
