@@ -102,7 +102,12 @@ def get_config() -> StudyConfig:
         ),
         evaluations=(
             SuiteConfig(suite="next_token", config="configs/rpt_tiny.py", overrides=EVALUATED),
-            SuiteConfig(suite="altered_reasoning", config="configs/rpt_tiny.py", overrides=EVALUATED),
+            SuiteConfig(
+                suite="altered_reasoning",
+                config="configs/rpt_tiny.py",
+                overrides=EVALUATED,
+                measures=("own/prefix", "shuffled/prefix", "other/prefix", "empty/prefix"),
+            ),
         ),
         main_score="questions/after_tuning",
     )

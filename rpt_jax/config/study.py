@@ -58,6 +58,8 @@ class SuiteConfig:
     overrides: tuple[str, ...] = ()
     # Name of the evaluation in directories and scores, if a suite is run more than once; "" for that of the suite.
     name: str = ""
+    # Measures of the suite that are scores of the study; none for all. Suite "next_token" has its own.
+    measures: tuple[str, ...] = ()
 
     @property
     def evaluation_name(self) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rpt_jax import __version__
 from rpt_jax.config.study import StudyConfig
-from rpt_jax.errors import UserError
+from rpt_jax.errors import UserError, check_choice
 from rpt_jax.infra.metrics import read_metrics
 from rpt_jax.infra.plots import QUESTION_ACCURACY
 from rpt_jax.infra.run_format import METRICS
@@ -36,6 +36,7 @@ def collect(study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: 
     Raises: UserError, if a result is damaged.
     """
     complete = [unit for unit in units if unit.is_complete]
+    measures = {suite.evaluation_name: suite.measures for suite in study.evaluations}
     failures = {unit.unit: failure for unit in units if not unit.is_complete and (failure := read_failure(unit))}
     return StudyOutcomes(
         name=name,
@@ -43,7 +44,7 @@ def collect(study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: 
         matched_by=study.matched_by,
         arms=tuple(Arm(arm.name, arm.description) for arm in study.arms),
         references=study.references,
-        outcomes=tuple(outcome(unit) for unit in complete),
+        outcomes=tuple(outcome(unit, measures) for unit in complete),
         failures=tuple(failures.values()),
         missing=tuple(unit.unit for unit in units if not unit.is_complete and unit.unit not in failures),
         commands=tuple(commands),
@@ -54,14 +55,22 @@ def collect(study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: 
     )
 
 
-def outcome(unit: UnitPlan) -> Outcome:
-    """Return what a complete unit measured and spent. Raises: UserError, if a result is damaged."""
+def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
+    """Return what a complete unit measured and spent.
+
+    Args:
+      unit: the unit.
+      measures: those of each evaluation that are scores, by its name; none for all.
+
+    Raises: UserError, if a result is damaged or lacks a measure.
+    """
     stages = [_result(run) for run in unit.stages]
     tuning = _result(unit.tuning)
     scores: dict[str, Score] = {}
     for name, run in unit.evaluations.items():
         with _undamaged(run.directory / run.result):
-            scores |= suite_scores(name, json.loads((run.directory / run.result).read_bytes()))
+            evaluation = json.loads((run.directory / run.result).read_bytes())
+            scores |= suite_scores(name, evaluation, measures[name])
     with _undamaged(unit.tuning.directory / unit.tuning.result):
         scores |= tuning_scores(tuning, read_metrics(unit.tuning.directory / METRICS))
     return Outcome(
@@ -76,7 +85,7 @@ def outcome(unit: UnitPlan) -> Outcome:
     )
 
 
-def suite_scores(name: str, evaluation: dict[str, Any]) -> dict[str, Score]:
+def suite_scores(name: str, evaluation: dict[str, Any], measures: Sequence[str] = ()) -> dict[str, Score]:
     """Return the scores of an evaluation by name.
 
     Of suite "next_token", "direct/DIFFICULTY" is the accuracy of the most likely token, and "reasoning/DIFFICULTY" that of one
@@ -85,9 +94,15 @@ def suite_scores(name: str, evaluation: dict[str, Any]) -> dict[str, Score]:
     Args:
       name: of the evaluation.
       evaluation: the content of its `evaluation.json`.
+      measures: those of another suite than "next_token" that are scores; none for all.
+
+    Raises: UserError, if the evaluation lacks a measure.
     """
     if evaluation["suite"] != NEXT_TOKEN:
-        return {f"{name}/{measure}": _score(result["micro"]) for measure, result in evaluation["scores"].items()}
+        results = evaluation["scores"]
+        for measure in measures:
+            check_choice(f"evaluations.{name}.measures", measure, results)
+        return {f"{name}/{measure}": _score(results[measure]["micro"]) for measure in measures or results}
     prefix = "" if name == NEXT_TOKEN else f"{name}/"
     return {
         f"{prefix}{mode}/{difficulty}": Score(result["accuracy"], result["low"], result["high"], result["positions"])
@@ -100,17 +115,26 @@ def suite_scores(name: str, evaluation: dict[str, Any]) -> dict[str, Score]:
 def tuning_scores(result: dict[str, Any], lines: Sequence[dict[str, float]]) -> dict[str, Score]:
     """Return the accuracy on questions before fine-tuning, after it, and at the evaluations in between.
 
+    If the questions have several categories, the accuracies before and after are also given for each: NAME/CATEGORY.
+
     Args:
       result: of the fine-tuning.
       lines: of its `metrics.jsonl`, in order.
     """
-    before, after = (_score(result[name]["accuracy"]["micro"]) for name in ("before", "after"))
+    before, after = (result[name]["accuracy"] for name in ("before", "after"))
     curve = {}
     for line in lines:
         if 0 < line["step"] < result["steps"] and QUESTION_ACCURACY[0] in line:
             value, low, high = (line[name] for name in QUESTION_ACCURACY)
-            curve[TUNING_STEP.format(int(line["step"]))] = Score(value, low, high, after.count)
-    return {BEFORE_TUNING: before, **curve, AFTER_TUNING: after}
+            curve[TUNING_STEP.format(int(line["step"]))] = Score(value, low, high, after["micro"]["count"])
+    ends = {BEFORE_TUNING: before, AFTER_TUNING: after}
+    by_category = {
+        f"{name}/{category}": _score(average)
+        for name, accuracy in ends.items()
+        for category, average in accuracy["categories"].items()
+        if len(accuracy["categories"]) > 1
+    }
+    return {BEFORE_TUNING: _score(before["micro"]), **curve, AFTER_TUNING: _score(after["micro"]), **by_category}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
@@ -98,6 +99,7 @@ class Row:
       planned: number of seeds of the study.
       failed, missing: how many of them failed, or have not finished yet.
       flops, seconds: spent before tuning; None if no seed finished.
+      tuning_flops, tuning_seconds: spent by tuning; None if no seed finished.
       scores: by name.
       differences: by name of the score, then of the reference arm: this arm minus the reference, at the same budget or, if the
         reference has none, without one.
@@ -111,6 +113,8 @@ class Row:
     missing: int
     flops: Spread | None
     seconds: Spread | None
+    tuning_flops: Spread | None
+    tuning_seconds: Spread | None
     scores: Mapping[str, Spread]
     differences: Mapping[str, Mapping[str, Difference]]
     gain: Difference | None
@@ -153,14 +157,20 @@ def _row(study: StudyOutcomes, arm: str, budget: float | None) -> Row:
         }
         differences[name] = {reference: found for reference, found in by_reference.items() if found}
     tuned = AFTER_TUNING in scores and BEFORE_TUNING in scores
+
+    def spent(name: str) -> Spread | None:
+        return Spread({outcome.seed: getattr(outcome, name) for outcome in finished}) if finished else None
+
     return Row(
         arm=arm,
         budget=budget,
         planned=len(finished) + failed + missing,
         failed=failed,
         missing=missing,
-        flops=Spread({outcome.seed: outcome.flops for outcome in finished}) if finished else None,
-        seconds=Spread({outcome.seed: outcome.seconds for outcome in finished}) if finished else None,
+        flops=spent("flops"),
+        seconds=spent("seconds"),
+        tuning_flops=spent("tuning_flops"),
+        tuning_seconds=spent("tuning_seconds"),
         scores=scores,
         differences=differences,
         gain=_paired(scores[AFTER_TUNING], scores[BEFORE_TUNING]) if tuned else None,
@@ -176,6 +186,15 @@ def score_names(outcomes: Iterable[Outcome]) -> list[str]:
     """Return the names of all scores: questions last, and otherwise in the order in which they occur."""
     names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.scores))
     return sorted(names, key=lambda name: name.startswith("questions/"))
+
+
+def score_groups(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
+    """Return the names of all scores by what evaluated them: "next_token", the name of another evaluation, "questions"."""
+    groups = collections.defaultdict(list)
+    for name in score_names(outcomes):
+        first = name.partition("/")[0]
+        groups["next_token" if first in ("direct", "reasoning") else first].append(name)
+    return dict(groups)
 
 
 def _scores(outcomes: Iterable[Outcome], name: str) -> Spread:

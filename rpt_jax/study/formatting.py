@@ -16,8 +16,18 @@ def score_title(name: str) -> str:
     """Return what a score is called: "direct/hard" is "next token, direct, hard"."""
     if name in _TITLES:
         return _TITLES[name]
-    words = name.replace("_", " ").split("/")
+    words = _words(name)
     return ", ".join(["next token", *words] if words[0] in ("direct", "reasoning") else words)
+
+
+def title_in_group(name: str) -> str:
+    """Return what a score is called among those of its group (see `score_groups`): "direct/hard" is "direct, hard"."""
+    words = _words(name)
+    return ", ".join(words if words[0] in ("direct", "reasoning") else words[1:])
+
+
+def _words(name: str) -> list[str]:
+    return name.replace("_", " ").split("/")
 
 
 def percent(value: float) -> str:

@@ -11,8 +11,8 @@ import jinja2
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.scaling_laws import LEAST_POINTS, NotDetermined
 from rpt_jax.study import figures
-from rpt_jax.study.comparison import Row, compare_arms, score_names
-from rpt_jax.study.formatting import budget_text, number, percent, points, score_title, seeds_text
+from rpt_jax.study.comparison import Row, compare_arms, score_groups
+from rpt_jax.study.formatting import budget_text, number, percent, points, score_title, seeds_text, title_in_group
 from rpt_jax.study.limits import headline, limits
 from rpt_jax.study.outcome import StudyOutcomes
 from rpt_jax.study.scaling import Scaling, fit_scaling
@@ -49,16 +49,20 @@ def render(study: StudyOutcomes, rows: list[Row], fits: list[Scaling]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (budget_text, number, percent, points, score_title, seeds_text)
+    filters = (budget_text, number, percent, points, score_title, title_in_group, seeds_text)
     environment.filters |= {function.__name__: function for function in filters}
-    scores = score_names(study.outcomes)
+    groups = score_groups(study.outcomes)
     return environment.get_template(_TEMPLATE).render(
         study=study,
         headline=headline(study, rows),
         rows_by_budget=[(budget, list(group)) for budget, group in itertools.groupby(rows, key=lambda row: row.budget)],
-        scores=scores,
+        score_groups=groups,
         looks=figures.looks(study),
-        score_figures=[Figure(score_title(score), figures.score_figure(study, rows, score)) for score in scores],
+        score_figures=[
+            Figure(score_title(score), figures.score_figure(study, rows, score))
+            for scores in groups.values()
+            for score in scores
+        ],
         gain_figure=figures.gain_figure(study, rows) if any(row.gain for row in rows) else None,
         scaling=scaling_table(fits),
         scaling_figures=_scaling_figures(study, fits),

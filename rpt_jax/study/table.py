@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rpt_jax.infra.console import table
 from rpt_jax.infra.scaling_laws import NotDetermined
-from rpt_jax.study.comparison import Row, score_names
+from rpt_jax.study.comparison import Row, score_groups
 from rpt_jax.study.formatting import (
     budget_text,
     difference_text,
@@ -17,6 +17,7 @@ from rpt_jax.study.formatting import (
     score_title,
     seeds_text,
     spread_text,
+    title_in_group,
 )
 from rpt_jax.study.limits import headline, limits
 from rpt_jax.study.outcome import StudyOutcomes
@@ -56,10 +57,14 @@ def markdown(study: StudyOutcomes, rows: Sequence[Row], fits: Sequence[Scaling])
 
 def study_tables(study: StudyOutcomes, rows: Sequence[Row], fits: Sequence[Scaling]) -> list[Table]:
     """Return the tables of a study; those without rows are left out."""
-    tables = [
-        _scores_table(study, rows),
-        *(_differences_table(study, rows, reference) for reference in study.references),
+    tables = []
+    for group, names in score_groups(study.outcomes).items():
+        title = group.replace("_", " ").capitalize()
+        tables.append(_scores_table(study, rows, title, names))
+        tables += [_differences_table(study, rows, reference, title, names) for reference in study.references]
+    tables += [
         _gain_table(study, rows),
+        _compute_table(study, rows),
         scaling_table(fits),
         _failures_table(study),
         _missing_table(study),
@@ -67,25 +72,22 @@ def study_tables(study: StudyOutcomes, rows: Sequence[Row], fits: Sequence[Scali
     return [each for each in tables if each.rows]
 
 
-def _scores_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
-    names = score_names(study.outcomes)
-    columns = ["arm", "budget", "seeds", "FLOPs", "seconds", *map(score_title, names)]
+def _scores_table(study: StudyOutcomes, rows: Sequence[Row], title: str, names: Sequence[str]) -> Table:
     cells = [
         [
             row.arm,
             budget_text(row.budget, study.matched_by),
-            seeds_text(row),
-            number(row.flops.mean) if row.flops else _NONE,
-            number(row.seconds.mean) if row.seconds else _NONE,
             *(spread_text(row.scores[name]) if name in row.scores else _NONE for name in names),
         ]
         for row in rows
     ]
-    return Table("Scores (%, mean ± standard deviation over seeds, number of seeds)", columns, cells)
+    title = f"{title} (%, mean ± standard deviation over seeds, number of seeds)"
+    return Table(title, ["arm", "budget", *map(title_in_group, names)], cells)
 
 
-def _differences_table(study: StudyOutcomes, rows: Sequence[Row], reference: str) -> Table:
-    names = score_names(study.outcomes)
+def _differences_table(
+    study: StudyOutcomes, rows: Sequence[Row], reference: str, title: str, names: Sequence[str]
+) -> Table:
     cells = [
         [
             row.arm,
@@ -98,10 +100,10 @@ def _differences_table(study: StudyOutcomes, rows: Sequence[Row], reference: str
             ),
         ]
         for row in rows
-        if any(reference in by_reference for by_reference in row.differences.values())
+        if any(reference in row.differences.get(name, {}) for name in names)
     ]
-    title = f"Minus {reference} (points, mean and 95 % interval of the paired differences over seeds)"
-    return Table(title, ["arm", "budget", *map(score_title, names)], cells)
+    title = f"{title}, minus {reference} (points, mean and 95 % interval of the paired differences over seeds)"
+    return Table(title, ["arm", "budget", *map(title_in_group, names)], cells)
 
 
 def _gain_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
@@ -110,6 +112,23 @@ def _gain_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
     ]
     title = "Gain of fine-tuning on questions (points, mean and 95 % interval over seeds)"
     return Table(title, ["arm", "budget", "after minus before"], cells)
+
+
+def _compute_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
+    cells = [
+        [
+            row.arm,
+            budget_text(row.budget, study.matched_by),
+            seeds_text(row),
+            *(
+                number(spread.mean) if spread else _NONE
+                for spread in (row.flops, row.seconds, row.tuning_flops, row.tuning_seconds)
+            ),
+        ]
+        for row in rows
+    ]
+    columns = ["arm", "budget", "seeds", "FLOPs", "seconds", "FLOPs of tuning", "seconds of tuning"]
+    return Table("Compute (mean over seeds)", columns, cells)
 
 
 def scaling_table(fits: Sequence[Scaling]) -> Table:

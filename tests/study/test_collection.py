@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import pytest
+
+from rpt_jax.errors import UserError
 from rpt_jax.study.collection import suite_scores, tuning_scores
 from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Score
 
 
+def average(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "count": 8}
+
+
 def test_scores_have_the_name_of_their_evaluation():
-    average = {"mean": 0.5, "low": 0.25, "high": 0.75, "count": 8}
-    evaluation = {"suite": "questions", "scores": {"avg@4": {"micro": average}}}
-    assert suite_scores("gsm8k", evaluation) == {"gsm8k/avg@4": Score(0.5, 0.25, 0.75, 8)}
+    evaluation = {"suite": "questions", "scores": {"avg@4": {"micro": average(0.5)}}}
+    assert suite_scores("gsm8k", evaluation) == {"gsm8k/avg@4": Score(0.5, 0.4, 0.6, 8)}
+
+
+def test_only_the_measures_of_the_config_are_scores():
+    results = {name: {"micro": average(0.5)} for name in ("own/prefix", "own/first_token")}
+    evaluation = {"suite": "altered_reasoning", "scores": results}
+    scores = suite_scores("altered", evaluation, ("own/prefix",))
+    assert scores == {"altered/own/prefix": Score(0.5, 0.4, 0.6, 8)}
+    with pytest.raises(UserError, match=r"evaluations\.altered\.measures='own/prefx'.*Did you mean 'own/prefix'"):
+        suite_scores("altered", evaluation, ("own/prefx",))
 
 
 def test_next_token_accuracies_have_a_name_only_if_it_is_another():
@@ -23,7 +38,7 @@ def test_next_token_accuracies_have_a_name_only_if_it_is_another():
 
 def test_evaluations_during_fine_tuning_are_scores():
     def evaluated(mean: float):
-        return {"accuracy": {"micro": {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "count": 8}}}
+        return {"accuracy": {"micro": average(mean), "categories": {"all": average(mean)}}}
 
     def line(step: int, mean: float):
         names = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
@@ -39,3 +54,19 @@ def test_evaluations_during_fine_tuning_are_scores():
         AFTER_TUNING: 0.6,
     }
     assert scores["questions/tuning_step_2"] == Score(0.3, 0.3 - 0.1, 0.3 + 0.1, 8)
+
+
+def test_accuracies_of_several_categories_are_scores():
+    def evaluated(mean: float):
+        accuracy = {"micro": average(mean), "categories": {"seen": average(mean + 0.1), "unseen": average(mean - 0.1)}}
+        return {"accuracy": accuracy}
+
+    scores = tuning_scores({"steps": 6, "before": evaluated(0.2), "after": evaluated(0.6)}, [])
+    assert {name: round(score.value, 1) for name, score in scores.items()} == {
+        BEFORE_TUNING: 0.2,
+        AFTER_TUNING: 0.6,
+        f"{BEFORE_TUNING}/seen": 0.3,
+        f"{BEFORE_TUNING}/unseen": 0.1,
+        f"{AFTER_TUNING}/seen": 0.7,
+        f"{AFTER_TUNING}/unseen": 0.5,
+    }
