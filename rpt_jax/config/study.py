@@ -69,7 +69,10 @@ class SuiteConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """A study: every arm runs with every seed and budget; each policy is evaluated and fine-tuned by the same configs."""
+    """A study: every arm runs with every seed and budget; each policy is evaluated and fine-tuned by the same configs.
+
+    It needs evaluations, or fine-tuning, or both.
+    """
 
     # What the study is to answer, in one sentence.
     question: str = ""
@@ -84,7 +87,7 @@ class StudyConfig:
     # Budgets, in model FLOPs or in seconds; several for a fit of accuracy over compute.
     budgets: tuple[float, ...] = ()
     # The fine-tuning of every arm, a config of task "rft", which also evaluates the policy on questions before and after it.
-    tuning: StageConfig
+    tuning: StageConfig | None = None
     # Evaluations before fine-tuning.
     evaluations: tuple[SuiteConfig, ...] = ()
     # Name of the score that the conclusion rests on, chosen before the study runs.
@@ -118,8 +121,13 @@ def check_study(study: StudyConfig) -> None:
         raise UserError("arms is empty: a study compares arms.", field="arms")
     _check_names("arms", [arm.name for arm in study.arms])
     _check_names("evaluations: name", [suite.evaluation_name for suite in study.evaluations])
+    if not (study.tuning or study.evaluations):
+        raise UserError("evaluations is empty, and there is no tuning: nothing would be measured.", field="evaluations")
     for arm in study.arms:
-        reserved = [study.tuning.name, *(suite_run_name(suite) for suite in study.evaluations)]
+        reserved = [
+            *([study.tuning.name] if study.tuning else []),
+            *(suite_run_name(suite) for suite in study.evaluations),
+        ]
         _check_names(f"arms.{arm.name}.stages", [*(stage.name for stage in arm.stages), *reserved])
     _check_unique("seeds", study.seeds)
     _check_unique("budgets", study.budgets)
@@ -160,7 +168,7 @@ def named_stages(study: StudyConfig) -> list[tuple[str, StageConfig | SuiteConfi
     """Return everything that has a config file, by its name in messages."""
     stages = [(f"arms.{arm.name}.stages.{stage.name}", stage) for arm in study.arms for stage in arm.stages]
     suites = [(f"evaluations.{suite.evaluation_name}", suite) for suite in study.evaluations]
-    return [*stages, *suites, ("tuning", study.tuning)]
+    return [*stages, *suites, *([("tuning", study.tuning)] if study.tuning else [])]
 
 
 def _check_tuple(name: str, values: Any, kind: Any) -> None:

@@ -65,14 +65,16 @@ def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
     Raises: UserError, if a result is damaged or lacks a measure.
     """
     stages = [_result(run) for run in unit.stages]
-    tuning = _result(unit.tuning)
     scores: dict[str, Score] = {}
     for name, run in unit.evaluations.items():
         with _undamaged(run.directory / run.result):
             evaluation = json.loads((run.directory / run.result).read_bytes())
             scores |= suite_scores(name, evaluation, measures[name])
-    with _undamaged(unit.tuning.directory / unit.tuning.result):
-        scores |= tuning_scores(tuning, read_metrics(unit.tuning.directory / METRICS))
+    tuning = {"flops": 0.0, "seconds": 0.0}
+    if unit.tuning:
+        tuning = _result(unit.tuning)
+        with _undamaged(unit.tuning.directory / unit.tuning.result):
+            scores |= tuning_scores(tuning, read_metrics(unit.tuning.directory / METRICS))
     return Outcome(
         arm=unit.unit.arm,
         seed=unit.unit.seed,
@@ -161,6 +163,6 @@ def _result(run: Run) -> dict[str, Any]:
 
 
 def _device(complete: Sequence[UnitPlan]) -> str:
-    """Return the devices that the fine-tuning of the units ran on."""
-    results = [_result(unit.tuning) for unit in complete]
+    """Return the devices that the last runs of the units ran on."""
+    results = [json.loads((run.directory / run.result).read_bytes()) for run in (unit.runs[-1] for unit in complete)]
     return ", ".join(sorted({f"{result['devices']} x {result['device_kind']}" for result in results}))

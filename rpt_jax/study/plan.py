@@ -81,19 +81,19 @@ class UnitPlan:
       directory: of the unit.
       stages: spend the budget.
       evaluations: of the policy that the stages end with, by name.
-      tuning: fine-tunes that policy.
+      tuning: fine-tunes that policy; None if the study does not.
     """
 
     unit: Unit
     directory: Path
     stages: tuple[Run, ...]
     evaluations: Mapping[str, Run]
-    tuning: Run
+    tuning: Run | None
 
     @property
     def runs(self) -> tuple[Run, ...]:
         """All runs, in the order of execution."""
-        return (*self.stages, *self.evaluations.values(), self.tuning)
+        return (*self.stages, *self.evaluations.values(), *([self.tuning] if self.tuning else []))
 
     @property
     def is_complete(self) -> bool:
@@ -129,7 +129,8 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
             if is_last:
                 _load(name, stage, f"training.{study.matched_by}_budget={study.budgets[0]!r}")
             _check_placeholders(name, stage, arm)
-    check_choice("tuning: task", experiments["tuning"].task, ["rft"])
+    if study.tuning:
+        check_choice("tuning: task", experiments["tuning"].task, ["rft"])
     for suite in study.evaluations:
         SUITES.check(suite.suite)
         if not SUITES[suite.suite].requirements.policy:
@@ -137,16 +138,16 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
         check_task(suite.suite, experiments[f"evaluations.{suite.evaluation_name}"])
 
     # The base policy is the same everywhere.
-    base = experiments["tuning"].policy.path
-    for name, experiment in experiments.items():
-        path = experiment.policy.path
+    paths = {name: experiment.policy.path for name, experiment in experiments.items()}
+    first, base = next((name, path) for name, path in reversed(paths.items()) if "{" not in path)
+    for name, path in paths.items():
         if path != base and "{" not in path:
             raise UserError(
-                f"{name}: policy.path='{path}', but tuning starts from '{base}': all arms start from the same policy.",
+                f"{name}: policy.path='{path}', but {first} starts from '{base}': all arms start from the same policy.",
                 field="policy.path",
             )
 
-    scores = [BEFORE_TUNING, AFTER_TUNING]
+    scores = [BEFORE_TUNING, AFTER_TUNING] if study.tuning else []
     if any(suite.suite == suite.evaluation_name == NEXT_TOKEN for suite in study.evaluations):
         scores += [f"{mode}/{difficulty}" for mode in ("direct", "reasoning") for difficulty in DIFFICULTIES]
     if not study.main_score.startswith(tuple(f"{suite.evaluation_name}/" for suite in study.evaluations)):
@@ -259,15 +260,18 @@ def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, 
     # Evaluations and fine-tuning of the policy that the last stage writes, or else of the configs' own.
     policy = str(stages[arm.stages[-1].name].directory / POLICY) if arm.stages else ""
     evaluations = {suite.evaluation_name: shared(_evaluation(suite, seed, policy, path)) for suite in study.evaluations}
-    overrides = [*study.tuning.overrides, *([f"policy.path={policy}"] if policy else [])]
-    tuning = Run(
-        name=study.tuning.name,
-        directory=path / study.tuning.name,
-        command=_command("rpt_jax.main", study.tuning.config, seed, overrides),
+    tuning = shared(_tuning(study.tuning, seed, policy, path)) if study.tuning else None
+    return UnitPlan(unit=unit, directory=path, stages=tuple(stages.values()), evaluations=evaluations, tuning=tuning)
+
+
+def _tuning(stage: StageConfig, seed: int, policy: str, directory: Path) -> Run:
+    """Return the fine-tuning of a policy; "" is that of the config."""
+    overrides = [*stage.overrides, *([f"policy.path={policy}"] if policy else [])]
+    return Run(
+        name=stage.name,
+        directory=directory / stage.name,
+        command=_command("rpt_jax.main", stage.config, seed, overrides),
         result=RESULT,
-    )
-    return UnitPlan(
-        unit=unit, directory=path, stages=tuple(stages.values()), evaluations=evaluations, tuning=shared(tuning)
     )
 
 

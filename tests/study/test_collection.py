@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 
+from rpt_jax.config.study import check_study
 from rpt_jax.errors import UserError
-from rpt_jax.study.collection import suite_scores, tuning_scores
+from rpt_jax.study.collection import collect, suite_scores, tuning_scores
 from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Score
+from rpt_jax.study.plan import check_stages, make_plan
+from tests.helpers.studies import small_study
 
 
 def average(mean: float) -> dict[str, float]:
@@ -70,3 +77,22 @@ def test_accuracies_of_several_categories_are_scores():
         f"{AFTER_TUNING}/seen": 0.7,
         f"{AFTER_TUNING}/unseen": 0.5,
     }
+
+
+def test_a_study_need_not_fine_tune(tmp_path: Path):
+    study = dataclasses.replace(small_study(), tuning=None, main_score="reasoning/hard")
+    check_study(study)
+    check_stages(study)
+    units = make_plan(study, tmp_path)
+    base = units[0]
+    (evaluation,) = base.runs
+    evaluation.directory.mkdir(parents=True)
+    accuracy = {"hard": {"accuracy": 0.5, "low": 0.25, "high": 0.75, "positions": 8}}
+    summary = {"difficulties": {"direct/prefix": accuracy, "reasoning/prefix/random@1": accuracy}}
+    content = {"suite": "next_token", "summary": summary, "scores": {}, "devices": 1, "device_kind": "cpu"}
+    (evaluation.directory / evaluation.result).write_text(json.dumps(content))
+    outcomes = collect(study, "study", units, ())
+    (outcome,) = outcomes.outcomes
+    assert outcome.unit == base.unit and outcome.tuning_flops == 0
+    assert outcome.scores == {name: Score(0.5, 0.25, 0.75, 8) for name in ("direct/hard", "reasoning/hard")}
+    assert outcomes.device == "1 x cpu"

@@ -94,10 +94,10 @@ def test_a_process_that_outlives_its_parent_keeps_the_lock(tmp_path: Path) -> No
 @pytest.mark.parametrize("content", ["", "[]", '{"flops": 1.0, "seconds": 1.0, "steps": 1}'])
 def test_a_damaged_result_is_refused_by_the_name_of_its_file(tmp_path: Path, content: str) -> None:
     unit = script_unit(tmp_path, "base")
-    assert run(tmp_path, unit) == 0 and outcome(unit).arm == "base"
+    assert run(tmp_path, unit) == 0 and outcome(unit, {}).arm == "base"
     (unit.tuning.directory / "result.json").write_text(content)
     with pytest.raises(UserError, match=r"base/seed0/tuning/result\.json"):
-        outcome(unit)
+        outcome(unit, {})
     (unit.directory / FAILURE).write_text(content)
     with pytest.raises(UserError) as raised:
         read_failure(unit)

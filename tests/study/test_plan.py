@@ -142,6 +142,8 @@ def test_units_are_selected_by_their_directories(tmp_path: Path) -> None:
         ({"arms": replaced(SFT, config="configs/traces_tiny.py", overrides=())}, "arms.sft.stages.sft: task"),
         ({"arms": replaced(RPT, overrides=("optimizer.schedule=cosine",))}, "optimizer.schedule"),
         ({"main_score": "reasoning/hrd"}, "main_score"),
+        ({"tuning": None}, "main_score"),
+        ({"tuning": None, "evaluations": ()}, "evaluations"),
     ],
 )
 def test_a_study_that_cannot_run_is_refused(changes: dict[str, Any], field: str) -> None:
