@@ -24,7 +24,7 @@ QUESTIONS = ("questions.source_options.test_documents=1500", "questions.test_que
 UNTIL_SPENT = (
     "training.total_steps=100000",
     "optimizer.schedule=constant",
-    "optimizer.learning_rate=2e-4",
+    "optimizer.learning_rate=1e-4",
     "evaluation.every_steps=100000",
 )
 PRETRAINED_UNTIL_SPENT = UNTIL_SPENT[:3]  # Task "pretrain" evaluates nothing.
@@ -98,7 +98,12 @@ def get_config() -> StudyConfig:
         tuning=StageConfig(
             name="tuning",
             config="configs/rft_tiny.py",
-            overrides=(*QUESTIONS, "training.total_steps=40", "evaluation.every_steps=10"),
+            overrides=(
+                *QUESTIONS,
+                "training.total_steps=40",
+                "evaluation.every_steps=10",
+                "optimizer.learning_rate=1e-4",
+            ),
         ),
         evaluations=(
             SuiteConfig(suite="next_token", config="configs/rpt_tiny.py", overrides=EVALUATED),
