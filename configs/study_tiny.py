@@ -5,8 +5,8 @@ Hardware  2 CPU cores, 4 GB of memory
 Time      about 8 hours for 77 units, from single runs (estimate)
 Results   not measured
 
-The largest budget is that of 100 of the 210 steps of configs/rpt_tiny.py, 4.4e10 FLOPs each. A larger one can be
-appended when the study has run.
+The largest budget is that of 90 of the 210 steps of configs/rpt_tiny.py, 4.9e10 FLOPs each. A larger one can be
+appended when the study has run. The learning rates were chosen by configs/study_tiny_rates.py.
 
 Two trained policies that differ by 3 points are told apart with a probability of 80 % by 1,070 positions of 2 samples, or by 560
 questions of 4 samples; measured were 3.1 points at 1,000 positions and 2.9 points at 603 questions (`rpt_jax.evaluate
