@@ -2,7 +2,7 @@
 
 Command   bash launch/local.sh --config=configs/rpt_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      8.0 to 8.5 minutes (28 November 2026); much longer with other work on the machine
+Time      6.3 minutes, and about 1 minute to compile in a first run (28 November 2026); longer with other work on the machine
 Results   hard held-out positions, by reasoning: 21.0 % before, 36.9 % after (mean of three seeds; docs/results/tiny.md)
 """
 
