@@ -5,7 +5,8 @@ It starts from the same policy and learns the same training documents, without r
 Command   bash launch/local.sh --config=configs/ntp_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
 Time      31 minutes on a shared machine with a load of 13 to 23 (28 November 2026); 3.4 minutes of processor time
-Results   from the base policy of version 0.1.0, one seed, held-out positions above 0.5 nats: direct 39.1 % before, 50.9 % after; by reasoning 31.8 %, 37.1 %
+Results   with the earlier base policy, of version 0.1.0; one seed, held-out positions above 0.5 nats: direct 39.1 % before,
+          50.9 % after; by reasoning 31.8 %, 37.1 %
           (rpt_jax.evaluate --config=configs/rpt_tiny.py --suite=next_token --config.evaluation.positions=320
           --config.evaluation.samples=4; intervals of about ± 6 and ± 4 points)
 """

@@ -5,8 +5,8 @@ RLPT (arXiv 2509.19249) predicts sentences, which are too long for this policy; 
 Command   bash launch/local.sh --config=configs/segments_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
 Time      47 minutes on a shared machine with a load of about 20 (28 November 2026); 4.0 minutes of processor time
-Results   one seed, share of three tokens at held-out positions above 0.5 nats: 17.7 % before, 21.4 % after (± 2 and ± 3 points);
-          all three right: 0.5 %, 1.9 %
+Results   with the earlier base policy, of version 0.1.0; one seed, share of three tokens at held-out positions above 0.5 nats:
+          17.7 % before, 21.4 % after (± 2 and ± 3 points); all three right: 0.5 %, 1.9 %
 """
 
 from typing import Any

@@ -3,7 +3,8 @@
 Command   bash launch/local.sh --config=configs/traces_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
 Time      2.0 minutes on a busy shared machine (27 November 2026)
-Results   from the base policy of version 0.1.0: 36.1 % of 8,192 responses accepted at 1,024 positions; 282 without an accepted one; 949 traces kept
+Results   with the earlier base policy, of version 0.1.0: 36.1 % of 8,192 responses accepted at 1,024 positions; 282 without
+          an accepted one; 949 traces kept
 """
 
 from typing import Any
