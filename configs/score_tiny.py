@@ -4,7 +4,8 @@ Command   python -m rpt_jax.main --config=configs/score_tiny.py
           then train with --config=configs/rpt_tiny.py --config.data.prepared=runs/score_tiny_seed0
 Hardware  2 CPU cores, 4 GB of memory
 Time      not measured
-Results   with the earlier base policy, of version 0.1.0: 8.4 % of the positions with at least 16 tokens of context have an entropy above 0.5 nats
+Results   with the earlier base policy, of version 0.1.0: 8.4 % of the positions with at least 16 tokens of context have an
+          entropy above 0.5 nats
 """
 
 from typing import Any
