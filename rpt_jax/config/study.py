@@ -58,7 +58,7 @@ class SuiteConfig:
     overrides: tuple[str, ...] = ()
     # Name of the evaluation in directories and scores, if a suite is run more than once; "" for that of the suite.
     name: str = ""
-    # Measures of the suite that are scores of the study; none for all. Suite "next_token" has its own.
+    # Measures of the suite that are scores of the study; none for all. Not for suite "next_token", whose scores are fixed.
     measures: tuple[str, ...] = ()
 
     @property
@@ -115,6 +115,8 @@ def check_study(study: StudyConfig) -> None:
         _check_tuple(f"arms.{arm.name}.stages", arm.stages, StageConfig)
     for name, stage in named_stages(study):
         _check_tuple(f"{name}.overrides", stage.overrides, str)
+    for suite in study.evaluations:
+        _check_tuple(f"evaluations.{suite.evaluation_name}.measures", suite.measures, str)
 
     # Names.
     if not study.arms:

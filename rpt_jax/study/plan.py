@@ -135,6 +135,9 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
         SUITES.check(suite.suite)
         if not SUITES[suite.suite].requirements.policy:
             raise UserError(f"evaluations: suite '{suite.suite}' does not evaluate a policy.", field="evaluations")
+        if suite.measures and suite.suite == NEXT_TOKEN:
+            name = f"evaluations.{suite.evaluation_name}.measures"
+            raise UserError(f"{name}: the scores of suite '{NEXT_TOKEN}' are fixed; leave it out.", field=name)
         check_task(suite.suite, experiments[f"evaluations.{suite.evaluation_name}"])
 
     # The base policy is the same everywhere.

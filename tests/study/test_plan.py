@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, check_study, load_study
+from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, SuiteConfig, check_study, load_study
 from rpt_jax.errors import UserError
 from rpt_jax.study.outcome import Unit
 from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units
@@ -27,6 +27,10 @@ def replaced(arm: ArmConfig, **fields: Any) -> tuple[ArmConfig, ...]:
 
 def tuned_by(**fields: Any) -> StageConfig:
     return dataclasses.replace(STUDY.tuning, **fields)
+
+
+def evaluated_by(**fields: Any) -> tuple[SuiteConfig, ...]:
+    return tuple(dataclasses.replace(suite, **fields) for suite in STUDY.evaluations)
 
 
 def test_equal_runs_of_a_seed_are_shared(tmp_path: Path) -> None:
@@ -143,6 +147,8 @@ def test_units_are_selected_by_their_directories(tmp_path: Path) -> None:
         ({"arms": replaced(RPT, overrides=("optimizer.schedule=cosine",))}, "optimizer.schedule"),
         ({"main_score": "reasoning/hrd"}, "main_score"),
         ({"tuning": None}, "main_score"),
+        ({"evaluations": evaluated_by(measures=("direct/prefix",))}, "evaluations.next_token.measures"),
+        ({"evaluations": evaluated_by(measures="direct/prefix")}, "evaluations.next_token.measures"),
         ({"tuning": None, "evaluations": ()}, "evaluations"),
     ],
 )
