@@ -2,11 +2,12 @@
 
 Command   python -m rpt_jax.study --config=configs/study_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      about 8 hours for 77 units, from single runs (estimate)
+Time      about 8 hours for 92 units, from single runs (estimate)
 Results   not measured
 
-The largest budget is that of 90 of the 210 steps of configs/rpt_tiny.py, 4.9e10 FLOPs each. A larger one can be
-appended when the study has run. The learning rates were chosen by configs/study_tiny_rates.py.
+The largest budget is that of 180 of the 210 steps of configs/rpt_tiny.py, 4.9e10 FLOPs each. The learning rates were chosen by
+configs/study_tiny_rates.py. Main arms have 5 seeds and 4 budgets, which a fit of accuracy over compute needs; the others
+have 3 of each.
 
 Two trained policies that differ by 3 points are told apart with a probability of 80 % by 1,070 positions of 2 samples, or by 560
 questions of 4 samples; measured were 3.1 points at 1,000 positions and 2.9 points at 603 questions (`rpt_jax.evaluate
@@ -44,6 +45,7 @@ def get_config() -> StudyConfig:
             name="rpt_random",
             description="Reinforcement pre-training at random positions.",
             seeds=3,
+            budgets=3,
             stages=(
                 StageConfig(
                     name="rpt",
@@ -56,6 +58,7 @@ def get_config() -> StudyConfig:
             name="rpt_and_ntp",
             description="Reinforcement pre-training with the next-token loss of the documents added.",
             seeds=3,
+            budgets=3,
             stages=(
                 StageConfig(
                     name="rpt",
@@ -87,6 +90,7 @@ def get_config() -> StudyConfig:
             name="rlvr",
             description="RL fine-tuning for the whole budget, without pre-training.",
             seeds=3,
+            budgets=3,
             stages=(StageConfig(name="rft", config="configs/rft_tiny.py", overrides=UNTIL_SPENT),),
         ),
     )
@@ -96,7 +100,7 @@ def get_config() -> StudyConfig:
         references=("base", "ntp", "mixed_sft"),
         seeds=(0, 1, 2, 3, 4),
         matched_by="flops",
-        budgets=(1.1e12, 2.2e12, 4.4e12),
+        budgets=(1.1e12, 2.2e12, 4.4e12, 8.8e12),
         tuning=StageConfig(
             name="tuning",
             config="configs/rft_tiny.py",

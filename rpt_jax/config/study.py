@@ -44,6 +44,8 @@ class ArmConfig:
     stages: tuple[StageConfig, ...] = ()
     # Number of the study's seeds, from the first, that the arm runs with; 0 for all.
     seeds: int = 0
+    # Number of the study's budgets, from the first, that the arm runs with; 0 for all.
+    budgets: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,11 +153,13 @@ def check_study(study: StudyConfig) -> None:
         problem = f"arm '{trained[0]}' has stages, which need one" if trained else "no arm has stages to spend it on"
         raise UserError(f"budgets={study.budgets}: {problem}.", field="budgets")
     for arm in study.arms:
-        if not 0 <= arm.seeds <= len(study.seeds):
-            raise UserError(
-                f"arms.{arm.name}.seeds={arm.seeds} must be from 0, for all, to the {len(study.seeds)} seeds of the study.",
-                field=f"arms.{arm.name}.seeds",
-            )
+        for name, number, all_of_them in (("seeds", arm.seeds, study.seeds), ("budgets", arm.budgets, study.budgets)):
+            field = f"arms.{arm.name}.{name}"
+            if not 0 <= number <= len(all_of_them):
+                raise UserError(
+                    f"{field}={number} must be from 0, for all, to the {len(all_of_them)} {name} of the study.",
+                    field=field,
+                )
     for budget in study.budgets:
         if not (math.isfinite(budget) and budget > 0):
             raise UserError(f"budgets={study.budgets}: {budget} must be a positive number.", field="budgets")

@@ -229,9 +229,9 @@ def _units(study: StudyConfig) -> Iterator[tuple[ArmConfig, Unit]]:
         arms = [arm for arm in study.arms if not arm.seeds or number <= arm.seeds]
         for i, budget in enumerate(study.budgets or (None,)):
             for arm in arms:
-                if arm.stages:
+                if arm.stages and (not arm.budgets or i < arm.budgets):
                     yield arm, Unit(arm.name, seed, budget and float(budget))
-                elif i == 0:
+                elif not arm.stages and i == 0:
                     yield arm, Unit(arm.name, seed, None)
 
 

@@ -49,8 +49,8 @@ def test_equal_runs_of_a_seed_are_shared(tmp_path: Path) -> None:
     assert len({unit.directory for unit in units.values()}) == len(units)
 
 
-def test_an_arm_may_run_with_the_first_seeds_only(tmp_path: Path) -> None:
-    arms = (BASE, RPT, dataclasses.replace(SFT, seeds=2))
+def test_an_arm_may_run_with_the_first_seeds_and_budgets_only(tmp_path: Path) -> None:
+    arms = (BASE, RPT, dataclasses.replace(SFT, seeds=2, budgets=1))
     plans = make_plan(dataclasses.replace(STUDY, arms=arms, seeds=(3, 1, 2), budgets=(1e12, 2e12)), tmp_path)
     seeds = {(plan.unit.arm, plan.unit.budget): [] for plan in plans}
     for plan in plans:
@@ -60,7 +60,6 @@ def test_an_arm_may_run_with_the_first_seeds_only(tmp_path: Path) -> None:
         ("rpt", 1e12): [3, 1, 2],
         ("rpt", 2e12): [3, 1, 2],
         ("sft", 1e12): [3, 1],
-        ("sft", 2e12): [3, 1],
     }
 
 
@@ -132,6 +131,7 @@ def test_units_are_selected_by_their_directories(tmp_path: Path) -> None:
         ({"seeds": ()}, "seeds"),
         ({"seeds": (0, 1000)}, "seeds"),
         ({"arms": (BASE, dataclasses.replace(RPT, seeds=2))}, "arms.rpt.seeds"),
+        ({"arms": (BASE, dataclasses.replace(RPT, budgets=2))}, "arms.rpt.budgets"),
         ({"references": ("bse",)}, "references"),
         ({"matched_by": "tokens"}, "matched_by"),
         ({"tuning": tuned_by(name="rpt")}, "arms.rpt.stages"),
