@@ -19,18 +19,13 @@ from rpt_jax.config import ArmConfig, StageConfig, StudyConfig, SuiteConfig
 # 240 held-out documents have about 1,500 positions above 0.5 nats.
 DOCUMENTS = ("data.held_out_documents=240",)
 EVALUATED = (*DOCUMENTS, "evaluation.positions=1100", "evaluation.samples=2")
-# One batch: what altering the reasoning costs is much more than 6 points, and each altered response needs a prefill of its own.
+# These positions fill one batch. They are enough, because altered reasoning costs far more than 6 points.
 ALTERED = (*DOCUMENTS, "evaluation.positions=224", "evaluation.samples=2")
 # A quarter of the questions is longer than configs/rft_tiny.py allows, and left out.
 QUESTIONS = ("questions.source_options.test_documents=1500", "questions.test_questions=800", "evaluation.samples=2")
 # A run ends when its budget is spent. Its number of steps is not known before, so the learning rate is constant.
-UNTIL_SPENT = (
-    "training.total_steps=100000",
-    "optimizer.schedule=constant",
-    "optimizer.learning_rate=1e-4",
-    "evaluation.every_steps=100000",
-)
-PRETRAINED_UNTIL_SPENT = UNTIL_SPENT[:3]  # Task "pretrain" evaluates nothing.
+PRETRAINED_UNTIL_SPENT = ("training.total_steps=100000", "optimizer.schedule=constant", "optimizer.learning_rate=1e-4")
+UNTIL_SPENT = (*PRETRAINED_UNTIL_SPENT, "evaluation.every_steps=100000")  # Task "pretrain" evaluates nothing.
 
 
 def get_config() -> StudyConfig:

@@ -126,7 +126,7 @@ def check_study(study: StudyConfig) -> None:
     _check_names("arms", [arm.name for arm in study.arms])
     _check_names("evaluations: name", [suite.evaluation_name for suite in study.evaluations])
     if not (study.tuning or study.evaluations):
-        raise UserError("evaluations is empty, and there is no tuning: nothing would be measured.", field="evaluations")
+        raise UserError("the study has neither evaluations nor tuning: nothing is measured.", field="evaluations")
     for arm in study.arms:
         reserved = [
             *([study.tuning.name] if study.tuning else []),
