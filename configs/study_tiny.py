@@ -92,7 +92,7 @@ def get_config() -> StudyConfig:
     return StudyConfig(
         question="Does reinforcement pre-training help RL fine-tuning more than other uses of the same FLOPs?",
         arms=arms,
-        references=("base", "ntp", "mixed_sft"),
+        references=("base", "ntp", "mixed_sft", "rpt"),
         seeds=(0, 1, 2, 3, 4),
         matched_by="flops",
         budgets=(1.1e12, 2.2e12, 4.4e12, 8.8e12),
@@ -116,4 +116,10 @@ def get_config() -> StudyConfig:
             ),
         ),
         main_score="questions/after_tuning",
+        contrasts=(
+            ("reasoning/easy", "direct/easy"),
+            ("reasoning/hard", "direct/hard"),
+            ("altered_reasoning/own/prefix", "altered_reasoning/shuffled/prefix"),
+            ("altered_reasoning/own/prefix", "altered_reasoning/empty/prefix"),
+        ),
     )

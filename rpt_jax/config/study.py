@@ -94,6 +94,9 @@ class StudyConfig:
     evaluations: tuple[SuiteConfig, ...] = ()
     # Name of the score that the conclusion rests on, chosen before the study runs.
     main_score: str = "questions/after_tuning"
+    # Pairs of scores, such as ("reasoning/easy", "direct/easy"): the first minus the second is shown for each arm. What
+    # fine-tuning adds is always shown. They do not change the runs, so they may be chosen later.
+    contrasts: tuple[tuple[str, str], ...] = ()
 
 
 def load_study(path: str) -> StudyConfig:
@@ -113,6 +116,11 @@ def check_study(study: StudyConfig) -> None:
     for name, item in (("arms", ArmConfig), ("evaluations", SuiteConfig), ("seeds", int), ("references", str)):
         _check_tuple(name, getattr(study, name), item)
     _check_tuple("budgets", study.budgets, (int, float))
+    _check_tuple("contrasts", study.contrasts, tuple)
+    for pair in study.contrasts:
+        _check_tuple("contrasts", pair, str)
+        if len(pair) != 2:
+            raise UserError(f"contrasts: {pair!r} must be two names of scores.", field="contrasts")
     for arm in study.arms:
         _check_tuple(f"arms.{arm.name}.stages", arm.stages, StageConfig)
     for name, stage in named_stages(study):

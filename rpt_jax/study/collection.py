@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,17 @@ from rpt_jax.infra.run_format import METRICS
 from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.workdir import read_result
 from rpt_jax.study.execution import read_failure
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, TUNING_STEP, Arm, Outcome, Score, StudyOutcomes
+from rpt_jax.study.outcome import (
+    AFTER_TUNING,
+    BEFORE_TUNING,
+    GAIN,
+    TUNING_STEP,
+    Arm,
+    Contrast,
+    Outcome,
+    Score,
+    StudyOutcomes,
+)
 from rpt_jax.study.plan import NEXT_TOKEN, Run, UnitPlan
 
 # The measures of suite "next_token" that are scores of a study, by the beginning of their names there.
@@ -52,6 +63,7 @@ def collect(study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: 
         commit=source_commit(),
         device=_device(complete),
         main_score=study.main_score,
+        contrasts=(*([GAIN] if study.tuning else []), *itertools.starmap(Contrast, study.contrasts)),
     )
 
 
@@ -70,7 +82,7 @@ def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
         with _undamaged(run.directory / run.result):
             evaluation = json.loads((run.directory / run.result).read_bytes())
             scores |= suite_scores(name, evaluation, measures[name])
-    tuning = {"flops": 0.0, "seconds": 0.0}
+    tuning = {"flops": 0.0, "seconds": 0.0, "steps": 0}
     if unit.tuning:
         tuning = _result(unit.tuning)
         with _undamaged(unit.tuning.directory / unit.tuning.result):
@@ -84,6 +96,7 @@ def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
         scores=scores,
         tuning_flops=tuning["flops"],
         tuning_seconds=tuning["seconds"],
+        tuning_steps=tuning["steps"],
     )
 
 

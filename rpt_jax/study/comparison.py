@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from rpt_jax.evaluation.statistics import sign_flip_test, student_average
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Outcome, StudyOutcomes
+from rpt_jax.study.outcome import Contrast, Outcome, StudyOutcomes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Row:
       planned: number of seeds of the study.
       failed, missing: how many of them failed, or have not finished yet.
       flops, seconds: spent before tuning; None if no seed finished.
-      tuning_flops, tuning_seconds: spent by tuning; None if no seed finished.
+      tuning_flops, tuning_seconds, tuning_steps: spent by tuning; None if no seed finished.
       scores: by name.
       differences: by name of the score, then of the reference arm: this arm minus the reference, at the same budget or, if the
         reference has none, without one.
-      gain: accuracy on questions after tuning minus before, by seed; None if a side is missing.
+      contrasts: differences between two scores of this arm, paired by seed.
     """
 
     arm: str
@@ -115,9 +115,10 @@ class Row:
     seconds: Spread | None
     tuning_flops: Spread | None
     tuning_seconds: Spread | None
+    tuning_steps: Spread | None
     scores: Mapping[str, Spread]
     differences: Mapping[str, Mapping[str, Difference]]
-    gain: Difference | None
+    contrasts: Mapping[Contrast, Difference]
 
     @property
     def finished(self) -> int:
@@ -156,7 +157,11 @@ def _row(study: StudyOutcomes, arm: str, budget: float | None) -> Row:
             if any(name in other.scores for other in others)
         }
         differences[name] = {reference: found for reference, found in by_reference.items() if found}
-    tuned = AFTER_TUNING in scores and BEFORE_TUNING in scores
+    contrasts = {
+        contrast: _paired(scores[contrast.score], scores[contrast.minus])
+        for contrast in study.contrasts
+        if contrast.score in scores and contrast.minus in scores
+    }
 
     def spent(name: str) -> Spread | None:
         return Spread({outcome.seed: getattr(outcome, name) for outcome in finished}) if finished else None
@@ -171,9 +176,10 @@ def _row(study: StudyOutcomes, arm: str, budget: float | None) -> Row:
         seconds=spent("seconds"),
         tuning_flops=spent("tuning_flops"),
         tuning_seconds=spent("tuning_seconds"),
+        tuning_steps=spent("tuning_steps"),
         scores=scores,
         differences=differences,
-        gain=_paired(scores[AFTER_TUNING], scores[BEFORE_TUNING]) if tuned else None,
+        contrasts={contrast: found for contrast, found in contrasts.items() if found},
     )
 
 
@@ -188,12 +194,17 @@ def score_names(outcomes: Iterable[Outcome]) -> list[str]:
     return sorted(names, key=lambda name: name.startswith("questions/"))
 
 
+def score_group(name: str) -> str:
+    """Return what evaluated a score: "next_token", the name of another evaluation, or "questions"."""
+    first = name.partition("/")[0]
+    return "next_token" if first in ("direct", "reasoning") else first
+
+
 def score_groups(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
-    """Return the names of all scores by what evaluated them: "next_token", the name of another evaluation, "questions"."""
+    """Return the names of all scores by group."""
     groups = collections.defaultdict(list)
     for name in score_names(outcomes):
-        first = name.partition("/")[0]
-        groups["next_token" if first in ("direct", "reasoning") else first].append(name)
+        groups[score_group(name)].append(name)
     return dict(groups)
 
 

@@ -1,12 +1,10 @@
-"""The figures of a study's page, as SVG that takes the colors of text and grid from the page.
-
-Names of arms are not drawn: the page has one legend for all figures.
-"""
+"""The figures of a study: as SVG that takes the colors of text and grid from the page, and several as one PNG."""
 
 from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +13,8 @@ import numpy as np
 from rpt_jax.infra.plots import DASHES, STYLE
 from rpt_jax.infra.scaling_laws import NotDetermined
 from rpt_jax.study.comparison import Row, Spread
-from rpt_jax.study.formatting import number
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, StudyOutcomes
+from rpt_jax.study.formatting import budget_text, contrast_title, number, score_title
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, TUNING_STEP, Contrast, StudyOutcomes
 from rpt_jax.study.scaling import Scaling
 
 if TYPE_CHECKING:
@@ -28,17 +26,19 @@ _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "�
 # Stand for the colors of the page until the figure is finished.
 _TEXT = "#010203"
 _GRID = "#010204"
-_STYLE: dict[Any, Any] = STYLE | {
+_STYLE: dict[Any, Any] = STYLE | {"font.size": 11, "lines.linewidth": 1.5, "text.parse_math": False}
+_PAGE_STYLE: dict[Any, Any] = _STYLE | {
     "svg.fonttype": "none",
-    "font.size": 11,
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "axes.edgecolor": _TEXT,
     "xtick.color": _TEXT,
     "ytick.color": _TEXT,
     "grid.color": _GRID,
-    "lines.linewidth": 1.5,
 }
+_PANEL_INCHES = (4.8, 3.4)
+_PANELS_PER_ROW = 3
+_TITLE_CHARACTERS = 48  # That fit above a panel.
 
 
 class Look(NamedTuple):
@@ -55,13 +55,23 @@ class Look(NamedTuple):
     glyph: str
 
 
+class Figure(NamedTuple):
+    """A figure: its title, and what draws it on axes. Names of arms are not drawn: one legend serves all figures."""
+
+    title: str
+    draw: Callable[[Axes], None]
+
+
 def looks(study: StudyOutcomes) -> dict[str, Look]:
     """Return how each arm is drawn, by its name."""
     markers = list(_MARKERS.items())
     return {arm.name: Look(_COLORS[i % len(_COLORS)], *markers[i % len(markers)]) for i, arm in enumerate(study.arms)}
 
 
-def score_figure(study: StudyOutcomes, rows: Sequence[Row], score: str) -> str:
+# --- figures ------------------------------------------------------------------------------------------
+
+
+def score_figure(study: StudyOutcomes, rows: Sequence[Row], score: str) -> Figure:
     """Return a score against the FLOPs that were spent: a point for each seed, and a line through the means of each arm."""
     look = looks(study)
 
@@ -75,12 +85,12 @@ def score_figure(study: StudyOutcomes, rows: Sequence[Row], score: str) -> str:
             _draw_runs(axes, trained, score, look[arm.name])
             means = [(row.flops.mean, 100 * row.scores[score].mean) for row in trained if row.flops]
             axes.plot(*np.reshape(means, (-1, 2)).T, color=look[arm.name].color)
-        _finish(axes, study)
+        _label_flops(axes, study)
 
-    return _svg(draw, f"scores {score}")
+    return Figure(score_title(score), draw)
 
 
-def scaling_figure(study: StudyOutcomes, fits: Sequence[Scaling]) -> str:
+def scaling_figure(study: StudyOutcomes, fits: Sequence[Scaling]) -> Figure:
     """Return the runs of one score with the power laws (solid) and sigmoids (dashed) that they determine."""
     look = looks(study)
 
@@ -93,41 +103,78 @@ def scaling_figure(study: StudyOutcomes, fits: Sequence[Scaling]) -> str:
             for fit, dashes in ((each.power_law, "-"), (each.sigmoid, DASHES)):
                 if not isinstance(fit.law, NotDetermined):
                     axes.plot(curve_M, 100 * fit.law(curve_M), color=style.color, linestyle=dashes)
-        _finish(axes, study)
+        _label_flops(axes, study)
 
-    return _svg(draw, f"scaling {fits[0].score}")
+    return Figure(f"scaling of {score_title(fits[0].score)}", draw)
 
 
-def gain_figure(study: StudyOutcomes, rows: Sequence[Row]) -> str:
-    """Return what fine-tuning adds, in points: a dot for each seed, and the mean with its interval, by budget and arm."""
+def contrast_figure(study: StudyOutcomes, rows: Sequence[Row], contrast: Contrast) -> Figure:
+    """Return a contrast in points: a dot for each seed, and the mean with its interval, by budget and arm."""
     look = looks(study)
-    tuned = [row for row in rows if row.gain]
-    budgets = sorted({row.budget or 0.0 for row in tuned})
+    shown = [row for row in rows if contrast in row.contrasts]
+    budgets = sorted({row.budget or 0.0 for row in shown})
 
     def draw(axes: Axes) -> None:
-        axes.axhline(0, color=_TEXT, linewidth=1)
+        axes.axhline(0, color=_ink(), linewidth=1)
         for i, budget in enumerate(budgets):
-            of_budget = [row for row in tuned if (row.budget or 0.0) == budget]
+            of_budget = [row for row in shown if (row.budget or 0.0) == budget]
             for k, row in enumerate(of_budget):
                 x = i + 0.8 * ((k + 0.5) / len(of_budget) - 0.5)
-                _draw_gain(axes, x, row, look[row.arm])
+                _draw_contrast(axes, x, row, contrast, look[row.arm])
         axes.set_xticks(range(len(budgets)), [number(budget) if budget else "none" for budget in budgets])
         axes.set_xlabel("budget (FLOPs)" if study.matched_by == "flops" else "budget (seconds)")
-        axes.set_ylabel("gain (points)")
+        axes.set_ylabel("difference (points)")
         axes.grid(visible=False, axis="x")
 
-    return _svg(draw, "gain")
+    return Figure(contrast_title(contrast), draw)
 
 
-def _draw_gain(axes: Axes, x: float, row: Row, look: Look) -> None:
-    assert row.gain is not None
-    before = row.scores[BEFORE_TUNING].by_seed
-    gains = [100 * (after - before[seed]) for seed, after in row.scores[AFTER_TUNING].by_seed.items() if seed in before]
-    axes.plot([x] * len(gains), gains, linestyle="none", marker=".", color=look.color, alpha=0.5)
-    mean = 100 * row.gain.mean
-    axes.plot([x], [mean], marker=look.marker, color=look.color, markersize=7)
-    if row.gain.low is not None and row.gain.high is not None:
-        axes.plot([x, x], [100 * row.gain.low, 100 * row.gain.high], color=look.color)
+def tuning_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[Figure]:
+    """Return the accuracy on questions during fine-tuning, a figure for each budget: means over seeds, and their range as bars.
+
+    Arms without a budget are in every figure. A budget has none if fine-tuning was not evaluated between its ends.
+    """
+    look = looks(study)
+
+    def figure(budget: float | None, curves: Mapping[str, Mapping[float, Spread]]) -> Figure:
+        def draw(axes: Axes) -> None:
+            for arm, curve in curves.items():
+                for step, spread in curve.items():
+                    axes.plot([step] * 2, [100 * spread.low, 100 * spread.high], color=look[arm].color, alpha=0.5)
+                means = [100 * spread.mean for spread in curve.values()]
+                axes.plot(list(curve), means, color=look[arm].color, marker=look[arm].marker, markersize=5)
+            axes.set_xlabel("steps of fine-tuning")
+            axes.set_ylabel("accuracy (%)")
+
+        return Figure(f"questions during tuning, {budget_text(budget, study.matched_by)}", draw)
+
+    curves = {(row.arm, row.budget): curve for row in rows if len(curve := _tuning_curve(row)) > 2}
+    budgets = sorted({budget for _, budget in curves if budget is not None}) or ([None] if curves else [])
+    return [
+        figure(budget, {arm: curve for (arm, of_arm), curve in curves.items() if of_arm in (None, budget)})
+        for budget in budgets
+    ]
+
+
+def _tuning_curve(row: Row) -> dict[float, Spread]:
+    """Return the accuracy on questions by the step of fine-tuning."""
+    if BEFORE_TUNING not in row.scores or AFTER_TUNING not in row.scores or not row.tuning_steps:
+        return {}
+    prefix = TUNING_STEP.format("")
+    between = {int(name.removeprefix(prefix)): spread for name, spread in row.scores.items() if name.startswith(prefix)}
+    return {0: row.scores[BEFORE_TUNING], **between, row.tuning_steps.mean: row.scores[AFTER_TUNING]}
+
+
+def _draw_contrast(axes: Axes, x: float, row: Row, contrast: Contrast, look: Look) -> None:
+    difference = row.contrasts[contrast]
+    others = row.scores[contrast.minus].by_seed
+    points = [
+        100 * (value - others[seed]) for seed, value in row.scores[contrast.score].by_seed.items() if seed in others
+    ]
+    axes.plot([x] * len(points), points, linestyle="none", marker=".", color=look.color, alpha=0.5)
+    axes.plot([x], [100 * difference.mean], marker=look.marker, color=look.color, markersize=7)
+    if difference.low is not None and difference.high is not None:
+        axes.plot([x, x], [100 * difference.low, 100 * difference.high], color=look.color)
 
 
 def _draw_without_budget(axes: Axes, scores: Spread, look: Look) -> None:
@@ -157,7 +204,7 @@ def _points(axes: Axes, x_N: np.ndarray, y_N: np.ndarray, look: Look) -> None:
     axes.plot(x_N, y_N, linestyle="none", marker=look.marker, color=look.color, markersize=5, alpha=0.6)
 
 
-def _finish(axes: Axes, study: StudyOutcomes) -> None:
+def _label_flops(axes: Axes, study: StudyOutcomes) -> None:
     """Label the axes of accuracy (%) against FLOPs."""
     axes.set_xscale("log")
     if study.matched_by == "flops" and study.budgets():
@@ -167,23 +214,51 @@ def _finish(axes: Axes, study: StudyOutcomes) -> None:
     axes.set_ylabel("accuracy (%)")
 
 
-def _svg(draw: Callable[[Axes], None], name: str) -> str:
-    """Return a figure as an SVG element without width and height.
-
-    Args:
-      draw: draws on the axes.
-      name: differs between the figures of a page, so that their ids do.
-    """
+def _ink() -> str:
+    """Return the color of text in the style that is being drawn."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.8, 3.4), layout="constrained")
-        draw(figure.subplots())
+    return matplotlib.rcParams["text.color"]
+
+
+# --- files --------------------------------------------------------------------------------------------
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element without its title, width and height. Its ids differ from those of other titles."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context({**_PAGE_STYLE, "svg.hashsalt": figure.title}):
+        canvas = Canvas(figsize=_PANEL_INCHES, layout="constrained")
+        figure.draw(canvas.subplots())
         buffer = io.StringIO()
         metadata: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'^(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'^(<svg [^>]*?) height="[^"]*"', r"\1", svg))
-    return svg.replace(_TEXT, "currentColor").replace(_GRID, "var(--grid)")
+        canvas.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'^(<svg [^>]*?) width="[^"]*"', r"\1", re.sub(r'^(<svg [^>]*?) height="[^"]*"', r"\1", text))
+    return text.replace(_TEXT, "currentColor").replace(_GRID, "var(--grid)")
+
+
+def png(study: StudyOutcomes, figures: Sequence[Figure]) -> bytes:
+    """Return figures (at least one) on a white background as one PNG, with their titles and a legend of the arms."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.lines import Line2D
+
+    columns = min(_PANELS_PER_ROW, len(figures))
+    rows = -(-len(figures) // columns)
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(figsize=(columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1] + 0.4), layout="constrained")
+        panels = canvas.subplots(rows, columns, squeeze=False).flat
+        for panel, figure in zip(panels, figures, strict=False):
+            figure.draw(panel)
+            panel.set_title(textwrap.fill(figure.title, _TITLE_CHARACTERS))
+        for panel in panels[len(figures) :]:
+            panel.set_axis_off()
+        marks = [Line2D([], [], color=look.color, marker=look.marker) for look in looks(study).values()]
+        canvas.legend(marks, list(looks(study)), loc="outside lower center", ncols=max(1, len(marks)))
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rpt_jax.study.comparison import Difference, Row, Spread
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING
+from rpt_jax.study.comparison import Difference, Row, Spread, score_group
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Contrast
 
 _TITLES = {
     BEFORE_TUNING: "questions before tuning",
@@ -24,6 +24,14 @@ def title_in_group(name: str) -> str:
     """Return what a score is called among those of its group (see `score_groups`): "direct/hard" is "direct, hard"."""
     words = _words(name)
     return ", ".join(words if words[0] in ("direct", "reasoning") else words[1:])
+
+
+def contrast_title(contrast: Contrast) -> str:
+    """Return what a contrast is called: "next token: reasoning, hard minus direct, hard"."""
+    group = score_group(contrast.score)
+    if group != score_group(contrast.minus):
+        return f"{score_title(contrast.score)} minus {score_title(contrast.minus)}"
+    return f"{group.replace('_', ' ')}: {title_in_group(contrast.score)} minus {title_in_group(contrast.minus)}"
 
 
 def _words(name: str) -> list[str]:

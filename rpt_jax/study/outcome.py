@@ -73,6 +73,7 @@ class Outcome:
       flops, seconds: spent before tuning: sampling, discarded rollouts, scoring, verification, cold start and traces included.
       scores: by name, such as "reasoning/hard"; see `BEFORE_TUNING` and `AFTER_TUNING`.
       tuning_flops, tuning_seconds: spent by fine-tuning on questions.
+      tuning_steps: steps of fine-tuning.
     """
 
     arm: str
@@ -83,6 +84,7 @@ class Outcome:
     scores: Mapping[str, Score]
     tuning_flops: float = 0.0
     tuning_seconds: float = 0.0
+    tuning_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("flops", "seconds", "tuning_flops", "tuning_seconds"):
@@ -129,6 +131,17 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Two scores of the same arm, by name. Their difference is `score` minus `minus`."""
+
+    score: str
+    minus: str
+
+
+GAIN = Contrast(AFTER_TUNING, BEFORE_TUNING)  # What fine-tuning adds.
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyOutcomes:
     """All that a study measured so far.
 
@@ -144,6 +157,7 @@ class StudyOutcomes:
       missing: the units that have not finished or failed yet.
       commands: that repeat the study.
       version, commit, device: what it ran with; the commit is None if it is unknown.
+      contrasts: pairs of scores that are compared within each arm.
     """
 
     name: str
@@ -159,6 +173,7 @@ class StudyOutcomes:
     commit: str | None
     device: str
     main_score: str = AFTER_TUNING
+    contrasts: tuple[Contrast, ...] = (GAIN,)
 
     def __post_init__(self) -> None:
         if self.matched_by not in MATCHED_BY:

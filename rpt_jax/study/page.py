@@ -1,10 +1,10 @@
-"""The page of a study: `study.html`, one file that opens from disk, and `study.md`, the same tables to paste."""
+"""The page of a study: `study.html`, one file that opens from disk; `study.md`, the same tables, and `study.png`, to paste."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 
@@ -12,32 +12,42 @@ from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.scaling_laws import LEAST_POINTS, NotDetermined
 from rpt_jax.study import figures
 from rpt_jax.study.comparison import Row, compare_arms, score_groups
-from rpt_jax.study.formatting import budget_text, number, percent, points, score_title, seeds_text, title_in_group
+from rpt_jax.study.formatting import (
+    budget_text,
+    contrast_title,
+    number,
+    percent,
+    points,
+    score_title,
+    seeds_text,
+    title_in_group,
+)
 from rpt_jax.study.limits import headline, limits
-from rpt_jax.study.outcome import StudyOutcomes
+from rpt_jax.study.outcome import BEFORE_TUNING, Contrast, StudyOutcomes
 from rpt_jax.study.scaling import Scaling, fit_scaling
 from rpt_jax.study.table import markdown, scaling_table, show_tables
 
 PAGE = "study.html"
 MARKDOWN = "study.md"
+PICTURE = "study.png"
 _TEMPLATE = "page.html.jinja"
 
 
-class Figure(NamedTuple):
-    """A figure as SVG, which contains no text of the user."""
-
-    title: str
-    svg: str
-
-
 def write_page(study: StudyOutcomes, directory: Path) -> list[Path]:
-    """Print the tables of a study, write `study.html` and `study.md` to an existing directory, and return their paths."""
+    """Print the tables of a study, write its page, its tables and its picture to an existing directory, and return their paths.
+
+    There is no picture if nothing was measured.
+    """
     rows = compare_arms(study)
     fits = fit_scaling(study)
     show_tables(study, rows, fits)
     atomic_write(directory / MARKDOWN, markdown(study, rows, fits))
     atomic_write(directory / PAGE, render(study, rows, fits))
-    return [directory / PAGE, directory / MARKDOWN]
+    written = [directory / PAGE, directory / MARKDOWN]
+    if panels := _main_figures(study, rows):
+        atomic_write(directory / PICTURE, figures.png(study, panels))
+        written.append(directory / PICTURE)
+    return written
 
 
 def render(study: StudyOutcomes, rows: list[Row], fits: list[Scaling]) -> str:
@@ -49,7 +59,17 @@ def render(study: StudyOutcomes, rows: list[Row], fits: list[Scaling]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (budget_text, number, percent, points, score_title, title_in_group, seeds_text)
+    filters = (
+        budget_text,
+        contrast_title,
+        number,
+        percent,
+        points,
+        score_title,
+        title_in_group,
+        seeds_text,
+        figures.svg,
+    )
     environment.filters |= {function.__name__: function for function in filters}
     groups = score_groups(study.outcomes)
     return environment.get_template(_TEMPLATE).render(
@@ -58,12 +78,10 @@ def render(study: StudyOutcomes, rows: list[Row], fits: list[Scaling]) -> str:
         rows_by_budget=[(budget, list(group)) for budget, group in itertools.groupby(rows, key=lambda row: row.budget)],
         score_groups=groups,
         looks=figures.looks(study),
-        score_figures=[
-            Figure(score_title(score), figures.score_figure(study, rows, score))
-            for scores in groups.values()
-            for score in scores
-        ],
-        gain_figure=figures.gain_figure(study, rows) if any(row.gain for row in rows) else None,
+        score_figures=[figures.score_figure(study, rows, score) for scores in groups.values() for score in scores],
+        tuning_figures=figures.tuning_figures(study, rows),
+        contrasts=_measured_contrasts(study, rows),
+        contrast_figures=_contrast_figures(study, rows),
         scaling=scaling_table(fits),
         scaling_figures=_scaling_figures(study, fits),
         least_budgets=LEAST_POINTS,
@@ -71,12 +89,28 @@ def render(study: StudyOutcomes, rows: list[Row], fits: list[Scaling]) -> str:
     )
 
 
-def _scaling_figures(study: StudyOutcomes, fits: list[Scaling]) -> list[Figure]:
+def _main_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Figure]:
+    """Return the figures that answer most: scores against FLOPs, fine-tuning after the largest budget, and the contrasts."""
+    measured = {name for outcome in study.outcomes for name in outcome.scores}
+    names = dict.fromkeys([study.main_score, BEFORE_TUNING, "reasoning/easy", "direct/easy"])
+    scores = [figures.score_figure(study, rows, name) for name in names if name in measured]
+    return [*scores, *figures.tuning_figures(study, rows)[-1:], *_contrast_figures(study, rows)]
+
+
+def _measured_contrasts(study: StudyOutcomes, rows: Sequence[Row]) -> list[Contrast]:
+    return [contrast for contrast in study.contrasts if any(contrast in row.contrasts for row in rows)]
+
+
+def _contrast_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Figure]:
+    return [figures.contrast_figure(study, rows, contrast) for contrast in _measured_contrasts(study, rows)]
+
+
+def _scaling_figures(study: StudyOutcomes, fits: list[Scaling]) -> list[figures.Figure]:
     """Return a figure for each score of which an arm determines a curve."""
     shown = []
-    for score, group in itertools.groupby(fits, key=lambda each: each.score):
+    for _, group in itertools.groupby(fits, key=lambda each: each.score):
         of_score = list(group)
         laws = [fit.law for each in of_score for fit in (each.power_law, each.sigmoid)]
         if not all(isinstance(law, NotDetermined) for law in laws):
-            shown.append(Figure(score_title(score), figures.scaling_figure(study, of_score)))
+            shown.append(figures.scaling_figure(study, of_score))
     return shown

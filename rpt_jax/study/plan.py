@@ -27,9 +27,11 @@ from rpt_jax.evaluation.stored_results import SUMMARY
 from rpt_jax.evaluation.suite import SUITES
 from rpt_jax.infra.run_format import POLICY
 from rpt_jax.infra.workdir import RESULT
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Unit
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, TUNING_STEP, Unit
 
 NEXT_TOKEN = "next_token"
+# How the names of the scores of fine-tuning begin: also those during it, and those of categories of questions.
+_TUNING_SCORES = tuple(f"{name}/" for name in (BEFORE_TUNING, AFTER_TUNING)) + (TUNING_STEP.format(""),)
 # Fields that a stage may not override, because the study sets them.
 _SET_BY_STUDY = ("seed", "training.flops_budget", "training.seconds_budget")
 
@@ -150,12 +152,23 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
                 field="policy.path",
             )
 
+    _check_score(study, "main_score", study.main_score)
+    for pair in study.contrasts:
+        for score in pair:
+            _check_score(study, "contrasts", score)
+    return experiments
+
+
+def _check_score(study: StudyConfig, field: str, score: str) -> None:
+    """Check that the study has a score, as far as its name tells before the runs. Raises: UserError."""
+    if score.startswith(tuple(f"{suite.evaluation_name}/" for suite in study.evaluations)):
+        return
+    if study.tuning and score.startswith(_TUNING_SCORES):
+        return
     scores = [BEFORE_TUNING, AFTER_TUNING] if study.tuning else []
     if any(suite.suite == suite.evaluation_name == NEXT_TOKEN for suite in study.evaluations):
         scores += [f"{mode}/{difficulty}" for mode in ("direct", "reasoning") for difficulty in DIFFICULTIES]
-    if not study.main_score.startswith(tuple(f"{suite.evaluation_name}/" for suite in study.evaluations)):
-        check_choice("main_score", study.main_score, scores)
-    return experiments
+    check_choice(field, score, scores)
 
 
 def _load(name: str, stage: StageConfig | SuiteConfig, *more: str) -> Experiment:

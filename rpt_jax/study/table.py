@@ -11,6 +11,7 @@ from rpt_jax.infra.scaling_laws import NotDetermined
 from rpt_jax.study.comparison import Row, score_groups
 from rpt_jax.study.formatting import (
     budget_text,
+    contrast_title,
     difference_text,
     number,
     percent,
@@ -63,7 +64,7 @@ def study_tables(study: StudyOutcomes, rows: Sequence[Row], fits: Sequence[Scali
         tables.append(_scores_table(study, rows, title, names))
         tables += [_differences_table(study, rows, reference, title, names) for reference in study.references]
     tables += [
-        _gain_table(study, rows),
+        _contrasts_table(study, rows),
         _compute_table(study, rows),
         scaling_table(fits),
         _failures_table(study),
@@ -80,6 +81,7 @@ def _scores_table(study: StudyOutcomes, rows: Sequence[Row], title: str, names: 
             *(spread_text(row.scores[name]) if name in row.scores else _NONE for name in names),
         ]
         for row in rows
+        if any(name in row.scores for name in names)
     ]
     title = f"{title} (%, mean ± standard deviation over seeds, number of seeds)"
     return Table(title, ["arm", "budget", *map(title_in_group, names)], cells)
@@ -106,12 +108,21 @@ def _differences_table(
     return Table(title, ["arm", "budget", *map(title_in_group, names)], cells)
 
 
-def _gain_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
+def _contrasts_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
     cells = [
-        [row.arm, budget_text(row.budget, study.matched_by), difference_text(row.gain)] for row in rows if row.gain
+        [
+            row.arm,
+            budget_text(row.budget, study.matched_by),
+            *(
+                difference_text(row.contrasts[contrast]) if contrast in row.contrasts else _NONE
+                for contrast in study.contrasts
+            ),
+        ]
+        for row in rows
+        if row.contrasts
     ]
-    title = "Gain of fine-tuning on questions (points, mean and 95 % interval over seeds)"
-    return Table(title, ["arm", "budget", "after minus before"], cells)
+    title = "Within an arm (points, mean and 95 % interval over seeds)"
+    return Table(title, ["arm", "budget", *map(contrast_title, study.contrasts)], cells)
 
 
 def _compute_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:

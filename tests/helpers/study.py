@@ -6,9 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Arm, Failure, Outcome, Score, StudyOutcomes, Unit
+from rpt_jax.study.outcome import (
+    AFTER_TUNING,
+    BEFORE_TUNING,
+    GAIN,
+    TUNING_STEP,
+    Arm,
+    Contrast,
+    Failure,
+    Outcome,
+    Score,
+    StudyOutcomes,
+    Unit,
+)
 
-SCORES = ("direct/hard", "reasoning/hard", BEFORE_TUNING, AFTER_TUNING)
+DURING_TUNING = TUNING_STEP.format(20)
+SCORES = ("direct/hard", "reasoning/hard", BEFORE_TUNING, DURING_TUNING, AFTER_TUNING)
 
 
 def score(value: float, count: int = 400) -> Score:
@@ -54,7 +67,7 @@ def large_study(
     A unit failed, and one is missing.
     """
     rng = np.random.default_rng(0)
-    base = dict(zip(SCORES, (0.32, 0.05, 0.2, 0.35), strict=True))
+    base = dict(zip(SCORES, (0.32, 0.05, 0.2, 0.3, 0.35), strict=True))
     outcomes = []
     for index, arm in enumerate(names):
         for budget in (None,) if index == 0 else 1e12 * 2.0 ** np.arange(budgets):
@@ -63,13 +76,14 @@ def large_study(
                 values = {name: start + gain + 0.01 * rng.normal() for name, start in base.items()}
                 scores = {name: score(float(np.clip(value, 0, 1))) for name, value in values.items()}
                 spent = 0.0 if budget is None else budget * (1 + 0.01 * rng.random())
-                outcomes.append(Outcome(arm, seed, budget, spent, spent / 1e10, scores, 1e11, 60.0))
+                outcomes.append(Outcome(arm, seed, budget, spent, spent / 1e10, scores, 1e11, 60.0, 40))
     failed, missing = outcomes.pop().unit, outcomes.pop().unit
     return study(
         outcomes,
         names,
         references=(names[0], names[2]),
         main_score=AFTER_TUNING,
+        contrasts=(GAIN, Contrast("reasoning/hard", "direct/hard")),
         failures=(Failure(failed.arm, failed.seed, failed.budget, "tuning", "out of memory", "units/log.txt"),),
         missing=(Unit(missing.arm, missing.seed, missing.budget),),
     )

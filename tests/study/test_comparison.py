@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rpt_jax.evaluation.statistics import student_average
 from rpt_jax.study.comparison import Difference, Row, Spread, compare_arms
-from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, Failure, StudyOutcomes, Unit
+from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, GAIN, Failure, StudyOutcomes, Unit
 from tests.helpers.study import outcome, study
 
 SHARES = st.floats(0, 1).map(lambda value: round(value, 3))
@@ -99,17 +99,16 @@ def test_units_that_failed_or_are_missing_are_counted_and_not_averaged() -> None
     assert (rpt.planned, rpt.failed, rpt.missing, rpt.finished) == (4, 1, 1, 2)
     assert rpt.scores["reasoning/hard"].by_seed == {0: 0.5, 3: 0.7}
     assert rpt.differences["reasoning/hard"]["base"].pairs == 1
-    assert (ntp.finished, ntp.flops, ntp.scores, ntp.gain) == (0, None, {}, None)
+    assert (ntp.finished, ntp.flops, ntp.scores, ntp.contrasts) == (0, None, {}, {})
 
 
-def test_the_gain_of_tuning_is_paired_within_runs() -> None:
+def test_a_contrast_is_paired_within_runs() -> None:
     before = {0: 0.2, 1: 0.3, 2: 0.4}
     after = {0: 0.3, 1: 0.35, 2: 0.6}
     outcomes = [
         outcome("rpt", seed, 1e12, 0.5, **{BEFORE_TUNING: before[seed], AFTER_TUNING: after[seed]}) for seed in before
     ]
-    gain = row(study(outcomes), "rpt", 1e12).gain
+    gain = row(study(outcomes), "rpt", 1e12).contrasts[GAIN]
     expected = scipy.stats.ttest_rel(list(after.values()), list(before.values())).confidence_interval(0.95)
-    assert gain is not None
     np.testing.assert_allclose((gain.low, gain.high), expected)
-    assert row(study([outcome("rpt", 0, 1e12, 0.5)]), "rpt", 1e12).gain is None
+    assert row(study([outcome("rpt", 0, 1e12, 0.5)]), "rpt", 1e12).contrasts == {}

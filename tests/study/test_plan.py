@@ -147,6 +147,9 @@ def test_units_are_selected_by_their_directories(tmp_path: Path) -> None:
         ({"arms": replaced(RPT, overrides=("optimizer.schedule=cosine",))}, "optimizer.schedule"),
         ({"main_score": "reasoning/hrd"}, "main_score"),
         ({"tuning": None}, "main_score"),
+        ({"contrasts": (("reasoning/hard", "direct/hrd"),)}, "contrasts"),
+        ({"contrasts": (("reasoning/hard",),)}, "contrasts"),
+        ({"contrasts": ("reasoning/hard",)}, "contrasts"),
         ({"evaluations": evaluated_by(measures=("direct/prefix",))}, "evaluations.next_token.measures"),
         ({"evaluations": evaluated_by(measures="direct/prefix")}, "evaluations.next_token.measures"),
         ({"tuning": None, "evaluations": ()}, "evaluations"),
@@ -179,6 +182,7 @@ def test_a_changed_config_is_refused_by_the_field_that_differs(tmp_path: Path) -
         with pytest.raises(UserError) as raised:
             claim_by(dataclasses.replace(STUDY, **changes))
         assert raised.value.field.endswith(field)
+    claim_by(dataclasses.replace(STUDY, contrasts=(("questions/tuning_step_20", "questions/before_tuning"),)))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as raised:
         claim(tmp_path, {})
