@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from rpt_jax import report
+from rpt_jax.infra.run_format import STUDY_RESULTS
+from rpt_jax.study.outcome import write_outcomes
 from tests.helpers.plots import PLOTS, keep_figures, write_run
+from tests.helpers.study import large_study
 
 
 def test_the_command_prints_the_page_and_the_plots_that_it_wrote(
@@ -43,3 +46,19 @@ def test_a_missing_file_is_named_without_a_traceback(tmp_path: Path) -> None:
 def test_a_missing_folder_is_named_by_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["report", f"--workdir={tmp_path / 'absent'}"]) == 2
     assert capsys.readouterr().err.startswith(f"error: --workdir={tmp_path / 'absent'}")
+
+
+def test_the_page_of_a_study_is_written_from_its_results_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_outcomes(large_study(budgets=2, seeds=2), tmp_path / STUDY_RESULTS)
+    assert report.main(["report", f"--workdir={tmp_path}"]) == 0
+    written = [tmp_path / name for name in ("study.html", "study.md", "study.png")]
+    assert capsys.readouterr().out.splitlines()[-3:] == [str(path) for path in written]
+    assert all(path.stat().st_size for path in written)
+    for option in ("--serve", "--output=page.html", f"--workdir={tmp_path}"):
+        assert report.main(["report", f"--workdir={tmp_path}", option]) == 2
+        assert "is that of a study" in capsys.readouterr().err
+    (tmp_path / STUDY_RESULTS).write_text("{}")
+    assert report.main(["report", f"--workdir={tmp_path}"]) == 2
+    assert f"{tmp_path / STUDY_RESULTS} is not" in capsys.readouterr().err

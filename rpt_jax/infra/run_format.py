@@ -17,6 +17,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 POLICY = "policy"
 RESULT = "result.json"
+STUDY_RESULTS = "results.json"  # In the directory of a study.
 
 
 def format_stamp() -> dict[str, Any]:

@@ -19,9 +19,8 @@ from rpt_jax.config.dataclass_io import checked_type
 from rpt_jax.config.study import MATCHED_BY
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
-from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.infra.run_format import STUDY_RESULTS, check_format, format_stamp
 
-RESULTS = "results.json"
 # Names of scores that the page treats specially. Others are "direct/DIFFICULTY" and "reasoning/DIFFICULTY".
 BEFORE_TUNING = "questions/before_tuning"
 AFTER_TUNING = "questions/after_tuning"
@@ -234,7 +233,7 @@ def read_outcomes(path: Path) -> StudyOutcomes:
 
 
 def _foreign(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is not the {RESULTS} of a study: {reason}.", field=str(path))
+    return UserError(f"{path} is not the {STUDY_RESULTS} of a study: {reason}.", field=str(path))
 
 
 def _decode(value: Any, expected: Any, name: str) -> Any:

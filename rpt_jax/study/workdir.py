@@ -11,10 +11,10 @@ from rpt_jax.config.study import StudyConfig
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.disk import check_writable
-from rpt_jax.infra.run_format import check_format, format_stamp
+from rpt_jax.infra.run_format import STUDY_RESULTS, check_format, format_stamp
 from rpt_jax.study.collection import collect
 from rpt_jax.study.file_lock import locked
-from rpt_jax.study.outcome import RESULTS, StudyOutcomes, write_outcomes
+from rpt_jax.study.outcome import StudyOutcomes, write_outcomes
 from rpt_jax.study.plan import UnitPlan
 
 CONFIG = "study_config.json"
@@ -92,5 +92,5 @@ def write_results(
     """
     with locked(directory / _LOCK):
         outcomes = collect(study, name, units, [command])
-        write_outcomes(outcomes, directory / RESULTS)
+        write_outcomes(outcomes, directory / STUDY_RESULTS)
     return outcomes

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rpt_jax.errors import ExitCode
-from rpt_jax.study.outcome import AFTER_TUNING, RESULTS, read_outcomes
+from rpt_jax.infra.run_format import STUDY_RESULTS
+from rpt_jax.study.outcome import AFTER_TUNING, read_outcomes
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import WITH_SIGNALS
 from tests.helpers.studies import BUDGET, calls
@@ -59,7 +60,7 @@ def test_a_study_that_was_killed_and_stopped_resumes_to_its_results(tmp_path: Pa
     assert process.wait() == ExitCode.RESTART
 
     assert start().wait() == ExitCode.COMPLETE
-    outcomes = read_outcomes(study / RESULTS)
+    outcomes = read_outcomes(study / STUDY_RESULTS)
     assert [outcome.arm for outcome in outcomes.outcomes] == ["base", "rpt", "sft"]
     assert not outcomes.failures and not outcomes.missing
     base, rpt, sft = outcomes.outcomes
