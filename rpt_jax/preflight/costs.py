@@ -24,7 +24,7 @@ from rpt_jax.model.attention.platform import target_platform
 from rpt_jax.preflight.hlo import Traffic
 from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.rollout.engine import live_sizes, steps_per_check
-from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS
+from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS, CacheLayout, own_block_size
 from rpt_jax.rollout.memory import cache_bytes
 
 # Bytes per token of text, about: the reward reads one byte per iteration.
@@ -180,17 +180,17 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
 
     # A decode step: the cache of a rollout's own tokens grows from empty to full.
     layout = CACHE_LAYOUTS["tpu"]
-    response = experiment.rollout.max_new_tokens
+    own_keys = max(experiment.rollout.max_new_tokens - 1, 1)  # The last token of a response is never run.
     prompt = experiment.prompt.max_tokens
     queries = KERNELS["tpu_kernels"].cache.pad_queries(heads_per_kv)
     own = CacheSizes(
         num_queries=queries,
-        block=min(layout.own_block, response),
+        block=min(_own_block(experiment, step, layout), own_keys),
         kv_heads=-(-config.kv_heads // fields["rollout_tensor"]),
         head_size=config.head_size,
         itemsize=itemsize,
     )
-    own_blocks = (-(-response // own.block) + 1) / 2
+    own_blocks = (-(-own_keys // own.block) + 1) / 2
     loops = decode_loops(experiment, step)
 
     # The cache of the prompts has a row for each prompt and, once few rollouts are live, a row for each rollout.
@@ -211,6 +211,17 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
         "own_cache_blocks": functools.partial(_cache_bytes, own_reads),
         "shared_cache_blocks": functools.partial(_cache_bytes, shared_reads),
     }
+
+
+def _own_block(experiment: Experiment, step: Step, layout: CacheLayout) -> int:
+    """Return the keys per block of a rollout's own tokens."""
+    config = step.policy.config
+    return own_block_size(
+        layout,
+        kv_heads=-(-config.kv_heads // mesh_fields(step.mesh)["rollout_tensor"]),
+        head_size=config.head_size,
+        itemsize=step.policy.dtype.itemsize,
+    )
 
 
 class _CacheReads(NamedTuple):
@@ -305,7 +316,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     chunks = -(-prompt // prefill_tokens)
     rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
     layout = CACHE_LAYOUTS[platform]
-    own_blocks = -(-response // layout.own_block)
+    own_blocks = -(-response // _own_block(experiment, step, layout))
     decode_trips = tuple(loop.trips for loop in decode_loops(experiment, step)) if step.decoding else (1,)
 
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to

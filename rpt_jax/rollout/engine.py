@@ -24,7 +24,9 @@ from rpt_jax.rollout.kv_cache import (
     SharedCache,
     cache_layout,
     cached_attention,
+    device_kv_heads,
     empty_ring,
+    own_block_size,
     shared_reads,
     write_token,
 )
@@ -226,6 +228,12 @@ def start_decoding(
     zeros = jnp.zeros((config.layers, slots, config.kv_heads, 1, 1, config.head_size), policy.dtype)
     new = KeyValues(zeros, zeros)
     layout = cache_layout()
+    block = own_block_size(
+        layout,
+        kv_heads=device_kv_heads(config.kv_heads),
+        head_size=config.head_size,
+        itemsize=zeros.dtype.itemsize,
+    )
     state = DecodeState(
         step=jnp.int32(0),
         started=jnp.int32(0),
@@ -234,7 +242,7 @@ def start_decoding(
         count_M=idle_M,
         box_M=None if vocab is None else start_parsers(slots),
         # The last token of a response is never run, so its keys need no space.
-        own=empty_ring(new, slots, max(max_new_tokens - 1, 1), layout.own_block, layout.transposed_keys),
+        own=empty_ring(new, slots, max(max_new_tokens - 1, 1), block, layout.order),
         new=new,
         rollouts=rollouts,
     )

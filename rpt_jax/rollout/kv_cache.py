@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from flax.linen.spmd import with_logical_constraint
 from rpt_jax.distributed.mesh import DECODING, num_shards
 from rpt_jax.model.attention.blocked_cache import (
     BlockedCache,
+    CacheOrder,
     CacheRanges,
     CacheSizes,
     PartialSoftmax,
@@ -19,31 +21,34 @@ from rpt_jax.model.attention.blocked_cache import (
 )
 from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues
 from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.tpu import fill_lanes
 
 
 class CacheLayout(NamedTuple):
     """How the caches of a platform are stored.
 
     Attributes:
-      own_block: keys per block of a rollout's own tokens.
+      own_block: most keys per block of a rollout's own tokens.
+      own_block_bytes: most bytes of such a block, of which half are read in vain in a rollout's last block; None for any number.
       prompt_block: keys per block of a prompt.
       root_block: keys per block of a root, which more rollouts share than a prompt.
-      transposed_keys: see `BlockedCache`.
+      order: how keys and values are stored.
     """
 
     own_block: int
+    own_block_bytes: int | None
     prompt_block: int
     root_block: int
-    transposed_keys: bool
+    order: CacheOrder
 
 
 # On a CPU, the products of a block should stay in a core's cache. A larger block of a root makes larger products: 64 took 10 %
 # longer for a root with 32 rollouts, and 128 took 33 % longer for caches with few rollouts. Two blocks of keys and values have
 # to fit in a GPU core's shared memory. A TPU needs larger copies to outweigh the overhead of a visit.
 CACHE_LAYOUTS = {
-    "cpu": CacheLayout(own_block=64, prompt_block=64, root_block=128, transposed_keys=True),
-    "gpu": CacheLayout(own_block=64, prompt_block=64, root_block=64, transposed_keys=False),
-    "tpu": CacheLayout(own_block=128, prompt_block=512, root_block=512, transposed_keys=False),
+    "cpu": CacheLayout(own_block=64, own_block_bytes=None, prompt_block=64, root_block=128, order="transposed_keys"),
+    "gpu": CacheLayout(own_block=64, own_block_bytes=None, prompt_block=64, root_block=64, order="separate"),
+    "tpu": CacheLayout(own_block=128, own_block_bytes=2**16, prompt_block=512, root_block=512, order="joined"),
 }
 _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 
@@ -57,13 +62,28 @@ def cache_layout() -> CacheLayout:
     return CACHE_LAYOUTS[target_platform()]
 
 
-def to_blocks(kv: KeyValues, block: int, transposed_keys: bool) -> BlockedCache:
+def own_block_size(layout: CacheLayout, *, kv_heads: int, head_size: int, itemsize: int) -> int:
+    """Return the keys per block of a rollout's own tokens.
+
+    Args:
+      layout: of the platform.
+      kv_heads: the device's kv heads.
+      head_size: size of a head.
+      itemsize: bytes of a number.
+    """
+    keys = layout.own_block
+    while layout.own_block_bytes and keys * kv_heads * fill_lanes(2 * head_size) * itemsize > layout.own_block_bytes:
+        keys //= 2
+    return max(keys, 1)
+
+
+def to_blocks(kv: KeyValues, block: int, order: CacheOrder) -> BlockedCache:
     """Convert keys and values [L, N, K, J, S, C] to a cache. Each of the N·J sequences becomes a row.
 
     Args:
       kv: keys and values.
       block: keys per block, or more than S.
-      transposed_keys: see `BlockedCache`.
+      order: how the cache stores them.
     """
     layers, n, kv_heads, branches, length, c = kv.k.shape
     size = min(block, length)
@@ -73,13 +93,10 @@ def to_blocks(kv: KeyValues, block: int, transposed_keys: bool) -> BlockedCache:
         x = jnp.pad(x, padding).transpose(0, 4, 1, 3, 2, 5)
         return x.reshape(layers, -1, size, n * branches, kv_heads, c).transpose(0, 1, 3, 4, 2, 5)
 
-    k = split(kv.k)
-    return _constrain(
-        BlockedCache(k=k.swapaxes(-1, -2) if transposed_keys else k, v=split(kv.v), transposed_keys=transposed_keys)
-    )
+    return _constrain(BlockedCache.of(split(kv.k), split(kv.v), order))
 
 
-def empty_ring(like: KeyValues, rows: int, length: int, block: int, transposed_keys: bool) -> BlockedCache:
+def empty_ring(like: KeyValues, rows: int, length: int, block: int, order: CacheOrder) -> BlockedCache:
     """Return an empty ring buffer for at least the last `length` tokens of `rows` rollouts.
 
     Args:
@@ -87,28 +104,26 @@ def empty_ring(like: KeyValues, rows: int, length: int, block: int, transposed_k
       rows: number of rollouts.
       length: number of tokens, at least 1.
       block: keys per block, or more than `length`.
-      transposed_keys: see `BlockedCache`.
+      order: how the buffer stores keys and values.
     """
     layers, _, kv_heads, *_, c = like.k.shape
     size = min(block, length)
-    dims = (layers, -(-length // size), rows, kv_heads)
-    v = jnp.zeros((*dims, size, c), like.v.dtype)
-    k = jnp.zeros((*dims, c, size) if transposed_keys else v.shape, like.k.dtype)
-    return _constrain(BlockedCache(k=k, v=v, transposed_keys=transposed_keys))
+    zeros = jnp.zeros((layers, -(-length // size), rows, kv_heads, size, c), like.k.dtype)
+    return _constrain(BlockedCache.of(zeros, zeros, order))
 
 
 def write_token(ring: BlockedCache, new: KeyValues, step: jax.Array) -> BlockedCache:
     """Write one token per row, [L, M, K, 1, 1, C], to the entry of decode step `step` in the ring buffer."""
     block = (step // ring.block_size) % ring.num_blocks
     offset = step % ring.block_size
-    k = new.k.transpose(0, 3, 1, 2, 4, 5)
-    v = new.v.transpose(0, 3, 1, 2, 4, 5)
     entry = (0, block, 0, 0, offset, 0)
-    if ring.transposed_keys:
-        k = jax.lax.dynamic_update_slice(ring.k, k.swapaxes(-1, -2), (0, block, 0, 0, 0, offset))
-    else:
-        k = jax.lax.dynamic_update_slice(ring.k, k, entry)
-    return BlockedCache(k=k, v=jax.lax.dynamic_update_slice(ring.v, v, entry), transposed_keys=ring.transposed_keys)
+    entry_k = (0, block, 0, 0, 0, offset) if ring.order == "transposed_keys" else entry
+    token = BlockedCache.of(*(x.transpose(0, 3, 1, 2, 4, 5) for x in new), ring.order)
+    return dataclasses.replace(
+        ring,
+        k=jax.lax.dynamic_update_slice(ring.k, token.k, entry_k),
+        v=ring.v if ring.v is None else jax.lax.dynamic_update_slice(ring.v, token.v, entry),
+    )
 
 
 def _constrain(cache: BlockedCache) -> BlockedCache:
@@ -219,17 +234,20 @@ def _cache_ranges(
 ) -> CacheRanges:
     """Return which blocks are read for which rows; it is the same in every layer."""
     length_NxQ = jnp.repeat(length_NxW, kernel.pad_queries(heads_per_kv), axis=1)
-    kv_heads, block, head_size = cache.v.shape[3:]
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else num_shards(mesh, DECODING["kv_heads"])
     sizes = CacheSizes(
         num_queries=length_NxQ.shape[1],
-        block=block,
-        kv_heads=-(-kv_heads // shards),
-        head_size=head_size,
-        itemsize=cache.v.dtype.itemsize,
+        block=cache.block_size,
+        kv_heads=device_kv_heads(cache.kv_heads),
+        head_size=cache.head_size,
+        itemsize=cache.k.dtype.itemsize,
     )
     return make_cache_ranges(begin_N, length_NxQ, cache, kernel.max_group_rows(sizes))
+
+
+def device_kv_heads(kv_heads: int) -> int:
+    """Return how many of the kv heads a device of the current mesh has while it decodes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return kv_heads if mesh.empty else -(-kv_heads // num_shards(mesh, DECODING["kv_heads"]))
 
 
 class _SlotGrid(NamedTuple):

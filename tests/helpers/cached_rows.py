@@ -12,6 +12,7 @@ import numpy as np
 
 from rpt_jax.model.attention.blocked_cache import (
     BlockedCache,
+    CacheOrder,
     PartialSoftmax,
     attend_cache_blockwise,
     make_cache_ranges,
@@ -24,6 +25,7 @@ INTERPRETED = {
     "gpu_kernels": KERNELS["gpu_kernels"].cache._replace(attend=functools.partial(attend_cache_triton, interpret=True)),
     "tpu_kernels": KERNELS["tpu_kernels"].cache._replace(attend=functools.partial(attend_cache_mosaic, interpret=True)),
 }
+ORDERS: dict[str, CacheOrder] = {"gpu_kernels": "separate", "tpu_kernels": "joined"}
 BLOCKWISE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_bytes=None)
 TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-2}
 
@@ -79,33 +81,31 @@ def attended_keys(example: Example, size: int) -> np.ndarray:
     return after_begin_NxS[:, None] < example.length_NxQ[..., None]
 
 
-def to_cache(k_LxNxKxSxC: Any, v_LxNxKxSxC: Any, block: int, dtype: str, transposed_keys: bool) -> BlockedCache:
+def to_cache(k_LxNxKxSxC: Any, v_LxNxKxSxC: Any, block: int, dtype: str, order: CacheOrder) -> BlockedCache:
     """Divide keys and values into blocks."""
 
     def split(x: Any) -> jax.Array:
         layers, n, kv_heads, _, c = x.shape
         return jnp.asarray(x, dtype).reshape(layers, n, kv_heads, -1, block, c).transpose(0, 3, 1, 2, 4, 5)
 
-    k = split(k_LxNxKxSxC)
-    k = k.swapaxes(-1, -2) if transposed_keys else k
-    return BlockedCache(k=k, v=split(v_LxNxKxSxC), transposed_keys=transposed_keys)
+    return BlockedCache.of(split(k_LxNxKxSxC), split(v_LxNxKxSxC), order)
 
 
 @functools.cache
 def attention(
-    kernel: CacheKernel, shape: CacheShape, transposed_keys: bool, max_group_rows: int | None
+    kernel: CacheKernel, shape: CacheShape, order: CacheOrder, max_group_rows: int | None
 ) -> Callable[..., PartialSoftmax]:
     """Return the compiled function from the arrays of an example and a layer to the result."""
 
     def run(example: Example, layer: jax.Array) -> PartialSoftmax:
-        cache = to_cache(example.k_LxNxKxSxC, example.v_LxNxKxSxC, shape.block, shape.dtype, transposed_keys)
+        cache = to_cache(example.k_LxNxKxSxC, example.v_LxNxKxSxC, shape.block, shape.dtype, order)
         ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
         return kernel.attend(jnp.asarray(example.q_NxKxQxC, shape.dtype), cache, layer, ranges)
 
     return jax.jit(run)
 
 
-def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, transposed_keys: bool = False) -> None:
+def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, order: CacheOrder) -> None:
     """Assert that the result equals NumPy's, with NaN in all blocks that no row attends to."""
     example = make_example(shape, seed)
     layer = seed % shape.layers
@@ -116,9 +116,7 @@ def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, transposed_k
     poison_LxS = (np.arange(shape.layers) != layer)[:, None] | np.repeat(unread_J, shape.block)
     k, v = (np.where(poison_LxS[:, None, None, :, None], np.nan, x) for x in example[1:3])
     max_group_rows = {None: None, 0: 1}.get(kernel.max_group_bytes, 1 + seed % 4)
-    ours = attention(kernel, shape, transposed_keys, max_group_rows)(
-        example._replace(k_LxNxKxSxC=k, v_LxNxKxSxC=v), layer
-    )
+    ours = attention(kernel, shape, order, max_group_rows)(example._replace(k_LxNxKxSxC=k, v_LxNxKxSxC=v), layer)
     assert all(x.dtype == jnp.float32 for x in ours)
 
     # The definition, in float64.

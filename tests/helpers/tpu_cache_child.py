@@ -43,8 +43,8 @@ def main(topology_name: str, shapes: list[str]) -> None:
         def array(*dims: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-        keys = array(layers, blocks, rows, kv_heads, block, head_size)
-        cache = BlockedCache(k=keys, v=keys, transposed_keys=False)  # type: ignore[arg-type]
+        keys = array(layers, blocks, rows, kv_heads, block, 2 * head_size)
+        cache = BlockedCache(k=keys, v=None, order="joined")  # type: ignore[arg-type]
         arguments = (
             array(rows, kv_heads, queries, head_size),
             cache,

@@ -194,25 +194,27 @@ def cache_inputs(seed: int):
     return shared, own, normal(M, K, 1, R, 1, C), KeyValues(normal(M, K, 1, 1, C), normal(M, K, 1, 1, C))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def attend_cached(kernel, block, shared, own, q, new, end_NxW, index_M, step, counts_M):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def attend_cached(kernel, block, order, shared, own, q, new, end_NxW, index_M, step, counts_M):
     """Write the ring token by token up to `step`, and attend in layer 1."""
-    ring = empty_ring(shared, M, RING, block, transposed_keys=True)
+    ring = empty_ring(shared, M, RING, block, order)
 
     def write(i, ring):
         token = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i % RING, 1, axis=4), own)
         return write_token(ring, token, i)
 
     ring = jax.lax.fori_loop(jnp.maximum(step - RING, 0), step, write, ring)
-    blocks = to_blocks(shared, block, transposed_keys=True)
+    blocks = to_blocks(shared, block, order)
     cache = SharedCache(blocks=blocks, end_NxW=end_NxW, index_R=jnp.arange(end_NxW.size))
     return cached_attention((shared_reads(cache, index_M, R, kernel),), ring, step, counts_M, R, kernel)(1, q, new)
 
 
-@pytest.mark.parametrize(("block", "query_multiple"), [(B, 1), (S, 4)])
+@pytest.mark.parametrize(
+    ("block", "order", "query_multiple"), [(B, "transposed_keys", 1), (S, "joined", 4), (B, "separate", 1)]
+)
 @settings(deadline=None, max_examples=20)
 @given(st.data())
-def test_cached_attention_equals_dense_attention(block, query_multiple, data):
+def test_cached_attention_equals_dense_attention(block, order, query_multiple, data):
     kernel = BLOCKWISE._replace(query_multiple=query_multiple)
     shared, own, q, new = cache_inputs(data.draw(st.integers(0, 9)))
     index = np.array(data.draw(st.permutations(range(N * W)))[:M], np.int32)
@@ -221,7 +223,7 @@ def test_cached_attention_equals_dense_attention(block, query_multiple, data):
     step = data.draw(st.integers(0, 40))
     counts = np.array([data.draw(st.integers(0, min(step, RING))) for _ in range(M)], np.int32)
     ours = np.asarray(
-        attend_cached(kernel, block, shared, own, q, new, end_NxW, np.where(idle, 2**30, index), step, counts)
+        attend_cached(kernel, block, order, shared, own, q, new, end_NxW, np.where(idle, 2**30, index), step, counts)
     )
     for m in np.flatnonzero(~idle):
         end, last = end_NxW.reshape(-1)[index[m]], [i % RING for i in range(step - counts[m], step)]
@@ -237,8 +239,8 @@ def test_cached_attention_equals_dense_attention(block, query_multiple, data):
 def test_separate_rows_give_the_same_attention_as_shared_rows():
     shared, own, q, new = cache_inputs(0)
     index, end = np.array([11, 2, 5, 6, 0, 9], np.int32), np.arange(12, dtype=np.int32).reshape(N, W) + 3
-    ring, counts = empty_ring(own, M, RING, B, transposed_keys=True), np.zeros(M, np.int32)
-    blocks = to_blocks(shared, B, transposed_keys=True)
+    ring, counts = empty_ring(own, M, RING, B, "joined"), np.zeros(M, np.int32)
+    blocks = to_blocks(shared, B, "joined")
     cache = SharedCache(blocks=blocks, end_NxW=end, index_R=jnp.arange(end.size))
     separate_rows = cache.unshare(index)
     assert separate_rows.end_NxW.shape == (M, 1)
@@ -386,7 +388,7 @@ def test_planned_memory_equals_the_size_of_the_arrays():
     size = {"prompts": P, "prompt_tokens": 64, "samples": G, "max_new_tokens": 64}
     memory = rollout_memory(SHAPE, "float32", **size, tensor=1)
     dims = (SHAPE.layers, 1, SHAPE.kv_heads, 1, 64, SHAPE.head_size)
-    ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32, transposed_keys=True)
+    ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32, "transposed_keys")
     rings = sum(x.nbytes for x in jax.tree.leaves(ring)) * 11 // 8
     assert 0 <= 10 * memory.per_slot - rings <= 10 * 12 * SHAPE.vocab
     halved = rollout_memory(SHAPE, "bfloat16", **size, tensor=2)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.cached_rows import INTERPRETED, CacheShape, check_kernel
+from tests.helpers.cached_rows import INTERPRETED, ORDERS, CacheShape, check_kernel
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CHILD_SECONDS, with_devices
 
@@ -41,7 +41,7 @@ SHAPES = [
 @settings(max_examples=16, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_kernels_equal_numpy(name, shape, seed):
-    check_kernel(INTERPRETED[name], shape, seed)
+    check_kernel(INTERPRETED[name], shape, seed, ORDERS[name])
 
 
 def test_rollouts_by_the_kernels_equal_those_in_plain_xla():

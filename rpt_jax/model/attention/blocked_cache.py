@@ -10,40 +10,65 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
-from rpt_jax.model.tpu import fill_lanes
+from rpt_jax.model.tpu import LANES, fill_lanes
+
+# How a cache stores keys and values:
+#   separate          as two arrays
+#   transposed_keys   as two arrays, keys [C, B]. XLA's CPU backend would otherwise transpose whole caches for every token, which
+#                     takes three times as long.
+#   joined            as one array, each value behind its key. A TPU stores whole registers of 128 numbers: the keys of heads of
+#                     size 64 would take twice their size alone. Blocks also take half as many copies.
+CacheOrder = Literal["separate", "transposed_keys", "joined"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("transposed_keys",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("order",))
 @dataclasses.dataclass(frozen=True)
 class BlockedCache:
     """Keys and values of S = J·B tokens for N rows.
 
     Attributes:
-      k: [L, J, N, K, B, C], or [L, J, N, K, C, B] if `transposed_keys`.
-      v: [L, J, N, K, B, C].
-      transposed_keys: the layout that XLA's CPU backend needs. It would otherwise transpose whole caches for every token, which
-        takes three times as long.
+      k: [L, J, N, K, B, C]; [L, J, N, K, C, B] with transposed keys; [L, J, N, K, B, 2·C] if joined.
+      v: [L, J, N, K, B, C]; None if joined.
+      order: how keys and values are stored.
     """
 
     k: jax.Array
-    v: jax.Array
-    transposed_keys: bool
+    v: jax.Array | None
+    order: CacheOrder
+
+    @classmethod
+    def of(cls, k: jax.Array, v: jax.Array, order: CacheOrder) -> BlockedCache:
+        """Return a cache of keys and values [L, J, N, K, B, C]."""
+        if order == "joined":
+            return cls(k=jnp.concatenate([k, v], axis=-1), v=None, order=order)
+        return cls(k=k.swapaxes(-1, -2) if order == "transposed_keys" else k, v=v, order=order)
 
     @property
     def num_blocks(self) -> int:
         """Blocks per row, J."""
-        return self.v.shape[1]
+        return self.k.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """Kv heads, K."""
+        return self.k.shape[3]
 
     @property
     def block_size(self) -> int:
         """Keys per block, B."""
-        return self.v.shape[4]
+        return self.k.shape[5 if self.order == "transposed_keys" else 4]
+
+    @property
+    def head_size(self) -> int:
+        """Size of a head, C."""
+        size = self.k.shape[4 if self.order == "transposed_keys" else 5]
+        return size // 2 if self.order == "joined" else size
 
     def take(self, rows: jax.Array) -> BlockedCache:
         """Return the given rows."""
@@ -131,13 +156,18 @@ class CacheSizes(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block of keys and values of all kv heads in a TPU's memory."""
-        return 2 * self.kv_heads * self.block * fill_lanes(self.head_size) * self.itemsize
+        """Bytes of a block of joined keys and values of all kv heads in a TPU's memory."""
+        return self.kv_heads * self.block * fill_lanes(2 * self.head_size) * self.itemsize
+
+    @property
+    def query_size(self) -> int:
+        """Size of a query and of its result in the TPU kernel: a head's, or twice that if a key does not fill registers."""
+        return self.head_size if self.head_size % LANES == 0 else 2 * self.head_size
 
     @property
     def row_bytes(self) -> int:
         """Bytes of the queries of a row and of their results, float32, in a TPU's memory."""
-        numbers = self.kv_heads * self.num_queries * fill_lanes(self.head_size)
+        numbers = self.kv_heads * self.num_queries * fill_lanes(self.query_size)
         return numbers * (self.itemsize + jnp.dtype(jnp.float32).itemsize)
 
 
@@ -208,9 +238,14 @@ def attend_cache_blockwise(
         attended_NxQxB = attended_entries(
             ranges.begin_N[:, None, None], ranges.length_NxQ[..., None], entry_B, cache.num_blocks * size
         )
-        equation = "nkqc,nkcb->nkqb" if cache.transposed_keys else "nkqc,nkbc->nkqb"
-        scores = jnp.einsum(equation, q_NxKxQxC, block(cache.k, index), preferred_element_type=jnp.float32)
-        return softmax.add(jnp.where(attended_NxQxB[:, None], scores, MASKED_SCORE), block(cache.v, index))
+        k = block(cache.k, index)
+        if cache.v is None:
+            k, v = jnp.split(k, 2, axis=-1)
+        else:
+            v = block(cache.v, index)
+        equation = "nkqc,nkcb->nkqb" if cache.order == "transposed_keys" else "nkqc,nkbc->nkqb"
+        scores = jnp.einsum(equation, q_NxKxQxC, k, preferred_element_type=jnp.float32)
+        return softmax.add(jnp.where(attended_NxQxB[:, None], scores, MASKED_SCORE), v)
 
     peak = jnp.full((*q_NxKxQxC.shape[:-1], 1), MASKED_SCORE, jnp.float32)
     start = PartialSoftmax(peak=peak, total=jnp.zeros_like(peak), out=jnp.zeros(q_NxKxQxC.shape, jnp.float32))

@@ -67,13 +67,15 @@ def _kernel(
     num_blocks: int,
     step_visits: int,
 ) -> None:
-    keys, values = refs[:step_visits], refs[step_visits : 2 * step_visits]
-    peak_NxKx1xQ, total_NxKx1xQ, out_NxKxQxC = refs[2 * step_visits :][:3]
-    state = _State(*refs[2 * step_visits + 3 :])
+    blocks = refs[:step_visits]
+    peak_NxKx1xQ, total_NxKx1xQ, out_NxKxQxC = refs[step_visits:][:3]
+    state = _State(*refs[step_visits + 3 :])
     group = pl.program_id(0)
     step = pl.program_id(1)
-    rows, kv_heads, num_queries, _ = q_NxKxQxC.shape
-    size = keys[0].shape[1]
+    rows, kv_heads, num_queries, query_size = q_NxKxQxC.shape
+    _, size, width = blocks[0].shape
+    # Queries as long as a key and its value, with zeros for the value, save separating them.
+    keys_end, values_begin = (width, 0) if query_size == width else (query_size, query_size)
 
     @pl.when(step == 0)
     def _() -> None:
@@ -84,14 +86,15 @@ def _kernel(
         visit = step * step_visits + index
 
         @pl.when(visit < visits_G[group])
-        def _(visit: jax.Array = visit, k_KxBxC: Any = keys[index], v_KxBxC: Any = values[index]) -> None:
+        def _(visit: jax.Array = visit, kv_KxBxD: Any = blocks[index]) -> None:
             row = row_GxV[group, visit] - group * rows
             entry = block_GxV[group, visit] * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
             length = _turn(length_Nx1xQ[row], axis=1)
             attended = attended_entries(begin_N[group * rows + row], length, entry, num_blocks * size)
             for head in range(kv_heads):
-                scores = masked_scores(q_NxKxQxC[row, head], k_KxBxC[head], attended, _KEYS_AXIS)
-                state.store(row, head, add_keys(state.load(row, head), scores, v_KxBxC[head], _KEYS_AXIS))
+                k_BxC, v_BxC = kv_KxBxD[head, :, :keys_end], kv_KxBxD[head, :, values_begin:]
+                scores = masked_scores(q_NxKxQxC[row, head], k_BxC, attended, _KEYS_AXIS)
+                state.store(row, head, add_keys(state.load(row, head), scores, v_BxC, _KEYS_AXIS))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _() -> None:
@@ -125,22 +128,22 @@ def attend_cache_mosaic(
 
     Args:
       q_NxKxQxC: scaled queries.
-      cache: keys and values of all layers; keys are not transposed.
+      cache: joined keys and values of all layers.
       layer: index of the layer.
       ranges: which keys each query attends to.
       interpret: run the kernel in interpret mode, without a TPU.
     """
-    assert not cache.transposed_keys
-    _, num_blocks, rows, kv_heads, size, head_size = cache.k.shape
-    num_queries = q_NxKxQxC.shape[2]
+    assert cache.order == "joined"
+    _, num_blocks, rows, kv_heads, size, width = cache.k.shape
+    num_queries, head_size = q_NxKxQxC.shape[2:]
+    sizes = CacheSizes(num_queries, size, kv_heads, head_size, cache.k.dtype.itemsize)
     padding = -num_queries % SUBLANES
-    q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, sizes.query_size - head_size)))
     length_NxQ = jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding)))
     padded = num_queries + padding
 
     groups, visits = ranges.block_GxV.shape
     group_rows = group_size(rows, groups)
-    sizes = CacheSizes(num_queries, size, kv_heads, head_size, cache.k.dtype.itemsize)
     step_visits = max(1, min(_STEP_BYTES // sizes.block_bytes, _MAX_STEP_VISITS, visits))
 
     def block_spec(index: int) -> pl.BlockSpec:
@@ -155,21 +158,21 @@ def attend_cache_mosaic(
             visit = jnp.minimum(jnp.minimum(step, last_step) * step_visits + index, last_visit)
             return layer[0], block_GxV[group, visit], row_GxV[group, visit], 0, 0, 0
 
-        return pl.BlockSpec((None, None, None, kv_heads, size, head_size), block)
+        return pl.BlockSpec((None, None, None, kv_heads, size, width), block)
 
     def of_group(*dims: int) -> pl.BlockSpec:
         return pl.BlockSpec((group_rows, *dims), lambda group, *_: (group, *(0 for _ in dims)))
 
     blocks = [block_spec(index) for index in range(step_visits)]
-    results = (1, padded), (1, padded), (padded, head_size)
-    state = (padded, 1), (padded, 1), (padded, head_size)
+    results = (1, padded), (1, padded), (padded, sizes.query_size)
+    state = (padded, 1), (padded, 1), (padded, sizes.query_size)
     peak, total, out = pl.pallas_call(
         functools.partial(_kernel, num_blocks=num_blocks, step_visits=step_visits),
         out_shape=tuple(jax.ShapeDtypeStruct((rows, kv_heads, *dims), jnp.float32) for dims in results),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(groups, jnp.maximum(pl.cdiv(ranges.visits_G.max(), step_visits), 1)),
-            in_specs=(of_group(1, padded), of_group(kv_heads, padded, head_size), *blocks, *blocks),
+            in_specs=(of_group(1, padded), of_group(kv_heads, padded, sizes.query_size), *blocks),
             out_specs=tuple(of_group(kv_heads, *dims) for dims in results),
             scratch_shapes=[pltpu.VMEM((group_rows, kv_heads, *dims), jnp.float32) for dims in state],
         ),
@@ -185,9 +188,8 @@ def attend_cache_mosaic(
         length_NxQ[:, None],
         q,
         *[cache.k] * step_visits,
-        *[cache.v] * step_visits,
     )
-    columns = (peak.swapaxes(-1, -2), total.swapaxes(-1, -2), out)
+    columns = (peak.swapaxes(-1, -2), total.swapaxes(-1, -2), out[..., -head_size:])
     return PartialSoftmax(*(x[:, :, :num_queries] for x in columns))
 
 
@@ -203,7 +205,7 @@ def cached_attention_bytes(sizes: CacheSizes, *, rows: int, visits: float) -> fl
     """
     queries = sizes.num_queries + -sizes.num_queries % SUBLANES
     queries_in_lanes = fill_lanes(queries)
-    numbers = queries * fill_lanes(sizes.head_size)
+    numbers = queries * fill_lanes(sizes.query_size)
     row = sizes.kv_heads * (numbers * (sizes.itemsize + _FLOAT_BYTES) + 2 * queries_in_lanes * _FLOAT_BYTES)
     lengths = queries_in_lanes * _FLOAT_BYTES
     return visits * sizes.block_bytes + rows * (row + lengths)

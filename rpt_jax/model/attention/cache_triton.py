@@ -63,12 +63,12 @@ def attend_cache_triton(
 
     Args:
       q_NxKxQxC: scaled queries.
-      cache: keys and values of all layers; keys are not transposed.
+      cache: keys and values of all layers, in separate arrays.
       layer: index of the layer.
       ranges: which keys each query attends to, with one row per group.
       interpret: run the kernel in interpret mode, without a GPU.
     """
-    assert not cache.transposed_keys
+    assert cache.order == "separate"
     layers, num_blocks, rows, kv_heads, size, head_size = cache.k.shape
     num_queries = q_NxKxQxC.shape[2]
     tile = min(_LARGEST_TILE, max(_SMALLEST_SIDE, 1 << (num_queries - 1).bit_length()))
