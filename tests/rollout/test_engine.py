@@ -21,7 +21,16 @@ from rpt_jax.model.transformer import Transformer, in_compute_dtype
 from rpt_jax.rewards.boxed import read_box, start_parsers
 from rpt_jax.rollout.engine import live_sizes
 from rpt_jax.rollout.generate import generate, sample_rollouts
-from rpt_jax.rollout.kv_cache import SharedCache, cached_attention, empty_ring, shared_reads, to_blocks, write_token
+from rpt_jax.rollout.kv_cache import (
+    CACHE_LAYOUTS,
+    SharedCache,
+    cached_attention,
+    empty_ring,
+    own_block_size,
+    shared_reads,
+    to_blocks,
+    write_token,
+)
 from rpt_jax.rollout.memory import RolloutMemory, plan_slots, rollout_memory
 from rpt_jax.rollout.prefix_sharing import Prompts, separate, share_prefixes
 from rpt_jax.rollout.rollouts import Decoding, Ended, Rollouts
@@ -381,6 +390,24 @@ def test_slots_are_planned_from_memory():
         with pytest.raises(UserError, match=rf"rollout\.decode_slots: .* hold {fitting}\. ") as raised:
             plan(requested, available)
         assert raised.value.field == "rollout.decode_slots"
+
+
+@pytest.mark.parametrize(
+    ("platform", "kv_heads", "head_size", "itemsize", "keys"),
+    [
+        ("tpu", 1, 128, 2, 128),
+        ("tpu", 2, 128, 2, 64),
+        ("tpu", 1, 64, 2, 128),
+        ("tpu", 3, 64, 2, 64),
+        ("tpu", 8, 64, 4, 16),
+        ("tpu", 1, 96, 4, 64),
+        ("cpu", 64, 128, 4, 64),
+        ("gpu", 64, 128, 4, 64),
+    ],
+)
+def test_a_block_of_own_tokens_has_at_most_64_kib_on_a_tpu(platform, kv_heads, head_size, itemsize, keys):
+    layout = CACHE_LAYOUTS[platform]
+    assert own_block_size(layout, kv_heads=kv_heads, head_size=head_size, itemsize=itemsize) == keys
 
 
 def test_planned_memory_equals_the_size_of_the_arrays():
