@@ -17,6 +17,8 @@ import numpy as np
 from rpt_jax.config import Experiment
 from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.corpus.prepared import CORPUS_BYTES_PER_TOKEN
+from rpt_jax.distributed.mesh import DECODING, make_abstract_mesh
+from rpt_jax.distributed.sharding import parameter_shardings
 from rpt_jax.infra.console import table
 from rpt_jax.infra.optimizer import make_schedule
 from rpt_jax.model.context_length import context_warnings
@@ -25,6 +27,7 @@ from rpt_jax.model.lora import lora_of
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.registry import REWARDS
 from rpt_jax.rollout.memory import device_memory
+from rpt_jax.setup import check_split, make_policy
 from rpt_jax.sizes.kept_rollouts import kept_evaluation_bytes, kept_training_bytes
 from rpt_jax.sizes.limits import short_response_warnings
 from rpt_jax.sizes.memory import (
@@ -495,9 +498,10 @@ def print_description(experiment: Experiment, devices: int | None = None) -> Non
     """Print the sizes of an experiment as a table, for `devices` devices or those of this machine.
 
     Raises:
-      UserError: as `derive` does.
+      UserError: as `derive` does, or the mesh does not split the policy or the batches evenly.
     """
     derived = derive(experiment, jax.device_count() if devices is None else devices, device_memory())
+    _check_split(experiment, derived.mesh)
     columns = tuple(_COLUMN_WIDTHS)
     table("Sizes derived from this config", columns, render(derived), max_widths=tuple(_COLUMN_WIDTHS.values()))
     runs_here = derived.mesh.devices == derived.mesh.available
@@ -505,6 +509,16 @@ def print_description(experiment: Experiment, devices: int | None = None) -> Non
     config = model_config_of(experiment)[0]
     for warning in (*warnings, *short_response_warnings(experiment, config), *context_warnings(experiment, config)):
         logger.warning(warning)
+
+
+def _check_split(experiment: Experiment, sizes: MeshSizes) -> None:
+    """Check that a mesh splits the batches and the policy's parameters evenly. Raises: UserError."""
+    mesh = make_abstract_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.rollout_tensor)
+    check_split(experiment, mesh)
+    policy = make_policy(experiment.policy, model_config_of(experiment)[0], lora=lora_of(experiment))
+    parameter_shardings(policy, mesh)
+    if experiment.samples:
+        parameter_shardings(policy, mesh, DECODING)
 
 
 def render(derived: Derived) -> list[Row]:

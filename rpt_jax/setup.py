@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.entropy import Scorer
@@ -141,7 +141,17 @@ def check_top_k(top_k: int, model: ModelConfig) -> None:
         )
 
 
-def check_sampling(experiment: Experiment, mesh: Mesh) -> None:
+def check_split(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
+    """Raise UserError if the batches of a run do not split evenly over the mesh."""
+    if experiment.scores_corpus:
+        check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
+    if experiment.samples:
+        check_sampling(experiment, mesh)
+    if starts_with_pretraining(experiment):
+        check_batches(mesh, {"pretrain.windows_per_step": experiment.pretrain.windows_per_step})
+
+
+def check_sampling(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     """Raise UserError if the batches of rollouts, or the rows of the update, do not split evenly over the mesh."""
     training = experiment.training
     tensor = mesh_fields(mesh)["tensor"]

@@ -16,7 +16,6 @@ from rpt_jax.config.derived import cold_start_experiment
 from rpt_jax.config.task_fields import unread_changes
 from rpt_jax.corpus.prepared import open_prepared
 from rpt_jax.describe import derive
-from rpt_jax.distributed.mesh import check_batches
 from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
@@ -35,7 +34,7 @@ from rpt_jax.registry import REWARDS
 from rpt_jax.rewards.rewarder import check_end_of_thinking
 from rpt_jax.rollout.memory import device_memory
 from rpt_jax.setup import (
-    check_sampling,
+    check_split,
     check_top_k,
     dtype_of,
     head_precision_of,
@@ -82,13 +81,10 @@ def check_start(experiment: Experiment, workdir: Path, mesh: Mesh) -> None:
 
 def _check_sizes(experiment: Experiment, model: ModelConfig, mesh: Mesh) -> None:
     """Check that batches split evenly over the mesh, and sizes that the vocabulary limits. Raises: UserError."""
+    check_split(experiment, mesh)
     if experiment.scores_corpus:
-        check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
         check_top_k(experiment.data.entropy_top_k, model)
-    if experiment.samples:
-        check_sampling(experiment, mesh)
     if starts_with_pretraining(experiment):
-        check_batches(mesh, {"pretrain.windows_per_step": experiment.pretrain.windows_per_step})
         check_vocab_size(experiment)
 
 

@@ -416,6 +416,25 @@ def test_the_devices_of_this_machine_are_the_default(monkeypatch: pytest.MonkeyP
     assert "4 x 1 x 1 = 4 devices" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("mesh", "data", "field"),
+    [
+        (MeshConfig(tensor=16), {}, "mesh.tensor"),
+        (MeshConfig(fsdp=8), {"score_batch_windows": 12}, "data.score_batch_windows"),
+        (MeshConfig(tensor=2, rollout_tensor=4, fsdp=8), {}, ""),
+    ],
+)
+def test_a_mesh_that_a_run_would_refuse_is_not_described(mesh: MeshConfig, data: dict[str, int], field: str) -> None:
+    """The policy has 8 kv heads."""
+    paper = dataclasses.replace(PAPER, mesh=mesh, data=dataclasses.replace(PAPER.data, **data))
+    if not field:
+        print_description(paper, 16)
+        return
+    with pytest.raises(UserError) as raised:
+        print_description(paper, 16)
+    assert raised.value.field == field
+
+
 def test_a_context_that_is_too_short_is_said(caplog: pytest.LogCaptureFixture) -> None:
     experiment = from_config_dict({"prompt": {"max_tokens": 32_768}, "policy": {"preset": "tiny"}})
     print_description(experiment, devices=1)

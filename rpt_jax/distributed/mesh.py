@@ -54,6 +54,8 @@ from rpt_jax.errors import UserError
 Axes = str | tuple[str, ...] | None
 
 MESH_AXES = ("data", "fsdp", "fsdp_to_tp", "tp_to_dp", "tensor")
+# With explicit axes, the default of jax.make_mesh, the embedding look-up is an error.
+_AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 # "fsdp_to_tp" and "tp_to_dp" come after "tensor" in the tuples below, so that the shard of a device in training is a slice of its
 # shard in rollouts: resharding then moves each slice at most once.
@@ -99,13 +101,20 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
 
-    # Split off the axis that changes its role between training and rollouts.
     rollout_tensor = rollout_tensor or sizes["tensor"]
-    fsdp_to_tp, tp_to_dp = resharding_axis_sizes(sizes["fsdp"], sizes["tensor"], rollout_tensor)
-    shape = (sizes["data"], sizes["fsdp"] // fsdp_to_tp, fsdp_to_tp, tp_to_dp, sizes["tensor"] // tp_to_dp)
-    # Auto axes: with explicit ones, the default of jax.make_mesh, the embedding look-up is an error.
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return Mesh(_arrange_devices(shape, devices, rollout_tensor), MESH_AXES, axis_types=axis_types)
+    shape = _axis_sizes(**sizes, rollout_tensor=rollout_tensor)
+    return Mesh(_arrange_devices(shape, devices, rollout_tensor), MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def make_abstract_mesh(data: int, fsdp: int, tensor: int, rollout_tensor: int) -> AbstractMesh:
+    """Return the mesh of `make_mesh` without devices. Raises: UserError, if `rollout_tensor` does not fit the other sizes."""
+    return AbstractMesh(_axis_sizes(data, fsdp, tensor, rollout_tensor), MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def _axis_sizes(data: int, fsdp: int, tensor: int, rollout_tensor: int) -> tuple[int, ...]:
+    """Return the sizes of `MESH_AXES`, with the axis that changes its role between training and rollouts split off."""
+    fsdp_to_tp, tp_to_dp = resharding_axis_sizes(fsdp, tensor, rollout_tensor)
+    return data, fsdp // fsdp_to_tp, fsdp_to_tp, tp_to_dp, tensor // tp_to_dp
 
 
 def resolve_sizes(sizes: Mapping[str, int], devices: int, *, exact: bool = True) -> dict[str, int]:

@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
-from rpt_jax.distributed.mesh import check_batches, mesh_fields, use_mesh
+from rpt_jax.distributed.mesh import mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
@@ -20,7 +20,7 @@ from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes
 from rpt_jax.preflight.programs import ProgramName, Step, make_step
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
-from rpt_jax.setup import check_sampling, mesh_from_config
+from rpt_jax.setup import check_split, mesh_from_config
 from rpt_jax.sizes.limits import short_response_warnings
 from rpt_jax.sizes.mesh import mesh_sizes
 from rpt_jax.sizes.plan import Plan, check_slots, plan_memory
@@ -128,18 +128,6 @@ def check_mesh(
     of_kernels = kernel_bytes(experiment, step)
     with use_mesh(mesh, experiment.mesh.split_rows):
         return step, check_programs(experiment, step, topology, flops, of_kernels)
-
-
-def check_split(experiment: Experiment, mesh: Mesh) -> None:
-    """Check that the experiment's batches divide evenly over the mesh.
-
-    Raises:
-      UserError: one of them does not.
-    """
-    if not experiment.asks_questions:
-        check_batches(mesh, {"data.score_batch_windows": experiment.data.score_batch_windows})
-    if experiment.reinforces:
-        check_sampling(experiment, mesh)
 
 
 def fits(reports: list[ProgramReport]) -> bool:

@@ -18,7 +18,6 @@ from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.preflight.report import (
     as_result,
     check_mesh,
-    check_split,
     devices,
     fits,
     for_topology,
@@ -27,6 +26,7 @@ from rpt_jax.preflight.report import (
 )
 from rpt_jax.preflight.topology import Topology
 from rpt_jax.rollout.memory import USABLE
+from rpt_jax.setup import check_split
 from rpt_jax.sizes.policy import model_config_of
 
 # Values of mesh.data that are tried: replicas of the parameters.
