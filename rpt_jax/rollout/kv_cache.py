@@ -50,6 +50,7 @@ CACHE_LAYOUTS = {
     "gpu": CacheLayout(own_block=64, own_block_bytes=None, prompt_block=64, root_block=64, order="separate"),
     "tpu": CacheLayout(own_block=128, own_block_bytes=2**16, prompt_block=512, root_block=512, order="joined"),
 }
+_LEAST_OWN_KEYS = 32  # A TPU's memory has tiles of 8 keys, or of 16 in bfloat16.
 _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 
 # Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, KeyValues of the token [M, K, 1, 1, C]) -> output like
@@ -63,7 +64,7 @@ def cache_layout() -> CacheLayout:
 
 
 def own_block_size(layout: CacheLayout, *, kv_heads: int, head_size: int, itemsize: int) -> int:
-    """Return the keys per block of a rollout's own tokens.
+    """Return the keys per block of a rollout's own tokens: fewer than the layout's most if that takes too many bytes.
 
     Args:
       layout: of the platform.
@@ -71,10 +72,13 @@ def own_block_size(layout: CacheLayout, *, kv_heads: int, head_size: int, itemsi
       head_size: size of a head.
       itemsize: bytes of a number.
     """
+    if layout.own_block_bytes is None:
+        return layout.own_block
+    key_bytes = kv_heads * fill_lanes(2 * head_size) * itemsize
     keys = layout.own_block
-    while layout.own_block_bytes and keys * kv_heads * fill_lanes(2 * head_size) * itemsize > layout.own_block_bytes:
+    while keys > _LEAST_OWN_KEYS and keys * key_bytes > layout.own_block_bytes:
         keys //= 2
-    return max(keys, 1)
+    return keys
 
 
 def to_blocks(kv: KeyValues, block: int, order: CacheOrder) -> BlockedCache:

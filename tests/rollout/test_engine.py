@@ -399,13 +399,14 @@ def test_slots_are_planned_from_memory():
         ("tpu", 2, 128, 2, 64),
         ("tpu", 1, 64, 2, 128),
         ("tpu", 3, 64, 2, 64),
-        ("tpu", 8, 64, 4, 16),
+        ("tpu", 4, 64, 4, 32),
+        ("tpu", 64, 128, 4, 32),
         ("tpu", 1, 96, 4, 64),
         ("cpu", 64, 128, 4, 64),
         ("gpu", 64, 128, 4, 64),
     ],
 )
-def test_a_block_of_own_tokens_has_at_most_64_kib_on_a_tpu(platform, kv_heads, head_size, itemsize, keys):
+def test_a_block_of_own_tokens_has_64_kib_or_32_keys_on_a_tpu(platform, kv_heads, head_size, itemsize, keys):
     layout = CACHE_LAYOUTS[platform]
     assert own_block_size(layout, kv_heads=kv_heads, head_size=head_size, itemsize=itemsize) == keys
 
