@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rpt_jax import report
-from rpt_jax.infra.run_format import STUDY_RESULTS
+from rpt_jax.infra.run_format import METRICS, RESULT, STUDY_RESULTS, format_stamp
 from rpt_jax.study.outcome import write_outcomes
 from tests.helpers.plots import PLOTS, keep_figures, write_run
 from tests.helpers.study import large_study
@@ -41,6 +42,19 @@ def test_a_missing_file_is_named_without_a_traceback(tmp_path: Path) -> None:
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: ") and "metrics.jsonl is missing" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_run_of_a_task_without_plots_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path, steps=2, every=1)
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    (run / METRICS).write_text(
+        "".join(json.dumps({"step": line["step"], "loss/document": 1.0}) + "\n" for line in lines)
+    )
+    (run / RESULT).write_text(json.dumps(format_stamp() | {"steps": 2, "flops": 1.0, "seconds": 1.0}))
+    assert report.main(["report", f"--workdir={run}"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(run / "report.html")]
+    assert "Only runs of tasks 'rpt' and 'rft' have plots." in printed.err
 
 
 def test_a_missing_folder_is_named_by_its_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

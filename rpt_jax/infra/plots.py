@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Metrics of the accuracy on test questions: its value and the ends of its interval.
 QUESTION_ACCURACY = ("eval/questions/accuracy", "eval/questions/accuracy/low", "eval/questions/accuracy/high")
+_REWARD = "reward/drawn_mean"
 _ONE_RUN = (
     "This is one run: how its accuracy grew, and how closely a power law follows that.\n"
     "Its evaluations are not independent. It does not show what other seeds, more compute or a larger policy would reach."
@@ -59,6 +60,7 @@ def write_plots(workdir: Path) -> list[Path]:
 
     workdir = Path(workdir)
     metrics = _Metrics(workdir / METRICS)
+    metrics.required(_REWARD)  # Before `result.json` is read: those of other tasks have no accuracy.
     on_questions = bool(metrics.columns(*QUESTION_ACCURACY).size)
     direct = {} if on_questions else _base_accuracy(workdir / RESULT)
     directory = workdir / PLOTS
@@ -235,7 +237,7 @@ def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) ->
 
 def _plot_reward(metrics: _Metrics, prompts: str) -> Figure:
     figure, (axes,) = _figure()
-    _curve(axes, *metrics.required("step", "reward/drawn_mean"), color=INK)
+    _curve(axes, *metrics.required("step", _REWARD), color=INK)
     _step_axis(axes, metrics)
     _finish(axes, f"Reward on training {prompts}", "mean reward per rollout")
     return figure
