@@ -60,7 +60,7 @@ class DecodeState(NamedTuple):
       token_M: int32 last token, which has not been run yet.
       count_M: int32 number of response tokens so far, that one included.
       box_M: parser state of each response, or None.
-      own: ring buffer of keys and values of the rollouts' own tokens.
+      own: ring buffer of keys and values of the rollouts' own tokens; there may be more rows than slots.
       new: keys and values of the last token that was run, [L, M, K, 1, 1, C]. They are written to `own` at the start of
         the next step, before it is read. Writing after reading would make XLA copy the whole cache in every step.
       rollouts: results, with one axis R in place of [P, G].
@@ -82,13 +82,13 @@ class DecodeState(NamedTuple):
         return self.rollout_M < self.rollouts.lengths_PxG.shape[0]
 
     def take(self, slots: jax.Array) -> DecodeState:
-        """Keep only the given slots."""
+        """Keep only the given slots, in ascending order."""
         return self._replace(
             rollout_M=self.rollout_M[slots],
             token_M=self.token_M[slots],
             count_M=self.count_M[slots],
             box_M=jax.tree.map(lambda x: x[slots], self.box_M),
-            own=self.own.take(slots),
+            own=self.own.move_to_front(slots),
             new=jax.tree.map(lambda x: x[:, slots], self.new),
         )
 
@@ -137,7 +137,7 @@ def decode_rollouts(
         # Compact: a step costs less with fewer slots. While several live rollouts share each row of a cache, the rows
         # stay; after that, each slot gets a separate row.
         if size < sizes[0]:
-            slots = jnp.argsort(~state.running_M, stable=True)[:size]
+            slots = jnp.sort(jnp.argsort(~state.running_M, stable=True)[:size])
             if inputs.unshared:
                 shared = tuple(cache.unshare(slots) for cache in inputs.shared)
                 inputs = inputs._replace(shared=shared)

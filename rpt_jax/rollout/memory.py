@@ -22,9 +22,6 @@ _FLOAT32 = 4
 _TOKEN_ARRAYS = 3
 # Copies of a slot's logits: logits, and temporaries of sampling on platforms that fuse less than the CPU.
 _LOGIT_COPIES = 3
-# When the batch of live rollouts first shrinks to three quarters, that part of the keys, and then of the values, exists
-# twice.
-_SHRINK_FACTOR = 1 + 3 / 8
 
 
 class RolloutMemory(NamedTuple):
@@ -73,9 +70,8 @@ def rollout_memory(
     # The keys of the prompts exist twice while they are copied into blocks.
     prompt_cache = 2 * prompts * prompt_tokens * token
     results = prompts * samples * max_new_tokens * _TOKEN_ARRAYS * _FLOAT32
-    response_cache = int(_SHRINK_FACTOR * max_new_tokens * token)
     logits = _LOGIT_COPIES * _FLOAT32 * config.vocab // tensor
-    return RolloutMemory(fixed=prompt_cache + results, per_slot=response_cache + logits)
+    return RolloutMemory(fixed=prompt_cache + results, per_slot=max_new_tokens * token + logits)
 
 
 def device_memory() -> int:

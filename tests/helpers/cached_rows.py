@@ -106,7 +106,7 @@ def attention(
 
 
 def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, order: CacheOrder) -> None:
-    """Assert that the result equals NumPy's, with NaN in all blocks that no row attends to."""
+    """Assert that the result equals NumPy's, with NaN in all blocks that no row attends to, and in two more rows."""
     example = make_example(shape, seed)
     layer = seed % shape.layers
     attended_NxQxS = attended_keys(example, shape.size)
@@ -115,6 +115,7 @@ def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, order: Cache
     unread_J = ~attended_NxQxS.any(axis=(0, 1)).reshape(shape.blocks, shape.block).any(axis=1)
     poison_LxS = (np.arange(shape.layers) != layer)[:, None] | np.repeat(unread_J, shape.block)
     k, v = (np.where(poison_LxS[:, None, None, :, None], np.nan, x) for x in example[1:3])
+    k, v = (np.pad(x, ((0, 0), (0, 2), (0, 0), (0, 0), (0, 0)), constant_values=np.nan) for x in (k, v))
     max_group_rows = {None: None, 0: 1}.get(kernel.max_group_bytes, 1 + seed % 4)
     ours = attention(kernel, shape, order, max_group_rows)(example._replace(k_LxNxKxSxC=k, v_LxNxKxSxC=v), layer)
     assert all(x.dtype == jnp.float32 for x in ours)

@@ -71,8 +71,23 @@ class BlockedCache:
         return size // 2 if self.order == "joined" else size
 
     def take(self, rows: jax.Array) -> BlockedCache:
-        """Return the given rows."""
+        """Return a copy of the given rows."""
         return jax.tree.map(lambda x: x[:, :, rows], self)
+
+    def move_to_front(self, rows: jax.Array) -> BlockedCache:
+        """Move the given rows, in ascending order, to the front. No row before them is needed any more.
+
+        Row by row, XLA does this in place: there is never a second cache.
+        """
+
+        def move(index: jax.Array, cache: BlockedCache) -> BlockedCache:
+            def move_row(x: jax.Array) -> jax.Array:
+                row = jax.lax.dynamic_slice_in_dim(x, rows[index], 1, axis=2)
+                return jax.lax.dynamic_update_slice_in_dim(x, row, index, axis=2)
+
+            return jax.tree.map(move_row, cache)
+
+        return jax.lax.fori_loop(0, len(rows), move, self)
 
 
 class CacheRanges(NamedTuple):
@@ -222,15 +237,16 @@ def attend_cache_blockwise(
     """Attend over the rows of a KV cache in plain XLA, block by block.
 
     Args:
-      q_NxKxQxC: scaled queries.
+      q_NxKxQxC: scaled queries, for the first N rows of the cache.
       cache: keys and values of all layers.
       layer: index of the layer.
       ranges: which keys each query attends to; all rows visit blocks together.
     """
     size = cache.block_size
+    rows = q_NxKxQxC.shape[0]
 
     def block(x: jax.Array, index: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, *x.shape[2:]))[0, 0]
+        return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, rows, *x.shape[3:]))[0, 0]
 
     def add(visit: jax.Array | int, softmax: PartialSoftmax) -> PartialSoftmax:
         index = ranges.block_GxV[0, visit]

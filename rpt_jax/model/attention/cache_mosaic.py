@@ -127,15 +127,15 @@ def attend_cache_mosaic(
     """Attend over the rows of a KV cache on a TPU.
 
     Args:
-      q_NxKxQxC: scaled queries.
+      q_NxKxQxC: scaled queries, for the first N rows of the cache.
       cache: joined keys and values of all layers.
       layer: index of the layer.
       ranges: which keys each query attends to.
       interpret: run the kernel in interpret mode, without a TPU.
     """
     assert cache.order == "joined"
-    _, num_blocks, rows, kv_heads, size, width = cache.k.shape
-    num_queries, head_size = q_NxKxQxC.shape[2:]
+    _, num_blocks, _, kv_heads, size, width = cache.k.shape
+    rows, _, num_queries, head_size = q_NxKxQxC.shape
     sizes = CacheSizes(num_queries, size, kv_heads, head_size, cache.k.dtype.itemsize)
     padding = -num_queries % SUBLANES
     q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, sizes.query_size - head_size)))

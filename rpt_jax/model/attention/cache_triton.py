@@ -62,15 +62,15 @@ def attend_cache_triton(
     """Attend over the rows of a KV cache on a GPU.
 
     Args:
-      q_NxKxQxC: scaled queries.
+      q_NxKxQxC: scaled queries, for the first N rows of the cache.
       cache: keys and values of all layers, in separate arrays.
       layer: index of the layer.
       ranges: which keys each query attends to, with one row per group.
       interpret: run the kernel in interpret mode, without a GPU.
     """
     assert cache.order == "separate"
-    layers, num_blocks, rows, kv_heads, size, head_size = cache.k.shape
-    num_queries = q_NxKxQxC.shape[2]
+    layers, num_blocks, _, kv_heads, size, head_size = cache.k.shape
+    rows, _, num_queries, _ = q_NxKxQxC.shape
     tile = min(_LARGEST_TILE, max(_SMALLEST_SIDE, 1 << (num_queries - 1).bit_length()))
     padding = -num_queries % tile
     q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
