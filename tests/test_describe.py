@@ -402,8 +402,8 @@ def test_the_description_is_printed_with_units(monkeypatch: pytest.MonkeyPatch):
     }
     assert lines.keys() > {row.quantity for row in render(derive(PAPER, 64))}
     # The memory of this machine does not hold all rollouts of 14B parameters, so they are not assumed to be live.
-    assert lines["rollout.decode_slots"] == "224"
-    assert lines["per device: keys and values of responses"] == "5.25 GiB"  # 14 slots of 8,192 tokens on each replica.
+    assert lines["rollout.decode_slots"] == "192"
+    assert lines["per device: keys and values of responses"] == "4.5 GiB"  # 12 slots of 8,192 tokens on each replica.
     assert lines["parameters"] == "14,770,033,664"
     assert lines["per token: keys and values"] == "192 KiB"
     assert max(map(len, out.getvalue().splitlines())) <= 120

@@ -67,8 +67,8 @@ def rollout_memory(
       tensor: devices per replica.
     """
     token = cache_bytes(config, dtype) // tensor
-    # The keys of the prompts exist twice while they are copied into blocks.
-    prompt_cache = 2 * prompts * prompt_tokens * token
+    # While the keys of the prompts are copied into blocks, they exist three times: as computed, transposed, and in blocks.
+    prompt_cache = 3 * prompts * prompt_tokens * token
     results = prompts * samples * max_new_tokens * _TOKEN_ARRAYS * _FLOAT32
     logits = _LOGIT_COPIES * _FLOAT32 * config.vocab // tensor
     return RolloutMemory(fixed=prompt_cache + results, per_slot=max_new_tokens * token + logits)
