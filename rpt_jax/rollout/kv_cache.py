@@ -127,7 +127,7 @@ def write_token(ring: BlockedCache, new: KeyValues, step: jax.Array) -> BlockedC
     return dataclasses.replace(
         ring,
         k=jax.lax.dynamic_update_slice(ring.k, token.k, entry_k),
-        v=ring.v if ring.v is None else jax.lax.dynamic_update_slice(ring.v, token.v, entry),
+        v=ring.v if ring.v is None else jax.lax.dynamic_update_slice(ring.v, v, entry),
     )
 
 
