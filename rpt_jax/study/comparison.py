@@ -183,6 +183,11 @@ def _row(study: StudyOutcomes, arm: str, budget: float | None) -> Row:
     )
 
 
+def measured_contrasts(study: StudyOutcomes, rows: Iterable[Row]) -> list[Contrast]:
+    """Return the contrasts for which some row has both scores."""
+    return [contrast for contrast in study.contrasts if any(contrast in row.contrasts for row in rows)]
+
+
 def outcomes_of(study: StudyOutcomes, arm: str, budget: float | None) -> list[Outcome]:
     """Return the finished units of an arm at a budget."""
     return [outcome for outcome in study.outcomes if (outcome.arm, outcome.budget) == (arm, budget)]

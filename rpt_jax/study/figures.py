@@ -157,12 +157,13 @@ def tuning_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[Figure]:
 
 
 def _tuning_curve(row: Row) -> dict[float, Spread]:
-    """Return the accuracy on questions by the step of fine-tuning."""
-    if BEFORE_TUNING not in row.scores or AFTER_TUNING not in row.scores or not row.tuning_steps:
+    """Return the accuracy on questions by the step of fine-tuning; nothing if its end is unknown."""
+    steps = row.tuning_steps.mean if row.tuning_steps else 0
+    if BEFORE_TUNING not in row.scores or AFTER_TUNING not in row.scores or not steps:
         return {}
     prefix = TUNING_STEP.format("")
     between = {int(name.removeprefix(prefix)): spread for name, spread in row.scores.items() if name.startswith(prefix)}
-    return {0: row.scores[BEFORE_TUNING], **between, row.tuning_steps.mean: row.scores[AFTER_TUNING]}
+    return {0: row.scores[BEFORE_TUNING], **between, steps: row.scores[AFTER_TUNING]}
 
 
 def _draw_contrast(axes: Axes, x: float, row: Row, contrast: Contrast, look: Look) -> None:

@@ -72,7 +72,7 @@ class Outcome:
       flops, seconds: spent before tuning: sampling, discarded rollouts, scoring, verification, cold start and traces included.
       scores: by name, such as "reasoning/hard"; see `BEFORE_TUNING` and `AFTER_TUNING`.
       tuning_flops, tuning_seconds: spent by fine-tuning on questions.
-      tuning_steps: steps of fine-tuning.
+      tuning_steps: steps of fine-tuning; 0 if there is none or the number is unknown.
     """
 
     arm: str

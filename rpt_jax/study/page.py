@@ -11,7 +11,7 @@ import jinja2
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.scaling_laws import LEAST_POINTS, NotDetermined
 from rpt_jax.study import figures
-from rpt_jax.study.comparison import Row, compare_arms, score_groups
+from rpt_jax.study.comparison import Row, compare_arms, measured_contrasts, score_groups
 from rpt_jax.study.formatting import (
     budget_text,
     contrast_title,
@@ -23,7 +23,7 @@ from rpt_jax.study.formatting import (
     title_in_group,
 )
 from rpt_jax.study.limits import headline, limits
-from rpt_jax.study.outcome import BEFORE_TUNING, Contrast, StudyOutcomes
+from rpt_jax.study.outcome import BEFORE_TUNING, StudyOutcomes
 from rpt_jax.study.scaling import Scaling, fit_scaling
 from rpt_jax.study.table import markdown, scaling_table, show_tables
 
@@ -80,7 +80,7 @@ def render(study: StudyOutcomes, rows: list[Row], fits: list[Scaling]) -> str:
         looks=figures.looks(study),
         score_figures=[figures.score_figure(study, rows, score) for scores in groups.values() for score in scores],
         tuning_figures=figures.tuning_figures(study, rows),
-        contrasts=_measured_contrasts(study, rows),
+        contrasts=measured_contrasts(study, rows),
         contrast_figures=_contrast_figures(study, rows),
         scaling=scaling_table(fits),
         scaling_figures=_scaling_figures(study, fits),
@@ -97,12 +97,8 @@ def _main_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Fig
     return [*scores, *figures.tuning_figures(study, rows)[-1:], *_contrast_figures(study, rows)]
 
 
-def _measured_contrasts(study: StudyOutcomes, rows: Sequence[Row]) -> list[Contrast]:
-    return [contrast for contrast in study.contrasts if any(contrast in row.contrasts for row in rows)]
-
-
 def _contrast_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Figure]:
-    return [figures.contrast_figure(study, rows, contrast) for contrast in _measured_contrasts(study, rows)]
+    return [figures.contrast_figure(study, rows, contrast) for contrast in measured_contrasts(study, rows)]
 
 
 def _scaling_figures(study: StudyOutcomes, fits: list[Scaling]) -> list[figures.Figure]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rpt_jax.infra.console import table
 from rpt_jax.infra.scaling_laws import NotDetermined
-from rpt_jax.study.comparison import Row, score_groups
+from rpt_jax.study.comparison import Row, measured_contrasts, score_groups
 from rpt_jax.study.formatting import (
     budget_text,
     contrast_title,
@@ -109,20 +109,21 @@ def _differences_table(
 
 
 def _contrasts_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
+    contrasts = measured_contrasts(study, rows)
     cells = [
         [
             row.arm,
             budget_text(row.budget, study.matched_by),
             *(
                 difference_text(row.contrasts[contrast]) if contrast in row.contrasts else _NONE
-                for contrast in study.contrasts
+                for contrast in contrasts
             ),
         ]
         for row in rows
         if row.contrasts
     ]
     title = "Within an arm (points, mean and 95 % interval over seeds)"
-    return Table(title, ["arm", "budget", *map(contrast_title, study.contrasts)], cells)
+    return Table(title, ["arm", "budget", *map(contrast_title, contrasts)], cells)
 
 
 def _compute_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:

@@ -1,7 +1,8 @@
-"""The figures of a study show the numbers of its tables, and are drawn whatever an arm is called."""
+"""The figures of a study show the numbers of its tables, also for arms with unusual names."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import warnings
 
@@ -56,6 +57,12 @@ def test_fine_tuning_has_a_curve_for_each_arm_at_each_budget() -> None:
             assert list(curve.get_xdata()) == [0, 20, 40]
             means = [100 * row.scores[name].mean for name in (BEFORE_TUNING, DURING_TUNING, AFTER_TUNING)]
             np.testing.assert_allclose(curve.get_ydata(), means)
+
+
+def test_without_the_number_of_steps_there_is_no_curve() -> None:
+    """As in a `results.json` of before the number was kept."""
+    of = dataclasses.replace(STUDY, outcomes=tuple(dataclasses.replace(o, tuning_steps=0) for o in STUDY.outcomes))
+    assert figures.tuning_figures(of, compare_arms(of)) == []
 
 
 def test_without_evaluations_between_there_is_no_curve() -> None:

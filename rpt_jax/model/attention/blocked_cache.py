@@ -75,9 +75,9 @@ class BlockedCache:
         return jax.tree.map(lambda x: x[:, :, rows], self)
 
     def move_to_front(self, rows: jax.Array) -> BlockedCache:
-        """Move the given rows, in ascending order, to the front. No row before them is needed any more.
+        """Move the given rows, in ascending order, to the front. They overwrite the rows that are there.
 
-        Row by row, XLA does this in place: there is never a second cache.
+        XLA does this in place, row by row, so that there is no second cache.
         """
 
         def move(index: jax.Array, cache: BlockedCache) -> BlockedCache:
