@@ -40,6 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unit", action="append", help='run this unit, named by its directory in the workdir, such as "rpt/seed0"'
     )
+    parser.add_argument(
+        "--results",
+        action="append",
+        help="results.json of the same study in another workdir: its units are not run again",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the units and their commands, and exit")
     return parser
 
@@ -48,7 +53,9 @@ def main(argv: list[str]) -> int:
     """Run the command and return the exit code."""
     options = make_parser().parse_args(argv[1:])
     try:
-        check_local_path("--workdir", options.workdir)
+        for name, paths in (("--workdir", [options.workdir]), ("--results", options.results or [])):
+            for path in paths:
+                check_local_path(name, path)
         import_jax()
         from rpt_jax.infra.console import console_logging
 
@@ -66,20 +73,26 @@ def run_study(options: argparse.Namespace) -> int:
     from rpt_jax.study.execution import Executor, Stopped, run_units
     from rpt_jax.study.page import write_page
     from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units
-    from rpt_jax.study.workdir import claim, write_results
+    from rpt_jax.study.workdir import claim, read_taken, write_results
 
     # Check everything that can be checked before the first run.
     study = load_study(options.config)
     experiments = check_stages(study)
     name = Path(options.config).stem
-    directory = user_path(options.workdir or f"runs/{name}").resolve()
+    workdir = options.workdir or f"runs/{name}"
+    directory = user_path(workdir).resolve()
     units = make_plan(study, directory)
     mine = select_units(units, directory, options.part, options.unit or ())
+    taken = [outcome for path in options.results or () for outcome in read_taken(user_path(path), study, units)]
     if options.dry_run:
         show_plan(mine)
         return ExitCode.COMPLETE
     claim(directory, config_values(study, experiments))
-    command = shlex.join(["python", "-m", "rpt_jax.study", f"--config={options.config}", f"--workdir={directory}"])
+    command = shlex.join(["python", "-m", "rpt_jax.study", f"--config={options.config}", f"--workdir={workdir}"])
+
+    # A unit whose directory is gone, or in another workdir, is complete if its results are there.
+    recorded = {outcome.unit for outcome in write_results(study, name, units, directory, command, taken).outcomes}
+    mine = [unit for unit in mine if unit.is_complete or unit.unit not in recorded]
 
     # Run the units. A stop signal leaves the run that is going on the time to save.
     grace = max(experiment.checkpoint.grace_seconds for experiment in experiments.values())

@@ -28,6 +28,7 @@ from rpt_jax.study.outcome import (
     Outcome,
     Score,
     StudyOutcomes,
+    Unit,
 )
 from rpt_jax.study.plan import NEXT_TOKEN, Run, UnitPlan
 
@@ -35,7 +36,9 @@ from rpt_jax.study.plan import NEXT_TOKEN, Run, UnitPlan
 _NEXT_TOKEN_MEASURES = {"direct/prefix": "direct", "reasoning/prefix/random@1": "reasoning"}
 
 
-def collect(study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: Sequence[str]) -> StudyOutcomes:
+def collect(
+    study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: Sequence[str], recorded: Mapping[Unit, Outcome]
+) -> StudyOutcomes:
     """Return what all units of a study have measured so far.
 
     Args:
@@ -43,25 +46,26 @@ def collect(study: StudyConfig, name: str, units: Sequence[UnitPlan], commands: 
       name: of the study.
       units: all of its units.
       commands: that repeat it.
+      recorded: what units have measured whose directories are incomplete or gone.
 
     Raises: UserError, if a result is damaged.
     """
-    complete = [unit for unit in units if unit.is_complete]
     measures = {suite.evaluation_name: suite.measures for suite in study.evaluations}
-    failures = {unit.unit: failure for unit in units if not unit.is_complete and (failure := read_failure(unit))}
+    outcomes = {unit.unit: outcome(unit, measures) if unit.is_complete else recorded.get(unit.unit) for unit in units}
+    left = [unit for unit in units if outcomes[unit.unit] is None]
+    failures = {unit.unit: failure for unit in left if (failure := read_failure(unit))}
     return StudyOutcomes(
         name=name,
         question=study.question,
         matched_by=study.matched_by,
         arms=tuple(Arm(arm.name, arm.description) for arm in study.arms),
         references=study.references,
-        outcomes=tuple(outcome(unit, measures) for unit in complete),
+        outcomes=tuple(measured for measured in outcomes.values() if measured),
         failures=tuple(failures.values()),
-        missing=tuple(unit.unit for unit in units if not unit.is_complete and unit.unit not in failures),
+        missing=tuple(unit.unit for unit in left if unit.unit not in failures),
         commands=tuple(commands),
         version=__version__,
         commit=source_commit(),
-        device=_device(complete),
         main_score=study.main_score,
         contrasts=(*([GAIN] if study.tuning else []), *itertools.starmap(Contrast, study.contrasts)),
     )
@@ -97,6 +101,7 @@ def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
         tuning_flops=tuning["flops"],
         tuning_seconds=tuning["seconds"],
         tuning_steps=tuning["steps"],
+        device=_device(unit.runs[-1]),
     )
 
 
@@ -175,7 +180,9 @@ def _result(run: Run) -> dict[str, Any]:
     return result
 
 
-def _device(complete: Sequence[UnitPlan]) -> str:
-    """Return the devices that the last runs of the units ran on."""
-    results = [json.loads((run.directory / run.result).read_bytes()) for run in (unit.runs[-1] for unit in complete)]
-    return ", ".join(sorted({f"{result['devices']} x {result['device_kind']}" for result in results}))
+def _device(run: Run) -> str:
+    """Return the devices that a complete run ran on."""
+    path = run.directory / run.result
+    with _undamaged(path):
+        result = json.loads(path.read_bytes())
+        return f"{result['devices']} x {result['device_kind']}"

@@ -73,6 +73,7 @@ class Outcome:
       scores: by name, such as "reasoning/hard"; see `BEFORE_TUNING` and `AFTER_TUNING`.
       tuning_flops, tuning_seconds: spent by fine-tuning on questions.
       tuning_steps: steps of fine-tuning; 0 if there is none or the number is unknown.
+      device: the devices that its last run ran on; "" if unknown.
     """
 
     arm: str
@@ -84,6 +85,7 @@ class Outcome:
     tuning_flops: float = 0.0
     tuning_seconds: float = 0.0
     tuning_steps: int = 0
+    device: str = ""
 
     def __post_init__(self) -> None:
         for name in ("flops", "seconds", "tuning_flops", "tuning_seconds"):
@@ -155,7 +157,7 @@ class StudyOutcomes:
       failures: of the units that failed.
       missing: the units that have not finished or failed yet.
       commands: that repeat the study.
-      version, commit, device: what it ran with; the commit is None if it is unknown.
+      version, commit: of the package that wrote the results; the commit is None if it is unknown.
       contrasts: pairs of scores that are compared within each arm.
     """
 
@@ -170,7 +172,6 @@ class StudyOutcomes:
     commands: tuple[str, ...]
     version: str
     commit: str | None
-    device: str
     main_score: str = AFTER_TUNING
     contrasts: tuple[Contrast, ...] = (GAIN,)
 
@@ -191,6 +192,10 @@ class StudyOutcomes:
         for unit in units:
             if unit.budget is not None and not (math.isfinite(unit.budget) and unit.budget > 0):
                 raise ValueError(f"{unit}: the budget is not a finite positive number")
+
+    def devices(self) -> str:
+        """Return the devices that the units ran on, in a phrase."""
+        return ", ".join(sorted({outcome.device for outcome in self.outcomes} - {""})) or "unknown devices"
 
     def budgets(self) -> list[float]:
         """Return the budgets in ascending order."""

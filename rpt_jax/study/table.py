@@ -52,7 +52,7 @@ def markdown(study: StudyOutcomes, rows: Sequence[Row], fits: Sequence[Scaling])
     parts.append("\n".join(f"- {_escape(sentence)}" for sentence in limits(study, rows)))
     parts.append("## Commands")
     parts.append("\n".join(f"    {line}" for command in study.commands for line in command.splitlines()))
-    parts.append(f"rpt_jax {study.version}, commit {study.commit or 'unknown'}, on {_escape(study.device)}.")
+    parts.append(f"rpt_jax {study.version}, commit {study.commit or 'unknown'}, on {_escape(study.devices())}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

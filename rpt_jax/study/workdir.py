@@ -14,7 +14,7 @@ from rpt_jax.infra.disk import check_writable
 from rpt_jax.infra.run_format import STUDY_RESULTS, check_format, format_stamp
 from rpt_jax.study.collection import collect
 from rpt_jax.study.file_lock import locked
-from rpt_jax.study.outcome import StudyOutcomes, write_outcomes
+from rpt_jax.study.outcome import Outcome, StudyOutcomes, read_outcomes, write_outcomes
 from rpt_jax.study.plan import UnitPlan
 
 CONFIG = "study_config.json"
@@ -76,10 +76,36 @@ def _check_grows(directory: Path, theirs: Mapping[str, Any], values: Mapping[str
         )
 
 
+def read_taken(path: Path, study: StudyConfig, units: Sequence[UnitPlan]) -> tuple[Outcome, ...]:
+    """Return what another study has measured of the units of this one.
+
+    Args:
+      path: the other's `results.json`.
+      study: the config of this one.
+      units: all of its units.
+
+    Raises: UserError, if the file is none, or has other units.
+    """
+    theirs = read_outcomes(path)
+    planned = {unit.unit for unit in units}
+    other = next((outcome.unit for outcome in theirs.outcomes if outcome.unit not in planned), None)
+    if theirs.matched_by != study.matched_by or other:
+        reason = f"it has '{other}'" if other else f"its budgets are in {theirs.matched_by}, not in {study.matched_by}"
+        raise UserError(f"--results={path} is not of this study: {reason}.", field="--results")
+    return theirs.outcomes
+
+
 def write_results(
-    study: StudyConfig, name: str, units: Sequence[UnitPlan], directory: Path, command: str
+    study: StudyConfig,
+    name: str,
+    units: Sequence[UnitPlan],
+    directory: Path,
+    command: str,
+    taken: Sequence[Outcome] = (),
 ) -> StudyOutcomes:
     """Write what all units have measured so far to `results.json`, and return it.
+
+    What it has already about units whose directories are incomplete or gone stays.
 
     Args:
       study: the config.
@@ -87,10 +113,13 @@ def write_results(
       units: all of its units, also those of other parts.
       directory: of the study.
       command: that repeats it.
+      taken: what other studies have measured of these units.
 
     Raises: UserError, if a result is damaged.
     """
     with locked(directory / _LOCK):
-        outcomes = collect(study, name, units, [command])
-        write_outcomes(outcomes, directory / STUDY_RESULTS)
+        path = directory / STUDY_RESULTS
+        own = read_outcomes(path).outcomes if path.exists() else ()
+        outcomes = collect(study, name, units, [command], {outcome.unit: outcome for outcome in (*taken, *own)})
+        write_outcomes(outcomes, path)
     return outcomes

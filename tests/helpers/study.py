@@ -53,7 +53,6 @@ def study(outcomes: Sequence[Outcome], arms: Sequence[str] = ("base", "rpt"), **
         "commands": ("python -m rpt_jax.study --config=configs/study_tiny.py",),
         "version": "0.1.0",
         "commit": None,
-        "device": "cpu",
         "main_score": "reasoning/hard",
     }
     return StudyOutcomes(**(values | fields))

@@ -91,8 +91,8 @@ def test_a_study_need_not_fine_tune(tmp_path: Path):
     summary = {"difficulties": {"direct/prefix": accuracy, "reasoning/prefix/random@1": accuracy}}
     content = {"suite": "next_token", "summary": summary, "scores": {}, "devices": 1, "device_kind": "cpu"}
     (evaluation.directory / evaluation.result).write_text(json.dumps(content))
-    outcomes = collect(study, "study", units, ())
+    outcomes = collect(study, "study", units, (), {})
     (outcome,) = outcomes.outcomes
     assert outcome.unit == base.unit and outcome.tuning_flops == 0
     assert outcome.scores == {name: Score(0.5, 0.25, 0.75, 8) for name in ("direct/hard", "reasoning/hard")}
-    assert outcomes.device == "1 x cpu"
+    assert outcomes.devices() == "1 x cpu"

@@ -1,0 +1,97 @@
+"""What a study has measured outlives the directories of its runs, and can be taken over by another workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rpt_jax.config.study import StudyConfig
+from rpt_jax.errors import ExitCode, UserError
+from rpt_jax.infra.run_format import STUDY_RESULTS
+from rpt_jax.study.__main__ import main
+from rpt_jax.study.outcome import Outcome, read_outcomes, write_outcomes
+from rpt_jax.study.plan import UnitPlan, make_plan
+from rpt_jax.study.workdir import read_taken, write_results
+from tests.helpers.studies import BUDGET, small_study
+from tests.helpers.study import outcome, study
+
+STUDY = dataclasses.replace(small_study(), tuning=None, main_score="reasoning/hard", seeds=(0, 1))
+
+
+def leave_results(unit: UnitPlan, accuracy: float) -> None:
+    """Write what the evaluation of an arm without stages leaves."""
+    result = {"accuracy": accuracy, "low": 0.0, "high": 1.0, "positions": 8}
+    summary = {"difficulties": {"direct/prefix": {"hard": result}, "reasoning/prefix/random@1": {"hard": result}}}
+    content = {"suite": "next_token", "summary": summary, "scores": {}, "devices": 1, "device_kind": "cpu"}
+    (run,) = unit.runs
+    run.directory.mkdir(parents=True, exist_ok=True)
+    (run.directory / run.result).write_text(json.dumps(content))
+
+
+def write(directory: Path, *, taken: tuple[Outcome, ...] = (), config: StudyConfig = STUDY):
+    return write_results(config, "study", make_plan(config, directory), directory, "command", taken)
+
+
+def accuracies(directory: Path) -> dict[str, float]:
+    results = read_outcomes(directory / STUDY_RESULTS)
+    return {str(each.unit): each.scores["reasoning/hard"].value for each in results.outcomes}
+
+
+def test_results_stay_when_the_directory_of_a_unit_is_deleted(tmp_path: Path) -> None:
+    first, second = (unit for unit in make_plan(STUDY, tmp_path) if unit.unit.arm == "base")
+    leave_results(first, 0.25)
+    assert len(write(tmp_path).missing) == 5
+    shutil.rmtree(first.directory)
+    leave_results(second, 0.5)
+    assert len(write(tmp_path).missing) == 4
+    assert accuracies(tmp_path) == {"base, seed 0": 0.25, "base, seed 1": 0.5}
+
+    # Runs that are there are read again.
+    leave_results(first, 0.75)
+    write(tmp_path)
+    assert accuracies(tmp_path)["base, seed 0"] == 0.75
+
+
+def test_results_of_another_workdir_are_taken_over_unless_the_study_has_its_own(tmp_path: Path) -> None:
+    theirs = (outcome("base", 0, None, 0.1), outcome("base", 1, None, 0.2), outcome("rpt", 1, BUDGET, 0.3))
+    own, _ = (unit for unit in make_plan(STUDY, tmp_path) if unit.unit.arm == "base")
+    leave_results(own, 0.25)
+    write(tmp_path, taken=theirs)
+    taken = {"base, seed 0": 0.25, "base, seed 1": 0.2, "rpt, seed 1, budget 1.2e11": 0.3}
+    assert accuracies(tmp_path) == taken
+    write(tmp_path)
+    assert accuracies(tmp_path) == taken
+
+
+def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / STUDY_RESULTS
+    units = make_plan(STUDY, tmp_path)
+    write_outcomes(study([outcome("base", 0, None, 0.1), outcome("rpt", 0, 2 * BUDGET, 0.1)]), path)
+    with pytest.raises(UserError, match=r"--results=.*is not of this study: it has 'rpt, seed 0, budget 2\.4e11'"):
+        read_taken(path, STUDY, units)
+    write_outcomes(study([outcome("base", 0, None, 0.1)], matched_by="seconds"), path)
+    with pytest.raises(UserError, match="its budgets are in seconds, not in flops"):
+        read_taken(path, STUDY, units)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=str(path)):
+        read_taken(path, STUDY, units)
+
+
+def test_the_command_does_not_run_what_it_takes_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "a_study.py"
+    config.write_text("from tests.study.test_workdir import STUDY\n\n\ndef get_config():\n    return STUDY\n")
+    theirs = tmp_path / "theirs.json"
+    units = [unit.unit for unit in make_plan(STUDY, tmp_path)]
+    write_outcomes(study([outcome(*dataclasses.astuple(unit), 0.5) for unit in units], ("base", "rpt", "sft")), theirs)
+    workdir = tmp_path / "study"
+    command = ["study", f"--config={config}", f"--workdir={workdir}"]
+    assert main([*command, f"--results={theirs}"]) == ExitCode.COMPLETE
+    assert len(accuracies(workdir)) == len(units) == 6 and (workdir / "study.html").exists()
+    assert not (workdir / "base").exists()
+    (workdir / STUDY_RESULTS).write_text("{")
+    assert main(command) == ExitCode.USER_ERROR
+    assert STUDY_RESULTS in capfd.readouterr().err
