@@ -14,6 +14,7 @@ import jax
 from rpt_jax.config import Experiment
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.distributed.processes import to_host
+from rpt_jax.evaluation.suite import difficulty_text
 from rpt_jax.infra.accounting import Clock
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import RolloutText, table
@@ -108,14 +109,7 @@ def show_next_token_evaluations(evaluations: Mapping[str, dict[str, Any]]) -> No
 
 
 def _accuracies(by_level: Mapping[str, dict[str, Any]]) -> list[str]:
-    return [_format_accuracy(by_level[level]) for level in DIFFICULTIES]
-
-
-def _format_accuracy(accuracy: dict[str, Any]) -> str:
-    if not accuracy["positions"]:
-        return "no positions"
-    percent = {key: 100 * accuracy[key] for key in ("accuracy", "low", "high")}
-    return f"{percent['accuracy']:.1f} ({percent['low']:.1f}-{percent['high']:.1f}), {accuracy['positions']}"
+    return [difficulty_text(by_level[level]) for level in DIFFICULTIES]
 
 
 def rollout_texts(

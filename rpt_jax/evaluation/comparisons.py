@@ -14,7 +14,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.evaluation.patterns import KEYWORDS, MATCHES, distinct_n, pattern_shares, template_share
 from rpt_jax.evaluation.statistics import compare, micro_average
 from rpt_jax.evaluation.stored_results import Record, read_results
-from rpt_jax.evaluation.suite import SUITES, clusters_of, measures, percent, scores_of
+from rpt_jax.evaluation.suite import SUITES, clusters_of, measures, percent, points, scores_of
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import table
 from rpt_jax.infra.disk import check_writable
@@ -153,11 +153,9 @@ def _relative(a: dict[str, float], b: dict[str, float]) -> str:
 
 
 def _comparison_row(measure: str, values: dict[str, Any]) -> tuple[str, ...]:
-    def points(prefix: str) -> str:
-        low, high = 100 * values[f"{prefix}low"], 100 * values[f"{prefix}high"]
-        return f"{100 * values[f'{prefix}difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-
+    micro = points(values["difference"], values["low"], values["high"])
+    macro = points(values["macro_difference"], values["macro_low"], values["macro_high"])
     p = "-" if values["mcnemar_p"] is None else f"{values['mcnemar_p']:.3g}"
     counts = (f"{values[name]:,}" for name in ("only_a", "only_b"))
     detectable = f"{100 * values['detectable']:.1f}"
-    return (measure, points(""), points("macro_"), *counts, p, detectable, f"{values['count']:,}")
+    return (measure, micro, macro, *counts, p, detectable, f"{values['count']:,}")

@@ -13,6 +13,7 @@ import numpy as np
 from rpt_jax.evaluation.batch_loop import DeviceClock, evaluate_batches
 from rpt_jax.evaluation.statistics import averages, micro_average, pass_at_k, powers_of_two
 from rpt_jax.evaluation.stored_results import Record
+from rpt_jax.evaluation.suite import percent
 from rpt_jax.infra.console import Progress, table
 from rpt_jax.model.transformer import Params
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder
@@ -252,7 +253,7 @@ def show_question_results(evaluations: Mapping[str, dict[str, Any]]) -> None:
     for measure in dict.fromkeys(measure for results in evaluations.values() for measure in _averages(results)):
         for name, results in evaluations.items():
             if average := _averages(results).get(measure):
-                rows.append((f"{measure}, {name}", _format(average), average["count"]))
+                rows.append((f"{measure}, {name}", percent(average), average["count"]))
     names = " and ".join(evaluations)
     table(f"Accuracy on questions, {names} training (%, 95 % interval)", ("measure", "accuracy", "questions"), rows)
     for name, results in evaluations.items():
@@ -278,7 +279,3 @@ def _averages(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if len(categories) > 1:
         averages |= {f"avg@{samples}, {category}": average for category, average in categories.items()}
     return averages
-
-
-def _format(average: dict[str, float]) -> str:
-    return f"{100 * average['mean']:.1f} ({100 * average['low']:.1f}-{100 * average['high']:.1f})"

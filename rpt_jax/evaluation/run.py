@@ -19,7 +19,7 @@ from rpt_jax.config.task_fields import suite_reads
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.batch_loop import run_batches
 from rpt_jax.evaluation.stored_results import RECORDS, SUMMARY, ResultStore
-from rpt_jax.evaluation.suite import SUITES, SuiteInputs, percent, score_averages, summary_rows
+from rpt_jax.evaluation.suite import SUITES, SuiteInputs, difficulty_text, points, score_averages, summary_rows
 from rpt_jax.infra.console import table
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.run_context import RunContext
@@ -152,25 +152,19 @@ def show(summary: dict[str, Any]) -> None:
     details = dict(summary["summary"])
     if difficulties := details.pop("difficulties", None):
         rows: Sequence[tuple[str, ...]] = [
-            (measure, *(_accuracy(by_level[level]) for level in DIFFICULTIES))
+            (measure, *(difficulty_text(by_level[level]) for level in DIFFICULTIES))
             for measure, by_level in difficulties.items()
         ]
         table(title, ("measure", *DIFFICULTIES), rows)
     else:
         table(title, ("measure", "mean", "questions"), summary_rows(summary["scores"]))
     if differences := details.pop("differences", None):
-        rows = [(name, percent(difference)) for name, difference in differences.items()]
+        rows = [(name, points(each["mean"], each["low"], each["high"])) for name, each in differences.items()]
         table("Differences (points, 95 % interval)", ("reasoning", "difference"), rows)
     parts = [f"{name} {value:.4g}" for name, value in _flat(details)]
     if summary["device_busy"] is not None:
         parts.append(f"device busy {100 * summary['device_busy']:.1f} %")
     logger.info(", ".join(parts))
-
-
-def _accuracy(result: dict[str, float]) -> str:
-    if not result["positions"]:
-        return "no positions"
-    return f"{percent(result | {'mean': result['accuracy']})}, {result['positions']}"
 
 
 def _flat(details: dict[str, Any]) -> list[tuple[str, float]]:

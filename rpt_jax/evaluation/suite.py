@@ -113,8 +113,20 @@ def clusters_of(records: Sequence[Record]) -> np.ndarray | None:
 
 
 def percent(average: Mapping[str, float]) -> str:
-    """Return a mean and its interval in percent."""
+    """Return a mean and its interval in percent: "41.2 (38.0-44.4)"."""
     return f"{100 * average['mean']:.1f} ({100 * average['low']:.1f}-{100 * average['high']:.1f})"
+
+
+def difficulty_text(result: Mapping[str, Any]) -> str:
+    """Return the accuracy of a difficulty level, its interval and its positions: "41.2 (38.0-44.4), 224"."""
+    if not result["positions"]:
+        return "no positions"
+    return f"{percent({**result, 'mean': result['accuracy']})}, {result['positions']}"
+
+
+def points(difference: float, low: float, high: float) -> str:
+    """Return a difference and its interval in percentage points, with their signs: "+2.1 (-0.4 to +4.6)"."""
+    return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def summary_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
