@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rpt_jax.config.study import StudyConfig
+from rpt_jax.config.study import StudyConfig, load_study
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.run_format import STUDY_RESULTS
 from rpt_jax.study.__main__ import main
 from rpt_jax.study.outcome import Outcome, read_outcomes, write_outcomes
 from rpt_jax.study.plan import UnitPlan, make_plan
 from rpt_jax.study.workdir import read_taken, write_results
+from tests.helpers.paths import ROOT
 from tests.helpers.studies import BUDGET, small_study
 from tests.helpers.study import outcome, study
 
@@ -95,3 +96,11 @@ def test_the_command_does_not_run_what_it_takes_over(tmp_path: Path, capfd: pyte
     (workdir / STUDY_RESULTS).write_text("{")
     assert main(command) == ExitCode.USER_ERROR
     assert STUDY_RESULTS in capfd.readouterr().err
+
+
+def test_the_published_results_are_those_of_their_config() -> None:
+    published = load_study("configs/study_tiny.py")
+    path = ROOT / "docs" / "results" / "study" / STUDY_RESULTS
+    outcomes = read_taken(path, published, make_plan(published, Path("runs/study")))
+    assert outcomes and all(published.main_score in each.scores for each in outcomes)
+    assert str(ROOT) not in path.read_text()
