@@ -130,30 +130,50 @@ def contrast_figure(study: StudyOutcomes, rows: Sequence[Row], contrast: Contras
 
 
 def tuning_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[Figure]:
-    """Return the accuracy on questions during fine-tuning, a figure for each budget: means over seeds, and their range as bars.
+    """Return the accuracy on questions during fine-tuning, two figures for each budget: means over seeds, their range as bars.
 
-    Arms without a budget are in every figure. A budget has none if fine-tuning was not evaluated between its ends.
+    The first is against the steps of fine-tuning, the second against all FLOPs that were spent, those before fine-tuning too; the
+    steps of a run count as equal there. Arms without a budget are in every figure. A budget has none if fine-tuning was not
+    evaluated between its ends.
     """
+    curves = {(row.arm, row.budget): (row, curve) for row in rows if len(curve := _tuning_curve(row)) > 2}
+    budgets = sorted({budget for _, budget in curves if budget is not None}) or ([None] if curves else [])
+    figures = []
+    for budget in budgets:
+        of_budget = [curve for (_, of_arm), curve in curves.items() if of_arm in (None, budget)]
+        title = f"questions during tuning, {budget_text(budget, study.matched_by)}"
+        figures.append(
+            _tuning_figure(study, title, "steps of fine-tuning", [(row.arm, curve) for row, curve in of_budget])
+        )
+        by_flops = [
+            (row.arm, {_all_flops(row, step): spread for step, spread in curve.items()}) for row, curve in of_budget
+        ]
+        figures.append(_tuning_figure(study, f"{title}, by FLOPs", "all FLOPs, with those of fine-tuning", by_flops))
+    return figures
+
+
+def _tuning_figure(
+    study: StudyOutcomes, title: str, label: str, curves: Sequence[tuple[str, Mapping[float, Spread]]]
+) -> Figure:
+    """Return a figure of accuracies by what `label` says, for each arm."""
     look = looks(study)
 
-    def figure(budget: float | None, curves: Mapping[str, Mapping[float, Spread]]) -> Figure:
-        def draw(axes: Axes) -> None:
-            for arm, curve in curves.items():
-                for step, spread in curve.items():
-                    axes.plot([step] * 2, [100 * spread.low, 100 * spread.high], color=look[arm].color, alpha=0.5)
-                means = [100 * spread.mean for spread in curve.values()]
-                axes.plot(list(curve), means, color=look[arm].color, marker=look[arm].marker, markersize=5)
-            axes.set_xlabel("steps of fine-tuning")
-            axes.set_ylabel("accuracy (%)")
+    def draw(axes: Axes) -> None:
+        for arm, curve in curves:
+            for x, spread in curve.items():
+                axes.plot([x] * 2, [100 * spread.low, 100 * spread.high], color=look[arm].color, alpha=0.5)
+            means = [100 * spread.mean for spread in curve.values()]
+            axes.plot(list(curve), means, color=look[arm].color, marker=look[arm].marker, markersize=5)
+        axes.set_xlabel(label)
+        axes.set_ylabel("accuracy (%)")
 
-        return Figure(f"questions during tuning, {budget_text(budget, study.matched_by)}", draw)
+    return Figure(title, draw)
 
-    curves = {(row.arm, row.budget): curve for row in rows if len(curve := _tuning_curve(row)) > 2}
-    budgets = sorted({budget for _, budget in curves if budget is not None}) or ([None] if curves else [])
-    return [
-        figure(budget, {arm: curve for (arm, of_arm), curve in curves.items() if of_arm in (None, budget)})
-        for budget in budgets
-    ]
+
+def _all_flops(row: Row, step: float) -> float:
+    """Return the FLOPs that an arm has spent after a step of fine-tuning, as the mean over seeds."""
+    assert row.flops and row.tuning_flops and row.tuning_steps
+    return row.flops.mean + row.tuning_flops.mean * step / row.tuning_steps.mean
 
 
 def _tuning_curve(row: Row) -> dict[float, Spread]:

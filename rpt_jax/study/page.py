@@ -94,7 +94,7 @@ def _main_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Fig
     measured = {name for outcome in study.outcomes for name in outcome.scores}
     names = dict.fromkeys([study.main_score, BEFORE_TUNING, "reasoning/easy", "direct/easy"])
     scores = [figures.score_figure(study, rows, name) for name in names if name in measured]
-    return [*scores, *figures.tuning_figures(study, rows)[-1:], *_contrast_figures(study, rows)]
+    return [*scores, *figures.tuning_figures(study, rows)[-2:], *_contrast_figures(study, rows)]
 
 
 def _contrast_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Figure]:

@@ -48,13 +48,17 @@ def test_a_contrast_has_a_point_for_each_run_beside_the_mean() -> None:
 
 
 def test_fine_tuning_has_a_curve_for_each_arm_at_each_budget() -> None:
-    first, second = figures.tuning_figures(STUDY, ROWS)
-    for figure, budget in ((first, 1e12), (second, 2e12)):
+    drawn = figures.tuning_figures(STUDY, ROWS)
+    for figure, budget in zip(drawn, (1e12, 1e12, 2e12, 2e12), strict=True):
         curves = [line for line in axes_of(figure).lines if line.get_marker() != "None"]
         shown = [row for row in ROWS if row.budget in (None, budget)]
         assert len(curves) == len(shown) == 3
         for curve, row in zip(curves, shown, strict=True):
-            assert list(curve.get_xdata()) == [0, 20, 40]
+            # Fine-tuning spends 1e11 FLOPs in 40 steps.
+            assert row.flops
+            by_flops = [row.flops.mean + flops for flops in (0, 5e10, 1e11)]
+            x = by_flops if figure.title.endswith("by FLOPs") else [0, 20, 40]
+            np.testing.assert_allclose(curve.get_xdata(), x)
             means = [100 * row.scores[name].mean for name in (BEFORE_TUNING, DURING_TUNING, AFTER_TUNING)]
             np.testing.assert_allclose(curve.get_ydata(), means)
 

@@ -94,7 +94,9 @@ def test_every_mean_failure_and_missing_unit_is_shown(hostile: tuple[StudyOutcom
 def test_figures_are_well_formed(hostile: tuple[StudyOutcomes, str, str]) -> None:
     of, page, _ = hostile
     figures = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
-    assert len(figures) == len(score_names(of.outcomes)) + 2 + 2, "scores, two contrasts, two budgets of tuning; no fit"
+    assert len(figures) == len(score_names(of.outcomes)) + 2 + 4, (
+        "scores, two contrasts, two of tuning for each budget; no fit"
+    )
     for figure in figures:
         assert "viewBox" in figure.attrib and "width" not in figure.attrib
     identifiers = re.findall(r'<clipPath id="([^"]+)"', page)
