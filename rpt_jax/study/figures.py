@@ -164,6 +164,8 @@ def _tuning_figure(
                 axes.plot([x] * 2, [100 * spread.low, 100 * spread.high], color=look[arm].color, alpha=0.5)
             means = [100 * spread.mean for spread in curve.values()]
             axes.plot(list(curve), means, color=look[arm].color, marker=look[arm].marker, markersize=5)
+        # Without it, the power of ten of FLOPs stands beside the axis.
+        axes.xaxis.set_major_formatter(lambda x, _: number(x) if x >= 1e5 else f"{x:g}")
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy (%)")
 
