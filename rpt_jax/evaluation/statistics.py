@@ -75,6 +75,20 @@ def student_average(values_N: np.ndarray) -> Average:
     return Average(mean, mean - half_width, mean + half_width)
 
 
+def welch_difference(values_N: np.ndarray, others_M: np.ndarray) -> Average:
+    """Return the difference of the means of two independent samples, and the interval of Welch's t distribution.
+
+    Args:
+      values_N, others_M: at least two each; those of one sample, at least, must differ.
+    """
+    terms = np.array([sample.var(ddof=1) / len(sample) for sample in (values_N, others_M)])
+    sizes = np.array([len(values_N), len(others_M)])
+    mean = float(values_N.mean() - others_M.mean())
+    degrees = terms.sum() ** 2 / np.sum(terms**2 / (sizes - 1))
+    half_width = float(scipy.special.stdtrit(degrees, 0.5 + CONFIDENCE / 2) * np.sqrt(terms.sum()))
+    return Average(mean, mean - half_width, mean + half_width)
+
+
 def macro_average(values_N: np.ndarray, category_N: Sequence[str]) -> Average:
     """Return the unweighted mean of the category means.
 
@@ -220,22 +234,6 @@ def mcnemar_exact(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
     if only_a + only_b == 0:
         return 1.0
     return float(scipy.stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
-
-
-def sign_flip_test(differences_N: np.ndarray, seed: int = 0) -> float:
-    """Return the two-sided p-value of the permutation test of paired differences.
-
-    Under the null hypothesis, each difference is as likely to have the other sign. The test is exact up to 13 differences, and
-    uses a sample of the signs above. With n differences, no p-value is below 2 / 2^n.
-    """
-    result = scipy.stats.permutation_test(
-        (differences_N,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=_RESAMPLES,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
 
 
 def _bootstrap_means(values_N: np.ndarray, cluster_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:

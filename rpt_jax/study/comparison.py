@@ -1,16 +1,19 @@
-"""The arms of a study side by side: means over seeds, their spread, and paired differences to the reference arms."""
+"""The arms of a study side by side: means over seeds, their spread, and differences to the reference arms."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import numpy as np
 
-from rpt_jax.evaluation.statistics import sign_flip_test, student_average
+from rpt_jax.evaluation.statistics import student_average, welch_difference
 from rpt_jax.study.outcome import Contrast, Outcome, StudyOutcomes
+
+_NO_WIDTH = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,36 +54,55 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences over seeds.
+    """The mean difference between two sides.
 
     Attributes:
-      mean: of the differences.
-      low, high: 95 % interval by Student's t over seeds; None if there is none, for which `no_interval` says why.
-      pairs: number of seeds that both sides have.
-      p: two-sided p-value of the exact permutation test; None with fewer than two pairs.
+      mean: of the differences, or the difference of the means if the sides are independent.
+      low, high: 95 % interval; None if there is none, for which `no_interval` says why.
+      pairs: number of seeds that both sides have; None if the sides are independent.
+      smallest_p: the smallest p-value that an exact two-sided permutation test of these seeds can give.
       no_interval: "" if there is an interval.
     """
 
     mean: float
     low: float | None
     high: float | None
-    pairs: int
-    p: float | None
+    pairs: int | None
+    smallest_p: float
     no_interval: str = ""
 
     @classmethod
-    def of(cls, differences: Sequence[float]) -> Self:
-        """Return the mean of the differences of at least one pair."""
-        values_N = np.array(differences)
-        pairs = len(values_N)
+    def paired(cls, values: Spread, others: Spread) -> Self | None:
+        """Return the mean difference over the seeds that both sides have, or None if there are none.
+
+        The interval is Student's t over the pairs.
+        """
+        seeds = sorted(values.by_seed.keys() & others.by_seed.keys())
+        if not seeds:
+            return None
+        differences_N = np.array([values.by_seed[seed] - others.by_seed[seed] for seed in seeds])
+        pairs = len(seeds)
+        mean = float(differences_N.mean())
+        smallest_p = 2 / 2**pairs
         if pairs < 2:
-            return cls(float(values_N[0]), None, None, pairs, None, "only one pair of seeds")
-        average = student_average(values_N)
-        p = sign_flip_test(values_N)
+            return cls(mean, None, None, pairs, 1.0, "only one pair of seeds")
+        average = student_average(differences_N)
         # Equal differences, up to rounding, would give an interval without width.
-        if average.high - average.low < 1e-12:
-            return cls(average.mean, None, None, pairs, p, "the difference is the same for all seeds")
-        return cls(average.mean, average.low, average.high, pairs, p)
+        if average.high - average.low < _NO_WIDTH:
+            return cls(mean, None, None, pairs, smallest_p, "the difference is the same for all seeds")
+        return cls(mean, average.low, average.high, pairs, smallest_p)
+
+    @classmethod
+    def independent(cls, values: Spread, others: Spread) -> Self:
+        """Return the difference of the means of runs that have nothing in common, with Welch's t interval."""
+        mean = values.mean - others.mean
+        smallest_p = min(1.0, 2 / math.comb(values.seeds + others.seeds, values.seeds))
+        if min(values.seeds, others.seeds) < 2:
+            return cls(mean, None, None, None, smallest_p, "only one seed on a side")
+        if values.high - values.low < _NO_WIDTH and others.high - others.low < _NO_WIDTH:
+            return cls(mean, None, None, None, smallest_p, "all seeds of a side have the same score")
+        difference = welch_difference(*(np.array(list(side.by_seed.values())) for side in (values, others)))
+        return cls(mean, difference.low, difference.high, None, smallest_p)
 
     @property
     def direction(self) -> int | None:
@@ -101,8 +123,8 @@ class Row:
       flops, seconds: spent before tuning; None if no seed finished.
       tuning_flops, tuning_seconds, tuning_steps: spent by tuning; None if no seed finished.
       scores: by name.
-      differences: by name of the score, then of the reference arm: this arm minus the reference, at the same budget or, if the
-        reference has none, without one.
+      differences: by name of the score, then of the reference arm: this arm minus the reference. At the same budget they are
+        paired by seed. A reference without a budget is independent, since every budget has seeds of its own.
       contrasts: differences between two scores of this arm, paired by seed.
     """
 
@@ -152,13 +174,13 @@ def _row(study: StudyOutcomes, arm: str, budget: float | None) -> Row:
     differences: dict[str, dict[str, Difference]] = {}
     for name in names:
         by_reference = {
-            reference: _paired(scores[name], _scores(others, name))
+            reference: _difference(scores[name], _scores(others, name), same_budget=others[0].budget == budget)
             for reference, others in references.items()
             if any(name in other.scores for other in others)
         }
         differences[name] = {reference: found for reference, found in by_reference.items() if found}
     contrasts = {
-        contrast: _paired(scores[contrast.score], scores[contrast.minus])
+        contrast: Difference.paired(scores[contrast.score], scores[contrast.minus])
         for contrast in study.contrasts
         if contrast.score in scores and contrast.minus in scores
     }
@@ -217,7 +239,5 @@ def _scores(outcomes: Iterable[Outcome], name: str) -> Spread:
     return Spread({outcome.seed: outcome.scores[name].value for outcome in outcomes if name in outcome.scores})
 
 
-def _paired(values: Spread, others: Spread) -> Difference | None:
-    """Return the difference over the seeds that both have; None if there are none."""
-    seeds = sorted(values.by_seed.keys() & others.by_seed.keys())
-    return Difference.of([values.by_seed[seed] - others.by_seed[seed] for seed in seeds]) if seeds else None
+def _difference(values: Spread, others: Spread, same_budget: bool) -> Difference | None:
+    return Difference.paired(values, others) if same_budget else Difference.independent(values, others)

@@ -65,11 +65,12 @@ def spread_text(spread: Spread) -> str:
 
 
 def difference_text(difference: Difference) -> str:
-    """Return a difference with its interval in points, and the number of pairs: "+2.1 (+0.4 to +3.8; 5 pairs)"."""
+    """Return a difference with its interval in points: "+2.1 (+0.4 to +3.8; 5 pairs)", or "unpaired" in place of the pairs."""
     if difference.low is None or difference.high is None:
         return f"{points(difference.mean)} (no interval: {difference.no_interval})"
     interval = f"{points(difference.low)} to {points(difference.high)}"
-    return f"{points(difference.mean)} ({interval}; {difference.pairs} pairs)"
+    seeds = "unpaired" if difference.pairs is None else f"{difference.pairs} pairs"
+    return f"{points(difference.mean)} ({interval}; {seeds})"
 
 
 def seeds_text(row: Row) -> str:

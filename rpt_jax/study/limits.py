@@ -6,6 +6,7 @@ import collections
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+from rpt_jax.evaluation.statistics import CONFIDENCE
 from rpt_jax.infra.scaling_laws import LEAST_POINTS
 from rpt_jax.study.comparison import Difference, Row
 from rpt_jax.study.formatting import budget_text, difference_text, percent, score_title
@@ -13,8 +14,6 @@ from rpt_jax.study.outcome import StudyOutcomes
 
 LEAST_SEEDS = 3
 LARGEST_MISMATCH = 0.05  # Relative difference of the compute of two arms that are called matched.
-# With fewer pairs, the exact test has no p-value below 0.05: with n pairs, the smallest is 2 / 2^n.
-_PAIRS_FOR_EXACT_TEST = 6
 
 GENERAL_LIMITS = (
     "One base policy, one corpus and one size were studied. The order of the arms may be another for other ones.",
@@ -90,10 +89,10 @@ def _few_seeds(study: StudyOutcomes, rows: Sequence[Row]) -> Iterator[str]:
     few = [row for row in rows if 0 < row.finished < LEAST_SEEDS]
     if few:
         yield f"Fewer than {LEAST_SEEDS} seeds: {_names(study, few)}. Their spread is hardly known."
-    pairs = [difference.pairs for _, _, difference in _differences(rows) if difference.p is not None]
-    if pairs and max(pairs) < _PAIRS_FOR_EXACT_TEST:
+    smallest_p = max((each.smallest_p for _, _, each in _differences(rows) if each.low is not None), default=0.0)
+    if smallest_p > 1 - CONFIDENCE:
         yield (
-            f"With {max(pairs)} pairs of seeds, an exact permutation test cannot give a p-value below {2 / 2 ** max(pairs):.3g}: "
+            f"An exact permutation test of the differences with the fewest seeds cannot give a p-value below {smallest_p:.3g}: "
             "intervals that exclude 0 rest on the normal distribution."
         )
 

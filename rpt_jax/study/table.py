@@ -104,7 +104,7 @@ def _differences_table(
         for row in rows
         if any(reference in row.differences.get(name, {}) for name in names)
     ]
-    title = f"{title}, minus {reference} (points, mean and 95 % interval of the paired differences over seeds)"
+    title = f"{title}, minus {reference} (points, mean and 95 % interval over seeds)"
     return Table(title, ["arm", "budget", *map(title_in_group, names)], cells)
 
 

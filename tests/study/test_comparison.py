@@ -1,9 +1,11 @@
-"""Means, spreads and paired differences of arms, against SciPy, the standard library and simulation."""
+"""Means, spreads and differences of arms, against SciPy, the standard library and simulation."""
 
 from __future__ import annotations
 
-import itertools
+import random
 import statistics
+import warnings
+from collections.abc import Callable
 
 import hypothesis
 import numpy as np
@@ -11,7 +13,6 @@ import pytest
 import scipy.stats
 from hypothesis import strategies as st
 
-from rpt_jax.evaluation.statistics import student_average
 from rpt_jax.study.comparison import Difference, Row, Spread, compare_arms
 from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, GAIN, Failure, StudyOutcomes, Unit
 from tests.helpers.study import outcome, study
@@ -38,12 +39,14 @@ def test_a_spread_has_the_values_of_the_standard_library(by_seed: dict[int, floa
 
 
 @hypothesis.settings(deadline=None, max_examples=50)
-@hypothesis.given(base=BY_SEED, rpt=BY_SEED)
-def test_differences_are_paired_by_the_seeds_that_both_arms_have(base: dict[int, float], rpt: dict[int, float]) -> None:
-    outcomes = [outcome("base", seed, None, value) for seed, value in base.items()]
+@hypothesis.given(ntp=BY_SEED, rpt=BY_SEED)
+def test_differences_at_a_budget_are_paired_by_the_seeds_that_both_arms_have(
+    ntp: dict[int, float], rpt: dict[int, float]
+) -> None:
+    outcomes = [outcome("ntp", seed, 1e12, value) for seed, value in ntp.items()]
     outcomes += [outcome("rpt", seed, 1e12, value) for seed, value in rpt.items()]
-    found = row(study(outcomes), "rpt", 1e12).differences["reasoning/hard"].get("base")
-    pairs = [(rpt[seed], base[seed]) for seed in base.keys() & rpt.keys()]
+    found = row(study(outcomes, ("ntp", "rpt")), "rpt", 1e12).differences["reasoning/hard"].get("ntp")
+    pairs = [(rpt[seed], ntp[seed]) for seed in ntp.keys() & rpt.keys()]
     if not pairs:
         assert found is None
         return
@@ -58,23 +61,63 @@ def test_differences_are_paired_by_the_seeds_that_both_arms_have(base: dict[int,
     assert found.direction == (1 if expected.low > 0 else -1 if expected.high < 0 else 0)
 
 
-@pytest.mark.parametrize("differences", [(0.1, 0.2, 0.3), (0.5, -0.1), (0.03, 0.05, -0.02, 0.01, 0.06), (-0.1,) * 4])
-def test_the_p_value_is_the_share_of_signs_with_a_mean_as_far_from_0(differences: tuple[float, ...]) -> None:
-    means = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=len(differences))]
-    share = np.mean(np.abs(means) >= abs(sum(differences)) - 1e-12)
-    assert Difference.of(differences).p == pytest.approx(share)
+@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.given(base=BY_SEED, rpt=BY_SEED, order=st.randoms())
+def test_differences_to_an_arm_without_a_budget_are_welchs(
+    base: dict[int, float], rpt: dict[int, float], order: random.Random
+) -> None:
+    """Such runs have no seed in common, so it does not matter which of them has which number."""
+    shuffled = order.sample(list(base.values()), len(base))
+    outcomes = [outcome("base", seed, None, value) for seed, value in enumerate(shuffled)]
+    outcomes += [outcome("rpt", seed, 1e12, value) for seed, value in rpt.items()]
+    found = row(study(outcomes), "rpt", 1e12).differences["reasoning/hard"]["base"]
+    values, others = list(rpt.values()), list(base.values())
+    assert found.pairs is None
+    assert found.mean == pytest.approx(statistics.fmean(values) - statistics.fmean(others), abs=1e-12)
+    if min(len(values), len(others)) < 2 or max(len(set(values)), len(set(others))) < 2:
+        assert found.low is None and found.high is None and found.direction is None and found.no_interval
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # SciPy doubts the variance of equal values.
+        expected = scipy.stats.ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
+    np.testing.assert_allclose((found.low, found.high), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("differences", "smallest"), [((0.1, 0.2, 0.3), 0.25), ((0.5, 0.1), 0.5), ((0.3,), 1.0)])
+def test_no_permutation_of_paired_seeds_has_a_smaller_p_value(differences: tuple[float, ...], smallest: float) -> None:
+    """These differences have the same sign, so that only two of the permutations are as far from 0."""
+    difference = Difference.paired(Spread(dict(enumerate(differences))), Spread(dict.fromkeys(range(9), 0.0)))
+    assert difference is not None and difference.smallest_p == smallest
+    if len(differences) > 1:
+        found = scipy.stats.permutation_test((differences,), np.mean, permutation_type="samples")
+        assert found.pvalue == smallest
+
+
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (2, 5)])
+def test_no_permutation_of_independent_seeds_has_a_smaller_p_value(first: int, second: int) -> None:
+    values, others = (
+        Spread({seed: 0.9 + seed / 100 for seed in range(first)}),
+        Spread(dict.fromkeys(range(second), 0.1)),
+    )
+    samples = [list(side.by_seed.values()) for side in (values, others)]
+    found = scipy.stats.permutation_test(samples, lambda a, b: np.mean(a) - np.mean(b), vectorized=False)
+    assert Difference.independent(values, others).smallest_p == pytest.approx(found.pvalue)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_intervals_cover_the_true_difference_as_often_as_they_say(seeds: int) -> None:
-    """Accuracies are shares of 400 questions, and runs with the same seed are correlated."""
+@pytest.mark.parametrize(("compare", "common"), [(Difference.paired, 0.02), (Difference.independent, 0.0)])
+def test_intervals_cover_the_true_difference_as_often_as_they_say(
+    compare: Callable[[Spread, Spread], Difference], common: float, seeds: int
+) -> None:
+    """Accuracies are shares of 400 questions. What runs with the same seed have in common has the deviation `common`."""
     rng = np.random.default_rng(0)
-    trials = 2000
-    chance_TxSx2 = 0.5 + 0.02 * rng.normal(size=(trials, seeds, 1)) + 0.02 * rng.normal(size=(trials, seeds, 2))
+    trials = 1000
+    chance_TxSx2 = 0.5 + common * rng.normal(size=(trials, seeds, 1)) + 0.02 * rng.normal(size=(trials, seeds, 2))
     share_TxSx2 = rng.binomial(400, chance_TxSx2 + [0.03, 0]) / 400
-    averages = [student_average(values_S) for values_S in share_TxSx2[..., 0] - share_TxSx2[..., 1]]
-    covered = np.mean([average.low <= 0.03 <= average.high for average in averages])
-    assert 0.93 <= covered <= 0.97
+    found = [compare(*(Spread(dict(enumerate(side_S))) for side_S in share_Sx2.T)) for share_Sx2 in share_TxSx2]
+    covered = [each.low <= 0.03 <= each.high for each in found if each.low is not None and each.high is not None]
+    assert len(covered) > 0.95 * trials
+    assert 0.93 <= np.mean(covered) <= 0.98
 
 
 def test_a_reference_is_taken_at_the_same_budget_or_without_one() -> None:
@@ -98,7 +141,7 @@ def test_units_that_failed_or_are_missing_are_counted_and_not_averaged() -> None
     rpt, ntp = rows[1:]
     assert (rpt.planned, rpt.failed, rpt.missing, rpt.finished) == (4, 1, 1, 2)
     assert rpt.scores["reasoning/hard"].by_seed == {0: 0.5, 3: 0.7}
-    assert rpt.differences["reasoning/hard"]["base"].pairs == 1
+    assert rpt.differences["reasoning/hard"]["base"].pairs is None
     assert (ntp.finished, ntp.flops, ntp.scores, ntp.contrasts) == (0, None, {}, {})
 
 

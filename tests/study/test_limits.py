@@ -57,9 +57,9 @@ def test_units_that_did_not_finish_are_named() -> None:
 def test_few_seeds_are_named_and_so_is_what_they_do_to_an_exact_test() -> None:
     few, exact = added(study(clear()[:4]), CLEAR)[:2]
     assert "rpt" in few and "base" in few
-    assert "0.5" in exact, "two pairs have no p-value below 2 / 2^2"
+    assert "0.333" in exact, "two and two independent seeds have no p-value below 2 / 6"
     three = added(study(clear()[:6]), CLEAR)
-    assert few not in three and any("0.25" in sentence for sentence in three)
+    assert few not in three and any("0.1:" in sentence for sentence in three)
 
 
 def test_several_intervals_are_counted() -> None:
