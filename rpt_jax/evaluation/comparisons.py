@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rpt_jax.errors import UserError
-from rpt_jax.evaluation.patterns import KEYWORDS, MATCHES, distinct_n, pattern_shares, template_share
+from rpt_jax.evaluation.patterns import KEYWORDS, MATCHES, count_runs, distinct_share, pattern_shares, template_share
 from rpt_jax.evaluation.statistics import compare, micro_average
 from rpt_jax.evaluation.stored_results import Record, read_results
 from rpt_jax.evaluation.suite import SUITES, clusters_of, measures, percent, points, scores_of
@@ -88,15 +88,23 @@ def compare_patterns(first: Path, second: Path, workdir: Path) -> dict[str, Any]
     Raises: UserError, if they are no finished evaluations, or have no responses.
     """
     sides = []
+    responses = []
     for directory, (summary, records) in zip((first, second), _read(first, second, workdir), strict=True):
         if not records or "responses" not in records[0]:
             raise UserError(
                 f"{_FIELD}: {directory} has no responses: its suite '{summary['suite']}' does not sample any.",
                 field=_FIELD,
             )
+        responses.append([response for record in records for response in record["responses"]])
         sides.append(
             _describe(records) | {"policy": summary["policy"], "suite": summary["suite"], "results": str(directory)}
         )
+    for n in (1, 2, 3):
+        runs = [count_runs(of_side, n) for of_side in responses]
+        # Of as many runs from both sides.
+        drawn = min(counts.total() for counts in runs)
+        for side, counts in zip(sides, runs, strict=True):
+            side[f"distinct-{n}"] = distinct_share(counts, drawn) if drawn else 0.0
     a, b = sides
     result = {**format_stamp(), "first": a, "second": b}
     atomic_write(workdir / PATTERNS, json.dumps(result, indent=1) + "\n")
@@ -142,7 +150,6 @@ def _describe(records: Sequence[Record]) -> dict[str, Any]:
     }
     return {
         **shares,
-        **{f"distinct-{n}": distinct_n(responses, n) for n in (1, 2, 3)},
         "template_share": template_share(responses),
         "responses": len(responses),
     }

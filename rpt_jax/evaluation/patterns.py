@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import scipy.stats
 
 # The paper's groups (Table 9). It does not say how a keyword is matched: both ways are reported.
 KEYWORDS = {
@@ -36,10 +37,24 @@ def contains_keyword(response: str, group: str, match: str) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(keyword)}(?!\w)", text) for keyword in KEYWORDS[group])
 
 
-def distinct_n(responses: Sequence[str], n: int) -> float:
-    """Return the number of different runs of n words over the number of all (distinct-n, arXiv 1510.03055); 0 without any."""
-    runs = [run for response in responses for run in _runs(response, n)]
-    return len(set(runs)) / len(runs) if runs else 0.0
+def count_runs(responses: Sequence[str], n: int) -> collections.Counter[tuple[str, ...]]:
+    """Return how often each run of n words occurs; case and punctuation do not count, and no run spans two responses."""
+    return collections.Counter(run for response in responses for run in _runs(response, n))
+
+
+def distinct_share(runs: collections.Counter[tuple[str, ...]], drawn: int) -> float:
+    """Return the expected share of different runs among `drawn` of them, drawn at random without replacement.
+
+    With all of them this is distinct-n (arXiv 1510.03055), which falls as responses get longer, whatever they say. Policies are
+    compared by as many runs from each, as species are by rarefaction (Hurlbert, Ecology 52, 1971).
+
+    Args:
+      runs: how often each occurs.
+      drawn: 1 to the number of all runs.
+    """
+    counts_R = np.array(list(runs.values()))
+    never_drawn_R = scipy.stats.hypergeom.pmf(0, counts_R.sum(), counts_R, drawn)
+    return float(np.sum(1 - never_drawn_R) / drawn)
 
 
 def template_share(responses: Sequence[str]) -> float:

@@ -66,6 +66,15 @@ def test_patterns_of_two_evaluations(tmp_path: Path):
     assert (tmp_path / "out" / "patterns.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_longer_responses_are_not_less_distinct_for_their_length(tmp_path: Path):
+    first = write(tmp_path / "first", records([1.0, 0.0], responses=["a b"]))
+    second = write(tmp_path / "second", records([1.0, 0.0], responses=["a b c d"]))
+    result = compare_patterns(first, second, tmp_path / "out")
+    # Four words of each. Without replacement, one of the four pairs of equal words is missed with probability 15 / 70.
+    assert result["first"]["distinct-1"] == pytest.approx(2 / 4)
+    assert result["second"]["distinct-1"] == pytest.approx(1 - 15 / 70)
+
+
 def test_patterns_need_responses(tmp_path: Path):
     first = write(tmp_path / "first", records([1.0], responses=["a"]))
     second = write(tmp_path / "second", records([1.0]), "multiple_choice_likelihood")
