@@ -98,6 +98,7 @@ def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
         flops=sum(result["flops"] for result in stages),
         seconds=sum(result["seconds"] for result in stages),
         scores=scores,
+        steps=stages[-1]["steps"] if stages else 0,
         tuning_flops=tuning["flops"],
         tuning_seconds=tuning["seconds"],
         tuning_steps=tuning["steps"],

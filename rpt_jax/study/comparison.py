@@ -120,7 +120,7 @@ class Row:
       arm, budget: which.
       planned: number of seeds of the study.
       failed, missing: how many of them failed, or have not finished yet.
-      flops, seconds: spent before tuning; None if no seed finished.
+      flops, seconds, steps: spent before tuning; None if no seed finished.
       tuning_flops, tuning_seconds, tuning_steps: spent by tuning; None if no seed finished.
       scores: by name.
       differences: by name of the score, then of the reference arm: this arm minus the reference. At the same budget they are
@@ -135,6 +135,7 @@ class Row:
     missing: int
     flops: Spread | None
     seconds: Spread | None
+    steps: Spread | None
     tuning_flops: Spread | None
     tuning_seconds: Spread | None
     tuning_steps: Spread | None
@@ -196,6 +197,7 @@ def _row(study: StudyOutcomes, arm: str, budget: float | None) -> Row:
         missing=missing,
         flops=spent("flops"),
         seconds=spent("seconds"),
+        steps=spent("steps"),
         tuning_flops=spent("tuning_flops"),
         tuning_seconds=spent("tuning_seconds"),
         tuning_steps=spent("tuning_steps"),

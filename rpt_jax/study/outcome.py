@@ -71,6 +71,7 @@ class Outcome:
       arm, seed, budget: see `Unit`.
       flops, seconds: spent before tuning: sampling, discarded rollouts, scoring, verification, cold start and traces included.
       scores: by name, such as "reasoning/hard"; see `BEFORE_TUNING` and `AFTER_TUNING`.
+      steps: training steps of its last stage before tuning; 0 if there are none or the number is unknown.
       tuning_flops, tuning_seconds: spent by fine-tuning on questions.
       tuning_steps: steps of fine-tuning; 0 if there is none or the number is unknown.
       device: the devices that its last run ran on; "" if unknown.
@@ -82,6 +83,7 @@ class Outcome:
     flops: float
     seconds: float
     scores: Mapping[str, Score]
+    steps: int = 0
     tuning_flops: float = 0.0
     tuning_seconds: float = 0.0
     tuning_steps: int = 0

@@ -134,12 +134,12 @@ def _compute_table(study: StudyOutcomes, rows: Sequence[Row]) -> Table:
             seeds_text(row),
             *(
                 number(spread.mean) if spread else _NONE
-                for spread in (row.flops, row.seconds, row.tuning_flops, row.tuning_seconds)
+                for spread in (row.steps, row.flops, row.seconds, row.tuning_flops, row.tuning_seconds)
             ),
         ]
         for row in rows
     ]
-    columns = ["arm", "budget", "seeds", "FLOPs", "seconds", "FLOPs of tuning", "seconds of tuning"]
+    columns = ["arm", "budget", "seeds", "steps", "FLOPs", "seconds", "FLOPs of tuning", "seconds of tuning"]
     return Table("Compute (mean over seeds)", columns, cells)
 
 

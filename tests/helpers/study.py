@@ -34,8 +34,21 @@ def outcome(arm: str, seed: int, budget: float | None, value: float, **scores: f
     """Return a unit with a value for "reasoning/hard", and others by name ("direct__hard")."""
     values = {"reasoning/hard": value} | {name.replace("__", "/"): number for name, number in scores.items()}
     spent = budget or 0.0
+    return _outcome(Unit(arm, seed, budget), spent, {name: score(number) for name, number in values.items()})
+
+
+def _outcome(unit: Unit, flops: float, scores: dict[str, Score]) -> Outcome:
     return Outcome(
-        arm, seed, budget, spent, spent / 1e10, {name: score(number) for name, number in values.items()}, 1e11, 60.0
+        arm=unit.arm,
+        seed=unit.seed,
+        budget=unit.budget,
+        flops=flops,
+        seconds=flops / 1e10,
+        scores=scores,
+        steps=round(flops / 1e11),
+        tuning_flops=1e11,
+        tuning_seconds=60.0,
+        tuning_steps=40,
     )
 
 
@@ -75,7 +88,7 @@ def large_study(
                 values = {name: start + gain + 0.01 * rng.normal() for name, start in base.items()}
                 scores = {name: score(float(np.clip(value, 0, 1))) for name, value in values.items()}
                 spent = 0.0 if budget is None else budget * (1 + 0.01 * rng.random())
-                outcomes.append(Outcome(arm, seed, budget, spent, spent / 1e10, scores, 1e11, 60.0, 40))
+                outcomes.append(_outcome(Unit(arm, seed, budget), spent, scores))
     failed, missing = outcomes.pop().unit, outcomes.pop().unit
     return study(
         outcomes,

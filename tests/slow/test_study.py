@@ -64,11 +64,12 @@ def test_a_study_that_was_killed_and_stopped_resumes_to_its_results(tmp_path: Pa
     assert [outcome.arm for outcome in outcomes.outcomes] == ["base", "rpt", "sft"]
     assert not outcomes.failures and not outcomes.missing
     base, rpt, sft = outcomes.outcomes
-    assert base.flops == 0 and base.tuning_flops > 0
+    assert base.flops == 0 and base.steps == 0 and base.tuning_flops > 0
     for outcome in (base, rpt, sft):
         assert {AFTER_TUNING, "direct/easy", "reasoning/easy"} <= set(outcome.scores)
     for outcome in (rpt, sft):
         assert BUDGET <= outcome.flops < 1.5 * BUDGET
+        assert outcome.steps > 0
 
     # The traces are charged to the arm that learns them, and the scoring of the corpus to the arm that chooses positions by it.
     spent = {path.parent.name: json.loads(path.read_text())["flops"] for path in study.glob("*/seed0/*/result.json")}
