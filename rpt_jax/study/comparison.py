@@ -85,7 +85,7 @@ class Difference:
         mean = float(differences_N.mean())
         smallest_p = 2 / 2**pairs
         if pairs < 2:
-            return cls(mean, None, None, pairs, 1.0, "only one pair of seeds")
+            return cls(mean, None, None, pairs, smallest_p, "only one pair of seeds")
         average = student_average(differences_N)
         # Equal differences, up to rounding, would give an interval without width.
         if average.high - average.low < _NO_WIDTH:
