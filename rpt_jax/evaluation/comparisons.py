@@ -88,23 +88,25 @@ def compare_patterns(first: Path, second: Path, workdir: Path) -> dict[str, Any]
     Raises: UserError, if they are no finished evaluations, or have no responses.
     """
     sides = []
-    responses = []
+    responses_of_sides = []
     for directory, (summary, records) in zip((first, second), _read(first, second, workdir), strict=True):
         if not records or "responses" not in records[0]:
             raise UserError(
                 f"{_FIELD}: {directory} has no responses: its suite '{summary['suite']}' does not sample any.",
                 field=_FIELD,
             )
-        responses.append([response for record in records for response in record["responses"]])
+        responses = [response for record in records for response in record["responses"]]
+        responses_of_sides.append(responses)
         sides.append(
-            _describe(records) | {"policy": summary["policy"], "suite": summary["suite"], "results": str(directory)}
+            _describe(records, responses)
+            | {"policy": summary["policy"], "suite": summary["suite"], "results": str(directory)}
         )
+    # Both sides by as many runs of words; 0 if a side has none.
     for n in (1, 2, 3):
-        runs = [count_runs(of_side, n) for of_side in responses]
-        # Of as many runs from both sides.
-        drawn = min(counts.total() for counts in runs)
-        for side, counts in zip(sides, runs, strict=True):
-            side[f"distinct-{n}"] = distinct_share(counts, drawn) if drawn else 0.0
+        runs_of_sides = [count_runs(responses, n) for responses in responses_of_sides]
+        drawn = min(runs.total() for runs in runs_of_sides)
+        for side, runs in zip(sides, runs_of_sides, strict=True):
+            side[f"distinct-{n}"] = distinct_share(runs, drawn) if drawn else 0.0
     a, b = sides
     result = {**format_stamp(), "first": a, "second": b}
     atomic_write(workdir / PATTERNS, json.dumps(result, indent=1) + "\n")
@@ -136,9 +138,13 @@ def _read(first: Path, second: Path, workdir: Path) -> list[tuple[dict[str, Any]
     return results
 
 
-def _describe(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the share of responses with a keyword by way of matching and group, and how varied the responses are."""
-    responses = [response for record in records for response in record["responses"]]
+def _describe(records: Sequence[Record], responses: Sequence[str]) -> dict[str, Any]:
+    """Return the share of responses with a keyword by way of matching and group, and of those with the commonest opening.
+
+    Args:
+      records: of an evaluation.
+      responses: all responses of the records, in order.
+    """
     # Samples of one question are not independent.
     question_N = np.repeat(np.arange(len(records)), [len(record["responses"]) for record in records])
     shares = {

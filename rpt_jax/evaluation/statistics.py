@@ -78,6 +78,8 @@ def student_average(values_N: np.ndarray) -> Average:
 def welch_difference(values_N: np.ndarray, others_M: np.ndarray) -> Average:
     """Return the difference of the means of two independent samples, and the interval of Welch's t distribution.
 
+    SciPy's `ttest_ind` gives the same, but warns if one sample is constant, as are direct predictions of an untrained policy.
+
     Args:
       values_N, others_M: at least two each; those of one sample, at least, must differ.
     """

@@ -124,7 +124,7 @@ class Row:
       tuning_flops, tuning_seconds, tuning_steps: spent by tuning; None if no seed finished.
       scores: by name.
       differences: by name of the score, then of the reference arm: this arm minus the reference. At the same budget they are
-        paired by seed. A reference without a budget is independent, since every budget has seeds of its own.
+        paired by seed. A reference without a budget is independent: it shares seeds with the first budget at most.
       contrasts: differences between two scores of this arm, paired by seed.
     """
 

@@ -105,19 +105,21 @@ def test_no_permutation_of_independent_seeds_has_a_smaller_p_value(first: int, s
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize(("compare", "common"), [(Difference.paired, 0.02), (Difference.independent, 0.0)])
+@pytest.mark.parametrize(
+    ("compare", "common", "most"), [(Difference.paired, 0.02, 0.97), (Difference.independent, 0.0, 0.98)]
+)
 def test_intervals_cover_the_true_difference_as_often_as_they_say(
-    compare: Callable[[Spread, Spread], Difference], common: float, seeds: int
+    compare: Callable[[Spread, Spread], Difference], common: float, most: float, seeds: int
 ) -> None:
     """Accuracies are shares of 400 questions. What runs with the same seed have in common has the deviation `common`."""
     rng = np.random.default_rng(0)
-    trials = 1000
+    trials = 2000
     chance_TxSx2 = 0.5 + common * rng.normal(size=(trials, seeds, 1)) + 0.02 * rng.normal(size=(trials, seeds, 2))
     share_TxSx2 = rng.binomial(400, chance_TxSx2 + [0.03, 0]) / 400
     found = [compare(*(Spread(dict(enumerate(side_S))) for side_S in share_Sx2.T)) for share_Sx2 in share_TxSx2]
     covered = [each.low <= 0.03 <= each.high for each in found if each.low is not None and each.high is not None]
     assert len(covered) > 0.95 * trials
-    assert 0.93 <= np.mean(covered) <= 0.98
+    assert 0.93 <= np.mean(covered) <= most
 
 
 def test_a_reference_is_taken_at_the_same_budget_or_without_one() -> None:
