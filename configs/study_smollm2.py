@@ -70,7 +70,7 @@ def get_config() -> StudyConfig:
                 suite="next_token", config="configs/rpt_smollm2.py", overrides=(*TEXT, "evaluation.positions=512")
             ),
             _questions("gsm8k", "questions", "gsm8k", 256, "evaluation.samples=2"),
-            _questions("arc_easy", "multiple_choice_likelihood", "arc_easy", 1000, "questions.verifier=choice"),
-            _questions("mmlu", "multiple_choice_likelihood", "mmlu", 1000, "questions.verifier=choice"),
+            _questions("arc_easy", "multiple_choice_likelihood", "arc_easy", 1000),
+            _questions("mmlu", "multiple_choice_likelihood", "mmlu", 1000),
         ),
     )

@@ -38,6 +38,7 @@ def get_config() -> StudyConfig:
         budgets=(2.2e12,),
         tuning=at_rate(study.tuning, TUNING_RATE),
         evaluations=tuple(suite for suite in study.evaluations if suite.suite == "next_token"),
+        contrasts=(("reasoning/easy", "direct/easy"), ("reasoning/hard", "direct/hard")),
     )
 
 

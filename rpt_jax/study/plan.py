@@ -110,6 +110,10 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
 
     Raises: UserError, naming the stage or its field.
     """
+    for suite in study.evaluations:
+        of_policies = [choice.name for choice in SUITES.choices() if choice.requirements.policy]
+        check_choice(f"evaluations.{suite.evaluation_name}.suite", suite.suite, of_policies)
+
     experiments = {}
     for name, stage in named_stages(study):
         for assignment in stage.overrides:
@@ -134,9 +138,6 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
     if study.tuning:
         check_choice("tuning: task", experiments["tuning"].task, ["rft"])
     for suite in study.evaluations:
-        SUITES.check(suite.suite)
-        if not SUITES[suite.suite].requirements.policy:
-            raise UserError(f"evaluations: suite '{suite.suite}' does not evaluate a policy.", field="evaluations")
         if suite.measures and suite.suite == NEXT_TOKEN:
             name = f"evaluations.{suite.evaluation_name}.measures"
             raise UserError(f"{name}: the scores of suite '{NEXT_TOKEN}' are fixed; leave it out.", field=name)
@@ -174,7 +175,8 @@ def _check_score(study: StudyConfig, field: str, score: str) -> None:
 def _load(name: str, stage: StageConfig | SuiteConfig, *more: str) -> Experiment:
     """Return the experiment of a stage, with more overrides than its own. Raises: UserError, which names the stage."""
     try:
-        return from_config_dict(load_config_file(stage.config), [*stage.overrides, *more])
+        suite = stage.suite if isinstance(stage, SuiteConfig) else ""
+        return from_config_dict(load_config_file(stage.config), [*stage.overrides, *more], suite)
     except UserError as error:
         raise UserError(f"{name}: {error}", field=error.field) from None
 

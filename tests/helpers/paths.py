@@ -5,5 +5,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 TINY = CONFIGS / "tiny"
-# Config files of experiments; those of studies return another type.
-EXPERIMENTS = sorted(path for path in CONFIGS.glob("*.py") if not path.name.startswith("study_"))
+# Config files of studies, and those of experiments, which return another type.
+STUDIES = sorted(CONFIGS.glob("study_*.py"))
+EXPERIMENTS = sorted(set(CONFIGS.glob("*.py")) - set(STUDIES))

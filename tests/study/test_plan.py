@@ -13,6 +13,7 @@ from rpt_jax.errors import UserError
 from rpt_jax.study.outcome import Unit
 from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units
 from rpt_jax.study.workdir import claim
+from tests.helpers.paths import STUDIES
 from tests.helpers.studies import BUDGET, small_study
 
 STUDY = small_study()
@@ -31,6 +32,13 @@ def tuned_by(**fields: Any) -> StageConfig:
 
 def evaluated_by(**fields: Any) -> tuple[SuiteConfig, ...]:
     return tuple(dataclasses.replace(suite, **fields) for suite in STUDY.evaluations)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_shipped_studies_can_be_planned(path: Path, tmp_path: Path) -> None:
+    study = load_study(str(path))
+    assert set(check_stages(study)) >= {f"evaluations.{suite.evaluation_name}" for suite in study.evaluations}
+    assert make_plan(study, tmp_path)
 
 
 def test_equal_runs_of_a_seed_are_shared(tmp_path: Path) -> None:
@@ -152,6 +160,9 @@ def test_units_are_selected_by_their_directories(tmp_path: Path) -> None:
         ({"contrasts": ("reasoning/hard",)}, "contrasts"),
         ({"evaluations": evaluated_by(measures=("direct/prefix",))}, "evaluations.next_token.measures"),
         ({"evaluations": evaluated_by(measures="direct/prefix")}, "evaluations.next_token.measures"),
+        ({"evaluations": evaluated_by(overrides=("questions.verifier=choice",))}, "questions.verifier"),
+        ({"evaluations": evaluated_by(suite="next_tokn")}, "evaluations.next_tokn.suite"),
+        ({"evaluations": evaluated_by(suite="compare")}, "evaluations.compare.suite"),
         ({"tuning": None, "evaluations": ()}, "evaluations"),
     ],
 )
