@@ -41,7 +41,7 @@ def get_config() -> Any:
     config.questions.verifier = "boxed_math"  # Skywork: symbolic or textual equality
     config.questions.verifier_seconds = 10.0  # ours
     # Skywork keeps questions that were solved 1 to 15 of 16 times, and P follows it: run task "difficulty" with
-    # rollout.samples_per_prompt=16, and give its file as questions.pass_rates.
+    # rollout.samples_per_prompt=16 and questions.train_questions=0, and give its file as questions.pass_rates.
 
     config.prompt.template = "boxed_answer"  # ours; P gives none
     config.prompt.chat_template = True  # Skywork

@@ -3,7 +3,7 @@
 Command   python -m rpt_jax.main --config=configs/rpt_14b.py
 Sizes     python -m rpt_jax.main --config=configs/rpt_14b.py --config.mesh.fsdp=8 --describe   (on any machine)
 Needs     models/DeepSeek-R1-Distill-Qwen-14B, the Hugging Face directory; data/omnimath, OmniMATH as .jsonl with the fields
-          problem and solution; 64 accelerators with at least 31 GiB each; 500 GiB of disk
+          problem and solution; 64 accelerators with at least 31 GiB each; 600 GiB of disk
 Hardware  not run; compiled for v5p:4x4x4 and v6e:8x8, where it fits (docs/results/preflight.md)
 Time      not measured; estimates are on the same page
 Results   not measured. The paper's, section 4.1: accuracy by reasoning 45.11 / 33.56 / 23.75 % at positions with an entropy above

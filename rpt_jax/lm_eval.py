@@ -2,7 +2,7 @@
 
     python -m rpt_jax.lm_eval run --model rpt_jax --model_args policy=DIR --tasks arc_easy,hellaswag
 
-This registers the model and runs the harness's own command, `lm_eval` (lm-eval 0.4.13, `pip install "rpt-jax[lm-eval]"`), which
+This registers the model and runs the harness's own command, `lm_eval` (lm-eval 0.4.13, `pip install -e '.[lm-eval]'`), which
 cannot load models from other packages by itself. Its arguments are the harness's; --model_args takes `policy` (a Hugging Face
 directory, a policy that a run exported, or a GGUF file), `dtype`, `max_length`, `tokens_per_pass`, `logit_chunk_tokens` and
 `seed`.
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     try:
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError(
-                'this command needs lm-evaluation-harness, which is not installed: pip install "rpt-jax[lm-eval]".',
+                "this command needs lm-evaluation-harness, which is not installed: pip install -e '.[lm-eval]', in the clone.",
                 field="lm_eval",
             )
         import_jax()

@@ -100,8 +100,8 @@ class DataConfig:
     max_document_bytes: int = 16_777_216
     # Stop at the first rejected document; by default rejected documents are counted and listed.
     strict: bool = False
-    # Number of documents held out for evaluation, in whole groups (`group_by`) and at most a fifth of the corpus, or of
-    # each part of a mixture (paper: 200).
+    # Number of documents held out for evaluation, in whole groups (`group_by`); of your own texts at most a fifth, also
+    # of each part of a mixture (paper: 200).
     held_out_documents: int = 300
     # Part of the corpus that task "score" prepares, such as "3/64" (of "0/64" to "63/64"); "" for all of it.
     shard: str = ""
@@ -144,8 +144,8 @@ class DataConfig:
 class QuestionsConfig:
     """Questions with verifiable answers: where they come from, how they are split, and how an answer is verified."""
 
-    # Question source, by its registered name: "path" (your own files), "math", "gsm8k", "mmlu", "arc_easy", "arc_challenge",
-    # "reasoning_gym", or one that you register.
+    # Question source, by its registered name: "path" (your own files), "math", "gsm8k", "mmlu", "mmlu_pro", "super_gpqa",
+    # "arc_easy", "arc_challenge", "worked_solutions", "reasoning_gym", or one that you register.
     source: str = "path"
     # Options of the source, such as `questions.source_options.task` of "reasoning_gym".
     source_options: Options = None

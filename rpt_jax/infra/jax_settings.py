@@ -52,6 +52,6 @@ def check_platforms() -> None:
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "no plugin for it is installed"
         raise UserError(
             f"JAX_PLATFORMS='{asked}' cannot be used: {reason.rstrip('.')}. Unset JAX_PLATFORMS to use what there is, or install "
-            "JAX for these devices: rpt-jax[cuda] or rpt-jax[tpu].",
+            "JAX for these devices: pip install -e '.[cuda]' or '.[tpu]', in the clone.",
             field="JAX_PLATFORMS",
         ) from None

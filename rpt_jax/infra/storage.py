@@ -105,7 +105,9 @@ def reason(error: BaseException, url: str) -> str:
     scheme = url.partition("://")[0].lower()
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(scheme)
-        return f'it needs a package: pip install "rpt-jax[{extra}]"' if extra else " ".join(str(error).split())
+        return (
+            f"it needs a package: pip install -e '.[{extra}]', in the clone" if extra else " ".join(str(error).split())
+        )
     if isinstance(error, TimeoutError):
         return "it does not answer"
     lines = str(error).strip().splitlines()

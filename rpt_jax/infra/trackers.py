@@ -35,7 +35,7 @@ def check_installed(config: LoggingConfig) -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"logging.trackers='{config.trackers}' needs the package {name}, which is not installed: "
-                f'pip install "rpt-jax[{name}]".',
+                f"pip install -e '.[{name}]', in the clone.",
                 field="logging.trackers",
             )
 

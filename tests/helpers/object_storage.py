@@ -25,7 +25,7 @@ def require(*packages: str) -> None:
     """Skip the test if a package is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f'needs {package}: pip install "rpt-jax[s3,gcs,storage-servers]"')
+            pytest.skip(f"needs {package}: pip install -e '.[s3,gcs,storage-servers]'")
 
 
 @contextlib.contextmanager

@@ -246,4 +246,4 @@ def test_a_missing_package_is_named(
     monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
     with pytest.raises(UserError) as raised:
         fetch(url, "policy.path")
-    assert raised.value.field == "policy.path" and f"rpt-jax[{extra}]" in str(raised.value)
+    assert raised.value.field == "policy.path" and f".[{extra}]" in str(raised.value)

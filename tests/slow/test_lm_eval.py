@@ -19,7 +19,7 @@ from tests.helpers.policy_reference import random_params
 from tests.helpers.tokenizers import write_hf
 
 pytestmark = pytest.mark.slow
-lm_eval = pytest.importorskip("lm_eval", reason='an optional extra: pip install "rpt-jax[lm-eval]"')
+lm_eval = pytest.importorskip("lm_eval", reason="an optional extra: pip install -e '.[lm-eval]'")
 pytest.importorskip("accelerate", reason="the harness's own Hugging Face model needs it: pip install accelerate")
 
 TASKS = {

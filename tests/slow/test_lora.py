@@ -198,7 +198,7 @@ def test_a_run_without_adapters_has_none_to_export(tmp_path: Path) -> None:
 def test_peft_loads_adapters_with_equal_logits(tmp_path: Path, qkv_bias: bool) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft", reason='an optional extra: pip install "rpt-jax[peers]"')
+    peft = pytest.importorskip("peft", reason="an optional extra: pip install -e '.[peers]'")
     config = dataclasses.replace(SHAPE, qkv_bias=qkv_bias)
     policy = Transformer(config, lora=LORA)
     params = random_params(policy, 0)
