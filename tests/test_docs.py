@@ -1,16 +1,20 @@
-"""The pages of docs/ say what the code does: the reading of predictions, and the commands of the paper's results."""
+"""The pages of docs/ say what the code does: the reading of predictions, and the commands on them."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from rpt_jax import evaluate, main
 from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.loading import split_overrides
 from rpt_jax.config.study import load_study
 from rpt_jax.corpus import store
+from rpt_jax.errors import UserError
 from rpt_jax.evaluation.run import check_task
 from rpt_jax.evaluation.suite import SUITES
 from rpt_jax.infra import run_format
@@ -59,21 +63,47 @@ def test_the_pages_have_the_formats_of_today() -> None:
     assert re.findall(r"`manifest.json` \| format \((\d+)\)", corpus) == [str(store.FORMAT)]
 
 
-def test_every_command_of_the_papers_results_can_be_run() -> None:
-    """Up to the files that it names: flags and config fields exist and have an effect."""
-    page = (ROOT / "docs" / "guides" / "reproduce.md").read_text()
-    commands = re.findall(r"`python -m rpt_jax\.(\w+) ([^`]+)`", page)
-    assert len(commands) == page.count("python -m rpt_jax") >= 12
-    for module, arguments in commands:
-        overrides, flags = split_overrides(arguments.split())
-        if module == "main":
-            main.load_experiment(["main", *arguments.split()])
-            continue
-        if module == "study":
-            check_stages(load_study(study.make_parser().parse_args(flags).config))
-            continue
+def commands_of(page: Path) -> list[tuple[str, list[str]]]:
+    """Return the commands on a page that name a config of this repository or results: the module of each, and its arguments."""
+    text = page.read_text().replace("\\\n", " ")
+    commands = []
+    # Two spaces, as before a remark, end a command.
+    for module, arguments in re.findall(
+        r"(?:python -m rpt_jax\.(\w+)|bash launch/local\.sh) ((?:[^`\s]| (?! ))+)", text
+    ):
+        words = shlex.split(arguments, comments=True)
+        configs = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+        if any((ROOT / config).is_file() for config in configs) or "--results=" in arguments:
+            commands.append((module or "main", words))
+    return commands
+
+
+def check_command(module: str, arguments: list[str]) -> None:
+    """Check that a command can be run, up to the files that it names: flags and config fields exist and have an effect."""
+    overrides, flags = split_overrides(arguments)
+    if module == "main":
+        main.load_experiment(["main", *arguments])
+    elif module == "study":
+        check_stages(load_study(study.make_parser().parse_args(flags).config))
+    elif module == "evaluate":
         options = evaluate.make_parser().parse_args(flags)
         assert SUITES[options.suite].requirements.policy == bool(options.config) != bool(options.results)
-        if options.config:
-            experiment = from_config_dict(load_config_file(options.config), overrides, options.suite)
-            check_task(options.suite, experiment)
+        if options.results:
+            return
+        experiment = from_config_dict(load_config_file(options.config), overrides, options.suite)
+        check_task(options.suite, experiment)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "configs").glob("*.py"))]
+
+
+def test_every_command_of_the_pages_can_be_run() -> None:
+    commands = {page: commands_of(page) for page in PAGES}
+    assert len(commands[ROOT / "docs" / "guides" / "reproduce.md"]) >= 12
+    assert sum(map(len, commands.values())) >= 80
+    for page, found in commands.items():
+        for module, arguments in found:
+            try:
+                check_command(module, arguments)
+            except UserError as error:
+                pytest.fail(f"{page.relative_to(ROOT)}: {module} {shlex.join(arguments)}: {error}")
