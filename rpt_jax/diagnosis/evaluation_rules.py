@@ -133,7 +133,7 @@ def _gains(run: RunRecord) -> Iterator[Gain]:
 
 
 def _paired_gain(run: RunRecord, before: Evidence, after: Evidence) -> Gain | None:
-    """Return the gain with the interval of paired differences; None without the rollouts of both evaluations."""
+    """Return the gain with the interval of paired differences; None without that, or without the rollouts of both evaluations."""
     try:
         before_scores, after_scores = (_scores(run, before.metric, last=last) for last in (False, True))
     except CannotCheck:
@@ -146,6 +146,8 @@ def _paired_gain(run: RunRecord, before: Evidence, after: Evidence) -> Gain | No
     sources = {source: i for i, source in enumerate(dict.fromkeys(key[0] for key in common))}
     cluster_N = np.array([sources[key[0]] for key in common])
     comparison = compare(before_N, after_N, [""] * len(common), cluster_N)
+    if comparison.low is None or comparison.high is None:
+        return None
     return Gain(before.metric, before, after, comparison.low, comparison.high, len(common))
 
 

@@ -30,7 +30,7 @@ PATTERNS = "patterns.json"
 
 @SUITES.register("compare", policy=False)
 def compare_results(first: Path, second: Path, workdir: Path) -> dict[str, Any]:
-    """Paired differences of two evaluations on the same questions, by McNemar's exact test and the bootstrap.
+    """Paired differences of two evaluations on the same questions, with paired intervals, and McNemar's exact test.
 
     Args:
       first, second: directories of the evaluations.
@@ -170,5 +170,5 @@ def _comparison_row(measure: str, values: dict[str, Any]) -> tuple[str, ...]:
     macro = points(values["macro_difference"], values["macro_low"], values["macro_high"])
     p = "-" if values["mcnemar_p"] is None else f"{values['mcnemar_p']:.3g}"
     counts = (f"{values[name]:,}" for name in ("only_a", "only_b"))
-    detectable = f"{100 * values['detectable']:.1f}"
+    detectable = "-" if values["detectable"] is None else f"{100 * values['detectable']:.1f}"
     return (measure, micro, macro, *counts, p, detectable, f"{values['count']:,}")

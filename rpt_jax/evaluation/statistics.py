@@ -6,6 +6,7 @@ Intervals are at 95 %. Nothing here needs JAX.
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ CONFIDENCE = 0.95
 _Z = 1.96  # Half width of a 95 % interval in standard errors of a normal distribution.
 # Standard errors between no difference and one that a two-sided test at 5 % finds with a probability of 80 %: 1.96 + 0.84.
 _DETECTABLE = 2.8
-_RESAMPLES = 9999
-_VALUES_AT_ONCE = 10_000_000  # Bounds the memory of the bootstrap.
-_LARGEST_VARIANCE = 0.25  # Of values in [0, 1], about.
+# About the largest variances of values in [0, 1], and of differences of two.
+_LARGEST_VARIANCE = 0.25
+_LARGEST_VARIANCE_OF_DIFFERENCES = 1.0
 
 
 class Average(NamedTuple):
@@ -31,6 +32,56 @@ class Average(NamedTuple):
 
 
 # --- averages -----------------------------------------------------------------------------------------
+
+
+class _Estimate(NamedTuple):
+    """A mean, the variance of that mean, and the degrees of freedom of the variance."""
+
+    mean: float
+    variance: float
+    degrees: float
+
+    def interval(self) -> tuple[float, float]:
+        """Return the interval of Student's t distribution."""
+        half_width = scipy.special.stdtrit(self.degrees, 0.5 + CONFIDENCE / 2) * np.sqrt(self.variance)
+        return float(self.mean - half_width), float(self.mean + half_width)
+
+
+def _mean_of_clusters(values_N: np.ndarray, cluster_N: np.ndarray) -> _Estimate:
+    """Return the mean of values with the cluster-robust variance, and a degree of freedom less than there are clusters.
+
+    If all clusters have the same mean, or there is only one, the variance is 0 and says nothing about others.
+    """
+    mean = float(values_N.mean())
+    _, index_N = np.unique(cluster_N, return_inverse=True)
+    residuals_C = np.bincount(index_N, weights=values_N - mean)
+    count = len(residuals_C)
+    spread = float(np.sum(residuals_C**2))
+    if count < 2 or spread <= (1e-9 * len(values_N)) ** 2:
+        return _Estimate(mean, 0.0, count - 1)
+    return _Estimate(mean, count / (count - 1) * spread / len(values_N) ** 2, count - 1)
+
+
+def _mean_of_categories(
+    values_N: np.ndarray, category_N: Sequence[str], cluster_N: np.ndarray, largest_variance: float
+) -> _Estimate:
+    """Return the unweighted mean of the category means, with the degrees of freedom of Welch and Satterthwaite.
+
+    A category of one cluster says nothing about its own variance, and counts with the largest. No cluster may have values of
+    several categories.
+    """
+    means, terms, degrees = [], [], []
+    for index in category_indices(category_N).values():
+        estimate = _mean_of_clusters(values_N[index], cluster_N[index])
+        means.append(estimate.mean)
+        terms.append(estimate.variance if estimate.degrees else largest_variance)
+        degrees.append(max(estimate.degrees, 1))
+    count = len(means)
+    total = sum(terms)
+    if not total:
+        return _Estimate(float(np.mean(means)), 0.0, 0)
+    combined = total**2 / sum(term**2 / free for term, free in zip(terms, degrees, strict=True))
+    return _Estimate(float(np.mean(means)), total / count**2, combined)
 
 
 def micro_average(values_N: np.ndarray, cluster_N: np.ndarray | None = None) -> Average:
@@ -45,21 +96,27 @@ def micro_average(values_N: np.ndarray, cluster_N: np.ndarray | None = None) -> 
       values_N: in [0, 1].
       cluster_N: integers, the cluster of each value; None if each value is its own.
     """
-    mean = float(values_N.mean()) if len(values_N) else 0.0
-    if cluster_N is None:
-        cluster_N = np.arange(len(values_N))
-    _, index_N = np.unique(cluster_N, return_inverse=True)
-    residuals_C = np.bincount(index_N, weights=values_N - mean)
-    count = len(residuals_C)
-    spread = float(np.sqrt(np.sum(residuals_C**2)))
-    if count > 1 and spread > 1e-9 * len(values_N):
-        center = mean
-        standard_error = np.sqrt(count / (count - 1)) * spread / len(values_N)
-        half_width = scipy.special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2) * standard_error
+    if not len(values_N):
+        return Average(0.0, 0.0, 1.0)
+    cluster_N = _clusters(values_N, cluster_N)
+    return _in_unit_interval(_mean_of_clusters(values_N, cluster_N), len(np.unique(cluster_N)))
+
+
+def _clusters(values_N: np.ndarray, cluster_N: np.ndarray | None) -> np.ndarray:
+    """Return the cluster of each value; each its own if there are no clusters."""
+    return np.arange(len(values_N)) if cluster_N is None else cluster_N
+
+
+def _in_unit_interval(estimate: _Estimate, clusters: int) -> Average:
+    """Return an average of values in [0, 1]. Without a variance, its interval is Wilson's, with one observation a cluster."""
+    mean = estimate.mean
+    if estimate.variance:
+        low, high = estimate.interval()
     else:
-        center = (count * mean + _Z**2 / 2) / (count + _Z**2)
-        half_width = _Z * np.sqrt(count * mean * (1 - mean) + _Z**2 / 4) / (count + _Z**2)
-    return Average(mean, max(0.0, float(center - half_width)), min(1.0, float(center + half_width)))
+        center = (clusters * mean + _Z**2 / 2) / (clusters + _Z**2)
+        half_width = _Z * math.sqrt(clusters * mean * (1 - mean) + _Z**2 / 4) / (clusters + _Z**2)
+        low, high = center - half_width, center + half_width
+    return Average(mean, max(0.0, low), min(1.0, high))
 
 
 def student_average(values_N: np.ndarray) -> Average:
@@ -91,30 +148,23 @@ def welch_difference(values_N: np.ndarray, others_M: np.ndarray) -> Average:
     return Average(mean, mean - half_width, mean + half_width)
 
 
-def macro_average(values_N: np.ndarray, category_N: Sequence[str]) -> Average:
+def macro_average(values_N: np.ndarray, category_N: Sequence[str], cluster_N: np.ndarray | None = None) -> Average:
     """Return the unweighted mean of the category means.
 
-    The variance of the result is the sum of those of the category means, over the squared number of categories, and the interval
-    is Student's with the degrees of freedom of Welch and Satterthwaite. A category of one value says nothing about its own
-    variance, and counts with 1/4. If no category has any variance, the interval is Wilson's over all values.
+    Its variance is the sum of those of the category means, which are as in `micro_average`, over the squared number of
+    categories, and the interval is Student's with the degrees of freedom of Welch and Satterthwaite. A category of one cluster
+    counts with the largest variance, 1/4. If no category has any variance, the interval is Wilson's over all clusters.
 
     Args:
       values_N: in [0, 1].
-      category_N: the category of each value.
+      category_N: the category of each value; the values of a cluster have the same.
+      cluster_N: see `micro_average`.
     """
-    groups = [values_N[index] for index in category_indices(category_N).values()]
-    if not groups:
+    if not len(values_N):
         return micro_average(values_N)
-    mean = float(np.mean([group.mean() for group in groups]))
-    variances = np.array([group.var(ddof=1) if len(group) > 1 else _LARGEST_VARIANCE for group in groups])
-    sizes = np.array([len(group) for group in groups])
-    terms = variances / sizes / len(groups) ** 2
-    if terms.sum() < 1e-15:
-        constant = micro_average(np.full(len(values_N), mean))
-        return constant._replace(mean=mean)
-    degrees = terms.sum() ** 2 / np.sum(terms**2 / np.maximum(sizes - 1, 1))
-    half_width = float(scipy.special.stdtrit(degrees, 0.5 + CONFIDENCE / 2) * np.sqrt(terms.sum()))
-    return Average(mean, max(0.0, mean - half_width), min(1.0, mean + half_width))
+    cluster_N = _clusters(values_N, cluster_N)
+    estimate = _mean_of_categories(values_N, category_N, cluster_N, _LARGEST_VARIANCE)
+    return _in_unit_interval(estimate, len(np.unique(cluster_N)))
 
 
 def category_indices(category_N: Sequence[str]) -> dict[str, np.ndarray]:
@@ -141,7 +191,7 @@ def averages(values_N: np.ndarray, category_N: Sequence[str], cluster_N: np.ndar
         categories[category] = average._asdict() | {"count": len(index)}
     return {
         "micro": micro_average(values_N, cluster_N)._asdict() | {"count": len(values_N)},
-        "macro": macro_average(values_N, category_N)._asdict() | {"count": len(categories)},
+        "macro": macro_average(values_N, category_N, cluster_N)._asdict() | {"count": len(categories)},
         "categories": categories,
     }
 
@@ -154,61 +204,58 @@ class Comparison(NamedTuple):
 
     Attributes:
       difference: of their means.
-      low, high: 95 % interval of the difference, by the paired bootstrap.
+      low, high: 95 % interval of the paired difference, with the cluster-robust variance; None if there is only one cluster, or
+        the same difference everywhere, which says nothing about others.
       macro_difference, macro_low, macro_high: the same of their macro averages.
       only_a, only_b: number of questions that only one of them answers, rounded to right or wrong.
-      mcnemar_p: two-sided p-value of McNemar's exact test; None if an answer is neither 0 nor 1, as a mean over samples is.
-      detectable: the difference that such a comparison finds with a probability of 80 %, see `detectable_difference`.
+      mcnemar_p: two-sided p-value of McNemar's exact test; None if an answer is neither 0 nor 1, as a mean over samples is, or if
+        a cluster has several questions, which are not independent.
+      detectable: the difference that such a comparison finds with a probability of 80 %, see `detectable_difference`; None
+        without an interval.
       count: number of questions.
     """
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     macro_difference: float
-    macro_low: float
-    macro_high: float
+    macro_low: float | None
+    macro_high: float | None
     only_a: int
     only_b: int
     mcnemar_p: float | None
-    detectable: float
+    detectable: float | None
     count: int
 
 
 def compare(
-    a_N: np.ndarray,
-    b_N: np.ndarray,
-    category_N: Sequence[str],
-    cluster_N: np.ndarray | None = None,
-    seed: int = 0,
+    a_N: np.ndarray, b_N: np.ndarray, category_N: Sequence[str], cluster_N: np.ndarray | None = None
 ) -> Comparison:
     """Compare two policies on the same questions.
 
     Args:
       a_N, b_N: how well each policy answers each question, in [0, 1].
-      category_N: the category of each question; for the macro average, each category is resampled by itself.
+      category_N: the category of each question, for the macro average; the questions of a cluster have the same.
       cluster_N: integers, the independent unit of each question, such as a document; None if each question is its own.
-      seed: of the resampling.
     """
-    if cluster_N is None:
-        cluster_N = np.arange(len(a_N))
     differences_N = np.asarray(b_N, float) - np.asarray(a_N, float)
-    rng = np.random.default_rng(seed)
-    groups = list(category_indices(category_N).values())
-    macro_resampled = np.mean([_bootstrap_means(differences_N[g], cluster_N[g], rng) for g in groups], axis=0)
-    low, high = _percentile_interval(_bootstrap_means(differences_N, cluster_N, rng))
-    macro_low, macro_high = _percentile_interval(macro_resampled)
+    cluster_N = _clusters(differences_N, cluster_N)
+    micro = _mean_of_clusters(differences_N, cluster_N)
+    macro = _mean_of_categories(differences_N, category_N, cluster_N, _LARGEST_VARIANCE_OF_DIFFERENCES)
+    low, high = micro.interval() if micro.variance else (None, None)
+    macro_low, macro_high = macro.interval() if micro.variance and macro.variance else (None, None)
+    are_independent = len(np.unique(cluster_N)) == len(differences_N)
     return Comparison(
-        difference=float(differences_N.mean()),
+        difference=micro.mean,
         low=low,
         high=high,
-        macro_difference=float(np.mean([differences_N[g].mean() for g in groups])),
+        macro_difference=macro.mean,
         macro_low=macro_low,
         macro_high=macro_high,
         only_a=int((differences_N < 0).sum()),
         only_b=int((differences_N > 0).sum()),
-        mcnemar_p=mcnemar_exact(a_N, b_N),
-        detectable=detectable_difference(low, high),
+        mcnemar_p=mcnemar_exact(a_N, b_N) if are_independent else None,
+        detectable=None if low is None or high is None else detectable_difference(low, high),
         count=len(differences_N),
     )
 
@@ -236,31 +283,6 @@ def mcnemar_exact(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
     if only_a + only_b == 0:
         return 1.0
     return float(scipy.stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
-
-
-def _bootstrap_means(values_N: np.ndarray, cluster_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the means of resamples of whole clusters."""
-    _, index_N = np.unique(cluster_N, return_inverse=True)
-    sums_C = np.bincount(index_N, weights=values_N)
-    sizes_C = np.bincount(index_N).astype(float)
-    if len(sums_C) < 2:
-        return np.full(_RESAMPLES, values_N.mean())
-    result = scipy.stats.bootstrap(
-        (sums_C, sizes_C),
-        lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        batch=max(1, _VALUES_AT_ONCE // len(sums_C)),
-        method="percentile",
-        rng=rng,
-    )
-    return result.bootstrap_distribution
-
-
-def _percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(resampled, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
-    return float(low), float(high)
 
 
 # --- several samples a question -----------------------------------------------------------------------

@@ -124,8 +124,10 @@ def difficulty_text(result: Mapping[str, Any]) -> str:
     return f"{percent({**result, 'mean': result['accuracy']})}, {result['positions']}"
 
 
-def points(difference: float, low: float, high: float) -> str:
+def points(difference: float, low: float | None, high: float | None) -> str:
     """Return a difference and its interval in percentage points, with their signs: "+2.1 (-0.4 to +4.6)"."""
+    if low is None or high is None:
+        return f"{100 * difference:+.1f} (no interval)"
     return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 

@@ -90,15 +90,57 @@ def test_mcnemars_test_needs_answers_that_are_right_or_wrong():
     assert mcnemar_exact(np.array([0.5, 1.0]), np.array([0.0, 1.0])) is None
 
 
-def test_bootstrap_interval_of_a_difference_is_near_that_of_the_paired_t_test():
+def test_interval_of_a_difference_is_that_of_the_paired_t_test():
     rng = np.random.default_rng(2)
     a = (rng.random(400) < 0.4).astype(float)
     b = np.where(rng.random(400) < 0.2, 1.0, a)
     comparison = compare(a, b, [""] * 400)
     interval = scipy.stats.ttest_rel(b, a).confidence_interval(0.95)
-    np.testing.assert_allclose([comparison.low, comparison.high], interval, atol=0.005)
+    np.testing.assert_allclose([comparison.low, comparison.high], interval)
     assert comparison.only_a == 0 and comparison.only_b == int(np.sum(b > a))
-    np.testing.assert_allclose(comparison[:3], comparison[3:6], atol=0.005)  # One category: macro is micro.
+    np.testing.assert_allclose(comparison[:3], comparison[3:6])  # One category: macro is micro.
+    assert comparison.mcnemar_p == mcnemar_exact(a, b)
+
+
+def test_interval_of_a_difference_between_clusters_of_a_size_is_that_of_the_t_test_of_their_means():
+    rng = np.random.default_rng(4)
+    a, b = rng.random((2, 60))
+    comparison = compare(a, b, ["x"] * 60, np.repeat(np.arange(12), 5))
+    interval = scipy.stats.ttest_1samp((b - a).reshape(12, 5).mean(axis=1), 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose([comparison.low, comparison.high], interval)
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5, 10, 30])
+def test_intervals_of_differences_cover_the_truth_as_often_as_they_say_with_few_clusters(clusters):
+    rng = np.random.default_rng(clusters)
+    cluster_N = np.repeat(np.arange(clusters), 40)
+    trials, truth, covered = 1000, 0.1, 0
+    for _ in range(trials):
+        gains_N = rng.normal(truth, 0.05, clusters)[cluster_N]
+        a, b = rng.uniform(0.0, 0.5, (2, len(cluster_N)))
+        comparison = compare(a, b + gains_N, [""] * len(cluster_N), cluster_N)
+        covered += comparison.low <= truth <= comparison.high
+    assert 0.93 <= covered / trials <= 0.98
+
+
+def test_one_cluster_or_no_variance_gives_no_interval():
+    rng = np.random.default_rng(6)
+    a, b = rng.integers(0, 2, (2, 50)).astype(float)
+    one_document = compare(a, b, [""] * 50, np.zeros(50, int))
+    the_same = compare(a, a, [""] * 50)
+    for comparison in (one_document, the_same):
+        assert comparison.low is comparison.high is comparison.macro_low is comparison.macro_high is None
+        assert comparison.detectable is None
+    assert one_document.difference == pytest.approx((b - a).mean()) and the_same.difference == 0
+    assert one_document.mcnemar_p is None, "positions of a document are not independent"
+
+
+def test_a_category_of_one_document_says_nothing_about_others():
+    values, categories = np.array([1.0, 0, 1, 0, 1, 1]), ["a"] * 4 + ["b"] * 2
+    certain = macro_average(values, categories)
+    of_documents = macro_average(values, categories, np.array([0, 1, 2, 3, 4, 4]))
+    assert of_documents.mean == certain.mean
+    assert of_documents.high - of_documents.low > certain.high - certain.low
 
 
 def test_a_detectable_difference_is_found_by_four_of_five_tests():
