@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-from pathlib import Path
 
 from rpt_jax.config import DataConfig
 from rpt_jax.config.schema import TEMPLATE_SEPARATOR
@@ -25,18 +25,35 @@ def parse_mixture(path: str) -> list[tuple[float, str]]:
             "data.path is empty: data.source='path' needs a file of text or records, a folder of them, or a glob.",
             field="data.path",
         )
-    if Path(path).exists():  # The name of a file may contain "," and "=".
-        return [(0.0, path)]
-    parts = []
-    for part in path.split(","):
-        match = _WEIGHTED.fullmatch(part.strip())
-        parts.append((float(match[1]), match[2]) if match else (0.0, part.strip()))
-    weighted = sum(weight > 0 for weight, _ in parts)
-    if weighted not in (0, len(parts)):
+    parts = split_paths(path, "data.path")
+    if parts == [path]:
+        return [(0.0, path)]  # The name of a file may contain "=".
+    matches = [_WEIGHTED.fullmatch(part) for part in parts]
+    if not any(matches):
+        return [(0.0, part) for part in parts]
+    weighted = [(float(match[1]), match[2]) for match in matches if match]
+    if len(weighted) < len(parts) or not all(weight for weight, _ in weighted):
         raise UserError(
             f"data.path='{path}': give every part of a mixture a weight above 0 (0.7=a,0.3=b), or none.",
             field="data.path",
         )
+    return weighted
+
+
+def split_paths(paths: str, field: str) -> list[str]:
+    """Return the paths in a config field: one, or several separated by commas.
+
+    Args:
+      paths: the value of the field; an existing file's name may contain commas.
+      field: its name, for errors.
+
+    Raises: UserError, for an empty part, which would name the working directory.
+    """
+    if os.path.exists(paths):  # False for a list that is longer than a name may be; `Path.exists` raises.
+        return [paths]
+    parts = [part.strip() for part in paths.split(",")]
+    if "" in parts:
+        raise UserError(f"{field}='{paths}' has an empty part: remove a comma.", field=field)
     return parts
 
 

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _FIELD = "--results"
 COMPARISON = "comparison.json"
 PATTERNS = "patterns.json"
+# Fields of a record that say what was asked: of questions, and of positions.
+_ASKED = ("question", "answers", "context", "truth")
 
 
 @SUITES.register("compare", policy=False)
@@ -38,12 +40,20 @@ def compare_results(first: Path, second: Path, workdir: Path) -> dict[str, Any]:
 
     Returns: its content.
 
-    Raises: UserError, if they are no finished evaluations, or have no question and measure in common.
+    Raises: UserError, if they are no finished evaluations, have no question and measure in common, or other questions by the
+      same names.
     """
     (summary_a, records_a), (summary_b, records_b) = _read(first, second, workdir)
     by_id = {record["id"]: record for record in records_b}
     a = [record for record in records_a if record["id"] in by_id]
     b = [by_id[record["id"]] for record in a]
+    for one, other in zip(a, b, strict=True):
+        if different := [name for name in _ASKED if one.get(name) != other.get(name)]:
+            raise UserError(
+                f"{_FIELD}: {first} and {second} have other questions or positions: '{one['id']}' differs in its {different[0]}. "
+                "Evaluate both with the same config.",
+                field=_FIELD,
+            )
     common = [measure for measure in measures(a) if measure in measures(b)]
     if not common:
         raise UserError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class ResultStore:
           settings: everything that the results depend on, as JSON values.
           restart: delete the results that are there.
 
-        Raises: UserError, if the directory has results of other settings, or cannot be written.
+        Raises: UserError, if the directory has results of other settings or a damaged file, or cannot be written.
         """
         self._directory = directory
         self._settings = json.loads(json.dumps(settings))
@@ -75,8 +76,12 @@ class ResultStore:
         atomic_write(self._path(batch), _lines(records))
 
     def read(self, batches: int) -> list[Record]:
-        """Return the results of the first `batches` batches, all of which are complete."""
-        return [record for batch in range(batches) for record in read_lines(self._path(batch))]
+        """Return the results of the first `batches` batches, all of which are complete. Raises: UserError, if one is damaged."""
+        records: list[Record] = []
+        for batch in range(batches):
+            with _undamaged(self._path(batch)):
+                records += read_lines(self._path(batch))
+        return records
 
     def finish(self, records: Sequence[Record], summary: Mapping[str, Any]) -> None:
         """Write the files of a finished evaluation; the batches are deleted.
@@ -90,9 +95,12 @@ class ResultStore:
         shutil.rmtree(self._batches)
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the content of `evaluation.json`, or None if the evaluation is not finished."""
+        """Return the content of `evaluation.json`, or None if the evaluation is not finished. Raises: UserError."""
         path = self._directory / SUMMARY
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        with _undamaged(path):
+            return _as_object(json.loads(path.read_bytes()))
 
     def _path(self, batch: int) -> Path:
         return self._batches / f"{batch:06d}.jsonl"
@@ -104,14 +112,11 @@ class ResultStore:
 
     def _check_settings(self) -> None:
         """Raise UserError if there are results of other settings."""
-        try:
-            stored = json.loads((self._directory / _SETTINGS).read_text())
-        except FileNotFoundError:
+        path = self._directory / _SETTINGS
+        if not path.exists():
             return
-        except ValueError:
-            raise UserError(
-                f"{self._directory / _SETTINGS} is damaged. Give --restart to evaluate again.", field="--workdir"
-            ) from None
+        with _undamaged(path):
+            stored = _as_object(json.loads(path.read_bytes()))
         names = [name for name in {**stored, **self._settings} if stored.get(name) != self._settings.get(name)]
         if names:
             changes = "; ".join(
@@ -134,7 +139,8 @@ def read_results(directory: Path, field: str) -> tuple[dict[str, Any], list[Reco
     Raises: UserError, if it is not one.
     """
     try:
-        return json.loads((directory / SUMMARY).read_text()), read_lines(directory / RECORDS)
+        summary = _as_object(json.loads((directory / SUMMARY).read_bytes()), "suite", "policy")
+        return summary, [_as_object(record, "id", "category", "scores") for record in read_lines(directory / RECORDS)]
     except OSError:
         raise UserError(
             f"{field}: {directory} is not the --workdir of a finished evaluation: it has no {SUMMARY} and {RECORDS}.",
@@ -144,10 +150,28 @@ def read_results(directory: Path, field: str) -> tuple[dict[str, Any], list[Reco
         raise UserError(f"{field}: a file in {directory} is damaged ({error}). Evaluate again.", field=field) from None
 
 
+def _as_object(value: Any, *keys: str) -> dict[str, Any]:
+    """Return a JSON value that must be an object with these keys. Raises: ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("a JSON object is missing")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"'{missing[0]}' is missing")
+    return value
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Turn an error of reading a file of an evaluation that is not finished into a `UserError` that names it."""
+    try:
+        yield
+    except ValueError:
+        raise UserError(f"{path} is damaged. Give --restart to evaluate again.", field="--workdir") from None
+
+
 def read_lines(path: Path) -> list[Record]:
-    """Return the JSON value of each line of a file. Raises: OSError or ValueError."""
+    """Return the JSON object of each line of a file. Raises: OSError or ValueError."""
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [_as_object(json.loads(line)) for line in file]
 
 
 def _lines(records: Sequence[Record]) -> str:

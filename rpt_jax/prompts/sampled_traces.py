@@ -73,10 +73,11 @@ def read_batch(path: Path, field: str) -> TraceBatch:
     Raises: UserError, naming the line and what is wrong with it.
     """
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        # Texts may have line separators that JSON does not escape, at which `splitlines` divides.
+        lines = gzip.decompress(path.read_bytes()).decode().removesuffix("\n").split("\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{field}: {path} cannot be read ({error}). {_REMEDY}", field=field) from None
-    header = _parse(lines[0] if lines else "")
+    header = _parse(lines[0])
     if header is None or header.get("format") != FORMAT:
         raise UserError(f"{field}: {path}:1 is not the header of traces in format {FORMAT}. {_REMEDY}", field=field)
     traces = []

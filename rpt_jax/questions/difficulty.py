@@ -155,11 +155,11 @@ def read_pass_rates(path: Path, field: str = _FIELD) -> PassRates:
     Raises: UserError, naming the file, the line and the reason.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"{field}={path}: {reason}. {_SOURCE}", field=field) from None
-    header = _parse(lines[0]) if lines else {}
+    header = _parse(lines[0])
     if not all(isinstance(header.get(name), dict if name == "sampling" else str) for name in _HEADER):
         raise UserError(f"{field}: {path}:1 does not have {', '.join(_HEADER)} of pass rates. {_SOURCE}", field=field)
     rates = {}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import string
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rpt_jax.config import QuestionsConfig
 from rpt_jax.corpus.documents import Rejected
 from rpt_jax.corpus.files import FileRange, check_patterns, list_file_ranges
 from rpt_jax.corpus.folders import file_format
+from rpt_jax.corpus.mixture import split_paths
 from rpt_jax.corpus.readers import line_in_file, name_prefix, parse_file_range
 from rpt_jax.corpus.records import InvalidRecordError, RecordParser, fill, find_field, placeholders, text_of_value
 from rpt_jax.errors import UserError
@@ -127,12 +128,7 @@ def _patterns(config: QuestionsConfig) -> dict[str, list[str]]:
             field="questions.path",
         )
     given = {"questions.path": config.path, "questions.test_path": config.test_path}
-    # The name of a file may contain a comma.
-    return {
-        field: [path] if Path(path).exists() else [part.strip() for part in path.split(",")]
-        for field, path in given.items()
-        if path
-    }
+    return {field: split_paths(path, field) for field, path in given.items() if path}
 
 
 def _record_fields(config: QuestionsConfig) -> list[str]:
@@ -213,7 +209,9 @@ def _choices(value: Any, field: str) -> tuple[str, ...]:
 
 
 def _scalar_text(value: Any, field: str) -> str:
-    """Return a string or a number as text. Raises: InvalidRecordError, for other values."""
+    """Return a string or a finite number as text. Raises: InvalidRecordError, for other values."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRecordError("not a finite number", f"has {value!r} in its field '{field}'.")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(value)
     if isinstance(value, list | Mapping):

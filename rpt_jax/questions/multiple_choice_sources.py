@@ -13,6 +13,7 @@ from typing import Any
 from rpt_jax.config import QuestionsConfig
 from rpt_jax.corpus.documents import Rejected
 from rpt_jax.corpus.files import check_patterns, list_file_ranges
+from rpt_jax.corpus.mixture import split_paths
 from rpt_jax.corpus.readers import line_in_file, parse_file_range
 from rpt_jax.corpus.records import InvalidRecordError, RecordParser, find_field, text_of_value
 from rpt_jax.errors import UserError
@@ -43,7 +44,7 @@ def check_published_files(config: QuestionsConfig) -> None:
             f"questions.path is empty: questions.source='{config.source}' needs the published files of the set, or their folder.",
             field=_FIELD,
         )
-    check_patterns(_patterns(config), _FIELD)
+    check_patterns(split_paths(config.path, _FIELD), _FIELD)
 
 
 @QUESTION_SOURCES.register("mmlu_pro", check=check_published_files, fields=("path",))
@@ -114,7 +115,7 @@ def _read(
         except (TypeError, IndexError, AttributeError) as error:
             raise InvalidRecordError("unknown form", f"has another form than the published one ({error}).") from None
 
-    for file_range in list_file_ranges(_patterns(config), config.path, _FIELD):
+    for file_range in list_file_ranges(split_paths(config.path, _FIELD), config.path, _FIELD):
         part = TRAIN if file_range.path.name.startswith("validation") else TEST
         with_path = file_range._replace(name=str(file_range.path))  # Rejected records are listed with the whole path.
         for item in parse_file_range(with_path, parser, parse, _FIELD):
@@ -124,10 +125,6 @@ def _read(
             location, attributes = item
             place = f"{file_range.path}:{line_in_file(file_range, location)}"
             yield SourceQuestion(Question(**attributes, place=place), part)
-
-
-def _patterns(config: QuestionsConfig) -> list[str]:
-    return [part.strip() for part in config.path.split(",")]
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:

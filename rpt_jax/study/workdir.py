@@ -84,15 +84,30 @@ def read_taken(path: Path, study: StudyConfig, units: Sequence[UnitPlan]) -> tup
       study: the config of this one.
       units: all of its units.
 
-    Raises: UserError, if the file is none, or has other units.
+    Raises: UserError, if the file is none, or of another study.
     """
     theirs = read_outcomes(path)
-    planned = {unit.unit for unit in units}
-    other = next((outcome.unit for outcome in theirs.outcomes if outcome.unit not in planned), None)
-    if theirs.matched_by != study.matched_by or other:
-        reason = f"it has '{other}'" if other else f"its budgets are in {theirs.matched_by}, not in {study.matched_by}"
+    if reason := _difference(theirs, study, units):
         raise UserError(f"--results={path} is not of this study: {reason}.", field="--results")
     return theirs.outcomes
+
+
+def _difference(theirs: StudyOutcomes, study: StudyConfig, units: Sequence[UnitPlan]) -> str:
+    """Return in what the results of another study differ from those of this one; "" if in nothing that they show."""
+    for field in ("question", "matched_by", "main_score"):
+        if getattr(theirs, field) != getattr(study, field):
+            return f"its {field} is '{getattr(theirs, field)}', not '{getattr(study, field)}'"
+    descriptions = {arm.name: arm.description for arm in study.arms}
+    for arm in theirs.arms:
+        if arm.description != descriptions.get(arm.name, arm.description):
+            return f"its arm '{arm.name}' is '{arm.description}', not '{descriptions[arm.name]}'"
+    planned = {unit.unit for unit in units}
+    for outcome in theirs.outcomes:
+        if outcome.unit not in planned:
+            return f"it has '{outcome.unit}'"
+        if study.main_score not in outcome.scores:
+            return f"its '{outcome.unit}' has no score '{study.main_score}'"
+    return ""
 
 
 def write_results(

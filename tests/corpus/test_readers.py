@@ -145,6 +145,9 @@ def test_documents_know_their_part_of_a_mixture(tmp_path: Path) -> None:
         ("{}/a.md", r"matches no readable file: .* \.md files: 1 \(such as .*a\.md"),
         ("0.5={}/b.jsonl,{}/b.jsonl", "every part of a mixture a weight"),
         ("0=a,{}/b.jsonl,1=b", "every part of a mixture a weight"),
+        ("0={}/b.jsonl,0={}/b.jsonl", "every part of a mixture a weight"),
+        ("{}/b.jsonl,", "has an empty part"),
+        (", {}/b.jsonl", "has an empty part"),
         ("{}/b.jsonl,{}/missing", "part '.*missing' of the mixture does not exist"),
     ],
 )

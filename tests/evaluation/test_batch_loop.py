@@ -67,11 +67,22 @@ def test_finished_evaluation_has_one_line_a_question_and_one_summary(tmp_path: P
     store = ResultStore(tmp_path, SETTINGS)
     run_batches("test", Numbers(2), store)
     assert store.summary() is None
-    store.finish(store.read(2), {"accuracy": 0.5})
+    store.finish([record | {"category": "", "scores": {}} for record in store.read(2)], {"suite": "s", "policy": "p"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "records.jsonl", "settings.json"]
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "evaluation.json").read_text()) == ResultStore(tmp_path, SETTINGS).summary()
-    assert read_results(tmp_path, "--results")[1][1] == {"id": "1", "square": 1}
+    assert read_results(tmp_path, "--results")[1][1] == {"id": "1", "square": 1, "category": "", "scores": {}}
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "settings.json", "batches/000001.jsonl"])
+@pytest.mark.parametrize("content", [b'{"id": "0', b"\xff", b"[]"])
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: bytes):
+    run_batches("test", Numbers(2), ResultStore(tmp_path, SETTINGS))
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} is damaged. Give --restart") as raised:
+        ResultStore(tmp_path, SETTINGS).read(2)
+    assert raised.value.field == "--workdir"
+    ResultStore(tmp_path, SETTINGS, restart=True)
 
 
 def test_results_of_other_settings_are_kept_unless_a_restart_is_asked_for(tmp_path: Path):

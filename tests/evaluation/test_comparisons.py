@@ -55,6 +55,32 @@ def test_evaluations_of_other_questions_cannot_be_compared(tmp_path: Path):
     assert raised.value.field == "--results"
 
 
+def test_other_questions_by_the_same_names_are_not_compared(tmp_path: Path):
+    first = write(tmp_path / "first", records([1.0, 0.0], question="1 + 1", answers=["2"]))
+    second = write(tmp_path / "second", records([0.0, 0.0], question="8 * 8", answers=["64"]))
+    with pytest.raises(UserError, match="'0' differs in its question"):
+        compare_results(first, second, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (SUMMARY, b'{"suite": "quest'),
+        (SUMMARY, b"\xff"),
+        (SUMMARY, b"[]"),
+        (SUMMARY, b"{}"),
+        (RECORDS, b'{"id": "0"'),
+        (RECORDS, b'{"id": "0"}\n'),
+    ],
+)
+def test_a_damaged_evaluation_is_not_compared(tmp_path: Path, file: str, content: bytes):
+    first, second = (write(tmp_path / name, records([1.0])) for name in ("first", "second"))
+    (second / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"a file in {second} is damaged") as raised:
+        compare_results(first, second, tmp_path / "out")
+    assert raised.value.field == "--results"
+
+
 def test_patterns_of_two_evaluations(tmp_path: Path):
     first = write(tmp_path / "first", records([1.0, 0.0], responses=["Wait.", "Probably 4."]))
     second = write(tmp_path / "second", records([1.0, 0.0], responses=["probably", "Something like 4."]), "next_token")

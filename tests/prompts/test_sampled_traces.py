@@ -128,6 +128,13 @@ def test_a_damaged_file_is_refused_with_the_line(tmp_path: Path, line: int, text
     assert raised.value.field == "--workdir"
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\r\n"])
+def test_texts_may_have_every_line_separator(tmp_path: Path, separator: str) -> None:
+    trace = {**TRACES[1], "question": f"a{separator}b"}
+    path = batch_path(write_run(tmp_path / "run", [trace, TRACES[0]]), 0)
+    assert read_batch(path, "--workdir").traces == [trace, TRACES[0]]
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = batch_path(write_run(tmp_path / "run"), 0)
     path.write_bytes(path.read_bytes()[:-20])

@@ -140,6 +140,8 @@ def test_several_files_are_read(tmp_path: Path):
     several = read(f"{tmp_path / 'c.jsonl'}, {tmp_path / 'a.jsonl'}", **FIELDS)
     assert [question.text for question in several] == [RECORDS[2]["problem"], RECORDS[0]["problem"]]
     assert len(read(tmp_path / "*.jsonl", **FIELDS)) == len(read(tmp_path, **FIELDS)) == 3
+    # More than a file name may have.
+    assert len(read(",".join([str(tmp_path / "a.jsonl")] * 200), **FIELDS)) == 200
 
 
 VALID = {"question": "?", "answer": "1", "options": ["1", "2"], "kind": "a", "id": 2}
@@ -154,6 +156,9 @@ VALID = {"question": "?", "answer": "1", "options": ["1", "2"], "kind": "a", "id
         ({"answer": []}, {}, "no answer"),
         ({"answer": True}, {}, "not a string"),
         ({"answer": {"a": 1}}, {}, "not a string"),
+        ({"answer": float("nan")}, {}, "not a finite number"),
+        ({"answer": 10**2000}, {}, "not a finite number"),
+        ({"answer": "a", "options": ["a", float("inf")]}, {"choices_field": "options"}, "not a finite number"),
         ({"answer": "3"}, {"choices_field": "options"}, "answer not an option"),
         ({"answer": 3}, {"choices_field": "options"}, "answer not an option"),
         ({"answer": 1}, {"choices_field": "options"}, "ambiguous answer"),
@@ -192,6 +197,7 @@ def test_a_line_that_is_not_json_is_rejected(tmp_path: Path):
         (lambda folder: {}, "questions.path"),
         (lambda folder: {"path": str(folder / "missing.jsonl")}, "questions.path"),
         (lambda folder: {"path": str(folder / "empty.jsonl")}, "questions.path"),
+        (lambda folder: {"path": f"{folder / 'ok.jsonl'},"}, "questions.path"),
         (
             lambda folder: {"path": str(folder / "ok.jsonl"), "test_path": str(folder / "x.jsonl")},
             "questions.test_path",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from rpt_jax.config.study import StudyConfig, load_study
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.run_format import STUDY_RESULTS
 from rpt_jax.study.__main__ import main
-from rpt_jax.study.outcome import Outcome, read_outcomes, write_outcomes
+from rpt_jax.study.outcome import Arm, Outcome, StudyOutcomes, read_outcomes, write_outcomes
 from rpt_jax.study.plan import UnitPlan, make_plan
 from rpt_jax.study.workdir import read_taken, write_results
 from tests.helpers.paths import ROOT
@@ -21,6 +23,13 @@ from tests.helpers.studies import BUDGET, small_study
 from tests.helpers.study import outcome, study
 
 STUDY = dataclasses.replace(small_study(), tuning=None, main_score="reasoning/hard", seeds=(0, 1))
+
+
+def results_of(units: Sequence[Outcome], **fields: object) -> StudyOutcomes:
+    """Return what a study with the config of `STUDY` has measured of some units."""
+    arms = tuple(Arm(arm.name, arm.description) for arm in STUDY.arms)
+    results = study(units, [arm.name for arm in arms])
+    return dataclasses.replace(results, **{"question": STUDY.question, "arms": arms, **fields})
 
 
 def leave_results(unit: UnitPlan, accuracy: float) -> None:
@@ -71,12 +80,21 @@ def test_results_of_another_workdir_are_taken_over_unless_the_study_has_its_own(
 def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
     path = tmp_path / STUDY_RESULTS
     units = make_plan(STUDY, tmp_path)
-    write_outcomes(study([outcome("base", 0, None, 0.1), outcome("rpt", 0, 2 * BUDGET, 0.1)]), path)
+    write_outcomes(results_of([outcome("base", 0, None, 0.1), outcome("rpt", 0, 2 * BUDGET, 0.1)]), path)
     with pytest.raises(UserError, match=r"--results=.*is not of this study: it has 'rpt, seed 0, budget 2\.4e11'"):
         read_taken(path, STUDY, units)
-    write_outcomes(study([outcome("base", 0, None, 0.1)], matched_by="seconds"), path)
-    with pytest.raises(UserError, match="its budgets are in seconds, not in flops"):
-        read_taken(path, STUDY, units)
+    base = outcome("base", 0, None, 0.1)
+    other_arms = (Arm("base", "Another policy."), Arm("mine", "An arm that this study does not have."))
+    for fields, message in (
+        ({"matched_by": "seconds"}, "its matched_by is 'seconds', not 'flops'"),
+        ({"question": "Which?"}, "its question is 'Which?', not"),
+        ({"main_score": "direct/hard"}, "its main_score is 'direct/hard', not 'reasoning/hard'"),
+        ({"arms": other_arms}, "its arm 'base' is 'Another policy.', not"),
+        ({"outcomes": (dataclasses.replace(base, scores={}),)}, "its 'base, seed 0' has no score 'reasoning/hard'"),
+    ):
+        write_outcomes(results_of([base], **fields), path)
+        with pytest.raises(UserError, match=re.escape(message)):
+            read_taken(path, STUDY, units)
     path.write_text("{}")
     with pytest.raises(UserError, match=str(path)):
         read_taken(path, STUDY, units)
@@ -87,7 +105,7 @@ def test_the_command_does_not_run_what_it_takes_over(tmp_path: Path, capfd: pyte
     config.write_text("from tests.study.test_workdir import STUDY\n\n\ndef get_config():\n    return STUDY\n")
     theirs = tmp_path / "theirs.json"
     units = [unit.unit for unit in make_plan(STUDY, tmp_path)]
-    write_outcomes(study([outcome(*dataclasses.astuple(unit), 0.5) for unit in units], ("base", "rpt", "sft")), theirs)
+    write_outcomes(results_of([outcome(*dataclasses.astuple(unit), 0.5) for unit in units]), theirs)
     workdir = tmp_path / "study"
     command = ["study", f"--config={config}", f"--workdir={workdir}"]
     assert main([*command, f"--results={theirs}"]) == ExitCode.COMPLETE
