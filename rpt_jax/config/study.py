@@ -142,7 +142,6 @@ def check_study(study: StudyConfig) -> None:
         ]
         _check_names(f"arms.{arm.name}.stages", [*(stage.name for stage in arm.stages), *reserved])
     _check_unique("seeds", study.seeds)
-    _check_unique("budgets", study.budgets)
     for reference in study.references:
         check_choice("references", reference, [arm.name for arm in study.arms])
     check_choice("matched_by", study.matched_by, MATCHED_BY)
@@ -171,6 +170,16 @@ def check_study(study: StudyConfig) -> None:
     for budget in study.budgets:
         if not (math.isfinite(budget) and budget > 0):
             raise UserError(f"budgets={study.budgets}: {budget} must be a positive number.", field="budgets")
+    if len({budget_name(budget) for budget in study.budgets}) < len(study.budgets):
+        raise UserError(
+            f"budgets={study.budgets}: two of them are equal to six digits, which the names of directories have.",
+            field="budgets",
+        )
+
+
+def budget_name(budget: float) -> str:
+    """Return a budget as the names of directories have it."""
+    return f"{budget:g}"
 
 
 def suite_run_name(suite: SuiteConfig) -> str:

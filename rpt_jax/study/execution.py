@@ -16,10 +16,9 @@ from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.signals import StopSignals
-from rpt_jax.infra.workdir import read_result
 from rpt_jax.study.file_lock import locked
 from rpt_jax.study.outcome import Failure
-from rpt_jax.study.plan import Run, UnitPlan
+from rpt_jax.study.plan import Run, UnitPlan, cost
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +85,14 @@ class Executor:
 
     def run(self, run: Run) -> None:
         """Run a command unless it is complete, or wait for another process that runs it. Raises: RunFailed, Stopped."""
-        if run.is_complete:
-            return
         if run.directory in self._failed:
             raise RunFailed(self._failed[run.directory])
         try:
-            run.directory.parent.mkdir(parents=True, exist_ok=True)
-            with locked(run.lock, self._waiting_for(run)) as lock:
-                if not run.is_complete:
-                    self._run_process(run, [*run.command, *budget_arguments(run)], lock)
+            if not run.is_complete:
+                run.directory.parent.mkdir(parents=True, exist_ok=True)
+                with locked(run.lock, self._waiting_for(run)) as lock:
+                    if not run.is_complete:
+                        self._run_process(run, [*run.command, *budget_arguments(run)], lock)
             check_budget_spent(run)
         except (RunFailed, UserError) as error:
             self._failed[run.directory] = str(error)
@@ -213,22 +211,11 @@ def budget_arguments(run: Run) -> list[str]:
 
 def check_budget_spent(run: Run) -> None:
     """Check that a run with a budget has spent it. Raises: RunFailed, if it ended before; UserError."""
-    if run.budget is None:
-        return
-    spent = sum(cost(directory)[run.budget_field] for directory in (*run.charged, run.directory))
-    if spent < run.budget:
+    if run.budget is not None and run.spent() < run.budget:
         raise RunFailed(
-            f"it ended after training.total_steps, with {spent:.4g} of the budget of {run.budget:.4g} spent: raise it in the "
-            "overrides of the stage"
+            f"it ended after training.total_steps, with {run.spent():.4g} of the budget of {run.budget:.4g} spent: raise it in "
+            "the overrides of the stage, and run the study in another --workdir, with --results for the units that are complete"
         )
-
-
-def cost(directory: Path) -> dict[str, float]:
-    """Return what the complete run in `directory` has spent, by the budget field that limits it. Raises: UserError."""
-    result = read_result(directory)
-    if result is None:
-        raise UserError(f"{directory} has no result of a finished run.", field=str(directory))
-    return {"training.flops_budget": result["flops"], "training.seconds_budget": result["seconds"]}
 
 
 def _describe_exit(code: int, run: Run) -> str:

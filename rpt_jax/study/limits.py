@@ -89,7 +89,7 @@ def _few_seeds(study: StudyOutcomes, rows: Sequence[Row]) -> Iterator[str]:
     few = [row for row in rows if 0 < row.finished < LEAST_SEEDS]
     if few:
         yield f"Fewer than {LEAST_SEEDS} seeds: {_names(study, few)}. Their spread is hardly known."
-    smallest_p = max((each.smallest_p for _, _, each in _differences(rows) if each.low is not None), default=0.0)
+    smallest_p = max((each.smallest_p for _, _, _, each in _differences(rows) if each.low is not None), default=0.0)
     if smallest_p > 1 - CONFIDENCE:
         yield (
             f"An exact permutation test of the differences with the fewest seeds cannot give a p-value below {smallest_p:.3g}: "
@@ -101,9 +101,7 @@ def _not_shown(study: StudyOutcomes, rows: Sequence[Row]) -> Iterator[str]:
     """Yield a sentence for each score with intervals that contain 0."""
     found = [
         (score, f"{_name(study, row)} minus {reference}")
-        for row in rows
-        for score, by_reference in row.differences.items()
-        for reference, difference in by_reference.items()
+        for row, score, reference, difference in _differences(rows)
         if difference.direction == 0
     ]
     for score, group in itertools.groupby(sorted(found, key=lambda item: item[0]), key=lambda item: item[0]):
@@ -115,7 +113,9 @@ def _not_shown(study: StudyOutcomes, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _several_comparisons(rows: Sequence[Row]) -> Iterator[str]:
-    intervals = sum(difference.direction is not None for _, _, difference in _differences(rows))
+    shown = [difference for _, _, _, difference in _differences(rows)]
+    shown += [difference for row in rows for difference in row.contrasts.values()]
+    intervals = sum(difference.direction is not None for difference in shown)
     if intervals > 1:
         yield (
             f"There are {intervals} intervals, without a correction for their number. Without any true difference, about "
@@ -162,12 +162,16 @@ def _scaling(study: StudyOutcomes) -> Iterator[str]:
         )
 
 
-def _differences(rows: Iterable[Row]) -> Iterator[tuple[Row, str, Difference]]:
-    """Yield every difference with its row and its score."""
+def _differences(rows: Iterable[Row]) -> Iterator[tuple[Row, str, str, Difference]]:
+    """Yield every difference with its row, its score and its reference; that of two references once, from the first row."""
+    seen = set()
     for row in rows:
         for score, by_reference in row.differences.items():
-            for difference in by_reference.values():
-                yield row, score, difference
+            for reference, difference in by_reference.items():
+                pair = (score, row.budget, frozenset((row.arm, reference)))
+                if pair not in seen:
+                    seen.add(pair)
+                    yield row, score, reference, difference
 
 
 def _name(study: StudyOutcomes, row: Row) -> str:

@@ -17,6 +17,7 @@ from rpt_jax.config.study import (
     StageConfig,
     StudyConfig,
     SuiteConfig,
+    budget_name,
     named_stages,
     suite_run_name,
 )
@@ -26,7 +27,7 @@ from rpt_jax.evaluation.run import check_task
 from rpt_jax.evaluation.stored_results import SUMMARY
 from rpt_jax.evaluation.suite import SUITES
 from rpt_jax.infra.run_format import POLICY
-from rpt_jax.infra.workdir import RESULT
+from rpt_jax.infra.workdir import RESULT, read_result
 from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, TUNING_STEP, Unit
 
 NEXT_TOKEN = "next_token"
@@ -73,6 +74,18 @@ class Run:
         """Whether its result is there."""
         return (self.directory / self.result).is_file()
 
+    def spent(self) -> float:
+        """Return what this run and those in `charged` have spent of the budget. Raises: UserError, if one is not complete."""
+        return sum(cost(directory)[self.budget_field] for directory in (*self.charged, self.directory))
+
+
+def cost(directory: Path) -> dict[str, float]:
+    """Return what the complete run in `directory` has spent, by the budget field that limits it. Raises: UserError."""
+    result = read_result(directory)
+    if result is None:
+        raise UserError(f"{directory} has no result of a finished run.", field=str(directory))
+    return {"training.flops_budget": result["flops"], "training.seconds_budget": result["seconds"]}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitPlan:
@@ -99,8 +112,10 @@ class UnitPlan:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all runs are complete."""
-        return all(run.is_complete for run in self.runs)
+        """Whether all runs are complete, and have spent their budgets. Raises: UserError, if a result is damaged."""
+        if not all(run.is_complete for run in self.runs):
+            return False
+        return all(run.budget is None or run.spent() >= run.budget for run in self.runs)
 
 
 def check_stages(study: StudyConfig) -> dict[str, Experiment]:
@@ -208,6 +223,7 @@ def config_values(study: StudyConfig, experiments: Mapping[str, Experiment]) -> 
         values[field] = list(value) if isinstance(value, tuple) else value
     values["arms"] = [arm.name for arm in study.arms]
     values |= {f"arms.{arm.name}.description": arm.description for arm in study.arms}
+    values |= {f"evaluations.{suite.evaluation_name}: suite": suite.suite for suite in study.evaluations}
     for name, experiment in experiments.items():
         values |= {f"{name}: {field}": value for field, value in leaves(experiment)}
     return values
@@ -252,8 +268,9 @@ def _units(study: StudyConfig) -> Iterator[tuple[ArmConfig, Unit]]:
 
 def _plan_unit(study: StudyConfig, arm: ArmConfig, unit: Unit, directory: Path, shared: Any) -> UnitPlan:
     # A study that grows keeps the directories that it has, so the first budget needs none.
-    is_first = _budget_index(study, unit) == 0
-    parts = (arm.name, *([] if is_first else [f"{study.matched_by}_{unit.budget:g}"]), f"seed{unit.seed}")
+    parts = [arm.name, f"seed{unit.seed}"]
+    if unit.budget and _budget_index(study, unit):
+        parts.insert(1, f"{study.matched_by}_{budget_name(unit.budget)}")
     path = directory.joinpath(*parts)
     seed = _run_seed(study, unit)
 

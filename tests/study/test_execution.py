@@ -62,6 +62,11 @@ def test_the_last_stage_gets_what_the_stages_before_leave_of_the_budget(tmp_path
     early = script_unit(tmp_path, "sft", traces, script_run(unit, "early", flops=65.0, **budget))
     late = script_unit(tmp_path, "sft", traces, script_run(unit, "late", **budget | {"budget": 30.0}))
     assert run(tmp_path, early, late) == 2
+    # Nor the next time, or by another unit that needs the same run.
+    again = script_unit(tmp_path, "other", *early.stages)
+    assert run(tmp_path, early, again) == 2 and not early.is_complete
+    failure = read_failure(again)
+    assert failure and "with 95 of the budget of 100 spent" in failure.message
     assert not (unit / "late").exists() and planned_command(late.stages[1])[-2].startswith("--config.training.flops_")
 
 

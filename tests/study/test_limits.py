@@ -6,8 +6,8 @@ import dataclasses
 
 from rpt_jax.study.comparison import compare_arms
 from rpt_jax.study.limits import GENERAL_LIMITS, headline, limits
-from rpt_jax.study.outcome import Outcome, StudyOutcomes, Unit
-from tests.helpers.study import outcome, study
+from rpt_jax.study.outcome import Contrast, Outcome, StudyOutcomes, Unit
+from tests.helpers.study import outcome, score, study
 
 WOBBLE = (0.003, 0.004, -0.004, 0.002, -0.002, -0.003)
 
@@ -66,6 +66,18 @@ def test_several_intervals_are_counted() -> None:
     both = [each for each in clear("ntp") if each.arm == "ntp"] + clear()
     found = added(study(both, ("base", "rpt", "ntp")), CLEAR)
     assert any("2 intervals" in sentence for sentence in found)
+
+
+def test_the_difference_of_two_references_is_one_interval_and_a_contrast_another() -> None:
+    both = [each for each in clear("ntp") if each.arm == "ntp"] + clear()
+    contrasts = (Contrast("reasoning/hard", "reasoning/easy"),)
+    easy = [
+        dataclasses.replace(each, scores={**each.scores, "reasoning/easy": score(0.5 + 0.01 * (i * i % 7))})
+        for i, each in enumerate(both)
+    ]
+    of = study(easy, ("base", "rpt", "ntp"), references=("base", "rpt", "ntp"), contrasts=contrasts)
+    # Three pairs of arms in one score, two in the other, where rpt and ntp have the same values, and the contrast in three arms.
+    assert any("There are 8 intervals" in sentence for sentence in specific(of))
 
 
 def test_compute_that_differs_from_the_budget_is_named() -> None:

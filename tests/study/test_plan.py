@@ -134,6 +134,7 @@ def test_units_are_selected_by_their_directories(tmp_path: Path) -> None:
         ({"arms": (BASE,)}, "budgets"),
         ({"budgets": ()}, "budgets"),
         ({"budgets": (0.0,)}, "budgets"),
+        ({"budgets": (2.0000001e12, 2.0000002e12)}, "budgets"),
         ({"seeds": (1, 1)}, "seeds"),
         ({"seeds": [0, 1]}, "seeds"),
         ({"seeds": ()}, "seeds"),
@@ -185,6 +186,7 @@ def test_a_changed_config_is_refused_by_the_field_that_differs(tmp_path: Path) -
         ({"budgets": (2 * BUDGET,)}, "budgets"),
         ({"arms": (BASE, RPT)}, "arms"),
         ({"main_score": "questions/before_tuning"}, "main_score"),
+        ({"evaluations": evaluated_by(name="next_token", suite="altered_reasoning")}, "evaluations.next_token: suite"),
         (
             {"arms": replaced(RPT, overrides=(*RPT.stages[0].overrides, "rollout.temperature=0.5"))},
             "rollout.temperature",
