@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def list_file_ranges(patterns: Sequence[str], value: str, field: str) -> list[Fi
     file_ranges = []
     unread: dict[str, list[Path]] = {}
     for mixture_part, pattern in enumerate(patterns):
-        in_folder = len(patterns) == 1 and Path(pattern).is_dir()
+        in_folder = len(patterns) == 1 and os.path.isdir(pattern)
         for path in _find_files(pattern, unread, len(patterns) > 1, field):
             if in_folder:
                 name = path.relative_to(pattern).as_posix()
@@ -92,7 +93,7 @@ def check_path(config: DataConfig) -> None:
 def check_patterns(patterns: Sequence[str], field: str) -> None:
     """Check that every path, given by the config field `field`, has a file to read. Raises: UserError."""
     for pattern in patterns:
-        if not any(not reason for _, reason in walk_matches(pattern)):
+        if not any(not reason for _, reason in walk_matches(pattern, field)):
             _find_files(pattern, {}, len(patterns) > 1, field)
 
 
@@ -106,7 +107,7 @@ def _checked_mixture(config: DataConfig) -> list[tuple[float, str]]:
 def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool, field: str) -> list[Path]:
     """Return the files to read for a part of `field`, and add the others to `unread`, by reason. Raises: UserError."""
     # A glob with `**` matches a folder and also the files in it.
-    candidates = dict(walk_matches(pattern))
+    candidates = dict(walk_matches(pattern, field))
     found = sorted(path for path, reason in candidates.items() if not reason)
     for path, reason in candidates.items():
         if reason:
@@ -116,9 +117,9 @@ def _find_files(pattern: str, unread: dict[str, list[Path]], is_mixture: bool, f
 
     where = f"{field}: part '{pattern}' of the mixture" if is_mixture else f"{field}='{pattern}'"
     reasons = f" Not read: {describe_unread(unread)}." if candidates else ""
-    if not candidates and not Path(pattern).is_dir():
+    if not candidates and not os.path.isdir(pattern):
         problem = "does not exist"
-    elif Path(pattern).is_dir():
+    elif os.path.isdir(pattern):
         problem = "is a folder without any readable file"
     else:
         problem = "matches no readable file"

@@ -19,7 +19,7 @@ FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow", ".array_record")
 _SYNONYMS = {".ndjson": ".jsonl"}
 
 # Why a file of a folder is not read.
-EVALUATION_SPLIT = "of an evaluation split (read if data.path names it)"
+EVALUATION_SPLIT = "of an evaluation split (read if the path names it)"
 DANGLING_LINK = "broken links"
 _HIDDEN = "hidden"
 _DATASETS_FILE = "of the `datasets` library, without documents"
@@ -48,20 +48,20 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSED_ENDINGS
 
 
-def why_not_read(path: Path) -> str:
-    """Return why a file is not read in any folder; "" if it is read."""
+def why_not_read(path: Path, field: str) -> str:
+    """Return why a file is not read in any folder; "" if it is read. Raises: UserError, about the config field."""
     if not path.exists():
         return DANGLING_LINK
     if not path.is_file():
         return "neither files nor folders"
-    if path.name in _DATASETS_FILES or _is_dataset_cache(path):
+    if path.name in _DATASETS_FILES or _is_dataset_cache(path, field):
         return _DATASETS_FILE
     if file_format(path) in FORMATS:
         return "" if path.stat().st_size else "empty files"
     return f"{''.join(path.suffixes[-1:])} files" if path.suffix else "files without an ending"
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, str]]:
+def _walk(root: Path, field: str) -> Iterator[tuple[Path, str]]:
     """Yield everything below a folder and why it is not read, "" if it is. Hidden folders are yielded as a whole.
 
     Links are followed; a folder that several links lead to is read once.
@@ -71,9 +71,8 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"data.path: cannot list the folder {error.filename}: {error.strerror}. Make it readable or remove it from the "
-            "corpus.",
-            field="data.path",
+            f"{field}: cannot list the folder {error.filename}: {error.strerror}. Make it readable or leave it out.",
+            field=field,
         )
 
     visited = set()
@@ -94,18 +93,20 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
         is_evaluation = folder in evaluation_folders
         evaluation_folders.update(folder / name for name in subfolders if is_evaluation or name in evaluation_names)
         for file in (file for file in files if file not in INDEX_FILES):
-            reason = _HIDDEN if _is_hidden(file) else why_not_read(folder / file)
+            reason = _HIDDEN if _is_hidden(file) else why_not_read(folder / file, field)
             if not reason and (is_evaluation or file in evaluation_names):
                 reason = EVALUATION_SPLIT
             yield folder / file, reason
 
 
-def walk_matches(pattern: str) -> Iterator[tuple[Path, str]]:
+def walk_matches(pattern: str, field: str) -> Iterator[tuple[Path, str]]:
     """Yield what a file, folder or glob stands for and why it is not read, "" if it is.
 
     A glob leaves out the hidden folders and the evaluation splits that it matches, unless its own text names one.
+
+    Raises: UserError, about the config field, if a folder cannot be read.
     """
-    is_glob = not Path(pattern).exists()
+    is_glob = not os.path.exists(pattern)
     root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
     names_split = bool(_SPLIT_WORD.search(pattern.removeprefix(str(root))))
     splits_of: dict[Path, set[str]] = {}
@@ -132,7 +133,7 @@ def walk_matches(pattern: str) -> Iterator[tuple[Path, str]]:
             yield hidden, _HIDDEN
             continue
         is_left_out = is_glob and not names_split and is_of_evaluation_split(match)
-        for path, reason in _walk(match) if match.is_dir() else [(match, why_not_read(match))]:
+        for path, reason in _walk(match, field) if match.is_dir() else [(match, why_not_read(match, field))]:
             yield path, EVALUATION_SPLIT if is_left_out and not reason else reason
 
 
@@ -150,18 +151,21 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_dataset_cache(path: Path) -> bool:
-    """Return whether an .arrow file is a cache in a folder that the `datasets` library saved, not one of its data files."""
+def _is_dataset_cache(path: Path, field: str) -> bool:
+    """Return whether an .arrow file is a cache in a folder that the `datasets` library saved, not one of its data files.
+
+    Raises: UserError, about the config field.
+    """
     state = path.with_name(_STATE)
     if file_format(path) != ".arrow" or not state.is_file():
         return False
     try:
         return path.name not in {file["filename"] for file in json.loads(state.read_bytes())["_data_files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise read_error(state, 1, error) from error
+        raise read_error(state, 1, error, field) from error
 
 
-def read_error(path: Path, line: int, error: Exception, field: str = "data.path") -> UserError:
+def read_error(path: Path, line: int, error: Exception, field: str) -> UserError:
     """Return the `UserError` for a file, given by the config field `field`, that cannot be read beyond `line`."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return UserError(

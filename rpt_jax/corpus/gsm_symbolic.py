@@ -41,7 +41,7 @@ class GsmSymbolicOptions:
 
 
 @CORPUS_SOURCES.register("gsm_symbolic", options=GsmSymbolicOptions, check=lambda config: load_templates())
-def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> list[Document]:
+def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter, section: str = "data") -> list[Document]:
     """Generate problems with worked solutions, holding out combinations of numbers and whole templates.
 
     A hash of the sorted numbers of a problem decides whether it may be trained on, regardless of its template: no combination
@@ -50,6 +50,7 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
     Args:
       config: `seed`, `held_out_documents` and `source_options` are read.
       skipped: counts the discarded draws by reason.
+      section: that has the options, for messages.
 
     Raises: UserError, if a package is missing or the templates cannot generate enough different documents.
     """
@@ -59,10 +60,11 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
     templates = load_templates()
     numbers = Random(f"{config.seed}:templates").sample(sorted(templates), len(templates))
     if options.held_out_templates >= len(numbers):
+        field = f"{section}.source_options.held_out_templates"
         raise UserError(
-            f"data.source_options.held_out_templates={options.held_out_templates} leaves no template to train on: "
-            f"gsm_symbolic has {len(numbers)} templates. Choose at most {len(numbers) - 1}.",
-            field="data.source_options.held_out_templates",
+            f"{field}={options.held_out_templates} leaves no template to train on: gsm_symbolic has {len(numbers)} templates. "
+            f"Choose at most {len(numbers) - 1}.",
+            field=field,
         )
     unseen = {number: templates[number] for number in numbers[: options.held_out_templates]}
     seen = {number: templates[number] for number in numbers[options.held_out_templates :]}
@@ -74,8 +76,8 @@ def generate_gsm_symbolic(config: DataConfig, skipped: collections.Counter) -> l
     # Generate the documents of the other templates, and then those of the held-out ones.
     quotas = {"train": options.documents, "held_out": config.held_out_documents}
     unseen_quotas = {"unseen": config.held_out_documents // 3 if unseen else 0}
-    drawn = _draw(seen, config.seed, quotas, split_by_numbers, skipped)
-    drawn |= _draw(unseen, config.seed, unseen_quotas, lambda problem: "unseen", skipped)
+    drawn = _draw(seen, config.seed, quotas, split_by_numbers, skipped, section)
+    drawn |= _draw(unseen, config.seed, unseen_quotas, lambda problem: "unseen", skipped, section)
     return [
         dataclasses.replace(document, split=SPLITS.index(split), key=document.group if split == "unseen" else "")
         for split, documents in drawn.items()
@@ -104,6 +106,7 @@ def _draw(
     quotas: dict[str, int],
     split_of: Callable[[str], str],
     skipped: collections.Counter,
+    section: str,
 ) -> dict[str, list[Document]]:
     """Draw from the templates in turn until every split has its quota.
 
@@ -115,6 +118,7 @@ def _draw(
       quotas: number of documents for each split.
       split_of: the split that a problem belongs to.
       skipped: counts the discarded draws by reason.
+      section: that has the options, for messages.
 
     Returns: the documents of each split. Raises: UserError, if a quota is not reached.
     """
@@ -152,6 +156,6 @@ def _draw(
     found = ", ".join(f"{len(drawn[split])} of {quota} for {split}" for split, quota in quotas.items())
     raise UserError(
         f"gsm_symbolic generated too few different documents in {limit} draws: {found}. "
-        "Lower data.source_options.documents or data.held_out_documents.",
-        field="data.source_options.documents",
+        f"Lower {section}.source_options.documents, or the number of held-out documents.",
+        field=f"{section}.source_options.documents",
     )

@@ -56,7 +56,7 @@ def read_file_range(file_range: FileRange, config: DataConfig) -> Iterator[Docum
     try:
         file_key = _file_key(path) if config.group_by == BY_FILE or file_format(path) == ".txt" else ""
     except Exception as error:  # noqa: BLE001 - as in `parse_file_range`.
-        raise read_error(path, 1, error) from error
+        raise read_error(path, 1, error, "data.path") from error
     check = functools.partial(_check_text, config=config)
     for record in parse_file_range(file_range, document_parser(config), check):
         if isinstance(record, Rejected):
@@ -274,52 +274,48 @@ def _read_json(file: io.BufferedReader, file_range: FileRange, parser: RecordPar
 
 
 def _read_csv(file: io.BufferedReader, file_range: FileRange, parser: RecordParser) -> RecordStream:
-    """Yield the rows of a table whose first line that is not blank names the columns, by row number."""
-    import pyarrow.csv
+    """Yield the rows of a table whose first line that is not blank names the columns, by row number.
 
+    Raises: ValueError, if a quote is not closed: it would take the rest of the file for one value.
+    """
+    if file.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+    csv.field_size_limit(min(_longest_record(parser), 2**31 - 1))
+    # Latin-1 maps every byte to a character, so a row that is not UTF-8 is rejected by itself.
     delimiter = "\t" if file_format(file_range.path) == ".tsv" else ","
-    header = ""
-    while not header.strip() and (line := file.readline()):
-        header = line.decode("utf-8", "replace").removeprefix(BYTE_ORDER_MARK)
-    names = next(csv.reader([header], delimiter=delimiter), [])
-    if not file.peek(1):
-        return
-    invalid: dict[int, Any] = {}
-
-    def keep_invalid(row: Any) -> str:
-        invalid[row.number] = row
-        return "skip"
-
-    # Rows that are invalid are passed to `keep_invalid` as strings. Latin-1 maps every byte to a character, so this never fails.
-    batches = pyarrow.csv.open_csv(
-        codecs.EncodedFile(file, "utf-8", "latin-1"),
-        # Rows are numbered in one thread only. A row must fit in a block.
-        read_options=pyarrow.csv.ReadOptions(
-            column_names=names, use_threads=False, block_size=2 * parser.max_bytes + 2**20
-        ),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep_invalid
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pyarrow.binary()),
-            include_columns=parser.columns(names),
-        ),
-    )
+    rows = csv.reader(io.TextIOWrapper(file, "latin-1", newline=""), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    columns: set[str] = set()
     number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            record = {name: value.decode("utf-8").encode("latin-1") for name, value in row.items()}
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if str(error) == "unexpected end of data":
+                raise ValueError("a value begins with a quote there, and no quote ends it") from None
             number += 1
-            while number in invalid:
-                yield number, _wrong_number_of_columns(invalid.pop(number))
-                number += 1
-            yield number, parser.parse(record)
-    yield from ((number, _wrong_number_of_columns(row)) for number, row in sorted(invalid.items()))
+            reason = "too long" if "field limit" in str(error) else "not CSV"
+            yield number, InvalidRecordError(reason, f"is not CSV: {error}.")
+            continue
+        if not names:
+            if any(name.strip() for name in row):
+                names = [name.encode("latin-1").decode("utf-8", "replace") for name in row]
+                columns = set(parser.columns(names))
+        elif row:
+            number += 1
+            yield number, _parse_row(row, names, columns, parser)
 
 
-def _wrong_number_of_columns(row: Any) -> InvalidRecordError:
-    detail = f"has {row.actual_columns} columns, and the first line has {row.expected_columns}."
-    return InvalidRecordError("wrong number of columns", detail)
+def _parse_row(row: list[str], names: list[str], columns: set[str], parser: RecordParser) -> Any:
+    """Return what is made of a row that was decoded as Latin-1, or an `InvalidRecordError`."""
+    if len(row) != len(names):
+        detail = f"has {len(row)} columns, and the first line has {len(names)}."
+        return InvalidRecordError("wrong number of columns", detail)
+    return parser.parse(
+        {name: value.encode("latin-1") for name, value in zip(names, row, strict=True) if name in columns}
+    )
 
 
 # --- tables and records -------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def generate_worked_solutions(config: QuestionsConfig) -> Iterator[SourceQuestio
         source_options=GsmSymbolicOptions(documents=options.documents, held_out_templates=options.held_out_templates),
     )
     asked = set()
-    for document in generate_gsm_symbolic(data, collections.Counter()):
+    for document in generate_gsm_symbolic(data, collections.Counter(), "questions"):
         question = ask_for_last_result(document)
         # Documents may differ only in what follows the last result.
         if question and question.text not in asked:

@@ -115,6 +115,29 @@ def test_rows_of_a_table_with_another_number_of_columns_are_rejected_at_their_pl
     assert texts_or_reasons(tmp_path / "a.csv", text_field="problem")[0] == "no such field"
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "row"),
+    [
+        ("a.csv", b'text,id\na,1\n"never closed,2\nb,3\nc,4\n', 2),
+        ("a.csv", b'text,id\na,1\nb,"trunca', 2),
+        ("a.csv", b'text,id\n"a ""b"",1\n', 1),
+        ("a.tsv", b'text\tid\n"Well\t1\nb\t2\n', 1),
+    ],
+)
+def test_a_quote_that_is_not_closed_is_refused_at_its_row(tmp_path: Path, name: str, data: bytes, row: int) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"cannot read .*{name}:{row}: a value begins with a quote") as raised:
+        read(tmp_path / name)
+    assert raised.value.field == "data.path"
+
+
+def test_a_row_of_a_table_that_is_no_csv_or_too_long_is_rejected_by_itself(tmp_path: Path) -> None:
+    rows = [b"text,id", b'"a\nb ""c""",1', b'"d"e,2', b"f" * 200_000 + b",3", b'g "h",4']
+    (tmp_path / "a.csv").write_bytes(b"\r\n".join(rows))
+    assert texts_or_reasons(tmp_path / "a.csv", max_document_bytes=1000) == ['a\nb "c"', "not CSV", "too long", 'g "h"']
+    assert texts_or_reasons(tmp_path / "a.csv", max_document_bytes=2**31 - 1)[2] == "f" * 200_000
+
+
 @pytest.mark.parametrize("data", [b"\n", b"text,id", b"text,id\n", b"text,id\n\n\n"])
 def test_a_table_without_rows_has_no_documents(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(data)

@@ -198,6 +198,7 @@ def test_a_line_that_is_not_json_is_rejected(tmp_path: Path):
         (lambda folder: {"path": str(folder / "missing.jsonl")}, "questions.path"),
         (lambda folder: {"path": str(folder / "empty.jsonl")}, "questions.path"),
         (lambda folder: {"path": f"{folder / 'ok.jsonl'},"}, "questions.path"),
+        (lambda folder: {"path": str(folder / "damaged")}, "questions.path"),
         (
             lambda folder: {"path": str(folder / "ok.jsonl"), "test_path": str(folder / "x.jsonl")},
             "questions.test_path",
@@ -207,6 +208,9 @@ def test_a_line_that_is_not_json_is_rejected(tmp_path: Path):
 )
 def test_missing_and_empty_files_are_refused_before_anything_is_read(tmp_path: Path, make: Any, field: str):
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "damaged").mkdir()
+    for name in ("data.arrow", "state.json"):
+        (tmp_path / "damaged" / name).write_text("{")
     (tmp_path / "ok.jsonl").write_bytes(json_lines([VALID]))
     with pytest.raises(UserError) as raised:
         check_question_files(QuestionsConfig(**make(tmp_path)))
