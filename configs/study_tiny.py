@@ -2,7 +2,7 @@
 
 Command   python -m rpt_jax.study --config=configs/study_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      4.5 hours for 74 of the 92 units, two at a time (--part=0/2 and 1/2, each on one core), 29 November 2026
+Time      6 hours, two units at a time (--part=0/2 and 1/2, each on one core), 29 November 2026
 Results   docs/results/study.md
 
 The largest budget is that of 180 of the 210 steps of configs/rpt_tiny.py, 4.9e10 FLOPs each. The learning rates were chosen by
