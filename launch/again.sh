@@ -31,7 +31,7 @@ again() {
             kill -0 "$child" 2>/dev/null || break
         done
         case $stopping$code in
-            75 | 1[2-9][0-9]) ;;
+            75 | 129 | 1[3-9][0-9]) ;;
             *) return "$code" ;;
         esac
         [ "$code" = 137 ] && ((++kills)) || kills=0

@@ -13,6 +13,7 @@
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${RPT_VENV:-$root/.venv}
+venv=${venv%/}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=$venv/bin/python
 # One line for each requirements file that has been installed, or "incomplete" while the environment is being made.

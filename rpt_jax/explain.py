@@ -47,6 +47,13 @@ def _count(text: str) -> int:
     return number
 
 
+def _seed(text: str) -> int:
+    """Return a number that a seed can be. Raises: ValueError."""
+    if not 0 <= (number := int(text)) < 2**32:
+        raise ValueError(text)
+    return number
+
+
 def _temperature(text: str) -> float:
     """Return a number above 0. Raises: ValueError."""
     if not 0 < (number := float(text)) < float("inf"):
@@ -80,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=_count, default=8, help="responses at a position (default: %(default)s)")
     parser.add_argument("--temperature", type=_temperature, help="of sampling; default: that of the config")
     parser.add_argument("--length", type=_count, help="tokens of a response, at most; default: those of the config")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of sampling (default: %(default)s)")
     parser.add_argument("--out", type=user_path, default=Path("explain.html"), help="the page (default: %(default)s)")
     parser.add_argument(
         "--compilation_cache",
@@ -129,12 +136,15 @@ def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.infra.atomic_write import atomic_write
     from rpt_jax.infra.compilation_cache import chosen_directory, compilation_cache
     from rpt_jax.infra.compilation_progress import CompilationProgress
+    from rpt_jax.infra.disk import check_writable
     from rpt_jax.infra.jax_settings import check_platforms, needed_jax_settings
     from rpt_jax.infra.out_of_memory import explain_out_of_memory
     from rpt_jax.setup import find_policy, load_starting_policy, mesh_from_config
     from rpt_jax.sizes.plan import plan_run
 
     # --- Read what was asked for -------------------------------------------------------------------
+    check_writable(options.out.parent, "--out")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     given = str(
         fetch(options.policy, "--policy", skip=LARGE_FOLDERS) if options.policy else packaged_configs() / "tiny"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> Text:
             field="--text",
         )
     ends = window_ends(np.array([len(ids)]), max_tokens)
-    return Text(name=path.name, windows=[window.tolist() for window in np.split(ids, ends[:-1])])
+    return Text(name=readable(os.fsencode(path.name)), windows=[window.tolist() for window in np.split(ids, ends[:-1])])
 
 
 def window_tokens(experiment: Experiment, policy: Transformer) -> int:

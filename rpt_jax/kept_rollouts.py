@@ -10,10 +10,11 @@ import numpy as np
 
 from rpt_jax.evaluation.next_token import EvaluatedPart
 from rpt_jax.evaluation.predictions import read_prediction
+from rpt_jax.rewards.responses import split_response, status_name
 from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.rollouts import Ended
 from rpt_jax.sizes.kept_rollouts import CONTEXT_CHARACTERS
-from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
+from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -130,23 +131,17 @@ def _rollout(rewarded: RewardedRollouts, p: int, g: int, reading: RolloutReading
     length = int(rollouts.lengths_PxG[p, g])
     token_ids = rollouts.tokens_PxGxT[p, g, :length].tolist()
     finished = bool(rollouts.ended_PxG[p, g] != Ended.LENGTH)
-    # The end of thinking is either the special token or its spelling. The last one counts.
-    before, ended, after = tokenizer.response_bytes(token_ids).rpartition(END_THINK.encode())
+    reasoning, answer = split_response(tokenizer.response_bytes(token_ids))
     box = read_prediction(token_ids, tokenizer.pieces, tokenizer.end_think_id, finished, reading.box).content
     return {
         "status": status_name(reading.statuses(rewarded.status_PxG[p, g])),
         "reward": float(rewarded.reward_PxG[p, g]),
         "length": length,
         "logprob": float(np.sum(rollouts.logprobs_PxGxT[p, g, :length], dtype=np.float64)),
-        "reasoning": readable(before if ended else after),
-        "answer": readable(after) if ended else None,
+        "reasoning": readable(reasoning),
+        "answer": None if answer is None else readable(answer),
         "prediction": None if box is None else readable(box),
     }
-
-
-def status_name(status: enum.IntEnum) -> str:
-    """Return the name of a status as it is shown, such as "wrong bytes"."""
-    return status.name.lower().replace("_", " ")
 
 
 def rollout_schema() -> pa.Schema:

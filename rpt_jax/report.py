@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv[1:])
     try:
         check_local_path("--output", options.output)
+        if options.serve:
+            for location in options.workdir:
+                check_local_path("--workdir", location)
         import_jax()
         workdirs = [_find_workdir(location) for location in options.workdir]
         if studies := [workdir for workdir in workdirs if (workdir / STUDY_RESULTS).exists()]:
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
             _serve(workdirs, options.port)
         else:
             _write(workdirs, options.output)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(with_urls(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
@@ -100,7 +103,7 @@ def _write(workdirs: list[Path], output: Path | None) -> None:
         try:
             for plot in write_plots(workdir):
                 print(plot)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"warning: not all plots could be drawn: {error}", file=sys.stderr)
 
 

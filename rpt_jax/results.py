@@ -23,9 +23,10 @@ from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.storage import named_by_urls
 from rpt_jax.infra.workdir import RESULT
 from rpt_jax.prompts.builder import PromptBatch
+from rpt_jax.rewards.responses import split_response, status_name
 from rpt_jax.rewards.rewarder import RewardedRollouts
 from rpt_jax.rollout.dynamic_sampling import first_prompts
-from rpt_jax.tokenizers.tokenizer import END_THINK, Tokenizer
+from rpt_jax.tokenizers.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -132,16 +133,15 @@ def rollout_texts(
     texts = []
     for i, truth in enumerate(truths(rows.prompts)):
         response = rows.rollouts.tokens_PxGxT[i, 0, : rows.rollouts.lengths_PxG[i, 0]].tolist()
-        # The end of thinking is either the special token or its spelling. The reward accepts both.
-        reasoning, ended, prediction = tokenizer.response_bytes(response).partition(END_THINK.encode())
+        reasoning, prediction = split_response(tokenizer.response_bytes(response))
         texts.append(
             RolloutText(
                 prompt=tokenizer.token_bytes(rows.prompts.tokens_PxS[i, : rows.prompts.lengths_P[i]]),
                 reasoning=reasoning,
-                prediction=prediction if ended else None,
+                prediction=prediction,
                 truth=truth,
                 reward=float(rows.reward_PxG[i, 0]),
-                status=statuses(rows.status_PxG[i, 0]).name.lower().replace("_", " "),
+                status=status_name(statuses(rows.status_PxG[i, 0])),
             )
         )
     return texts

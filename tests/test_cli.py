@@ -63,6 +63,20 @@ def test_help_suits_a_closed_pipe_and_an_ascii_console(module: str) -> None:
     assert (process.returncode, errors) == (0, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["rpt_jax.evaluate", "--help"], 0), (["rpt_jax.main", "--config=nowhere.py"], 2)],
+)
+def test_a_full_disk_behind_the_output_does_not_change_the_exit_code(arguments: list[str], code: int) -> None:
+    command = [sys.executable, "-m", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=CHILD_SECONDS)
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert code or "warning: the standard output cannot be written (No space left on device)" in done.stderr
+        assert subprocess.run(command, stdout=full, stderr=full, timeout=CHILD_SECONDS).returncode == code
+
+
 def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
     # `>&-` closes it, so that Python has no sys.stdout.
     command = f"{sys.executable} -m rpt_jax.cli train --help >&-"

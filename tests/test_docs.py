@@ -73,7 +73,10 @@ def commands_of(page: Path) -> list[tuple[str, list[str]]]:
     ):
         words = shlex.split(arguments, comments=True)
         configs = [word.partition("=")[2] for word in words if word.startswith("--config=")]
-        if any((ROOT / config).is_file() for config in configs) or (module, "--results" in arguments) == ("evaluate", True):
+        if any((ROOT / config).is_file() for config in configs) or (module, "--results" in arguments) == (
+            "evaluate",
+            True,
+        ):
             commands.append((module or "main", words))
     return commands
 

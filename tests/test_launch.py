@@ -144,7 +144,7 @@ def test_simultaneous_launches_install_once(clone: Clone) -> None:
 
 @stand_in
 def test_environment_can_live_elsewhere(clone: Clone, tmp_path: Path) -> None:
-    assert clone.run("launch/test.sh", cwd=tmp_path, RPT_VENV="other place/env")[0] == 7
+    assert clone.run("launch/test.sh", cwd=tmp_path, RPT_VENV="other place/env/")[0] == 7
     assert (tmp_path / "other place" / "env" / "requirements.stamp").exists()
     assert not clone.venv.exists()
 

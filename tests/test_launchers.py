@@ -115,6 +115,7 @@ def run_again(tmp_path: Path, endings: str, restarts: str = "9") -> tuple[int, i
         ("'exit 75' 'exit 75' 'exit 0'", 0, 3),
         ("'kill -KILL $$' 'kill -ABRT $$' 'exit 0'", 0, 3),
         ("'exit 2'", 2, 1),
+        ("'exit 120'", 120, 1),
         ("'exit 75' 'exit 3'", 3, 2),
         ("'exit 1'", 1, 1),
         ("'kill -KILL $$' 'exit 75' 'kill -KILL $$' 'kill -KILL $$' 'kill -KILL $$' 'exit 0'", 137, 5),

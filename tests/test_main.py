@@ -58,6 +58,7 @@ def test_help_lists_the_flags_and_the_exit_codes(capsys: pytest.CaptureFixture[s
         (["--config=configs/rpt_tiny.py", "--stall_seconds=nan"], "--stall_seconds=nan must be a number, at least 1."),
         (["--config=configs/rpt_tiny.py", "--join_seconds=inf"], "--join_seconds=inf must be a number, at least 1."),
         (["--config=configs/rpt_tiny.py", "--processes=x"], "--processes=x must be an integer."),
+        (["--config=configs/rpt_tiny.py", "--flagfile=no/such"], "no/such"),
         (["--config=configs/rpt_tiny.py", "--force=maybe"], "--force=maybe must be true or false."),
         (["--config=configs/rpt_tiny.py", "--workdr=x"], "Did you mean '--workdir'"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -14,13 +15,19 @@ from rpt_jax.infra.gpu_settings import has_gpu, set_gpu_defaults
 
 
 class _Pipe(io.FileIO):
-    """A file descriptor to which writing goes on, to nowhere, after its reader has left, as in `rpt --help | head -1`."""
+    """A file descriptor to which writing goes on, to nowhere, once it fails: a full disk behind a log must not end a run.
+
+    That a reader has left, as in `rpt --help | head -1`, is not worth a warning.
+    """
 
     def write(self, data: object, /) -> int:
         try:
             return super().write(data)  # pyright: ignore[reportArgumentType]
-        except BrokenPipeError:
+        except OSError as error:
             _discard_output(self.fileno())
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                with contextlib.suppress(OSError):
+                    os.write(2, f"warning: the standard output cannot be written ({error.strerror})\n".encode())
             return super().write(data)  # pyright: ignore[reportArgumentType]
 
 

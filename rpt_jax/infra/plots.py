@@ -194,7 +194,7 @@ def _base_accuracy(path: Path) -> dict[str, float]:
     try:
         direct = json.loads(path.read_bytes())["before"]["direct"]
         return {level: 100.0 * direct[level]["accuracy"] for level in DIFFICULTIES if direct[level]["positions"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} does not hold a number before.direct.DIFFICULTY.accuracy and .positions for each of "
             f"{', '.join(DIFFICULTIES)} ({type(error).__name__}: {error}). It is written at the end of a training run.",
@@ -232,7 +232,8 @@ def _curve(axes: Axes, steps_N: np.ndarray, values_N: np.ndarray, color: str) ->
     marker = "." if len(steps_N) < 20 else ""  # Without markers, a run of one step would show nothing.
     axes.plot(steps_N, values_N, color=color, alpha=0.35, linewidth=1, marker=marker, label="each step")
     axes.plot(steps_N, smooth_N, color=color, label=f"moving mean of width {width}")
-    axes.set_ylim(0, 1.08 * (values_N.max() or 1.0))
+    low, high = min(0.0, values_N.min()), max(0.0, values_N.max())
+    axes.set_ylim(1.08 * low, 1.08 * (high if high > low else 1.0))
 
 
 def _plot_reward(metrics: _Metrics, prompts: str) -> Figure:

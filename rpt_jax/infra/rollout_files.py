@@ -48,7 +48,7 @@ class RolloutFiles:
     """Writes tables of rollouts in the background. A run that resumes leaves the same files as one that was not interrupted.
 
     Rows stay in memory until their file is complete; `flush` writes the files that are not. If a file cannot be written, as on a
-    full disk, that is a warning, and its rows are written with its next ones: the run goes on without them. Any other error is
+    full disk, that is a warning: the run goes on, and its rows are written with the next ones. Any other error is
     raised by the next call. With several processes, only the leader writes.
     """
 
@@ -68,7 +68,8 @@ class RolloutFiles:
         self._tables: dict[str, list[pa.Table]] = collections.defaultdict(
             list
         )  # Of the open files; used by the thread.
-        self._changed: set[str] = set()  # Open files with rows that are not on disk; used by the thread.
+        self._changed: set[str] = set()  # Files with rows that are not on disk; used by the thread.
+        self._complete: set[str] = set()  # Those of them that get no more rows; used by the thread.
         self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         if is_leader():
@@ -102,9 +103,8 @@ class RolloutFiles:
         """Write the file `name`, to which no more rows are added."""
 
         def write_and_forget() -> None:
+            self._complete.add(name)
             self._write(name)
-            self._tables.pop(name, None)
-            self._changed.discard(name)
 
         self._submit(write_and_forget)
 
@@ -162,27 +162,28 @@ class RolloutFiles:
             self._write(name)
 
     def _write(self, name: str) -> None:
-        """Write all rows of an open file. An OSError is logged."""
+        """Write all rows of an open file, and forget them if it is complete. An OSError is logged, and they are kept."""
         import pyarrow as pa  # Takes half a second to import.
 
-        if name not in self._changed:
-            return
-        table = pa.concat_tables(self._tables[name]).combine_chunks()
-        self._tables[name] = [table]
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            write_table(self._directory / name, table)
-        except OSError as error:
-            logger.warning(
-                "%s could not be written (%s); the run goes on.", self._directory / name, error.strerror or error
-            )
-        else:
+        if name in self._changed:
+            table = pa.concat_tables(self._tables[name]).combine_chunks()
+            self._tables[name] = [table]
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                write_table(self._directory / name, table)
+            except OSError as error:
+                logger.warning(
+                    "%s could not be written (%s); the run goes on.", self._directory / name, error.strerror or error
+                )
+                return
             self._changed.discard(name)
+        if name in self._complete:
+            self._complete.discard(name)
+            self._tables.pop(name, None)
 
     def _truncate(self, workdir: Path, step: int) -> None:
         """Delete the rows of steps after `step`, and open the file that the next step belongs to."""
-        kinds = {path.name.rpartition("_")[0] for path in self._directory.glob(f"*_*{_SUFFIX}")}
-        for kind in kinds:
+        for kind in (TRAINING, EVALUATION, TEXT):
             for first, path in rollout_files(workdir, kind).items():
                 if first > step:
                     path.unlink()
@@ -194,8 +195,9 @@ class RolloutFiles:
             rows = read_table(path, ["step"]).num_rows
             kept = read_table(path, filters=[("step", "<=", step)]).combine_chunks()
         except (OSError, ValueError, KeyError) as error:
-            logger.warning("%s is damaged (%s) and is deleted.", path, error)
-            path.unlink()
+            kept_as = path.with_name(f"{path.name}.damaged")
+            logger.warning("%s is damaged (%s) and is kept as %s.", path, error, kept_as.name)
+            path.replace(kept_as)
             return
         if kept.num_rows < rows:
             self._changed.add(path.name)

@@ -6,6 +6,7 @@ batches on the device. A test compares the two.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,17 @@ from rpt_jax.questions.text import last_box
 from rpt_jax.tokenizers.tokenizer import END_THINK
 
 _END_THINK = END_THINK.encode()
+
+
+def split_response(text: bytes) -> tuple[bytes, bytes | None]:
+    """Return the reasoning of a response and what follows the last `</think>`; None if there is none."""
+    reasoning, marker, answer = text.rpartition(_END_THINK)
+    return (reasoning, answer) if marker else (text, None)
+
+
+def status_name(status: enum.IntEnum) -> str:
+    """Return the name of a status as it is shown, such as "wrong bytes"."""
+    return status.name.lower().replace("_", " ")
 
 
 class Response(NamedTuple):

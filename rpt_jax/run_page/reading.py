@@ -35,6 +35,7 @@ RESPONSE_CHARACTERS = 4000  # Shown of the reasoning; the middle of a longer one
 ROLLOUT_CHARACTERS = 2_000_000
 EVALUATION_CHARACTERS = 1_800_000
 _CHARACTERS_PER_ROLLOUT = 120  # Of a row in the page beside its texts.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)  # Of a file that is damaged, or lacks a column or values.
 _PROMPT = ("step", "split", "source", "window", "position")  # What the rollouts of a prompt have in common.
 _SHOWN = ("sample", "status", "reward", "length", "logprob", "reasoning", "answer", "prediction")
 
@@ -139,6 +140,10 @@ def _read_config(run: RunData, workdir: Path) -> None:
 def _read_result(run: RunData, workdir: Path) -> None:
     if (workdir / RESULT).exists():
         run.result = _read_json(run, workdir / RESULT)
+        seconds = run.result.get("wall_seconds", 0.0)
+        if not isinstance(seconds, int | float):
+            run.problems.append(f"{RESULT} has wall_seconds={seconds!r}, which is no number.")
+            del run.result["wall_seconds"]
 
 
 def _read_metrics(run: RunData, workdir: Path) -> None:
@@ -212,18 +217,17 @@ def _read_training(run: RunData, workdir: Path, characters: int) -> None:
     for path in files.values():
         try:
             keys = read_table(path, ["step", "prompt", "length"])
-        except (OSError, ValueError) as error:
+            steps_N, prompts_N, lengths_N = (keys[name].to_numpy() for name in ("step", "prompt", "length"))
+        except _UNREADABLE as error:
             run.problems.append(f"{path.name} cannot be read ({error}).")
             continue
         readable.append(path)
-        steps_N = keys["step"].to_numpy()
-        prompts_N = keys["prompt"].to_numpy()
         for step in np.unique(steps_N):
             prompts_of[int(step)] = int(prompts_N[steps_N == step].max()) + 1
         rows += keys.num_rows
         # A token has about four characters.
-        lengths_N = np.minimum(4 * keys["length"].to_numpy().astype(np.int64), RESPONSE_CHARACTERS)
-        size += int(lengths_N.sum()) + keys.num_rows * _CHARACTERS_PER_ROLLOUT
+        characters_N = np.minimum(4 * lengths_N.astype(np.int64), RESPONSE_CHARACTERS)
+        size += int(characters_N.sum()) + keys.num_rows * _CHARACTERS_PER_ROLLOUT
     total = sum(prompts_of.values())
     if not total:
         return
@@ -239,7 +243,7 @@ def _read_training(run: RunData, workdir: Path, characters: int) -> None:
         run.left_out.append(f"{chosen:,} of {total:,} kept prompts of training steps are shown; all are in rollouts/.")
     filters = [("step", "in", set(steps)), ("prompt", "<", per_step)]
     for path in readable:
-        run.groups += group_rollouts(read_table(path, filters=filters).to_pylist(), TRAINING)
+        run.groups += _read_groups(run, path, TRAINING, filters)
 
 
 def _read_evaluations(run: RunData, workdir: Path, characters: int) -> None:
@@ -253,8 +257,7 @@ def _read_evaluations(run: RunData, workdir: Path, characters: int) -> None:
         steps["after"] = max(evaluations)
     groups: dict[str, list[Group]] = {}
     for name, step in steps.items():
-        rows = _read_rows(run, evaluations[step])
-        groups[name] = group_rollouts(rows, name)
+        groups[name] = _read_groups(run, evaluations[step], name)
 
     # Show the same prompts of both, as many as there is room for: whole windows, if there are any.
     wanted: dict[tuple[Any, ...], int] = {}
@@ -278,10 +281,20 @@ def _read_evaluations(run: RunData, workdir: Path, characters: int) -> None:
     run.windows = [window for key, window in windows.items() if key in shown]
 
 
-def _read_rows(run: RunData, path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+def _read_groups(run: RunData, path: Path, kind: str, filters: list[tuple[str, str, Any]] | None = None) -> list[Group]:
+    """Return the groups of a file of rollouts; none, with a sentence in `problems`, if it is damaged or lacks a column."""
     try:
-        return read_table(path, columns).to_pylist()
-    except (OSError, ValueError) as error:
+        return group_rollouts(read_table(path, filters=filters).to_pylist(), kind)
+    except _UNREADABLE as error:
+        run.problems.append(f"{path.name} cannot be read ({error}).")
+        return []
+
+
+def _read_rows(run: RunData, path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of a file; none, with a sentence in `problems`, if it is damaged or lacks one of the columns."""
+    try:
+        return read_table(path).select(columns).to_pylist()
+    except _UNREADABLE as error:
         run.problems.append(f"{path.name} cannot be read ({error}).")
         return []
 
@@ -351,7 +364,7 @@ def _windows(run: RunData, workdir: Path, steps: Mapping[str, int]) -> dict[tupl
     for name, step in steps.items():
         if step not in files:
             continue
-        rows = _read_rows(run, files[step])
+        rows = _read_rows(run, files[step], ("split", "window", "token", "entropy", "direct_correct"))
         for key, tokens in itertools.groupby(rows, key=lambda row: (row["split"], row["window"])):
             of_window = list(tokens)
             window = windows.setdefault(

@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer a request."""
         contents = {"/": ("text/html", self.server.page), "/version": ("text/plain", self.server.version)}
-        if self.headers.get("Host", "").rpartition(":")[0] not in _HOSTS:
+        if self.headers.get("Host", "").partition(":")[0] not in _HOSTS:  # Without the port if it is 80.
             self.send_error(HTTPStatus.FORBIDDEN)
         elif self.path not in contents:
             self.send_error(HTTPStatus.NOT_FOUND)

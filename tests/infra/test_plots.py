@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,22 @@ def test_a_run_without_a_complete_step_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         write_plots(tmp_path)
     assert raised.value.field == str(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("rewards", [(-0.5, -0.1), (-0.5, 0.1), (0.0, 0.0), (0.1, 0.5)])
+def test_the_whole_curve_of_the_reward_is_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewards: tuple[float, float]
+) -> None:
+    figures = keep_figures(monkeypatch)
+    run = write_run(tmp_path, steps=2, every=1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "reward/drawn_mean" in line:
+            line["reward/drawn_mean"] = rewards[line["step"] % 2]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_plots(run)
+    low, high = figures["reward"].axes[0].get_ylim()
+    assert low <= min(0.0, *rewards) <= max(0.0, *rewards) <= high and low < high
 
 
 def test_the_entropies_of_hard_positions_are_visible_beside_many_easy_ones(

@@ -63,20 +63,24 @@ def test_flush_writes_an_interval_that_is_not_complete(tmp_path: Path) -> None:
     assert read_table(tmp_path / "rollouts" / "training_000001.parquet").num_rows == 18
 
 
+@pytest.mark.parametrize("interval", [1, 50])
 def test_a_full_disk_is_a_warning_and_rows_are_written_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, interval: int
 ) -> None:
     def fail(path: Path, table: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with RolloutFiles(tmp_path, -1, 50, evaluations=True) as files:
+    with RolloutFiles(tmp_path, -1, interval, evaluations=True) as files:
         with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
             patch.setattr(rollout_files, "write_table", fail)
             add(files, 1)
+            evaluate(files, 1)
             files.flush()
-        assert "No space left" in caplog.text
+        assert "No space left" in caplog.text and not list((tmp_path / "rollouts").iterdir())
         add(files, 2)
-    assert sorted(set(read_table(tmp_path / "rollouts" / "training_000001.parquet")["step"].to_pylist())) == [1, 2]
+    steps = [read_table(path)["step"].to_pylist() for path in rollout_files.rollout_files(tmp_path, TRAINING).values()]
+    assert [sorted(set(of_file)) for of_file in steps] == ([[1], [2]] if interval == 1 else [[1, 2]])
+    assert read_table(tmp_path / "rollouts" / "evaluation_000001.parquet").num_rows == 18
 
 
 def test_an_error_in_the_thread_is_raised(tmp_path: Path) -> None:
@@ -89,13 +93,24 @@ def test_an_error_in_the_thread_is_raised(tmp_path: Path) -> None:
         files.close()
 
 
-def test_a_damaged_file_is_deleted_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_set_aside_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "training_000001.parquet").write_bytes(b"PAR1 half")
     with RolloutFiles(tmp_path, 2, 50, evaluations=True) as files:
         add(files, 3)
     assert "is damaged" in caplog.text
-    assert list(training_files(tmp_path)) == ["training_000003.parquet"]
+    found = training_files(tmp_path)
+    assert list(found) == ["training_000001.parquet.damaged", "training_000003.parquet"]
+    assert found["training_000001.parquet.damaged"] == b"PAR1 half"
+
+
+def test_a_resumed_run_leaves_files_of_others_alone(tmp_path: Path) -> None:
+    with RolloutFiles(tmp_path, -1, 2, evaluations=True) as files:
+        add(files, 1, 2, 3)
+    mine = tmp_path / "rollouts" / "my_labels_2024.parquet"
+    mine.write_text("mine")
+    RolloutFiles(tmp_path, 2, 2, evaluations=True).close()
+    assert mine.read_text() == "mine" and "training_000003.parquet" not in training_files(tmp_path)
 
 
 def test_evaluations_are_not_kept_if_the_config_says_so(tmp_path: Path) -> None:

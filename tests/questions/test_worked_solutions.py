@@ -50,6 +50,8 @@ def test_impossible_options_are_refused() -> None:
         WorkedSolutionOptions(documents=0)
     assert raised.value.field == "questions.source_options.documents"
     options = WorkedSolutionOptions(held_out_templates=500)
-    with pytest.raises(UserError, match=r"questions\.source_options\.held_out_templates=500 leaves no template") as raised:
+    with pytest.raises(
+        UserError, match=r"questions\.source_options\.held_out_templates=500 leaves no template"
+    ) as raised:
         list(generate_worked_solutions(QuestionsConfig(source_options=options)))
     assert raised.value.field == "questions.source_options.held_out_templates"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rpt_jax import report
+from rpt_jax.infra.rollout_files import read_table, write_table
 from rpt_jax.run_page import reading
 from rpt_jax.run_page.build import differently_evaluated, render_page, write_page
 from rpt_jax.run_page.reading import read_run
@@ -97,6 +98,21 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_shown(tmp_path: Path
     assert bool(run.problems) != is_optional
 
 
+@pytest.mark.parametrize("name", ["training_000001", "evaluation_000006", "text_000006"])
+def test_a_file_without_a_column_is_named_and_the_rest_is_shown(tmp_path: Path, name: str) -> None:
+    path = write_run(tmp_path) / "rollouts" / f"{name}.parquet"
+    write_table(path, read_table(path).drop_columns(["split"]))
+    run = read_run(tmp_path)
+    assert run.groups and render_page([run]) and any(path.name in problem for problem in run.problems)
+
+
+def test_a_result_with_text_in_place_of_a_number_is_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path) / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "wall_seconds": "12"}))
+    run = read_run(tmp_path)
+    assert render_page([run]) and any("wall_seconds='12'" in problem for problem in run.problems)
+
+
 def test_a_run_without_a_step_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "run_config.json").write_text("{}")
     assert report.main(["report", f"--workdir={tmp_path}"]) == 0
@@ -143,6 +159,7 @@ def test_the_server_gives_a_new_version_when_the_run_has_changed(tmp_path: Path)
             file.write('{"step": 7, "reward/drawn_mean": 0.5}\n')
         assert version != get("version")
         assert data_of(get(""))["runs"][0]["metrics"]["reward/drawn_mean"][0][-1] == 7
+        assert get("", Host="127.0.0.1")  # As of a browser, if the port is 80.
         for path, headers in (("../run_config.json", {}), ("", {"Host": "other.example:80"})):
             with pytest.raises(urllib.error.HTTPError):
                 get(path, **headers)
