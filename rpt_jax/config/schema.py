@@ -240,7 +240,8 @@ class ObjectiveConfig:
 
     # Training reward, by registered name: the paper's "prefix" (Equation 3), or an alternative.
     reward: str = "prefix"
-    # Tokens of the true continuation that "info_gain", "mean_prob" and "log_prob" score.
+    # Tokens of the true continuation that "info_gain", "mean_prob" and "log_prob" score, as far as they fit into
+    # `prompt.reference_bytes`.
     reference_tokens: int = 1
     # Decay of the moving average of parameters that "info_gain" compares with.
     baseline_decay: float = 0.999

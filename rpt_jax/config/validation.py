@@ -537,11 +537,48 @@ def _check_effects(experiment: Experiment) -> None:
             "pretrain.document_weight=0 and pretrain.trace_weight=0 leave nothing to learn: set one of them to 1.",
             field="pretrain.trace_weight",
         )
+    _check_ratio(experiment)
+    objective = experiment.objective
+    if experiment.reinforces and objective.reference_tokens > experiment.prompt.reference_bytes:
+        raise UserError(
+            f"objective.reference_tokens={objective.reference_tokens} is more than the {experiment.prompt.reference_bytes} bytes "
+            "of the true continuation that a prompt keeps: raise prompt.reference_bytes.",
+            field="objective.reference_tokens",
+        )
+    questions = experiment.questions
+    if experiment.task == "rft" and objective.format_weight and not VERIFIERS[questions.verifier].requirements.box:
+        raise UserError(
+            f"objective.format_weight={objective.format_weight} rewards a box, which questions.verifier='{questions.verifier}' "
+            "does not read: set it to 0.",
+            field="objective.format_weight",
+        )
     last_step = max(experiment.training.total_steps, cold_start_steps)
     if experiment.profile.start > last_step:
         raise UserError(
             f"profile.start={experiment.profile.start} is after the last step, {last_step}: nothing would be recorded.",
             field="profile.start",
+        )
+
+
+def _check_ratio(experiment: Experiment) -> None:
+    """Refuse bounds of a probability ratio that is always 1, and a loss that assumes so where it is not. Raises: UserError."""
+    if not experiment.reinforces:
+        return
+    objective = experiment.objective
+    minibatches = experiment.training.minibatches_per_step
+    for name in ("clip_low", "clip_high", "dual_clip"):
+        value = getattr(objective, name)
+        if minibatches == 1 and value != getattr(ObjectiveConfig(), name):
+            raise UserError(
+                f"objective.{name}={value} has no effect with training.minibatches_per_step=1: the policy that is updated is the "
+                "one that has sampled, so that the ratio of their probabilities is 1.",
+                field=f"objective.{name}",
+            )
+    if minibatches > 1 and objective.loss == "reinforce":
+        raise UserError(
+            f"objective.loss='reinforce' assumes samples of the current policy, but with training.minibatches_per_step="
+            f"{minibatches} all but the first minibatch are of an earlier one: choose another loss, such as 'clip'.",
+            field="objective.loss",
         )
 
 

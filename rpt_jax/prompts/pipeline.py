@@ -170,14 +170,22 @@ def position_order(
         shuffled independently.
       seed: of the shuffling; each part has its own shuffles.
 
-    Raises: UserError, if there are more positions than can be shuffled, or too few for `per_window`.
+    Raises: UserError, if there are more positions than can be shuffled, too few for `per_window`, or weights beside it: a part's
+      epochs do not end with batches, so that a batch could have a window twice.
     """
-    orders = [
-        grain.MapDataset.source(_shuffle(positions, batch=batch, per_window=per_window, seed=(*seed, part)))
+    if weights and per_window:
+        raise UserError(
+            f"data.positions_per_window={per_window} cannot be kept in a mixture with weights: set it to 0, or leave the weights "
+            "in data.path out.",
+            field="data.positions_per_window",
+        )
+    shuffled = [
+        _shuffle(positions, batch=batch, per_window=per_window, seed=(*seed, part))
         for part, positions in enumerate(parts)
     ]
     if not weights:
-        return PositionOrder(positions=orders[0], per_pass=len(parts[0]))
+        return PositionOrder(positions=grain.MapDataset.source(shuffled[0]), per_pass=shuffled[0].per_pass)
+    orders = [grain.MapDataset.source(order) for order in shuffled]
     per_pass = min(len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True))
     return PositionOrder(positions=grain.MapDataset.mix(orders, weights), per_pass=per_pass)
 
@@ -207,9 +215,14 @@ def epoch_seed(seed: tuple[int, ...], epoch: int) -> int:
 
 
 class ShuffledEpochs:
-    """Infinite order of some items, shuffled anew in every epoch; a function of (seed, index)."""
+    """Infinite order of some items, shuffled anew in every epoch; a function of (seed, index).
+
+    Attributes:
+      per_pass: number of items, after which one comes again.
+    """
 
     def __init__(self, items: Sequence[Any], seed: tuple[int, ...]):
+        self.per_pass = len(items)
         self._items = items
         self._seed = seed
         self._cached_epoch: tuple[int, Any] | None = None
@@ -231,6 +244,9 @@ class WindowOrder:
     Every epoch visits the windows in a new order and takes up to `per_window` positions of each in a row. An epoch is a whole
     number of batches; windows that would fill only a part of another batch are left out of it. The positions of a window take
     turns over the epochs.
+
+    Attributes:
+      per_pass: positions of the order after which one comes again: that of a window with the fewest positions.
     """
 
     def __init__(self, positions: PositionIndex, *, per_window: int, batch: int, seed: tuple[int, ...]):
@@ -248,6 +264,8 @@ class WindowOrder:
                 f"training.prompts_per_step={batch}: raise it, or use a longer corpus.",
                 field="data.positions_per_window",
             )
+        fewest = int(positions.counts_M[positions.counts_M > 0].min())
+        self.per_pass = self._epoch_prompts * max(1, fewest // per_window)
 
     def __len__(self) -> int:
         return sys.maxsize

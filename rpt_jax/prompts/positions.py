@@ -295,6 +295,8 @@ def above_threshold(config: DataConfig, entropies: EntropyReader) -> list[Positi
 @POSITION_CHOICES.register("quantile", fields=("keep_fraction",), reported_fields=("keep_fraction",))
 def hardest_fraction(config: DataConfig, entropies: EntropyReader) -> list[PositionRule]:
     """The fraction `data.keep_fraction` of all positions with the highest entropies."""
+    if config.keep_fraction == 1.0:
+        return [every_position(config)]  # Also those with the lowest entropy, which is the quantile itself.
     [low] = quantiles(entropies, [1.0 - config.keep_fraction], _BELOW_ALL)
     return [dataclasses.replace(every_position(config), low=low)]
 

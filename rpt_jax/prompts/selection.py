@@ -243,7 +243,7 @@ def rescoring_is_due(experiment: Experiment, step: int) -> bool:
 def score_sample(
     experiment: Experiment, prepared: PreparedCorpus, windows: Windows, score: ScoreFn, step: int
 ) -> PolicyEntropies:
-    """Score `data.rescore_windows` training windows with the current policy before `step`.
+    """Score `data.rescore_windows` training windows with the current policy before `step`, or all if there are no more.
 
     Every part of a mixture gives the same number of windows. They are a function of (seed, number of earlier samples): each
     part is visited in a shuffled order, which is shuffled anew when all its windows have been sampled.
@@ -258,7 +258,7 @@ def score_sample(
     data = experiment.data
     weights, part_W = _mixture(data, prepared, windows)
     num_parts = max(1, len(weights))
-    per_part = data.rescore_windows // num_parts
+    per_part = max(1, data.rescore_windows // num_parts)
     earlier_samples = (step - 1) // data.rescore_every_steps - 1
 
     # Sample windows.
@@ -266,8 +266,8 @@ def score_sample(
     for part in range(num_parts):
         of_part = np.flatnonzero(part_W == part) if weights else np.arange(len(windows))
         order = ShuffledEpochs(range(len(of_part)), (experiment.seed, part))
-        first = earlier_samples * per_part
-        indices = np.array([order[i] for i in range(first, first + min(per_part, len(of_part)))], np.int64)
+        size = min(per_part, len(of_part))
+        indices = np.array([order[i] for i in range(earlier_samples * size, (earlier_samples + 1) * size)], np.int64)
         sampled.append(of_part[np.unique(indices)])
     windows_M = np.sort(np.concatenate(sampled)).astype(np.uint32)
 

@@ -154,8 +154,13 @@ def _files_of_gguf(path: Path) -> dict[str, bytes]:
             "safetensors and its tokenizer instead.",
             field=str(path),
         )
-    names = value("tokens")
-    types = value("token_type")
+    names, types, merges = value("tokens"), value("token_type"), value("merges")
+    if not all(isinstance(values, list) for values in (names, types, merges)) or len(types) != len(names):
+        raise UserError(
+            f"{path}: tokenizer.ggml.tokens, token_type and merges must be lists, the first two of the same length. The file is "
+            "damaged; get it again.",
+            field=str(path),
+        )
 
     # generation_config.json: ids of the special tokens, with all that end a response.
     ids = _special_ids_of_gguf(path, len(names))
@@ -182,7 +187,7 @@ def _files_of_gguf(path: Path) -> dict[str, bytes]:
 
     contents = {
         "tokenizer.json": _tokenizer_json(
-            names, types, value("merges"), pre_tokenizer, _bos_processor(names, ids["bos"]) if begins_texts else None
+            names, types, merges, pre_tokenizer, _bos_processor(names, ids["bos"]) if begins_texts else None
         ),
         "tokenizer_config.json": config,
         GENERATION_CONFIG_FILE: generation,

@@ -118,6 +118,11 @@ def gguf_model_config(path: Path) -> ModelConfig:
     tensors = {tensor.name: tensor for tensor in open_tensors(path)}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path}: tensor token_embd.weight is missing.", field=str(path))
+    if len(shape := tensors["token_embd.weight"].shape) != 2:
+        raise UserError(
+            f"{path}: tensor token_embd.weight has {len(shape)} axes, not 2. The file is damaged; get it again.",
+            field=str(path),
+        )
 
     # Build the equivalent config.json, which `from_hf_config` checks.
     base = float(header.get("rope.freq_base", 10_000.0))

@@ -423,6 +423,14 @@ def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float
         raise UserError(
             f"{path}: {section} with rope_type={rope_type!r} requires {', '.join(missing)}.", field=str(path)
         )
+    if rope_type == "yarn" and base <= 1:
+        raise UserError(f"{path}: rope_theta={base} must be above 1 with rope_type='yarn'.", field=str(path))
+    if rope_type == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise UserError(
+            f"{path}: {section}.high_freq_factor={values['high_freq_factor']} must be above "
+            f"low_freq_factor={values['low_freq_factor']}.",
+            field=str(path),
+        )
     return base, SCALINGS[rope_type](**values)
 
 

@@ -63,7 +63,9 @@ def split_parts(path: Path) -> list[Path]:
     match = _SPLIT.fullmatch(path.name)
     if not match:
         return [path]
-    stem, _, count, suffix = match.groups()
+    stem, part, count, suffix = match.groups()
+    if not 1 <= int(part) <= int(count):
+        return [path]
     return [path.with_name(f"{stem}-{number:05d}-of-{count}{suffix}") for number in range(1, int(count) + 1)]
 
 

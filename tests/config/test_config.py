@@ -140,6 +140,23 @@ REFUSED_VALUES = [
         "pretrain.trace_weight",
     ),
     ({"training__total_steps": 20, "profile__start": 21}, "profile.start"),
+    ({"objective__clip_high": 0.28}, "objective.clip_high"),
+    ({"objective__loss": "dual_clip", "objective__dual_clip": 2.0}, "objective.dual_clip"),
+    ({"objective__loss": "reinforce", "training__minibatches_per_step": 2}, "objective.loss"),
+    (
+        {"objective__reward": "log_prob", "objective__reference_tokens": 9, "prompt__reference_bytes": 8},
+        "objective.reference_tokens",
+    ),
+    (
+        {
+            "task": "rft",
+            "questions__path": "questions.jsonl",
+            "questions__verifier": "contains",
+            "prompt__template": "question",
+            "objective__format_weight": 0.5,
+        },
+        "objective.format_weight",
+    ),
 ]
 
 # Command-line assignments that are refused, and the field that the error is about.

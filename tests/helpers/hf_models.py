@@ -105,6 +105,7 @@ def write_gguf(
     writer.add_eos_token_id(258)
     writer.add_eot_token_id(259)
     for key, value in (extra_keys or {}).items():
+        writer.kv_data[0].pop(key, None)
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
 

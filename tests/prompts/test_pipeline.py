@@ -190,6 +190,19 @@ def test_a_batch_holds_at_most_a_given_number_of_positions_of_a_window(index: Po
     assert set(found) == {(p.window, p.position) for p in index}, "some positions never appear"
 
 
+def test_a_limit_on_the_positions_of_a_window_is_refused_in_a_mixture_with_weights(index: PositionIndex) -> None:
+    with pytest.raises(UserError) as raised:
+        order([index, index], [0.7, 0.3], per_window=1)
+    assert raised.value.field == "data.positions_per_window"
+
+
+@pytest.mark.parametrize("per_window", [0, 1, 2, 5])
+def test_a_position_comes_again_after_a_pass(index: PositionIndex, per_window: int) -> None:
+    positions, per_pass = order([index], [], per_window=per_window)
+    found = [(p.window, p.position) for p in (positions[i] for i in range(2 * int(per_pass)))]
+    assert len(set(found[: int(per_pass)])) == per_pass and len(set(found)) < len(found)
+
+
 def test_too_few_positions_for_a_batch_are_rejected(index: PositionIndex) -> None:
     assert order([index], [], per_window=2, batch=22)  # Two of each of 11 windows.
     with pytest.raises(UserError) as raised:

@@ -140,6 +140,7 @@ def test_quantile_chooses_the_hardest_fraction(readable: Entropies, entropies: d
     [hardest] = choose(readable, positions="quantile", keep_fraction=0.3)
     assert hardest == set(sorted(entropies, key=entropies.__getitem__)[-len(hardest) :])
     assert abs(len(hardest) - 0.3 * len(entropies)) <= 1
+    assert choose(readable, positions="quantile", keep_fraction=1.0) == [entropies.keys()]
 
 
 def test_random_chooses_a_fraction_that_depends_on_the_seed_alone(readable: Entropies, entropies: dict) -> None:

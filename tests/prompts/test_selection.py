@@ -72,6 +72,14 @@ def sample(experiment: Experiment, setup: Setup, step: int) -> PolicyEntropies:
         return score_sample(experiment, setup.prepared, setup.train, score, step)
 
 
+@pytest.mark.parametrize("step", [6, 11, 16])
+def test_all_windows_are_scored_if_there_are_no_more_than_asked_for(
+    experiment: Experiment, setup: Setup, step: int
+) -> None:
+    entropies = sample(with_data(experiment, rescore_windows=10_000), setup, step)
+    assert len(entropies.windows_M) == len(setup.train)
+
+
 def open_stream(experiment: Experiment, setup: Setup) -> PromptStream:
     builder = PromptBuilder(experiment.prompt, setup.tokenizer)
     return training_stream(experiment, setup.prepared, setup.train, setup.boxable_V, builder)

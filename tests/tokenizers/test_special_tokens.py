@@ -190,6 +190,17 @@ def test_an_id_of_a_gguf_header_that_is_no_number_is_refused(tmp_path):
     assert raised.value.field == str(tmp_path / "a.gguf")
 
 
+@pytest.mark.parametrize("key", ["tokens", "token_type", "merges"])
+@pytest.mark.parametrize("value", [[1], 1], ids=str)
+def test_lists_of_a_gguf_header_that_are_damaged_are_refused(tmp_path, key, value):
+    if key == "merges" and value == [1]:
+        value = "one"
+    write_gguf(tmp_path / "a.gguf", extra_keys={f"tokenizer.ggml.{key}": value})
+    with pytest.raises(UserError, match="must be lists") as raised:
+        load_tokenizer(tmp_path / "a.gguf")
+    assert raised.value.field == str(tmp_path / "a.gguf")
+
+
 @pytest.mark.parametrize(("header", "begins"), [({}, False), ({"add_bos_token": True}, True)], ids=str)
 def test_a_gguf_header_says_whether_texts_begin_with_the_begin_of_text_token(tmp_path, header, begins):
     write_gguf(tmp_path / "a.gguf", extra_keys={f"tokenizer.ggml.{key}": value for key, value in header.items()})

@@ -70,6 +70,11 @@ def test_keys_without_an_effect_are_accepted(family, changes):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
+        ("llama", {"rope_scaling": YARN, "rope_theta": 1}),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+        ),
         ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"rope_scaling": YARN | {"extrapolation_factor": 2.0}}),
         ("llama", {"rope_scaling": {"full_attention": YARN}}),

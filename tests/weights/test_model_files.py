@@ -59,6 +59,12 @@ def split_gguf(path, parts: int) -> list:
     return files
 
 
+@pytest.mark.parametrize("name", ["x-00001-of-00000.gguf", "x-00003-of-00002.gguf"])
+def test_a_name_that_is_no_part_of_a_split_file_is_that_of_a_whole_one(tmp_path, name):
+    write_gguf(tmp_path / name)
+    assert load_model_config(tmp_path / name)
+
+
 def test_a_split_gguf_file_is_read_from_any_of_its_parts(tmp_path):
     write_gguf(tmp_path / "whole.gguf")
     (tmp_path / "model").mkdir()
