@@ -146,7 +146,7 @@ class PromptBuilder:
         if self._segments:
             end = int(self._segments.ends(ids)[position.position])
             tail = [*self._gap, *ids[end : end + self._right_context], *self.after]
-        tokens = [*self.before, *self._cut_context(ids[: position.position]), *tail]
+        tokens = [*self.before, *self.cut_context(ids[: position.position]), *tail]
         reference_R, boundaries_Rp1, reference_ids_R = self._reference(ids[position.position : end])
         return PromptBatch(
             tokens_PxS=np.pad(np.array(tokens, np.int32), (0, self._max_tokens - len(tokens))),
@@ -161,12 +161,12 @@ class PromptBuilder:
         )
 
     def contexts(self, prompts: PromptBatch) -> list[np.ndarray]:
-        """Return the token ids of each prompt on the host without the template."""
+        """Return the token ids of each prompt on the host without the template, but with a right context (see `cut_context`)."""
         starts = len(self.before)
         ends_P = prompts.lengths_P - len(self.after)
         return [tokens_S[starts:end] for tokens_S, end in zip(prompts.tokens_PxS, ends_P, strict=True)]
 
-    def _cut_context(self, ids: Sequence[int]) -> Sequence[int]:
+    def cut_context(self, ids: Sequence[int]) -> Sequence[int]:
         """Return the newest tokens of a context that fit into the prompt, cut as `prompt.long_context` says."""
         if len(ids) <= self.max_context_tokens:
             return ids

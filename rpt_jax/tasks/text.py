@@ -178,7 +178,9 @@ class TextTask:
         prompts = rewarded.prompts
         number_P = windows.numbers_N[prompts.window_P]
         document_P = self._setup.prepared.corpus.document_W[number_P]
-        contexts = self._builder.contexts(prompts)
+        # Prompts may have a right context too.
+        places = zip(prompts.window_P, prompts.position_P, strict=True)
+        contexts = [self._builder.cut_context(windows[window][:position].tolist()) for window, position in places]
         origins = [
             Origin(
                 source=str(document_P[p]),

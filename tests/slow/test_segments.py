@@ -11,6 +11,7 @@ import pytest
 from rpt_jax import main
 from rpt_jax.config.difficulty import DIFFICULTIES
 from rpt_jax.infra.metrics import read_metrics
+from rpt_jax.infra.rollout_files import TEXT, read_table
 from tests.helpers.runs import SHORT, assert_resumes, experiment
 
 SEGMENTS: dict[str, Any] = SHORT | {
@@ -46,6 +47,14 @@ def test_a_run_with_masked_sentences_resumes_and_reports_shares(
             assert exact["positions"] == result[part]["reasoning"][name]["positions"]
             assert not exact["positions"] or line[f"eval/exact/{name}"] == exact["accuracy"]
             assert not exact["positions"] or exact["accuracy"] <= result[part]["reasoning"][name]["accuracy"]
+    # The context of a kept rollout ends before the segment.
+    contexts = [
+        context
+        for path in (whole / "rollouts").glob("*.parquet")
+        if not path.name.startswith(TEXT)
+        for context in read_table(path, ["context"])["context"].to_pylist()
+    ]
+    assert contexts and not any(" ... " in context for context in contexts)
     assert_resumes(fields, 1, whole, tmp_path / "resumed", monkeypatch)
 
 
