@@ -239,6 +239,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
         _check_sampling_distribution(experiment)
         _check_frozen_weights(experiment)
         _check_effects(experiment)
+        _check_objective(experiment)
 
 
 def _check_named_choice(section: Any, registry: Registry) -> None:
@@ -537,21 +538,6 @@ def _check_effects(experiment: Experiment) -> None:
             "pretrain.document_weight=0 and pretrain.trace_weight=0 leave nothing to learn: set one of them to 1.",
             field="pretrain.trace_weight",
         )
-    _check_ratio(experiment)
-    objective = experiment.objective
-    if experiment.reinforces and objective.reference_tokens > experiment.prompt.reference_bytes:
-        raise UserError(
-            f"objective.reference_tokens={objective.reference_tokens} is more than the {experiment.prompt.reference_bytes} bytes "
-            "of the true continuation that a prompt keeps: raise prompt.reference_bytes.",
-            field="objective.reference_tokens",
-        )
-    questions = experiment.questions
-    if experiment.task == "rft" and objective.format_weight and not VERIFIERS[questions.verifier].requirements.box:
-        raise UserError(
-            f"objective.format_weight={objective.format_weight} rewards a box, which questions.verifier='{questions.verifier}' "
-            "does not read: set it to 0.",
-            field="objective.format_weight",
-        )
     last_step = max(experiment.training.total_steps, cold_start_steps)
     if experiment.profile.start > last_step:
         raise UserError(
@@ -560,8 +546,8 @@ def _check_effects(experiment: Experiment) -> None:
         )
 
 
-def _check_ratio(experiment: Experiment) -> None:
-    """Refuse bounds of a probability ratio that is always 1, and a loss that assumes so where it is not. Raises: UserError."""
+def _check_objective(experiment: Experiment) -> None:
+    """Refuse fields of section "objective" without effect, and a loss that does not suit minibatches. Raises: UserError."""
     if not experiment.reinforces:
         return
     objective = experiment.objective
@@ -579,6 +565,19 @@ def _check_ratio(experiment: Experiment) -> None:
             f"objective.loss='reinforce' assumes samples of the current policy, but with training.minibatches_per_step="
             f"{minibatches} all but the first minibatch are of an earlier one: choose another loss, such as 'clip'.",
             field="objective.loss",
+        )
+    if objective.reference_tokens > experiment.prompt.reference_bytes:
+        raise UserError(
+            f"objective.reference_tokens={objective.reference_tokens} is more than the {experiment.prompt.reference_bytes} bytes "
+            "of the true continuation that a prompt keeps: raise prompt.reference_bytes.",
+            field="objective.reference_tokens",
+        )
+    verifier = experiment.questions.verifier
+    if experiment.task == "rft" and objective.format_weight and not VERIFIERS[verifier].requirements.box:
+        raise UserError(
+            f"objective.format_weight={objective.format_weight} rewards a box, which questions.verifier='{verifier}' does not "
+            "read: set it to 0.",
+            field="objective.format_weight",
         )
 
 

@@ -25,9 +25,9 @@ def parse_mixture(path: str) -> list[tuple[float, str]]:
             "data.path is empty: data.source='path' needs a file of text or records, a folder of them, or a glob.",
             field="data.path",
         )
+    if os.path.exists(path):  # The name of a file may contain "," and "=".
+        return [(0.0, path)]
     parts = split_paths(path, "data.path")
-    if parts == [path]:
-        return [(0.0, path)]  # The name of a file may contain "=".
     matches = [_WEIGHTED.fullmatch(part) for part in parts]
     if not any(matches):
         return [(0.0, part) for part in parts]

@@ -133,6 +133,7 @@ def test_documents_know_their_part_of_a_mixture(tmp_path: Path) -> None:
     documents = read_documents(mixture)
     assert [(d.text, d.mixture_part) for d in documents] == [("one, two.jsonl", 0), ("b.jsonl", 1)]
     assert [weight for weight, _ in parse_mixture(mixture)] == [0.75, 0.25]
+    assert parse_mixture(f"2={tmp_path}/b.jsonl") == [(2.0, f"{tmp_path}/b.jsonl")]
 
 
 @pytest.mark.parametrize(
