@@ -442,7 +442,9 @@ def _read_yarn_factors(path: Path, section: str, fields: dict[str, Any], context
 
     if "factor" in fields and fields["factor"] is None:
         fields["factor"] = context / number("original_max_position_embeddings")
-    if fields.get("mscale") and fields.get("mscale_all_dim") and fields.get("attention_factor") is None:
+    # Without a factor, they are refused by the caller.
+    has_scales = "factor" in fields and fields.get("mscale") and fields.get("mscale_all_dim")
+    if has_scales and fields.get("attention_factor") is None:
         log_factor = math.log(max(number("factor"), 1.0))
         fields["attention_factor"] = (0.1 * number("mscale") * log_factor + 1) / (
             0.1 * number("mscale_all_dim") * log_factor + 1

@@ -71,6 +71,7 @@ def test_keys_without_an_effect_are_accepted(family, changes):
     ("family", "changes"),
     [
         ("llama", {"rope_scaling": YARN, "rope_theta": 1}),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "mscale": 0.7, "mscale_all_dim": 1.3}}),
         (
             "llama",
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
