@@ -153,10 +153,10 @@ def load_experiment(argv: list[str]) -> Experiment:
     except flags.Error as error:
         # absl's text is "flag --NAME=VALUE: REASON", or "Missing value for flag --NAME."
         given, _, reason = str(error).removeprefix("flag ").partition(": ")
-        [flag] = re.findall(r"--\w+", given)[:1] or [""]
-        if not flag:  # A file that --flagfile names is missing.
+        flag = re.search(r"--\w+", given)
+        if flag is None:  # A file that --flagfile names is missing.
             raise UserError(str(error), field="--flagfile") from None
-        raise UserError(f"{given} must be {_expected_value(flag)}." if reason else given, field=flag) from None
+        raise UserError(f"{given} must be {_expected_value(flag[0])}." if reason else given, field=flag[0]) from None
     for flag in _FLAGS:
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             name = f"--{flag.name}"

@@ -70,18 +70,20 @@ def _mean_of_categories(
     A category of one cluster says nothing about its own variance, and counts with the largest. No cluster may have values of
     several categories.
     """
-    means, terms, degrees = [], [], []
-    for index in category_indices(category_N).values():
-        estimate = _mean_of_clusters(values_N[index], cluster_N[index])
-        means.append(estimate.mean)
-        terms.append(estimate.variance if estimate.degrees else largest_variance)
-        degrees.append(max(estimate.degrees, 1))
-    count = len(means)
-    total = sum(terms)
-    if not total:
-        return _Estimate(float(np.mean(means)), 0.0, 0)
-    combined = total**2 / sum(term**2 / free for term, free in zip(terms, degrees, strict=True))
-    return _Estimate(float(np.mean(means)), total / count**2, combined)
+    estimates = [
+        _mean_of_clusters(values_N[index], cluster_N[index]) for index in category_indices(category_N).values()
+    ]
+    estimates = [each if each.degrees else _Estimate(each.mean, largest_variance, 1) for each in estimates]
+    total = _independent(float(np.mean([each.mean for each in estimates])), estimates)
+    return total._replace(variance=total.variance / len(estimates) ** 2)
+
+
+def _independent(mean: float, parts: Sequence[_Estimate]) -> _Estimate:
+    """Return an estimate with the variance of the sum of independent ones, and the degrees of Welch and Satterthwaite."""
+    variance = sum(part.variance for part in parts)
+    if not variance:
+        return _Estimate(mean, 0.0, 0)
+    return _Estimate(mean, variance, variance**2 / sum(part.variance**2 / part.degrees for part in parts))
 
 
 def micro_average(values_N: np.ndarray, cluster_N: np.ndarray | None = None) -> Average:
@@ -125,11 +127,8 @@ def student_average(values_N: np.ndarray) -> Average:
     Args:
       values_N: at least two; if they are all the same, the interval has no width, and says nothing.
     """
-    count = len(values_N)
-    mean = float(values_N.mean())
-    standard_error = float(values_N.std(ddof=1)) / np.sqrt(count)
-    half_width = float(scipy.special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2) * standard_error)
-    return Average(mean, mean - half_width, mean + half_width)
+    estimate = _mean_of_clusters(values_N, _clusters(values_N, None))
+    return Average(estimate.mean, *estimate.interval())
 
 
 def welch_difference(values_N: np.ndarray, others_M: np.ndarray) -> Average:
@@ -140,12 +139,9 @@ def welch_difference(values_N: np.ndarray, others_M: np.ndarray) -> Average:
     Args:
       values_N, others_M: at least two each; those of one sample, at least, must differ.
     """
-    terms = np.array([sample.var(ddof=1) / len(sample) for sample in (values_N, others_M)])
-    sizes = np.array([len(values_N), len(others_M)])
-    mean = float(values_N.mean() - others_M.mean())
-    degrees = terms.sum() ** 2 / np.sum(terms**2 / (sizes - 1))
-    half_width = float(scipy.special.stdtrit(degrees, 0.5 + CONFIDENCE / 2) * np.sqrt(terms.sum()))
-    return Average(mean, mean - half_width, mean + half_width)
+    first, second = (_mean_of_clusters(sample, _clusters(sample, None)) for sample in (values_N, others_M))
+    difference = _independent(first.mean - second.mean, [first, second])
+    return Average(difference.mean, *difference.interval())
 
 
 def macro_average(values_N: np.ndarray, category_N: Sequence[str], cluster_N: np.ndarray | None = None) -> Average:

@@ -142,7 +142,7 @@ def _read_result(run: RunData, workdir: Path) -> None:
         run.result = _read_json(run, workdir / RESULT)
         seconds = run.result.get("wall_seconds", 0.0)
         if not isinstance(seconds, int | float):
-            run.problems.append(f"{RESULT} has wall_seconds={seconds!r}, which is no number.")
+            run.problems.append(f"{RESULT}: wall_seconds={seconds!r} is not a number.")
             del run.result["wall_seconds"]
 
 
