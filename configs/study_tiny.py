@@ -34,6 +34,7 @@ def get_config() -> StudyConfig:
         ArmConfig(
             name="rpt",
             description="Reinforcement pre-training at the positions of high entropy.",
+            seeds=5,
             stages=(StageConfig(name="rpt", config="configs/rpt_tiny.py", overrides=(*DOCUMENTS, *UNTIL_SPENT)),),
         ),
         ArmConfig(
@@ -65,6 +66,7 @@ def get_config() -> StudyConfig:
         ArmConfig(
             name="ntp",
             description="Continual next-token pre-training.",
+            seeds=5,
             stages=(
                 StageConfig(name="ntp", config="configs/ntp_tiny.py", overrides=(*DOCUMENTS, *PRETRAINED_UNTIL_SPENT)),
             ),
@@ -72,6 +74,7 @@ def get_config() -> StudyConfig:
         ArmConfig(
             name="mixed_sft",
             description="Documents, and right reasoning that the starting policy sampled.",
+            seeds=5,
             stages=(
                 StageConfig(name="traces", config="configs/traces_tiny.py", overrides=DOCUMENTS),
                 StageConfig(
@@ -93,7 +96,7 @@ def get_config() -> StudyConfig:
         question="Does reinforcement pre-training help RL fine-tuning more than other uses of the same FLOPs?",
         arms=arms,
         references=("base", "ntp", "mixed_sft", "rpt"),
-        seeds=(0, 1, 2, 3, 4),
+        seeds=tuple(range(20)),
         matched_by="flops",
         budgets=(1.1e12, 2.2e12, 4.4e12, 8.8e12),
         tuning=StageConfig(
