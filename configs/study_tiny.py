@@ -96,7 +96,7 @@ def get_config() -> StudyConfig:
         question="Does reinforcement pre-training help RL fine-tuning more than other uses of the same FLOPs?",
         arms=arms,
         references=("base", "ntp", "mixed_sft", "rpt"),
-        seeds=tuple(range(20)),
+        seeds=tuple(range(15)),
         matched_by="flops",
         budgets=(1.1e12, 2.2e12, 4.4e12, 8.8e12),
         tuning=StageConfig(

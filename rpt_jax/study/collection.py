@@ -83,8 +83,8 @@ def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
     stages = [_result(run) for run in unit.stages]
     scores: dict[str, Score] = {}
     for name, run in unit.evaluations.items():
+        evaluation = _read_result(run)
         with _undamaged(run.directory / run.result):
-            evaluation = json.loads((run.directory / run.result).read_bytes())
             scores |= suite_scores(name, evaluation, measures[name])
     tuning = {"flops": 0.0, "seconds": 0.0, "steps": 0}
     if unit.tuning:
@@ -103,6 +103,7 @@ def outcome(unit: UnitPlan, measures: Mapping[str, Sequence[str]]) -> Outcome:
         tuning_seconds=tuning["seconds"],
         tuning_steps=tuning["steps"],
         device=_device(unit.runs[-1]),
+        commits=tuple(sorted({commit for run in unit.runs if (commit := _read_result(run).get("commit"))})),
     )
 
 
@@ -181,9 +182,15 @@ def _result(run: Run) -> dict[str, Any]:
     return result
 
 
-def _device(run: Run) -> str:
-    """Return the devices that a complete run ran on."""
+def _read_result(run: Run) -> dict[str, Any]:
+    """Return the content of the file that a complete run has written last."""
     path = run.directory / run.result
     with _undamaged(path):
-        result = json.loads(path.read_bytes())
+        return {**json.loads(path.read_bytes())}
+
+
+def _device(run: Run) -> str:
+    """Return the devices that a complete run ran on."""
+    result = _read_result(run)
+    with _undamaged(run.directory / run.result):
         return f"{result['devices']} x {result['device_kind']}"

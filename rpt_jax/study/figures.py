@@ -38,7 +38,7 @@ _PAGE_STYLE: dict[Any, Any] = _STYLE | {
 }
 _PANEL_INCHES = (4.8, 3.4)
 _PANELS_PER_ROW = 3
-_TITLE_CHARACTERS = 48  # That fit above a panel.
+_TITLE_CHARACTERS = 44  # That fit above a panel.
 
 
 class Look(NamedTuple):
@@ -283,5 +283,5 @@ def png(study: StudyOutcomes, figures: Sequence[Figure]) -> bytes:
         marks = [Line2D([], [], color=look.color, marker=look.marker) for look in looks(study).values()]
         canvas.legend(marks, list(looks(study)), loc="outside lower center", ncols=max(1, len(marks)))
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format="png", dpi=100)
+        canvas.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
     return buffer.getvalue()

@@ -35,7 +35,8 @@ def contrast_title(contrast: Contrast) -> str:
 
 
 def _words(name: str) -> list[str]:
-    return name.replace("_", " ").split("/")
+    """Return the parts of a score's name; accuracy by Equation 3, "prefix", is what is meant if no measure is named."""
+    return name.removesuffix("/prefix").replace("_", " ").split("/")
 
 
 def percent(value: float) -> str:

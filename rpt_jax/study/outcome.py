@@ -75,6 +75,7 @@ class Outcome:
       tuning_flops, tuning_seconds: spent by fine-tuning on questions.
       tuning_steps: steps of fine-tuning; 0 if there is none or the number is unknown.
       device: the devices that its last run ran on; "" if unknown.
+      commits: of the package, in all of its runs; empty if unknown.
     """
 
     arm: str
@@ -88,6 +89,7 @@ class Outcome:
     tuning_seconds: float = 0.0
     tuning_steps: int = 0
     device: str = ""
+    commits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("flops", "seconds", "tuning_flops", "tuning_seconds"):
@@ -159,7 +161,7 @@ class StudyOutcomes:
       failures: of the units that failed.
       missing: the units that have not finished or failed yet.
       commands: that repeat the study.
-      version, commit: of the package that wrote the results; the commit is None if it is unknown.
+      version, commit: of the package that collected the results; the commit is None if it is unknown.
       contrasts: pairs of scores that are compared within each arm.
     """
 
@@ -198,6 +200,10 @@ class StudyOutcomes:
     def devices(self) -> str:
         """Return the devices that the units ran on, in a phrase."""
         return ", ".join(sorted({outcome.device for outcome in self.outcomes} - {""})) or "unknown devices"
+
+    def commits(self) -> str:
+        """Return the commits of the package that the units ran with, in a phrase."""
+        return ", ".join(sorted({commit for outcome in self.outcomes for commit in outcome.commits})) or "unknown"
 
     def budgets(self) -> list[float]:
         """Return the budgets in ascending order."""

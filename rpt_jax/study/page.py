@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_page(study: StudyOutcomes, directory: Path) -> list[Path]:
     atomic_write(directory / MARKDOWN, markdown(study, rows, fits))
     atomic_write(directory / PAGE, render(study, rows, fits))
     written = [directory / PAGE, directory / MARKDOWN]
-    if panels := _main_figures(study, rows):
+    if panels := main_figures(study, rows, fits):
         atomic_write(directory / PICTURE, figures.png(study, panels))
         written.append(directory / PICTURE)
     return written
@@ -89,19 +90,30 @@ def render(study: StudyOutcomes, rows: list[Row], fits: list[Scaling]) -> str:
     )
 
 
-def _main_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Figure]:
-    """Return the figures that answer most: scores against FLOPs, fine-tuning after the largest budget, and the contrasts."""
+def main_figures(study: StudyOutcomes, rows: Sequence[Row], fits: Sequence[Scaling]) -> list[figures.Figure]:
+    """Return the figures that answer most: scores against FLOPs, fine-tuning after one budget, contrasts, and fitted curves."""
     measured = {name for outcome in study.outcomes for name in outcome.scores}
     names = dict.fromkeys([study.main_score, BEFORE_TUNING, "reasoning/easy", "direct/easy"])
-    scores = [figures.score_figure(study, rows, name) for name in names if name in measured]
-    return [*scores, *figures.tuning_figures(study, rows)[-2:], *_contrast_figures(study, rows)]
+    return [
+        *(figures.score_figure(study, rows, name) for name in names if name in measured),
+        *figures.tuning_figures(study, _with_most_arms(rows)),
+        *_contrast_figures(study, rows),
+        *_scaling_figures(study, fits),
+    ]
+
+
+def _with_most_arms(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the budget at which most arms were measured, the largest of several, and those without a budget."""
+    arms = collections.Counter(row.budget for row in rows if row.budget is not None and row.scores)
+    largest = max(arms, key=lambda budget: (arms[budget], budget), default=None)
+    return [row for row in rows if row.budget in (None, largest)]
 
 
 def _contrast_figures(study: StudyOutcomes, rows: Sequence[Row]) -> list[figures.Figure]:
     return [figures.contrast_figure(study, rows, contrast) for contrast in measured_contrasts(study, rows)]
 
 
-def _scaling_figures(study: StudyOutcomes, fits: list[Scaling]) -> list[figures.Figure]:
+def _scaling_figures(study: StudyOutcomes, fits: Sequence[Scaling]) -> list[figures.Figure]:
     """Return a figure for each score of which an arm determines a curve."""
     shown = []
     for _, group in itertools.groupby(fits, key=lambda each: each.score):

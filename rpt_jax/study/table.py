@@ -52,7 +52,10 @@ def markdown(study: StudyOutcomes, rows: Sequence[Row], fits: Sequence[Scaling])
     parts.append("\n".join(f"- {_escape(sentence)}" for sentence in limits(study, rows)))
     parts.append("## Commands")
     parts.append("\n".join(f"    {line}" for command in study.commands for line in command.splitlines()))
-    parts.append(f"rpt_jax {study.version}, commit {study.commit or 'unknown'}, on {_escape(study.devices())}.")
+    parts.append(
+        f"rpt_jax {study.version}, commit {study.commit or 'unknown'}. "
+        f"The units ran on {_escape(study.devices())}, with commits: {_escape(study.commits())}."
+    )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -89,10 +89,18 @@ def test_a_study_need_not_fine_tune(tmp_path: Path):
     evaluation.directory.mkdir(parents=True)
     accuracy = {"hard": {"accuracy": 0.5, "low": 0.25, "high": 0.75, "positions": 8}}
     summary = {"difficulties": {"direct/prefix": accuracy, "reasoning/prefix/random@1": accuracy}}
-    content = {"suite": "next_token", "summary": summary, "scores": {}, "devices": 1, "device_kind": "cpu"}
+    content = {
+        "suite": "next_token",
+        "summary": summary,
+        "scores": {},
+        "devices": 1,
+        "device_kind": "cpu",
+        "commit": "5e577f2",
+    }
     (evaluation.directory / evaluation.result).write_text(json.dumps(content))
     outcomes = collect(study, "study", units, (), {})
     (outcome,) = outcomes.outcomes
     assert outcome.unit == base.unit and outcome.tuning_flops == 0
     assert outcome.scores == {name: Score(0.5, 0.25, 0.75, 8) for name in ("direct/hard", "reasoning/hard")}
     assert outcomes.devices() == "1 x cpu"
+    assert outcome.commits == ("5e577f2",) and outcomes.commits() == "5e577f2"

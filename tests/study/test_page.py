@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import re
 import xml.etree.ElementTree as ET
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from rpt_jax.study.comparison import compare_arms, score_names
-from rpt_jax.study.formatting import percent
+from rpt_jax.study.formatting import budget_text, percent, score_title
 from rpt_jax.study.outcome import StudyOutcomes, Unit
-from rpt_jax.study.page import write_page
+from rpt_jax.study.page import main_figures, write_page
 from tests.helpers.study import large_study, outcome, study
 
 HOSTILE = ("base", '<script>alert(1)</script>"', "a | b\n# $\\frac{1}{2}$ {{ 7 * 7 }}", "_[x](http://example.com)&amp;")
@@ -132,3 +133,20 @@ def test_an_incomplete_study_has_a_page(of: StudyOutcomes, tmp_path: Path) -> No
     page, markdown, *_ = write_page(of, tmp_path)
     assert of.name in Reader(page.read_text()).text
     assert markdown.read_text().startswith("# A study")
+
+
+def test_the_picture_shows_fine_tuning_after_the_largest_budget_that_most_arms_have() -> None:
+    of = large_study(("base", "first", "second"), budgets=3, seeds=3)
+    largest, second = of.budgets()[-1], of.budgets()[-2]
+    fewer = tuple(outcome for outcome in of.outcomes if (outcome.arm, outcome.budget) != ("second", largest))
+    for shown, outcomes in ((largest, of.outcomes), (second, fewer)):
+        drawn = dataclasses.replace(of, outcomes=outcomes)
+        titles = [figure.title for figure in main_figures(drawn, compare_arms(drawn), [])]
+        assert [title for title in titles if "during tuning" in title] == [
+            f"questions during tuning, {budget_text(shown, 'flops')}{by}" for by in ("", ", by FLOPs")
+        ]
+
+
+def test_the_measure_of_equation_3_is_not_named() -> None:
+    assert score_title("altered_reasoning/own/prefix") == "altered reasoning, own"
+    assert score_title("altered_reasoning/own/first_token") == "altered reasoning, own, first token"
