@@ -7,6 +7,9 @@ Text      problems of MATH with their solutions, outside MATH-500 (MIT license):
 Hardware  an accelerator of 16 GiB; it runs on 2 CPU cores with 16 GB of memory, where an arm takes a night
 Time      not measured; the budget is what about 100 steps of configs/rpt_smollm2.py cost, by arithmetic
 Results   not measured
+
+Only `rpt` learns the format of next-token reasoning, in its cold start: compare its reasoning with its own after the cold start,
+`before` in its result.json, and not with that of the other arms. No learning rate was chosen by measurement.
 """
 
 from rpt_jax.config import ArmConfig, StageConfig, StudyConfig, SuiteConfig
@@ -59,6 +62,7 @@ def get_config() -> StudyConfig:
             ),
         ),
         references=("base", "ntp"),
+        seeds=(0, 1, 2),
         budgets=(1.8e15,),
         tuning=StageConfig(
             name="tuning",

@@ -44,6 +44,7 @@ def get_config() -> StudyConfig:
             dataclasses.replace(arm, stages=tuple(_with(stage, TRAINING[stage.name]) for stage in arm.stages))
             for arm in study.arms
         ),
+        seeds=(0,),
         budgets=(1.2e14,),
         tuning=None,
         evaluations=tuple(_with(suite, EVALUATION[suite.evaluation_name]) for suite in study.evaluations),

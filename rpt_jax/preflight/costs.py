@@ -180,12 +180,12 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
 
     # A decode step: the cache of a rollout's own tokens grows from empty to full.
     layout = CACHE_LAYOUTS["tpu"]
-    own_keys = max(experiment.rollout.max_new_tokens - 1, 1)  # The last token of a response is never run.
+    own_keys = _own_keys(experiment)
     prompt = experiment.prompt.max_tokens
     queries = KERNELS["tpu_kernels"].cache.pad_queries(heads_per_kv)
     own = CacheSizes(
         num_queries=queries,
-        block=min(_own_block(experiment, step, layout), own_keys),
+        block=_own_block(experiment, step, layout),
         kv_heads=-(-config.kv_heads // fields["rollout_tensor"]),
         head_size=config.head_size,
         itemsize=itemsize,
@@ -196,7 +196,8 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
     # The cache of the prompts has a row for each prompt and, once few rollouts are live, a row for each rollout.
     prompts = prompts_per_replica(experiment, step)
     shared = own._replace(
-        num_queries=experiment.rollout.samples_per_prompt * queries, block=min(layout.prompt_block, prompt)
+        num_queries=experiment.rollout.samples_per_prompt * queries,
+        block=layout.block_size(layout.prompt_block, prompt),
     )
     prompt_blocks = -(-prompt // shared.block)
     shared_reads = [
@@ -213,11 +214,17 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
     }
 
 
+def _own_keys(experiment: Experiment) -> int:
+    """Return the keys of a rollout's own tokens: the last token of a response is never run."""
+    return max(experiment.rollout.max_new_tokens - 1, 1)
+
+
 def _own_block(experiment: Experiment, step: Step, layout: CacheLayout) -> int:
     """Return the keys per block of a rollout's own tokens."""
     config = step.policy.config
     return own_block_size(
         layout,
+        _own_keys(experiment),
         kv_heads=-(-config.kv_heads // mesh_fields(step.mesh)["rollout_tensor"]),
         head_size=config.head_size,
         itemsize=step.policy.dtype.itemsize,
@@ -316,7 +323,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     chunks = -(-prompt // prefill_tokens)
     rows = min(prompts, max(1, prefill_tokens // -(-prompt // chunks)))
     layout = CACHE_LAYOUTS[platform]
-    own_blocks = -(-response // _own_block(experiment, step, layout))
+    own_blocks = -(-_own_keys(experiment) // _own_block(experiment, step, layout))
     decode_trips = tuple(loop.trips for loop in decode_loops(experiment, step)) if step.decoding else (1,)
 
     # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
@@ -328,7 +335,7 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
         "decode_loop": decode_trips,
         # The cache of a rollout's own tokens grows from empty to full.
         "own_cache_blocks": ((own_blocks + 1) / 2,),
-        "shared_cache_blocks": (-(-prompt // layout.prompt_block),),
+        "shared_cache_blocks": (-(-prompt // layout.block_size(layout.prompt_block, prompt)),),
         "prefill_rows": (-(-prompts // rows),),
         "prefill_chunks": (chunks,),
         # Causal: half of the keys on average.

@@ -228,8 +228,10 @@ def start_decoding(
     zeros = jnp.zeros((config.layers, slots, config.kv_heads, 1, 1, config.head_size), policy.dtype)
     new = KeyValues(zeros, zeros)
     layout = cache_layout()
+    own_keys = max(max_new_tokens - 1, 1)  # The last token of a response is never run.
     block = own_block_size(
         layout,
+        own_keys,
         kv_heads=device_kv_heads(config.kv_heads),
         head_size=config.head_size,
         itemsize=zeros.dtype.itemsize,
@@ -241,8 +243,7 @@ def start_decoding(
         token_M=idle_M,
         count_M=idle_M,
         box_M=None if vocab is None else start_parsers(slots),
-        # The last token of a response is never run, so its keys need no space.
-        own=empty_ring(new, slots, max(max_new_tokens - 1, 1), block, layout.order),
+        own=empty_ring(new, slots, own_keys, block, layout.order),
         new=new,
         rollouts=rollouts,
     )

@@ -21,6 +21,7 @@ from rpt_jax.model.attention.blocked_cache import (
 )
 from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues
 from rpt_jax.model.attention.platform import target_platform
+from rpt_jax.model.gpu import fill_side
 from rpt_jax.model.tpu import fill_lanes
 
 
@@ -32,6 +33,7 @@ class CacheLayout(NamedTuple):
       own_block_bytes: most bytes of such a block, of which half are read in vain in a rollout's last block; None for any number.
       prompt_block: keys per block of a prompt.
       root_block: keys per block of a root, which more rollouts share than a prompt.
+      fit_block: returns the keys of the smallest block that holds so many keys and that the kernels can read.
       order: how keys and values are stored.
     """
 
@@ -39,18 +41,32 @@ class CacheLayout(NamedTuple):
     own_block_bytes: int | None
     prompt_block: int
     root_block: int
+    fit_block: Callable[[int], int]
     order: CacheOrder
+
+    def block_size(self, most: int, keys: int) -> int:
+        """Return the keys per block of rows of `keys` keys: `most`, or fewer if one smaller block holds all of them."""
+        return min(most, self.fit_block(keys))
+
+
+def _as_many(keys: int) -> int:
+    return keys
+
+
+def _whole_tiles(keys: int) -> int:
+    """A TPU's memory has tiles of 8 keys, or of 16 in bfloat16."""
+    return -(-keys // 16) * 16
 
 
 # On a CPU, the products of a block should stay in a core's cache. A larger block of a root makes larger products: 64 took 10 %
 # longer for a root with 32 rollouts, and 128 took 33 % longer for caches with few rollouts. Two blocks of keys and values have
 # to fit in a GPU core's shared memory. A TPU needs larger copies to outweigh the overhead of a visit.
 CACHE_LAYOUTS = {
-    "cpu": CacheLayout(own_block=64, own_block_bytes=None, prompt_block=64, root_block=128, order="transposed_keys"),
-    "gpu": CacheLayout(own_block=64, own_block_bytes=None, prompt_block=64, root_block=64, order="separate"),
-    "tpu": CacheLayout(own_block=128, own_block_bytes=2**16, prompt_block=512, root_block=512, order="joined"),
+    "cpu": CacheLayout(64, None, prompt_block=64, root_block=128, fit_block=_as_many, order="transposed_keys"),
+    "gpu": CacheLayout(64, None, prompt_block=64, root_block=64, fit_block=fill_side, order="separate"),
+    "tpu": CacheLayout(128, 2**16, prompt_block=512, root_block=512, fit_block=_whole_tiles, order="joined"),
 }
-_LEAST_OWN_KEYS = 32  # A TPU's memory has tiles of 8 keys, or of 16 in bfloat16.
+_LEAST_OWN_KEYS = 32
 _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 
 # Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, KeyValues of the token [M, K, 1, 1, C]) -> output like
@@ -63,22 +79,22 @@ def cache_layout() -> CacheLayout:
     return CACHE_LAYOUTS[target_platform()]
 
 
-def own_block_size(layout: CacheLayout, *, kv_heads: int, head_size: int, itemsize: int) -> int:
+def own_block_size(layout: CacheLayout, keys: int, *, kv_heads: int, head_size: int, itemsize: int) -> int:
     """Return the keys per block of a rollout's own tokens: fewer than the layout's most if that takes too many bytes.
 
     Args:
       layout: of the platform.
+      keys: of a rollout.
       kv_heads: the device's kv heads.
       head_size: size of a head.
       itemsize: bytes of a number.
     """
-    if layout.own_block_bytes is None:
-        return layout.own_block
-    key_bytes = kv_heads * fill_lanes(2 * head_size) * itemsize
-    keys = layout.own_block
-    while keys > _LEAST_OWN_KEYS and keys * key_bytes > layout.own_block_bytes:
-        keys //= 2
-    return keys
+    most = layout.own_block
+    if layout.own_block_bytes is not None:
+        key_bytes = kv_heads * fill_lanes(2 * head_size) * itemsize
+        while most > _LEAST_OWN_KEYS and most * key_bytes > layout.own_block_bytes:
+            most //= 2
+    return layout.block_size(most, keys)
 
 
 def to_blocks(kv: KeyValues, block: int, order: CacheOrder) -> BlockedCache:
@@ -86,16 +102,15 @@ def to_blocks(kv: KeyValues, block: int, order: CacheOrder) -> BlockedCache:
 
     Args:
       kv: keys and values.
-      block: keys per block, or more than S.
+      block: keys per block.
       order: how the cache stores them.
     """
     layers, n, kv_heads, branches, length, c = kv.k.shape
-    size = min(block, length)
-    padding = [(0, 0)] * 4 + [(0, -length % size), (0, 0)]
+    padding = [(0, 0)] * 4 + [(0, -length % block), (0, 0)]
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, padding).transpose(0, 4, 1, 3, 2, 5)
-        return x.reshape(layers, -1, size, n * branches, kv_heads, c).transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(layers, -1, block, n * branches, kv_heads, c).transpose(0, 1, 3, 4, 2, 5)
 
     return _constrain(BlockedCache.of(split(kv.k), split(kv.v), order))
 
@@ -107,12 +122,11 @@ def empty_ring(like: KeyValues, rows: int, length: int, block: int, order: Cache
       like: keys and values [L, N, K, J, S, C] whose layers, heads and dtype it has.
       rows: number of rollouts.
       length: number of tokens, at least 1.
-      block: keys per block, or more than `length`.
+      block: keys per block.
       order: how the buffer stores keys and values.
     """
     layers, _, kv_heads, *_, c = like.k.shape
-    size = min(block, length)
-    zeros = jnp.zeros((layers, -(-length // size), rows, kv_heads, size, c), like.k.dtype)
+    zeros = jnp.zeros((layers, -(-length // block), rows, kv_heads, block, c), like.k.dtype)
     return _constrain(BlockedCache.of(zeros, zeros, order))
 
 
@@ -122,12 +136,11 @@ def write_token(ring: BlockedCache, new: KeyValues, step: jax.Array) -> BlockedC
     offset = step % ring.block_size
     entry = (0, block, 0, 0, offset, 0)
     entry_k = (0, block, 0, 0, 0, offset) if ring.order == "transposed_keys" else entry
-    k, v = (x.transpose(0, 3, 1, 2, 4, 5) for x in new)
-    token = BlockedCache.of(k, v, ring.order)
+    token = BlockedCache.of(*(x.transpose(0, 3, 1, 2, 4, 5) for x in new), ring.order)
     return dataclasses.replace(
         ring,
         k=jax.lax.dynamic_update_slice(ring.k, token.k, entry_k),
-        v=ring.v if ring.v is None else jax.lax.dynamic_update_slice(ring.v, v, entry),
+        v=None if token.v is None else jax.lax.dynamic_update_slice(ring.v, token.v, entry),
     )
 
 
@@ -214,11 +227,14 @@ def cached_attention(
     padding = kernel.pad_queries(heads_per_kv) - heads_per_kv
 
     def attend(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
-        q = q_MxKx1xRx1xC[:, :, 0, :, 0]
-        q = jnp.pad(q * q.shape[-1] ** -0.5, ((0, 0), (0, 0), (0, padding), (0, 0)))
+        head_size = q_MxKx1xRx1xC.shape[-1]
+        head_padding = [(0, 0)] * 3 + [(0, own.head_size - head_size)]
+        q = q_MxKx1xRx1xC[:, :, 0, :, 0] * head_size**-0.5
+        q = jnp.pad(jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0))), head_padding)
         # The token itself.
-        scores = jnp.einsum("mkrc,mkc->mkr", q, new.k[:, :, 0, 0], preferred_element_type=jnp.float32)[..., None]
-        value = jnp.broadcast_to(new.v[:, :, 0].astype(jnp.float32), q.shape)
+        k, v = (jnp.pad(x[:, :, 0], head_padding) for x in new)
+        scores = jnp.einsum("mkrc,mkc->mkr", q, k[:, :, 0], preferred_element_type=jnp.float32)[..., None]
+        value = jnp.broadcast_to(v.astype(jnp.float32), q.shape)
         softmax = PartialSoftmax(peak=scores, total=jnp.ones_like(scores), out=value)
         # Its own last tokens, then what it shares.
         with jax.named_scope("own_cache_blocks"):
@@ -228,7 +244,7 @@ def cached_attention(
                 rows = q if grid is None else grid.to_rows(q)
                 part = kernel.attend(rows, blocks, layer, ranges)
                 softmax = softmax.merge(part if grid is None else grid.to_slots(part))
-        out = (softmax.out / softmax.total)[:, :, :heads_per_kv]
+        out = (softmax.out / softmax.total)[:, :, :heads_per_kv, :head_size]
         return out.astype(q.dtype)[:, :, None, :, None]
 
     return attend

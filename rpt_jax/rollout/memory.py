@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.errors import UserError
+from rpt_jax.model.gpu import fill_side
 from rpt_jax.model.model_config import ModelConfig
 
 # Fraction of a device's memory to plan with. The rest is for compiled programs, fragmentation and the host's data.
@@ -66,7 +67,8 @@ def rollout_memory(
       max_new_tokens: length limit of responses.
       tensor: devices per replica.
     """
-    token = cache_bytes(config, dtype) // tensor
+    # A cache on an accelerator pads heads of other sizes than powers of two.
+    token = cache_bytes(config, dtype) // config.head_size * fill_side(config.head_size) // tensor
     # While the keys of the prompts are copied into blocks, they exist three times: as computed, transposed, and in blocks.
     prompt_cache = 3 * prompts * prompt_tokens * token
     results = prompts * samples * max_new_tokens * _TOKEN_ARRAYS * _FLOAT32

@@ -155,7 +155,7 @@ def _prompt_cache(kv: KeyValues, lengths_P: Array, samples: int) -> SharedCache:
     """Return the cache with a row per prompt, which its samples share."""
     end_PxG = jnp.repeat(lengths_P[:, None], samples, axis=1)
     layout = cache_layout()
-    blocks = to_blocks(kv, layout.prompt_block, layout.order)
+    blocks = to_blocks(kv, layout.block_size(layout.prompt_block, kv.k.shape[4]), layout.order)
     return SharedCache(blocks=blocks, end_NxW=end_PxG, index_R=jnp.arange(end_PxG.size, dtype=jnp.int32))
 
 
@@ -164,5 +164,5 @@ def _root_cache(kv: KeyValues, prompts: Prompts, samples: int) -> SharedCache:
     end_NxW = _take_members(prompts.ends_P, prompts.members_NxW)
     index_PxG = _member_index(prompts, prompts.members_NxW)[:, None] * samples + jnp.arange(samples)
     layout = cache_layout()
-    blocks = to_blocks(kv, layout.root_block, layout.order)
+    blocks = to_blocks(kv, layout.block_size(layout.root_block, kv.k.shape[4]), layout.order)
     return SharedCache(blocks=blocks, end_NxW=jnp.repeat(end_NxW, samples, axis=1), index_R=index_PxG.reshape(-1))

@@ -420,7 +420,22 @@ def test_slots_are_planned_from_memory():
 )
 def test_a_block_of_own_tokens_has_64_kib_or_32_keys_on_a_tpu(platform, kv_heads, head_size, itemsize, keys):
     layout = CACHE_LAYOUTS[platform]
-    assert own_block_size(layout, kv_heads=kv_heads, head_size=head_size, itemsize=itemsize) == keys
+    sizes = {"kv_heads": kv_heads, "head_size": head_size, "itemsize": itemsize}
+    assert own_block_size(layout, 8191, **sizes) == keys
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes"),
+    [
+        ("cpu", {1: 1, 47: 47, 64: 64, 65: 64}),
+        ("gpu", {1: 16, 31: 32, 33: 64, 64: 64, 65: 64}),
+        ("tpu", {1: 16, 31: 32, 33: 48, 300: 304, 512: 512, 513: 512}),
+    ],
+)
+def test_a_block_holds_short_rows_in_a_size_that_the_kernels_can_read(platform, sizes):
+    layout = CACHE_LAYOUTS[platform]
+    most = max(sizes.values())
+    assert {keys: layout.block_size(most, keys) for keys in sizes} == sizes
 
 
 def test_planned_memory_equals_the_size_of_the_arrays():
@@ -428,7 +443,7 @@ def test_planned_memory_equals_the_size_of_the_arrays():
     size = {"prompts": P, "prompt_tokens": 64, "samples": G, "max_new_tokens": 64}
     memory = rollout_memory(SHAPE, "float32", **size, tensor=1)
     dims = (SHAPE.layers, 1, SHAPE.kv_heads, 1, 64, SHAPE.head_size)
-    ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32, "transposed_keys")
+    ring = empty_ring(KeyValues(*(jnp.zeros(dims),) * 2), 10, 64, 32, "separate")
     rings = sum(x.nbytes for x in jax.tree.leaves(ring))
     assert 0 <= 10 * memory.per_slot - rings <= 10 * 12 * SHAPE.vocab
     halved = rollout_memory(SHAPE, "bfloat16", **size, tensor=2)

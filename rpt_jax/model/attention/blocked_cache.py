@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
+from rpt_jax.model.gpu import fill_side
 from rpt_jax.model.tpu import LANES, fill_lanes
 
 # How a cache stores keys and values:
-#   separate          as two arrays
+#   separate          as two arrays, with heads padded to the sizes that a GPU's kernel can have
 #   transposed_keys   as two arrays, keys [C, B]. XLA's CPU backend would otherwise transpose whole caches for every token, which
 #                     takes three times as long.
 #   joined            as one array, each value behind its key. A TPU stores whole registers of 128 numbers: the keys of heads of
@@ -35,7 +36,7 @@ class BlockedCache:
     Attributes:
       k: [L, J, N, K, B, C]; [L, J, N, K, C, B] with transposed keys; [L, J, N, K, B, 2·C] if joined.
       v: [L, J, N, K, B, C]; None if joined.
-      order: how keys and values are stored.
+      order: how keys and values are stored; C includes padding.
     """
 
     k: jax.Array
@@ -47,6 +48,9 @@ class BlockedCache:
         """Return a cache of keys and values [L, J, N, K, B, C]."""
         if order == "joined":
             return cls(k=jnp.concatenate([k, v], axis=-1), v=None, order=order)
+        if order == "separate":
+            padding = [(0, 0)] * 5 + [(0, fill_side(k.shape[-1]) - k.shape[-1])]
+            return cls(k=jnp.pad(k, padding), v=jnp.pad(v, padding), order=order)
         return cls(k=k.swapaxes(-1, -2) if order == "transposed_keys" else k, v=v, order=order)
 
     @property
@@ -66,7 +70,7 @@ class BlockedCache:
 
     @property
     def head_size(self) -> int:
-        """Size of a head, C."""
+        """Size of a head with its padding, C."""
         size = self.k.shape[4 if self.order == "transposed_keys" else 5]
         return size // 2 if self.order == "joined" else size
 

@@ -15,9 +15,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attended_entries
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores, start_softmax
+from rpt_jax.model.gpu import fill_side
 
-# Triton's products need sides that are powers of two, and at least 16.
-_SMALLEST_SIDE = 16
 # Queries per tile. More of them would share a read of the keys, but not fit in registers.
 _LARGEST_TILE = 64
 
@@ -71,7 +70,7 @@ def attend_cache_triton(
     assert cache.order == "separate"
     layers, num_blocks, _, kv_heads, size, head_size = cache.k.shape
     rows, _, num_queries, _ = q_NxKxQxC.shape
-    tile = min(_LARGEST_TILE, max(_SMALLEST_SIDE, 1 << (num_queries - 1).bit_length()))
+    tile = min(_LARGEST_TILE, fill_side(num_queries))
     padding = -num_queries % tile
     q = jnp.pad(q_NxKxQxC, ((0, 0), (0, 0), (0, padding), (0, 0)))
 

@@ -35,9 +35,7 @@ from rpt_jax.model.attention.packed_kernels import (
     sum_over_keys,
     sum_over_queries,
 )
-
-# The smallest side of an array in Triton's products; all sides are powers of two.
-_SMALLEST_SIDE = 16
+from rpt_jax.model.gpu import fill_side
 
 
 def _fold_others(pairs: BlockPairs, own: jax.Array, fold: Callable[[Any, jax.Array], Any], carry: Any) -> Any:
@@ -274,7 +272,7 @@ def attend_triton(
     """Compute `attend_by_kernels` on a GPU; `interpret` runs the kernels in interpret mode, without a GPU."""
     # Zeros at the end of the heads change no product.
     head_size = q_NxKxRxWxC.shape[-1]
-    padding = max(_SMALLEST_SIDE, 1 << (head_size - 1).bit_length()) - head_size
+    padding = fill_side(head_size) - head_size
     q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)]) for x in (q_NxKxRxWxC, k_NxKxWxC, v_NxKxWxC))
     out: jax.Array = attend_by_kernels(_kernels(interpret), q, k, v, key_ranges)
     return out[..., :head_size]
