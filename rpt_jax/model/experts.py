@@ -155,7 +155,7 @@ def _run_tokens(
     # What a product of groups returns for rows after the last group is not defined, nor is their gradient.
     is_local_Sx1 = (jnp.arange(len(expert_S)) < sizes_E.sum())[:, None]
     x_SxD = jnp.where(is_local_Sx1, _permute(jnp.repeat(x_MxD, per_token, axis=0), order_S, inverse_S), 0)
-    weights_Sx1 = _permute(weights.reshape(-1, 1), order_S, inverse_S)
+    weights_Sx1 = jnp.where(is_local_Sx1, _permute(weights.reshape(-1, 1), order_S, inverse_S), 0)
 
     # SwiGLU. The output is linear in the hidden units, so the weights are applied to these, which are fewer.
     gate_SxF = checkpoint_name(grouped_matmul(x_SxD, matrices.gate_ExDxF, sizes_E), EXPERT_PRODUCT)

@@ -11,6 +11,7 @@ import pytest
 
 from rpt_jax.config import from_config_dict
 from rpt_jax.errors import UserError
+from rpt_jax.model import experts
 from rpt_jax.model.experts import (
     ExpertMatrices,
     Routing,
@@ -20,6 +21,7 @@ from rpt_jax.model.experts import (
     route,
     run_experts,
 )
+from rpt_jax.model.grouped_matmul import grouped_matmul
 from rpt_jax.model.model_config import ModelConfig, preset
 from rpt_jax.sizes.policy import model_config_of
 from tests.helpers.policy_reference import MOE_SHAPE
@@ -66,6 +68,50 @@ def test_the_layer_and_its_gradient_equal_those_of_all_experts(normalize: bool) 
     ours, theirs = both(mixture), both(dense_mixture)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
     assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(ours)), "the example tests too little"
+
+
+@pytest.mark.parametrize("poison", [7.0, np.nan])
+def test_undefined_rows_of_grouped_products_are_never_used(monkeypatch: pytest.MonkeyPatch, poison: float) -> None:
+    """With the experts split over two devices, which leaves the rows of the other device's experts without a group."""
+
+    @jax.custom_vjp
+    def poisoned(rows, matrices, sizes):
+        return forward(rows, matrices, sizes)[0]
+
+    def fill(rows, sizes):
+        return jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], rows, poison)
+
+    def forward(rows, matrices, sizes):
+        product, backward = jax.vjp(lambda rows, matrices: grouped_matmul(rows, matrices, sizes), rows, matrices)
+        return fill(product, sizes), (backward, sizes)
+
+    def backward(saved, gradient):
+        inner, sizes = saved
+        rows, matrices = inner(gradient)
+        return fill(rows, sizes), matrices, None
+
+    poisoned.defvjp(forward, backward)
+    monkeypatch.setattr(experts, "grouped_matmul", poisoned)
+
+    def split_mixture(x, router, matrices):
+        routing = route(x, router, A, normalize=False)
+        parts = (slice(0, 2), slice(2, E))
+        return sum(
+            experts._run_tokens(
+                x, routing.experts, routing.weights, jax.tree.map(lambda m, part=part: m[part], matrices), part.start
+            )
+            for part in parts
+        )
+
+    def gradients(layer):
+        return jax.grad(lambda *inputs: jnp.sum(jnp.sin(layer(*inputs))), argnums=(0, 1, 2))(
+            X_NxGxQxD, ROUTER_DxE, MATRICES
+        )
+
+    expected = gradients(lambda *inputs: dense_mixture(*inputs, normalize=False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients(split_mixture), expected
+    )
 
 
 def test_a_token_does_not_depend_on_others() -> None:
