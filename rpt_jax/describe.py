@@ -329,13 +329,14 @@ def _rpt_batch(experiment: Experiment, mesh: MeshSizes) -> RptBatch:
     samples = experiment.rollout.samples_per_prompt
     # Each row of the update holds a prompt and as many of its responses as fit.
     responses_per_row = (training.microbatch_tokens - experiment.prompt.max_tokens) // experiment.rollout.max_new_tokens
-    rows = training.prompts_per_step * math.ceil(samples / max(1, responses_per_row))
+    minibatch_prompts = math.ceil(training.prompts_per_step / training.minibatches_per_step)
+    minibatch_rows = minibatch_prompts * math.ceil(samples / max(1, responses_per_row))
     prompts_per_device = mesh.max_per_batch_shard(training.prompts_per_step)
     return RptBatch(
         prompts_per_step=training.prompts_per_step,
         rollouts_per_step=training.prompts_per_step * samples,
         minibatches_per_step=training.minibatches_per_step,
-        max_microbatches_per_step=math.ceil(rows / mesh.batch_shards),
+        max_microbatches_per_step=training.minibatches_per_step * math.ceil(minibatch_rows / mesh.batch_shards),
         prompts_per_device=prompts_per_device,
         rollouts_per_device=prompts_per_device * samples,
         microbatch_tokens_per_device=training.microbatch_tokens,
@@ -477,8 +478,9 @@ def _budget_steps(
 
 def _run_sizes(experiment: Experiment, config: ModelConfig, budget_steps: int | None) -> RunSizes:
     steps = experiment.training.total_steps
-    schedule = make_schedule(experiment.optimizer, steps)
-    last = steps - 1
+    updates_per_step = experiment.training.minibatches_per_step if experiment.reinforces else 1
+    schedule = make_schedule(experiment.optimizer, steps * updates_per_step)
+    last = steps * updates_per_step - 1
     updates = sorted({0, min(experiment.optimizer.warmup_steps, last), last})
     has_average = experiment.reinforces and REWARDS[experiment.objective.reward].requirements.average
     # Parameters, two moments and, for some rewards, the moving average.
@@ -487,7 +489,9 @@ def _run_sizes(experiment: Experiment, config: ModelConfig, budget_steps: int | 
         total_steps=steps,
         budget_steps=budget_steps,
         seconds_budget=experiment.training.seconds_budget,
-        learning_rates=tuple((update + 1, float(np.asarray(schedule(update)))) for update in updates),
+        learning_rates=tuple(
+            (update // updates_per_step + 1, float(np.asarray(schedule(update)))) for update in updates
+        ),
         checkpoint_bytes=trees * FLOAT32_BYTES * trained_parameters(experiment, config) * experiment.checkpoint.keep,
         kept_training_bytes=kept_training_bytes(experiment) if experiment.reinforces else 0,
         kept_evaluation_bytes=kept_evaluation_bytes(experiment) if experiment.reinforces else 0,

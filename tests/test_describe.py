@@ -320,6 +320,17 @@ def test_learning_rate_is_given_at_warmup_and_at_the_end():
     assert [rate for _, rate in rates] == pytest.approx([1e-3 / 101, 1e-3, 1e-4], rel=1e-2)
 
 
+def test_a_step_with_several_minibatches_takes_several_steps_of_the_schedule():
+    training = {"minibatches_per_step": 8, "prompts_per_step": 8, "total_steps": 20}
+    experiment = replaced(Experiment(), "training", **training)
+    experiment = replaced(experiment, "optimizer", learning_rate=1e-3, warmup_steps=20, schedule="cosine")
+    derived = derive(experiment, 8)
+    assert [step for step, _ in derived.run.learning_rates] == [1, 3, 20]
+    assert [rate for _, rate in derived.run.learning_rates] == pytest.approx([1e-3 / 21, 1e-3, 1e-4], rel=1e-2)
+    # A minibatch of one prompt takes a microbatch, on whichever device.
+    assert derived.rpt.batch.max_microbatches_per_step == 8
+
+
 @pytest.mark.parametrize(
     ("mesh", "devices", "sizes"),
     [

@@ -298,7 +298,8 @@ class OptimizerConfig:
 
     # Peak learning rate (paper, Table 5: 1e-6).
     learning_rate: float = 1e-6
-    # Steps of linear warm-up (verl: 0); the first of n has 1/(n + 1) of the peak, not 0.
+    # Optimizer steps of linear warm-up (verl: 0), of which a training step has `training.minibatches_per_step`; the first of n
+    # has 1/(n + 1) of the peak, not 0.
     warmup_steps: int = 0
     # Schedule after the warm-up: "constant" (verl; needed by a budget), or "cosine" to a tenth of the peak over
     # `training.total_steps`.

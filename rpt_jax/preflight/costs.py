@@ -62,8 +62,8 @@ def estimate_times(chip: Chip, flops: float, traffic: Traffic) -> Times:
     return Times(compute=flops / chip.flops, memory=traffic.memory / chip.memory_speed, network=network)
 
 
-def update_rows(experiment: Experiment) -> int:
-    """Return the number of rows of `training.microbatch_tokens` in an update at full lengths.
+def minibatch_rows(experiment: Experiment) -> int:
+    """Return the number of rows of `training.microbatch_tokens` in a minibatch at full lengths.
 
     A row holds whole groups or, if a group is longer than a row, the prompt and as many of its responses as fit.
     """
@@ -72,10 +72,11 @@ def update_rows(experiment: Experiment) -> int:
     response = experiment.rollout.max_new_tokens
     samples = experiment.rollout.samples_per_prompt
     responses_per_row = (training.microbatch_tokens - prompt) // response
+    prompts = -(-training.prompts_per_step // training.minibatches_per_step)
     if responses_per_row >= samples:
         groups_per_row = training.microbatch_tokens // (prompt + samples * response)
-        return -(-training.prompts_per_step // groups_per_row)
-    return training.prompts_per_step * -(-samples // max(1, responses_per_row))
+        return -(-prompts // groups_per_row)
+    return prompts * -(-samples // max(1, responses_per_row))
 
 
 def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
@@ -100,7 +101,7 @@ def flops_per_chip(experiment: Experiment, step: Step) -> dict[str, float]:
         update *= 3 / 2 if step.policy.lora else 4 / 3
     tokens = experiment.training.prompts_per_step * rpt.tokens.shared_tokens_per_prompt
     row = row_size(experiment.training.microbatch_tokens, step.mesh.devices.flat[0].platform)
-    update *= max(1.0, update_rows(experiment) * row / tokens)
+    update *= max(1.0, experiment.training.minibatches_per_step * minibatch_rows(experiment) * row / tokens)
     return flops | {
         ProgramName.SAMPLE: rpt.flops.sampling / chips,
         ProgramName.TRAINING_REWARD: rpt.flops.reward / chips,
@@ -326,9 +327,9 @@ def trip_counts(experiment: Experiment, step: Step) -> Mapping[str, tuple[float,
     own_blocks = -(-_own_keys(experiment) // _own_block(experiment, step, layout))
     decode_trips = tuple(loop.trips for loop in decode_loops(experiment, step)) if step.decoding else (1,)
 
-    # Update: each device runs one row per pass. A panel of queries visits as many key blocks as the query that attends to
-    # most keys: a prompt and, on average, half of a response.
-    passes = -(-update_rows(experiment) // num_batch_shards(step.mesh))
+    # Update: the loops are those of a minibatch, and each device runs one row per pass. A panel of queries visits as many key
+    # blocks as the query that attends to most keys: a prompt and, on average, half of a response.
+    passes = -(-minibatch_rows(experiment) // num_batch_shards(step.mesh))
     packed_blocks = (prompt + (response + min(QUERY_PANEL_SIZES[platform], response)) / 2) / ROW_BLOCK_SIZES[platform]
 
     return {

@@ -20,7 +20,7 @@ from rpt_jax.distributed.processes import least_of_all
 from rpt_jax.model.model_config import ModelConfig
 from rpt_jax.rollout.memory import device_memory, plan_slots
 from rpt_jax.sizes.limits import short_response_warnings
-from rpt_jax.sizes.memory import FLOAT32_BYTES, RptMemory, pretrain_memory, rollout_bytes, rpt_memory
+from rpt_jax.sizes.memory import FLOAT32_BYTES, pretrain_memory, rollout_bytes, rpt_memory
 from rpt_jax.sizes.mesh import MeshSizes, mesh_sizes
 from rpt_jax.sizes.policy import model_config_of
 
@@ -144,8 +144,13 @@ def plan_memory(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
 
     if not experiment.rollout.decode_slots and experiment.samples and not experiment.reinforces:
         set_field("rollout.decode_slots", *_plan_decode_slots(planned, config, mesh, memory))
+        if _fitting_slots(planned, config, mesh, memory) < 1:
+            warnings.append(
+                f"Sampling needs more than the {memory / GIB:.4g} GiB per device: split the policy over more devices "
+                "(mesh.rollout_tensor), or shorten prompts and responses (prompt.max_tokens, rollout.max_new_tokens)."
+            )
     if experiment.task in ("score", "difficulty", "traces"):
-        return Plan(experiment=planned, fields=tuple(fields.values()), warnings=())
+        return Plan(experiment=planned, fields=tuple(fields.values()), warnings=tuple(warnings))
 
     # The backward pass: the fastest rematerialization that fits, with rows that are not short.
     needs = _backward_needs(planned, config, mesh)
@@ -190,7 +195,7 @@ def check_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
         requested=-(-experiment.rollout.decode_slots // replicas),
         rollouts=_rollouts_per_replica(experiment, mesh),
         memory=rollout_bytes(experiment, config, mesh),
-        resident=_resident(rpt_memory(experiment, config, mesh)),
+        resident=_resident(experiment, config, mesh),
         available=memory,
     )
 
@@ -198,13 +203,21 @@ def check_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, me
 def _plan_decode_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, memory: float) -> tuple[int, str]:
     """Return as many decode slots as fit, over all replicas and at least one for each, and the reason."""
     rollouts = _rollouts_per_replica(experiment, mesh)
-    rollout = rollout_bytes(experiment, config, mesh)
-    free = memory - _resident(rpt_memory(experiment, config, mesh))
-    fitting = rollouts if math.isinf(free) else rollout.slots_within(int(free))
+    fitting = _fitting_slots(experiment, config, mesh, memory)
     if fitting >= rollouts:
         return rollouts * mesh.rollout_replicas, "all rollouts of a step fit"
+    rollout = rollout_bytes(experiment, config, mesh)
+    free = memory - _resident(experiment, config, mesh)
     reason = f"{rollout.per_slot / GIB:.3g} GiB each, {rollout.fixed / GIB:.3g} for prompts, {free / GIB:.4g} free"
     return max(fitting, 1) * mesh.rollout_replicas, reason
+
+
+def _fitting_slots(experiment: Experiment, config: ModelConfig, mesh: MeshSizes, memory: float) -> int:
+    """Return how many rollouts a replica can decode at once."""
+    free = memory - _resident(experiment, config, mesh)
+    if math.isinf(free):
+        return _rollouts_per_replica(experiment, mesh)
+    return rollout_bytes(experiment, config, mesh).slots_within(int(free))
 
 
 def _rollouts_per_replica(experiment: Experiment, mesh: MeshSizes) -> int:
@@ -212,9 +225,13 @@ def _rollouts_per_replica(experiment: Experiment, mesh: MeshSizes) -> int:
     return prompts * experiment.rollout.samples_per_prompt
 
 
-def _resident(memory: RptMemory) -> int:
+def _resident(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> int:
     """Return the bytes per device that are in use while rollouts are sampled, apart from the rollouts."""
-    return memory.state.total + memory.sampling.resharded_parameters
+    memory = rpt_memory(experiment, config, mesh)
+    state = memory.state.total
+    if not experiment.reinforces:  # The policy alone, without a reference and an optimizer.
+        state = memory.state.frozen + memory.state.parameters_and_reference // 2
+    return state + memory.sampling.resharded_parameters
 
 
 def _backward_needs(experiment: Experiment, config: ModelConfig, mesh: MeshSizes) -> list[Callable[[str, int], float]]:

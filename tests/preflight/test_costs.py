@@ -17,8 +17,8 @@ from rpt_jax.preflight.costs import (
     estimate_times,
     full_row,
     least_sampling_bytes,
+    minibatch_rows,
     trip_counts,
-    update_rows,
 )
 from rpt_jax.preflight.hlo import Collective, Traffic
 from rpt_jax.preflight.programs import make_step
@@ -141,4 +141,14 @@ def test_every_scope_with_a_trip_count_is_found_in_its_programs():
 @pytest.mark.parametrize(("tokens", "rows"), [(64, 1), (32, 2), (24, 4), (63, 2)])
 def test_an_update_packs_whole_groups_or_single_responses(tokens: int, rows: int):
     """Two prompts of 16 tokens with two responses of 8 each: both in one row, one per row, or a row for each response."""
-    assert update_rows(small_experiment(f"training.microbatch_tokens={tokens}")) == rows
+    assert minibatch_rows(small_experiment(f"training.microbatch_tokens={tokens}")) == rows
+
+
+def test_the_loops_of_an_update_are_those_of_a_minibatch():
+    """The compiler knows how often a minibatch is repeated."""
+    overrides = ("training.prompts_per_step=8", "training.microbatch_tokens=64")
+    for minibatches, passes in ((1, 4), (2, 2), (8, 1)):
+        small = make_small_step(*overrides, f"training.minibatches_per_step={minibatches}")
+        with use_mesh(small.mesh):
+            counts = trip_counts(small.experiment, small.step)
+        assert counts["policy_gradient"] == counts["old_logprobs"] == (passes,)

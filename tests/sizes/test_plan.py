@@ -18,7 +18,7 @@ from rpt_jax.rollout.memory import USABLE, machine_memory
 from rpt_jax.setup import mesh_from_config
 from rpt_jax.sizes import plan as plan_module
 from rpt_jax.sizes.limits import short_response_warnings
-from rpt_jax.sizes.memory import rpt_memory
+from rpt_jax.sizes.memory import rollout_bytes, rpt_memory
 from rpt_jax.sizes.mesh import MeshSizes
 from rpt_jax.sizes.plan import Plan, check_slots, plan_evaluation, plan_memory
 from tests.helpers.paths import CONFIGS
@@ -177,3 +177,19 @@ def test_longer_responses_of_an_evaluation_get_fewer_decode_slots(monkeypatch: p
     longer = dataclasses.replace(experiment, evaluation=EvaluationConfig(samples=4, max_new_tokens=32_000))
     rollout = plan_evaluation(longer, mesh).rollout
     assert 1 <= rollout.decode_slots < 256 and rollout.max_new_tokens == 32_000 and rollout.samples_per_prompt == 4
+
+
+def test_sampling_alone_has_no_memory_for_a_reference_and_an_optimizer():
+    experiment = load("rpt_7b", "mesh.tensor=1", "mesh.rollout_tensor=1", "training.prompts_per_step=32")
+    rollout = dataclasses.replace(experiment.rollout, samples_per_prompt=8, max_new_tokens=2048, decode_slots=0)
+    prompt = dataclasses.replace(experiment.prompt, max_tokens=512)
+    experiment = dataclasses.replace(experiment, task="difficulty", prompt=prompt, rollout=rollout)
+    config = preset("qwen2.5-7b")
+    planned = plan_memory(experiment, config, ONE_DEVICE, 60 * GIB)
+    slots = planned.experiment.rollout.decode_slots
+    memory = rollout_bytes(planned.experiment, config, ONE_DEVICE)
+    # The parameters in float32, and at most all of them in bfloat16.
+    assert not planned.warnings and 1 < slots < 256
+    assert 0 < 60 * GIB - 4 * config.parameters - memory.fixed - slots * memory.per_slot < 3 * config.parameters
+    [warning] = plan_memory(experiment, config, ONE_DEVICE, 30 * GIB).warnings
+    assert "mesh.rollout_tensor" in warning
