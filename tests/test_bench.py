@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from rpt_jax.bench import __main__ as bench
 from rpt_jax.bench.measure import interleaved
+from rpt_jax.bench.rollout import keys_read
+from rpt_jax.rollout.prefix_sharing import separate
 from tests.helpers.benches import MODEL, run_bench
 
 
@@ -25,6 +28,37 @@ def test_policy_prints_and_writes_the_same_figures(tmp_path: Path, capsys: pytes
             assert row["GFLOP/s"] * row["seconds"] == pytest.approx(counted[row["program"]] / 1e9, rel=0.01)
             assert row["tokens/s"] * row["seconds"] == pytest.approx(32, rel=0.01)
         assert row["program"] in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("reward", "--length=16"), "at least 48"),
+        (("reward", "--vocab=4"), "at least 5"),
+        (("routing", "--max-new-tokens=1"), "at least 2"),
+        (("compile", "--width=12"), "multiple of 8"),
+        (("policy", "--heads=5", "--kv-heads=2"), "--kv-heads=2"),
+        (("policy", "--head-size=7"), "must be even"),
+        (("reward", "--json=no/such/folder.json"), "the folder no/such does not exist"),
+    ],
+)
+def test_sizes_that_cannot_be_measured_are_refused(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+):
+    try:
+        code = bench.main(["bench", *arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2 and words in capsys.readouterr().err
+
+
+def test_every_decode_step_reads_the_keys_of_the_prompt_once():
+    """The first token of a response comes from the prefill, and is read by the steps after it."""
+    prompts = separate(np.ones((2, 10), np.int32), np.full(2, 10, np.int32), np.arange(2, dtype=np.int32))
+    assert keys_read(np.array([[1, 1], [1, 1]]), prompts) == 0
+    # One step of a prompt, which two responses share, and the own token of each.
+    assert keys_read(np.array([[2, 2], [1, 1]]), prompts) == 10 + 2
+    assert keys_read(np.array([[4, 1], [3, 2]]), prompts) == 3 * 10 + (1 + 2 + 3) + 2 * 10 + (1 + 2) + 1
 
 
 def test_the_lowered_program_does_not_grow_with_depth(tmp_path: Path):

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_folder, check_local_path, user_path
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 
@@ -76,8 +76,7 @@ def run_bench(argv: list[str]) -> int:
     # Measure, and show the figures next to the machine that they depend on.
     for name, value in vars(options).items():
         check_local_path(f"--{name}", value)
-    if options.json and not options.json.parent.is_dir():
-        raise UserError(f"--json={options.json}: the folder {options.json.parent} does not exist.", field="--json")
+    check_folder("--json", options.json)
     if options.name == "device":
         return device.run(options)  # It measures in other processes, and writes the file as it goes.
     check_platforms()

@@ -18,8 +18,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from rpt_jax.bench.options import add_compute_options, positive
 from rpt_jax.config import PolicyConfig
+from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig
-from rpt_jax.model.transformer import Params, head, prefill
+from rpt_jax.model.precision import in_policy_precision
+from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.setup import make_policy
 
@@ -39,7 +41,7 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     """Return the columns and the rows of the table.
 
     Raises:
-      UserError: the attention is not available on this platform.
+      UserError: the attention is not available on this platform, or the width cannot be divided.
     """
     rows = []
     with _without_compilation_cache():
@@ -66,6 +68,8 @@ def _without_compilation_cache() -> Iterator[None]:
 def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, int]:
     """Return the seconds to trace and lower, the seconds to compile, and the bytes of the lowered program."""
     width = options.width
+    if width % 8:
+        raise UserError(f"--width={width} must be a multiple of 8: four heads of an even size.", field="--width")
     config = ModelConfig(
         layers=layers, width=width, heads=4, kv_heads=2, head_size=width // 4, ffn=3 * width, vocab=1024
     )
@@ -74,7 +78,7 @@ def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, in
     params = jax.eval_shape(lambda: nn.meta.unbox(policy.init(jax.random.key(0), one, one)["params"]))
     tokens = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
 
-    def loss(params: Params, tokens_NxS: jax.Array) -> jax.Array:
+    def loss(policy: Transformer, params: Params, tokens_NxS: jax.Array) -> jax.Array:
         lengths_N = jnp.full(tokens_NxS.shape[0], tokens_NxS.shape[1], jnp.int32)
         hidden_MxD = prefill(policy, params, tokens_NxS, lengths_N)[0].reshape(-1, width)
         logprobs_M = token_logprobs(
@@ -87,7 +91,8 @@ def _compile(options: argparse.Namespace, layers: int) -> tuple[float, float, in
         return -logprobs_M.mean()
 
     start = time.perf_counter()
-    lowered = jax.jit(jax.grad(loss)).lower(params, tokens)
+    gradient = in_policy_precision(jax.grad(loss, argnums=1))
+    lowered = jax.jit(gradient, static_argnums=0).lower(policy, params, tokens)
     lowered_at = time.perf_counter()
     lowered.compile()
     return lowered_at - start, time.perf_counter() - lowered_at, len(lowered.as_text())

@@ -41,7 +41,8 @@ from rpt_jax.distributed.sharding import shard_prompts
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import Progress
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.model.transformer import Params, head, prefill
+from rpt_jax.model.precision import in_policy_precision
+from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.prompts.builder import PromptBuilder
 from rpt_jax.prompts.pipeline import PromptStream, position_order
@@ -210,8 +211,7 @@ def _measure_full_batches(scorer: Scorer) -> list[list[Any]]:
     ids: Any = np.random.default_rng(0).integers(0, policy.config.vocab, (windows, length)).astype(np.int32)
     tokens, lengths = shard_prompts((ids, np.full(windows, length, np.int32)), scorer.mesh)
 
-    @jax.jit
-    def forward(params: Params) -> jax.Array:
+    def forward(policy: Transformer, params: Params) -> jax.Array:
         hidden = prefill(policy, params, tokens, lengths)[0].reshape(tokens.size, -1)
         chunk_tokens = scorer.config.training.logit_chunk_tokens
         return token_logprobs(
@@ -221,7 +221,8 @@ def _measure_full_batches(scorer: Scorer) -> list[list[Any]]:
     def score() -> None:
         scorer.score(list(ids))
 
-    seconds = interleaved({"forward": lambda: forward(scorer.params), "score": score}, repeats=21)
+    run = jax.jit(in_policy_precision(forward), static_argnums=0)
+    seconds = interleaved({"forward": lambda: run(policy, scorer.params), "score": score}, repeats=21)
     names = {"forward": "forward passes over full batches", "score": "scoring full batches, in turns with them"}
     return [[names[key], s.median, tokens.size / s.median, "tokens/s"] for key, s in seconds.items()]
 

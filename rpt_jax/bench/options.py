@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 
 from rpt_jax.config import PolicyConfig
 from rpt_jax.config.schema import ATTENTIONS, HEAD_PRECISIONS, REMATS
+from rpt_jax.errors import UserError
 from rpt_jax.model.model_config import ModelConfig, preset
 
 _DEFAULT_MODEL = ModelConfig(
@@ -22,6 +24,18 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be an integer, at least 1")
     return int(text)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a parser of options that count something and are at least `least`. It raises ArgumentTypeError."""
+
+    def parse(text: str) -> int:
+        value = positive(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return value
+
+    return parse
 
 
 def not_negative(text: str) -> int:
@@ -49,11 +63,16 @@ def chosen_model(options: argparse.Namespace) -> ModelConfig:
     """Return the model that the options of `add_model_options` describe.
 
     Raises:
-      UserError: the preset is unknown.
+      UserError: the preset is unknown, or there is no model of these sizes.
     """
     config = preset(options.preset, field="--preset") if options.preset else _DEFAULT_MODEL
     sizes = {name: getattr(options, name) for name in _SIZES}
-    return dataclasses.replace(config, **{name: size for name, size in sizes.items() if size is not None})
+    config = dataclasses.replace(config, **{name: size for name, size in sizes.items() if size is not None})
+    if config.heads % config.kv_heads:
+        raise UserError(f"--heads={config.heads} must be a multiple of --kv-heads={config.kv_heads}.", field="--heads")
+    if config.head_size % 2:
+        raise UserError(f"--head-size={config.head_size} must be even: it is rotated in pairs.", field="--head-size")
+    return config
 
 
 def add_compute_options(parser: argparse.ArgumentParser, remat: str, dtype: bool = True) -> None:

@@ -32,6 +32,7 @@ from rpt_jax.distributed.sharding import init_parameters
 from rpt_jax.errors import UserError
 from rpt_jax.model.flops import attention_flops
 from rpt_jax.model.model_config import ModelConfig
+from rpt_jax.model.precision import in_policy_precision
 from rpt_jax.model.transformer import Params, Transformer, head, prefill
 from rpt_jax.objective.logprobs import token_logprobs
 from rpt_jax.objective.packing import fitting_divisor
@@ -121,23 +122,24 @@ def policy_calls(
     def add_gradient(params: Params, total: Any, tokens_NxS: jax.Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, tokens_NxS)), None
 
-    @jax.jit
-    def forward(params: Params, tokens: jax.Array) -> jax.Array:
+    def compiled(program: Callable[..., Any]) -> Callable[[], Any]:
+        run = jax.jit(in_policy_precision(program), static_argnums=0)
+        return lambda: run(policy, params, tokens)
+
+    def forward(_: Transformer, params: Params, tokens: jax.Array) -> jax.Array:
         return jax.lax.map(functools.partial(loss, params), tokens).mean()
 
-    @jax.jit
-    def forward_and_backward(params: Params, tokens: jax.Array) -> Any:
+    def forward_and_backward(_: Transformer, params: Params, tokens: jax.Array) -> Any:
         zeros = jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(functools.partial(add_gradient, params), zeros, tokens)[0]
 
-    @jax.jit
-    def prefill_all(params: Params, tokens: jax.Array) -> Any:
+    def prefill_all(_: Transformer, params: Params, tokens: jax.Array) -> Any:
         return jax.lax.map(lambda tokens_NxS: prefill(policy, params, tokens_NxS[:, :-1], lengths_N)[1:], tokens)
 
     return {
-        "forward": lambda: forward(params, tokens),
-        "forward and backward": lambda: forward_and_backward(params, tokens),
-        "prefill": lambda: prefill_all(params, tokens),
+        "forward": compiled(forward),
+        "forward and backward": compiled(forward_and_backward),
+        "prefill": compiled(prefill_all),
     }
 
 

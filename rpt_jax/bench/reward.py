@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rpt_jax.bench.measure import interleaved, matmul_call, round_to_4_digits
-from rpt_jax.bench.options import positive
+from rpt_jax.bench.options import at_least, positive
 from rpt_jax.model.model_config import preset
 from rpt_jax.rewards.prefix_match import prefix_match_reward
 
@@ -52,8 +52,8 @@ class Responses(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this bench."""
     parser.add_argument("--responses", type=positive, default=2048)
-    parser.add_argument("--length", type=positive, default=8192, help="tokens per response")
-    parser.add_argument("--vocab", type=positive, default=152_064)
+    parser.add_argument("--length", type=at_least(_ANSWER_TOKENS), default=8192, help="tokens per response")
+    parser.add_argument("--vocab", type=at_least(_FIRST_TEXT_ID + 1), default=152_064)
     parser.add_argument("--python", type=positive, default=64, help="responses that the Python implementation reads")
     parser.add_argument("--preset", default="qwen2.5-14b", help="policy whose training step is compared")
     parser.add_argument("--repeats", type=positive, default=5)

@@ -25,7 +25,8 @@ from rpt_jax.config import PolicyConfig
 from rpt_jax.config.loading import packaged_configs
 from rpt_jax.config.user_paths import expand_home, user_path
 from rpt_jax.errors import UserError
-from rpt_jax.model.transformer import in_compute_dtype
+from rpt_jax.model.precision import in_policy_precision
+from rpt_jax.model.transformer import Transformer, in_compute_dtype
 from rpt_jax.rollout.engine import decode_until, live_sizes, start_decoding
 from rpt_jax.rollout.generate import sample_rollouts
 from rpt_jax.rollout.memory import cache_bytes, device_memory, plan_slots, rollout_memory
@@ -121,18 +122,18 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     sizes = live_sizes(slots, rollouts)
     tail_size = sizes[1] if len(sizes) > 1 else 0
 
-    def until(params: Any, prompts: Prompts, key: jax.Array, running: int | None) -> Any:
+    def until(policy: Transformer, params: Any, prompts: Prompts, key: jax.Array, running: int | None) -> Any:
         """Prefill and, unless `running` is None, decode until at most `running` rollouts are live."""
         inputs, state = start_decoding(policy, params, prompts, key, None, decoding)
         return state if running is None else decode_until(policy, decoding, inputs, state, running)
 
-    until_jit = jax.jit(until, static_argnames="running")
+    until_jit = jax.jit(in_policy_precision(until), static_argnames=("policy", "running"))
     array = jnp.ones(_READ_BYTES // 4, jnp.float32)
     read = jax.jit(jnp.sum)
     calls: dict[str, Callable[[], Any]] = {
         "all": lambda: sample_rollouts(policy, params, prompts, key, decoding),
-        "prefill": lambda: until_jit(params, prompts, key, None),
-        "until the tail": lambda: until_jit(params, prompts, key, tail_size),
+        "prefill": lambda: until_jit(policy, params, prompts, key, None),
+        "until the tail": lambda: until_jit(policy, params, prompts, key, tail_size),
         "read": lambda: read(array),
     }
     result, work = calls["all"]()
@@ -230,7 +231,7 @@ def keys_read(lengths_PxG: Any, prompts: Prompts) -> int:
     """
     lengths_PxG = np.asarray(lengths_PxG).astype(np.int64)
     own = (lengths_PxG * (lengths_PxG - 1) // 2).sum()
-    steps_P = lengths_PxG.max(axis=1)
+    steps_P = np.maximum(lengths_PxG.max(axis=1) - 1, 0)  # The first token is sampled from the prefill.
     members_NxW = prompts.members_NxW
     if members_NxW is None:
         return int(own + (prompts.lengths_P * steps_P).sum())

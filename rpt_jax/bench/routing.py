@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpt_jax.bench.options import add_compute_options, not_negative, policy_config, positive
+from rpt_jax.bench.options import add_compute_options, at_least, not_negative, policy_config, positive
 from rpt_jax.bench.rollout import random_prompts
 from rpt_jax.config.user_paths import expand_home
 from rpt_jax.distributed.mesh import make_mesh, use_mesh
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive, default=64, help="tokens of each prompt")
     parser.add_argument("--shared-tokens", type=not_negative, default=0, help="first tokens that all prompts share")
     parser.add_argument("--samples", type=positive, default=4, help="responses per prompt")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, help="tokens of each response")
+    parser.add_argument("--max-new-tokens", type=at_least(2), default=64, help="tokens of each response")
     parser.add_argument("--seed", type=not_negative, default=0)
     add_compute_options(parser, remat="none")
 

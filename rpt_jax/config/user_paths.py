@@ -106,6 +106,21 @@ def check_location(name: str, location: str | None) -> None:
             )
 
 
+def check_folder(name: str, file: Path | None) -> None:
+    """Check that a file can be written to its folder, before the work that it is to be the result of.
+
+    Args:
+      name: the flag that has this value.
+      file: its value; None if it is not set.
+
+    Raises: UserError, if there is no such folder or the file is one.
+    """
+    if file and not file.parent.is_dir():
+        raise UserError(f"{name}={file}: the folder {file.parent} does not exist.", field=name)
+    if file and file.is_dir():
+        raise UserError(f"{name}={file} is a folder: give the name of a file.", field=name)
+
+
 def check_local_path(name: str, path: str | Path | None) -> None:
     """Check that `path` is not a URL.
 

@@ -14,7 +14,7 @@ import sys
 
 from rpt_jax.config import from_config_dict, load_config_file
 from rpt_jax.config.loading import split_overrides
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_folder, check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import import_jax, run_command
 from rpt_jax.preflight.topology import parse_topology, prepare_process
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(rest)
     try:
         check_local_path("--json", options.json)
+        check_folder("--json", options.json)
         topology = parse_topology(options.topology)
         prepare_process(topology)
         # JAX reads the environment that prepare_process sets. Checking a config imports JAX, too.

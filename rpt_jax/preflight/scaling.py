@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rpt_jax.config.user_paths import check_local_path, user_path
+from rpt_jax.config.user_paths import check_folder, check_local_path, user_path
 from rpt_jax.errors import UserError
 from rpt_jax.infra.command_line import run_command
 from rpt_jax.infra.console import table
@@ -22,6 +22,7 @@ from rpt_jax.infra.console import table
 # Programs that run in every step.
 _STEP_PROGRAMS = ("reshard", "sample", "reward", "training reward", "update")
 _TERA = 1e12
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 class Run(NamedTuple):
@@ -67,6 +68,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv[1:])
     try:
         check_local_path("--plot", options.plot)
+        check_folder("--plot", options.plot)
+        if options.plot and options.plot.suffix not in PLOT_FORMATS:
+            raise UserError(f"--plot={options.plot} must end in {', '.join(PLOT_FORMATS)}.", field="--plot")
         runs = [read_run(path) for path in options.runs]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,6 +34,14 @@ def test_records_are_compared_in_a_table_and_a_plot(tmp_path: Path, capsys: pyte
     assert [len(scaling.largest_group(runs, key)) for key in scaling.SCALINGS.values()] == [2, 3]
 
 
+@pytest.mark.parametrize(("name", "words"), [("no/plot.png", "does not exist"), ("plot.foo", "must end in .png")])
+def test_a_plot_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+):
+    assert scaling.main(["scaling", "missing.json", f"--plot={tmp_path / name}"]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_files_that_preflight_did_not_write_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "other.json"
     path.write_text("{}")
