@@ -15,6 +15,7 @@ from rpt_jax.config import Experiment
 from rpt_jax.distributed.mesh import mesh_fields, use_mesh
 from rpt_jax.errors import UserError
 from rpt_jax.infra.console import table
+from rpt_jax.model.precision import choose_dtype, choose_head_precision
 from rpt_jax.preflight.check import GIB, Memory, ProgramReport, as_record, check_programs
 from rpt_jax.preflight.costs import flops_per_chip, kernel_bytes
 from rpt_jax.preflight.programs import ProgramName, Step, make_step
@@ -56,16 +57,24 @@ def preflight(experiment: Experiment, topology: Topology, only: Collection[str] 
 
 
 def for_topology(experiment: Experiment, topology: Topology) -> Experiment:
-    """Return the experiment in the form that is compiled: without a GPU, blockwise attention replaces a GPU's kernel.
+    """Return the experiment in the form that is compiled: with the precision that the chips choose.
+
+    Without a GPU, blockwise attention replaces a GPU's kernel.
 
     Raises:
       UserError: preflight does not support the task.
     """
     if experiment.task in ("pretrain", "difficulty", "traces"):
         raise UserError(f"task='{experiment.task}' has no preflight: choose 'rpt', 'rft' or 'score'.", field="task")
-    if topology.has_compiler:
-        return experiment
-    return dataclasses.replace(experiment, policy=dataclasses.replace(experiment.policy, attention="blockwise"))
+    policy = experiment.policy
+    platform = topology.chip.platform
+    policy = dataclasses.replace(
+        policy,
+        dtype=choose_dtype(policy.dtype, platform),
+        head_precision=choose_head_precision(policy.head_precision, platform),
+        attention=policy.attention if topology.has_compiler else "blockwise",
+    )
+    return dataclasses.replace(experiment, policy=policy)
 
 
 def devices(topology: Topology) -> list[Any]:

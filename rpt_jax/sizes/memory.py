@@ -235,7 +235,11 @@ def _sampling_bytes(experiment: Experiment, config: ModelConfig, mesh: MeshSizes
     prompts = -(-experiment.training.prompts_per_step // mesh.rollout_replicas)
     rollouts = prompts * tree.branches
     slots = min(-(-experiment.rollout.decode_slots // mesh.rollout_replicas) or rollouts, rollouts)
-    scores = FLOAT32_BYTES * prompts * config.heads * tree.prefix**2 if _forms_all_scores(experiment) else 0
+    # Prompts are prefilled a few at a time, and long ones in chunks.
+    prefill_tokens = experiment.rollout.prefill_tokens
+    rows = min(prompts, max(1, prefill_tokens // tree.prefix))
+    pairs = rows * min(tree.prefix, prefill_tokens) * tree.prefix
+    scores = FLOAT32_BYTES * config.heads * pairs if _forms_all_scores(experiment) else 0
     return SamplingBytes(
         kv_per_token=kv_per_token,
         prompt_kv=prompts * tree.prefix * kv_per_token // mesh.rollout_tensor,
