@@ -18,8 +18,7 @@ from rpt_jax.evaluation.suite import difficulty_text
 from rpt_jax.infra.accounting import Clock
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.console import RolloutText, table
-from rpt_jax.infra.run_format import format_stamp
-from rpt_jax.infra.source_commit import source_commit
+from rpt_jax.infra.provenance import provenance
 from rpt_jax.infra.storage import named_by_urls
 from rpt_jax.infra.workdir import RESULT
 from rpt_jax.prompts.builder import PromptBatch
@@ -45,12 +44,7 @@ def write_result(
       clock: of the run.
     """
     result = {
-        **format_stamp(),
-        "commit": source_commit(),
-        "jax": jax.__version__,
-        "platform": jax.default_backend(),
-        "device_kind": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
+        **provenance(),
         "processes": jax.process_count(),
         "wall_seconds": clock.seconds,
         "flops": flops,

@@ -31,8 +31,8 @@ from rpt_jax.infra.console import Progress, table
 from rpt_jax.infra.digest import digest
 from rpt_jax.infra.fingerprint import fingerprint_arrays
 from rpt_jax.infra.overlap import finish_one_behind
+from rpt_jax.infra.provenance import provenance
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.run_format import format_stamp
 from rpt_jax.infra.workdir import RESULT
 from rpt_jax.model.transformer import Params, Transformer
 from rpt_jax.prompts.builder import PromptBatch, PromptBuilder, stack
@@ -246,7 +246,7 @@ def sample_traces(experiment: Experiment, workdir: Path, mesh: Mesh, context: Ru
     result = summarize(list(headers.values()), source.preparation_flops)
     result["rejected_questions"] = source.rejected_questions
     if is_leader():
-        atomic_write(workdir / RESULT, json.dumps({**format_stamp(), **result}, indent=1) + "\n")
+        atomic_write(workdir / RESULT, json.dumps({**provenance(), **result}, indent=1) + "\n")
     _show(result, workdir)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from rpt_jax.config import Experiment
@@ -22,9 +21,8 @@ from rpt_jax.evaluation.stored_results import RECORDS, SUMMARY, ResultStore
 from rpt_jax.evaluation.suite import SUITES, SuiteInputs, difficulty_text, points, score_averages, summary_rows
 from rpt_jax.infra.console import table
 from rpt_jax.infra.fingerprint import fingerprint_arrays
+from rpt_jax.infra.provenance import provenance
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.run_format import format_stamp
-from rpt_jax.infra.source_commit import source_commit
 from rpt_jax.infra.storage import named_by_urls, with_urls
 from rpt_jax.setup import check_sampling, dtype_of, head_precision_of, load_starting_policy
 from rpt_jax.sizes.plan import plan_run
@@ -121,12 +119,7 @@ def evaluate(
             close()
     records = store.read(batches.count)
     summary = {
-        **format_stamp(),
-        "commit": source_commit(),
-        "jax": jax.__version__,
-        "platform": jax.default_backend(),
-        "device_kind": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
+        **provenance(),
         "suite": suite,
         "policy": with_urls(policy),
         "policy_fingerprint": fingerprint,
