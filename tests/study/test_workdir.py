@@ -15,13 +15,22 @@ from rpt_jax.config.study import StudyConfig, load_study
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.run_format import STUDY_RESULTS
 from rpt_jax.study.__main__ import main
-from rpt_jax.study.outcome import Arm, Outcome, StudyOutcomes, read_outcomes, write_outcomes
+from rpt_jax.study.outcome import (
+    BEFORE_TUNING,
+    Arm,
+    Outcome,
+    StudyOutcomes,
+    Unit,
+    read_outcomes,
+    write_outcomes,
+)
 from rpt_jax.study.plan import UnitPlan, make_plan
 from rpt_jax.study.workdir import read_taken, write_results
 from tests.helpers.paths import ROOT
 from tests.helpers.studies import BUDGET, small_study
 from tests.helpers.study import outcome, study
 
+PUBLISHED = ROOT / "docs" / "results" / "study"
 STUDY = dataclasses.replace(small_study(), tuning=None, main_score="reasoning/hard", seeds=(0, 1))
 
 
@@ -116,11 +125,24 @@ def test_the_command_does_not_run_what_it_takes_over(tmp_path: Path, capfd: pyte
     assert STUDY_RESULTS in capfd.readouterr().err
 
 
-def test_the_published_results_are_those_of_their_config() -> None:
-    published = load_study("configs/study_tiny.py")
-    path = ROOT / "docs" / "results" / "study" / STUDY_RESULTS
-    outcomes = read_taken(path, published, make_plan(published, Path("runs/study")))
-    assert outcomes and all(published.main_score in each.scores for each in outcomes)
-    assert read_outcomes(path).commands == (
-        "python -m rpt_jax.study --config=configs/study_tiny.py --workdir=runs/study",
-    )
+@pytest.mark.parametrize(("config", "file"), [("study_tiny", STUDY_RESULTS), ("study_smollm2_cpu", "smollm2_cpu.json")])
+def test_the_published_results_are_those_of_their_config(config: str, file: str) -> None:
+    published = load_study(f"configs/{config}.py")
+    path = PUBLISHED / file
+    units = make_plan(published, Path("runs/study"))
+    outcomes = read_taken(path, published, units)
+    assert {each.unit for each in outcomes} == {unit.unit for unit in units}
+    assert all(published.main_score in each.scores and each.commits for each in outcomes)
+    assert read_outcomes(path).commands[0].startswith(f"python -m rpt_jax.study --config=configs/{config}.py")
+
+
+def test_the_published_details_are_those_of_the_published_units() -> None:
+    details = json.loads((PUBLISHED / "details.json").read_bytes())
+    fields = {name for names in details["fields"] for name in names.split(", ")}
+    units = details["units"]
+    assert all(unit.keys() <= {"arm", "budget", "seed", *fields} for unit in units)
+    outcomes = {outcome.unit: outcome for outcome in read_outcomes(PUBLISHED / STUDY_RESULTS).outcomes}
+    assert {Unit(unit["arm"], unit["seed"], unit["budget"]) for unit in units} == outcomes.keys()
+    for unit in units:
+        before = outcomes[Unit(unit["arm"], unit["seed"], unit["budget"])].scores[BEFORE_TUNING].value
+        assert unit["accuracy_before_tuning"] == pytest.approx(before, abs=1e-5)
