@@ -2,12 +2,12 @@
 
 Command   python -m rpt_jax.study --config=configs/study_tiny.py
 Hardware  2 CPU cores, 4 GB of memory
-Time      6 hours, two units at a time (--part=0/2 and 1/2, each on one core), 29 November 2026
+Time      7 hours, two units at a time (--part=0/2 and 1/2, each on one core), 29 November 2026
 Results   docs/results/study.md
 
 The largest budget is that of 180 of the 210 steps of configs/rpt_tiny.py, 4.9e10 FLOPs each. The learning rates were chosen by
 configs/study_tiny_rates.py. Main arms have 5 seeds and 4 budgets, which a fit of accuracy over compute needs; the others
-have 3 of each.
+have 3 of each. The starting policy has 15 seeds, because every arm is compared with it.
 
 Two trained policies that differ by 3 points are told apart with a probability of 80 % by 1,070 positions of 2 samples, or by 560
 questions of 4 samples; measured were 3.1 points at 1,000 positions and 2.9 points at 603 questions (`rpt_jax.evaluate
