@@ -57,9 +57,11 @@ class Connection:
 
     def __init__(self, connection: socket.socket):
         connection.settimeout(None)
-        # A host that loses power closes nothing. Keep-alive probes every 10 s end the connection after about a minute.
+        # A host that loses power closes nothing. Keep-alive probes every 10 s end a silent connection after about a minute, and
+        # the limit on unacknowledged data, in ms, one with heartbeats: the kernel would send those again for 15 minutes.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+        options = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6), ("TCP_USER_TIMEOUT", 60_000))
+        for name, value in options:
             if hasattr(socket, name):  # Not on every platform.
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._connection = connection
@@ -72,7 +74,10 @@ class Connection:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
-        """Return the next message, or None when the connection was closed.
+        """Return the next message, or None when the connection was closed or its other end is gone.
+
+        Args:
+          seconds: how long to wait; None for no limit.
 
         Raises:
           TimeoutError: nothing arrived within `seconds`.
@@ -81,9 +86,10 @@ class Connection:
         self._connection.settimeout(seconds)
         try:
             text = self._file.readline(1 << 20)
-        except TimeoutError:
-            raise
-        except OSError:
+        except OSError as error:
+            # ETIMEDOUT, by which the kernel reports a host that is gone, is a TimeoutError as well.
+            if isinstance(error, TimeoutError) and seconds is not None:
+                raise
             return None
         message = json.loads(text) if text else None
         if message is not None and not isinstance(message, dict):

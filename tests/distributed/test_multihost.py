@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -298,6 +299,36 @@ def test_other_connections_to_the_port_are_ignored() -> None:
 
 
 # --- lost processes ---
+
+
+class LostHost:
+    """A socket whose other end is a host that lost power."""
+
+    def setsockopt(self, *_: object) -> None:
+        """Accept any option."""
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Accept any limit."""
+
+    def makefile(self, _: str) -> LostHost:
+        return self
+
+    def readline(self, _: int) -> bytes:
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+
+def test_a_host_that_lost_power_is_gone_and_not_late() -> None:
+    connection = Connection(LostHost())
+    assert connection.receive() is None
+    with pytest.raises(TimeoutError):
+        connection.receive(1.0)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the platform has no such limit")
+def test_heartbeats_that_nobody_acknowledges_end_a_connection_after_a_minute() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        Connection(client)
+        assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
 
 @pytest.fixture
