@@ -22,15 +22,17 @@ class ExitCode(enum.IntEnum):
 class UserError(Exception):
     """An error that the user can fix: the message names the field or file, the value and what was expected.
 
-    `main` prints the message without a traceback and exits with code 2.
+    `main` prints the message without a traceback and exits with `code`.
 
     Attributes:
       field: the config field ("data.path"), flag ("--workdir") or file that is at fault; "" where there is no single one.
+      code: `ExitCode.RESTART` if the same command may succeed without a change, because another process was gone or late.
     """
 
-    def __init__(self, message: str, *, field: str = ""):
+    def __init__(self, message: str, *, field: str = "", code: ExitCode = ExitCode.USER_ERROR):
         super().__init__(message)
         self.field = field
+        self.code = code
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -338,7 +338,7 @@ def exit_code_and_message(error: BaseException) -> tuple[int, str]:
     from rpt_jax.infra.divergence import Diverged
 
     if isinstance(error, UserError):
-        return ExitCode.USER_ERROR, f"error: {error}"
+        return error.code, f"error: {error}"
     if isinstance(error, FloatingPointError):
         return ExitCode.NOT_FINITE, (
             f"error: non-finite metric at {error}. The update was skipped and the state saved; rerun with --replay to locate "

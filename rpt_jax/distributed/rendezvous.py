@@ -96,6 +96,16 @@ class Connection:
             raise ValueError(text)
         return message
 
+    def is_closed(self) -> bool:
+        """Return whether the other end was closed, without waiting; what has arrived stays to be received."""
+        self._connection.settimeout(0)
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
 
 class Members(NamedTuple):
     """The processes of a run after the rendezvous.
@@ -122,7 +132,7 @@ def meet(hosts: Hosts, facts: Mapping[str, Any], join_seconds: float) -> Members
 
     Raises:
       UserError: a process is missing, cannot be reached or has other facts. All processes that have connected raise the same
-        error.
+        error. Its code is `ExitCode.RESTART` if a process was gone or late.
     """
     if hosts.process == 0:
         return _accept_processes(hosts, facts, join_seconds)
@@ -157,6 +167,9 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
             try:
                 connection = Connection(server.accept()[0])
                 report = connection.receive(_NOTICE_SECONDS)
+                # A process that was lost since it has connected may be started again.
+                for process in [process for process, earlier in connections.items() if earlier.is_closed()]:
+                    del connections[process], names[process]
                 problem = _mismatch(report, names, hosts, facts)
                 accepted.append(connection)
                 if problem is None and report is not None:
@@ -169,6 +182,7 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
                         f"connect. Check that they were started ({hosts.names.processes}={hosts.processes}) and can reach "
                         f"{hosts.address}:{hosts.port} ({hosts.names.address}).",
                         field=hosts.names.processes,
+                        code=ExitCode.RESTART,
                     )
                 elif not notified:
                     logger.warning("process 0 on %s waits for %s on port %d.", names[0], awaited, hosts.port)
@@ -179,7 +193,7 @@ def _accept_processes(hosts: Hosts, facts: Mapping[str, Any], join_seconds: floa
     # Tell all that have connected, so that they raise the same error.
     for connection in accepted:
         if problem:
-            connection.send(end=int(ExitCode.USER_ERROR), why=str(problem), field=problem.field)
+            connection.send(end=int(problem.code), why=str(problem), field=problem.field)
         else:
             connection.send(names=names)
     if problem:
@@ -226,19 +240,23 @@ def _connect_to_leader(hosts: Hosts, facts: Mapping[str, Any], join_seconds: flo
         raise UserError(
             f"{name} waited {join_seconds:g} s (--join_seconds) for process 0 to confirm that all processes have connected.",
             field="--join_seconds",
+            code=ExitCode.RESTART,
         ) from None
     if answer is None:
         raise UserError(
             f"process 0 at {hosts.address}:{hosts.port} exited while {name} was waiting for the other processes.",
             field=hosts.names.address,
+            code=ExitCode.RESTART,
         )
     if "end" in answer:
-        raise UserError(answer["why"], field=answer.get("field", ""))
+        raise UserError(answer["why"], field=answer.get("field", ""), code=ExitCode(answer["end"]))
     # Check the port of JAX's coordination service here: if JAX cannot reach it, it aborts with a stack trace.
     try:
         _connect(hosts, hosts.port + 1, name, join_seconds, time.monotonic() + join_seconds).close()
     except UserError as error:
-        connection.send(end=int(ExitCode.USER_ERROR), why=str(error), field=error.field)
+        # Process 0 could be reached on the other port: unless it is gone by now, this one is blocked.
+        error.code = ExitCode.RESTART if connection.is_closed() else ExitCode.USER_ERROR
+        connection.send(end=int(error.code), why=str(error), field=error.field)
         raise
     names = {int(process): host for process, host in answer["names"].items()}
     return Members(names=names, connections={0: connection})
@@ -259,6 +277,7 @@ def _connect(hosts: Hosts, port: int, name: str, join_seconds: float, deadline: 
                 f"that process 0 is running, that this is its address ({hosts.names.address}), and that the port is open "
                 "between the hosts.",
                 field=hosts.names.address,
+                code=ExitCode.RESTART,
             )
         if not notified and seconds_left < join_seconds - _NOTICE_SECONDS:
             logger.warning("%s waits for process 0 at %s:%d (%s).", name, hosts.address, port, reason)

@@ -20,9 +20,10 @@ import pytest
 from rpt_jax.distributed.hosts import Hosts, Names, find_hosts
 from rpt_jax.distributed.rendezvous import Connection, meet
 from rpt_jax.errors import ExitCode, UserError
+from rpt_jax.main import exit_code_and_message
 from tests.helpers.parameters import mostly_slow
 from tests.helpers.paths import ROOT
-from tests.helpers.processes import HERE, free_port, run_children, starter
+from tests.helpers.processes import CHILD_SECONDS, HERE, free_port, run_children, starter
 
 # --- detection ---
 
@@ -224,6 +225,50 @@ def test_two_processes_with_the_same_index_are_refused() -> None:
     port = free_port()
     told = meet_all(*((Hosts("127.0.0.1", port, 3, process), {}) for process in (0, 1, 1)))
     assert told[0] == told[1] and f"process 1 on {HERE} was started twice" in told[0]
+
+
+def test_a_process_that_was_lost_during_the_rendezvous_may_come_again() -> None:
+    port = free_port()
+    hosts = Hosts("127.0.0.1", port, 3, 0)
+    with ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(meet_all, (hosts, {}), seconds=CHILD_SECONDS)
+
+        def report(process: int) -> socket.socket:
+            connection = connect_while_running(port, leader)
+            assert connection
+            Connection(connection).send(process=process, processes=3, host=f"host {process}", facts={})
+            return connection
+
+        report(1).shutdown(socket.SHUT_RDWR)
+        rest = [report(process) for process in (1, 2)]
+        assert leader.result() == [{0: HERE, 1: "host 1", 2: "host 2"}]
+        for connection in rest:
+            assert Connection(connection).receive() == {"names": {"0": HERE, "1": "host 1", "2": "host 2"}}
+            connection.close()
+
+
+def test_a_process_that_is_late_or_gone_ends_the_others_with_the_code_for_a_restart() -> None:
+    port = free_port()
+    for process in (0, 1):  # The other one never starts.
+        with pytest.raises(UserError) as raised:
+            meet(Hosts("127.0.0.1", port, 2, process), {}, 0.1)
+        assert raised.value.code == ExitCode.RESTART
+
+    def answer(server: socket.socket, **message: object) -> None:
+        accepted = server.accept()[0]
+        connection = Connection(accepted)
+        connection.receive()
+        if message:
+            connection.send(**message)
+        accepted.shutdown(socket.SHUT_RDWR)
+
+    # Process 0 ends without a word, says that another process is late, or is lost before JAX's service has started.
+    for message in ({}, {"end": ExitCode.RESTART, "why": "late"}, {"names": {0: "a", 1: "b"}}):
+        with socket.create_server(("127.0.0.1", port)) as server, ThreadPoolExecutor(1) as pool:
+            pool.submit(answer, server, **message)
+            with pytest.raises(UserError) as raised:
+                meet(Hosts("127.0.0.1", port, 2, 1), {}, 1.0)
+        assert exit_code_and_message(raised.value)[0] == ExitCode.RESTART
 
 
 def test_an_unreachable_process_0_is_reported_with_address_and_reason() -> None:
