@@ -307,6 +307,7 @@ class Rendezvous:
         self._progress = {process: (0, "startup") for process in members.names}
         self._last_progress = time.monotonic()
         self._left = False
+        self._leaving = {process: threading.Event() for process in members.connections}
         # Taken when this process learns that it must exit, so that only the first cause is reported. Also taken by `leave`.
         self._exit_lock = threading.Lock()
         for process, connection in members.connections.items():
@@ -364,6 +365,9 @@ class Rendezvous:
             if "end" in message:
                 self._exit(message["end"], message["why"])
                 return
+            if "leaving" in message:
+                self._leaving[process].set()
+                continue
             self._record(process, message["count"], message["phase"])
 
     def _exit(self, code: int, reason: str) -> None:
@@ -406,6 +410,14 @@ class Rendezvous:
 
         if self._left:
             return
+        # Process 0 may be uploading for longer than JAX's service waits, and fail. So all meet here first, still watched.
+        if self._hosts.process:
+            self._connections[0].send(leaving=True)
+        for leaving in self._leaving.values():
+            leaving.wait()
+        if self._hosts.process == 0:
+            for connection in self._connections.values():
+                connection.send(leaving=True)
         self._exit_lock.acquire()
         self._left = True
         jax.distributed.shutdown()

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from rpt_jax.distributed.hosts import Hosts, Names, find_hosts
-from rpt_jax.distributed.rendezvous import Connection, meet
+from rpt_jax.distributed.rendezvous import Connection, Heartbeat, Members, Rendezvous, meet
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.main import exit_code_and_message
 from tests.helpers.parameters import mostly_slow
@@ -384,6 +384,8 @@ def start() -> Iterator[object]:
 
 KILLED = ("another is killed", [ExitCode.RESTART, -signal.SIGKILL, ExitCode.RESTART], "process 1 on {} is gone: killed")
 
+FAILED_LATE = ("leader fails at the end", [2, 2, 2], "process 0 on {} ended: error: gs://bucket could not be written.")
+
 
 @pytest.mark.parametrize(
     ("event", "codes", "sentence"),
@@ -392,8 +394,10 @@ KILLED = ("another is killed", [ExitCode.RESTART, -signal.SIGKILL, ExitCode.REST
             ("nothing", [0, 0, 0], ""),
             KILLED,
             ("another fails", [2, 2, 2], "process 1 on {} ended: error: data.path does not exist."),
+            FAILED_LATE,
         ],
         KILLED,
+        FAILED_LATE,
     ),
 )
 def test_all_processes_exit_with_the_one_that_failed_and_name_it(
@@ -404,10 +408,31 @@ def test_all_processes_exit_with_the_one_that_failed_and_name_it(
     printed = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in outputs]
     assert printed == ([["3 processes, sum 3"], [], []] if event == "nothing" else [[], [], []])
     for number, (_, err) in enumerate(outputs):
-        if event == "another fails" and number == 1:
-            assert "error: data.path does not exist." in err
+        if (event, number) in (("another fails", 1), ("leader fails at the end", 0)):
+            assert sentence.rpartition("ended: ")[2] in err
         elif codes[number] > 0:
             assert f"error: {sentence.format(HERE)}" in err, err
+
+
+def test_processes_wait_for_each_other_before_jax_shuts_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    shut_down: list[str] = []
+    monkeypatch.setattr("jax.distributed.shutdown", lambda: shut_down.append(threading.current_thread().name))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sockets = [socket.create_connection(server.getsockname()), server.accept()[0]]
+    names = {0: "a", 1: "b"}
+    leader, other = (
+        Rendezvous(
+            Hosts("a", 1, 2, process), Members(names, {1 - process: Connection(own)}), Heartbeat(), CHILD_SECONDS
+        )
+        for process, own in enumerate(sockets)
+    )
+    thread = threading.Thread(target=other.leave, name="other")
+    thread.start()
+    thread.join(0.2)
+    assert not shut_down  # Process 0 is uploading.
+    leader.leave()
+    thread.join()
+    assert len(shut_down) == 2
 
 
 def test_the_loss_of_process_0_is_detected(start) -> None:

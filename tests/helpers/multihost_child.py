@@ -48,6 +48,9 @@ def run(event: str, process: int, heartbeat: Heartbeat) -> None:
         total = to_host(ids).sum()
         stopping = in_any_process(process == 1)
     assert stopping
+    if event == "leader fails at the end" and process == 0:
+        time.sleep(2)  # The others are done.
+        raise UserError("gs://bucket could not be written.")
     if process == 0:
         print(f"{jax.process_count()} processes, sum {total}")
 
