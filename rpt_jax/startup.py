@@ -20,8 +20,9 @@ from rpt_jax.errors import UserError, check_all
 from rpt_jax.infra.devices import describe_devices, unused_accelerator
 from rpt_jax.infra.disk import check_free_space, check_writable
 from rpt_jax.infra.gpu_settings import describe_gpu_settings
+from rpt_jax.infra.run_format import POLICY
 from rpt_jax.infra.source_commit import source_commit
-from rpt_jax.infra.storage import RemoteCopy, checkpoint_directory, is_remote
+from rpt_jax.infra.storage import RemoteCopy, checkpoint_directory, is_remote, with_urls
 from rpt_jax.infra.trackers import check_installed
 from rpt_jax.infra.workdir import COLD_START
 from rpt_jax.model.context_length import context_warnings
@@ -104,8 +105,17 @@ def _check_disk(experiment: Experiment, model: ModelConfig, workdir: Path) -> No
     """Check that the policy can be written, and that the disk has room for it and the checkpoints. Raises: UserError."""
     if experiment.task in ("score", "difficulty", "traces"):
         return
-    if experiment.task == "pretrain" and experiment.pretrain.export:
-        check_writable(Path(experiment.pretrain.export), "pretrain.export")
+    is_exported = experiment.task == "pretrain" and bool(experiment.pretrain.export)
+    target = Path(experiment.pretrain.export) if is_exported else workdir / POLICY
+    field = "pretrain.export" if is_exported else "--workdir"
+    start = experiment.policy.path
+    if start and with_urls(str(Path(start).resolve())) == with_urls(str(target.resolve())):
+        raise UserError(
+            f"policy.path={with_urls(start)} is where the run would write its own policy: choose another {field}.",
+            field=field,
+        )
+    if is_exported:
+        check_writable(target, field)
     needed = _missing_bytes(experiment, model, workdir)
     if experiment.task == "rpt" and experiment.cold_start.total_steps:
         # The checkpoints of the cold start are deleted before those of the run are written.

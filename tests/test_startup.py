@@ -79,6 +79,18 @@ def test_an_export_that_cannot_be_written_is_found(tmp_path: Path) -> None:
     assert raised.value.field == "pretrain.export"
 
 
+def test_a_run_does_not_overwrite_the_policy_that_it_starts_from(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "run" / "policy")
+    for fields in (
+        {"policy.path": str(tmp_path / "run" / "policy"), "pretrain.export": f"{tmp_path}/run/../run/policy/"},
+        {"policy.path": str(tmp_path / "run" / "policy")},
+    ):
+        config = experiment("pretrain_tiny", **fields)
+        with pytest.raises(UserError) as raised:
+            check_start(config, tmp_path / "run", make_run_mesh(config))
+        assert raised.value.field == ("pretrain.export" if "pretrain.export" in fields else "--workdir")
+
+
 def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     config = experiment(**SMALL | {"prompt.template": "missing.txt", "data.entropy_top_k": 1025})
     with pytest.raises(UserError) as raised:

@@ -46,8 +46,8 @@ _INDEX_LOCK = ".rpt_jax_index.lock"
 _COMMITTED = ".committed"
 INDEX_FILES = (_INDEX, _INDEX_LOCK)  # Of a copy, in its root.
 _NOT_COPIED = (LOCK, *INDEX_FILES)
-# Unfinished files of this package, of orbax, and of a download.
-_UNFINISHED = re.compile(r"\.partial$|\.orbax-checkpoint-tmp")
+# Unfinished files and directories of this package, of orbax, and of a download.
+_UNFINISHED = re.compile(r"\.partial(?:/|$)|\.orbax-checkpoint-tmp")
 _CHECKPOINT = re.compile(rf"(?:^|.*/){CHECKPOINTS}/\d+(?=/)")
 PARALLEL = 8
 # A request to Google Cloud Storage is made again once no byte of it has come or gone for this long.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import operator
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -290,13 +291,30 @@ def write_policy(
 ) -> None:
     """Write weights, tokenizer files and config.json into `directory`.
 
+    A policy that is there stays until the new one is complete. A process that is killed while the one replaces the other leaves
+    a directory without config.json, never parts of both.
+
     Args:
       directory: where to write; created if necessary.
       hf_config: content of config.json; ids of special tokens that it lacks are added from generation_config.json.
       tensors: weights with Hugging Face's names.
       tokenizer_files: content by file name (`tokenizers.export.exported_files`).
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    # Inside of `directory`, which may be the root of a disk or of a copy of a URL; a killed process may have left one.
+    partial = directory / "policy.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write_files(partial, hf_config, tensors, tokenizer_files)
+        _move_policy(partial, directory)
+    finally:
+        shutil.rmtree(partial)
+
+
+def _write_files(
+    directory: Path, hf_config: dict[str, Any], tensors: Tensors, tokenizer_files: Mapping[str, bytes]
+) -> None:
+    """Write the files of `write_policy` into an empty directory."""
     write_safetensors(directory, tensors)
     for name, data in tokenizer_files.items():
         (directory / name).parent.mkdir(exist_ok=True)
@@ -304,8 +322,19 @@ def write_policy(
     generation = parse_object(directory / GENERATION_CONFIG_FILE, tokenizer_files.get(GENERATION_CONFIG_FILE, b"{}"))
     special = {key: generation[key] for key in SPECIAL_ID_KEYS if key in generation}
     hf_config = hf_config | {key: value for key, value in special.items() if hf_config.get(key) is None}
-    # Last, because a directory with config.json is taken for a complete policy.
     (directory / MODEL_CONFIG_FILE).write_text(json.dumps(hf_config, indent=2) + "\n")
+
+
+def _move_policy(source: Path, target: Path) -> None:
+    """Move the files of a policy to a directory, in place of those of another policy."""
+    # First and last, because a directory with config.json is taken for a complete policy.
+    (target / MODEL_CONFIG_FILE).unlink(missing_ok=True)
+    for path in (*target.glob("model*.safetensors"), target / INDEX_FILE):
+        path.unlink(missing_ok=True)
+    names = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    for name in sorted(names, key=lambda name: name.name == MODEL_CONFIG_FILE):
+        (target / name).parent.mkdir(exist_ok=True)
+        (source / name).replace(target / name)
 
 
 def params_as_tensors(config: ModelConfig, get_param: Callable[[tuple[str, ...]], Any]) -> Tensors:

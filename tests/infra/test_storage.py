@@ -206,8 +206,9 @@ def test_a_policy_is_exported_to_a_url(files: fsspec.AbstractFileSystem) -> None
     config = default_config()
     config.pretrain.export = "memory://bucket/base"
     directory = Path(fetch_inputs(from_config_dict(config)).pretrain.export)
-    write(directory, "config.json")
+    write(directory, "config.json", "policy.partial/config.json")
     push(directory)
+    assert files.ls("/bucket/base", detail=False) == ["/bucket/base/config.json"]
     assert files.cat_file("/bucket/base/config.json") == b"x"
 
 

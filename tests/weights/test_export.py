@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from rpt_jax.model.transformer import Transformer
 from rpt_jax.tokenizers.export import exported_files
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.tokenizers.training import train_sentencepiece
-from rpt_jax.weights.hf import load_policy, save_policy
+from rpt_jax.weights.hf import load_policy, save_policy, write_policy
+from rpt_jax.weights.safetensors_io import Tensors, TensorSpec, open_safetensors
 from tests.helpers.generation import LIMIT, generate_with_transformers, write_stopping_policy
 from tests.helpers.hf_models import SHAPE, hf_config, tokenizer_spec, write_gguf
 from tests.helpers.paths import ROOT
@@ -102,3 +104,47 @@ def test_other_values_of_generation_config_and_all_templates_are_kept(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(declared | {"eos_token_id": 259}))
     changed = json.loads(exported_files(load_tokenizer(tmp_path))["generation_config.json"])
     assert changed == declared | {"eos_token_id": [258, 259]}
+
+
+def test_a_policy_replaces_another_one_only_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tensors(value: float, failing: bool = False) -> Tensors:
+        def fetch(name: str) -> np.ndarray:
+            if failing and name == "b":
+                raise OSError("No space left on device")
+            return np.full(4, value, np.float32)
+
+        return Tensors(source="", specs=dict.fromkeys("ab", TensorSpec(np.dtype(np.float32), (4,))), fetch=fetch)
+
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    (tmp_path / "policy.partial").mkdir()  # Of a process that was killed.
+    write_policy(tmp_path, {"model": 1}, tensors(1.0), {"tokenizer.json": b"1", "chat/a.jinja": b"1"})
+    (tmp_path / "chat" / "a.jinja").unlink()
+    (tmp_path / "chat").rmdir()
+    (tmp_path / "README.md").write_text("mine")
+    before = contents()
+    assert before.keys() == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    with pytest.raises(OSError, match="No space"):
+        write_policy(tmp_path, {"model": 2}, tensors(2.0, failing=True), {"tokenizer.json": b"2"})
+    assert contents() == before
+
+    # What was opened before is still read, and shards that the new policy lacks are gone.
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    opened = open_safetensors(tmp_path)
+    write_policy(tmp_path, {"model": 3}, tensors(3.0), {"tokenizer.json": b"3"})
+    assert opened.read("a").tolist() == [1.0] * 4 and open_safetensors(tmp_path).read("b").tolist() == [3.0] * 4
+    assert contents().keys() == before.keys() and contents()["tokenizer.json"] == b"3"
+
+    # A process that is killed in between leaves nothing that looks like a policy.
+    moved = Path.replace
+
+    def replace(source: Path, target: Path) -> Path:
+        assert not (tmp_path / "config.json").exists()
+        return moved(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write_policy(tmp_path, {"model": 4}, tensors(4.0), {})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"model": 4}
