@@ -10,6 +10,7 @@ So a background thread waits for signals and saves the last complete state while
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import select
@@ -19,15 +20,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from rpt_jax.errors import ExitCode
 from rpt_jax.infra.storage import with_urls
 
 _URGENT = (signal.SIGTERM, signal.SIGINT)  # A second one of these exits at once.
 _SIGNALS = (*_URGENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Bytes that the saving thread writes into the pipe of signal numbers. No signals have these numbers.
-_SAVED = 0
-_FAILED = 255
+_LAST_SECONDS = 3.0  # That `on_exit` has where the process should exit at once, to tell other processes.
+# What a disk says that cannot be written to, whose thread it is in: such a run cannot go on.
+_DISK_ERRORS = (errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE)
 
 
 class StopSignals:
@@ -39,7 +41,8 @@ class StopSignals:
       grace_seconds: seconds that saving may take after the first signal.
 
     Attributes:
-      on_exit: called with the exit code and the reason before a signal ends the process, for example to tell other processes.
+      on_exit: called with the exit code and the reason before a signal ends the process, for example to tell other processes. It
+        runs on any thread, and has no longer than the grace period; a second signal does not wait for it.
     """
 
     def __init__(self, grace_seconds: float = 60.0):
@@ -48,6 +51,7 @@ class StopSignals:
         self._save: Callable[[], str] | None = None
         self._kept: Callable[[], str] | None = None
         self._at_step_end = False
+        self._is_saved = False
         self._requested = threading.Event()
         self.on_exit: Callable[[int, str], None] | None = None
 
@@ -81,6 +85,7 @@ class StopSignals:
 
     def exit_stopped(self, saved: str) -> None:
         """Exit with `ExitCode.RESTART`; `saved` says in a few words what was saved."""
+        self._is_saved = True
         self._exit(ExitCode.RESTART, _stopped(saved))
 
     @contextlib.contextmanager
@@ -91,8 +96,9 @@ class StopSignals:
         lost, and the latest checkpoint remains. A second SIGTERM or SIGINT exits at once with 128 + its number. A signal
         that is ignored stays ignored, such as SIGHUP under nohup and SIGINT in the background of a shell script.
 
-        An OSError in any thread exits with `ExitCode.USER_ERROR`: the run would otherwise wait forever for a thread that cannot
-        write.
+        An OSError in a thread of this package, or of a disk that cannot be written to in any thread, exits with
+        `ExitCode.USER_ERROR`: the run would otherwise wait forever for a thread that cannot write. A connection that another
+        library's thread has lost is reported and left to that library.
         """
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
@@ -103,7 +109,7 @@ class StopSignals:
         earlier_hook = threading.excepthook
         threading.excepthook = self._on_thread_exception
         stopping = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(read_end, write_end, stopping), daemon=True)
+        watcher = threading.Thread(target=self._watch, args=(read_end, stopping), daemon=True)
         watcher.start()
         try:
             yield
@@ -117,7 +123,7 @@ class StopSignals:
             os.close(write_end)
             watcher.join()
 
-    def _watch(self, read_end: int, write_end: int, stopping: threading.Event) -> None:
+    def _watch(self, read_end: int, stopping: threading.Event) -> None:
         """Wait for a signal and exit the process; return when the pipe is closed because the block has ended."""
         number = _read_signal(read_end)
         if number is None:
@@ -125,50 +131,65 @@ class StopSignals:
             return
         stopping.set()
         self._requested.set()
-        if self._kept:
-            self._exit(ExitCode.RESTART, f"{signal.Signals(number).name}: {_stopped(self._kept())}")
-        when = "after this step, together with the other processes, " if self._at_step_end else ""
-        is_urgent = number in _URGENT
-        second = "; a second signal stops at once" if is_urgent else ""
-        _print(f"{signal.Signals(number).name}: stopping {when}within {self._grace_seconds:g} s{second}.")
-        if not self._at_step_end:
-            threading.Thread(target=self._run_save, args=(write_end,), daemon=True).start()
-
         deadline = time.monotonic() + self._grace_seconds
+        is_urgent = number in _URGENT
+
+        # Save and exit on other threads, so that a second signal and the deadline are noticed meanwhile.
+        if self._kept:
+            self._is_saved = True
+            message = f"{signal.Signals(number).name}: {_stopped(self._kept())}"
+            threading.Thread(target=self._exit, args=(ExitCode.RESTART, message), daemon=True).start()
+        else:
+            when = "after this step, together with the other processes, " if self._at_step_end else ""
+            second = "; a second signal stops at once" if is_urgent else ""
+            _print(f"{signal.Signals(number).name}: stopping {when}within {self._grace_seconds:g} s{second}.")
+            if not self._at_step_end:
+                threading.Thread(target=self._save_and_exit, daemon=True).start()
+
         while select.select([read_end], [], [], max(0.0, deadline - time.monotonic()))[0]:
             number = os.read(read_end, 1)[0]
-            if number in (_SAVED, _FAILED):
-                self._exit(ExitCode.RESTART if number == _SAVED else ExitCode.USER_ERROR, "")
             if number in _URGENT and is_urgent:
-                self._exit(
+                self._exit_at_once(
                     128 + number, "Stopped at once. Rerun the same command to resume from the latest checkpoint."
                 )
             is_urgent = is_urgent or number in _URGENT
-        self._exit(
+        limit = f"within checkpoint.grace_seconds={self._grace_seconds:g}"
+        self._exit_at_once(
             ExitCode.RESTART,
-            f"Nothing was saved within checkpoint.grace_seconds={self._grace_seconds:g}; the latest checkpoint remains.",
+            f"The upload did not end {limit}; what was uploaded before remains."
+            if self._is_saved
+            else f"Nothing was saved {limit}; the latest checkpoint remains.",
         )
 
-    def _run_save(self, write_end: int) -> None:
+    def _save_and_exit(self) -> None:
         try:
             with self._changing:
-                _print(_stopped(self._save() if self._save else "nothing needed to be saved yet"))
-                os.write(write_end, bytes([_SAVED]))
+                saved = self._save() if self._save else "nothing needed to be saved yet"
+                self._is_saved = True
+                _print(_stopped(saved))
                 # Keep the lock until the process exits, so that the main thread does not change what was saved.
-                threading.Event().wait()
+                self._exit(ExitCode.RESTART, "")
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the process must exit and say so.
             reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
             _print(f"error: the current state could not be saved ({reason}); the latest checkpoint remains.")
-            os.write(write_end, bytes([_FAILED]))
+            self._exit(ExitCode.USER_ERROR, "")
 
     def _on_thread_exception(self, thread: threading.ExceptHookArgs) -> None:
-        if not isinstance(thread.exc_value, OSError):
+        error = thread.exc_value
+        if not isinstance(error, OSError) or not (error.errno in _DISK_ERRORS or _is_own(thread)):
             threading.__excepthook__(thread)
             return
         self._exit(
             ExitCode.USER_ERROR,
-            f"error: {thread.exc_value}. Fix this and rerun the same command to resume from the latest checkpoint.",
+            f"error: {error}. Fix this and rerun the same command to resume from the latest checkpoint.",
         )
+
+    def _exit_at_once(self, code: int, message: str) -> NoReturn:
+        """Exit like `_exit`, but hardly wait for `on_exit`, which may be uploading or not return at all."""
+        exiting = threading.Thread(target=self._exit, args=(code, message), daemon=True)
+        exiting.start()
+        exiting.join(_LAST_SECONDS)
+        os._exit(code)
 
     def _exit(self, code: int, message: str) -> None:
         if message:
@@ -205,6 +226,13 @@ def _read_signal(read_end: int) -> int | None:
         if byte[0] in _SIGNALS:
             return byte[0]
     return None
+
+
+def _is_own(thread: threading.ExceptHookArgs) -> bool:
+    """Return whether the function that a thread has run is one of this package."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(thread.exc_traceback))
+    outermost = next((module for module in modules if module != "threading"), "")
+    return outermost.startswith(f"{__name__.partition('.')[0]}.")
 
 
 def _stopped(saved: str) -> str:

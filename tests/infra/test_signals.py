@@ -104,7 +104,35 @@ def test_a_failed_save_exits_with_the_code_of_a_user_error(child):
     assert "could not be saved (OSError: No space left on device)" in process.stderr.read()
 
 
-def test_a_thread_that_cannot_write_exits_the_process(child):
-    process = child("writes", "60")
+@pytest.mark.parametrize(("action", "reason"), [("writes", "No space left on device"), ("own", "No such file")])
+def test_a_thread_that_cannot_write_exits_the_process(child, action, reason):
+    process = child(action, "60")
     assert process.wait(timeout=CHILD_SECONDS) == ExitCode.USER_ERROR
-    assert process.stderr.read().startswith("error: No space left on device. Fix this")
+    error = process.stderr.read()
+    assert error.startswith("error: [Errno ") and reason in error and "Fix this" in error
+
+
+def test_a_connection_that_another_librarys_thread_has_lost_is_only_reported(child):
+    process = child("connects", "60")
+    while "ConnectionResetError" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=CHILD_SECONDS)
+    assert process.returncode == ExitCode.RESTART and "Stopped: step 7." in err
+
+
+def test_a_second_signal_does_not_wait_for_an_upload(child):
+    process = child("uploads", "600")
+    process.send_signal(signal.SIGTERM)
+    while "Stopped: step 7." not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=CHILD_SECONDS) == 128 + signal.SIGTERM
+    assert "Stopped at once" in process.stderr.read()
+
+
+def test_an_upload_may_not_take_longer_than_the_grace_period(child):
+    process = child("uploads", "1")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
+    assert "The upload did not end within checkpoint.grace_seconds=1" in process.stderr.read()
