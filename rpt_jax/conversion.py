@@ -136,6 +136,7 @@ def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
         raise UserError(
             f"{workdir} has no {RUN_CONFIG}, so it is not the --workdir of a run.", field="--from"
         ) from None
+    has_cold_start = run_config["task"] == "rpt" and run_config["cold_start.total_steps"]
     initial_policy = str(run_config.get("policy.path", ""))
     if initial_policy:
         initial_policy = str(fetch(initial_policy, "policy.path", skip=LARGE_FOLDERS))
@@ -143,13 +144,12 @@ def _open_checkpoint(workdir: Path, step: int | None) -> SourcePolicy:
         tokenizer_source = Path(initial_policy)
         config, _ = load_model_config(tokenizer_source)
     else:
-        tokenizer_source = workdir
+        tokenizer_source = workdir / COLD_START if has_cold_start else workdir
         config = preset(str(run_config.get("policy.preset")))
     tokenizer = load_tokenizer(tokenizer_source)
     step, get_param = open_parameters(workdir, step)
     adapters = None
     if lora := _lora_of_run(run_config):
-        has_cold_start = run_config["task"] == "rpt" and run_config["cold_start.total_steps"]
         base = workdir / COLD_START / POLICY if has_cold_start else Path(initial_policy)
         adapters = Adapters(base=base, config=config, lora=lora, get=lambda name: get_param(("layers", name)))
         tensors = merged_tensors(open_weights(base, config), config, lora, adapters.get)

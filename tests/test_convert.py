@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -23,7 +24,8 @@ from rpt_jax.distributed.mesh import make_mesh
 from rpt_jax.distributed.sharding import abstract_parameters
 from rpt_jax.errors import UserError
 from rpt_jax.infra.checkpoint import Checkpointer
-from rpt_jax.infra.workdir import claimed_workdir
+from rpt_jax.infra.workdir import COLD_START, RUN_CONFIG, claimed_workdir
+from rpt_jax.model.model_config import PRESETS
 from rpt_jax.model.rope import Linear, Llama3, Yarn, llama3_divisors, rope_frequencies
 from rpt_jax.model.transformer import Transformer
 from rpt_jax.objective.update import TrainState
@@ -162,6 +164,20 @@ def test_every_checkpoint_of_a_run_can_be_exported(workdir, theirs, tmp_path):
         assert (config, fingerprint) == (SHAPE, "")
         assert (target / "chat_template.jinja").read_bytes() == (theirs / "chat_template.jinja").read_bytes()
         jax.tree.map(np.testing.assert_array_equal, params, saved[step])
+
+
+def test_a_checkpoint_after_a_cold_start_from_random_weights_has_the_tokenizer_of_the_cold_start(
+    workdir, theirs, tmp_path, monkeypatch
+):
+    path, saved = workdir
+    monkeypatch.setitem(PRESETS, "tiny", SHAPE)
+    fields = {"policy.path": "", "policy.preset": "tiny", "cold_start.total_steps": 1}
+    edit(path / RUN_CONFIG, lambda content: content["config"].update(fields))
+    (path / COLD_START).mkdir()
+    shutil.copy(theirs / "tokenizer.json", path / COLD_START)
+    convert(path, tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, load_policy(tmp_path / "out")[1], saved[10])
+    assert load_tokenizer(tmp_path / "out").fingerprint == load_tokenizer(theirs).fingerprint
 
 
 def test_a_finished_run_is_exported_as_its_final_policy(workdir, theirs, tmp_path):
