@@ -249,11 +249,22 @@ class RemoteCopy:
                 (name for name, stat in here.items() if name not in files or files[name][:2] != stat),
                 key=lambda name: here[name][1],
             )
-            unmarked = sorted(checkpoint for checkpoint in checkpoints if checkpoint + _COMMITTED not in files)
+            # Also those that were saved again, after they were set aside as damaged.
+            resaved = {checkpoint for name in changed if (checkpoint := _checkpoint_of(name))}
+            unmarked = sorted(
+                checkpoint
+                for checkpoint in checkpoints
+                if checkpoint in resaved or checkpoint + _COMMITTED not in files
+            )
             deleted = sorted(name for name in files if name not in here and not _is_mark(name))
             if not changed and not deleted and not unmarked:
                 return
             file_system, path = self.open()
+
+            def delete(name: str) -> None:
+                with contextlib.suppress(FileNotFoundError):
+                    file_system.rm_file(f"{path}/{name}")
+                del files[name]
 
             def upload(name: str) -> None:
                 with contextlib.suppress(FileNotFoundError):  # Deleted since it was listed.
@@ -267,9 +278,12 @@ class RemoteCopy:
                 if name not in results:
                     upload(name)
             for checkpoint in unmarked:
-                _for_each(upload, [name for name in changed if _checkpoint_of(name) == checkpoint])
                 mark = checkpoint + _COMMITTED
-                if all(name in files for name in here if _checkpoint_of(name) == checkpoint):
+                if mark in files:
+                    delete(mark)
+                _for_each(upload, [name for name in changed if _checkpoint_of(name) == checkpoint])
+                own = {name: stat for name, stat in here.items() if _checkpoint_of(name) == checkpoint}
+                if all(name in files and files[name][:2] == stat for name, stat in own.items()):
                     file_system.pipe_file(f"{path}/{mark}", b"\n")
                     files[mark] = _Entry(0, 0, "")
             for name in results:
@@ -280,9 +294,7 @@ class RemoteCopy:
                 checkpoint + _COMMITTED for name in deleted if (checkpoint := _checkpoint_of(name)) not in checkpoints
             }
             for name in (*sorted(marks & files.keys()), *deleted):
-                with contextlib.suppress(FileNotFoundError):
-                    file_system.rm_file(f"{path}/{name}")
-                del files[name]
+                delete(name)
 
     def _upload_error(self, reason: str) -> OSError:
         return OSError(f"{self.url} could not be written ({reason})")

@@ -137,6 +137,30 @@ def test_a_push_that_is_cut_short_leaves_a_state_to_resume_from(
     assert there(files) == set(order)
 
 
+def test_a_checkpoint_that_is_saved_again_is_uploaded_again_without_its_mark(
+    files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = RemoteCopy.at(URL)
+    write(copy.root, "checkpoints/4/a", "checkpoints/4/b", content="damaged")
+    copy.push()
+    write(copy.root, "checkpoints/4/a", "checkpoints/4/b", content="good")
+    put_file = files.put_file
+
+    def put(source: str, target: str) -> None:
+        if target.endswith("b"):
+            raise ConnectionError("the network is down")
+        put_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put_file", put)
+        with pytest.raises(OSError, match="the network is down"):
+            copy.push()
+    assert there(files) == {"checkpoints/4/a", "checkpoints/4/b"}
+    copy.push()
+    assert there(files) == {"checkpoints/4/a", "checkpoints/4/b", "checkpoints/4.committed"}
+    assert {files.cat_file(f"/bucket/run/checkpoints/4/{name}") for name in "ab"} == {b"good"}
+
+
 def test_a_checkpoint_that_is_not_committed_is_not_fetched(files: fsspec.AbstractFileSystem) -> None:
     for name in ("checkpoints/2/a", "checkpoints/2.committed", "checkpoints/4/a", "cold_start/checkpoints/1/a"):
         files.pipe_file(f"/bucket/run/{name}", b"x")
