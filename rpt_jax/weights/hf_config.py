@@ -292,7 +292,7 @@ def from_hf_config(content: dict[str, Any], path: Path) -> ModelConfig:
         norm_epsilon=number("rms_norm_eps", float),
         qkv_bias=family == "qwen2",
         qk_norm=family in ("qwen3", "qwen3_moe"),
-        tied=bool(content.get("tie_word_embeddings", False)),
+        tied=_check_bool(path, "tie_word_embeddings", content.get("tie_word_embeddings")),
         context=context,
         **(_read_experts(content, path) if family == "qwen3_moe" else {}),
     )
@@ -322,7 +322,7 @@ def _read_experts(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return {
         "experts": experts,
         "experts_per_token": per_token,
-        "normalize_expert_weights": bool(content.get("norm_topk_prob", False)),
+        "normalize_expert_weights": _check_bool(path, "norm_topk_prob", content.get("norm_topk_prob")),
     }
 
 
@@ -373,17 +373,23 @@ def _check_options(content: dict[str, Any], path: Path) -> None:
 
 def _read_rope(content: dict[str, Any], path: Path, context: int) -> tuple[float, Scaling | None]:
     """Read the RoPE base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    section = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
-    fields = content.get(section) or {}
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: {section}={fields!r} must be an object.", field=str(path))
-    fields = dict(fields)
-    theta = fields.pop("rope_theta", content.get("rope_theta", 10_000.0))
-    base = _check_number(path, "rope_theta", theta, float)
-
-    # Older files have "type" instead of, or in addition to, "rope_type".
-    old_type = fields.pop("type", "default")
-    rope_type = fields.pop("rope_type", old_type)
+    given = {name: content[name] for name in ("rope_parameters", "rope_scaling") if content.get(name)}
+    sections: dict[str, dict[str, Any]] = {}
+    for name, fields in (given or {"rope_parameters": {}}).items():
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: {name}={fields!r} must be an object.", field=str(path))
+        # Older files have "type" instead of, or in addition to, "rope_type".
+        defaults = {"rope_theta": content.get("rope_theta", 10_000.0), "rope_type": fields.get("type", "default")}
+        sections[name] = defaults | {key: value for key, value in fields.items() if key != "type"}
+    section, fields = sections.popitem()
+    if any(other != fields for other in sections.values()):
+        raise UserError(
+            f"{path}: rope_parameters={given['rope_parameters']!r} and rope_scaling={given['rope_scaling']!r} differ; remove the "
+            "one that the weights were not trained with.",
+            field=str(path),
+        )
+    base = _check_number(path, "rope_theta", fields.pop("rope_theta"), float)
+    rope_type = fields.pop("rope_type")
     if not isinstance(rope_type, str) or rope_type not in ("default", *SCALINGS):
         raise UserError(
             f"{path}: {section}: rope_type={rope_type!r} is not one of: default, {', '.join(SCALINGS)}.",
@@ -455,8 +461,15 @@ def _read_yarn_factors(path: Path, section: str, fields: dict[str, Any], context
 
 def _check_rope_field(path: Path, name: str, value: Any, expected: Any) -> Any:
     if expected is bool:
-        return bool(value)
+        return _check_bool(path, name, value)
     return _check_number(path, name, value, int if expected is int else float)
+
+
+def _check_bool(path: Path, name: str, value: Any) -> bool:
+    """Return a boolean, False for none. Raises: UserError that names the file and the key."""
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"{path}: {name}={value!r} must be true or false.", field=str(path))
+    return bool(value)
 
 
 def _check_number(path: Path, name: str, value: Any, expected: type) -> Any:

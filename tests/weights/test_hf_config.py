@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="a requirement in test
 
 ROPE_INIT_FUNCTIONS = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.1}},
         {"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
         {"rope_parameters": YARN | {"rope_theta": 5e5}, "rope_theta": None},
+        {"rope_parameters": YARN | {"rope_theta": 5e5}, "rope_scaling": YARN, "rope_theta": 5e5},
         {
             "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
             "original_max_position_embeddings": 512,
@@ -79,6 +81,11 @@ def test_keys_without_an_effect_are_accepted(family, changes):
         ("llama", {"partial_rotary_factor": 0.5}),
         ("llama", {"rope_scaling": YARN | {"extrapolation_factor": 2.0}}),
         ("llama", {"rope_scaling": {"full_attention": YARN}}),
+        ("llama", {"rope_scaling": YARN, "rope_parameters": YARN | {"rope_theta": 5e5}}),
+        ("llama", {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}),
+        ("llama", {"rope_scaling": YARN | {"truncate": "false"}}),
+        ("llama", {"tie_word_embeddings": "false"}),
+        ("qwen3_moe", EXPERTS | {"norm_topk_prob": "false"}),
         ("llama", {"sliding_window": 1024}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 1024, "max_window_layers": 1}),
         ("qwen3", {"sliding_window": 1024, "layer_types": ["full_attention", "sliding_attention"]}),
@@ -191,9 +198,6 @@ def test_another_architecture_is_refused_with_what_is_missing(name):
         assert part in str(raised.value)
     if name == "qwen2-moe":  # Its config has a sliding window, which `use_sliding_window` turns off.
         assert "sliding" not in str(raised.value)
-
-
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 @pytest.mark.parametrize(
