@@ -157,13 +157,15 @@ def _slurm_address(environ: Mapping[str, str]) -> str | None:
     nodes = environ.get(_SLURM.address)
     if not nodes:
         return None
-    first_node = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)  # "node003" for "node[003-007,12],other".
+    # "rack0[1-2]n[003-007,12],other" begins with node rack01n003.
+    first_node = re.match(r"[^,\[\]]+(?:\[\d[^\[\]]*\][^,\[\]]*)*(?=,|$)", nodes)
     if not first_node:
         raise UserError(
             f"{_SLURM.address}={nodes} must be a list of nodes, as in node[003-007],other.", field=_SLURM.address
         )
     port = 20000 + 2 * (_parse_int("SLURM_JOB_ID", environ.get("SLURM_JOB_ID")) % 20000)
-    return f"{first_node[1]}{first_node[2] or ''}:{port}"
+    name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", first_node[0])
+    return f"{name}:{port}"
 
 
 def _slurm_local_devices(environ: Mapping[str, str]) -> tuple[int, ...] | None:
