@@ -54,9 +54,11 @@ class ProgramFiles:
             if hashlib.sha256(program).digest() != checksum:
                 path.unlink()
                 return None
-            os.utime(path)  # The time of the last use decides which entries stay.
         except OSError:
             return None
+        # The time of the last use decides which entries stay; only the owner of a file, who may be another user, can set it.
+        with contextlib.suppress(OSError):
+            os.utime(path)
         return program
 
     def put(self, key: str, value: bytes) -> None:

@@ -64,6 +64,17 @@ def test_a_program_is_compiled_once(tmp_path: Path) -> None:
         assert run_program() > 0
 
 
+def test_a_program_of_another_user_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = ProgramFiles(tmp_path)
+    programs.put("key", b"program")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert programs.get("key") == b"program"
+
+
 @pytest.mark.parametrize("damage", ("empty", "truncated", "changed", "garbage", "directory"))
 def test_a_broken_entry_is_compiled_again_and_replaced(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder, damage: str
