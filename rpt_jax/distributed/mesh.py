@@ -93,17 +93,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
         possible, belong to one host.
 
     Returns:
-      A mesh with the axes `MESH_AXES`.
+      A mesh with the axes `MESH_AXES`. Several TPU slices are split over data and, if there are more slices, over fsdp.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or `rollout_tensor` does not fit them.
+      UserError: the sizes do not multiply to the number of devices, or `rollout_tensor` or TPU slices do not fit them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
 
     rollout_tensor = rollout_tensor or sizes["tensor"]
     shape = _axis_sizes(**sizes, rollout_tensor=rollout_tensor)
-    return Mesh(_arrange_devices(shape, devices, rollout_tensor), MESH_AXES, axis_types=_AXIS_TYPES)
+    return Mesh(_arrange_slices(shape, devices, rollout_tensor), MESH_AXES, axis_types=_AXIS_TYPES)
 
 
 def make_abstract_mesh(data: int, fsdp: int, tensor: int, rollout_tensor: int) -> AbstractMesh:
@@ -180,8 +180,32 @@ def resharding_axis_sizes(fsdp: int, tensor: int, rollout_tensor: int) -> tuple[
     return max(1, rollout_tensor // tensor), max(1, tensor // rollout_tensor)
 
 
+def _arrange_slices(sizes: tuple[int, ...], devices: Sequence[Any], rollout_tensor: int) -> np.ndarray:
+    """Return an array of devices in which only the axes "data" and "fsdp" are split over TPU slices.
+
+    The network between slices is slow. Raises: UserError, if the sizes of these axes do not allow it.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        # On other platforms, a slice is what a fast network connects, and JAX arranges it itself.
+        is_tpu = getattr(device, "platform", "") == "tpu"
+        slices.setdefault(getattr(device, "slice_index", 0) if is_tpu else 0, []).append(device)
+    data, fsdp, *others = sizes
+    over_data = math.gcd(data, len(slices))
+    over_fsdp = len(slices) // over_data
+    if fsdp % over_fsdp:
+        raise UserError(
+            f"mesh.data={data} does not fit {len(slices)} TPU slices: mesh.data × mesh.fsdp must be split evenly over them. "
+            f"Choose mesh.data={len(slices)} and sizes of the others that fit a slice of {len(devices) // len(slices)} chips.",
+            field="mesh.data",
+        )
+    in_slice = (data // over_data, fsdp // over_fsdp, *others)
+    arranged = np.array([_arrange_devices(in_slice, slices[index], rollout_tensor) for index in sorted(slices)])
+    return np.moveaxis(arranged.reshape(over_data, over_fsdp, *in_slice), 1, 2).reshape(sizes)
+
+
 def _arrange_devices(sizes: tuple[int, ...], devices: Sequence[Any], rollout_tensor: int) -> np.ndarray:
-    """Return an array of devices in which neighbors on a mesh axis are neighbors in the network.
+    """Return an array of the devices of a slice in which neighbors on a mesh axis are neighbors in the network.
 
     That order may put a rollout group on several hosts. If ordering the devices by host avoids this, order them by host.
     """

@@ -175,6 +175,7 @@ class Chip:
     core_on_chip: int = 0
     platform: str = "tpu"
     device_kind: str = "TPU v6 lite"
+    slice_index: int = 0
 
 
 def test_a_rollout_group_stays_on_one_host():
@@ -185,6 +186,40 @@ def test_a_rollout_group_stays_on_one_host():
     assert len(set(mesh.devices.flat)) == 64
     for group in mesh.devices.reshape(-1, 4):
         assert len({chip.process_index for chip in group}) == 1
+
+
+def two_hosts_each(slices: int) -> list[Chip]:
+    """Return the chips of TPU slices of 2 x 4 chips, the later slices first."""
+    places = [(index, x, y) for index in reversed(range(slices)) for x in range(2) for y in range(4)]
+    return [Chip(8 * i + 4 * x + y, 2 * i + y // 2, (x, y, 0), slice_index=i) for i, x, y in places]
+
+
+@pytest.mark.parametrize(
+    ("slices", "sizes", "rollout_tensor"),
+    [
+        (2, (2, 8, 1), 0),
+        (2, (4, 2, 2), 4),
+        (2, (1, 16, 1), 4),
+        (4, (2, 8, 2), 4),
+        (3, (-1, 4, 2), 1),
+        (6, (2, 24, 1), 4),
+    ],
+)
+def test_tensor_parallel_groups_stay_in_one_tpu_slice(slices, sizes, rollout_tensor):
+    mesh = make_mesh(*sizes, two_hosts_each(slices), rollout_tensor=rollout_tensor)
+    assert len(set(mesh.devices.flat)) == 8 * slices
+    data, fsdp, *_ = mesh.devices.shape
+    for group in mesh.devices.reshape(data * fsdp, -1):
+        assert len({chip.slice_index for chip in group}) == 1
+    if data % slices == 0:  # Then FSDP groups do, too.
+        for group in mesh.devices.reshape(data, -1):
+            assert len({chip.slice_index for chip in group}) == 1
+
+
+def test_a_mesh_that_cannot_be_split_over_tpu_slices_is_refused():
+    with pytest.raises(UserError, match="mesh.data=1 does not fit 2 TPU slices") as raised:
+        make_mesh(1, 1, 16, two_hosts_each(2))
+    assert raised.value.field == "mesh.data"
 
 
 def test_another_seed_gives_different_parameters(results):
