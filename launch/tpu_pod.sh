@@ -127,6 +127,9 @@ run() {
     local joint='' count=${#hosts[@]}
     [ -z "$dry_run" ] || count=N
     [ ${#hosts[@]} = 1 ] || joint=" --coordinator=${hosts[0]}:$port --processes=$count --process=$number"
+    # Before anything starts: another run would take the file that 'stop' reads.
+    on_hosts all "! grep -qs launch/again.sh /proc/\$(cat ~/rpt.pid 2>/dev/null)/cmdline || \
+{ echo \"launch: a run is active on \$(hostname); end it first, with 'stop'.\" >&2; exit 2; }"
     # setsid keeps the run alive after the connection closes.
     on_hosts all "cd rpt_jax && { setsid bash -c 'echo \$\$ >~/rpt.pid; exec \"\$@\"' rpt bash launch/again.sh \
 bash launch/local.sh$(printf ' %q' "$@")$joint >>~/rpt.log 2>&1 </dev/null & }"

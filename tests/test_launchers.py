@@ -30,7 +30,7 @@ from tests.helpers.processes import CHILD_SECONDS, WITH_SIGNALS
 stand_in = pytest.mark.stand_in
 
 SCRIPTS = ["launch/again.sh", "launch/slurm_gpu.sh", "launch/tpu_host.sh", "launch/tpu_pod.sh"]
-TOOLS = ["git", "tar", "gzip", "id", "setsid", "tail", "hostname", "pgrep", "true"]
+TOOLS = ["git", "grep", "tar", "gzip", "id", "setsid", "tail", "hostname", "pgrep", "true"]
 ADDRESSES = "10.0.0.5;10.0.0.7;10.0.0.6"
 
 # A stand-in for gcloud: records its calls, answers queries, and imitates the hosts of a slice with one home directory for each.
@@ -198,6 +198,12 @@ def test_run_starts_on_all_hosts_restarts_after_75_and_stops(clone: Clone, hosts
     wait_for_text(hosts / "1" / "rpt.log", "restart 2")
     (hosts / "1" / "ends").unlink()
 
+    # Another run is refused before anything starts, also on host 1, where the first one has ended.
+    before = [(hosts / worker / "rpt.pid").read_text() for worker in "012"]
+    code, _, stderr = clone.run("launch/tpu_pod.sh", "run", *arguments, **SETTINGS)
+    assert code == 2 and "launch: a run is active on" in stderr and "end it first, with 'stop'" in stderr
+    assert [(hosts / worker / "rpt.pid").read_text() for worker in "012"] == before
+
     # `stop` ends the run on the other hosts, without a restart.
     pids = {worker: int((hosts / worker / "rpt.pid").read_text()) for worker in ("0", "2")}
     for pid in pids.values():
@@ -206,6 +212,12 @@ def test_run_starts_on_all_hosts_restarts_after_75_and_stops(clone: Clone, hosts
     for worker, pid in pids.items():
         wait_until(lambda pid=pid: has_ended(pid), f"the end of process {pid}")
         assert (hosts / worker / "starts").read_text() == "\n"
+    # After that, and after a restart of the hosts that has left the files, a run starts.
+    for worker in "012":
+        (hosts / worker / "ends").write_text("0")
+    (hosts / "0" / "rpt.pid").write_text(str(os.getpid()))
+    assert clone.run("launch/tpu_pod.sh", "run", *arguments, **SETTINGS)[0] == 0
+    wait_for_text(hosts / "0" / "starts", "\n\n")
 
 
 # Stand-ins for the system of a host: `sudo` records its calls. The first update of the package lists fails, as when another
