@@ -22,6 +22,7 @@ import yaml
 from rpt_jax.corpus.tokenization import parse_shard
 from rpt_jax.distributed.hosts import find_hosts
 from rpt_jax.main import load_experiment, main
+from rpt_jax.model.model_config import preset
 from rpt_jax.study import __main__ as study
 from tests.helpers.launchers import Clone, wait_for_text, wait_until
 from tests.helpers.paths import ROOT
@@ -407,6 +408,10 @@ def test_jobset_is_valid_and_consistent() -> None:
     assert_fails_for_good(job["podFailurePolicy"]["rules"], container["name"])
     assert set(container["resources"]["limits"]) == {"cpu", "memory", "ephemeral-storage", "google.com/tpu"}
     assert container["resources"]["requests"] == container["resources"]["limits"]
+    # The weights in bfloat16, the policy of a run that was finished before, and the one that replaces it, in float32.
+    parameters = preset(load_experiment(["main", *container["args"]]).policy.preset).parameters
+    storage = int(container["resources"]["limits"]["ephemeral-storage"].removesuffix("Gi"))
+    assert storage * 2**30 > (2 + 4 + 4) * parameters
     exclusive = jobset["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"]
     assert exclusive == "cloud.google.com/gke-nodepool"
 
