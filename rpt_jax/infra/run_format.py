@@ -16,6 +16,7 @@ FORMAT = 5
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 POLICY = "policy"
+MODEL_CONFIG_FILE = "config.json"  # Of a policy; a directory with it is taken for a complete one.
 RESULT = "result.json"
 STUDY_RESULTS = "results.json"  # In the directory of a study.
 

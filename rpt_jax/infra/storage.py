@@ -31,7 +31,7 @@ from rpt_jax.config.user_paths import PATH_FIELDS, URL, cache_directory, is_url,
 from rpt_jax.errors import UserError
 from rpt_jax.infra.atomic_write import atomic_write
 from rpt_jax.infra.digest import digest
-from rpt_jax.infra.run_format import CHECKPOINTS, RESULT
+from rpt_jax.infra.run_format import CHECKPOINTS, MODEL_CONFIG_FILE, RESULT
 
 if TYPE_CHECKING:
     from etils import epath
@@ -236,8 +236,8 @@ class RemoteCopy:
         """Upload what has changed here, and delete at the URL what was deleted here.
 
         What is cut short leaves the URL as a run leaves its directory that is killed at some moment: checkpoints are written
-        after everything that a run which resumes from them expects, each is marked as committed after its last file, and results
-        come last.
+        after everything that a run which resumes from them expects, each is marked as committed after its last file, a policy
+        that replaces another one is without config.json meanwhile, and results come last.
 
         Raises: OSError.
         """
@@ -247,7 +247,7 @@ class RemoteCopy:
             here = self._local_files()
             changed = sorted(
                 (name for name, stat in here.items() if name not in files or files[name][:2] != stat),
-                key=lambda name: here[name][1],
+                key=lambda name: (here[name][1], PurePosixPath(name).name == MODEL_CONFIG_FILE),
             )
             # Also those that were saved again, after they were set aside as damaged.
             resaved = {checkpoint for name in changed if (checkpoint := _checkpoint_of(name))}
@@ -274,6 +274,9 @@ class RemoteCopy:
 
             others = [name for name in changed if not _checkpoint_of(name)]
             results = [name for name in others if PurePosixPath(name).name == RESULT]
+            for name in (*others, *deleted):
+                if PurePosixPath(name).name == MODEL_CONFIG_FILE and name in files:
+                    delete(name)
             for name in others:
                 if name not in results:
                     upload(name)
@@ -294,7 +297,8 @@ class RemoteCopy:
                 checkpoint + _COMMITTED for name in deleted if (checkpoint := _checkpoint_of(name)) not in checkpoints
             }
             for name in (*sorted(marks & files.keys()), *deleted):
-                delete(name)
+                if name in files:
+                    delete(name)
 
     def _upload_error(self, reason: str) -> OSError:
         return OSError(f"{self.url} could not be written ({reason})")

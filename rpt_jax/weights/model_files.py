@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rpt_jax.errors import UserError
-from rpt_jax.infra.run_format import POLICY
+from rpt_jax.infra.run_format import MODEL_CONFIG_FILE, POLICY
 
-MODEL_CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"

@@ -137,6 +137,31 @@ def test_a_push_that_is_cut_short_leaves_a_state_to_resume_from(
     assert there(files) == set(order)
 
 
+@pytest.mark.parametrize("is_moving", [False, True])
+def test_a_policy_that_replaces_another_one_is_without_config_json_meanwhile(
+    files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, is_moving: bool
+) -> None:
+    copy = RemoteCopy.at(URL)
+    names = ("policy/model.safetensors", "policy/config.json")
+    write(copy.root, *names)
+    copy.push()
+    write(copy.root, *names, content="new")
+    if is_moving:  # As between the two moments at which `write_policy` removes and renames config.json.
+        (copy.root / "policy" / "config.json").unlink()
+    found: list[bool] = []
+    put_file = files.put_file
+
+    def put(source: str, target: str) -> None:
+        found.append(files.exists("/bucket/run/policy/config.json"))
+        put_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put_file", put)
+        copy.push()
+    assert found == [False] * (1 if is_moving else 2)
+    assert there(files) == set(names[: len(found)])
+
+
 def test_a_checkpoint_that_is_saved_again_is_uploaded_again_without_its_mark(
     files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
