@@ -38,8 +38,9 @@ from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
 from rpt_jax.infra.profiler import ProfileWindow
+from rpt_jax.infra.provenance import provenance
 from rpt_jax.infra.run_context import RunContext
-from rpt_jax.infra.run_format import POLICY, format_stamp
+from rpt_jax.infra.run_format import POLICY
 from rpt_jax.infra.shared_files import share
 from rpt_jax.infra.storage import checkpoint_directory, push, with_urls
 from rpt_jax.infra.trackers import Trackers
@@ -347,7 +348,7 @@ def pretrain(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunCont
     if is_leader():
         push(directory)
         spent = {"steps": step, "flops": flops, "seconds": clock.seconds}
-        result = {**format_stamp(), **spent, "policy": with_urls(str(directory))}
+        result = {**provenance(), **spent, "policy": with_urls(str(directory))}
         atomic_write(workdir / RESULT, json.dumps(result, indent=1) + "\n")
     logger.info("The policy is in %s.", directory)
 
