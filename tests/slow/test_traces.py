@@ -36,7 +36,7 @@ def test_a_run_resumes_to_the_same_traces_and_its_traces_can_be_learned(tmp_path
     workdir = tmp_path / "run"
     main.run(experiment("rpt_tiny", **TRACES), workdir)
     result = json.loads((workdir / "result.json").read_text())
-    assert result["prompts"] == 20 and result["responses"] == 80
+    assert result["prompts"] == 20 and result["responses"] == 80 and result["devices"] == 1
     files = [batch_path(workdir, n) for n in range(3)]
     batches = [read_batch(path, "--workdir") for path in files]
     assert [batch.header["prompts"] for batch in batches] == [8, 8, 4]
