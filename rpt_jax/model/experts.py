@@ -120,7 +120,7 @@ def run_experts(x_NxGxQxD: jax.Array, routing: Routing, matrices: ExpertMatrices
     """
     chosen = routing.experts, routing.weights
     if jax.sharding.get_abstract_mesh().empty:
-        return _run_tokens(x_NxGxQxD, *chosen, matrices, first=0)
+        return run_local_experts(x_NxGxQxD, *chosen, matrices, first=0)
 
     # Under shard_map, tokens are sorted on their own device only.
     tokens = logical_to_mesh_axes(("prompt",))
@@ -130,18 +130,25 @@ def run_experts(x_NxGxQxD: jax.Array, routing: Routing, matrices: ExpertMatrices
 
     def run_local(x: jax.Array, experts: jax.Array, weights: jax.Array, local: ExpertMatrices) -> jax.Array:
         if axes is None:
-            return _run_tokens(x, experts, weights, local, first=0)
+            return run_local_experts(x, experts, weights, local, first=0)
         first = jax.lax.axis_index(axes) * len(local.gate_ExDxF)
-        return jax.lax.psum(_run_tokens(x, experts, weights, local, first), axes)
+        return jax.lax.psum(run_local_experts(x, experts, weights, local, first), axes)
 
     run = jax.shard_map(run_local, in_specs=(tokens, tokens, tokens, split), out_specs=tokens, check_vma=False)
     return run(x_NxGxQxD, *chosen, matrices)
 
 
-def _run_tokens(
+def run_local_experts(
     x_NxGxQxD: jax.Array, experts: jax.Array, weights: jax.Array, matrices: ExpertMatrices, first: jax.Array | int
 ) -> jax.Array:
-    """Return the contribution of the experts from number `first` on, whose matrices are given."""
+    """Return what some of the experts contribute to `run_experts`: the other experts of a token count as zero.
+
+    Args:
+      x_NxGxQxD: activations.
+      experts, weights: of the tokens, see `Routing`.
+      matrices: of the experts.
+      first: number of the first of them.
+    """
     x_MxD = x_NxGxQxD.reshape(-1, x_NxGxQxD.shape[-1])
     per_token = experts.shape[-1]
     count = len(matrices.gate_ExDxF)

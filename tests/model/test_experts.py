@@ -20,6 +20,7 @@ from rpt_jax.model.experts import (
     expert_shares,
     route,
     run_experts,
+    run_local_experts,
 )
 from rpt_jax.model.grouped_matmul import grouped_matmul
 from rpt_jax.model.model_config import ModelConfig, preset
@@ -97,7 +98,7 @@ def test_undefined_rows_of_grouped_products_are_never_used(monkeypatch: pytest.M
         routing = route(x, router, A, normalize=False)
         parts = (slice(0, 2), slice(2, E))
         return sum(
-            experts._run_tokens(
+            run_local_experts(
                 x, routing.experts, routing.weights, jax.tree.map(lambda m, part=part: m[part], matrices), part.start
             )
             for part in parts
