@@ -79,13 +79,18 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_close_runs(ours: Path, theirs: Path) -> None:
-    """Compare metrics and weights, up to the order of sums over devices."""
+    """Compare metrics and weights, up to the order of sums over devices.
+
+    Where a gradient is as small as what rounding adds, Adam's steps can differ by as much as they are long.
+    """
     for mine, other in zip(comparable(ours), comparable(theirs), strict=True):
         assert mine.keys() == other.keys()
         for name, value in mine.items():
             np.testing.assert_allclose(value, other[name], rtol=1e-3, atol=1e-4, err_msg=f"step {mine['step']}: {name}")
     mine, other = (load_policy(workdir / "policy")[1] for workdir in (ours, theirs))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), mine, other)
+    leaves = zip(jax.tree.leaves(mine), jax.tree.leaves(other), strict=True)
+    differences = np.abs(np.concatenate([np.ravel(a - b) for a, b in leaves]))
+    assert np.quantile(differences, 0.999) < 1e-5 and differences.max() < 1e-3
 
 
 @pytest.mark.slow
