@@ -54,7 +54,7 @@ def _as_many(keys: int) -> int:
 
 
 def _whole_tiles(keys: int) -> int:
-    """A TPU's memory has tiles of 8 keys, or of 16 in bfloat16."""
+    """Return whole tiles of a TPU's memory, which have 16 keys in bfloat16."""
     return -(-keys // 16) * 16
 
 
@@ -62,11 +62,32 @@ def _whole_tiles(keys: int) -> int:
 # longer for a root with 32 rollouts, and 128 took 33 % longer for caches with few rollouts. Two blocks of keys and values have
 # to fit in a GPU core's shared memory. A TPU needs larger copies to outweigh the overhead of a visit.
 CACHE_LAYOUTS = {
-    "cpu": CacheLayout(64, None, prompt_block=64, root_block=128, fit_block=_as_many, order="transposed_keys"),
-    "gpu": CacheLayout(64, None, prompt_block=64, root_block=64, fit_block=fill_side, order="separate"),
-    "tpu": CacheLayout(128, 2**16, prompt_block=512, root_block=512, fit_block=_whole_tiles, order="joined"),
+    "cpu": CacheLayout(
+        own_block=64,
+        own_block_bytes=None,
+        prompt_block=64,
+        root_block=128,
+        fit_block=_as_many,
+        order="transposed_keys",
+    ),
+    "gpu": CacheLayout(
+        own_block=64,
+        own_block_bytes=None,
+        prompt_block=64,
+        root_block=64,
+        fit_block=fill_side,
+        order="separate",
+    ),
+    "tpu": CacheLayout(
+        own_block=128,
+        own_block_bytes=2**16,
+        prompt_block=512,
+        root_block=512,
+        fit_block=_whole_tiles,
+        order="joined",
+    ),
 }
-_LEAST_OWN_KEYS = 32
+_LEAST_OWN_KEYS = 32  # A TPU's memory has tiles of 8 keys, or of 16 in bfloat16.
 _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 
 # Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, KeyValues of the token [M, K, 1, 1, C]) -> output like
