@@ -157,11 +157,12 @@ def write_token(ring: BlockedCache, new: KeyValues, step: jax.Array) -> BlockedC
     offset = step % ring.block_size
     entry = (0, block, 0, 0, offset, 0)
     entry_k = (0, block, 0, 0, 0, offset) if ring.order == "transposed_keys" else entry
-    token = BlockedCache.of(*(x.transpose(0, 3, 1, 2, 4, 5) for x in new), ring.order)
+    k, v = (x.transpose(0, 3, 1, 2, 4, 5) for x in new)
+    token = BlockedCache.of(k, v, ring.order)
     return dataclasses.replace(
         ring,
         k=jax.lax.dynamic_update_slice(ring.k, token.k, entry_k),
-        v=None if token.v is None else jax.lax.dynamic_update_slice(ring.v, token.v, entry),
+        v=jax.lax.dynamic_update_slice(ring.v, token.v, entry) if ring.v is not None and token.v is not None else None,
     )
 
 
