@@ -90,11 +90,18 @@ def test_work_that_has_nothing_to_save_ends_with_one_line(child):
     assert err.startswith("SIGTERM") and "the complete batches are in runs" in err and err.count("\n") == 1
 
 
-def test_a_save_may_not_take_longer_than_the_grace_period(child):
-    process = child("hangs", "0.2")
+@pytest.mark.parametrize(
+    ("action", "grace_seconds", "reason"),
+    [
+        ("hangs", "0.2", "checkpoint.grace_seconds=0.2; the latest checkpoint remains"),
+        ("uploads", "1", "The upload did not end within checkpoint.grace_seconds=1"),
+    ],
+)
+def test_neither_a_save_nor_an_upload_takes_longer_than_the_grace_period(child, action, grace_seconds, reason):
+    process = child(action, grace_seconds)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
-    assert "checkpoint.grace_seconds=0.2; the latest checkpoint remains" in process.stderr.read()
+    assert reason in process.stderr.read()
 
 
 def test_a_failed_save_exits_with_the_code_of_a_user_error(child):
@@ -129,10 +136,3 @@ def test_a_second_signal_does_not_wait_for_an_upload(child):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=CHILD_SECONDS) == 128 + signal.SIGTERM
     assert "Stopped at once" in process.stderr.read()
-
-
-def test_an_upload_may_not_take_longer_than_the_grace_period(child):
-    process = child("uploads", "1")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=CHILD_SECONDS) == ExitCode.RESTART
-    assert "The upload did not end within checkpoint.grace_seconds=1" in process.stderr.read()
