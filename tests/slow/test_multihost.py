@@ -90,7 +90,7 @@ def assert_close_runs(ours: Path, theirs: Path) -> None:
     mine, other = (load_policy(workdir / "policy")[1] for workdir in (ours, theirs))
     leaves = zip(jax.tree.leaves(mine), jax.tree.leaves(other), strict=True)
     differences = np.abs(np.concatenate([np.ravel(a - b) for a, b in leaves]))
-    assert np.quantile(differences, 0.999) < 1e-5 and differences.max() < 1e-3
+    assert np.quantile(differences, 0.999) < 1e-5 and differences.max() < 2e-4
 
 
 @pytest.mark.slow
