@@ -16,8 +16,7 @@ from rpt_jax.distributed.mesh import DECODING, mesh_fields, num_batch_shards
 from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blocked_cache import CacheSizes
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
-from rpt_jax.model.attention.cache_mosaic import cached_attention_bytes
-from rpt_jax.model.attention.dispatch import KERNELS
+from rpt_jax.model.attention.cache_mosaic import own_cache_bytes, shared_cache_bytes
 from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
@@ -26,6 +25,7 @@ from rpt_jax.preflight.programs import ProgramName, Step
 from rpt_jax.rollout.engine import live_sizes, steps_per_check
 from rpt_jax.rollout.kv_cache import CACHE_LAYOUTS, CacheLayout, own_block_size
 from rpt_jax.rollout.memory import cache_bytes
+from rpt_jax.rollout.sampling_mosaic import read_blocks_bytes
 
 # Bytes per token of text, about: the reward reads one byte per iteration.
 _BYTES_PER_TOKEN = 4
@@ -160,7 +160,7 @@ def prompts_per_replica(experiment: Experiment, step: Step) -> int:
 def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int], float]]:
     """Return functions that map the number of rows of a kernel call to the bytes that it reads and writes, at full lengths.
 
-    Rows are the first axis of a kernel's results: rows of an update, or rows of a KV cache. The keys are names in the HLO
+    Rows are the first axis of a kernel's results: rows of an update, or decode slots. The keys are names in the HLO
     metadata: the kernel's, or that of the scope around it where several calls run one kernel.
 
     These kernels read only the blocks of keys that are attended to, which the compiled program does not show. For GPUs, preflight
@@ -183,9 +183,8 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
     layout = CACHE_LAYOUTS["tpu"]
     own_keys = _own_keys(experiment)
     prompt = experiment.prompt.max_tokens
-    queries = KERNELS["tpu_kernels"].cache.pad_queries(heads_per_kv)
     own = CacheSizes(
-        num_queries=queries,
+        num_queries=config.heads // config.kv_heads,
         block=_own_block(experiment, step, layout),
         kv_heads=-(-config.kv_heads // fields["rollout_tensor"]),
         head_size=config.head_size,
@@ -196,22 +195,21 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
 
     # The cache of the prompts has a row for each prompt and, once few rollouts are live, a row for each rollout.
     prompts = prompts_per_replica(experiment, step)
-    shared = own._replace(
-        num_queries=experiment.rollout.samples_per_prompt * queries,
-        block=layout.block_size(layout.prompt_block, prompt),
-    )
+    shared = own._replace(block=layout.block_size(layout.prompt_block, prompt))
     prompt_blocks = -(-prompt // shared.block)
-    shared_reads = [
-        _CacheReads(loop.trips, shared, prompts, loop.prompts, prompt_blocks)
-        if loop.slots > prompts or loop is loops[0]
-        else _CacheReads(loop.trips, shared._replace(num_queries=queries), loop.slots, loop.live, prompt_blocks)
-        for loop in loops
-    ]
-    own_reads = [_CacheReads(loop.trips, own, loop.slots, loop.live, own_blocks) for loop in loops]
+    shared_bytes = []
+    own_bytes = []
+    for loop in loops:
+        rows = loop.prompts if loop.slots > prompts or loop is loops[0] else loop.live
+        shared_read = shared_cache_bytes(shared, rollouts=loop.live, visits=rows * prompt_blocks)
+        own_read = own_cache_bytes(own, slots=loop.slots, visits=loop.live * own_blocks, shared_caches=1)
+        shared_bytes.append(_CallBytes(loop.trips, loop.slots, shared_read))
+        own_bytes.append(_CallBytes(loop.trips, loop.slots, own_read))
     return {
         **{name: functools.partial(operator.mul, kv_heads * size) for name, size in packed.items()},
-        "own_cache_blocks": functools.partial(_cache_bytes, own_reads),
-        "shared_cache_blocks": functools.partial(_cache_bytes, shared_reads),
+        "read_blocks": read_blocks_bytes,
+        "own_cache_blocks": functools.partial(_mean_bytes, own_bytes),
+        "shared_cache_blocks": functools.partial(_mean_bytes, shared_bytes),
     }
 
 
@@ -232,32 +230,24 @@ def _own_block(experiment: Experiment, step: Step, layout: CacheLayout) -> int:
     )
 
 
-class _CacheReads(NamedTuple):
-    """What the decode steps of a loop read of a cache.
+class _CallBytes(NamedTuple):
+    """What the decode steps of a loop read and write of a cache in each layer.
 
     Attributes:
       trips: trip count of the loop.
-      sizes: of the device's part.
-      rows: rows of the cache.
-      active_rows: rows that live rollouts attend to.
-      blocks_per_row: blocks that are read of these, on average.
+      slots: slots of the loop.
+      bytes: per call of the kernel.
     """
 
     trips: int
-    sizes: CacheSizes
-    rows: int
-    active_rows: float
-    blocks_per_row: float
+    slots: int
+    bytes: float
 
 
-def _cache_bytes(reads: Sequence[_CacheReads], rows: int) -> float:
-    """Return the bytes of a kernel call over `rows` rows: the mean over the loops that have so many."""
-    found = [read for read in reads if read.rows == rows and read.trips]
-    total = sum(
-        read.trips * cached_attention_bytes(read.sizes, rows=rows, visits=read.active_rows * read.blocks_per_row)
-        for read in found
-    )
-    return total / sum(read.trips for read in found) if found else 0.0
+def _mean_bytes(calls: Sequence[_CallBytes], slots: int) -> float:
+    """Return the bytes of a kernel call with `slots` slots: the mean over the loops that have so many."""
+    found = [call for call in calls if call.slots == slots and call.trips]
+    return sum(call.trips * call.bytes for call in found) / sum(call.trips for call in found) if found else 0.0
 
 
 def least_sampling_bytes(experiment: Experiment, step: Step) -> float:

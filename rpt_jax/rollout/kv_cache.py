@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from rpt_jax.model.attention.blocked_cache import (
     BlockedCache,
     CacheOrder,
     CacheRanges,
+    CacheReads,
     CacheSizes,
-    PartialSoftmax,
+    SlotGrid,
     make_cache_ranges,
 )
 from rpt_jax.model.attention.dispatch import CacheKernel, KeyValues
@@ -88,6 +89,7 @@ CACHE_LAYOUTS = {
     ),
 }
 _LEAST_OWN_KEYS = 32  # A TPU's memory has tiles of 8 keys, or of 16 in bfloat16.
+_Tree = TypeVar("_Tree")
 _LOGICAL_AXES = (None, None, "prompt", "kv_heads", None, None)
 
 # Attention of one new token in one layer: (layer, q_MxKx1xRx1xC, KeyValues of the token [M, K, 1, 1, C]) -> output like
@@ -170,6 +172,11 @@ def _constrain(cache: BlockedCache) -> BlockedCache:
     return jax.tree.map(lambda x: with_logical_constraint(x, _LOGICAL_AXES), cache)
 
 
+def _replicate(tree: _Tree) -> _Tree:
+    """Keep small arrays on every device. XLA would split them over devices, and gather them in every layer again."""
+    return jax.tree.map(lambda x: with_logical_constraint(x, (None,) * x.ndim), tree)
+
+
 class SharedCache(NamedTuple):
     """Cache of N rows, each shared by up to W rollouts: those of a prompt, or of all prompts with the same root.
 
@@ -194,39 +201,27 @@ class SharedCache(NamedTuple):
         )
 
 
-class SharedReads(NamedTuple):
-    """Which keys of a shared cache the rollouts in the slots attend to, until other rollouts take the slots.
-
-    Attributes:
-      blocks: the cache.
-      grid: which slot each entry of the cache is for; None if it has a row per slot.
-      ranges: which keys of its row each query attends to.
-    """
-
-    blocks: BlockedCache
-    grid: _SlotGrid | None
-    ranges: CacheRanges
-
-
-def shared_reads(
-    cache: SharedCache, rollout_M: jax.Array | None, heads_per_kv: int, kernel: CacheKernel
-) -> SharedReads:
-    """Return what the rollouts in the slots attend to in a shared cache.
+def shared_reads(cache: SharedCache, rollout_M: jax.Array | None, heads_per_kv: int, kernel: CacheKernel) -> CacheReads:
+    """Return what the rollouts in the slots attend to in a shared cache, until other rollouts take the slots.
 
     Args:
       cache: the cache.
       rollout_M: int32 rollout in each slot, out of range for an idle slot. None if the cache has a row per slot.
       heads_per_kv: query heads per kv head.
-      kernel: what computes attention over a cache.
+      kernel: what computes attention over the caches.
     """
-    grid = None if rollout_M is None else _slot_grid(cache, rollout_M)
+    grid = None
+    if rollout_M is not None:
+        index_M = cache.index_R.at[rollout_M].get(mode="fill", fill_value=cache.end_NxW.size)
+        most = kernel.max_width(_sizes(cache.blocks, heads_per_kv, kernel))
+        grid = _replicate(SlotGrid.of(*_split_rows(index_M, cache.end_NxW, most)))
     end_NxW = cache.end_NxW if grid is None else grid.end_NxW
     ranges = _cache_ranges(cache.blocks, jnp.zeros(len(end_NxW), jnp.int32), end_NxW, heads_per_kv, kernel)
-    return SharedReads(blocks=cache.blocks, grid=grid, ranges=ranges)
+    return CacheReads(blocks=cache.blocks, grid=grid, ranges=ranges)
 
 
 def cached_attention(
-    shared: tuple[SharedReads, ...],
+    shared: tuple[CacheReads, ...],
     own: BlockedCache,
     step: jax.Array,
     counts_M: jax.Array,
@@ -242,94 +237,60 @@ def cached_attention(
       step: number of this decode step, whose keys are not written yet.
       counts_M: int32 number of the last steps that belong to each rollout.
       heads_per_kv: query heads per kv head.
-      kernel: what computes attention over a cache.
+      kernel: what computes attention over the caches.
     """
     begin_M = (step - counts_M) % (own.num_blocks * own.block_size)
     own_ranges = _cache_ranges(own, begin_M, counts_M[:, None], heads_per_kv, kernel)
-    padding = kernel.pad_queries(heads_per_kv) - heads_per_kv
+    own_reads = CacheReads(blocks=own, grid=None, ranges=own_ranges)
 
     def attend(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
-        head_size = q_MxKx1xRx1xC.shape[-1]
-        head_padding = [(0, 0)] * 3 + [(0, own.head_size - head_size)]
-        q = q_MxKx1xRx1xC[:, :, 0, :, 0] * head_size**-0.5
-        q = jnp.pad(jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0))), head_padding)
-        # The token itself.
-        k, v = (jnp.pad(x[:, :, 0], head_padding) for x in new)
-        scores = jnp.einsum("mkrc,mkc->mkr", q, k[:, :, 0], preferred_element_type=jnp.float32)[..., None]
-        value = jnp.broadcast_to(v.astype(jnp.float32), q.shape)
-        softmax = PartialSoftmax(peak=scores, total=jnp.ones_like(scores), out=value)
-        # Its own last tokens, then what it shares.
-        with jax.named_scope("own_cache_blocks"):
-            softmax = softmax.merge(kernel.attend(q, own, layer, own_ranges))
-        for blocks, grid, ranges in shared:
-            with jax.named_scope("shared_cache_blocks"):
-                rows = q if grid is None else grid.to_rows(q)
-                part = kernel.attend(rows, blocks, layer, ranges)
-                softmax = softmax.merge(part if grid is None else grid.to_slots(part))
-        out = (softmax.out / softmax.total)[:, :, :heads_per_kv, :head_size]
-        return out.astype(q.dtype)[:, :, None, :, None]
+        q_MxKxRxC = q_MxKx1xRx1xC[:, :, 0, :, 0] * q_MxKx1xRx1xC.shape[-1] ** -0.5
+        k_MxKxC, v_MxKxC = (x[:, :, 0, 0] for x in new)
+        out_MxKxRxC = kernel.attend(q_MxKxRxC, k_MxKxC, v_MxKxC, shared, own_reads, layer)
+        return out_MxKxRxC[:, :, None, :, None]
 
     return attend
+
+
+def _split_rows(index_M: jax.Array, end_NxW: jax.Array, most: int | None) -> tuple[jax.Array, jax.Array]:
+    """Divide rows that more than `most` rollouts share into equal parts, which read the keys of their row separately.
+
+    Args:
+      index_M: int32 entry n·W + w of each slot, or N·W.
+      end_NxW: number of keys that each rollout attends to.
+      most: most rollouts of a part; None for any number.
+
+    Returns: both arguments, with the parts as rows.
+    """
+    rows, width = end_NxW.shape
+    if most is None or width <= most:
+        return index_M, end_NxW
+    parts = -(-width // most)
+    part = -(-width // parts)
+    padded_NxW = jnp.pad(end_NxW, ((0, 0), (0, parts * part - width)))
+    return index_M // width * (parts * part) + index_M % width, padded_NxW.reshape(rows * parts, part)
 
 
 def _cache_ranges(
     cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array, heads_per_kv: int, kernel: CacheKernel
 ) -> CacheRanges:
     """Return which blocks are read for which rows; it is the same in every layer."""
-    length_NxQ = jnp.repeat(length_NxW, kernel.pad_queries(heads_per_kv), axis=1)
-    sizes = CacheSizes(
-        num_queries=length_NxQ.shape[1],
+    max_group_rows = kernel.max_group_rows(_sizes(cache, heads_per_kv, kernel), length_NxW.shape[1])
+    return _replicate(make_cache_ranges(begin_N, length_NxW, cache, max_group_rows))
+
+
+def _sizes(cache: BlockedCache, heads_per_kv: int, kernel: CacheKernel) -> CacheSizes:
+    """Return the sizes of attention of one rollout on a device."""
+    return CacheSizes(
+        num_queries=kernel.pad_queries(heads_per_kv),
         block=cache.block_size,
         kv_heads=device_kv_heads(cache.kv_heads),
         head_size=cache.head_size,
         itemsize=cache.k.dtype.itemsize,
     )
-    return make_cache_ranges(begin_N, length_NxQ, cache, kernel.max_group_rows(sizes))
 
 
 def device_kv_heads(kv_heads: int) -> int:
     """Return how many of the kv heads a device of the current mesh has while it decodes."""
     mesh = jax.sharding.get_abstract_mesh()
     return kv_heads if mesh.empty else -(-kv_heads // num_shards(mesh, DECODING["kv_heads"]))
-
-
-class _SlotGrid(NamedTuple):
-    """How the M slots map to the N·W entries of a shared cache.
-
-    Attributes:
-      index_M: int32 entry n·W + w of each slot; out of range for an idle slot.
-      slot_NW: int32 slot of each entry; arbitrary for an entry without one.
-      end_NxW: int32 number of keys that each entry attends to; 0 for an entry without a slot.
-    """
-
-    index_M: jax.Array
-    slot_NW: jax.Array
-    end_NxW: jax.Array
-
-    def to_rows(self, q_MxKxRxC: jax.Array) -> jax.Array:
-        """Return the queries of the rollouts of a row on one axis, [N, K, W·R, C]."""
-        n, width = self.end_NxW.shape
-        _, kv_heads, group, c = q_MxKxRxC.shape
-        q = q_MxKxRxC[self.slot_NW].reshape(n, width, kv_heads, group, c)
-        return q.transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, width * group, c)
-
-    def to_slots(self, rows: PartialSoftmax) -> PartialSoftmax:
-        """Return the results [N, K, W·R, …] of the queries of `to_rows` for each slot, [M, K, R, …]."""
-        n, width = self.end_NxW.shape
-
-        def convert(x: jax.Array) -> jax.Array:
-            _, kv_heads, queries, c = x.shape
-            x = x.reshape(n, kv_heads, width, queries // width, c).transpose(0, 2, 1, 3, 4)
-            return x.reshape(n * width, kv_heads, -1, c).at[self.index_M].get(mode="clip")
-
-        return jax.tree.map(convert, rows)
-
-
-def _slot_grid(shared: SharedCache, rollout_M: jax.Array) -> _SlotGrid:
-    """Return the grid of a shared cache for slots that hold the rollouts `rollout_M`, which are out of range if idle."""
-    n, width = shared.end_NxW.shape
-    index_M = shared.index_R.at[rollout_M].get(mode="fill", fill_value=n * width)
-    slot_NW = jnp.zeros(n * width, jnp.int32).at[index_M].set(jnp.arange(len(index_M)), mode="drop")
-    used_NW = jnp.zeros(n * width, bool).at[index_M].set(True, mode="drop")
-    end_NxW = jnp.where(used_NW.reshape(n, width), shared.end_NxW, 0)
-    return _SlotGrid(index_M=index_M, slot_NW=slot_NW, end_NxW=end_NxW)

@@ -140,7 +140,7 @@ def _row_blocks(logits_MxV: jax.Array) -> _Blocks:
 def _tile_blocks(logits_MxV: jax.Array) -> _Blocks:
     """Return blocks of 128 tokens, the width of a TPU's tiles; each device divides its own shard of the vocabulary.
 
-    Reading a block of every row is a pass over all logits: it takes as long as the sums, and gathers nothing.
+    A device reads only the tiles of its own shard in which blocks were drawn.
     """
     vocab = logits_MxV.shape[1]
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,7 +1,8 @@
-"""The two passes of sampling over the logits on a TPU (Pallas, Mosaic).
+"""What sampling reads of the logits on a TPU (Pallas, Mosaic).
 
 XLA takes a pass for the largest logits, one for the sums and one to read the blocks that were drawn, and often copies the logits
-to another layout in between. Here the first two are one pass, because the sums are relative to the largest logit of their block.
+to another layout in between. Here the first two are one pass, because the sums are relative to the largest logit of their block,
+and of a block that was drawn only its tile is read.
 
 Letters in shape suffixes: M rows, V tokens of the vocabulary or of a shard of it, in B blocks of W = 128 tokens, as many as a
 register has lanes.
@@ -10,12 +11,12 @@ register has lanes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from rpt_jax.model.tpu import LANES, SUBLANES
 
@@ -23,6 +24,8 @@ from rpt_jax.model.tpu import LANES, SUBLANES
 _MAX_STEP_ROWS = 4 * SUBLANES
 _STEP_BLOCKS = LANES
 _STEP_TOKENS = _STEP_BLOCKS * LANES
+# Rows of which a step reads the blocks that were drawn.
+_READ_ROWS = 2 * SUBLANES
 # The lowest finite logit, the peak of a block without tokens.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -36,13 +39,16 @@ def sum_blocks(logits_MxV: jax.Array, interpret: bool = False) -> tuple[jax.Arra
     """
     rows, vocab = logits_MxV.shape
     blocks = pl.cdiv(vocab, LANES)
-    result = pl.BlockSpec((_step_rows(rows), _STEP_BLOCKS), lambda row, step: (row, step))
+    step_rows = min(_MAX_STEP_ROWS, pl.cdiv(rows, SUBLANES) * SUBLANES)
+    logits = pl.BlockSpec((step_rows, _STEP_TOKENS), lambda row, step: (row, step))
+    result = pl.BlockSpec((step_rows, _STEP_BLOCKS), lambda row, step: (row, step))
     return pl.pallas_call(
         functools.partial(_sum_kernel, vocab=vocab),
         out_shape=(jax.ShapeDtypeStruct((rows, blocks), jnp.float32),) * 2,
-        grid=_grid(rows, vocab),
-        in_specs=(_logits_spec(rows),),
+        grid=(pl.cdiv(rows, step_rows), pl.cdiv(vocab, _STEP_TOKENS)),
+        in_specs=(logits,),
         out_specs=(result, result),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="sum_blocks",
         interpret=interpret,
     )(logits_MxV)
@@ -57,66 +63,61 @@ def read_blocks(logits_MxV: jax.Array, block_M: jax.Array, interpret: bool = Fal
       interpret: run the kernel in interpret mode, without a TPU.
     """
     rows, vocab = logits_MxV.shape
-    step_rows = _step_rows(rows)
+    last_block = pl.cdiv(vocab, LANES) - 1
+
+    def tile_of(index: int) -> pl.BlockSpec:
+        """Return the spec of the tile with the block of the `index`-th row of a step."""
+
+        def tile(step: Any, block_M: Any) -> tuple[Any, Any]:
+            row = jnp.minimum(step * _READ_ROWS + index, rows - 1)
+            return jax.lax.div(row, SUBLANES), jnp.clip(block_M[row], 0, last_block)
+
+        return pl.BlockSpec((SUBLANES, LANES), tile)
+
     return pl.pallas_call(
-        functools.partial(_read_kernel, vocab=vocab),
+        functools.partial(_read_kernel, rows=rows, vocab=vocab),
         out_shape=jax.ShapeDtypeStruct((rows, LANES), jnp.float32),
-        grid=_grid(rows, vocab),
-        in_specs=(pl.BlockSpec((step_rows, 1), lambda row, _: (row, 0)), _logits_spec(rows)),
-        out_specs=pl.BlockSpec((step_rows, LANES), lambda row, _: (row, 0)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(rows, _READ_ROWS),),
+            in_specs=[tile_of(index) for index in range(_READ_ROWS)],
+            out_specs=pl.BlockSpec((_READ_ROWS, LANES), lambda step, _: (step, 0)),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         name="read_blocks",
         interpret=interpret,
-    )(block_M[:, None], logits_MxV)
+    )(block_M, *[logits_MxV] * _READ_ROWS)
 
 
-def _step_rows(rows: int) -> int:
-    return min(_MAX_STEP_ROWS, pl.cdiv(rows, SUBLANES) * SUBLANES)
-
-
-def _grid(rows: int, vocab: int) -> tuple[int, int]:
-    return pl.cdiv(rows, _step_rows(rows)), pl.cdiv(vocab, _STEP_TOKENS)
-
-
-def _logits_spec(rows: int) -> pl.BlockSpec:
-    return pl.BlockSpec((_step_rows(rows), _STEP_TOKENS), lambda row, step: (row, step))
+def read_blocks_bytes(rows: int) -> int:
+    """Return the bytes that `read_blocks` reads and writes."""
+    return rows * (SUBLANES + 1) * LANES * jnp.dtype(jnp.float32).itemsize
 
 
 def _sum_kernel(logits_mxt: Any, peak_mxb: Any, sum_mxb: Any, *, vocab: int) -> None:
-    lane = jax.lax.broadcasted_iota(jnp.int32, peak_mxb.shape, 1)
+    first = pl.program_id(1) * _STEP_TOKENS
+    lane = jax.lax.broadcasted_iota(jnp.int32, (logits_mxt.shape[0], LANES), 1)
+    block = jax.lax.broadcasted_iota(jnp.int32, peak_mxb.shape, 1)
 
-    def add(
-        index: jax.Array, logits_mxW: jax.Array, results: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def add(index: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        offset = index * LANES
+        logits_mxW = logits_mxt[:, pl.ds(pl.multiple_of(offset, LANES), LANES)]
+        logits_mxW = jnp.where(first + offset + lane < vocab, logits_mxW, -jnp.inf)
         peak = jnp.maximum(logits_mxW.max(axis=1, keepdims=True), _LOWEST)
         total = jnp.exp(logits_mxW - peak).sum(axis=1, keepdims=True)
         peaks, totals = results
-        return jnp.where(lane == index, peak, peaks), jnp.where(lane == index, total, totals)
+        return jnp.where(block == index, peak, peaks), jnp.where(block == index, total, totals)
 
     zeros = jnp.zeros(peak_mxb.shape, jnp.float32)
-    peak_mxb[...], sum_mxb[...] = _fold_blocks(logits_mxt, vocab, add, (zeros, zeros))
+    peak_mxb[...], sum_mxb[...] = jax.lax.fori_loop(0, _STEP_BLOCKS, add, (zeros, zeros))
 
 
-def _read_kernel(block_mx1: Any, logits_mxt: Any, out_mxW: Any, *, vocab: int) -> None:
-    step = pl.program_id(1)
-
-    @pl.when(step == 0)
-    def _() -> None:
-        out_mxW[...] = jnp.full_like(out_mxW, -jnp.inf)
-
-    def add(index: jax.Array, logits_mxW: jax.Array, out: jax.Array) -> jax.Array:
-        return jnp.where(block_mx1[...] == step * _STEP_BLOCKS + index, logits_mxW, out)
-
-    out_mxW[...] = _fold_blocks(logits_mxt, vocab, add, out_mxW[...])
-
-
-def _fold_blocks(logits_mxt: Any, vocab: int, add: Callable[[jax.Array, jax.Array, Any], Any], start: Any) -> Any:
-    """Fold `add(index, logits, result)` over the blocks of a step; logits beyond the vocabulary are -inf."""
-    first = pl.program_id(1) * _STEP_TOKENS
-    lane = jax.lax.broadcasted_iota(jnp.int32, (logits_mxt.shape[0], LANES), 1)
-
-    def fold(index: jax.Array, result: Any) -> Any:
-        offset = index * LANES
-        logits_mxW = logits_mxt[:, pl.ds(pl.multiple_of(offset, LANES), LANES)]
-        return add(index, jnp.where(first + offset + lane < vocab, logits_mxW, -jnp.inf), result)
-
-    return jax.lax.fori_loop(0, _STEP_BLOCKS, fold, start)
+def _read_kernel(block_M: Any, *refs: Any, rows: int, vocab: int) -> None:
+    *tiles, out_rxW = refs
+    first_row = pl.program_id(0) * _READ_ROWS
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    for index, tile in enumerate(tiles):
+        block = block_M[jnp.minimum(first_row + index, rows - 1)]
+        is_token = (block >= 0) & (block * LANES + lane < vocab)
+        row = index % SUBLANES
+        out_rxW[index : index + 1] = jnp.where(is_token, tile[row : row + 1], -jnp.inf)

@@ -1,4 +1,4 @@
-"""Random KV caches, and attention over them by the kernels in interpret mode against NumPy."""
+"""Random KV caches, and attention of a decode step over them by each implementation against NumPy."""
 
 from __future__ import annotations
 
@@ -13,130 +13,191 @@ import numpy as np
 from rpt_jax.model.attention.blocked_cache import (
     BlockedCache,
     CacheOrder,
-    PartialSoftmax,
+    CacheReads,
+    SlotGrid,
     attend_cache_blockwise,
+    attend_token_by_parts,
     make_cache_ranges,
 )
-from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic
+from rpt_jax.model.attention.cache_mosaic import attend_token_mosaic
 from rpt_jax.model.attention.cache_triton import attend_cache_triton
 from rpt_jax.model.attention.dispatch import KERNELS, CacheKernel
 
 INTERPRETED = {
-    "gpu_kernels": KERNELS["gpu_kernels"].cache._replace(attend=functools.partial(attend_cache_triton, interpret=True)),
-    "tpu_kernels": KERNELS["tpu_kernels"].cache._replace(attend=functools.partial(attend_cache_mosaic, interpret=True)),
+    "gpu_kernels": KERNELS["gpu_kernels"].cache._replace(
+        attend=functools.partial(attend_token_by_parts, functools.partial(attend_cache_triton, interpret=True))
+    ),
+    "tpu_kernels": KERNELS["tpu_kernels"].cache._replace(attend=functools.partial(attend_token_mosaic, interpret=True)),
 }
 ORDERS: dict[str, CacheOrder] = {"gpu_kernels": "separate", "tpu_kernels": "joined"}
-BLOCKWISE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_bytes=None)
-TOLERANCES = {"float32": 2e-5, "bfloat16": 1e-2}
+BLOCKWISE = CacheKernel(
+    functools.partial(attend_token_by_parts, attend_cache_blockwise),
+    dtypes=("bfloat16", "float32"),
+    max_group_bytes=None,
+)
+TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+class Shared(NamedTuple):
+    """Sizes of a cache that rollouts share."""
+
+    rows: int
+    width: int
+    blocks: int
+    block: int
 
 
 class CacheShape(NamedTuple):
     """Sizes of an example."""
 
     layers: int
-    blocks: int
-    rows: int
+    slots: int
     kv_heads: int
-    block: int
+    heads_per_kv: int
     head_size: int
-    queries: int
+    blocks: int
+    block: int
+    shared: tuple[Shared, ...]
     dtype: str
 
-    @property
-    def size(self) -> int:
-        """Keys per row."""
-        return self.blocks * self.block
+
+class Row(NamedTuple):
+    """Keys and values of a cache without blocks, [L, N, K, S, C], and which keys each rollout attends to."""
+
+    k: Any
+    v: Any
+    begin_N: Any
+    length_NxW: Any
 
 
 class Example(NamedTuple):
-    """Scaled queries, keys and values without blocks, and which keys each query attends to."""
+    """Scaled queries, keys and values of the new tokens, and the caches. An idle slot has an index beyond every cache."""
 
-    q_NxKxQxC: np.ndarray
-    k_LxNxKxSxC: np.ndarray
-    v_LxNxKxSxC: np.ndarray
-    begin_N: np.ndarray
-    length_NxQ: np.ndarray
+    q_MxKxRxC: Any
+    k_MxKxC: Any
+    v_MxKxC: Any
+    own: Row
+    shared: tuple[Row, ...]
+    index_M: tuple[Any, ...]
 
 
 def make_example(shape: CacheShape, seed: int) -> Example:
-    """Draw ranges of any length, many of them empty, full, or at a block's boundary; some rows have none at all."""
+    """Draw ranges of any length, many of them empty, full, or at a block's boundary; some slots are idle."""
     rng = np.random.default_rng(seed)
-    queries = (shape.rows, shape.kv_heads, shape.queries, shape.head_size)
-    keys = (shape.layers, shape.rows, shape.kv_heads, shape.size, shape.head_size)
 
-    def normal(dims: tuple[int, ...]) -> np.ndarray:
+    def normal(*dims: int) -> np.ndarray:
         return np.asarray(jnp.asarray(rng.standard_normal(dims), shape.dtype), np.float32)
 
-    length = rng.integers(0, rng.integers(0, shape.size + 1, (shape.rows, 1)) + 1, (shape.rows, shape.queries))
-    length[rng.random(shape.rows) < 0.2] = 0
-    length[rng.random(shape.rows) < 0.2] = shape.size
-    begin = rng.integers(0, shape.size, shape.rows)
-    begin = np.where(rng.random(shape.rows) < 0.3, begin // shape.block * shape.block, begin)
-    return Example(normal(queries), normal(keys), normal(keys), begin.astype(np.int32), length.astype(np.int32))
+    def row(rows: int, width: int, blocks: int, block: int, is_ring: bool) -> Row:
+        size = blocks * block
+        length = rng.integers(0, rng.integers(0, size + 1, (rows, 1)) + 1, (rows, width))
+        length[rng.random(rows) < 0.2] = 0
+        length[rng.random(rows) < 0.2] = size
+        begin = rng.integers(0, size if is_ring else 1, rows)
+        begin = np.where(rng.random(rows) < 0.3, begin // block * block, begin)
+        dims = (shape.layers, rows, shape.kv_heads, size, shape.head_size)
+        return Row(normal(*dims), normal(*dims), begin.astype(np.int32), length.astype(np.int32))
+
+    own = row(shape.slots, 1, shape.blocks, shape.block, is_ring=True)
+    shared = tuple(row(*sizes, is_ring=False) for sizes in shape.shared)
+    idle = rng.random(shape.slots) < 0.3
+    own.length_NxW[idle] = 0
+    index_M = tuple(
+        np.where(idle, 2**30, rng.permutation(s.rows * s.width)[: shape.slots]).astype(np.int32) for s in shape.shared
+    )
+    heads = shape.slots, shape.kv_heads
+    q = normal(*heads, shape.heads_per_kv, shape.head_size)
+    k, v = normal(*heads, shape.head_size), normal(*heads, shape.head_size)
+    return Example(q, k, v, own, shared, index_M)
 
 
-def attended_keys(example: Example, size: int) -> np.ndarray:
-    """Return which of its row's keys each query attends to, bool [N, Q, S]."""
-    after_begin_NxS = (np.arange(size) - example.begin_N[:, None]) % size
-    return after_begin_NxS[:, None] < example.length_NxQ[..., None]
+def attended_keys(row: Row) -> np.ndarray:
+    """Return which keys of its row each rollout attends to, bool [N, W, S]."""
+    size = row.k.shape[3]
+    after_begin_NxS = (np.arange(size) - row.begin_N[:, None]) % size
+    return after_begin_NxS[:, None] < row.length_NxW[..., None]
 
 
-def to_cache(k_LxNxKxSxC: Any, v_LxNxKxSxC: Any, block: int, dtype: str, order: CacheOrder) -> BlockedCache:
+def to_cache(row: Row, block: int, dtype: str, order: CacheOrder) -> BlockedCache:
     """Divide keys and values into blocks."""
 
     def split(x: Any) -> jax.Array:
         layers, n, kv_heads, _, c = x.shape
         return jnp.asarray(x, dtype).reshape(layers, n, kv_heads, -1, block, c).transpose(0, 3, 1, 2, 4, 5)
 
-    return BlockedCache.of(split(k_LxNxKxSxC), split(v_LxNxKxSxC), order)
+    return BlockedCache.of(split(row.k), split(row.v), order)
 
 
 @functools.cache
 def attention(
     kernel: CacheKernel, shape: CacheShape, order: CacheOrder, max_group_rows: int | None
-) -> Callable[..., PartialSoftmax]:
-    """Return the compiled function from the arrays of an example and a layer to the result."""
+) -> Callable[[Example, jax.Array | int], jax.Array]:
+    """Return the compiled function from an example and a layer to the result."""
 
-    def run(example: Example, layer: jax.Array) -> PartialSoftmax:
-        cache = to_cache(example.k_LxNxKxSxC, example.v_LxNxKxSxC, shape.block, shape.dtype, order)
-        ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
-        return kernel.attend(jnp.asarray(example.q_NxKxQxC, shape.dtype), cache, layer, ranges)
+    def reads(row: Row, block: int, index_M: jax.Array | None) -> CacheReads:
+        cache = to_cache(row, block, shape.dtype, order)
+        length_NxW = row.length_NxW
+        grid = None
+        if index_M is not None:
+            grid = SlotGrid.of(index_M, length_NxW)
+            length_NxW = grid.end_NxW
+        return CacheReads(cache, grid, make_cache_ranges(row.begin_N, length_NxW, cache, max_group_rows))
+
+    def run(example: Example, layer: jax.Array | int) -> jax.Array:
+        q, k, v = (jnp.asarray(x, shape.dtype) for x in example[:3])
+        shared = tuple(
+            # A cache that has a row for each slot needs no grid.
+            reads(row, sizes.block, None if sizes[:2] == (shape.slots, 1) else index_M)
+            for row, sizes, index_M in zip(example.shared, shape.shared, example.index_M, strict=True)
+        )
+        return kernel.attend(q, k, v, shared, reads(example.own, shape.block, None), layer)
 
     return jax.jit(run)
 
 
 def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, order: CacheOrder) -> None:
-    """Assert that the result equals NumPy's, with NaN in all blocks that no row attends to, and in two more rows."""
+    """Assert that the result equals NumPy's, with NaN in all blocks that no rollout attends to, and in two more rows."""
     example = make_example(shape, seed)
     layer = seed % shape.layers
-    attended_NxQxS = attended_keys(example, shape.size)
+    for sizes, index_M in zip(shape.shared, example.index_M, strict=True):
+        if sizes[:2] == (shape.slots, 1):
+            index_M[:] = np.arange(shape.slots)
 
     # Poison other layers, and blocks that are not read.
-    unread_J = ~attended_NxQxS.any(axis=(0, 1)).reshape(shape.blocks, shape.block).any(axis=1)
-    poison_LxS = (np.arange(shape.layers) != layer)[:, None] | np.repeat(unread_J, shape.block)
-    k, v = (np.where(poison_LxS[:, None, None, :, None], np.nan, x) for x in example[1:3])
-    k, v = (np.pad(x, ((0, 0), (0, 2), (0, 0), (0, 0), (0, 0)), constant_values=np.nan) for x in (k, v))
+    def poison(row: Row, block: int) -> Row:
+        unread_J = ~attended_keys(row).any(axis=(0, 1)).reshape(-1, block).any(axis=1)
+        poison_LxS = (np.arange(shape.layers) != layer)[:, None] | np.repeat(unread_J, block)
+        k, v = (np.where(poison_LxS[:, None, None, :, None], np.nan, x) for x in row[:2])
+        k, v = (np.pad(x, ((0, 0), (0, 2), (0, 0), (0, 0), (0, 0)), constant_values=np.nan) for x in (k, v))
+        return row._replace(k=k, v=v)
+
+    poisoned = example._replace(
+        own=poison(example.own, shape.block),
+        shared=tuple(poison(row, sizes.block) for row, sizes in zip(example.shared, shape.shared, strict=True)),
+    )
     max_group_rows = {None: None, 0: 1}.get(kernel.max_group_bytes, 1 + seed % 4)
-    ours = attention(kernel, shape, order, max_group_rows)(example._replace(k_LxNxKxSxC=k, v_LxNxKxSxC=v), layer)
-    assert all(x.dtype == jnp.float32 for x in ours)
+    ours_MxKxRxC = attention(kernel, shape, order, max_group_rows)(poisoned, layer)
+    assert ours_MxKxRxC.dtype == shape.dtype
+    # Idle slots write their keys to the cache, where weights of zero have to remove them.
+    ours_MxKxRxC = np.asarray(ours_MxKxRxC, np.float64)
+    assert np.isfinite(ours_MxKxRxC).all()
 
     # The definition, in float64.
-    q, k, v = (
-        x.astype(np.float64) for x in (example.q_NxKxQxC, example.k_LxNxKxSxC[layer], example.v_LxNxKxSxC[layer])
-    )
-    scores = np.where(attended_NxQxS[:, None], np.einsum("nkqc,nksc->nkqs", q, k), -np.inf)
-    has_keys = np.broadcast_to((example.length_NxQ > 0)[:, None], scores.shape[:-1])
-    peak = np.where(has_keys, scores.max(axis=-1), 0)[..., None]
-    weights = np.exp(scores - peak)
-    total = np.where(has_keys[..., None], weights.sum(axis=-1, keepdims=True), 1)
-    out = np.einsum("nkqs,nksc->nkqc", weights, v) / total
-
-    tolerance = TOLERANCES[shape.dtype]
-    ours_peak, ours_total, ours_out = (np.asarray(x, np.float64) for x in ours)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        normalized = ours_out / ours_total
-        log_total = ours_peak + np.log(ours_total)
-    np.testing.assert_allclose(normalized[has_keys], out[has_keys], atol=tolerance * max(1, np.abs(out).max()))
-    np.testing.assert_allclose(log_total[has_keys], (peak + np.log(total))[has_keys], atol=tolerance * 10)
-    # Merging with any other result leaves nothing of queries without keys.
-    assert (ours_peak[~has_keys] < -1e29).all() and np.isfinite(ours_out[~has_keys]).all()
+    attended_NxWxS = attended_keys(example.own), *(attended_keys(row) for row in example.shared)
+    for slot in range(shape.slots):
+        entries = [(slot, 0)]
+        for sizes, index_M in zip(shape.shared, example.index_M, strict=True):
+            entries.append(divmod(int(index_M[slot]), sizes.width))
+        if any(n >= len(mask) for (n, _), mask in zip(entries, attended_NxWxS, strict=True)):
+            continue  # The slot is idle.
+        keys, values = [example.k_MxKxC[slot, :, None]], [example.v_MxKxC[slot, :, None]]
+        for row, (n, w), mask in zip((example.own, *example.shared), entries, attended_NxWxS, strict=True):
+            keys.append(row.k[layer, n][:, mask[n, w]])
+            values.append(row.v[layer, n][:, mask[n, w]])
+        k_KxSxC, v_KxSxC = (np.concatenate(x, axis=1).astype(np.float64) for x in (keys, values))
+        scores_KxRxS = np.einsum("krc,ksc->krs", example.q_MxKxRxC[slot].astype(np.float64), k_KxSxC)
+        weights = np.exp(scores_KxRxS - scores_KxRxS.max(-1, keepdims=True))
+        expected = np.einsum("krs,ksc->krc", weights / weights.sum(-1, keepdims=True), v_KxSxC)
+        np.testing.assert_allclose(
+            ours_MxKxRxC[slot], expected, atol=TOLERANCES[shape.dtype] * max(1, np.abs(expected).max())
+        )

@@ -11,31 +11,55 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheOrder, CacheSizes, make_cache_ranges
-from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic, cached_attention_bytes
-from rpt_jax.model.attention.dispatch import KERNELS
+from rpt_jax.model.attention.blocked_cache import CacheOrder, CacheSizes, make_cache_ranges
+from rpt_jax.model.attention.cache_mosaic import own_cache_bytes, shared_cache_bytes
+from rpt_jax.model.attention.dispatch import KERNELS, KeyValues
+from rpt_jax.rollout.kv_cache import SharedCache, cached_attention, shared_reads
 from tests.helpers.cached_rows import (
     BLOCKWISE,
     INTERPRETED,
     ORDERS,
     CacheShape,
+    Shared,
     attended_keys,
+    attention,
     check_kernel,
     make_example,
+    to_cache,
 )
 from tests.helpers.pallas_blocks import copied_bytes
 from tests.helpers.parameters import mostly_slow
 
-SMALL = CacheShape(layers=2, blocks=3, rows=5, kv_heads=2, block=16, head_size=16, queries=3, dtype="float32")
+SMALL = CacheShape(
+    layers=2,
+    slots=5,
+    kv_heads=2,
+    heads_per_kv=3,
+    head_size=16,
+    blocks=2,
+    block=16,
+    shared=(Shared(rows=4, width=3, blocks=2, block=32),),
+    dtype="float32",
+)
+# Without a shared cache, with one that has a row for each slot, and with roots and prompts.
+CACHES = {
+    "prompts": SMALL,
+    "none": SMALL._replace(shared=()),
+    "row per slot": SMALL._replace(shared=(Shared(rows=5, width=1, blocks=2, block=32),)),
+    "roots and prompts": SMALL._replace(
+        shared=(Shared(rows=1, width=6, blocks=2, block=16), Shared(rows=3, width=2, blocks=2, block=16))
+    ),
+}
 SEEDS = st.integers(0, 2**32 - 1)
 
 
+@pytest.mark.parametrize("shared", mostly_slow(CACHES, "roots and prompts"))
 @pytest.mark.parametrize("name", INTERPRETED)
 @settings(max_examples=3, deadline=None)
 @given(seed=SEEDS)
-def test_the_kernels_equal_numpy(name, seed):
+def test_the_kernels_equal_numpy(name, shared, seed):
     """More shapes in tests/slow/test_cache_kernels.py."""
-    check_kernel(INTERPRETED[name], SMALL, seed, ORDERS[name])
+    check_kernel(INTERPRETED[name], CACHES[shared], seed, ORDERS[name])
 
 
 @settings(max_examples=2, deadline=None)
@@ -45,21 +69,46 @@ def test_the_tpu_kernel_equals_numpy_if_keys_fill_registers(seed):
     check_kernel(INTERPRETED["tpu_kernels"], SMALL._replace(head_size=128), seed, "joined")
 
 
+@pytest.mark.parametrize("shared", CACHES)
 @pytest.mark.parametrize("order", typing.get_args(CacheOrder))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=SEEDS)
-def test_plain_xla_equals_numpy(order, seed):
-    check_kernel(BLOCKWISE, SMALL, seed, order)
+def test_plain_xla_equals_numpy(order, shared, seed):
+    check_kernel(BLOCKWISE, CACHES[shared], seed, order)
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=SEEDS)
+def test_a_row_that_many_rollouts_share_is_read_in_parts(seed):
+    rows, width, keys = 2, 5, 32
+    example = make_example(SMALL._replace(shared=(Shared(rows, width, 1, keys),)), seed)
+    new = KeyValues(example.k_MxKxC[:, :, None, None], example.v_MxKxC[:, :, None, None])
+    q = example.q_MxKxRxC[:, :, None, :, None]
+    own = to_cache(example.own, SMALL.block, "float32", "joined")
+    shared = to_cache(example.shared[0], keys, "float32", "joined")
+    cache = SharedCache(shared, example.shared[0].length_NxW, jnp.arange(rows * width))
+
+    def attend(kernel):
+        reads = shared_reads(cache, example.index_M[0], SMALL.heads_per_kv, kernel)
+        counts_M = example.own.length_NxW[:, 0]
+        attention = cached_attention((reads,), own, jnp.int32(7), counts_M, SMALL.heads_per_kv, kernel)
+        return reads.ranges.length_NxW.shape, attention(1, q, new)
+
+    # Queries and results of a rollout take 8 KiB for each of two kv heads.
+    whole, expected = attend(BLOCKWISE)
+    parts, ours = attend(INTERPRETED["tpu_kernels"]._replace(max_row_bytes=2 * 2**14))
+    assert whole == (2, 5) and parts == (6, 2)
+    live = example.index_M[0] < rows * width
+    np.testing.assert_allclose(ours[live], expected[live], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("max_group_rows", "group_rows"), [(9, 5), (1, 1), (2, 2), (4, 3), (None, None)])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_group_visits_the_blocks_that_its_rows_attend_to(seed, max_group_rows, group_rows):
-    example = make_example(SMALL, seed)
-    keys = np.zeros((1, SMALL.blocks, 1, 1, SMALL.block, 1))
-    cache = BlockedCache(k=keys, v=keys, order="separate")
-    ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
-    attended_NxJ = attended_keys(example, SMALL.size).any(axis=1).reshape(SMALL.rows, SMALL.blocks, -1).any(axis=-1)
+    row = make_example(SMALL, seed).own
+    cache = to_cache(row, SMALL.block, "float32", "separate")
+    ranges = make_cache_ranges(row.begin_N, row.length_NxW, cache, max_group_rows)
+    attended_NxJ = attended_keys(row).any(axis=1).reshape(SMALL.slots, SMALL.blocks, -1).any(axis=-1)
     if group_rows is None:
         attended_NxJ = attended_NxJ.any(axis=0, keepdims=True)
     first_rows = range(0, len(attended_NxJ), group_rows or 1)
@@ -76,58 +125,59 @@ def test_a_group_visits_the_blocks_that_its_rows_attend_to(seed, max_group_rows,
     [("tpu_kernels", "tpu", "tpu_custom_call"), ("gpu_kernels", "cuda", "__gpu$xla.gpu.triton")],
 )
 def test_the_kernels_lower_for_their_platform(name, platform, call, dtype):
-    rows, kv_heads, num_queries, head_size = 6, 2, 7, 64
+    shape = CacheShape(3, 6, 2, 7, 64, 4, 128, (Shared(rows=4, width=3, blocks=2, block=128),), dtype)
     kernel = KERNELS[name].cache
-    keys = jax.ShapeDtypeStruct((3, 4, rows, kv_heads, 128, head_size), dtype)
-
-    def attend(q, k, v, begin_N, length_NxQ, layer):
-        cache = BlockedCache.of(k, v, ORDERS[name])
-        ranges = make_cache_ranges(begin_N, length_NxQ, cache, max_group_rows=1)
-        return kernel.attend(q, cache, layer, ranges)
+    example = jax.tree.map(jnp.asarray, make_example(shape, 0))
+    attend = attention(kernel, shape, ORDERS[name], max_group_rows=1)
 
     # Without a GPU, jax 0.12 lowers Triton kernels for the device of the mesh only.
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device if platform == "cuda" else None)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(attend).trace(
-            jax.ShapeDtypeStruct((rows, kv_heads, num_queries, head_size), dtype),
-            keys,
-            keys,
-            jax.ShapeDtypeStruct((rows,), jnp.int32),
-            jax.ShapeDtypeStruct((rows, num_queries), jnp.int32),
-            jax.ShapeDtypeStruct((), jnp.int32),
-        )
-        assert traced.lower(lowering_platforms=(platform,)).as_text().count(call) == 1
+        traced = attend.trace(example, jax.ShapeDtypeStruct((), jnp.int32))
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count(call) == 2
 
 
 @pytest.mark.parametrize("max_group_rows", [1, 2])
 @pytest.mark.parametrize(("first", "end"), [(0, 6), (0, 3), (2, 4), (3, 5), (4, 6)])
 @pytest.mark.parametrize(("head_size", "block"), [(16, 1024), (64, 1024), (128, 512)])
-def test_what_the_tpu_kernel_moves_is_what_its_block_specs_say(head_size, block, first, end, max_group_rows):
+def test_what_the_tpu_kernels_move_is_what_their_block_specs_say(head_size, block, first, end, max_group_rows):
     """Rows outside of a range have no keys to attend to."""
     # A step has at most two visits, because a block has 512 KiB.
-    shape = SMALL._replace(rows=6, blocks=4, kv_heads=1, block=block, head_size=head_size)
+    slots = 6
+    shared = Shared(rows=slots, width=1, blocks=4, block=block)
+    shape = SMALL._replace(slots=slots, blocks=4, kv_heads=1, block=block, head_size=head_size, shared=(shared,))
     example = make_example(shape, 1)
-    example.length_NxQ[:first] = 0
-    example.length_NxQ[end:] = 0
-    keys = jnp.zeros((shape.layers, shape.blocks, shape.rows, shape.kv_heads, shape.block, shape.head_size))
-    cache = BlockedCache.of(keys, keys, "joined")
-    ranges = make_cache_ranges(example.begin_N, example.length_NxQ, cache, max_group_rows)
-    jaxpr = jax.make_jaxpr(lambda q: attend_cache_mosaic(q, cache, 1, ranges))(example.q_NxKxQxC)
-    [kernel] = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
-    steps = -(-int(ranges.visits_G.max()) // 2)
-    grid = range(len(ranges.visits_G)), range(max(1, steps))
-    moved = copied_bytes(
-        kernel, grid, (jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.row_GxV, ranges.block_GxV)
-    )
-    sizes = CacheSizes(
-        num_queries=shape.queries,
-        block=shape.block,
-        kv_heads=shape.kv_heads,
-        head_size=shape.head_size,
-        itemsize=4,
-    )
-    expected = cached_attention_bytes(sizes, rows=shape.rows, visits=int(ranges.visits_G.sum()))
-    # A group with fewer visits than a step copies a block for all visits of the step.
-    more = int(np.maximum(2 - ranges.visits_G, 0).sum()) * sizes.block_bytes
-    assert moved == pytest.approx(expected + more)
+    for row in (example.own, *example.shared):
+        row.length_NxW[:first] = 0
+        row.length_NxW[end:] = 0
+    run = attention(INTERPRETED["tpu_kernels"], shape, "joined", max_group_rows)
+    calls = [
+        e for e in jax.make_jaxpr(run)(example, 1).eqns[0].params["jaxpr"].eqns if e.primitive.name == "pallas_call"
+    ]
+    sizes = CacheSizes(shape.heads_per_kv, block, kv_heads=1, head_size=head_size, itemsize=4)
+
+    for kernel, row in zip(calls, (example.shared[0], example.own), strict=True):
+        cache = to_cache(row, block, "float32", "joined")
+        ranges = make_cache_ranges(row.begin_N, row.length_NxW, cache, max_group_rows)
+        slot_M = jnp.arange(slots)
+        scalars = (
+            jnp.array([1]),
+            *ranges[:1],
+            ranges.visits_G,
+            ranges.row_GxV,
+            ranges.block_GxV,
+            row.length_NxW,
+            slot_M,
+        )
+        grid = range(len(ranges.visits_G)), range(max(1, -(-int(ranges.visits_G.max()) // 2)))
+        moved = copied_bytes(kernel, grid, scalars)
+        visits = int(ranges.visits_G.sum())
+        # A group with fewer visits than a step copies a block for all visits of the step.
+        moved -= int(np.maximum(2 - ranges.visits_G, 0).sum()) * sizes.block_bytes
+        if row is example.own:
+            expected = own_cache_bytes(sizes, slots=slots, visits=visits, shared_caches=1)
+        else:
+            # The specs stand for whole arrays, of which the kernel copies each slot's part itself.
+            expected = shared_cache_bytes(sizes, rollouts=slots, visits=visits)
+        assert moved == pytest.approx(expected)

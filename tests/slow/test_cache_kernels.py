@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.cached_rows import INTERPRETED, ORDERS, CacheShape, check_kernel
+from tests.helpers.cached_rows import INTERPRETED, ORDERS, CacheShape, Shared, check_kernel
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import CHILD_SECONDS, with_devices
 
@@ -20,18 +20,18 @@ pytestmark = pytest.mark.slow
 
 # Every size takes its smallest value and others; compiling one takes seconds, an example of it milliseconds.
 SHAPES = [
-    CacheShape(layers, blocks, rows, kv_heads, block, head_size, queries, dtype)
-    for layers, blocks, rows, kv_heads, block, head_size, queries, dtype in (
-        (1, 1, 1, 1, 16, 16, 1, "float32"),
-        (3, 7, 5, 1, 16, 16, 2, "float32"),
-        (1, 4, 16, 2, 32, 64, 7, "bfloat16"),
-        (2, 2, 3, 3, 64, 32, 40, "float32"),
-        (1, 5, 12, 1, 16, 128, 4, "bfloat16"),
-        (2, 3, 1, 2, 128, 16, 70, "float32"),
-        (1, 8, 6, 2, 16, 64, 129, "bfloat16"),
-        (4, 2, 24, 1, 64, 16, 1, "float32"),
-        (1, 1, 9, 4, 32, 32, 9, "bfloat16"),
-        (2, 6, 7, 2, 16, 16, 16, "float32"),
+    CacheShape(layers, slots, kv_heads, heads_per_kv, head_size, blocks, block, shared, dtype)
+    for layers, slots, kv_heads, heads_per_kv, head_size, blocks, block, shared, dtype in (
+        (1, 1, 1, 1, 16, 1, 16, (), "float32"),
+        (3, 5, 1, 2, 16, 7, 16, (Shared(2, 3, 1, 16),), "float32"),
+        (1, 16, 2, 7, 64, 4, 32, (Shared(3, 8, 2, 64),), "bfloat16"),
+        (2, 3, 3, 4, 32, 2, 64, (Shared(3, 1, 5, 16),), "float32"),
+        (1, 12, 1, 4, 128, 5, 16, (Shared(1, 12, 3, 32), Shared(4, 4, 1, 16)), "bfloat16"),
+        (2, 1, 2, 9, 16, 3, 128, (Shared(1, 1, 2, 32),), "float32"),
+        (1, 6, 2, 8, 64, 8, 16, (Shared(1, 17, 2, 16),), "bfloat16"),
+        (4, 24, 1, 1, 16, 2, 64, (Shared(9, 5, 4, 16),), "float32"),
+        (1, 9, 4, 9, 32, 1, 32, (Shared(3, 4, 2, 16), Shared(9, 1, 2, 16)), "bfloat16"),
+        (2, 7, 2, 16, 16, 6, 16, (Shared(2, 4, 2, 32),), "float32"),
     )
 ]
 
@@ -55,18 +55,18 @@ def test_rollouts_by_the_kernels_equal_those_in_plain_xla():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_kernel_compiles_for_a_tpu(topology: str):
-    """A rollout's own tokens and a prompt that eight rollouts share, for three policies; and a prime number of rows."""
+    """Prompts that eight rollouts share, for three policies; a prime number of slots; and roots that many rollouts share."""
     shapes = (
-        "30x4x64x3x128x64x3xbfloat16",
-        "24x4x64x2x128x64x7xbfloat16",
-        "24x2x8x2x512x64x56xbfloat16",
-        "48x4x64x2x128x128x5xbfloat16",
-        "48x4x16x2x512x128x40xfloat32",
-        "2x1x3x1x64x64x1xfloat32",
-        "2x4x239x1x128x128x6xbfloat16",
+        "30x128x3x3x64x4x64x16x8x1x320xbfloat16",
+        "24x64x2x7x64x4x128x8x8x2x512xbfloat16",
+        "48x64x2x5x128x4x128x8x8x2x512xbfloat16",
+        "48x16x2x5x128x4x128x2x8x2x512xfloat32",
+        "2x3x1x1x64x1x64x3x1x1x64xfloat32",
+        "2x239x1x6x128x4x128x30x8x2x512xbfloat16",
+        "2x64x8x4x128x4x64x2x500x2x512xfloat32",
     )
     child = [sys.executable, "-m", "tests.helpers.tpu_cache_child", topology, *shapes]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
     done = subprocess.run(child, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(shapes, 1)
+    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(shapes, 2)

@@ -1,15 +1,18 @@
-"""A KV cache in blocks, and attention of the new tokens of a decode step over it.
+"""KV caches in blocks, and attention of the new tokens of a decode step over them.
 
-The kernels in cache_triton.py and cache_mosaic.py compute what `attend_cache_blockwise` does.
+The kernel in cache_triton.py computes what `attend_cache_blockwise` does, and those in cache_mosaic.py what
+`attend_token_by_parts` does.
 
-Letters in shape suffixes: the cache has L layers and N rows, each of J blocks of B keys (S = J·B) for K kv heads of size C. A row
-has Q queries for each kv head. Rows form G groups.
+Letters in shape suffixes: M slots have a new token each, with R queries for each kv head. A cache has L layers and N rows, each
+of J blocks of B keys (S = J·B) for K kv heads of size C. Up to W rollouts share a row, which then has Q = W·R queries for each
+kv head. Rows form G groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -95,31 +98,31 @@ class BlockedCache:
 
 
 class CacheRanges(NamedTuple):
-    """Which keys of its row each query attends to; the same in every layer.
+    """Which keys of its row each rollout attends to; the same in every layer.
 
     Attributes:
-      begin_N: int32, the first key that the queries of a row attend to.
-      length_NxQ: int32, how many keys a query attends to from there on. After the last key of a row comes its first one, as in a
-        ring buffer.
+      begin_N: int32, the first key that the rollouts of a row attend to.
+      length_NxW: int32, how many keys a rollout attends to from there on. After the last key of a row comes its first one, as in
+        a ring buffer.
       row_GxV, block_GxV: int32, the row and the block of each visit of a group. The blocks with keys to attend to come first. If
         all rows visit blocks together, the row is 0.
       visits_G: int32, the number of blocks with keys to attend to.
     """
 
     begin_N: jax.Array
-    length_NxQ: jax.Array
+    length_NxW: jax.Array
     row_GxV: jax.Array
     block_GxV: jax.Array
     visits_G: jax.Array
 
 
 def make_cache_ranges(
-    begin_N: jax.Array, length_NxQ: jax.Array, cache: BlockedCache, max_group_rows: int | None
+    begin_N: jax.Array, length_NxW: jax.Array, cache: BlockedCache, max_group_rows: int | None
 ) -> CacheRanges:
     """List the blocks with keys to attend to.
 
     Args:
-      begin_N, length_NxQ: as in `CacheRanges`.
+      begin_N, length_NxW: as in `CacheRanges`.
       cache: the cache.
       max_group_rows: limit of the rows per group, of which each visits blocks of its own; None for one group of all rows, which
         visit the blocks together in which any of them has keys to attend to.
@@ -127,7 +130,7 @@ def make_cache_ranges(
     # A range has keys in a block if it contains the first key of the block, or begins within the block.
     size = cache.block_size
     first_J = jnp.arange(cache.num_blocks, dtype=jnp.int32) * size
-    longest_Nx1 = length_NxQ.max(axis=1, keepdims=True)
+    longest_Nx1 = length_NxW.max(axis=1, keepdims=True)
     contains_NxJ = (first_J - begin_N[:, None]) % (cache.num_blocks * size) < longest_Nx1
     begins_within_NxJ = begin_N[:, None] // size == first_J // size
     attended_NxJ = contains_NxJ | (begins_within_NxJ & (longest_Nx1 > 0))
@@ -144,7 +147,7 @@ def make_cache_ranges(
     first_row_Gx1 = jnp.arange(groups, dtype=jnp.int32)[:, None] * group_rows
     return CacheRanges(
         begin_N=begin_N,
-        length_NxQ=length_NxQ,
+        length_NxW=length_NxW,
         row_GxV=first_row_Gx1 + order_GxV // cache.num_blocks,
         block_GxV=order_GxV % cache.num_blocks,
         visits_G=attended_GxV.sum(axis=-1, dtype=jnp.int32),
@@ -160,7 +163,7 @@ class CacheSizes(NamedTuple):
     """Sizes of attention over a cache on one device.
 
     Attributes:
-      num_queries: queries of a row and kv head.
+      num_queries: queries of a rollout and kv head.
       block: keys per block.
       kv_heads: the device's kv heads.
       head_size: size of a head.
@@ -184,10 +187,69 @@ class CacheSizes(NamedTuple):
         return self.head_size if self.head_size % LANES == 0 else 2 * self.head_size
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of the queries of a row and of their results, float32, in a TPU's memory."""
+    def query_bytes(self) -> int:
+        """Bytes of a rollout's queries and of their results, float32, in a TPU's memory."""
         numbers = self.kv_heads * self.num_queries * fill_lanes(self.query_size)
         return numbers * (self.itemsize + jnp.dtype(jnp.float32).itemsize)
+
+
+class SlotGrid(NamedTuple):
+    """How the M slots map to the N·W entries of a shared cache.
+
+    Attributes:
+      index_M: int32 entry n·W + w of each slot; out of range for an idle slot.
+      slot_NW: int32 slot of each entry; -1 for an entry without one.
+      end_NxW: int32 number of keys that each entry attends to; 0 for an entry without a slot.
+    """
+
+    index_M: jax.Array
+    slot_NW: jax.Array
+    end_NxW: jax.Array
+
+    @classmethod
+    def of(cls, index_M: jax.Array, end_NxW: jax.Array) -> SlotGrid:
+        """Return the grid of slots with the entries `index_M` of a cache, whose rollouts attend to `end_NxW` keys."""
+        slot_NW = jnp.full(end_NxW.size, -1, jnp.int32).at[index_M].set(jnp.arange(len(index_M)), mode="drop")
+        used_NxW = slot_NW.reshape(end_NxW.shape) >= 0
+        return cls(index_M=index_M, slot_NW=slot_NW, end_NxW=jnp.where(used_NxW, end_NxW, 0))
+
+    def to_rows(self, q_MxKxRxC: jax.Array) -> jax.Array:
+        """Return the queries of the rollouts of a row on one axis, [N, K, W·R, C]."""
+        n, width = self.end_NxW.shape
+        _, kv_heads, group, c = q_MxKxRxC.shape
+        q = q_MxKxRxC[self.slot_NW].reshape(n, width, kv_heads, group, c)
+        return q.transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, width * group, c)
+
+    def to_slots(self, rows: PartialSoftmax) -> PartialSoftmax:
+        """Return the results [N, K, W·R, …] of the queries of `to_rows` for each slot, [M, K, R, …]."""
+        n, width = self.end_NxW.shape
+
+        def convert(x: jax.Array) -> jax.Array:
+            _, kv_heads, queries, c = x.shape
+            x = x.reshape(n, kv_heads, width, queries // width, c).transpose(0, 2, 1, 3, 4)
+            return x.reshape(n * width, kv_heads, -1, c).at[self.index_M].get(mode="clip")
+
+        return jax.tree.map(convert, rows)
+
+
+class CacheReads(NamedTuple):
+    """Which keys of a cache the rollouts in the slots attend to.
+
+    Attributes:
+      blocks: the cache.
+      grid: which slot each entry of the cache is for; None if it has a row per slot.
+      ranges: which keys of its row each rollout attends to.
+    """
+
+    blocks: BlockedCache
+    grid: SlotGrid | None
+    ranges: CacheRanges
+
+
+def query_lengths(ranges: CacheRanges, num_queries: int) -> jax.Array:
+    """Return how many keys each of the `num_queries` queries of a row attends to, int32 [N, Q]."""
+    width = ranges.length_NxW.shape[1]
+    return jnp.repeat(ranges.length_NxW, num_queries // width, axis=1)
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:
@@ -247,7 +309,8 @@ def attend_cache_blockwise(
       ranges: which keys each query attends to; all rows visit blocks together.
     """
     size = cache.block_size
-    rows = q_NxKxQxC.shape[0]
+    rows, _, num_queries, _ = q_NxKxQxC.shape
+    length_NxQ = query_lengths(ranges, num_queries)
 
     def block(x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, rows, *x.shape[3:]))[0, 0]
@@ -256,7 +319,7 @@ def attend_cache_blockwise(
         index = ranges.block_GxV[0, visit]
         entry_B = index * size + jnp.arange(size)
         attended_NxQxB = attended_entries(
-            ranges.begin_N[:, None, None], ranges.length_NxQ[..., None], entry_B, cache.num_blocks * size
+            ranges.begin_N[:, None, None], length_NxQ[..., None], entry_B, cache.num_blocks * size
         )
         k = block(cache.k, index)
         if cache.v is None:
@@ -272,3 +335,47 @@ def attend_cache_blockwise(
     if cache.num_blocks == 1:  # A loop costs more than it can save.
         return add(0, start)
     return jax.lax.fori_loop(0, ranges.visits_G[0], add, start)
+
+
+# Attention over one cache: (q_NxKxQxC, the cache, layer, ranges) -> the softmax over its keys.
+CacheAttentionFn = Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
+
+
+def attend_token_by_parts(
+    attend_cache: CacheAttentionFn,
+    q_MxKxRxC: jax.Array,
+    k_MxKxC: jax.Array,
+    v_MxKxC: jax.Array,
+    shared: tuple[CacheReads, ...],
+    own: CacheReads,
+    layer: jax.Array | int,
+) -> jax.Array:
+    """Attend with each slot's new token over the token itself, its rollout's own last tokens, and what rollouts share.
+
+    Args:
+      attend_cache: attention over one cache.
+      q_MxKxRxC: scaled queries.
+      k_MxKxC, v_MxKxC: keys and values of the new tokens.
+      shared: what the rollouts attend to in each of the caches that they share.
+      own: what they attend to in the cache of their own tokens.
+      layer: index of the layer.
+
+    Returns: as the queries; arbitrary finite numbers for idle slots.
+    """
+    head_size = q_MxKxRxC.shape[-1]
+    padding = own.blocks.head_size - head_size
+    q = jnp.pad(q_MxKxRxC, [(0, 0)] * 3 + [(0, padding)])
+    # The token itself.
+    k, v = (jnp.pad(x, [(0, 0)] * 2 + [(0, padding)]) for x in (k_MxKxC, v_MxKxC))
+    scores = jnp.einsum("mkrc,mkc->mkr", q, k, preferred_element_type=jnp.float32)[..., None]
+    value = jnp.broadcast_to(v[:, :, None].astype(jnp.float32), q.shape)
+    softmax = PartialSoftmax(peak=scores, total=jnp.ones_like(scores), out=value)
+    # Its own last tokens, then what it shares.
+    with jax.named_scope("own_cache_blocks"):
+        softmax = softmax.merge(attend_cache(q, own.blocks, layer, own.ranges))
+    for blocks, grid, ranges in shared:
+        with jax.named_scope("shared_cache_blocks"):
+            rows = q if grid is None else grid.to_rows(q)
+            part = attend_cache(rows, blocks, layer, ranges)
+            softmax = softmax.merge(part if grid is None else grid.to_slots(part))
+    return (softmax.out / softmax.total)[..., :head_size].astype(q.dtype)

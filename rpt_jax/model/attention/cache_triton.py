@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheRanges, PartialSoftmax, attended_entries
+from rpt_jax.model.attention.blocked_cache import (
+    BlockedCache,
+    CacheRanges,
+    PartialSoftmax,
+    attended_entries,
+    query_lengths,
+)
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores, start_softmax
 from rpt_jax.model.gpu import fill_side
 
@@ -107,7 +113,7 @@ def attend_cache_triton(
         ranges.begin_N,
         ranges.visits_G,
         ranges.block_GxV,
-        jnp.pad(ranges.length_NxQ, ((0, 0), (0, padding))),
+        jnp.pad(query_lengths(ranges, num_queries), ((0, 0), (0, padding))),
         q,
         cache.k,
         cache.v,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,14 +13,13 @@ from jax.sharding import PartitionSpec
 
 from rpt_jax.errors import UserError
 from rpt_jax.model.attention.blocked_cache import (
-    BlockedCache,
-    CacheRanges,
+    CacheReads,
     CacheSizes,
-    PartialSoftmax,
     attend_cache_blockwise,
+    attend_token_by_parts,
 )
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES, KeyBlock, attend_blockwise, masked_scores, weighted_sums
-from rpt_jax.model.attention.cache_mosaic import attend_cache_mosaic
+from rpt_jax.model.attention.cache_mosaic import attend_token_mosaic
 from rpt_jax.model.attention.cache_triton import attend_cache_triton
 from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic
@@ -36,28 +36,33 @@ class Kernel(NamedTuple):
 
 
 class CacheKernel(NamedTuple):
-    """The kernel of attention over a KV cache, with the arguments of `attend_cache_blockwise`.
+    """The implementation of attention of a decode step over the KV caches.
 
     Attributes:
-      attend: computes attention.
+      attend: computes attention, with the arguments of `attend_token_by_parts` after the first.
       dtypes: dtypes that it computes in; plain XLA computes the others.
-      max_group_bytes: limit of `CacheSizes.row_bytes` of a group; None if all rows visit blocks together.
-      query_multiple: a rollout's queries per kv head are padded to a multiple of this. On a TPU they then fill registers;
-        otherwise XLA would copy them to put several rollouts into a row, and copy the results back.
+      max_group_bytes: limit of `CacheSizes.query_bytes` of a group of rows; None if all rows visit blocks together.
+      max_row_bytes: limit of the same for the rollouts that share a row; None for any number of them.
+      query_multiple: a rollout's queries per kv head are padded to a multiple of this.
     """
 
-    attend: Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
+    attend: Callable[..., jax.Array]
     dtypes: tuple[str, ...]
     max_group_bytes: int | None
+    max_row_bytes: int | None = None
     query_multiple: int = 1
 
     def pad_queries(self, num_queries: int) -> int:
-        """Return the queries per row and kv head with padding."""
+        """Return the queries of a rollout per kv head with padding."""
         return -(-num_queries // self.query_multiple) * self.query_multiple
 
-    def max_group_rows(self, sizes: CacheSizes) -> int | None:
-        """Return how many rows of a cache may form a group; None if all rows visit blocks together."""
-        return None if self.max_group_bytes is None else max(1, self.max_group_bytes // sizes.row_bytes)
+    def max_group_rows(self, sizes: CacheSizes, width: int) -> int | None:
+        """Return how many rows of `width` rollouts may form a group; None if all rows visit blocks together."""
+        return None if self.max_group_bytes is None else max(1, self.max_group_bytes // (width * sizes.query_bytes))
+
+    def max_width(self, sizes: CacheSizes) -> int | None:
+        """Return how many rollouts may share a row; None for any number."""
+        return None if self.max_row_bytes is None else max(1, self.max_row_bytes // sizes.query_bytes)
 
 
 class PlatformKernels(NamedTuple):
@@ -82,7 +87,11 @@ KERNELS = {
         platform="gpu",
         causal=Kernel(attend_cudnn, dtypes=("bfloat16",)),
         packed=Kernel(attend_triton, dtypes=("bfloat16", "float32")),
-        cache=CacheKernel(attend_cache_triton, dtypes=("bfloat16", "float32"), max_group_bytes=0),
+        cache=CacheKernel(
+            functools.partial(attend_token_by_parts, attend_cache_triton),
+            dtypes=("bfloat16", "float32"),
+            max_group_bytes=0,
+        ),
     ),
     "tpu_kernels": PlatformKernels(
         platform="tpu",
@@ -90,11 +99,19 @@ KERNELS = {
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
         # The results of a group stay in a core's memory. Groups are small, because the cores of a chip share them.
         cache=CacheKernel(
-            attend_cache_mosaic, dtypes=("bfloat16", "float32"), max_group_bytes=2**17, query_multiple=SUBLANES
+            attend_token_mosaic,
+            dtypes=("bfloat16", "float32"),
+            max_group_bytes=2**17,
+            max_row_bytes=2**20,
+            query_multiple=SUBLANES,
         ),
     ),
 }
-_BLOCKWISE_CACHE = CacheKernel(attend_cache_blockwise, dtypes=("bfloat16", "float32"), max_group_bytes=None)
+_BLOCKWISE_CACHE = CacheKernel(
+    functools.partial(attend_token_by_parts, attend_cache_blockwise),
+    dtypes=("bfloat16", "float32"),
+    max_group_bytes=None,
+)
 # Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
 DENSE_PAIRS = 64 * 128
 
@@ -156,7 +173,7 @@ def choose_attention(name: str, platform: str, is_known_chip: bool = True) -> st
 
 
 def cache_kernel(attention: str, dtype: str) -> CacheKernel:
-    """Return what computes attention over a KV cache.
+    """Return what computes attention over the KV caches.
 
     Args:
       attention: "reference", "blockwise" or one of `KERNELS`.
@@ -171,12 +188,20 @@ def cache_kernel(attention: str, dtype: str) -> CacheKernel:
     axes = logical_to_mesh_axes(("prompt", "kv_heads"))
     assert axes is not None  # It is None only for names that are None.
     whole = PartitionSpec()
-    attend = jax.shard_map(
-        kernel.attend,
-        in_specs=(axes, PartitionSpec(None, None, *axes), whole, PartitionSpec(axes[0])),
-        out_specs=axes,
-        check_vma=False,
-    )
+    cache = CacheReads(blocks=PartitionSpec(None, None, *axes), grid=whole, ranges=whole)  # type: ignore[arg-type]
+
+    def attend(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        shared: tuple[CacheReads, ...],
+        own: CacheReads,
+        layer: jax.Array | int,
+    ) -> jax.Array:
+        in_specs = (axes, axes, axes, tuple(cache for _ in shared), cache, whole)
+        on_devices = jax.shard_map(kernel.attend, in_specs=in_specs, out_specs=axes, check_vma=False)
+        return on_devices(q, k, v, shared, own, jnp.asarray(layer))
+
     return kernel._replace(attend=attend)
 
 
