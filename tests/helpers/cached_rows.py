@@ -15,26 +15,19 @@ from rpt_jax.model.attention.blocked_cache import (
     CacheOrder,
     CacheReads,
     SlotGrid,
-    attend_cache_blockwise,
-    attend_token_by_parts,
+    attend_token,
     make_cache_ranges,
 )
 from rpt_jax.model.attention.cache_mosaic import attend_token_mosaic
-from rpt_jax.model.attention.cache_triton import attend_cache_triton
+from rpt_jax.model.attention.cache_triton import attend_token_triton
 from rpt_jax.model.attention.dispatch import KERNELS, CacheKernel
 
 INTERPRETED = {
-    "gpu_kernels": KERNELS["gpu_kernels"].cache._replace(
-        attend=functools.partial(attend_token_by_parts, functools.partial(attend_cache_triton, interpret=True))
-    ),
+    "gpu_kernels": KERNELS["gpu_kernels"].cache._replace(attend=functools.partial(attend_token_triton, interpret=True)),
     "tpu_kernels": KERNELS["tpu_kernels"].cache._replace(attend=functools.partial(attend_token_mosaic, interpret=True)),
 }
 ORDERS: dict[str, CacheOrder] = {"gpu_kernels": "separate", "tpu_kernels": "joined"}
-BLOCKWISE = CacheKernel(
-    functools.partial(attend_token_by_parts, attend_cache_blockwise),
-    dtypes=("bfloat16", "float32"),
-    max_group_bytes=None,
-)
+BLOCKWISE = CacheKernel(attend_token, dtypes=("bfloat16", "float32"), max_group_bytes=None)
 TOLERANCES = {"float32": 2e-5, "bfloat16": 2e-2}
 
 

@@ -1,7 +1,6 @@
 """KV caches in blocks, and attention of the new tokens of a decode step over them.
 
-The kernel in cache_triton.py computes what `attend_cache_blockwise` does, and those in cache_mosaic.py what
-`attend_token_by_parts` does.
+The kernels in cache_triton.py and cache_mosaic.py compute what `attend_token` does.
 
 Letters in shape suffixes: M slots have a new token each, with R queries for each kv head. A cache has L layers and N rows, each
 of J blocks of B keys (S = J·B) for K kv heads of size C. Up to W rollouts share a row, which then has Q = W·R queries for each
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -198,11 +196,13 @@ class SlotGrid(NamedTuple):
 
     Attributes:
       index_M: int32 entry n·W + w of each slot; out of range for an idle slot.
+      is_live_M: int32, 0 for an idle slot and 1 for others.
       slot_NW: int32 slot of each entry; -1 for an entry without one.
       end_NxW: int32 number of keys that each entry attends to; 0 for an entry without a slot.
     """
 
     index_M: jax.Array
+    is_live_M: jax.Array
     slot_NW: jax.Array
     end_NxW: jax.Array
 
@@ -211,7 +211,12 @@ class SlotGrid(NamedTuple):
         """Return the grid of slots with the entries `index_M` of a cache, whose rollouts attend to `end_NxW` keys."""
         slot_NW = jnp.full(end_NxW.size, -1, jnp.int32).at[index_M].set(jnp.arange(len(index_M)), mode="drop")
         used_NxW = slot_NW.reshape(end_NxW.shape) >= 0
-        return cls(index_M=index_M, slot_NW=slot_NW, end_NxW=jnp.where(used_NxW, end_NxW, 0))
+        return cls(
+            index_M=index_M,
+            is_live_M=(index_M < end_NxW.size).astype(jnp.int32),
+            slot_NW=slot_NW,
+            end_NxW=jnp.where(used_NxW, end_NxW, 0),
+        )
 
     def to_rows(self, q_MxKxRxC: jax.Array) -> jax.Array:
         """Return the queries of the rollouts of a row on one axis, [N, K, W·R, C]."""
@@ -244,12 +249,6 @@ class CacheReads(NamedTuple):
     blocks: BlockedCache
     grid: SlotGrid | None
     ranges: CacheRanges
-
-
-def query_lengths(ranges: CacheRanges, num_queries: int) -> jax.Array:
-    """Return how many keys each of the `num_queries` queries of a row attends to, int32 [N, Q]."""
-    width = ranges.length_NxW.shape[1]
-    return jnp.repeat(ranges.length_NxW, num_queries // width, axis=1)
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:
@@ -310,7 +309,7 @@ def attend_cache_blockwise(
     """
     size = cache.block_size
     rows, _, num_queries, _ = q_NxKxQxC.shape
-    length_NxQ = query_lengths(ranges, num_queries)
+    length_NxQ = jnp.repeat(ranges.length_NxW, num_queries // ranges.length_NxW.shape[1], axis=1)
 
     def block(x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, rows, *x.shape[3:]))[0, 0]
@@ -337,12 +336,7 @@ def attend_cache_blockwise(
     return jax.lax.fori_loop(0, ranges.visits_G[0], add, start)
 
 
-# Attention over one cache: (q_NxKxQxC, the cache, layer, ranges) -> the softmax over its keys.
-CacheAttentionFn = Callable[[jax.Array, BlockedCache, jax.Array | int, CacheRanges], PartialSoftmax]
-
-
-def attend_token_by_parts(
-    attend_cache: CacheAttentionFn,
+def attend_token(
     q_MxKxRxC: jax.Array,
     k_MxKxC: jax.Array,
     v_MxKxC: jax.Array,
@@ -352,8 +346,9 @@ def attend_token_by_parts(
 ) -> jax.Array:
     """Attend with each slot's new token over the token itself, its rollout's own last tokens, and what rollouts share.
 
+    This is plain XLA. In the caches it goes through the blocks with `attend_cache_blockwise`.
+
     Args:
-      attend_cache: attention over one cache.
       q_MxKxRxC: scaled queries.
       k_MxKxC, v_MxKxC: keys and values of the new tokens.
       shared: what the rollouts attend to in each of the caches that they share.
@@ -372,10 +367,10 @@ def attend_token_by_parts(
     softmax = PartialSoftmax(peak=scores, total=jnp.ones_like(scores), out=value)
     # Its own last tokens, then what it shares.
     with jax.named_scope("own_cache_blocks"):
-        softmax = softmax.merge(attend_cache(q, own.blocks, layer, own.ranges))
+        softmax = softmax.merge(attend_cache_blockwise(q, own.blocks, layer, own.ranges))
     for blocks, grid, ranges in shared:
         with jax.named_scope("shared_cache_blocks"):
             rows = q if grid is None else grid.to_rows(q)
-            part = attend_cache(rows, blocks, layer, ranges)
+            part = attend_cache_blockwise(rows, blocks, layer, ranges)
             softmax = softmax.merge(part if grid is None else grid.to_slots(part))
     return (softmax.out / softmax.total)[..., :head_size].astype(q.dtype)

@@ -33,7 +33,7 @@ from rpt_jax.model.attention.blocked_cache import (
     group_size,
 )
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
-from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores
+from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores, merge
 from rpt_jax.model.tpu import SUBLANES, fill_lanes
 
 _KEYS_AXIS = 1
@@ -113,7 +113,7 @@ def attend_token_mosaic(
     layer: jax.Array | int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Compute on a TPU what `attend_token_by_parts` does; the caches are joined.
+    """Compute on a TPU what `attend_token` does; the caches are joined.
 
     Args:
       q_MxKxRxC, k_MxKxC, v_MxKxC, shared, own, layer: as there.
@@ -132,8 +132,7 @@ def attend_token_mosaic(
             if reads.grid is None:
                 slot_NW = jnp.arange(slots, dtype=jnp.int32)
             else:
-                slot_NW = reads.grid.slot_NW
-                is_live_M = (reads.grid.index_M < slot_NW.size).astype(jnp.int32)
+                slot_NW, is_live_M = reads.grid.slot_NW, reads.grid.is_live_M
             parts.append(_attend_shared(q, reads.blocks, reads.ranges, slot_NW, layer, interpret))
     with jax.named_scope("own_cache_blocks"):
         kv_MxKx1xD = jnp.concatenate([k_MxKxC, v_MxKxC], axis=-1)[:, :, None]
@@ -237,7 +236,7 @@ def _own_kernel(*refs: Any, num_blocks: int, step_visits: int, parts: int) -> No
                 value = jnp.broadcast_to(v_1xC, (num_queries, query_size))
                 softmax = Softmax(peak=score, total=jnp.ones_like(score), out=value)
                 for partial in partials:
-                    softmax = _merge(softmax, _load(partial, row, head, prefetched.slots[slot] > 0))
+                    softmax = merge(softmax, _load(partial, row, head, prefetched.slots[slot] > 0))
                 state.store(row, head, softmax)
 
     _add_blocks(prefetched, q_MxKxTxC, length_MxTx1, blocks, state, num_blocks)
@@ -285,13 +284,6 @@ def _load(partial: _Partial, row: Any, head: int, is_set: jax.Array) -> Softmax:
     )
     values = (peak, MASKED_SCORE), (total, 0.0), (partial.out_MxKxTxC[row, head], 0.0)
     return Softmax(*(jnp.where(is_set, value, empty) for value, empty in values))
-
-
-def _merge(a: Softmax, b: Softmax) -> Softmax:
-    """Combine the results over different keys."""
-    peak = jnp.maximum(a.peak, b.peak)
-    share_a, share_b = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
-    return Softmax(peak, a.total * share_a + b.total * share_b, a.out * share_a + b.out * share_b)
 
 
 def _turn(vector: jax.Array, axis: int) -> jax.Array:

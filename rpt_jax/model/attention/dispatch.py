@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,12 +14,11 @@ from rpt_jax.errors import UserError
 from rpt_jax.model.attention.blocked_cache import (
     CacheReads,
     CacheSizes,
-    attend_cache_blockwise,
-    attend_token_by_parts,
+    attend_token,
 )
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES, KeyBlock, attend_blockwise, masked_scores, weighted_sums
 from rpt_jax.model.attention.cache_mosaic import attend_token_mosaic
-from rpt_jax.model.attention.cache_triton import attend_cache_triton
+from rpt_jax.model.attention.cache_triton import attend_token_triton
 from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic
 from rpt_jax.model.attention.packed_triton import attend_triton
@@ -39,7 +37,7 @@ class CacheKernel(NamedTuple):
     """The implementation of attention of a decode step over the KV caches.
 
     Attributes:
-      attend: computes attention, with the arguments of `attend_token_by_parts` after the first.
+      attend: computes attention, with the arguments of `attend_token`.
       dtypes: dtypes that it computes in; plain XLA computes the others.
       max_group_bytes: limit of `CacheSizes.query_bytes` of a group of rows; None if all rows visit blocks together.
       max_row_bytes: limit of the same for the rollouts that share a row; None for any number of them.
@@ -87,11 +85,7 @@ KERNELS = {
         platform="gpu",
         causal=Kernel(attend_cudnn, dtypes=("bfloat16",)),
         packed=Kernel(attend_triton, dtypes=("bfloat16", "float32")),
-        cache=CacheKernel(
-            functools.partial(attend_token_by_parts, attend_cache_triton),
-            dtypes=("bfloat16", "float32"),
-            max_group_bytes=0,
-        ),
+        cache=CacheKernel(attend_token_triton, dtypes=("bfloat16", "float32"), max_group_bytes=0),
     ),
     "tpu_kernels": PlatformKernels(
         platform="tpu",
@@ -107,11 +101,7 @@ KERNELS = {
         ),
     ),
 }
-_BLOCKWISE_CACHE = CacheKernel(
-    functools.partial(attend_token_by_parts, attend_cache_blockwise),
-    dtypes=("bfloat16", "float32"),
-    max_group_bytes=None,
-)
+_BLOCKWISE_CACHE = CacheKernel(attend_token, dtypes=("bfloat16", "float32"), max_group_bytes=None)
 # Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
 DENSE_PAIRS = 64 * 128
 

@@ -159,6 +159,13 @@ def add_keys(softmax: Softmax, scores: jax.Array, v_sxC: jax.Array, keys_axis: i
     )
 
 
+def merge(a: Softmax, b: Softmax) -> Softmax:
+    """Combine the results over different keys."""
+    peak = jnp.maximum(a.peak, b.peak)
+    share_a, share_b = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
+    return Softmax(peak, a.total * share_a + b.total * share_b, a.out * share_a + b.out * share_b)
+
+
 def finish_softmax(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
     """Return the output, and the log of the sum of exponentials.
 
