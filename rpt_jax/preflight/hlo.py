@@ -122,8 +122,8 @@ def traffic(
         `loop_scope`). The n-th loop of a scope has the n-th count; the last count holds for all further loops.
       hosts: host number of each device of the mesh, in mesh order.
       kernel_bytes: functions that map the number of rows of a kernel call, the first axis of its results, to the bytes that it
-        reads and writes, by its name in `pallas_call`. A kernel that is not listed is counted as if it read each operand and
-        wrote each result once.
+        reads and writes, by its name in `pallas_call`; arrays in on-chip memory are subtracted. A kernel that is not listed is
+        counted as if it read each operand and wrote each result once.
     """
     return _Reader(text, trip_counts, hosts, kernel_bytes or {}).total()
 
@@ -263,7 +263,10 @@ class _Reader:
             for component in re.findall(r"\w+", instruction.op_name):
                 if component in self._kernel_bytes:
                     rows = int(_ARRAY.findall(instruction.shape)[0][1].split(",")[0])
-                    return self._kernel_bytes[component](rows)
+                    operands = {name: computation[name].shape for name in instruction.operands if name in computation}
+                    shapes = [instruction.shape, *operands.values()]
+                    on_chip = sum(_bytes(shape, on_chip=True) - _bytes(shape) for shape in shapes)
+                    return max(0, self._kernel_bytes[component](rows) - on_chip)
         written = _bytes(instruction.shape)
         shapes = [computation[name].shape for name in instruction.operands if name in computation]
         if opcode in _SLICES:

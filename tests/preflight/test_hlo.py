@@ -167,6 +167,8 @@ def test_a_kernel_moves_what_is_said_of_it():
     moved = [traffic(kernel, {}, [0], known).memory for known in ({"fold": fold}, {"unfold": fold})]
     # Four rows; an unknown kernel reads its operands and writes its results once.
     assert moved == [100, 32]
+    on_chip = kernel.replace("%b = f32[4]{0}", "%b = f32[4]{0:S(1)}")
+    assert traffic(on_chip, {}, [0], {"fold": fold}).memory == 100 - 16
 
 
 def test_a_compiled_scan_reads_one_layer_of_weights_per_iteration():
