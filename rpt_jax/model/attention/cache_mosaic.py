@@ -45,12 +45,10 @@ _MAX_STEP_VISITS = 16
 _STATISTICS = 2
 
 
-class _Prefetched(NamedTuple):
-    """Integers that a kernel has before it starts, or refs of them: the layer, the arrays of `CacheRanges`, and one more.
+class _Visits(NamedTuple):
+    """The layer and the arrays of `CacheRanges`, which a kernel has before it starts, or refs of them.
 
-    Attributes:
-      slots: of a shared cache, the slot of each rollout, -1 for those without one; of the rollouts' own tokens, 1 for each slot
-        with results of the shared caches, and 0 for others.
+    The lengths have one axis.
     """
 
     layer: Any
@@ -59,11 +57,10 @@ class _Prefetched(NamedTuple):
     row_GxV: Any
     block_GxV: Any
     length_NW: Any
-    slots: Any
 
     @classmethod
-    def of(cls, layer: jax.Array, ranges: CacheRanges, slots: jax.Array) -> _Prefetched:
-        """Return the integers, with one axis for the lengths."""
+    def of(cls, layer: jax.Array, ranges: CacheRanges) -> _Visits:
+        """Return the arrays."""
         return cls(
             layer=layer,
             begin_N=ranges.begin_N,
@@ -71,7 +68,6 @@ class _Prefetched(NamedTuple):
             row_GxV=ranges.row_GxV,
             block_GxV=ranges.block_GxV,
             length_NW=ranges.length_NxW.reshape(-1),
-            slots=slots,
         )
 
 
@@ -111,7 +107,7 @@ def attend_token_mosaic(
     shared: tuple[CacheReads, ...],
     own: CacheReads,
     layer: jax.Array | int,
-    interpret: bool = False,
+    interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
     """Compute on a TPU what `attend_token` does; the caches are joined.
 
@@ -145,8 +141,8 @@ def attend_token_mosaic(
 
 def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) -> None:
     """Add the keys of a shared cache's rows for all of their rollouts."""
-    prefetched = _Prefetched(*refs[:7])
-    q_MxKxTxC = refs[7]
+    visits = _Visits(*refs[:6])
+    slot_NW, q_MxKxTxC = refs[6:8]
     blocks = refs[8 : 8 + step_visits]
     partial = _Partial(*refs[8 + step_visits :][:2])
     q_NxKxQxC, length_NxQx1, *state, tiles_NxWxKxTxC, statistics_NxWxKx2xT, done = refs[10 + step_visits :]
@@ -154,7 +150,7 @@ def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) ->
     rows, kv_heads, _, _ = q_NxKxQxC.shape
     num_queries = q_MxKxTxC.shape[2]
     first = pl.program_id(0) * rows
-    last_entry = prefetched.slots.shape[0] - 1
+    last_entry = slot_NW.shape[0] - 1
 
     def for_rollouts(act: Any) -> None:
         """Call act(row, w, entry, slot) for the rollouts of the group's rows, for which there are slots."""
@@ -164,7 +160,7 @@ def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) ->
             @pl.loop(0, width)
             def _(w: jax.Array) -> None:
                 entry = (first + row) * width + w
-                slot = prefetched.slots[jnp.minimum(entry, last_entry)]
+                slot = slot_NW[jnp.minimum(entry, last_entry)]
 
                 @pl.when((entry <= last_entry) & (slot >= 0))
                 def _() -> None:
@@ -187,15 +183,16 @@ def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) ->
         for ref, value in zip((*state, length_NxQx1), (MASKED_SCORE, 0, 0, 0), strict=True):
             ref[...] = jnp.full_like(ref, value)
         for_rollouts(lambda *rollout: copy_in(*rollout).start())
+        # All copies have one semaphore, and any of them may be done first.
+        for_rollouts(lambda *rollout: copy_in(*rollout).wait())
 
         @for_rollouts
         def _(row: Any, w: Any, entry: Any, slot: Any) -> None:
-            copy_in(row, w, entry, slot).wait()
-            length_NxQx1[row, queries(w)] = jnp.full((num_queries, 1), prefetched.length_NW[entry], jnp.int32)
+            length_NxQx1[row, queries(w)] = jnp.full((num_queries, 1), visits.length_NW[entry], jnp.int32)
             for head in range(kv_heads):
                 q_NxKxQxC[row, head, queries(w)] = tiles_NxWxKxTxC[row, w, head].astype(jnp.float32)
 
-    _add_blocks(prefetched, q_NxKxQxC, length_NxQx1, blocks, state, num_blocks)
+    _add_blocks(visits, q_NxKxQxC, length_NxQx1, blocks, state, num_blocks)
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:
@@ -215,8 +212,8 @@ def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) ->
 
 def _own_kernel(*refs: Any, num_blocks: int, step_visits: int, parts: int) -> None:
     """Attend to the new token, add what the shared caches have, and the rollouts' own tokens."""
-    prefetched = _Prefetched(*refs[:7])
-    q_MxKxTxC, kv_MxKx1xD = refs[7:9]
+    visits = _Visits(*refs[:6])
+    is_live_M, q_MxKxTxC, kv_MxKx1xD = refs[6:9]
     partials = [_Partial(*refs[9 + 2 * index :][:2]) for index in range(parts)]
     blocks = refs[9 + 2 * parts :][:step_visits]
     result_MxKxTxC, length_MxTx1, *state = refs[9 + 2 * parts + step_visits :]
@@ -228,18 +225,18 @@ def _own_kernel(*refs: Any, num_blocks: int, step_visits: int, parts: int) -> No
     def _() -> None:
         @pl.loop(0, rows)
         def _(row: jax.Array) -> None:
-            slot = jnp.minimum(first + row, prefetched.slots.shape[0] - 1)
-            length_MxTx1[row] = jnp.full((num_queries, 1), prefetched.length_NW[slot], jnp.int32)
+            slot = jnp.minimum(first + row, is_live_M.shape[0] - 1)
+            length_MxTx1[row] = jnp.full((num_queries, 1), visits.length_NW[slot], jnp.int32)
             for head in range(kv_heads):
                 k_1xC, v_1xC = _split(kv_MxKx1xD[row, head].astype(jnp.float32), query_size)
                 score = (q_MxKxTxC[row, head].astype(jnp.float32) * k_1xC).sum(axis=1, keepdims=True)
                 value = jnp.broadcast_to(v_1xC, (num_queries, query_size))
                 softmax = Softmax(peak=score, total=jnp.ones_like(score), out=value)
                 for partial in partials:
-                    softmax = merge(softmax, _load(partial, row, head, prefetched.slots[slot] > 0))
+                    softmax = merge(softmax, _load(partial, row, head, is_live_M[slot] > 0))
                 state.store(row, head, softmax)
 
-    _add_blocks(prefetched, q_MxKxTxC, length_MxTx1, blocks, state, num_blocks)
+    _add_blocks(visits, q_MxKxTxC, length_MxTx1, blocks, state, num_blocks)
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:
@@ -247,7 +244,7 @@ def _own_kernel(*refs: Any, num_blocks: int, step_visits: int, parts: int) -> No
 
 
 def _add_blocks(
-    prefetched: _Prefetched, q_NxKxQxC: Any, length_NxQx1: Any, blocks: Any, state: _State, num_blocks: int
+    visits: _Visits, q_NxKxQxC: Any, length_NxQx1: Any, blocks: Any, state: _State, num_blocks: int
 ) -> None:
     """Add the blocks of a step to the online softmax."""
     rows, kv_heads, num_queries, query_size = q_NxKxQxC.shape
@@ -256,12 +253,12 @@ def _add_blocks(
     for index, kv_KxBxD in enumerate(blocks):
         visit = step * len(blocks) + index
 
-        @pl.when(visit < prefetched.visits_G[group])
+        @pl.when(visit < visits.visits_G[group])
         def _(visit: jax.Array = visit, kv_KxBxD: Any = kv_KxBxD) -> None:
-            row = prefetched.row_GxV[group, visit] - group * rows
-            first = prefetched.block_GxV[group, visit] * size
+            row = visits.row_GxV[group, visit] - group * rows
+            first = visits.block_GxV[group, visit] * size
             entry = first + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
-            begin = prefetched.begin_N[group * rows + row]
+            begin = visits.begin_N[group * rows + row]
             attended = attended_entries(begin, length_NxQx1[row], entry, num_blocks * size)
             for head in range(kv_heads):
                 k_BxC, v_BxC = _split(kv_KxBxD[head], query_size)
@@ -314,7 +311,7 @@ class _Grid(NamedTuple):
     def spec(self, in_specs: Any, out_specs: Any, scratch_shapes: Any) -> pltpu.PrefetchScalarGridSpec:
         """Return the spec of the whole call."""
         return pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(_Prefetched._fields),
+            num_scalar_prefetch=len(_Visits._fields) + 1,  # The last one is about the slots.
             grid=(self.groups, self.steps),
             in_specs=(*in_specs, *self.blocks),
             out_specs=out_specs,
@@ -331,21 +328,21 @@ def _grid(cache: BlockedCache, ranges: CacheRanges, parts: int = 1) -> _Grid:
     """
     assert cache.order == "joined"
     _, _, _, kv_heads, size, width = cache.k.shape
-    groups, visits = ranges.block_GxV.shape
+    groups, most_visits = ranges.block_GxV.shape
     block_bytes = kv_heads * size * fill_lanes(width) * cache.k.dtype.itemsize
-    step_visits = max(1, min(_STEP_BYTES // block_bytes, _MAX_STEP_VISITS, visits))
+    step_visits = max(1, min(_STEP_BYTES // block_bytes, _MAX_STEP_VISITS, most_visits))
 
     def block_spec(index: int) -> pl.BlockSpec:
         """Return the spec of the blocks of the `index`-th visits of all steps."""
 
         def block(group: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
             # After the last visit of a group the block stays the same, so that nothing is copied.
-            prefetched = _Prefetched(*refs)
-            last_visit = jnp.maximum(prefetched.visits_G[group] - 1, 0)
+            visits = _Visits(*refs[:6])
+            last_visit = jnp.maximum(visits.visits_G[group] - 1, 0)
             last_step = jax.lax.div(jnp.maximum(last_visit - index, 0), step_visits)
             visit = jnp.minimum(jnp.minimum(step, last_step) * step_visits + index, last_visit)
-            row = jax.lax.div(prefetched.row_GxV[group, visit], parts)
-            return prefetched.layer[0], prefetched.block_GxV[group, visit], row, 0, 0, 0
+            row = jax.lax.div(visits.row_GxV[group, visit], parts)
+            return visits.layer[0], visits.block_GxV[group, visit], row, 0, 0, 0
 
         return pl.BlockSpec((None, None, None, kv_heads, size, width), block)
 
@@ -375,7 +372,7 @@ def _attend_shared(
     ranges: CacheRanges,
     slot_NW: jax.Array,
     layer: jax.Array,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> _Partial:
     """Return what a shared cache adds for each slot.
 
@@ -411,7 +408,7 @@ def _attend_shared(
             compiler_params=_COMPILER_PARAMS,
             name="attend_shared_cache",
             interpret=interpret,
-        )(*_Prefetched.of(layer, ranges, slot_NW), q_MxKxTxC, *[cache.k] * len(grid.blocks))
+        )(*_Visits.of(layer, ranges), slot_NW, q_MxKxTxC, *[cache.k] * len(grid.blocks))
     )
 
 
@@ -423,7 +420,7 @@ def _attend_own(
     ranges: CacheRanges,
     is_live_M: jax.Array,
     layer: jax.Array,
-    interpret: bool,
+    interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
     """Return attention of the padded queries over all parts, [M, K, T, C] in their dtype.
 
@@ -448,7 +445,7 @@ def _attend_own(
         compiler_params=_COMPILER_PARAMS,
         name="attend_own_cache",
         interpret=interpret,
-    )(*_Prefetched.of(layer, ranges, is_live_M), *arrays, *[cache.k] * len(grid.blocks))
+    )(*_Visits.of(layer, ranges), is_live_M, *arrays, *[cache.k] * len(grid.blocks))
 
 
 # --- what they read and write; the last axis of an array takes whole registers ---
