@@ -40,6 +40,8 @@ _LOGPROB_TOLERANCES = {"bfloat16": 3e-2, "float32": 1e-4}
 _PARITY_LAYERS = 2
 _PARITY_VOCAB = 4096
 _LIVE = 64
+# Prompts and responses that are shorter than the kernels' blocks of keys.
+_SHORT_CONTEXT = 40
 
 
 def measure(report: Report, sizes: Sizes) -> None:
@@ -56,8 +58,9 @@ def measure(report: Report, sizes: Sizes) -> None:
                 for implementation in operation.implementations(dtype):
                     with report.measurement(f"{operation.name}, {implementation}, {model}, {dtype}"):
                         _compare_operation(report, operation, implementation, model, dtype)
-            with report.measurement(f"log-probabilities, {model}, {dtype}"):
-                _compare_logprobs(report, Workload(model, _LIVE, sizes.parity_tokens // 8), dtype)
+            for context in (sizes.parity_tokens // 8, _SHORT_CONTEXT):
+                with report.measurement(f"log-probabilities, context {context}, {model}, {dtype}"):
+                    _compare_logprobs(report, Workload(model, _LIVE, context), dtype)
 
 
 def _compare_operation(report: Report, operation: Operation, implementation: str, model: str, dtype: str) -> None:
@@ -113,7 +116,7 @@ def _compare_logprobs(report: Report, workload: Workload, dtype: str) -> None:
         mean = float(differences.mean())
         tolerance = _LOGPROB_TOLERANCES[dtype]
         report.figure(
-            operation=f"log-probabilities: {one} and {other}",
+            operation=f"log-probabilities, context {workload.context}: {one} and {other}",
             implementation=policy.attention,
             model=workload.model,
             dtype=dtype,
