@@ -122,17 +122,17 @@ def attend_token_mosaic(
     layer = jnp.asarray(layer, jnp.int32)[None]
     # Only live slots have results of the shared caches.
     is_live_M = jnp.ones(slots, jnp.int32)
-    parts = []
+    partials = []
     for reads in shared:
         with jax.named_scope("shared_cache_blocks"):
             if reads.grid is None:
                 slot_NW = jnp.arange(slots, dtype=jnp.int32)
             else:
                 slot_NW, is_live_M = reads.grid.slot_NW, reads.grid.is_live_M
-            parts.append(_attend_shared(q, reads.blocks, reads.ranges, slot_NW, layer, interpret))
+            partials.append(_attend_shared(q, reads.blocks, reads.ranges, slot_NW, layer, interpret))
     with jax.named_scope("own_cache_blocks"):
         kv_MxKx1xD = jnp.concatenate([k_MxKxC, v_MxKxC], axis=-1)[:, :, None]
-        out = _attend_own(q, kv_MxKx1xD, parts, own.blocks, own.ranges, is_live_M, layer, interpret)
+        out = _attend_own(q, kv_MxKx1xD, partials, own.blocks, own.ranges, is_live_M, layer, interpret)
     return out[:, :, :heads_per_kv, -head_size:]
 
 
@@ -210,13 +210,13 @@ def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) ->
                 copy.wait()
 
 
-def _own_kernel(*refs: Any, num_blocks: int, step_visits: int, parts: int) -> None:
+def _own_kernel(*refs: Any, num_blocks: int, step_visits: int, shared_caches: int) -> None:
     """Attend to the new token, add what the shared caches have, and the rollouts' own tokens."""
     visits = _Visits(*refs[:6])
     is_live_M, q_MxKxTxC, kv_MxKx1xD = refs[6:9]
-    partials = [_Partial(*refs[9 + 2 * index :][:2]) for index in range(parts)]
-    blocks = refs[9 + 2 * parts :][:step_visits]
-    result_MxKxTxC, length_MxTx1, *state = refs[9 + 2 * parts + step_visits :]
+    partials = [_Partial(*refs[9 + 2 * index :][:2]) for index in range(shared_caches)]
+    blocks = refs[9 + 2 * shared_caches :][:step_visits]
+    result_MxKxTxC, length_MxTx1, *state = refs[9 + 2 * shared_caches + step_visits :]
     state = _State(*state)
     rows, kv_heads, num_queries, query_size = q_MxKxTxC.shape
     first = pl.program_id(0) * rows
@@ -415,7 +415,7 @@ def _attend_shared(
 def _attend_own(
     q_MxKxTxC: jax.Array,
     kv_MxKx1xD: jax.Array,
-    parts: list[_Partial],
+    partials: list[_Partial],
     cache: BlockedCache,
     ranges: CacheRanges,
     is_live_M: jax.Array,
@@ -427,15 +427,17 @@ def _attend_own(
     Args:
       q_MxKxTxC: padded queries.
       kv_MxKx1xD: joined key and value of the new token.
-      parts: what the shared caches have.
+      partials: what the shared caches add.
       cache, ranges, layer: as in `attend_token_mosaic`.
       is_live_M: int32, 0 for slots without results of the shared caches.
       interpret: run the kernel in interpret mode.
     """
     grid = _grid(cache, ranges)
-    arrays = [q_MxKxTxC, kv_MxKx1xD, *(x for part in parts for x in part)]
+    arrays = [q_MxKxTxC, kv_MxKx1xD, *(x for partial in partials for x in partial)]
     return pl.pallas_call(
-        functools.partial(_own_kernel, num_blocks=cache.num_blocks, step_visits=len(grid.blocks), parts=len(parts)),
+        functools.partial(
+            _own_kernel, num_blocks=cache.num_blocks, step_visits=len(grid.blocks), shared_caches=len(partials)
+        ),
         out_shape=jax.ShapeDtypeStruct(q_MxKxTxC.shape, q_MxKxTxC.dtype),
         grid_spec=grid.spec(
             in_specs=[grid.of_group(*x.shape[1:]) for x in arrays],

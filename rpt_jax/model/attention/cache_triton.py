@@ -106,12 +106,12 @@ def _shared_kernel(*refs: Any, width: int) -> None:
         entries.store(ref, value)
 
 
-def _own_kernel(*refs: Any, parts: int) -> None:
+def _own_kernel(*refs: Any, shared_caches: int) -> None:
     """Attend to the new token of a slot, add what the shared caches have, and the rollout's own tokens."""
     keys = _Keys(*refs[:6])
     length, is_live, q_MxKxRxC, new_k_C, new_v_C = refs[6:11]
-    partials = [refs[11 + 3 * index :][:3] for index in range(parts)]
-    out_MxKxRxC = refs[11 + 3 * parts]
+    partials = [refs[11 + 3 * index :][:3] for index in range(shared_caches)]
+    out_MxKxRxC = refs[11 + 3 * shared_caches]
     heads_per_kv = q_MxKxRxC.shape[2]
     tile = fill_side(heads_per_kv)
     index_qx1 = jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
@@ -184,7 +184,7 @@ def attend_token_triton(
         of_slot = pl.BlockSpec((1,), lambda head, slot: (slot,))
         of_head = pl.BlockSpec((None, None, own.blocks.head_size), lambda head, slot: (slot, head, 0))
         out = pl.pallas_call(
-            functools.partial(_own_kernel, parts=len(shared)),
+            functools.partial(_own_kernel, shared_caches=len(shared)),
             grid=(kv_heads, slots),
             in_specs=(
                 *_key_specs(own.blocks, head_axis=0, row_axis=1),
