@@ -8,3 +8,8 @@ SUBLANES = 8
 def fill_lanes(size: int) -> int:
     """Return how many numbers of memory `size` numbers of the last axis take: whole registers."""
     return -(-size // LANES) * LANES
+
+
+def fill_sublanes(size: int) -> int:
+    """Return how many rows of registers `size` rows take."""
+    return -(-size // SUBLANES) * SUBLANES

@@ -17,6 +17,7 @@ from rpt_jax.infra.chips import Chip
 from rpt_jax.model.attention.blocked_cache import CacheSizes
 from rpt_jax.model.attention.blockwise import BLOCK_SIZES
 from rpt_jax.model.attention.cache_mosaic import own_cache_bytes, shared_cache_bytes
+from rpt_jax.model.attention.dispatch import KERNELS
 from rpt_jax.model.attention.key_ranges import QUERY_PANEL_SIZES, ROW_BLOCK_SIZES, KeyRanges, make_key_ranges, row_size
 from rpt_jax.model.attention.packed_mosaic import packed_attention_bytes
 from rpt_jax.model.attention.platform import target_platform
@@ -197,10 +198,11 @@ def kernel_bytes(experiment: Experiment, step: Step) -> dict[str, Callable[[int]
     prompts = prompts_per_replica(experiment, step)
     shared = own._replace(block=layout.block_size(layout.prompt_block, prompt))
     prompt_blocks = -(-prompt // shared.block)
+    parts = KERNELS["tpu_kernels"].cache.row_parts(shared, experiment.rollout.samples_per_prompt)
     shared_bytes = []
     own_bytes = []
     for loop in loops:
-        rows = loop.prompts if loop.slots > prompts or loop is loops[0] else loop.live
+        rows = loop.prompts * parts if loop.slots > prompts or loop is loops[0] else loop.live
         shared_read = shared_cache_bytes(shared, rollouts=loop.live, visits=rows * prompt_blocks)
         own_read = own_cache_bytes(own, slots=loop.slots, visits=loop.live * own_blocks, shared_caches=1)
         shared_bytes.append(_CallBytes(loop.trips, loop.slots, shared_read))

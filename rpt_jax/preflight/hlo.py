@@ -264,7 +264,8 @@ class _Reader:
                 if component in self._kernel_bytes:
                     rows = int(_ARRAY.findall(instruction.shape)[0][1].split(",")[0])
                     operands = {name: computation[name].shape for name in instruction.operands if name in computation}
-                    shapes = [instruction.shape, *operands.values()]
+                    # Only the kernel's indices are integers.
+                    shapes = [s for s in (instruction.shape, *operands.values()) if not s.startswith(("s32", "u32"))]
                     on_chip = sum(_bytes(shape, on_chip=True) - _bytes(shape) for shape in shapes)
                     return max(0, self._kernel_bytes[component](rows) - on_chip)
         written = _bytes(instruction.shape)

@@ -14,7 +14,6 @@ from rpt_jax.distributed.mesh import DECODING, num_shards
 from rpt_jax.model.attention.blocked_cache import (
     BlockedCache,
     CacheOrder,
-    CacheRanges,
     CacheReads,
     CacheSizes,
     SlotGrid,
@@ -210,14 +209,18 @@ def shared_reads(cache: SharedCache, rollout_M: jax.Array | None, heads_per_kv: 
       heads_per_kv: query heads per kv head.
       kernel: what computes attention over the caches.
     """
+    sizes = _sizes(cache.blocks, heads_per_kv)
+    end_NxW = cache.end_NxW
     grid = None
     if rollout_M is not None:
-        index_M = cache.index_R.at[rollout_M].get(mode="fill", fill_value=cache.end_NxW.size)
-        most = kernel.max_width(_sizes(cache.blocks, heads_per_kv, kernel))
-        grid = _replicate(SlotGrid.of(*_split_rows(index_M, cache.end_NxW, most)))
-    end_NxW = cache.end_NxW if grid is None else grid.end_NxW
-    ranges = _cache_ranges(cache.blocks, jnp.zeros(len(end_NxW), jnp.int32), end_NxW, heads_per_kv, kernel)
-    return CacheReads(blocks=cache.blocks, grid=grid, ranges=ranges)
+        index_M = cache.index_R.at[rollout_M].get(mode="fill", fill_value=end_NxW.size)
+        index_M, end_NxW = _split_rows(index_M, end_NxW, kernel.row_parts(sizes, end_NxW.shape[1]))
+        grid = SlotGrid.of(index_M, *end_NxW.shape)
+        end_NxW = jnp.where(grid.slot_NxW >= 0, end_NxW, 0)
+    rows, width = end_NxW.shape
+    begin_N = jnp.zeros(rows, jnp.int32)
+    ranges = make_cache_ranges(begin_N, end_NxW, cache.blocks, kernel.max_shared_rows(sizes, width))
+    return CacheReads(blocks=cache.blocks, grid=_replicate(grid), ranges=_replicate(ranges))
 
 
 def cached_attention(
@@ -240,8 +243,9 @@ def cached_attention(
       kernel: what computes attention over the caches.
     """
     begin_M = (step - counts_M) % (own.num_blocks * own.block_size)
-    own_ranges = _cache_ranges(own, begin_M, counts_M[:, None], heads_per_kv, kernel)
-    own_reads = CacheReads(blocks=own, grid=None, ranges=own_ranges)
+    max_group_rows = kernel.max_own_rows(_sizes(own, heads_per_kv))
+    own_ranges = make_cache_ranges(begin_M, counts_M[:, None], own, max_group_rows)
+    own_reads = CacheReads(blocks=own, grid=None, ranges=_replicate(own_ranges))
 
     def attend(layer: jax.Array | int, q_MxKx1xRx1xC: jax.Array, new: KeyValues) -> jax.Array:
         q_MxKxRxC = q_MxKx1xRx1xC[:, :, 0, :, 0] * q_MxKx1xRx1xC.shape[-1] ** -0.5
@@ -252,37 +256,26 @@ def cached_attention(
     return attend
 
 
-def _split_rows(index_M: jax.Array, end_NxW: jax.Array, most: int | None) -> tuple[jax.Array, jax.Array]:
-    """Divide rows that more than `most` rollouts share into equal parts, which read the keys of their row separately.
+def _split_rows(index_M: jax.Array, end_NxW: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Divide the rollouts of each row into equal parts, which read the keys of the row separately.
 
     Args:
       index_M: int32 entry n·W + w of each slot, or N·W.
       end_NxW: number of keys that each rollout attends to.
-      most: most rollouts of a part; None for any number.
+      parts: number of parts of a row.
 
     Returns: both arguments, with the parts as rows.
     """
     rows, width = end_NxW.shape
-    if most is None or width <= most:
-        return index_M, end_NxW
-    parts = -(-width // most)
-    part = -(-width // parts)
-    padded_NxW = jnp.pad(end_NxW, ((0, 0), (0, parts * part - width)))
-    return index_M // width * (parts * part) + index_M % width, padded_NxW.reshape(rows * parts, part)
+    padded_NxW = jnp.pad(end_NxW, ((0, 0), (0, -width % parts)))
+    padded_width = padded_NxW.shape[1]
+    return index_M // width * padded_width + index_M % width, padded_NxW.reshape(rows * parts, -1)
 
 
-def _cache_ranges(
-    cache: BlockedCache, begin_N: jax.Array, length_NxW: jax.Array, heads_per_kv: int, kernel: CacheKernel
-) -> CacheRanges:
-    """Return which blocks are read for which rows; it is the same in every layer."""
-    max_group_rows = kernel.max_group_rows(_sizes(cache, heads_per_kv, kernel), length_NxW.shape[1])
-    return _replicate(make_cache_ranges(begin_N, length_NxW, cache, max_group_rows))
-
-
-def _sizes(cache: BlockedCache, heads_per_kv: int, kernel: CacheKernel) -> CacheSizes:
-    """Return the sizes of attention of one rollout on a device."""
+def _sizes(cache: BlockedCache, heads_per_kv: int) -> CacheSizes:
+    """Return the sizes of attention on a device."""
     return CacheSizes(
-        num_queries=kernel.pad_queries(heads_per_kv),
+        num_queries=heads_per_kv,
         block=cache.block_size,
         kv_heads=device_kv_heads(cache.kv_heads),
         head_size=cache.head_size,

@@ -111,7 +111,7 @@ def test_a_row_that_many_rollouts_share_is_read_in_parts(seed):
 
     # Queries and results of a rollout take 8 KiB for each of two kv heads.
     whole, expected = attend(BLOCKWISE)
-    parts, ours = attend(INTERPRETED["tpu_kernels"]._replace(max_row_bytes=2 * 2**14))
+    parts, ours = attend(INTERPRETED["tpu_kernels"]._replace(shared_group_bytes=2 * 2**14))
     assert whole == (2, 5) and parts == (6, 2)
     live = example.index_M[0] < rows * width
     np.testing.assert_allclose(ours[live], expected[live], rtol=1e-5, atol=1e-5)
@@ -127,11 +127,9 @@ def test_a_group_visits_the_blocks_that_its_rows_attend_to(seed, max_group_rows,
     if group_rows is None:
         attended_NxJ = attended_NxJ.any(axis=0, keepdims=True)
     first_rows = range(0, len(attended_NxJ), group_rows or 1)
-    groups = zip(first_rows, ranges.row_GxV, ranges.block_GxV, ranges.visits_G, strict=True)
-    for first, row_V, block_V, visits in groups:
+    for first, visit_V, visits in zip(first_rows, ranges.visit_GxV, ranges.visits_G, strict=True):
         rows, blocks = np.nonzero(attended_NxJ[first : first + (group_rows or 1)])
-        assert list(row_V[:visits]) == list(first + rows)
-        assert list(block_V[:visits]) == list(blocks)
+        assert list(visit_V[:visits]) == list((first + rows) * SMALL.blocks + blocks)
 
 
 @pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float32"], "bfloat16"))
@@ -176,15 +174,8 @@ def test_what_the_tpu_kernels_move_is_what_their_block_specs_say(head_size, bloc
         cache = to_cache(row, block, "float32", "joined")
         ranges = make_cache_ranges(row.begin_N, row.length_NxW, cache, max_group_rows)
         slot_M = jnp.arange(slots)
-        scalars = (
-            jnp.array([1]),
-            *ranges[:1],
-            ranges.visits_G,
-            ranges.row_GxV,
-            ranges.block_GxV,
-            row.length_NxW,
-            slot_M,
-        )
+        lengths = jnp.asarray(row.length_NxW.reshape(-1))
+        scalars = (jnp.array([1]), ranges.begin_N, ranges.visits_G, ranges.visit_GxV.reshape(-1), lengths, slot_M)
         grid = range(len(ranges.visits_G)), range(max(1, -(-int(ranges.visits_G.max()) // 2)))
         moved = copied_bytes(kernel, grid, scalars)
         visits = int(ranges.visits_G.sum())

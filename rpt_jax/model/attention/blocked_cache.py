@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.gpu import fill_side
-from rpt_jax.model.tpu import LANES, fill_lanes
+from rpt_jax.model.tpu import LANES, fill_lanes, fill_sublanes
 
 # How a cache stores keys and values:
 #   separate          as two arrays, with heads padded to the sizes that a GPU's kernel can have
@@ -102,15 +102,14 @@ class CacheRanges(NamedTuple):
       begin_N: int32, the first key that the rollouts of a row attend to.
       length_NxW: int32, how many keys a rollout attends to from there on. After the last key of a row comes its first one, as in
         a ring buffer.
-      row_GxV, block_GxV: int32, the row and the block of each visit of a group. The blocks with keys to attend to come first. If
-        all rows visit blocks together, the row is 0.
+      visit_GxV: int32, row·J + block of each visit of a group. The blocks with keys to attend to come first. If all rows visit
+        blocks together, the row is 0.
       visits_G: int32, the number of blocks with keys to attend to.
     """
 
     begin_N: jax.Array
     length_NxW: jax.Array
-    row_GxV: jax.Array
-    block_GxV: jax.Array
+    visit_GxV: jax.Array
     visits_G: jax.Array
 
 
@@ -142,12 +141,11 @@ def make_cache_ranges(
     padding = groups * group_rows - rows
     attended_GxV = jnp.pad(attended_NxJ, ((0, padding), (0, 0))).reshape(groups, -1)
     order_GxV = jnp.argsort(~attended_GxV, axis=-1, stable=True).astype(jnp.int32)
-    first_row_Gx1 = jnp.arange(groups, dtype=jnp.int32)[:, None] * group_rows
+    first_visit_Gx1 = jnp.arange(groups, dtype=jnp.int32)[:, None] * (group_rows * cache.num_blocks)
     return CacheRanges(
         begin_N=begin_N,
         length_NxW=length_NxW,
-        row_GxV=first_row_Gx1 + order_GxV // cache.num_blocks,
-        block_GxV=order_GxV % cache.num_blocks,
+        visit_GxV=first_visit_Gx1 + order_GxV,
         visits_G=attended_GxV.sum(axis=-1, dtype=jnp.int32),
     )
 
@@ -185,9 +183,9 @@ class CacheSizes(NamedTuple):
         return self.head_size if self.head_size % LANES == 0 else 2 * self.head_size
 
     @property
-    def query_bytes(self) -> int:
+    def rollout_bytes(self) -> int:
         """Bytes of a rollout's queries and of their results, float32, in a TPU's memory."""
-        numbers = self.kv_heads * self.num_queries * fill_lanes(self.query_size)
+        numbers = self.kv_heads * fill_sublanes(self.num_queries) * fill_lanes(self.query_size)
         return numbers * (self.itemsize + jnp.dtype(jnp.float32).itemsize)
 
 
@@ -197,37 +195,29 @@ class SlotGrid(NamedTuple):
     Attributes:
       index_M: int32 entry n·W + w of each slot; out of range for an idle slot.
       is_live_M: int32, 0 for an idle slot and 1 for others.
-      slot_NW: int32 slot of each entry; -1 for an entry without one.
-      end_NxW: int32 number of keys that each entry attends to; 0 for an entry without a slot.
+      slot_NxW: int32 slot of each entry; -1 for an entry without one.
     """
 
     index_M: jax.Array
     is_live_M: jax.Array
-    slot_NW: jax.Array
-    end_NxW: jax.Array
+    slot_NxW: jax.Array
 
     @classmethod
-    def of(cls, index_M: jax.Array, end_NxW: jax.Array) -> SlotGrid:
-        """Return the grid of slots with the entries `index_M` of a cache, whose rollouts attend to `end_NxW` keys."""
-        slot_NW = jnp.full(end_NxW.size, -1, jnp.int32).at[index_M].set(jnp.arange(len(index_M)), mode="drop")
-        used_NxW = slot_NW.reshape(end_NxW.shape) >= 0
-        return cls(
-            index_M=index_M,
-            is_live_M=(index_M < end_NxW.size).astype(jnp.int32),
-            slot_NW=slot_NW,
-            end_NxW=jnp.where(used_NxW, end_NxW, 0),
-        )
+    def of(cls, index_M: jax.Array, rows: int, width: int) -> SlotGrid:
+        """Return the grid of slots with the entries `index_M` of a cache of `rows` rows that `width` rollouts share."""
+        slot_NW = jnp.full(rows * width, -1, jnp.int32).at[index_M].set(jnp.arange(len(index_M)), mode="drop")
+        is_live_M = (index_M < rows * width).astype(jnp.int32)
+        return cls(index_M=index_M, is_live_M=is_live_M, slot_NxW=slot_NW.reshape(rows, width))
 
     def to_rows(self, q_MxKxRxC: jax.Array) -> jax.Array:
         """Return the queries of the rollouts of a row on one axis, [N, K, W·R, C]."""
-        n, width = self.end_NxW.shape
+        n, width = self.slot_NxW.shape
         _, kv_heads, group, c = q_MxKxRxC.shape
-        q = q_MxKxRxC[self.slot_NW].reshape(n, width, kv_heads, group, c)
-        return q.transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, width * group, c)
+        return q_MxKxRxC[self.slot_NxW].transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, width * group, c)
 
     def to_slots(self, rows: PartialSoftmax) -> PartialSoftmax:
         """Return the results [N, K, W·R, …] of the queries of `to_rows` for each slot, [M, K, R, …]."""
-        n, width = self.end_NxW.shape
+        n, width = self.slot_NxW.shape
 
         def convert(x: jax.Array) -> jax.Array:
             _, kv_heads, queries, c = x.shape
@@ -249,6 +239,13 @@ class CacheReads(NamedTuple):
     blocks: BlockedCache
     grid: SlotGrid | None
     ranges: CacheRanges
+
+    def slots(self) -> tuple[jax.Array, jax.Array]:
+        """Return the slot of each entry, int32 [N·W], -1 for entries without one; and whether each slot is live, int32 [M]."""
+        if self.grid is None:
+            slots = self.ranges.length_NxW.size
+            return jnp.arange(slots, dtype=jnp.int32), jnp.ones(slots, jnp.int32)
+        return self.grid.slot_NxW.reshape(-1), self.grid.is_live_M
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:
@@ -315,7 +312,7 @@ def attend_cache_blockwise(
         return jax.lax.dynamic_slice(x, (layer, index, 0, 0, 0, 0), (1, 1, rows, *x.shape[3:]))[0, 0]
 
     def add(visit: jax.Array | int, softmax: PartialSoftmax) -> PartialSoftmax:
-        index = ranges.block_GxV[0, visit]
+        index = ranges.visit_GxV[0, visit]
         entry_B = index * size + jnp.arange(size)
         attended_NxQxB = attended_entries(
             ranges.begin_N[:, None, None], length_NxQ[..., None], entry_B, cache.num_blocks * size

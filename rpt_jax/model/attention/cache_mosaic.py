@@ -10,7 +10,7 @@ Around the kernels, queries and partial results have an entry per slot. The kern
 rollouts from their slots, and its results to them: in plain XLA, the gathers and changes of layout took more memory traffic than
 the keys of a small policy.
 
-Keys lie along axis 1 of the scores, along the lanes of a register, because a row has only a few queries. In packed_mosaic.py
+Keys lie along axis 1 of the scores, along the lanes of a register, because a rollout has only a few queries. In packed_mosaic.py
 they lie along axis 0. The queries of a slot and kv head are padded to T, as many as fill registers.
 """
 
@@ -34,7 +34,7 @@ from rpt_jax.model.attention.blocked_cache import (
 )
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores, merge
-from rpt_jax.model.tpu import SUBLANES, fill_lanes
+from rpt_jax.model.tpu import fill_lanes, fill_sublanes
 
 _KEYS_AXIS = 1
 _FLOAT_BYTES = 4
@@ -48,14 +48,13 @@ _STATISTICS = 2
 class _Visits(NamedTuple):
     """The layer and the arrays of `CacheRanges`, which a kernel has before it starts, or refs of them.
 
-    The lengths have one axis.
+    They have one axis: in the memory for scalars, rows of two axes would be filled up to 128 numbers.
     """
 
     layer: Any
     begin_N: Any
     visits_G: Any
-    row_GxV: Any
-    block_GxV: Any
+    visit_GV: Any
     length_NW: Any
 
     @classmethod
@@ -65,10 +64,15 @@ class _Visits(NamedTuple):
             layer=layer,
             begin_N=ranges.begin_N,
             visits_G=ranges.visits_G,
-            row_GxV=ranges.row_GxV,
-            block_GxV=ranges.block_GxV,
+            visit_GV=ranges.visit_GxV.reshape(-1),
             length_NW=ranges.length_NxW.reshape(-1),
         )
+
+    def row_and_block(self, group: Any, visit: Any, num_blocks: int) -> tuple[jax.Array, jax.Array]:
+        """Return the row and the block of a visit of a group."""
+        most_visits = self.visit_GV.shape[0] // self.visits_G.shape[0]
+        index = self.visit_GV[group * most_visits + visit]
+        return jax.lax.div(index, num_blocks), jax.lax.rem(index, num_blocks)
 
 
 class _State(NamedTuple):
@@ -115,20 +119,17 @@ def attend_token_mosaic(
       q_MxKxRxC, k_MxKxC, v_MxKxC, shared, own, layer: as there.
       interpret: run the kernels in interpret mode, without a TPU.
     """
-    slots, kv_heads, heads_per_kv, head_size = q_MxKxRxC.shape
+    _, kv_heads, heads_per_kv, head_size = q_MxKxRxC.shape
     sizes = CacheSizes(heads_per_kv, own.blocks.block_size, kv_heads, head_size, own.blocks.k.dtype.itemsize)
-    padding = (-heads_per_kv % SUBLANES, sizes.query_size - head_size)
+    padding = (fill_sublanes(heads_per_kv) - heads_per_kv, sizes.query_size - head_size)
     q = jnp.pad(q_MxKxRxC, ((0, 0), (0, 0), (0, padding[0]), (0, padding[1])))
     layer = jnp.asarray(layer, jnp.int32)[None]
-    # Only live slots have results of the shared caches.
-    is_live_M = jnp.ones(slots, jnp.int32)
+    _, is_live_M = own.slots()
     partials = []
     for reads in shared:
         with jax.named_scope("shared_cache_blocks"):
-            if reads.grid is None:
-                slot_NW = jnp.arange(slots, dtype=jnp.int32)
-            else:
-                slot_NW, is_live_M = reads.grid.slot_NW, reads.grid.is_live_M
+            # Only live slots have results of the shared caches.
+            slot_NW, is_live_M = reads.slots()
             partials.append(_attend_shared(q, reads.blocks, reads.ranges, slot_NW, layer, interpret))
     with jax.named_scope("own_cache_blocks"):
         kv_MxKx1xD = jnp.concatenate([k_MxKxC, v_MxKxC], axis=-1)[:, :, None]
@@ -141,11 +142,11 @@ def attend_token_mosaic(
 
 def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) -> None:
     """Add the keys of a shared cache's rows for all of their rollouts."""
-    visits = _Visits(*refs[:6])
-    slot_NW, q_MxKxTxC = refs[6:8]
-    blocks = refs[8 : 8 + step_visits]
-    partial = _Partial(*refs[8 + step_visits :][:2])
-    q_NxKxQxC, length_NxQx1, *state, tiles_NxWxKxTxC, statistics_NxWxKx2xT, done = refs[10 + step_visits :]
+    visits = _Visits(*refs[:5])
+    slot_NW, q_MxKxTxC = refs[5:7]
+    blocks = refs[7 : 7 + step_visits]
+    partial = _Partial(*refs[7 + step_visits :][:2])
+    q_NxKxQxC, length_NxQx1, *state, tiles_NxWxKxTxC, statistics_NxWxKx2xT, done = refs[9 + step_visits :]
     state = _State(*state)
     rows, kv_heads, _, _ = q_NxKxQxC.shape
     num_queries = q_MxKxTxC.shape[2]
@@ -180,9 +181,9 @@ def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) ->
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
+        for_rollouts(lambda *rollout: copy_in(*rollout).start())
         for ref, value in zip((*state, length_NxQx1), (MASKED_SCORE, 0, 0, 0), strict=True):
             ref[...] = jnp.full_like(ref, value)
-        for_rollouts(lambda *rollout: copy_in(*rollout).start())
         # All copies have one semaphore, and any of them may be done first.
         for_rollouts(lambda *rollout: copy_in(*rollout).wait())
 
@@ -212,11 +213,11 @@ def _shared_kernel(*refs: Any, num_blocks: int, step_visits: int, width: int) ->
 
 def _own_kernel(*refs: Any, num_blocks: int, step_visits: int, shared_caches: int) -> None:
     """Attend to the new token, add what the shared caches have, and the rollouts' own tokens."""
-    visits = _Visits(*refs[:6])
-    is_live_M, q_MxKxTxC, kv_MxKx1xD = refs[6:9]
-    partials = [_Partial(*refs[9 + 2 * index :][:2]) for index in range(shared_caches)]
-    blocks = refs[9 + 2 * shared_caches :][:step_visits]
-    result_MxKxTxC, length_MxTx1, *state = refs[9 + 2 * shared_caches + step_visits :]
+    visits = _Visits(*refs[:5])
+    is_live_M, q_MxKxTxC, kv_MxKx1xD = refs[5:8]
+    partials = [_Partial(*refs[8 + 2 * index :][:2]) for index in range(shared_caches)]
+    blocks = refs[8 + 2 * shared_caches :][:step_visits]
+    result_MxKxTxC, length_MxTx1, *state = refs[8 + 2 * shared_caches + step_visits :]
     state = _State(*state)
     rows, kv_heads, num_queries, query_size = q_MxKxTxC.shape
     first = pl.program_id(0) * rows
@@ -255,11 +256,10 @@ def _add_blocks(
 
         @pl.when(visit < visits.visits_G[group])
         def _(visit: jax.Array = visit, kv_KxBxD: Any = kv_KxBxD) -> None:
-            row = visits.row_GxV[group, visit] - group * rows
-            first = visits.block_GxV[group, visit] * size
-            entry = first + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
-            begin = visits.begin_N[group * rows + row]
-            attended = attended_entries(begin, length_NxQx1[row], entry, num_blocks * size)
+            cache_row, block = visits.row_and_block(group, visit, num_blocks)
+            row = cache_row - group * rows
+            entry = block * size + jax.lax.broadcasted_iota(jnp.int32, (num_queries, size), 1)
+            attended = attended_entries(visits.begin_N[cache_row], length_NxQx1[row], entry, num_blocks * size)
             for head in range(kv_heads):
                 k_BxC, v_BxC = _split(kv_KxBxD[head], query_size)
                 q_QxC = q_NxKxQxC[row, head].astype(k_BxC.dtype)
@@ -327,8 +327,8 @@ def _grid(cache: BlockedCache, ranges: CacheRanges, parts: int = 1) -> _Grid:
       parts: rows of the ranges for each row of the cache.
     """
     assert cache.order == "joined"
-    _, _, _, kv_heads, size, width = cache.k.shape
-    groups, most_visits = ranges.block_GxV.shape
+    _, num_blocks, _, kv_heads, size, width = cache.k.shape
+    groups, most_visits = ranges.visit_GxV.shape
     block_bytes = kv_heads * size * fill_lanes(width) * cache.k.dtype.itemsize
     step_visits = max(1, min(_STEP_BYTES // block_bytes, _MAX_STEP_VISITS, most_visits))
 
@@ -337,12 +337,12 @@ def _grid(cache: BlockedCache, ranges: CacheRanges, parts: int = 1) -> _Grid:
 
         def block(group: Any, step: Any, *refs: Any) -> tuple[Any, ...]:
             # After the last visit of a group the block stays the same, so that nothing is copied.
-            visits = _Visits(*refs[:6])
+            visits = _Visits(*refs[:5])
             last_visit = jnp.maximum(visits.visits_G[group] - 1, 0)
             last_step = jax.lax.div(jnp.maximum(last_visit - index, 0), step_visits)
             visit = jnp.minimum(jnp.minimum(step, last_step) * step_visits + index, last_visit)
-            row = jax.lax.div(visits.row_GxV[group, visit], parts)
-            return visits.layer[0], visits.block_GxV[group, visit], row, 0, 0, 0
+            row, block = visits.row_and_block(group, visit, num_blocks)
+            return visits.layer[0], block, jax.lax.div(row, parts), 0, 0, 0
 
         return pl.BlockSpec((None, None, None, kv_heads, size, width), block)
 
@@ -383,7 +383,9 @@ def _attend_shared(
       interpret: run the kernel in interpret mode.
     """
     slots, kv_heads, num_queries, query_size = q_MxKxTxC.shape
-    grid = _grid(cache, ranges, parts=pl.cdiv(len(ranges.begin_N), cache.k.shape[2]))
+    parts, more_rows = divmod(len(ranges.begin_N), cache.k.shape[2])
+    assert not more_rows
+    grid = _grid(cache, ranges, parts)
     rows = grid.group_rows
     width = ranges.length_NxW.shape[1]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -482,15 +484,11 @@ def own_cache_bytes(sizes: CacheSizes, *, slots: int, visits: float, shared_cach
 
 def _query_bytes(sizes: CacheSizes) -> int:
     """Return the bytes of a slot's padded queries, or of their result."""
-    return sizes.kv_heads * _padded(sizes.num_queries) * fill_lanes(sizes.query_size) * sizes.itemsize
+    return sizes.kv_heads * fill_sublanes(sizes.num_queries) * fill_lanes(sizes.query_size) * sizes.itemsize
 
 
 def _partial_bytes(sizes: CacheSizes) -> int:
     """Return the bytes of a slot's `_Partial`."""
-    queries = _padded(sizes.num_queries)
+    queries = fill_sublanes(sizes.num_queries)
     numbers = queries * fill_lanes(sizes.query_size) + _STATISTICS * fill_lanes(queries)
     return sizes.kv_heads * numbers * _FLOAT_BYTES
-
-
-def _padded(num_queries: int) -> int:
-    return -(-num_queries // SUBLANES) * SUBLANES

@@ -31,7 +31,7 @@ class _Keys(NamedTuple):
     layer: Any
     begin: Any
     visits: Any
-    blocks_J: Any
+    visit_J: Any
     k_LxJxBxC: Any
     v_LxJxBxC: Any
 
@@ -40,7 +40,7 @@ class _Keys(NamedTuple):
         _, num_blocks, size, _ = self.k_LxJxBxC.shape
 
         def fold(visit: jax.Array, softmax: Softmax) -> Softmax:
-            block = self.blocks_J[visit]
+            block = jax.lax.rem(self.visit_J[visit], num_blocks)
             entry_1xB = block * size + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
             attended = attended_entries(self.begin[0], length_qx1, entry_1xB, num_blocks * size)
             scores = masked_scores(q_qxC, self.k_LxJxBxC[self.layer[0], block], attended, keys_axis=1)
@@ -161,13 +161,10 @@ def attend_token_triton(
     }
 
     partials = []
-    is_live_M = jnp.ones(slots, jnp.int32)
+    _, is_live_M = own.slots()
     statistic = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
     for reads in shared:
-        if reads.grid is None:
-            slot_NW = jnp.arange(slots, dtype=jnp.int32)
-        else:
-            slot_NW, is_live_M = reads.grid.slot_NW, reads.grid.is_live_M
+        slot_NW, is_live_M = reads.slots()
         rows, width = reads.ranges.length_NxW.shape
         with jax.named_scope("shared_cache_blocks"):
             partials += pl.pallas_call(
@@ -207,7 +204,7 @@ def _keys(reads: CacheReads, layer: jax.Array | int) -> _Keys:
     """Return the arrays of which `_key_specs` are the specs."""
     ranges = reads.ranges
     layer = jnp.asarray(layer, jnp.int32)[None]
-    return _Keys(layer, ranges.begin_N, ranges.visits_G, ranges.block_GxV, reads.blocks.k, reads.blocks.v)
+    return _Keys(layer, ranges.begin_N, ranges.visits_G, ranges.visit_GxV, reads.blocks.k, reads.blocks.v)
 
 
 def _key_specs(cache: BlockedCache, head_axis: int, row_axis: int) -> _Keys:
@@ -222,7 +219,7 @@ def _key_specs(cache: BlockedCache, head_axis: int, row_axis: int) -> _Keys:
         layer=pl.BlockSpec((1,), lambda *_: (0,)),
         begin=of_row,
         visits=of_row,
-        blocks_J=pl.BlockSpec((None, num_blocks), lambda *ids: (ids[row_axis], 0)),
+        visit_J=pl.BlockSpec((None, num_blocks), lambda *ids: (ids[row_axis], 0)),
         k_LxJxBxC=keys,
         v_LxJxBxC=keys,
     )

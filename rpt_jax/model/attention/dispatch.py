@@ -23,7 +23,6 @@ from rpt_jax.model.attention.kernels import attend_cudnn, attend_splash
 from rpt_jax.model.attention.packed_mosaic import attend_mosaic
 from rpt_jax.model.attention.packed_triton import attend_triton
 from rpt_jax.model.attention.platform import target_platform
-from rpt_jax.model.tpu import SUBLANES
 
 
 class Kernel(NamedTuple):
@@ -39,28 +38,31 @@ class CacheKernel(NamedTuple):
     Attributes:
       attend: computes attention, with the arguments of `attend_token`.
       dtypes: dtypes that it computes in; plain XLA computes the others.
-      max_group_bytes: limit of `CacheSizes.query_bytes` of a group of rows; None if all rows visit blocks together.
-      max_row_bytes: limit of the same for the rollouts that share a row; None for any number of them.
-      query_multiple: a rollout's queries per kv head are padded to a multiple of this.
+      own_group_bytes, shared_group_bytes: limits of `CacheSizes.rollout_bytes`, for all rollouts of a group of rows, in the cache
+        of the rollouts' own tokens and in shared caches; a group has at least one row. None if all rows visit blocks together.
+      splits_rows: whether rows with more rollouts than a group may have are read in parts.
     """
 
     attend: Callable[..., jax.Array]
     dtypes: tuple[str, ...]
-    max_group_bytes: int | None
-    max_row_bytes: int | None = None
-    query_multiple: int = 1
+    own_group_bytes: int | None
+    shared_group_bytes: int | None
+    splits_rows: bool = False
 
-    def pad_queries(self, num_queries: int) -> int:
-        """Return the queries of a rollout per kv head with padding."""
-        return -(-num_queries // self.query_multiple) * self.query_multiple
+    def max_own_rows(self, sizes: CacheSizes) -> int | None:
+        """Return how many rows of the own tokens may form a group; None if all rows visit blocks together."""
+        return None if self.own_group_bytes is None else max(1, self.own_group_bytes // sizes.rollout_bytes)
 
-    def max_group_rows(self, sizes: CacheSizes, width: int) -> int | None:
-        """Return how many rows of `width` rollouts may form a group; None if all rows visit blocks together."""
-        return None if self.max_group_bytes is None else max(1, self.max_group_bytes // (width * sizes.query_bytes))
+    def max_shared_rows(self, sizes: CacheSizes, width: int) -> int | None:
+        """Return how many rows with `width` rollouts may form a group; None if all rows visit blocks together."""
+        limit = self.shared_group_bytes
+        return None if limit is None else max(1, limit // (width * sizes.rollout_bytes))
 
-    def max_width(self, sizes: CacheSizes) -> int | None:
-        """Return how many rollouts may share a row; None for any number."""
-        return None if self.max_row_bytes is None else max(1, self.max_row_bytes // sizes.query_bytes)
+    def row_parts(self, sizes: CacheSizes, width: int) -> int:
+        """Return in how many parts a row is read that `width` rollouts share."""
+        if not self.splits_rows or self.shared_group_bytes is None:
+            return 1
+        return -(-width // max(1, self.shared_group_bytes // sizes.rollout_bytes))
 
 
 class PlatformKernels(NamedTuple):
@@ -85,23 +87,27 @@ KERNELS = {
         platform="gpu",
         causal=Kernel(attend_cudnn, dtypes=("bfloat16",)),
         packed=Kernel(attend_triton, dtypes=("bfloat16", "float32")),
-        cache=CacheKernel(attend_token_triton, dtypes=("bfloat16", "float32"), max_group_bytes=0),
+        # Every row is a group.
+        cache=CacheKernel(attend_token_triton, dtypes=("bfloat16", "float32"), own_group_bytes=0, shared_group_bytes=0),
     ),
     "tpu_kernels": PlatformKernels(
         platform="tpu",
         causal=Kernel(attend_splash, dtypes=("bfloat16", "float32")),
         packed=Kernel(attend_mosaic, dtypes=("bfloat16", "float32")),
-        # The results of a group stay in a core's memory. Groups are small, because the cores of a chip share them.
+        # The results of a group stay in a core's memory. The groups of the own tokens are small, because the cores of a chip
+        # share them. Those of shared caches are large, because the queries and results of a group are copied at once.
         cache=CacheKernel(
             attend_token_mosaic,
             dtypes=("bfloat16", "float32"),
-            max_group_bytes=2**17,
-            max_row_bytes=2**20,
-            query_multiple=SUBLANES,
+            own_group_bytes=2**17,
+            shared_group_bytes=2**20,
+            splits_rows=True,
         ),
     ),
 }
-_BLOCKWISE_CACHE = CacheKernel(attend_token, dtypes=("bfloat16", "float32"), max_group_bytes=None)
+_BLOCKWISE_CACHE = CacheKernel(
+    attend_token, dtypes=("bfloat16", "float32"), own_group_bytes=None, shared_group_bytes=None
+)
 # Up to this many pairs of a query and a key per head, all scores are computed at once, which is faster than blocks or kernels.
 DENSE_PAIRS = 64 * 128
 
@@ -176,7 +182,7 @@ def cache_kernel(attention: str, dtype: str) -> CacheKernel:
         return kernel
     # Each device computes its own kv heads: XLA cannot partition a kernel.
     axes = logical_to_mesh_axes(("prompt", "kv_heads"))
-    assert axes is not None  # It is None only for names that are None.
+    assert axes is not None and axes[0] is None  # A replica decodes its own prompts.
     whole = PartitionSpec()
     cache = CacheReads(blocks=PartitionSpec(None, None, *axes), grid=whole, ranges=whole)  # type: ignore[arg-type]
 
