@@ -144,6 +144,7 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
     before: dict[str, Any] | None = None  # Evaluation of the starting policy.
     after: dict[str, Any] | None = None  # Evaluation of the trained policy.
     last_rewarded: RewardedRollouts | None = None  # Rollouts of the last step, until they are shown.
+    has_evaluated = False  # In this process.
     last_kept: RewardedRollouts | None = None  # Those of them that are kept, on the host.
     if restored := checkpoints.restore():
         step, state, saved = restored
@@ -222,6 +223,9 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             metrics.write(step, scalars | evaluation | clock.scalars())
             if evaluation:
                 files.call(functools.partial(update_page, workdir))
+                if last_rewarded and not has_evaluated:
+                    take_recompiled()  # In a resumed run, the first evaluation compiles programs for batches of its own size.
+                has_evaluated = True
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)
                 show_rollouts(f"step {step}", texts)

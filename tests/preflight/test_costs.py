@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from rpt_jax.preflight.costs import (
     decode_loops,
     estimate_times,
     full_row,
+    kernel_bytes,
     least_sampling_bytes,
     minibatch_rows,
     trip_counts,
@@ -114,6 +116,23 @@ def test_sampling_has_to_read_the_weights_and_the_filled_keys_in_every_decode_st
     token = 2 * config.layers * config.kv_heads * config.head_size
     numbers = config.layer_matrix_parameters + config.vocab * config.width + token * (2 * 16 + 4 * 3.5)
     assert least == 7 * 2 * numbers
+
+
+def test_the_kernels_of_a_decode_step_read_blocks_and_what_the_slots_have():
+    """Two prompts of 16 tokens with two responses each, of which 7 tokens have keys: one block of 16 keys for each."""
+    small = make_small_step("rollout.decode_slots=4", "policy.dtype=bfloat16", "policy.head_precision=bfloat16")
+    config = small.step.policy.config
+    tpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]), shape=small.mesh.shape)
+    with use_mesh(small.mesh):
+        known = kernel_bytes(small.experiment, small.step._replace(mesh=tpu))
+    # Keys and values fill 128 lanes together, and queries 8 sublanes. Queries are bfloat16, partial results float32 with two rows
+    # of statistics, and the new keys take 512 bytes.
+    assert config.head_size <= 64 and config.heads // config.kv_heads <= 8
+    block = 16 * 128 * 2
+    queries, partial = 8 * 128 * 2, (8 + 2) * 128 * 4
+    assert known["shared_cache_blocks"](4) == config.kv_heads * (2 * block + 4 * (queries + partial))
+    assert known["own_cache_blocks"](4) == config.kv_heads * (4 * block + 4 * (2 * queries + partial + 512))
+    assert known["own_cache_blocks"](3) == 0, "no loop has three slots"
 
 
 def test_every_scope_with_a_trip_count_is_found_in_its_programs():

@@ -55,7 +55,7 @@ def test_rollouts_by_the_kernels_equal_those_in_plain_xla():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_kernel_compiles_for_a_tpu(topology: str):
-    """Prompts that eight rollouts share, for three policies; a prime number of slots; and roots that many rollouts share."""
+    """Prompts that eight rollouts share, for three policies; a prime number of slots, and many; roots that many share."""
     shapes = (
         "30x128x3x3x64x4x64x16x8x1x320xbfloat16",
         "24x64x2x7x64x4x128x8x8x2x512xbfloat16",
@@ -64,6 +64,7 @@ def test_the_kernel_compiles_for_a_tpu(topology: str):
         "2x3x1x1x64x1x64x3x1x1x64xfloat32",
         "2x239x1x6x128x4x128x30x8x2x512xbfloat16",
         "2x64x8x4x128x4x64x2x500x2x512xfloat32",
+        "1x2048x8x16x128x4x32x2048x1x1x512xfloat32",
     )
     child = [sys.executable, "-m", "tests.helpers.tpu_cache_child", topology, *shapes]
     environment = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}

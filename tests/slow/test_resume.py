@@ -7,6 +7,7 @@ import logging
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from rpt_jax import main
@@ -21,6 +22,7 @@ from tests.helpers.runs import (
     assert_resumes,
     comparable,
     experiment,
+    interruption_after,
 )
 
 pytestmark = pytest.mark.slow
@@ -37,6 +39,19 @@ def test_an_interrupted_run_resumes_to_the_same_metrics(
     """Also with the state of options that are off by default: moving average, starting policy, scored windows."""
     main.run(experiment(**fields), tmp_path / "whole")
     assert_resumes(fields, step, tmp_path / "whole", tmp_path / "run", monkeypatch)
+
+
+def test_the_first_evaluation_of_a_resumed_run_causes_no_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its batches are larger than those of training, for which the programs were compiled before."""
+    fields = SMALL | {"evaluation.prompts_per_batch": 24, "checkpoint.every_steps": 1, "training.total_steps": 6}
+    with interruption_after(3, monkeypatch):
+        main.run(experiment(**fields), tmp_path)
+    caplog.clear()
+    jax.clear_caches()  # As in a new process.
+    main.run(experiment(**fields), tmp_path)
+    assert not [record for record in caplog.records if "compiled again" in record.getMessage()]
 
 
 @pytest.mark.parametrize(
