@@ -14,8 +14,8 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-# Files of the repository that pages show, by their path in the site.
-FIGURES = {"assets/accuracy.png": ROOT / "configs" / "tiny" / "accuracy.png"}
+# Files outside docs/ that pages show, by their path in the site. Pages link to the file itself, as in the repository.
+FIGURES = {"assets/accuracy.png": "configs/tiny/accuracy.png"}
 _HELP = re.compile(r"^\{\{ help: (?P<command>[\w. ]+) \}\}$", re.MULTILINE)
 # Prints the help of each argument, a module and its subcommand, with a null character after it. One process for all of them,
 # because importing JAX takes seconds.
@@ -47,12 +47,15 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add the figures to the site."""
     for path, source in FIGURES.items():
-        files.append(File.generated(config, path, abs_src_path=str(source)))
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / source)))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill the placeholders of the reference pages."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill the placeholders of the reference pages, and point links to the figures at their copies in the site."""
+    to_docs = "../" * page.file.src_uri.count("/")
+    for path, source in FIGURES.items():
+        markdown = markdown.replace(f"]({to_docs}../{source})", f"]({to_docs}{path})")
     if _CONFIG in markdown:
         markdown = markdown.replace(_CONFIG, config_reference())
     if _STUDY in markdown:
