@@ -34,7 +34,7 @@ from rpt_jax.infra.metrics import MetricsWriter, as_floats
 from rpt_jax.infra.nan_record import recorded_step, write_record
 from rpt_jax.infra.optimizer import LearningRates, make_optimizer
 from rpt_jax.infra.out_of_memory import explain_out_of_memory
-from rpt_jax.infra.plots import write_plots
+from rpt_jax.infra.plots import PLOTS, write_plots
 from rpt_jax.infra.profiler import ProfileWindow
 from rpt_jax.infra.rollout_files import RolloutFiles
 from rpt_jax.infra.run_context import RunContext
@@ -338,7 +338,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
         write_result(workdir, config, evaluations, steps=step, flops=counters.flops, clock=clock)
         task.show_evaluations({"before": before, "after": after})
         update_page(workdir)
-        logger.info("Plots: %s", ", ".join(str(path) for path in write_plots(workdir)))
+        write_plots(workdir)
+        logger.info("Plots: %s", ", ".join(map(str, sorted((workdir / PLOTS).glob("*.png")))))
         logger.info("Complete in %.0f s: %s, with the page %s", clock.seconds, workdir / RESULT, workdir / REPORT)
     checkpoints.close()
 
