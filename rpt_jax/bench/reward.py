@@ -93,12 +93,13 @@ def measure(options: argparse.Namespace) -> tuple[list[str], list[list[Any]]]:
     python_seconds = seconds["Python"].median * options.responses / count
     step_flops = 8.0 * config.matmul_parameters * options.responses * options.length
     step_seconds = step_flops / (matmul_flops / seconds["matmul"].fastest)
+    python_label = "Python" if count == options.responses else f"Python, extrapolated from {count} responses"
     table = [
         ["kernel", kernel_seconds, python_seconds / kernel_seconds, kernel_seconds / step_seconds],
-        ["Python", python_seconds, 1.0, python_seconds / step_seconds],
+        [python_label, python_seconds, 1.0, python_seconds / step_seconds],
     ]
     rounded = [[name, *map(round_to_4_digits, figures)] for name, *figures in table]
-    return ["reward", "seconds", "speedup over Python", "fraction of a step"], rounded
+    return ["reward", "seconds", "speedup over Python", f"fraction of a step of {options.preset}"], rounded
 
 
 def make_responses(responses: int, length: int, vocab: int) -> Responses:
