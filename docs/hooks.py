@@ -118,6 +118,8 @@ def rules_reference() -> str:
     lines = ["| rule | what it finds | tasks | needs |", "|---|---|---|---|"]
     for rule in rules.choices():
         needs = [f"`{metric}`" for metric in rule.requirements.metrics] + [f"{rule.requirements.steps} steps"]
+        if rule.requirements.rpt_reward:
+            needs.append(f'in task "rpt", `objective.reward="{rule.requirements.rpt_reward}"`')
         tasks = ", ".join(rule.requirements.tasks)
         lines.append(f"| `{rule.name}` | {_cell(rule.summary)} | {tasks} | {', '.join(needs)} |")
     return "\n".join(lines)

@@ -102,7 +102,7 @@ def prompts_cut(run: RunRecord) -> Iterator[Finding]:
     )
 
 
-@RULES.register("answers_unverified", tasks=("rpt", "rft"), metrics=("status/unverified",))
+@RULES.register("answers_unverified", tasks=("rpt", "rft"), metrics=("status/unverified",), rpt_reward="verified")
 def answers_unverified(run: RunRecord) -> Iterator[Finding]:
     """One answer in twenty or more cannot be verified in time, or makes the verifier fail, and counts as wrong."""
     unverified = run.last("status/unverified")

@@ -86,6 +86,8 @@ def _check_requirements(run: RunRecord, rule: Choice[RuleRequirements]) -> None:
     needs = rule.requirements
     if run.task not in needs.tasks:
         raise CannotCheck(f"it applies to {' and '.join(needs.tasks)} only")
+    if run.task == "rpt" and needs.rpt_reward not in ("", run.config.get("objective.reward")):
+        raise CannotCheck(f"it applies to rpt only with objective.reward='{needs.rpt_reward}'")
     for metric in needs.metrics:
         if not run.series(metric)[0]:
             raise CannotCheck(f"metrics.jsonl has no {metric}")

@@ -29,11 +29,13 @@ class RuleRequirements(Requirements):
       tasks: to which it applies.
       metrics: that a run must have.
       steps: number of steps that a run must have.
+      rpt_reward: objective.reward that a run of task "rpt" must have; "" = any.
     """
 
     tasks: tuple[str, ...] = _TRAINING_TASKS
     metrics: tuple[str, ...] = ()
     steps: int = 10
+    rpt_reward: str = ""
 
 
 RULES = Registry(

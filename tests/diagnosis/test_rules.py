@@ -180,6 +180,14 @@ def test_a_healthy_run_is_left_alone(tmp_path: Path, task: str, finished: bool) 
     assert not needed & skipped
 
 
+def test_answers_of_rpt_are_checked_only_if_they_are_verified(tmp_path: Path) -> None:
+    metrics: Any = {"status/unverified": 0.2}
+    [plain] = [rule for rule in examine(write_run(tmp_path / "plain")).not_checked if rule.rule == "answers_unverified"]
+    assert plain.reason == "it applies to rpt only with objective.reward='verified'"
+    run = write_run(tmp_path / "verified", metrics=metrics, config={"objective.reward": "verified"})
+    assert findings_of(examine(run), "answers_unverified")
+
+
 @pytest.mark.parametrize("task", METRICS)
 def test_a_short_run_is_left_alone(tmp_path: Path, task: str) -> None:
     diagnosis = examine(write_run(tmp_path, task, steps=2))
