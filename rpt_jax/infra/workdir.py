@@ -271,15 +271,16 @@ def _claim_existing(workdir: Path, experiment: Experiment, force: bool) -> Calla
     theirs = _values(Experiment()) | read_run_config(workdir)
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     refused = [name for name in differing if not force and not _may_change(name)]
-    total_steps = experiment.training.total_steps
-    complete = experiment.trains and is_complete(workdir, experiment.training)
     if refused:
-        advice = "." if complete else ", or add --force to resume with the new values."
+        is_finished = (workdir / RESULT).exists()
+        advice = "." if is_finished else ", or add --force to resume with the new values."
         raise UserError(
-            f"--workdir={workdir} belongs to a {'complete ' if complete else ''}run with another config "
+            f"--workdir={workdir} belongs to a {'finished ' if is_finished else ''}run with another config "
             f"({_changes(refused, theirs, ours)}). Choose another --workdir{advice}",
             field=refused[0],
         )
+    total_steps = experiment.training.total_steps
+    complete = experiment.trains and is_complete(workdir, experiment.training)
 
     # A complete run keeps the config that it was made with.
     changes = _changes(differing, theirs, ours)

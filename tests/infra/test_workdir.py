@@ -118,6 +118,8 @@ def test_a_run_with_output_keeps_its_workdir(tmp_path, output):
     with pytest.raises(UserError) as raised:
         claim(tmp_path, Experiment(seed=2))
     assert raised.value.field == "seed"
+    # A finished run has nothing to resume.
+    assert ("--force" in str(raised.value)) == (output != "result.json")
 
 
 def test_output_without_a_run_config_is_not_overwritten(tmp_path):
