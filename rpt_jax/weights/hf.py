@@ -75,7 +75,7 @@ def check_files(source: str | Path, field: str = "policy.path") -> None:
     if gguf := find_gguf(source):
         for part in split_parts(gguf):
             if not part.is_file():
-                raise UserError(f"{field}='{source}': {part} does not exist.", field=field)
+                raise UserError(f"{field}='{source}': {part} does not exist.{missing_hint(source)}", field=field)
         return
     if not Path(source).exists():
         raise UserError(

