@@ -131,6 +131,7 @@ def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
         read_text,
         render_explanation,
         sampling_experiment,
+        tokenize_text,
         window_tokens,
     )
     from rpt_jax.infra.atomic_write import atomic_write
@@ -143,6 +144,8 @@ def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
     from rpt_jax.sizes.plan import plan_run
 
     # --- Read what was asked for -------------------------------------------------------------------
+    text_path = options.text or packaged_configs() / "tiny" / "example.txt"
+    content = read_text(text_path)
     check_writable(options.out.parent, "--out")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     given = str(
@@ -165,7 +168,6 @@ def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
         seed=options.seed,
         positions=len(set(options.at)) if options.at else options.positions,
     )
-    text_path = options.text or packaged_configs() / "tiny" / "example.txt"
 
     # --- Load the policy, score the text and sample ------------------------------------------------
     with (
@@ -178,7 +180,7 @@ def _explain(options: argparse.Namespace, overrides: list[str]) -> None:
         # The task is one that only samples.
         planned = plan_run(dataclasses.replace(sampled, task="difficulty", policy=subject), mesh)
         policy, params, tokenizer = load_starting_policy(subject, mesh, "--policy")
-        text = read_text(text_path, tokenizer, window_tokens(planned, policy))
+        text = tokenize_text(text_path, content, tokenizer, window_tokens(planned, policy))
         explainer = Explainer(planned, policy, params, tokenizer, mesh)
         scores = explainer.score(text)
         boxable_V = explainer.boxable_V

@@ -72,16 +72,8 @@ class TokenScores(NamedTuple):
     likeliest_S: np.ndarray
 
 
-def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> Text:
-    """Read and tokenize a text file.
-
-    Args:
-      path: of a UTF-8 file.
-      tokenizer: of the policy.
-      max_tokens: of a window.
-
-    Raises: UserError, if the file cannot be read, is not UTF-8, or is too long or too short.
-    """
+def read_text(path: Path) -> str:
+    """Return the content of a text file. Raises: UserError, if it cannot be read, is not UTF-8 or is too long."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -92,9 +84,22 @@ def read_text(path: Path, tokenizer: Tokenizer, max_tokens: int) -> Text:
             field="--text",
         )
     try:
-        content = data.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"--text={path} is not UTF-8 (byte {error.start}).", field="--text") from None
+
+
+def tokenize_text(path: Path, content: str, tokenizer: Tokenizer, max_tokens: int) -> Text:
+    """Tokenize a text.
+
+    Args:
+      path: its file.
+      content: what `read_text` returns for it.
+      tokenizer: of the policy.
+      max_tokens: of a window.
+
+    Raises: UserError, if the text is too short.
+    """
     ids = np.array(tokenizer.encode(content))
     if len(ids) < 2:
         raise UserError(

@@ -9,7 +9,7 @@ import pytest
 
 from rpt_jax import explain
 from rpt_jax.errors import UserError
-from rpt_jax.explanation import MAX_BYTES, Text, TokenScores, hardest_positions, positions_at, read_text
+from rpt_jax.explanation import MAX_BYTES, Text, TokenScores, hardest_positions, positions_at, read_text, tokenize_text
 from rpt_jax.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.paths import CONFIGS, TINY
 
@@ -23,14 +23,20 @@ BOXABLE = np.arange(10) != 8
 
 @pytest.mark.parametrize(
     ("data", "complaint"),
-    [(b"", "tokens"), (b"\xff\xfe", "UTF-8"), (b"a" * (MAX_BYTES + 1), "bytes"), (None, "cannot be read")],
+    [(b"\xff\xfe", "UTF-8"), (b"a" * (MAX_BYTES + 1), "bytes"), (None, "cannot be read")],
 )
 def test_a_text_that_cannot_be_explained_is_refused(tmp_path: Path, data: bytes | None, complaint: str) -> None:
     path = tmp_path / "text.txt"
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(UserError, match=complaint) as raised:
-        read_text(path, load_tokenizer(TINY), 8)
+        read_text(path)
+    assert raised.value.field == "--text"
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match="has 0 tokens") as raised:
+        tokenize_text(Path("text.txt"), "", load_tokenizer(TINY), 8)
     assert raised.value.field == "--text"
 
 
@@ -38,7 +44,7 @@ def test_a_long_text_is_divided_into_windows_of_all_its_tokens(tmp_path: Path) -
     tokenizer = load_tokenizer(TINY)
     path = tmp_path / "text.txt"
     path.write_text("Ümit has 93 - 38 = 55 apples and 12 pears.", encoding="utf-8")
-    text = read_text(path, tokenizer, 8)
+    text = tokenize_text(path, read_text(path), tokenizer, 8)
     assert [len(ids) for ids in text.windows[:-1]] == [8] * (len(text.windows) - 1) and len(text.windows) > 2
     assert tokenizer.token_bytes(np.concatenate(text.windows)) == path.read_bytes()
     assert text.starts == list(range(0, 8 * len(text.windows), 8))
@@ -63,6 +69,7 @@ def test_positions_are_given_by_the_number_of_their_token_in_the_text() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--text=nowhere.txt", "--policy=nowhere"], "--text=nowhere.txt cannot be read"),
         (["--policy=nowhere"], "--policy='nowhere' does not exist"),
         (["--out=README.md/page.html"], "--out=README.md"),
         (["--policy=gs:/bucket/policy"], "URL"),
