@@ -35,7 +35,7 @@ from rpt_jax.infra.storage import LARGE_FOLDERS, fetch, fetch_inputs, with_urls
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags; overrides of config fields are no flags."""
     parser = command_parser("evaluate", __doc__ or "")
-    parser.add_argument("--suite", required=True, help="what to evaluate, by name")
+    parser.add_argument("--suite", help="what to evaluate, by name")
     parser.add_argument("--config", help="config file; it names the corpus or the questions, and how prompts are made")
     parser.add_argument(
         "--policy",
@@ -68,6 +68,9 @@ def main(argv: list[str]) -> int:
         from rpt_jax.evaluation.suite import SUITES
         from rpt_jax.infra.console import console_logging
 
+        if options.suite is None:
+            names = ", ".join(sorted(choice.name for choice in SUITES.choices()))
+            raise UserError(f"--suite is missing: give one of {names}.", field="--suite")
         SUITES.check(options.suite)
         with console_logging():
             if SUITES[options.suite].requirements.policy:

@@ -21,6 +21,7 @@ def run(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([CONFIG], "--suite is missing: give one of altered_reasoning, compare, multiple_choice,"),
         (["--suite=multiple_choise", CONFIG], "Did you mean 'multiple_choice'?"),
         (["--suite=questions"], "--config is missing"),
         (["--suite=questions", CONFIG, "--results=a,b"], "--results has no effect"),
