@@ -37,7 +37,7 @@ def field_of_error(workdir: Path, **fields: object) -> str:
     ],
 )
 def test_wrong_fields_are_found_before_the_corpus_is_read(tmp_path: Path, field: str, value: object) -> None:
-    assert field_of_error(tmp_path / "run", **{field: value}) == field
+    assert field_of_error(tmp_path / "run", **{"data.min_context": 1, field: value}) == field
 
 
 def test_a_tokenizer_without_a_token_that_is_needed_is_found(tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ def check_experiment(experiment: Experiment, *, trains: bool = True) -> None:
     _check_budget(experiment)
     _check_trackers(experiment.logging)
     _check_box_reading(experiment)
+    _check_context(experiment)
     if trains:
         _check_sizes(experiment)
         _check_sampling_distribution(experiment)
@@ -609,4 +610,17 @@ def _check_box_reading(experiment: Experiment) -> None:
             "rollout.stop_at_box=True ends a response at the brace that balances its box, but with prompt.box_reading='to_end' "
             "the box is read up to the end of the response. Set rollout.stop_at_box=False, or prompt.box_reading='balanced'.",
             field="rollout.stop_at_box",
+        )
+
+
+def _check_context(experiment: Experiment) -> None:
+    """Refuse prompts that are too short for the least context of a position: each would be cut. Raises: UserError."""
+    if experiment.task not in ("rpt", "traces") or experiment.asks_questions:
+        return
+    max_tokens = experiment.prompt.max_tokens
+    min_context = experiment.data.min_context
+    if max_tokens < min_context:
+        raise UserError(
+            f"prompt.max_tokens={max_tokens} must be at least data.min_context={min_context}, or every prompt would be cut.",
+            field="prompt.max_tokens",
         )

@@ -83,6 +83,7 @@ REFUSED_VALUES = [
         {"prompt__max_tokens": 100, "rollout__max_new_tokens": 50, "training__microbatch_tokens": 149},
         "training.microbatch_tokens",
     ),
+    ({"prompt__max_tokens": 63, "data__min_context": 64}, "prompt.max_tokens"),
     ({"seed": -1}, "seed"),
     ({"data__seed": 2**32}, "data.seed"),
     ({"mesh__data": 0}, "mesh.data"),
