@@ -11,8 +11,7 @@ import pytest
 
 from rpt_jax import evaluate, main
 from rpt_jax.config import from_config_dict, load_config_file
-from rpt_jax.config.loading import split_overrides
-from rpt_jax.config.study import load_study
+from rpt_jax.config.loading import load_study, split_overrides
 from rpt_jax.corpus import store
 from rpt_jax.errors import UserError
 from rpt_jax.evaluation.run import check_task

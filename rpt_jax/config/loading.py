@@ -19,6 +19,7 @@ import ml_collections
 from rpt_jax.config.config_file_values import ConfigFileValues
 from rpt_jax.config.dataclass_io import build, leaves, override, unknown_field
 from rpt_jax.config.schema import Experiment
+from rpt_jax.config.study import StudyConfig, check_study
 from rpt_jax.config.task_fields import check_overrides_are_read
 from rpt_jax.config.user_paths import expand_home, with_expanded_paths
 from rpt_jax.config.validation import check_experiment
@@ -90,11 +91,35 @@ def load_config_file(path: str) -> Any:
     Raises: UserError, as `read_config_file` does.
     """
     config = read_config_file(path)
-    if not isinstance(config, Mapping | ml_collections.ConfigDict):
+    if isinstance(config, StudyConfig):
+        raise UserError(
+            f"--config={path} is the config of a study: run it with python -m rpt_jax.study --config={path}",
+            field="--config",
+        )
+    if not _is_of_a_run(config):
         raise UserError(
             f"{path} must define get_config(), which returns default_config() with fields changed.", field="--config"
         )
     return config if isinstance(config, ml_collections.ConfigDict) else ml_collections.ConfigDict(config)
+
+
+def load_study(path: str) -> StudyConfig:
+    """Return the study that `get_config()` of a Python file returns. Raises: UserError, naming the field at fault."""
+    study = read_config_file(path)
+    if _is_of_a_run(study):
+        raise UserError(
+            f"--config={path} is the config of a run, not of a study: run it with python -m rpt_jax.main --config={path}",
+            field="--config",
+        )
+    if not isinstance(study, StudyConfig):
+        raise UserError(f"{path} must define get_config(), which returns a StudyConfig.", field="--config")
+    check_study(study)
+    return study
+
+
+def _is_of_a_run(config: Any) -> bool:
+    """Return whether what a config file returns are the fields of a run."""
+    return isinstance(config, Mapping | ml_collections.ConfigDict)
 
 
 def read_config_file(path: str) -> Any:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rpt_jax.config.loading import read_config_file
 from rpt_jax.errors import UserError, check_choice
 
 MATCHED_BY = ("flops", "seconds")
@@ -97,17 +96,6 @@ class StudyConfig:
     # Pairs of scores, such as ("reasoning/easy", "direct/easy"): the first minus the second is shown for each arm. What
     # fine-tuning adds is always shown. They do not change the runs, so they may be chosen later.
     contrasts: tuple[tuple[str, str], ...] = ()
-
-
-def load_study(path: str) -> StudyConfig:
-    """Return the study that `get_config()` of a Python file returns. Raises: UserError, naming the field at fault."""
-    study = read_config_file(path)
-    if not isinstance(study, StudyConfig):
-        raise UserError(
-            f"{path}: get_config() must return a StudyConfig, not {type(study).__name__}.", field="--config"
-        )
-    check_study(study)
-    return study
 
 
 def check_study(study: StudyConfig) -> None:

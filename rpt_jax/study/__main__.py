@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 def run_study(options: argparse.Namespace) -> int:
     """Run the part of a study that the flags name; return the exit code. Raises: UserError."""
-    from rpt_jax.config.study import load_study
+    from rpt_jax.config.loading import load_study
     from rpt_jax.infra.signals import StopSignals
     from rpt_jax.study.execution import Executor, Stopped, run_units
     from rpt_jax.study.page import write_page

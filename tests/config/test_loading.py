@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rpt_jax.config import load_config_file
-from rpt_jax.config.loading import resolve_config_path
+from rpt_jax.config.loading import load_study, resolve_config_path
 from rpt_jax.errors import UserError
 from tests.helpers.paths import CONFIGS, EXPERIMENTS
 
@@ -61,3 +61,17 @@ def test_every_packaged_config_loads_from_any_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config_file(f"configs/{path.name}")["task"]
+
+
+def test_the_config_of_a_study_and_of_a_run_are_told_apart() -> None:
+    with pytest.raises(UserError, match=r"run it with python -m rpt_jax\.study --config=configs/study_tiny\.py"):
+        load_config_file("configs/study_tiny.py")
+    with pytest.raises(UserError, match=r"run it with python -m rpt_jax\.main --config=configs/rpt_tiny\.py"):
+        load_study("configs/rpt_tiny.py")
+
+
+def test_a_study_without_a_study_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def get_config():\n    return None\n")
+    with pytest.raises(UserError, match="returns a StudyConfig") as raised:
+        load_study(str(tmp_path / "mine.py"))
+    assert raised.value.field == "--config"

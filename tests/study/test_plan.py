@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, SuiteConfig, check_study, load_study
+from rpt_jax.config.loading import load_study
+from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, SuiteConfig, check_study
 from rpt_jax.errors import UserError
 from rpt_jax.study.outcome import Unit
 from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units

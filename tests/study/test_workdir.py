@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rpt_jax.config.study import StudyConfig, load_study
+from rpt_jax.config.loading import load_study
+from rpt_jax.config.study import StudyConfig
 from rpt_jax.errors import ExitCode, UserError
 from rpt_jax.infra.run_format import STUDY_RESULTS
 from rpt_jax.study.__main__ import main
