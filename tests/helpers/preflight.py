@@ -22,6 +22,7 @@ from tests.helpers.processes import CHILD_SECONDS
 SMALL = [
     "policy.path=",
     "data.max_document_tokens=32",
+    "data.min_context=16",
     "prompt.max_tokens=16",
     "rollout.max_new_tokens=8",
     "rollout.samples_per_prompt=2",
