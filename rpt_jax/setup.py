@@ -15,7 +15,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from rpt_jax.config import Experiment, MeshConfig, PolicyConfig
 from rpt_jax.corpus.entropy import Scorer
-from rpt_jax.corpus.prepared import PreparedCorpus, corpus_directory, open_prepared, plot_entropies, prepare
+from rpt_jax.corpus.prepared import (
+    PreparedCorpus,
+    check_prepared,
+    corpus_directory,
+    open_prepared,
+    plot_entropies,
+    prepare,
+)
 from rpt_jax.corpus.sources import check_source
 from rpt_jax.corpus.tokenization import plan_shards
 from rpt_jax.corpus.tokenized import Windows
@@ -107,14 +114,18 @@ def make_run_mesh(experiment: Experiment) -> Mesh:
         if policy.path:
             check_files(policy.path)
 
-    def check_data() -> None:
-        if experiment.asks_questions:
-            check_question_source(experiment.questions)
-        elif not experiment.data.prepared:
-            check_source(experiment.data)
-
-    check_all(make, check_attention, check_policy, check_data)
+    check_all(make, check_attention, check_policy, functools.partial(check_data, experiment))
     return make()
+
+
+def check_data(experiment: Experiment) -> None:
+    """Check that the corpus or the questions of a run are available, without reading them. Raises: UserError."""
+    if experiment.asks_questions:
+        check_question_source(experiment.questions)
+    elif experiment.data.prepared:
+        check_prepared(Path(experiment.data.prepared))
+    else:
+        check_source(experiment.data)
 
 
 def check_random_weights(experiment: Experiment) -> None:

@@ -212,6 +212,17 @@ def _summaries_digest(directory: Path, shards: int) -> str:
     return digest([read_summaries(directory, kind, shards) for kind in ("tokens", "scores")])
 
 
+def check_prepared(directory: Path) -> None:
+    """Check that `directory` has a prepared corpus. Raises: UserError."""
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"data.prepared: {path} does not exist. Run task 'score' with --workdir={directory} for all shards, then set "
+            "data.prepared to that directory.",
+            field="data.prepared",
+        )
+
+
 def open_prepared(
     data: DataConfig, tokenizer: Tokenizer, directory: Path, proxy: str = "", plan: ShardPlan | None = None
 ) -> PreparedCorpus:
@@ -227,13 +238,8 @@ def open_prepared(
     Raises: UserError, if the manifest or a shard is missing or damaged, has another format, or belongs to another corpus,
       tokenizer or proxy.
     """
+    check_prepared(directory)
     path = directory / MANIFEST
-    if not path.exists():
-        raise UserError(
-            f"data.prepared: {path} does not exist. Run task 'score' with --workdir={directory} for all shards, then set "
-            "data.prepared to that directory.",
-            field="data.prepared",
-        )
     manifest = read_json(path)
 
     # Compare what the corpus was made from with what this run expects.

@@ -45,7 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         help="results.json of the same study in another workdir: its units are not run again",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the units and their commands, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the units and the commands that are left, and exit"
+    )
     return parser
 
 
@@ -72,8 +74,8 @@ def run_study(options: argparse.Namespace) -> int:
     from rpt_jax.infra.signals import StopSignals
     from rpt_jax.study.execution import Executor, Stopped, run_units
     from rpt_jax.study.page import write_page
-    from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units
-    from rpt_jax.study.workdir import claim, read_taken, write_results
+    from rpt_jax.study.plan import check_inputs, check_stages, config_values, make_plan, select_units
+    from rpt_jax.study.workdir import claim, read_recorded, read_taken, write_results
 
     # Check everything that can be checked before the first run.
     study = load_study(options.config)
@@ -84,14 +86,17 @@ def run_study(options: argparse.Namespace) -> int:
     units = make_plan(study, directory)
     mine = select_units(units, directory, options.part, options.unit or ())
     taken = [outcome for path in options.results or () for outcome in read_taken(user_path(path), study, units)]
+    # A unit whose directory is gone, or in another workdir, is complete if its results are there.
+    recorded = read_recorded(directory, taken)
+    left = [unit for unit in mine if not unit.is_complete and unit.unit not in recorded]
+    if left:
+        check_inputs(study, experiments)
     if options.dry_run:
-        show_plan(mine)
+        show_plan(mine, left)
         return ExitCode.COMPLETE
     claim(directory, config_values(study, experiments))
     command = shlex.join(["python", "-m", "rpt_jax.study", f"--config={options.config}", f"--workdir={workdir}"])
-
-    # A unit whose directory is gone, or in another workdir, is complete if its results are there.
-    recorded = {outcome.unit for outcome in write_results(study, name, units, directory, command, taken).outcomes}
+    write_results(study, name, units, directory, command, taken)
     mine = [unit for unit in mine if unit.is_complete or unit.unit not in recorded]
 
     # Run the units. A stop signal leaves the run that is going on the time to save.
@@ -109,18 +114,29 @@ def run_study(options: argparse.Namespace) -> int:
     return ExitCode.FAILED_UNITS if failed else ExitCode.COMPLETE
 
 
-def show_plan(units: Sequence[UnitPlan]) -> None:
-    """Print the units and the commands of their runs. A run that several units have in common is printed once."""
+def show_plan(units: Sequence[UnitPlan], left: Sequence[UnitPlan]) -> None:
+    """Print the units, and the commands of the runs that are left. A run that several units have in common is printed once.
+
+    Args:
+      units: all.
+      left: those of them that are not complete.
+    """
     from rpt_jax.study.execution import planned_command
 
     shown: set[Path] = set()
     for unit in units:
+        if unit not in left:
+            print(f"{unit.unit}: complete")
+            continue
         print(f"{unit.unit}: {unit.directory}")
         for run in unit.runs:
+            if run.is_complete:
+                print(f"  {run.name}: complete")
+                continue
             is_shared = run.directory in shown
             shown.add(run.directory)
             print(f"  {run.name}: {f'as in {run.directory}' if is_shared else shlex.join(planned_command(run))}")
-    print(f"{len(units)} units, {len(shown)} runs")
+    print(f"left to run: {len(left)} of {len(units)} units, {len(shown)} runs")
 
 
 if __name__ == "__main__":

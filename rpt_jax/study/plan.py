@@ -21,6 +21,7 @@ from rpt_jax.config.study import (
     named_stages,
     suite_run_name,
 )
+from rpt_jax.config.user_paths import PATH_FIELDS, is_url
 from rpt_jax.corpus.tokenization import parse_shard
 from rpt_jax.errors import UserError, check_choice
 from rpt_jax.evaluation.run import check_task
@@ -28,11 +29,14 @@ from rpt_jax.evaluation.stored_results import SUMMARY
 from rpt_jax.evaluation.suite import SUITES
 from rpt_jax.infra.run_format import POLICY
 from rpt_jax.infra.workdir import RESULT, read_result
+from rpt_jax.setup import check_data, find_policy
 from rpt_jax.study.outcome import AFTER_TUNING, BEFORE_TUNING, TUNING_STEP, Unit
+from rpt_jax.weights.hf import check_files
 
 NEXT_TOKEN = "next_token"
 # How the names of the scores of fine-tuning begin: also those during it, and those of categories of questions.
 _TUNING_SCORES = tuple(f"{name}/" for name in (BEFORE_TUNING, AFTER_TUNING)) + (TUNING_STEP.format(""),)
+_DATA = ("data.", "questions.")  # The sections that name what a run reads.
 # Fields that a stage may not override, because the study sets them.
 _SET_BY_STUDY = ("seed", "training.flops_budget", "training.seconds_budget")
 
@@ -173,6 +177,36 @@ def check_stages(study: StudyConfig) -> dict[str, Experiment]:
         for score in pair:
             _check_score(study, "contrasts", score)
     return experiments
+
+
+def check_inputs(study: StudyConfig, experiments: Mapping[str, Experiment]) -> None:
+    """Check that the policy and the data of every stage and evaluation are available, as their runs do at the start.
+
+    What is at a URL, or in the directory of an earlier stage, is left to the run.
+
+    Args:
+      study: the config.
+      experiments: those of `check_stages`.
+
+    Raises: UserError, naming the stage.
+    """
+    for name, stage in named_stages(study):
+        experiment = experiments[name]
+        policy = experiment.policy.path
+        paths = [value for field, value in leaves(experiment) if field in PATH_FIELDS and field.startswith(_DATA)]
+        try:
+            if policy and _is_here(policy):
+                # An evaluation takes the directory of a run, too.
+                (find_policy if isinstance(stage, SuiteConfig) else check_files)(policy, "policy.path")
+            if all(map(_is_here, paths)):
+                check_data(experiment)
+        except UserError as error:
+            raise UserError(f"{name}: {error}", field=error.field) from None
+
+
+def _is_here(path: str) -> bool:
+    """Return whether a path of a config is neither a URL nor in the directory of another stage."""
+    return "{" not in path and not is_url(path)
 
 
 def _check_score(study: StudyConfig, field: str, score: str) -> None:

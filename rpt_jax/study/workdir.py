@@ -14,7 +14,7 @@ from rpt_jax.infra.disk import check_writable
 from rpt_jax.infra.run_format import STUDY_RESULTS, check_format, format_stamp
 from rpt_jax.study.collection import collect
 from rpt_jax.study.file_lock import locked
-from rpt_jax.study.outcome import Outcome, StudyOutcomes, read_outcomes, write_outcomes
+from rpt_jax.study.outcome import Outcome, StudyOutcomes, Unit, read_outcomes, write_outcomes
 from rpt_jax.study.plan import UnitPlan
 
 CONFIG = "study_config.json"
@@ -110,6 +110,16 @@ def _difference(theirs: StudyOutcomes, study: StudyConfig, units: Sequence[UnitP
     return ""
 
 
+def read_recorded(directory: Path, taken: Sequence[Outcome] = ()) -> dict[Unit, Outcome]:
+    """Return what units have measured that need not have directories: in `results.json` or, if it has not, among `taken`.
+
+    Raises: UserError, if `results.json` is damaged.
+    """
+    path = directory / STUDY_RESULTS
+    own = read_outcomes(path).outcomes if path.exists() else ()
+    return {outcome.unit: outcome for outcome in (*taken, *own)}
+
+
 def write_results(
     study: StudyConfig,
     name: str,
@@ -133,8 +143,6 @@ def write_results(
     Raises: UserError, if a result is damaged.
     """
     with locked(directory / _LOCK):
-        path = directory / STUDY_RESULTS
-        own = read_outcomes(path).outcomes if path.exists() else ()
-        outcomes = collect(study, name, units, [command], {outcome.unit: outcome for outcome in (*taken, *own)})
-        write_outcomes(outcomes, path)
+        outcomes = collect(study, name, units, [command], read_recorded(directory, taken))
+        write_outcomes(outcomes, directory / STUDY_RESULTS)
     return outcomes

@@ -12,13 +12,14 @@ from rpt_jax.config.loading import load_study
 from rpt_jax.config.study import ArmConfig, StageConfig, StudyConfig, SuiteConfig, check_study
 from rpt_jax.errors import UserError
 from rpt_jax.study.outcome import Unit
-from rpt_jax.study.plan import check_stages, config_values, make_plan, select_units
+from rpt_jax.study.plan import check_inputs, check_stages, config_values, make_plan, select_units
 from rpt_jax.study.workdir import claim
 from tests.helpers.paths import STUDIES
 from tests.helpers.studies import BUDGET, small_study
 
 STUDY = small_study()
 BASE, RPT, SFT = STUDY.arms
+CONSTANT = ("optimizer.schedule=constant",)  # As a budget needs.
 
 
 def replaced(arm: ArmConfig, **fields: Any) -> tuple[ArmConfig, ...]:
@@ -174,6 +175,32 @@ def test_a_study_that_cannot_run_is_refused(changes: dict[str, Any], field: str)
         check_study(study)
         check_stages(study)
     assert raised.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (
+            {"arms": (BASE,), "budgets": (), "tuning": tuned_by(overrides=("policy.path=nowhere",)), "evaluations": ()},
+            "policy.path",
+        ),
+        ({"arms": replaced(RPT, overrides=(*CONSTANT, "data.source=path", "data.path=nowhere"))}, "data.path"),
+        ({"arms": replaced(RPT, overrides=(*CONSTANT, "data.prepared=nowhere"))}, "data.prepared"),
+        ({"tuning": tuned_by(overrides=("questions.source=path", "questions.path=nowhere"))}, "questions.path"),
+        ({"evaluations": evaluated_by(overrides=("data.prepared=nowhere",))}, "data.prepared"),
+    ],
+)
+def test_what_a_run_reads_must_be_there(changes: dict[str, Any], field: str) -> None:
+    study = dataclasses.replace(STUDY, **changes)
+    with pytest.raises(UserError) as raised:
+        check_inputs(study, check_stages(study))
+    assert raised.value.field == field
+
+
+def test_what_an_earlier_stage_or_a_url_has_need_not_be_there() -> None:
+    arms = replaced(SFT, overrides=(*CONSTANT, "policy.path={traces}/policy", "data.prepared=gs://bucket/corpus"))
+    study = dataclasses.replace(STUDY, arms=arms)
+    check_inputs(study, check_stages(study))
 
 
 def test_a_changed_config_is_refused_by_the_field_that_differs(tmp_path: Path) -> None:

@@ -61,6 +61,21 @@ def accuracies(directory: Path) -> dict[str, float]:
     return {str(each.unit): each.scores["reasoning/hard"].value for each in results.outcomes}
 
 
+def evaluated_only(*overrides: str) -> StudyConfig:
+    """Return a study that evaluates the starting policy, with more overrides."""
+    [suite] = STUDY.evaluations
+    suite = dataclasses.replace(suite, overrides=(*suite.overrides, *overrides))
+    return dataclasses.replace(STUDY, arms=STUDY.arms[:1], budgets=(), evaluations=(suite,))
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """The command that runs `STUDY` in the folder "study"."""
+    config = tmp_path / "a_study.py"
+    config.write_text("from tests.study.test_workdir import STUDY\n\n\ndef get_config():\n    return STUDY\n")
+    return ["study", f"--config={config}", f"--workdir={tmp_path / 'study'}"]
+
+
 def test_results_stay_when_the_directory_of_a_unit_is_deleted(tmp_path: Path) -> None:
     first, second = (unit for unit in make_plan(STUDY, tmp_path) if unit.unit.arm == "base")
     leave_results(first, 0.25)
@@ -110,20 +125,54 @@ def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
         read_taken(path, STUDY, units)
 
 
-def test_the_command_does_not_run_what_it_takes_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "a_study.py"
-    config.write_text("from tests.study.test_workdir import STUDY\n\n\ndef get_config():\n    return STUDY\n")
+def test_the_command_does_not_run_what_it_takes_over(
+    tmp_path: Path, command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     theirs = tmp_path / "theirs.json"
     units = [unit.unit for unit in make_plan(STUDY, tmp_path)]
     write_outcomes(results_of([outcome(*dataclasses.astuple(unit), 0.5) for unit in units]), theirs)
     workdir = tmp_path / "study"
-    command = ["study", f"--config={config}", f"--workdir={workdir}"]
     assert main([*command, f"--results={theirs}"]) == ExitCode.COMPLETE
     assert len(accuracies(workdir)) == len(units) == 6 and (workdir / "study.html").exists()
     assert not (workdir / "base").exists()
     (workdir / STUDY_RESULTS).write_text("{")
     assert main(command) == ExitCode.USER_ERROR
     assert STUDY_RESULTS in capfd.readouterr().err
+
+
+def test_a_dry_run_counts_what_is_left(tmp_path: Path, command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    def printed(*more: str) -> list[str]:
+        assert main([*command, "--dry-run", *more]) == ExitCode.COMPLETE
+        assert not (tmp_path / "study" / "study_config.json").exists()
+        return capfd.readouterr().out.splitlines()
+
+    assert printed()[-1] == "left to run: 6 of 6 units, 12 runs"
+    base, rpt, *_ = make_plan(STUDY, tmp_path / "study")
+    leave_results(base, 0.25)
+    stage, _ = rpt.runs
+    stage.directory.mkdir(parents=True)
+    (stage.directory / stage.result).write_text("{}")
+    lines = printed()
+    assert lines[0] == "base, seed 0: complete" and lines[2] == "  rpt: complete"
+    assert lines[3].startswith("  evaluate_next_token: ") and lines[-1] == "left to run: 5 of 6 units, 10 runs"
+
+    theirs = tmp_path / "theirs.json"
+    write_outcomes(results_of([outcome("rpt", 0, BUDGET, 0.5)]), theirs)
+    assert printed(f"--results={theirs}")[-1] == "left to run: 4 of 6 units, 9 runs"
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_policy_that_is_not_there_is_refused_before_the_first_run(
+    tmp_path: Path,
+    command: list[str],
+    more: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(globals(), "STUDY", evaluated_only("policy.path=nowhere"))
+    assert main([*command, *more]) == ExitCode.USER_ERROR
+    assert "evaluations.next_token: policy.path='nowhere' does not exist" in capfd.readouterr().err
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize(("config", "file"), [("study_tiny", STUDY_RESULTS), ("study_smollm2_cpu", "smollm2_cpu.json")])
