@@ -53,7 +53,7 @@ class CacheShape(NamedTuple):
     dtype: str
 
 
-class Row(NamedTuple):
+class PlainCache(NamedTuple):
     """Keys and values of a cache without blocks, [L, N, K, S, C], and which keys each rollout attends to."""
 
     k: Any
@@ -68,8 +68,8 @@ class Example(NamedTuple):
     q_MxKxRxC: Any
     k_MxKxC: Any
     v_MxKxC: Any
-    own: Row
-    shared: tuple[Row, ...]
+    own: PlainCache
+    shared: tuple[PlainCache, ...]
     index_M: tuple[Any, ...]
 
 
@@ -80,7 +80,7 @@ def make_example(shape: CacheShape, seed: int) -> Example:
     def normal(*dims: int) -> np.ndarray:
         return np.asarray(jnp.asarray(rng.standard_normal(dims), shape.dtype), np.float32)
 
-    def row(rows: int, width: int, blocks: int, block: int, is_ring: bool) -> Row:
+    def row(rows: int, width: int, blocks: int, block: int, is_ring: bool) -> PlainCache:
         size = blocks * block
         length = rng.integers(0, rng.integers(0, size + 1, (rows, 1)) + 1, (rows, width))
         length[rng.random(rows) < 0.2] = 0
@@ -88,7 +88,7 @@ def make_example(shape: CacheShape, seed: int) -> Example:
         begin = rng.integers(0, size if is_ring else 1, rows)
         begin = np.where(rng.random(rows) < 0.3, begin // block * block, begin)
         dims = (shape.layers, rows, shape.kv_heads, size, shape.head_size)
-        return Row(normal(*dims), normal(*dims), begin.astype(np.int32), length.astype(np.int32))
+        return PlainCache(normal(*dims), normal(*dims), begin.astype(np.int32), length.astype(np.int32))
 
     own = row(shape.slots, 1, shape.blocks, shape.block, is_ring=True)
     shared = tuple(row(*sizes, is_ring=False) for sizes in shape.shared)
@@ -103,14 +103,14 @@ def make_example(shape: CacheShape, seed: int) -> Example:
     return Example(q, k, v, own, shared, index_M)
 
 
-def attended_keys(row: Row) -> np.ndarray:
+def attended_keys(row: PlainCache) -> np.ndarray:
     """Return which keys of its row each rollout attends to, bool [N, W, S]."""
     size = row.k.shape[3]
     after_begin_NxS = (np.arange(size) - row.begin_N[:, None]) % size
     return after_begin_NxS[:, None] < row.length_NxW[..., None]
 
 
-def to_cache(row: Row, block: int, dtype: str, order: CacheOrder) -> BlockedCache:
+def to_cache(row: PlainCache, block: int, dtype: str, order: CacheOrder) -> BlockedCache:
     """Divide keys and values into blocks."""
 
     def split(x: Any) -> jax.Array:
@@ -126,7 +126,7 @@ def attention(
 ) -> Callable[[Example, jax.Array | int], jax.Array]:
     """Return the compiled function from an example and a layer to the result."""
 
-    def reads(row: Row, block: int, index_M: jax.Array | None) -> CacheReads:
+    def reads(row: PlainCache, block: int, index_M: jax.Array | None) -> CacheReads:
         cache = to_cache(row, block, shape.dtype, order)
         length_NxW = row.length_NxW
         grid = None
@@ -159,7 +159,7 @@ def check_kernel(kernel: CacheKernel, shape: CacheShape, seed: int, order: Cache
             index_M[:] = np.arange(shape.slots)
 
     # Poison other layers, and blocks that are not read.
-    def poison(row: Row, block: int, more_rows: int) -> Row:
+    def poison(row: PlainCache, block: int, more_rows: int) -> PlainCache:
         unread_J = ~attended_keys(row).any(axis=(0, 1)).reshape(-1, block).any(axis=1)
         poison_LxS = (np.arange(shape.layers) != layer)[:, None] | np.repeat(unread_J, block)
         k, v = (np.where(poison_LxS[:, None, None, :, None], np.nan, x) for x in row[:2])

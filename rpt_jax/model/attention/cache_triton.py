@@ -26,7 +26,7 @@ _LARGEST_TILE = 64
 
 
 class _Keys(NamedTuple):
-    """Refs of the keys of a row and a kv head, and of which of them are visited."""
+    """Refs of the keys of a row and a kv head, and of which of them are visited; or the specs or the arrays of these refs."""
 
     layer: Any
     begin: Any
