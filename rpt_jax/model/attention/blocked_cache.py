@@ -240,12 +240,18 @@ class CacheReads(NamedTuple):
     grid: SlotGrid | None
     ranges: CacheRanges
 
-    def slots(self) -> tuple[jax.Array, jax.Array]:
-        """Return the slot of each entry, int32 [N·W], -1 for entries without one; and whether each slot is live, int32 [M]."""
+    @property
+    def slot_NW(self) -> jax.Array:
+        """Slot of each entry, int32 [N·W]; -1 for entries without one."""
         if self.grid is None:
-            slots = self.ranges.length_NxW.size
-            return jnp.arange(slots, dtype=jnp.int32), jnp.ones(slots, jnp.int32)
-        return self.grid.slot_NxW.reshape(-1), self.grid.is_live_M
+            return jnp.arange(self.ranges.length_NxW.size, dtype=jnp.int32)
+        return self.grid.slot_NxW.reshape(-1)
+
+
+def live_slots(shared: tuple[CacheReads, ...], slots: int) -> jax.Array:
+    """Return which of the slots have an entry in every shared cache, int32 [M]: 0 for idle ones."""
+    grids = [reads.grid for reads in shared if reads.grid is not None]
+    return grids[0].is_live_M if grids else jnp.ones(slots, jnp.int32)
 
 
 def attended_entries(begin: jax.Array, length: jax.Array, entry: jax.Array, size: int) -> jax.Array:

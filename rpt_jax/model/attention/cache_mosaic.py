@@ -31,6 +31,7 @@ from rpt_jax.model.attention.blocked_cache import (
     CacheSizes,
     attended_entries,
     group_size,
+    live_slots,
 )
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores, merge
@@ -119,20 +120,19 @@ def attend_token_mosaic(
       q_MxKxRxC, k_MxKxC, v_MxKxC, shared, own, layer: as there.
       interpret: run the kernels in interpret mode, without a TPU.
     """
-    _, kv_heads, heads_per_kv, head_size = q_MxKxRxC.shape
+    slots, kv_heads, heads_per_kv, head_size = q_MxKxRxC.shape
     sizes = CacheSizes(heads_per_kv, own.blocks.block_size, kv_heads, head_size, own.blocks.k.dtype.itemsize)
     padding = (fill_sublanes(heads_per_kv) - heads_per_kv, sizes.query_size - head_size)
     q = jnp.pad(q_MxKxRxC, ((0, 0), (0, 0), (0, padding[0]), (0, padding[1])))
     layer = jnp.asarray(layer, jnp.int32)[None]
-    _, is_live_M = own.slots()
     partials = []
     for reads in shared:
         with jax.named_scope("shared_cache_blocks"):
-            # Only live slots have results of the shared caches.
-            slot_NW, is_live_M = reads.slots()
-            partials.append(_attend_shared(q, reads.blocks, reads.ranges, slot_NW, layer, interpret))
+            partials.append(_attend_shared(q, reads.blocks, reads.ranges, reads.slot_NW, layer, interpret))
     with jax.named_scope("own_cache_blocks"):
         kv_MxKx1xD = jnp.concatenate([k_MxKxC, v_MxKxC], axis=-1)[:, :, None]
+        # Only live slots have results of the shared caches.
+        is_live_M = live_slots(shared, slots)
         out = _attend_own(q, kv_MxKx1xD, partials, own.blocks, own.ranges, is_live_M, layer, interpret)
     return out[:, :, :heads_per_kv, -head_size:]
 

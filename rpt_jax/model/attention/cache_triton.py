@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheReads, attended_entries
+from rpt_jax.model.attention.blocked_cache import BlockedCache, CacheReads, attended_entries, live_slots
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
 from rpt_jax.model.attention.packed_kernels import Softmax, add_keys, masked_scores, merge, start_softmax
 from rpt_jax.model.gpu import fill_side
@@ -161,10 +161,8 @@ def attend_token_triton(
     }
 
     partials = []
-    _, is_live_M = own.slots()
     statistic = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
     for reads in shared:
-        slot_NW, is_live_M = reads.slots()
         rows, width = reads.ranges.length_NxW.shape
         with jax.named_scope("shared_cache_blocks"):
             partials += pl.pallas_call(
@@ -175,7 +173,7 @@ def attend_token_triton(
                 out_shape=(statistic, statistic, jax.ShapeDtypeStruct(q.shape, jnp.float32)),
                 name="attend_shared_cache",
                 **options,
-            )(*_keys(reads, layer), reads.ranges.length_NxW.reshape(-1), slot_NW, q)
+            )(*_keys(reads, layer), reads.ranges.length_NxW.reshape(-1), reads.slot_NW, q)
 
     with jax.named_scope("own_cache_blocks"):
         of_slot = pl.BlockSpec((1,), lambda head, slot: (slot,))
@@ -196,7 +194,7 @@ def attend_token_triton(
             out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
             name="attend_own_cache",
             **options,
-        )(*_keys(own, layer), own.ranges.length_NxW.reshape(-1), is_live_M, q, k, v, *partials)
+        )(*_keys(own, layer), own.ranges.length_NxW.reshape(-1), live_slots(shared, slots), q, k, v, *partials)
     return out[..., :head_size]
 
 
