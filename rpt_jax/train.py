@@ -224,7 +224,8 @@ def train(experiment: Experiment, workdir: Path, mesh: Mesh, context: RunContext
             if evaluation:
                 files.call(functools.partial(update_page, workdir))
                 if last_rewarded and not has_evaluated:
-                    take_recompiled()  # In a resumed run, the first evaluation compiles programs for batches of its own size.
+                    # After a resume, the first evaluation compiles programs for its larger batches, which needs no warning.
+                    take_recompiled()
                 has_evaluated = True
             if last_rewarded and step % training.log_rollouts_every == 0:
                 texts = rollout_texts(last_rewarded, task.tokenizer, task.statuses, task.truths, count=2)

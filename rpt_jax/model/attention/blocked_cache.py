@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rpt_jax.model.attention.blockwise import MASKED_SCORE
+from rpt_jax.model.attention.packed_kernels import Softmax, merge
 from rpt_jax.model.gpu import fill_side
 from rpt_jax.model.tpu import LANES, fill_lanes, fill_sublanes
 
@@ -293,10 +294,7 @@ class PartialSoftmax(NamedTuple):
 
     def merge(self, other: PartialSoftmax) -> PartialSoftmax:
         """Combine with the result over other keys."""
-        peak = jnp.maximum(self.peak, other.peak)
-        a = jnp.exp(self.peak - peak)
-        b = jnp.exp(other.peak - peak)
-        return PartialSoftmax(peak=peak, total=self.total * a + other.total * b, out=self.out * a + other.out * b)
+        return PartialSoftmax(*merge(Softmax(*self), Softmax(*other)))
 
 
 def attend_cache_blockwise(
